@@ -1,0 +1,1 @@
+//! What a virtual device and a transport agree on: queues, interrupts, activation.

@@ -1,0 +1,1 @@
+//! The lab: a software-emulated AMD host whose own KVM runs smsvmm.

@@ -1,0 +1,1 @@
+//! System stories: whole-VM tests that run directly or in the lab.

@@ -1,0 +1,1 @@
+//! The virtual machine monitor: vCPUs, memory, PCI, virtio transport, platform devices.

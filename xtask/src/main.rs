@@ -1,0 +1,2 @@
+//! Set-up, test, demo and bench commands of the project.
+fn main() {}
