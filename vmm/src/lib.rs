@@ -1,1 +1,1 @@
-//! The virtual machine monitor: vCPUs, memory, PCI, virtio transport, platform devices.
+//! The virtual machine monitor of smsvmm: guest memory, vCPUs, PCI, virtio transport, platform devices, boot.
