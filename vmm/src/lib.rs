@@ -1,1 +1,2 @@
 //! The virtual machine monitor of smsvmm: guest memory, vCPUs, PCI, virtio transport, platform devices, boot.
+pub mod bus;
