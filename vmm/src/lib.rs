@@ -3,3 +3,10 @@
 pub mod bus;
 
 pub mod layout;
+
+pub mod boot;
+pub mod memory;
+pub mod pci;
+pub mod transport;
+pub mod vcpu;
+pub mod vm;
