@@ -1,0 +1,200 @@
+//! Disks of a guest: what to attach and how it fares.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ByteSize, DeviceId, DeviceState, InvalidValue, string_type};
+
+/// A disk to be given to the guest: a `[[disk]]` of vm.toml, the body of `POST /v1/vm/disks`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Name within the machine; by default "disk0", "disk1", ...
+    #[serde(default, skip_serializing_if = "DeviceId::is_unassigned")]
+    pub id: DeviceId,
+    /// A raw disk image or a block device of the host. Absolute once loaded.
+    pub image: PathBuf,
+    /// How the guest sees the disk.
+    #[serde(default)]
+    pub bus: DiskBus,
+    /// The guest cannot write; several machines may then use the image at once.
+    #[serde(default)]
+    pub read_only: bool,
+    /// What the guest reads as serial number; by default the identifier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<DiskSerial>,
+    /// Request queues, 1 to 16.
+    #[serde(default = "one")]
+    pub queues: u8,
+    /// Requests that fit in a queue.
+    #[serde(default)]
+    pub queue_size: QueueSize,
+    /// Bypass the host's page cache (O_DIRECT).
+    #[serde(default = "yes")]
+    pub direct: bool,
+    /// How long a queue worker looks for further requests before it sleeps, in microseconds; by default it sleeps at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub poll_us: Option<u32>,
+}
+
+impl DiskConfig {
+    /// Most request queues of a disk.
+    pub const MAX_QUEUES: u8 = 16;
+    /// Longest busy polling in microseconds.
+    pub const MAX_POLL_US: u32 = 10_000;
+
+    /// A writable disk on `image` with every default; the identifier is unassigned.
+    pub fn new(image: impl Into<PathBuf>) -> Self {
+        Self {
+            id: DeviceId::default(),
+            image: image.into(),
+            bus: DiskBus::default(),
+            read_only: false,
+            serial: None,
+            queues: one(),
+            queue_size: QueueSize::default(),
+            direct: true,
+            poll_us: None,
+        }
+    }
+
+    /// Checks what the types alone cannot.
+    ///
+    /// # Errors
+    /// The key that is wrong, and why.
+    pub fn check(&self) -> Result<(), (&'static str, InvalidValue)> {
+        if self.image.as_os_str().is_empty() {
+            return Err((
+                "image",
+                InvalidValue::new("is empty; name a raw image or a block device"),
+            ));
+        }
+        if !(1..=Self::MAX_QUEUES).contains(&self.queues) {
+            return Err((
+                "queues",
+                InvalidValue::new(format!(
+                    "{} queues are impossible; use 1 to {}",
+                    self.queues,
+                    Self::MAX_QUEUES
+                )),
+            ));
+        }
+        if self.poll_us.is_some_and(|poll| poll > Self::MAX_POLL_US) {
+            return Err((
+                "poll-us",
+                InvalidValue::new(format!(
+                    "polling is limited to {} microseconds",
+                    Self::MAX_POLL_US
+                )),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn one() -> u8 {
+    1
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// The kind of controller through which the guest sees a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskBus {
+    /// A virtio block device of its own (/dev/vda in Linux).
+    #[default]
+    VirtioBlk,
+}
+
+/// Serial number of a disk: up to 20 printable ASCII characters (virtio 1.2 §5.2.6.1).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskSerial(String);
+
+impl DiskSerial {
+    /// What virtio-blk's device identifier can hold, in bytes.
+    pub const MAX_LENGTH: usize = 20;
+
+    /// The serial number as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for DiskSerial {
+    type Err = InvalidValue;
+
+    fn from_str(text: &str) -> Result<Self, InvalidValue> {
+        if (1..=Self::MAX_LENGTH).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(InvalidValue::new(format!(
+                "`{text}` cannot be a serial number; use 1 to {} printable ASCII characters without spaces",
+                Self::MAX_LENGTH
+            )))
+        }
+    }
+}
+
+impl fmt::Display for DiskSerial {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+string_type!(DiskSerial, "a serial number in quotes");
+
+/// Entries of a virtqueue: a power of two from 16 to 1024.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u16")]
+pub struct QueueSize(u16);
+
+impl QueueSize {
+    /// Number of entries.
+    pub const fn get(self) -> u16 {
+        self.0
+    }
+}
+
+impl Default for QueueSize {
+    fn default() -> Self {
+        Self(256)
+    }
+}
+
+impl TryFrom<u64> for QueueSize {
+    type Error = InvalidValue;
+
+    fn try_from(size: u64) -> Result<Self, InvalidValue> {
+        match u16::try_from(size) {
+            Ok(size) if size.is_power_of_two() && (16..=1024).contains(&size) => Ok(Self(size)),
+            _ => Err(InvalidValue::new(format!(
+                "{size} is not a queue size; use one of 16, 32, 64, 128, 256, 512, 1024"
+            ))),
+        }
+    }
+}
+
+impl From<QueueSize> for u16 {
+    fn from(size: QueueSize) -> Self {
+        size.0
+    }
+}
+
+/// A disk of a running machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskStatus {
+    /// What it was attached with.
+    #[serde(flatten)]
+    pub config: DiskConfig,
+    /// Where it is in its life.
+    pub state: DeviceState,
+    /// What the guest sees as the disk's size.
+    pub size: ByteSize,
+}

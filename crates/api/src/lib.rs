@@ -1,0 +1,66 @@
+//! The one vocabulary of management: what an administrator can ask of smsvmm, what it answers, what it reports.
+//!
+//! The same serde types are used by vm.toml (`vmm::config`), by the management socket (`management`), by the command line
+//! and by the machine itself ([`Vm`] in `vmm`). Whoever can describe a disk in vm.toml can therefore attach the same disk
+//! to a running guest with the same words.
+//!
+//! Compatibility: a field may be added with a default; a field, variant or meaning never changes within `/v1`.
+
+mod device;
+mod disk;
+mod event;
+mod net;
+mod problem;
+mod units;
+mod vm;
+
+pub use device::{DeviceId, DeviceState, VmName};
+pub use disk::{DiskBus, DiskConfig, DiskSerial, DiskStatus, QueueSize};
+pub use event::{Event, EventKind, EventLog, EventPage};
+pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};
+pub use problem::{Problem, ProblemKind};
+pub use units::{ByteSize, Seconds};
+pub use vm::{ExitReason, Vm, VmState, VmStatus};
+
+/// A text that is not a valid value of the type that was asked for; the message says what would be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct InvalidValue(String);
+
+impl InvalidValue {
+    /// An error with `message`, which names the value and what would be accepted.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
+    }
+}
+
+/// Serde by `FromStr` and `Display`: such a type is a string in TOML and JSON; the text is what a wrong type is told to be.
+#[macro_export]
+#[doc(hidden)]
+macro_rules! string_type {
+    ($type:ty, $expecting:literal) => {
+        impl<'de> serde::Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct Text;
+                impl serde::de::Visitor<'_> for Text {
+                    type Value = $type;
+
+                    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                        formatter.write_str($expecting)
+                    }
+
+                    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<$type, E> {
+                        text.parse().map_err(E::custom)
+                    }
+                }
+                deserializer.deserialize_str(Text)
+            }
+        }
+
+        impl serde::Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+    };
+}

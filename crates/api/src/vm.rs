@@ -1,0 +1,184 @@
+//! A running virtual machine as an administrator sees it: its state, and what can be done to it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::event::EventLog;
+use crate::{ByteSize, DeviceId, DiskConfig, DiskStatus, NetConfig, NetStatus, Problem, VmName};
+
+/// Where a machine is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// The vCPUs have not run yet.
+    Starting,
+    /// The vCPUs run.
+    Running,
+    /// The vCPUs stand still until resumed.
+    Paused,
+    /// The machine is on its way to its end.
+    Stopping,
+}
+
+impl fmt::Display for VmState {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopping => "stopping",
+        })
+    }
+}
+
+/// Why a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reason", rename_all = "kebab-case")]
+pub enum ExitReason {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reboot, and the configuration says that this ends the machine.
+    Reboot,
+    /// The guest crashed.
+    Crash {
+        /// How it was seen, for example `triple fault` or `kernel panic`.
+        cause: String,
+    },
+    /// Stopped hard: by the administrator, a second signal, or because the guest ignored the power button for too long.
+    Stopped {
+        /// Which of these.
+        cause: String,
+    },
+}
+
+impl fmt::Display for ExitReason {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => formatter.write_str("the guest powered off"),
+            Self::Reboot => formatter.write_str("the guest asked for a reboot"),
+            Self::Crash { cause } => write!(formatter, "the guest crashed: {cause}"),
+            Self::Stopped { cause } => write!(formatter, "stopped: {cause}"),
+        }
+    }
+}
+
+/// The answer of `GET /v1/vm`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VmStatus {
+    /// The machine's name.
+    pub name: VmName,
+    /// Where it is in its life.
+    pub state: VmState,
+    /// Process that runs it.
+    pub pid: u32,
+    /// Seconds since it was started.
+    pub uptime_seconds: u64,
+    /// How often it was reset since.
+    pub resets: u64,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// Size of the guest's memory.
+    pub memory: ByteSize,
+    /// Its disks in the order of attachment.
+    pub disks: Vec<DiskStatus>,
+    /// Its network cards in the order of attachment.
+    pub nets: Vec<NetStatus>,
+    /// Number of the newest event.
+    pub last_event: u64,
+}
+
+/// What can be done to a running machine. The machine in `vmm` implements it; the management server and the signal handler
+/// call it, from any thread.
+///
+/// Methods return when the machine has taken the request over. They may block for milliseconds, not for the guest.
+pub trait Vm: Send + Sync {
+    /// How it is.
+    fn status(&self) -> VmStatus;
+
+    /// Presses the ACPI power button.
+    ///
+    /// # Errors
+    /// [`ProblemKind::Stopping`](crate::ProblemKind::Stopping), or [`ProblemKind::Conflict`](crate::ProblemKind::Conflict)
+    /// while the machine is paused.
+    fn power_button(&self) -> Result<(), Problem>;
+
+    /// Ends the machine at once, as if its cable were pulled; `cause` goes into [`ExitReason::Stopped`]. Stopping a
+    /// machine that is stopping succeeds.
+    ///
+    /// # Errors
+    /// The machine does not answer.
+    fn stop(&self, cause: &str) -> Result<(), Problem>;
+
+    /// Resets the machine, as if its reset button were pressed.
+    ///
+    /// # Errors
+    /// [`ProblemKind::Stopping`](crate::ProblemKind::Stopping).
+    fn reset(&self) -> Result<(), Problem>;
+
+    /// Stops all vCPUs. Pausing a paused machine succeeds.
+    ///
+    /// # Errors
+    /// [`ProblemKind::Stopping`](crate::ProblemKind::Stopping).
+    fn pause(&self) -> Result<(), Problem>;
+
+    /// Lets the vCPUs run on. Resuming a running machine succeeds.
+    ///
+    /// # Errors
+    /// [`ProblemKind::Stopping`](crate::ProblemKind::Stopping).
+    fn resume(&self) -> Result<(), Problem>;
+
+    /// Adds a disk; paths are absolute, an unassigned identifier gets the first free one.
+    ///
+    /// # Errors
+    /// The identifier is taken, the image cannot be opened, no slot is free.
+    fn attach_disk(&self, disk: DiskConfig) -> Result<DiskStatus, Problem>;
+
+    /// Adds a network card; an unassigned identifier gets the first free one, a missing address a derived one.
+    ///
+    /// # Errors
+    /// The identifier, address or tap is taken, the backend cannot be opened, no slot is free.
+    fn attach_net(&self, net: NetConfig) -> Result<NetStatus, Problem>;
+
+    /// Asks the guest to let a device go. The end is told by [`DeviceRemoved`](crate::EventKind::DeviceRemoved) or
+    /// [`DeviceRemoveRefused`](crate::EventKind::DeviceRemoveRefused). Asking again presses the attention button again.
+    ///
+    /// # Errors
+    /// There is no such device.
+    fn detach(&self, id: &DeviceId) -> Result<(), Problem>;
+
+    /// What happened so far and will happen.
+    fn events(&self) -> &EventLog;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DeviceState, NetBackend};
+
+    #[test]
+    fn a_status_survives_json() {
+        let status = VmStatus {
+            name: "web1".parse().unwrap(),
+            state: VmState::Running,
+            pid: 7,
+            uptime_seconds: 60,
+            resets: 0,
+            cpus: 2,
+            memory: ByteSize::from_mib(512),
+            disks: vec![DiskStatus {
+                config: DiskConfig::new("/images/root.raw"),
+                state: DeviceState::Removing,
+                size: ByteSize::from_mib(64),
+            }],
+            nets: vec![NetStatus {
+                config: NetConfig::new(NetBackend::User),
+                state: DeviceState::Attached,
+            }],
+            last_event: 3,
+        };
+        let json = serde_json::to_string(&status).unwrap();
+        assert_eq!(serde_json::from_str::<VmStatus>(&json).unwrap(), status);
+    }
+}
