@@ -5,6 +5,7 @@ pub mod bus;
 pub mod layout;
 
 pub mod boot;
+pub mod config;
 pub mod memory;
 pub mod pci;
 pub mod transport;

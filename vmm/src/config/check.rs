@@ -1,0 +1,223 @@
+//! What must hold between the parts of a configuration.
+
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::hash::Hash;
+use std::path::{Component, Path, PathBuf};
+
+use super::{ConsoleSpec, VmConfig};
+
+/// A rule that is broken: at which key, and what would be accepted.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Violation {
+    pub(super) key: String,
+    pub(super) message: String,
+}
+
+fn violation<T>(key: impl Into<String>, message: impl Into<String>) -> Result<T, Violation> {
+    Err(Violation {
+        key: key.into(),
+        message: message.into(),
+    })
+}
+
+/// Checks a complete configuration: identifiers are assigned, paths are absolute.
+pub(super) fn check(config: &VmConfig) -> Result<(), Violation> {
+    let within = |table: &str, result: Result<(), (&'static str, api::InvalidValue)>| match result {
+        Ok(()) => Ok(()),
+        Err((key, error)) => violation(format!("{table}.{key}"), error.to_string()),
+    };
+    within("boot", config.boot.check())?;
+    for (number, disk) in config.disks.iter().enumerate() {
+        within(&format!("disk.{number}"), disk.check())?;
+    }
+    for (number, net) in config.nets.iter().enumerate() {
+        within(&format!("net.{number}"), net.check())?;
+    }
+    check_devices(config)?;
+    check_images(config)?;
+    check_paths(config)?;
+    check_power(config)
+}
+
+fn check_devices(config: &VmConfig) -> Result<(), Violation> {
+    let (disks, nets) = (config.disks.len(), config.nets.len());
+    if disks + nets > VmConfig::MAX_DEVICES {
+        let key = if disks > nets { "disk" } else { "net" };
+        return violation(
+            key,
+            format!(
+                "{} devices are too many; a machine has slots for {}",
+                disks + nets,
+                VmConfig::MAX_DEVICES
+            ),
+        );
+    }
+    let disk_ids = config
+        .disks
+        .iter()
+        .enumerate()
+        .map(|(number, disk)| (&disk.id, format!("disk.{number}.id")));
+    let net_ids = config
+        .nets
+        .iter()
+        .enumerate()
+        .map(|(number, net)| (&net.id, format!("net.{number}.id")));
+    unique(
+        disk_ids.chain(net_ids),
+        "identifiers of disks and network cards must differ",
+    )?;
+
+    let macs = config.nets.iter().enumerate();
+    let macs = macs.filter_map(|(number, net)| Some((net.mac?, format!("net.{number}.mac"))));
+    unique(macs, "each network card needs an address of its own")?;
+
+    let taps = config.nets.iter().enumerate();
+    let taps = taps.filter_map(|(number, net)| Some((net.tap.as_ref()?, format!("net.{number}.tap"))));
+    unique(
+        taps,
+        "a tap interface serves one network card (use queues for more speed)",
+    )?;
+
+    let mut forwards: Vec<(&api::PortForward, String)> = Vec::new();
+    for (number, net) in config.nets.iter().enumerate() {
+        for forward in &net.forward {
+            if let Some((other, key)) = forwards.iter().find(|(other, _)| other.overlaps(forward)) {
+                return violation(
+                    format!("net.{number}.forward"),
+                    format!("`{forward}` and `{other}` of {key} take the same port of the host"),
+                );
+            }
+        }
+        forwards.extend(
+            net.forward
+                .iter()
+                .map(|forward| (forward, format!("net.{number}"))),
+        );
+    }
+    Ok(())
+}
+
+/// An image may be used twice if nobody writes it.
+fn check_images(config: &VmConfig) -> Result<(), Violation> {
+    let mut seen: HashMap<PathBuf, (usize, bool)> = HashMap::new();
+    for (number, disk) in config.disks.iter().enumerate() {
+        if let Some((other, other_read_only)) = seen.insert(normalize(&disk.image), (number, disk.read_only))
+            && !(disk.read_only && other_read_only)
+        {
+            return violation(
+                format!("disk.{number}.image"),
+                format!(
+                    "{} is already disk.{other}.image; two disks on one image must both be read-only",
+                    disk.image.display()
+                ),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Consoles and sockets must not be in each other's way.
+fn check_paths(config: &VmConfig) -> Result<(), Violation> {
+    let consoles = [Some(&config.console.serial), config.console.virtio.as_ref()];
+    if consoles == [Some(&ConsoleSpec::Stdio); 2] {
+        return violation(
+            "console.virtio",
+            "only one console can be \"stdio\"; console.serial has it (its default)",
+        );
+    }
+    let path = |console: Option<&ConsoleSpec>| match console {
+        Some(ConsoleSpec::Pty(Some(path)) | ConsoleSpec::File(path) | ConsoleSpec::Socket(path)) => {
+            Some(normalize(path))
+        }
+        _ => None,
+    };
+    let paths = [
+        (path(consoles[0]), "console.serial"),
+        (path(consoles[1]), "console.virtio"),
+        (
+            config
+                .management
+                .as_ref()
+                .map(|management| normalize(&management.socket)),
+            "management.socket",
+        ),
+    ];
+    let socket_paths = [(consoles[0], "console.serial"), (consoles[1], "console.virtio")];
+    for (console, key) in socket_paths {
+        if let Some(ConsoleSpec::Socket(path)) = console {
+            check_socket(path, key)?;
+        }
+    }
+    if let Some(management) = &config.management {
+        if management.socket.as_os_str().is_empty() {
+            return violation("management.socket", "is empty; name a path for the socket");
+        }
+        check_socket(&management.socket, "management.socket")?;
+    }
+    let paths = paths
+        .into_iter()
+        .filter_map(|(path, key)| Some((path?, key.to_owned())));
+    let paths: Vec<(PathBuf, String)> = paths.collect();
+    unique(
+        paths
+            .iter()
+            .map(|(path, key)| (path.display().to_string(), key.clone())),
+        "each needs a path of its own",
+    )
+}
+
+/// sun_path of unix(7) has 108 bytes, one of which is the final zero.
+fn check_socket(path: &Path, key: &str) -> Result<(), Violation> {
+    let length = path.as_os_str().len();
+    if length > 107 {
+        return violation(
+            key,
+            format!("the path has {length} bytes, a Unix socket's has at most 107; use a shorter one"),
+        );
+    }
+    Ok(())
+}
+
+fn check_power(config: &VmConfig) -> Result<(), Violation> {
+    let timeout = config.power.shutdown_timeout;
+    let day = api::Seconds::new(24 * 60 * 60);
+    if timeout > day {
+        return violation(
+            "power.shutdown-timeout",
+            format!("{timeout} is beyond the limit of 24h"),
+        );
+    }
+    Ok(())
+}
+
+/// Complains at the second of two equal values.
+fn unique<T: Eq + Hash + Display>(
+    values: impl Iterator<Item = (T, String)>,
+    rule: &str,
+) -> Result<(), Violation> {
+    let mut seen: HashMap<T, String> = HashMap::new();
+    for (value, key) in values {
+        if let Some(first) = seen.get(&value) {
+            return violation(key, format!("`{value}` is taken by {first}; {rule}"));
+        }
+        seen.insert(value, key);
+    }
+    Ok(())
+}
+
+/// The path without `.` and with `..` resolved by its text: good enough to catch mistakes; what is really one file, by links
+/// or otherwise, is found by the lock when it is opened.
+fn normalize(path: &Path) -> PathBuf {
+    let mut normal = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::CurDir => {}
+            Component::ParentDir => {
+                normal.pop();
+            }
+            other => normal.push(other),
+        }
+    }
+    normal
+}

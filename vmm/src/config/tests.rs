@@ -1,0 +1,557 @@
+//! Configurations and what becomes of them: each mistake with the message that the user reads.
+
+use std::path::Path;
+
+use super::*;
+
+const MINIMAL: &str = "name = \"a\"\n[boot]\nkernel = \"vmlinuz\"\n";
+
+fn load(text: &str, overrides: &[&str]) -> Result<VmConfig, String> {
+    let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+    VmConfig::from_text(text, Path::new("vm.toml"), Path::new("/vms/a"), &overrides)
+        .map_err(|error| error.to_string())
+}
+
+/// A valid configuration with `line` in it; `line` is line 3 of the file unless it begins a table, then line 5.
+fn with(line: &str) -> String {
+    if line.starts_with('[') {
+        format!("name = \"a\"\nboot.kernel = \"vmlinuz\"\n\n\n{line}\n")
+    } else {
+        format!("name = \"a\"\nboot.kernel = \"vmlinuz\"\n{line}\n")
+    }
+}
+
+#[test]
+fn the_smallest_configuration_gets_every_default() {
+    let config = load(MINIMAL, &[]).unwrap();
+    assert_eq!(config.name.as_str(), "a");
+    assert_eq!(
+        (config.cpus.count, config.memory.size.to_string().as_str()),
+        (1, "512M")
+    );
+    assert_eq!(config.boot.kernel, Path::new("/vms/a/vmlinuz"));
+    assert_eq!(config.boot.cmdline, "console=ttyS0");
+    assert_eq!(config.console.serial, ConsoleSpec::Stdio);
+    assert_eq!(config.memory.huge_pages, HugePages::Transparent);
+    assert_eq!(
+        (config.sandbox.seccomp, config.sandbox.landlock, config.rng),
+        (Seccomp::On, true, true)
+    );
+    assert_eq!(config.power.shutdown_timeout, Seconds::new(90));
+    assert!(config.disks.is_empty() && config.nets.is_empty() && config.management.is_none());
+}
+
+const FULL: &str = r#"
+name = "web1"
+rng = false
+memory = { size = "4G", huge-pages = "2M", shared = true, prefault = true }
+
+[cpus]
+count = 4
+threads = 2
+affinity = [["0"], "1-2", ["3", "5"], 7]
+features = { remove = ["avx512f"] }
+nested = true
+
+[boot]
+kernel = "/boot/vmlinuz"
+initrd = "../initrd.img"
+cmdline = "console=ttyS0 root=/dev/vda1"
+
+[[disk]]
+image = "root.raw"
+serial = "ROOT-1"
+queues = 4
+queue-size = 128
+poll-us = 50
+
+[[disk]]
+id = "disk0"
+image = "/dev/sdb"
+read-only = true
+direct = false
+
+[[net]]
+forward = ["tcp:8022:22", "udp:127.0.0.1:5353:53"]
+
+[[net]]
+backend = "tap"
+tap = "tap0"
+mac = "02:00:00:00:00:01"
+mtu = 9000
+queues = 2
+offload = false
+
+[console]
+serial = "socket:serial.sock"
+virtio = "stdio"
+escape = "ctrl-a"
+
+[management]
+socket = "web1.sock"
+
+[sandbox]
+seccomp = "log"
+landlock = false
+paths = ["more"]
+
+[power]
+on-reboot = "stop"
+on-crash = "reboot"
+shutdown-timeout = "2m"
+"#;
+
+#[test]
+fn everything_that_can_be_written_is_read() {
+    let config = load(FULL, &[]).unwrap();
+    let cpus = &config.cpus;
+    assert_eq!([cpus.count, cpus.sockets, cpus.cores, cpus.threads], [4, 1, 2, 2]);
+    let affinity: Vec<String> = cpus.affinity.iter().map(ToString::to_string).collect();
+    assert_eq!(affinity, ["0", "1-2", "3,5", "7"]);
+    assert_eq!(
+        config.boot.initrd.as_deref(),
+        Some(Path::new("/vms/a/../initrd.img"))
+    );
+    assert_eq!(
+        config.disks[0].id.as_str(),
+        "disk1",
+        "disk0 is taken by the second disk"
+    );
+    assert_eq!(config.disks[0].queue_size.get(), 128);
+    assert_eq!(config.disks[1].image, Path::new("/dev/sdb"));
+    assert_eq!(config.nets[0].forward[1].to_string(), "udp:127.0.0.1:5353:53");
+    assert_eq!(config.nets[0].mac, Some(MacAddress::derived("web1", "net0")));
+    assert_eq!(
+        config.console.serial,
+        ConsoleSpec::Socket("/vms/a/serial.sock".into())
+    );
+    assert_eq!(
+        config.management.as_ref().unwrap().socket,
+        Path::new("/vms/a/web1.sock")
+    );
+    assert_eq!(config.power.on_crash, OnCrash::Reboot);
+}
+
+#[test]
+fn a_shown_configuration_loads_to_the_same_one() {
+    for text in [MINIMAL, FULL] {
+        let config = load(text, &[]).unwrap();
+        let shown = toml::to_string(&config).unwrap();
+        assert_eq!(load(&shown, &[]).unwrap(), config, "{shown}");
+    }
+}
+
+#[test]
+fn overrides_change_create_and_append() {
+    let config = load(
+        FULL,
+        &[
+            "cpus=8",
+            "memory=2G",
+            "name=7",
+            "boot.cmdline=console=ttyS0 quiet",
+            "disk.1.read-only=false",
+            "disk.+.image=third.raw",
+            "disk.2.serial=3",
+            "disk.+={image='fourth.raw', read-only=true}",
+            "net.0.forward.+=tcp:80:80",
+            "cpus.affinity=[]",
+            "console.escape=\"none\"",
+            "rng = true",
+        ],
+    )
+    .unwrap();
+    assert_eq!((config.cpus.count, config.cpus.threads), (8, 2));
+    assert_eq!(
+        (config.memory.size.to_string().as_str(), config.memory.shared),
+        ("2G", true)
+    );
+    assert_eq!(config.name.as_str(), "7");
+    assert_eq!(config.boot.cmdline, "console=ttyS0 quiet");
+    assert!(!config.disks[1].read_only && config.rng);
+    assert_eq!(config.disks[2].image, Path::new("/vms/a/third.raw"));
+    assert_eq!(config.disks[2].serial.as_ref().unwrap().as_str(), "3");
+    assert!(config.disks[3].read_only);
+    assert_eq!(config.nets[0].forward.len(), 3);
+    assert_eq!(config.console.escape.control_character(), None);
+}
+
+#[test]
+fn an_override_extends_the_short_form() {
+    let config = load(&with("cpus = 4"), &["cpus.nested=true", "memory.huge-pages=none"]).unwrap();
+    assert_eq!((config.cpus.count, config.cpus.nested), (4, true));
+    assert_eq!(config.memory.huge_pages, HugePages::None);
+}
+
+#[test]
+fn each_mistake_in_the_file_has_its_message() {
+    let cases: &[(&str, &str)] = &[
+        // Unknown keys.
+        (
+            "cpu = 2",
+            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `cpus`, `memory`, `boot`, `disk`, `net`, `console`, `management`, `sandbox`, `power`)",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nreadonly = true",
+            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
+        ),
+        (
+            "[[disk]]\nfile = \"/a.dsk\"",
+            "vm.toml:6: disk.0.file: unknown key; known here: `id`, `image`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`",
+        ),
+        (
+            "[console]\nseriel = \"pty\"",
+            "vm.toml:6: console.seriel: unknown key; did you mean `serial`? (known here: `serial`, `virtio`, `escape`)",
+        ),
+        // Wrong types.
+        (
+            "cpus = \"four\"",
+            "vm.toml:3: cpus.count: expected a whole number from 0 to 255, found the text \"four\"",
+        ),
+        (
+            "cpus = 2.5",
+            "vm.toml:3: cpus.count: expected a whole number from 0 to 255, found the number 2.5",
+        ),
+        (
+            "cpus = -1",
+            "vm.toml:3: cpus.count: expected a whole number from 0 to 255, found the number -1",
+        ),
+        (
+            "memory = 1024",
+            "vm.toml:3: memory.size: expected a size such as \"512M\", found the number 1024",
+        ),
+        (
+            "memory = [1]",
+            "vm.toml:3: memory.size: expected a size such as \"512M\", found a list",
+        ),
+        (
+            "rng = \"yes\"",
+            "vm.toml:3: rng: expected true or false, found the text \"yes\"",
+        ),
+        (
+            "console = \"stdio\"",
+            "vm.toml:3: console: expected a table, found the text \"stdio\"",
+        ),
+        (
+            "disk = \"a.raw\"",
+            "vm.toml:3: disk: expected a list in [ ], found the text \"a.raw\"",
+        ),
+        (
+            "rng = 2026-01-01",
+            "vm.toml:3: rng: 2026-01-01 is a date; put it into quotes if it is a text",
+        ),
+        (
+            "cpus = 99999999999999999999",
+            "vm.toml:3: cpus.count: the number 99999999999999999999 is beyond every limit",
+        ),
+        // Impossible values.
+        (
+            "cpus = 65",
+            "vm.toml:3: cpus: 65 vCPUs are impossible; use 1 to 64",
+        ),
+        ("cpus = 0", "vm.toml:3: cpus: 0 vCPUs are impossible; use 1 to 64"),
+        (
+            "cpus = { count = 6, sockets = 4 }",
+            "vm.toml:3: cpus: 4 x ? x ? sockets, cores and threads do not make 6 vCPUs; sockets x cores x threads must equal count (or leave some out)",
+        ),
+        (
+            "cpus = { count = 2, affinity = [\"0\"] }",
+            "vm.toml:3: cpus: affinity has 1 entries for 2 vCPUs; give one set of host CPUs per vCPU",
+        ),
+        (
+            "cpus = { affinity = [\"x\"] }",
+            "vm.toml:3: cpus.affinity.0: `x` is not a list of host CPUs; write for example \"0\", \"1-3\" or \"0,4-7\" (0 to 1023)",
+        ),
+        (
+            "memory = \"16M\"",
+            "vm.toml:3: memory: size 16M is impossible; use 32M to 16T",
+        ),
+        (
+            "memory = \"33M\"",
+            "vm.toml:3: memory: size 33M is impossible; it must be a multiple of 2M",
+        ),
+        (
+            "memory = { size = \"1536M\", huge-pages = \"1G\" }",
+            "vm.toml:3: memory: size 1536M is impossible; it must be a multiple of 1G",
+        ),
+        (
+            "memory = \"1 GB\"",
+            "vm.toml:3: memory.size: `1 GB` is not a size; write a whole number with a binary unit, for example \"512M\" or \"4G\" (units: K, M, G, T, P)",
+        ),
+        (
+            "memory.huge-pages = \"4M\"",
+            "vm.toml:3: memory.huge-pages: `4M` is not known here; use `none`, `thp`, `2M`, `1G`",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nbus = \"ide\"",
+            "vm.toml:7: disk.0.bus: `ide` is not known here; use `virtio-blk`",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nbus = 1",
+            "vm.toml:7: disk.0.bus: expected a text in quotes, found a whole number; use `virtio-blk`",
+        ),
+        ("[[disk]]\nserial = \"x\"", "vm.toml:5: disk.0.image: is missing"),
+        (
+            "[[disk]]\nimage = \"\"",
+            "vm.toml:6: disk.0.image: is empty; name a raw image or a block device",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nserial = \"123456789012345678901\"",
+            "vm.toml:7: disk.0.serial: `123456789012345678901` cannot be a serial number; use 1 to 20 printable ASCII characters without spaces",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nqueues = 17",
+            "vm.toml:7: disk.0.queues: 17 queues are impossible; use 1 to 16",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nqueue-size = 100",
+            "vm.toml:7: disk.0.queue-size: 100 is not a queue size; use one of 16, 32, 64, 128, 256, 512, 1024",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\npoll-us = 20000",
+            "vm.toml:7: disk.0.poll-us: polling is limited to 10000 microseconds",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nid = \"a/b\"",
+            "vm.toml:7: disk.0.id: `a/b` is not an identifier; use 1 to 36 of the characters A-Z a-z 0-9 . _ -",
+        ),
+        (
+            "[[net]]\nbackend = \"bridge\"",
+            "vm.toml:6: net.0.backend: `bridge` is not known here; use `user`, `tap`",
+        ),
+        (
+            "[[net]]\nbackend = \"tap\"",
+            "vm.toml:5: net.0.tap: is missing; backend = \"tap\" needs the name of the interface, for example tap = \"tap0\"",
+        ),
+        (
+            "[[net]]\ntap = \"tap0\"",
+            "vm.toml:6: net.0.tap: belongs to backend = \"tap\"; this card has backend = \"user\"",
+        ),
+        (
+            "[[net]]\nbackend = \"tap\"\ntap = \"a-very-long-interface\"",
+            "vm.toml:7: net.0.tap: `a-very-long-interface` is not the name of an interface; use 1 to 15 characters without spaces, `/`, `:` and `%`",
+        ),
+        (
+            "[[net]]\nbackend = \"tap\"\ntap = \"t\"\nforward = [\"tcp:1:1\"]",
+            "vm.toml:8: net.0.forward: belongs to backend = \"user\"; this card has backend = \"tap\"",
+        ),
+        (
+            "[[net]]\nforward = [\"8022:22\"]",
+            "vm.toml:6: net.0.forward.0: `8022:22` is not a forwarded port; write \"tcp:8022:22\" (host's port 8022 to guest's port 22) or \"udp:127.0.0.1:5353:53\"",
+        ),
+        (
+            "[[net]]\nmac = \"03:00:00:00:00:00\"",
+            "vm.toml:6: net.0.mac: `03:00:00:00:00:00` is not the address of a single station; the first octet must be even, for example \"02:00:00:12:34:56\"",
+        ),
+        (
+            "[[net]]\nqueues = 9",
+            "vm.toml:6: net.0.queues: 9 queue pairs are impossible; use 1 to 8",
+        ),
+        ("[[net]]\nmtu = 100", "vm.toml:6: net.0.mtu: use 576 to 65535"),
+        (
+            "[[net]]\nmtu = 70000",
+            "vm.toml:6: net.0.mtu: expected a whole number from 0 to 65535, found the number 70000",
+        ),
+        (
+            "[console]\nserial = \"tty\"",
+            "vm.toml:6: console.serial: `tty` is not a console; use \"stdio\", \"pty\", \"pty:LINK\", \"file:PATH\", \"socket:PATH\" or \"null\"",
+        ),
+        (
+            "[power]\nshutdown-timeout = \"90\"",
+            "vm.toml:6: power.shutdown-timeout: `90` is not a time; write a whole number with a unit, for example \"90s\" (units: ms, s, m, h)",
+        ),
+        (
+            "[power]\nshutdown-timeout = \"25h\"",
+            "vm.toml:6: power.shutdown-timeout: 90000s is beyond the limit of 24h",
+        ),
+        ("[management]", "vm.toml:5: management.socket: is missing"),
+        (
+            "[management]\nsocket = \"\"",
+            "vm.toml:6: management.socket: is empty; name a path for the socket",
+        ),
+        (
+            "[sandbox]\nseccomp = true",
+            "vm.toml:6: sandbox.seccomp: expected a text in quotes, found a truth value; use `on`, `log`, `off`",
+        ),
+        // What does not fit together.
+        (
+            "[[disk]]\nid = \"x\"\nimage = \"a\"\n[[net]]\nid = \"x\"",
+            "vm.toml:9: net.0.id: `x` is taken by disk.0.id; identifiers of disks and network cards must differ",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\n[[disk]]\nimage = \"./b/../a\"\nread-only = true",
+            "vm.toml:8: disk.1.image: /vms/a/./b/../a is already disk.0.image; two disks on one image must both be read-only",
+        ),
+        (
+            "[[net]]\nmac = \"02:00:00:00:00:01\"\n[[net]]\nmac = \"02:00:00:00:00:01\"",
+            "vm.toml:8: net.1.mac: `02:00:00:00:00:01` is taken by net.0.mac; each network card needs an address of its own",
+        ),
+        (
+            "[[net]]\nbackend = \"tap\"\ntap = \"t\"\n[[net]]\nbackend = \"tap\"\ntap = \"t\"",
+            "vm.toml:10: net.1.tap: `t` is taken by net.0.tap; a tap interface serves one network card (use queues for more speed)",
+        ),
+        (
+            "[[net]]\nforward = [\"tcp:80:80\"]\n[[net]]\nforward = [\"tcp:80:8080\"]",
+            "vm.toml:8: net.1.forward: `tcp:80:8080` and `tcp:80:80` of net.0 take the same port of the host",
+        ),
+        (
+            "[console]\nvirtio = \"stdio\"",
+            "vm.toml:6: console.virtio: only one console can be \"stdio\"; console.serial has it (its default)",
+        ),
+        (
+            "[console]\nserial = \"socket:s\"\n[management]\nsocket = \"s\"",
+            "vm.toml:8: management.socket: `/vms/a/s` is taken by console.serial; each needs a path of its own",
+        ),
+        // Not TOML.
+        (
+            "cpus = ",
+            "vm.toml:3:8: string values must be quoted, expected literal string",
+        ),
+        ("cpus = 1\ncpus = 2", "vm.toml:4:1: duplicate key"),
+    ];
+    for (line, message) in cases {
+        assert_eq!(load(&with(line), &[]).unwrap_err(), *message, "for {line:?}");
+    }
+}
+
+#[test]
+fn each_mistake_in_an_override_has_its_message() {
+    let cases: &[(&str, &str)] = &[
+        (
+            "cpus",
+            "--set cpus: has no `=`; write key=value, for example cpus=4 or disk.0.read-only=true",
+        ),
+        (
+            "=4",
+            "--set =4: `` is not a key; write names with dots, for example disk.0.read-only",
+        ),
+        (
+            "a b=4",
+            "--set a b=4: `a b` is not a key; write names with dots, for example disk.0.read-only",
+        ),
+        (
+            "cpus=99",
+            "--set cpus=99: cpus: 99 vCPUs are impossible; use 1 to 64",
+        ),
+        (
+            "disk.0.bsu=x",
+            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
+        ),
+        (
+            "disk.3.image=x",
+            "--set disk.3.image=x: there is no element 3, the list has 1; use + to append one",
+        ),
+        (
+            "disk.x.image=x",
+            "--set disk.x.image=x: `x` does not select an element of a list; use a number from 0 or + to append",
+        ),
+        ("name.x=1", "--set name.x=1: `x` cannot be set inside of text"),
+        (
+            "memory=lots",
+            "--set memory=lots: memory.size: `lots` is not a size; write a whole number with a binary unit, for example \"512M\" or \"4G\" (units: K, M, G, T, P)",
+        ),
+        (
+            "disk.+.read-only=true",
+            "--set disk.+.read-only=true: disk.1.image: is missing",
+        ),
+        (
+            "disk.+.image=root.raw",
+            "--set disk.+.image=root.raw: disk.1.image: /vms/a/root.raw is already disk.0.image; two disks on one image must both be read-only",
+        ),
+        (
+            "disk=[]x",
+            "--set disk=[]x: disk: expected a list in [ ], found the text \"[]x\"",
+        ),
+    ];
+    let text = with("[[disk]]\nimage = \"root.raw\"");
+    for (text_of_override, message) in cases {
+        assert_eq!(
+            load(&text, &[text_of_override]).unwrap_err(),
+            *message,
+            "for {text_of_override}"
+        );
+    }
+}
+
+#[test]
+fn what_must_be_there_is_asked_for() {
+    assert_eq!(load("", &[]).unwrap_err(), "vm.toml:1: name: is missing");
+    assert_eq!(
+        load("name = \"a\"", &[]).unwrap_err(),
+        "vm.toml:1: boot: is missing"
+    );
+    assert_eq!(
+        load("name = \"a\"\n[boot]", &[]).unwrap_err(),
+        "vm.toml:2: boot.kernel: is missing"
+    );
+}
+
+#[test]
+fn too_many_devices_are_refused() {
+    let disks: String = (0..25)
+        .map(|number| format!("[[disk]]\nimage = \"{number}\"\n"))
+        .collect();
+    assert_eq!(
+        load(&with(&disks), &[]).unwrap_err(),
+        "vm.toml:5: disk: 25 devices are too many; a machine has slots for 24"
+    );
+}
+
+#[test]
+fn a_long_or_strange_command_line_is_refused() {
+    let long = format!(
+        "[boot]\nkernel = \"k\"\ncmdline = \"{}\"\nname = \"a\"",
+        "x".repeat(2048)
+    );
+    let long = long.replace("\nname = \"a\"", "");
+    let error = load(&format!("name = \"a\"\n{long}"), &[]).unwrap_err();
+    assert_eq!(
+        error,
+        "vm.toml:4: boot.cmdline: has 2048 bytes; Linux takes at most 2047"
+    );
+    let error = load(MINIMAL, &["boot.cmdline=\"a\\nb\""]).unwrap_err();
+    assert!(
+        error.ends_with("boot.cmdline: has a line break or a zero byte; Linux takes one line of text"),
+        "{error}"
+    );
+}
+
+#[test]
+fn deep_nesting_is_refused_and_does_not_overflow_the_stack() {
+    for text in [
+        format!("x = {}", "[".repeat(200_000)),
+        format!("x{} = 1", ".x".repeat(200_000)),
+        format!("[x{}]", ".x".repeat(200_000)),
+        format!("x = {}1{}", "[".repeat(60), "]".repeat(60)),
+    ] {
+        assert!(load(&text, &[]).is_err());
+    }
+}
+
+#[test]
+fn files_are_read_relative_to_their_folder_and_refused_if_they_are_no_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.toml");
+    std::fs::write(&path, MINIMAL).unwrap();
+    let config = VmConfig::load(&path, &[]).unwrap();
+    assert_eq!(config.boot.kernel, folder.path().join("vmlinuz"));
+
+    std::fs::write(&path, vec![b'#'; (1 << 20) + 1]).unwrap();
+    assert!(matches!(
+        VmConfig::load(&path, &[]),
+        Err(ConfigError::TooLarge { size: 1_048_577, .. })
+    ));
+    std::fs::write(&path, b"name = \"a\"\n\xff\xfe").unwrap();
+    assert!(matches!(
+        VmConfig::load(&path, &[]),
+        Err(ConfigError::Syntax { line: 2, .. })
+    ));
+    assert!(matches!(
+        VmConfig::load(&folder.path().join("no"), &[]),
+        Err(ConfigError::Read { .. })
+    ));
+    assert!(matches!(
+        VmConfig::load(folder.path(), &[]),
+        Err(ConfigError::Read { .. })
+    ));
+}
