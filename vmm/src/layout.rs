@@ -193,7 +193,7 @@ pub const PORT_PVPANIC: u16 = 0x505;
 /// Block of ACPI registers: sleep, reset, events. [`ACPI_PORTS_SIZE`] ports.
 pub const PORT_ACPI: u16 = 0x600;
 /// Ports from [`PORT_ACPI`] on.
-pub const ACPI_PORTS_SIZE: u16 = 8;
+pub const ACPI_PORTS_SIZE: u8 = 8;
 /// ACPI sleep control register (byte; ACPI 6.5 §4.8.3.7): SLP_TYP in bits 2..=4, SLP_EN is bit 5.
 pub const PORT_ACPI_SLEEP_CONTROL: u16 = PORT_ACPI;
 /// ACPI sleep status register (byte; ACPI 6.5 §4.8.3.7): bit 7 is WAK_STS, cleared by writing 1. Reads as 0 here.
@@ -222,7 +222,7 @@ pub mod ged_event {
 /// bus 0.
 pub const PORT_PCI_HOTPLUG: u16 = 0xAE00;
 /// Ports from [`PORT_PCI_HOTPLUG`] on.
-pub const PCI_HOTPLUG_PORTS_SIZE: u16 = 12;
+pub const PCI_HOTPLUG_PORTS_SIZE: u8 = 12;
 /// PCIU: slots in which a device has appeared since the last read. Reading clears.
 pub const PORT_PCI_HOTPLUG_UP: u16 = PORT_PCI_HOTPLUG;
 /// PCID: slots whose device the host wants back, asked since the last read. Reading clears: a guest that does nothing is

@@ -2,6 +2,7 @@
 
 pub mod bus;
 
+pub mod acpi;
 pub mod layout;
 
 pub mod boot;
