@@ -114,8 +114,10 @@ fn is_name(text: &str, longest: usize) -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceState {
-    /// The guest has it.
+    /// On the guest's bus; the guest's driver does not use it, or not yet.
     Attached,
+    /// The guest's driver runs it.
+    Active,
     /// The guest was asked to let it go and has not answered yet.
     Removing,
     /// It stopped: the driver broke the protocol, or the host refused what it needs. A guest reset revives it.

@@ -43,6 +43,11 @@ pub enum EventKind {
         /// Which.
         id: DeviceId,
     },
+    /// The guest's driver took a device into use.
+    DeviceActive {
+        /// Which.
+        id: DeviceId,
+    },
     /// The guest was asked to let a device go.
     DeviceRemoving {
         /// Which.
@@ -66,6 +71,13 @@ pub enum EventKind {
         id: DeviceId,
         /// Why.
         reason: String,
+    },
+    /// The guest wrote a line to the debug port (0xE9).
+    DebugLine {
+        /// The line.
+        text: String,
+        /// When, in microseconds since the machine was started.
+        microseconds: u64,
     },
     /// The machine ended; the last event.
     Stopped {

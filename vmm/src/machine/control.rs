@@ -1,0 +1,145 @@
+//! The way in from outside: what an administrator, a signal or a management socket may ask of a running VM.
+//!
+//! A [`Control`] may be cloned and used from any thread. Its requests are carried out by the machine's main loop, one after
+//! the other; the answer comes back through a channel of the request's own. Devices to be attached are opened on the
+//! caller's thread, so that a slow file system holds up the caller and nobody else. When the VM has ended, every request is
+//! answered with [`ProblemKind::Stopping`].
+
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use api::{
+    DeviceId, DiskConfig, DiskStatus, EventLog, NetConfig, NetStatus, Problem, ProblemKind, VmState, VmStatus,
+};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::devices::{DeviceOpener, HostDevice};
+
+/// A request to the main loop.
+pub(super) enum Request {
+    PowerButton(Reply<()>),
+    Stop(String, Reply<()>),
+    Reset(String, Reply<()>),
+    Pause(Reply<()>),
+    Resume(Reply<()>),
+    Attach(Box<HostDevice>, Reply<()>),
+    Detach(DeviceId, Reply<()>),
+    Status(Reply<VmStatus>),
+}
+
+/// Where the answer to a request goes.
+pub(super) type Reply<T> = Sender<Result<T, Problem>>;
+
+/// Requests on their way to the main loop.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    pub(super) requests: Receiver<Request>,
+    pub(super) bell: EventFd,
+}
+
+struct Shared {
+    requests: Sender<Request>,
+    bell: EventFd,
+    events: Arc<EventLog>,
+    opener: DeviceOpener,
+    /// The last status that was seen, for those who ask after the end.
+    last_status: Mutex<VmStatus>,
+}
+
+/// A handle on a running VM.
+#[derive(Clone)]
+pub struct Control(Arc<Shared>);
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Control").finish_non_exhaustive()
+    }
+}
+
+impl Control {
+    /// A handle and the inbox that it fills. `status` is what is known before the VM runs.
+    pub(super) fn new(
+        events: Arc<EventLog>,
+        opener: DeviceOpener,
+        status: VmStatus,
+    ) -> std::io::Result<(Self, Inbox)> {
+        let (requests, inbox) = mpsc::channel();
+        let bell = EventFd::new(EFD_NONBLOCK)?;
+        let inbox = Inbox { requests: inbox, bell: bell.try_clone()? };
+        let shared = Shared { requests, bell, events, opener, last_status: Mutex::new(status) };
+        Ok((Control(Arc::new(shared)), inbox))
+    }
+
+    fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, Problem> {
+        let gone = || Problem::new(ProblemKind::Stopping, "the VM has ended or is about to");
+        let (reply, answer) = mpsc::channel();
+        self.0.requests.send(request(reply)).map_err(|_| gone())?;
+        // Fails only if the main loop has 2^64 requests to look at.
+        let _ = self.0.bell.write(1);
+        answer.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// The log of events, to be shared.
+    pub fn event_log(&self) -> &Arc<EventLog> {
+        &self.0.events
+    }
+}
+
+impl api::Vm for Control {
+    fn status(&self) -> VmStatus {
+        let mut last = match self.ask(Request::Status) {
+            Ok(status) => {
+                self.0.last_status.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&status);
+                return status;
+            }
+            Err(_) => self.0.last_status.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        };
+        last.state = VmState::Stopping;
+        last
+    }
+
+    fn power_button(&self) -> Result<(), Problem> {
+        self.ask(Request::PowerButton)
+    }
+
+    fn stop(&self, cause: &str) -> Result<(), Problem> {
+        match self.ask(|reply| Request::Stop(cause.to_owned(), reply)) {
+            Err(problem) if problem.kind == ProblemKind::Stopping => Ok(()),
+            result => result,
+        }
+    }
+
+    fn reset(&self) -> Result<(), Problem> {
+        self.ask(|reply| Request::Reset("administrator".to_owned(), reply))
+    }
+
+    fn pause(&self) -> Result<(), Problem> {
+        self.ask(Request::Pause)
+    }
+
+    fn resume(&self) -> Result<(), Problem> {
+        self.ask(Request::Resume)
+    }
+
+    fn attach_disk(&self, disk: DiskConfig) -> Result<DiskStatus, Problem> {
+        let device = self.0.opener.disk(disk, &self.status())?;
+        let status = device.disk_status();
+        self.ask(|reply| Request::Attach(Box::new(device), reply))?;
+        status.ok_or_else(|| Problem::new(ProblemKind::Internal, "a disk became something else"))
+    }
+
+    fn attach_net(&self, net: NetConfig) -> Result<NetStatus, Problem> {
+        let device = self.0.opener.net(net, &self.status())?;
+        let status = device.net_status();
+        self.ask(|reply| Request::Attach(Box::new(device), reply))?;
+        status.ok_or_else(|| Problem::new(ProblemKind::Internal, "a network card became something else"))
+    }
+
+    fn detach(&self, id: &DeviceId) -> Result<(), Problem> {
+        self.ask(|reply| Request::Detach(id.clone(), reply))
+    }
+
+    fn events(&self) -> &EventLog {
+        &self.0.events
+    }
+}

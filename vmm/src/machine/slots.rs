@@ -1,0 +1,157 @@
+//! The devices of a machine: which device sits in which PCI slot, coming and going while the guest runs.
+//!
+//! ```text
+//!   attach()   put on the bus ─► PCIU bit, GED interrupt ─► guest enumerates, its driver sets DRIVER_OK   (Active)
+//!   detach()   PCID bit, GED interrupt ─► guest unbinds its driver, writes EJ ─► ejected()
+//!              ─► taken off the bus, drained ─► collect(): name and slot are free again
+//! ```
+//!
+//! The guest may refuse or never answer a removal: the device then stays, in state `removing`, and works on.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::control::{ControlError, DeviceState, DeviceStatus};
+use super::devices::{DeviceKind, HostDevice};
+use super::signals::{Signals, SlotSignals};
+use crate::layout::AddressRange;
+use crate::pci::{PciBus, PciError};
+use crate::transport::{BAR_SIZE, TransportError, VirtioPci};
+use crate::vm::Vm;
+use virtio_core::GuestMemory;
+
+/// A device on the bus.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) id: String,
+    pub(super) kind: DeviceKind,
+    pub(super) state: DeviceState,
+    transport: Arc<VirtioPci>,
+}
+
+/// All slots of a machine.
+#[derive(Debug)]
+pub(super) struct Slots {
+    bus: Arc<PciBus>,
+    window: AddressRange,
+    slots: BTreeMap<u8, Slot>,
+    /// Off the bus, but requests are still in flight.
+    leaving: Vec<Slot>,
+}
+
+/// A device cannot be put on the bus.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// The bus is full.
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    /// The transport cannot be made.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+}
+
+impl Slots {
+    /// Slots on `bus`; `window` is the host bridge's window for 64-bit BARs.
+    pub(super) fn new(bus: Arc<PciBus>, window: AddressRange) -> Self {
+        Slots { bus, window, slots: BTreeMap::new(), leaving: Vec::new() }
+    }
+
+    /// Puts a device into the lowest free slot; returns its number.
+    pub(super) fn insert(
+        &mut self,
+        vm: &Arc<Vm>,
+        memory: &GuestMemory,
+        signals: &Arc<Signals>,
+        device: HostDevice,
+    ) -> Result<u8, SlotError> {
+        let slot = self.bus.free_slot()?;
+        let address = self.window.start + u64::from(slot) * BAR_SIZE;
+        let events = Arc::new(SlotSignals { slot, signals: signals.clone() });
+        let HostDevice { id, kind, device } = device;
+        let transport = Arc::new(VirtioPci::new(vm.clone(), memory.clone(), device, address, events)?);
+        self.bus.insert(slot, transport.clone())?;
+        self.slots.insert(slot, Slot { id, kind, state: DeviceState::Attached, transport });
+        Ok(slot)
+    }
+
+    pub(super) fn get_mut(&mut self, slot: u8) -> Option<&mut Slot> {
+        self.slots.get_mut(&slot)
+    }
+
+    /// Slot and device of a name.
+    pub(super) fn find(&mut self, id: &str) -> Result<(u8, &mut Slot), ControlError> {
+        let found = self.slots.iter_mut().find(|(_, slot)| slot.id == id);
+        found.map(|(&number, slot)| (number, slot)).ok_or_else(|| ControlError::NoDevice(id.to_owned()))
+    }
+
+    /// Whether a device of that name exists, even if only its last requests are still in flight.
+    pub(super) fn has(&self, id: &str) -> bool {
+        self.slots.values().chain(&self.leaving).any(|slot| slot.id == id)
+    }
+
+    /// The guest let go of a slot: takes its device off the bus and begins to drain it. True if there was one.
+    pub(super) fn eject(&mut self, slot: u8) -> bool {
+        let Some(device) = self.slots.remove(&slot) else { return false };
+        self.bus.remove(slot);
+        device.transport.stop();
+        self.leaving.push(device);
+        true
+    }
+
+    /// Whether a device is still draining.
+    pub(super) fn is_draining(&self) -> bool {
+        !self.leaving.is_empty()
+    }
+
+    /// Ends devices that have drained; returns their names.
+    pub(super) fn collect(&mut self) -> Vec<String> {
+        let (gone, leaving) = std::mem::take(&mut self.leaving).into_iter().partition(|slot| slot.transport.is_idle());
+        self.leaving = leaving;
+        gone.into_iter().map(|slot: Slot| slot.id).collect()
+    }
+
+    /// Begins to stop all devices. vCPUs must not run any more.
+    pub(super) fn stop_all(&mut self) {
+        for slot in self.slots.values() {
+            slot.transport.stop();
+        }
+    }
+
+    /// Whether all devices stand still after [`Self::stop_all`]; otherwise the name of one that does not.
+    pub(super) fn busy(&self) -> Option<&str> {
+        let slots = self.slots.values().chain(&self.leaving);
+        slots.into_iter().find(|slot| !slot.transport.is_idle()).map(|slot| slot.id.as_str())
+    }
+
+    /// Takes all devices out, in the order of their slots, for the next machine.
+    pub(super) fn into_devices(mut self) -> Vec<HostDevice> {
+        let slots = std::mem::take(&mut self.slots);
+        for &slot in slots.keys() {
+            self.bus.remove(slot);
+        }
+        slots
+            .into_values()
+            .filter_map(|Slot { id, kind, transport, .. }| {
+                let transport = Arc::into_inner(transport)?;
+                Some(HostDevice { id, kind, device: transport.into_device() })
+            })
+            .collect()
+    }
+
+    pub(super) fn status(&self) -> Vec<DeviceStatus> {
+        self.slots
+            .iter()
+            .map(|(&number, slot)| DeviceStatus {
+                id: slot.id.clone(),
+                kind: slot.kind,
+                address: address_of(number),
+                state: slot.state,
+            })
+            .collect()
+    }
+}
+
+/// Domain, bus, device and function as Linux writes them.
+pub(super) fn address_of(slot: u8) -> String {
+    format!("0000:00:{slot:02x}.0")
+}
