@@ -12,3 +12,5 @@ pub mod pci;
 pub mod transport;
 pub mod vcpu;
 pub mod vm;
+
+pub mod console;
