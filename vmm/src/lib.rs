@@ -14,3 +14,4 @@ pub mod vcpu;
 pub mod vm;
 
 pub mod console;
+pub mod platform;
