@@ -16,14 +16,18 @@
 mod build;
 mod control;
 mod devices;
+mod disk;
 mod run;
 mod signals;
 mod slots;
 
 use std::io;
+use std::sync::Arc;
+use std::time::Instant;
 
-pub use control::{Control, ControlError, DeviceState, DeviceStatus, Event, EventKind, EventLog, VmState, VmStatus};
-pub use devices::{DeviceKind, HostDevice};
+use api::{ByteSize, EventKind, EventLog, ExitReason, VmState, VmStatus};
+
+pub use control::Control;
 pub use slots::SlotError;
 
 use crate::boot::{BootError, BootFiles, Kernel};
@@ -36,34 +40,6 @@ use crate::vm::KvmError;
 
 /// The main loop of the VM.
 type MainLoop = event_manager::EventManager<Subscriber>;
-
-/// Why a VM ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ExitReason {
-    /// The guest switched itself off.
-    PoweredOff,
-    /// The guest rebooted, and the configuration says to stop then.
-    Rebooted,
-    /// The guest's kernel reported a panic.
-    Panicked,
-    /// A vCPU could not go on: triple fault, or an error of KVM.
-    Faulted(VcpuFault),
-    /// It was switched off by request.
-    Stopped,
-}
-
-impl std::fmt::Display for ExitReason {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            ExitReason::PoweredOff => formatter.write_str("the guest powered off"),
-            ExitReason::Rebooted => formatter.write_str("the guest rebooted (power.on-reboot = \"stop\")"),
-            ExitReason::Panicked => formatter.write_str("the guest crashed: its kernel reported a panic"),
-            ExitReason::Faulted(fault @ VcpuFault::TripleFault { .. }) => write!(formatter, "the guest crashed: {fault}"),
-            ExitReason::Faulted(fault) => fault.fmt(formatter),
-            ExitReason::Stopped => formatter.write_str("the VM was stopped"),
-        }
-    }
-}
 
 /// A VM cannot be started or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +86,9 @@ pub enum MachineError {
     /// The main loop cannot go on.
     #[error("the main loop cannot go on: {0}")]
     MainLoop(String),
+    /// KVM cannot run the guest any further.
+    #[error("the guest cannot go on")]
+    Vcpu(#[source] VcpuFault),
     /// A device does not come to rest.
     #[error("device `{id}` still has requests in flight {seconds} seconds after the guest was stopped")]
     Busy {
@@ -132,7 +111,31 @@ struct Parts {
     ram: Ram,
     kernel: Kernel,
     consoles: devices::Consoles,
-    events: EventLog,
+    events: Arc<EventLog>,
+    started: Instant,
+}
+
+impl Parts {
+    /// The VM's status as far as it does not depend on the machine.
+    fn initial_status(&self) -> VmStatus {
+        initial_status(&self.config)
+    }
+}
+
+/// What is known of a VM before it runs.
+fn initial_status(config: &VmConfig) -> VmStatus {
+    VmStatus {
+        name: config.name.clone(),
+        state: VmState::Starting,
+        pid: std::process::id(),
+        uptime_seconds: 0,
+        resets: 0,
+        cpus: config.cpus.count,
+        memory: config.memory.size,
+        disks: Vec::new(),
+        nets: Vec::new(),
+        last_event: 0,
+    }
 }
 
 /// A VM whose parts are all open, ready to run.
@@ -149,6 +152,7 @@ impl Vm {
     /// # Errors
     /// Something is missing, forbidden or in use. What was opened is closed again.
     pub fn open(config: VmConfig) -> Result<Self, MachineError> {
+        let started = Instant::now();
         let kernel = Kernel::open(BootFiles {
             kernel: config.boot.kernel.clone(),
             initrd: config.boot.initrd.clone(),
@@ -166,11 +170,13 @@ impl Vm {
             prefault: config.memory.prefault,
         })?;
         let mut main_loop = MainLoop::new().map_err(|error| MachineError::MainLoop(error.to_string()))?;
-        let events = EventLog::new();
-        let (control, inbox) = Control::new(events.clone()).map_err(MachineError::system("create an eventfd"))?;
+        let events = Arc::new(EventLog::new());
+        let opener = devices::DeviceOpener { vm: config.name.clone() };
+        let (control, inbox) = Control::new(events.clone(), opener.clone(), initial_status(&config))
+            .map_err(MachineError::system("create an eventfd"))?;
         let consoles = devices::Consoles::open(&config, &mut main_loop, &control)?;
-        let devices = devices::open_all(&config, &main_loop, &consoles)?;
-        let parts = Parts { config, ram, kernel, consoles: consoles.clone(), events };
+        let devices = devices::open_all(&config, &opener, &main_loop.remote_endpoint(), &consoles)?;
+        let parts = Parts { config, ram, kernel, consoles: consoles.clone(), events, started };
         let session = run::Session::new(parts, main_loop, inbox)?;
         Ok(Vm { session, devices, control, consoles })
     }
@@ -187,8 +193,12 @@ impl Vm {
     pub fn run(self) -> Result<ExitReason, MachineError> {
         let Vm { session, devices, control, consoles } = self;
         drop(control);
+        let events = session.events();
         let result = session.run(devices);
         consoles.flush();
+        if let Ok(reason) = &result {
+            events.record(EventKind::Stopped { reason: reason.clone() });
+        }
         result
     }
 }

@@ -1,21 +1,20 @@
 //! The main loop: one guest life after the other, until it switches itself off or is switched off.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use api::{DeviceId, DeviceState, EventKind, EventLog, ExitReason, Problem, ProblemKind, VmState, VmStatus};
 use event_manager::{EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::build::{self, Machine};
-use super::control::{ControlError, DeviceState, EventKind, Inbox, Reply, Request, VmState, VmStatus};
+use super::control::{Inbox, Reply, Request};
 use super::devices::HostDevice;
 use super::signals::{Signal, Signals};
-use super::slots::address_of;
-use super::{ExitReason, MachineError, MainLoop, Parts};
+use super::{MachineError, MainLoop, Parts};
 use crate::config::{OnCrash, OnReboot};
-use crate::vcpu::Gate;
+use crate::vcpu::{Gate, VcpuFault};
 
 /// How often a draining device is looked at.
 const DRAIN_PERIOD: Duration = Duration::from_millis(5);
@@ -23,12 +22,18 @@ const DRAIN_PERIOD: Duration = Duration::from_millis(5);
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
 /// How a guest's life ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 enum End {
+    /// It switched itself off.
     PowerOff,
-    Reset,
-    Crash(ExitReason),
-    Stop,
+    /// It was reset, by whom.
+    Reset(String),
+    /// It crashed, how.
+    Crash(String),
+    /// KVM could not go on.
+    Fault(VcpuFault),
+    /// It was switched off, why.
+    Stop(String),
 }
 
 /// Wakes the main loop; its only content is that it was rung.
@@ -51,7 +56,7 @@ pub(super) struct Session {
     parts: Parts,
     main_loop: MainLoop,
     inbox: Inbox,
-    reboots: u64,
+    resets: u64,
     state: VmState,
 }
 
@@ -59,7 +64,12 @@ impl Session {
     pub(super) fn new(parts: Parts, mut main_loop: MainLoop, inbox: Inbox) -> Result<Self, MachineError> {
         let bell = inbox.bell.try_clone().map_err(MachineError::system("create the main loop's bell"))?;
         main_loop.add_subscriber(Box::new(Bell(bell)));
-        Ok(Session { parts, main_loop, inbox, reboots: 0, state: VmState::Running })
+        Ok(Session { parts, main_loop, inbox, resets: 0, state: VmState::Running })
+    }
+
+    /// The log of the VM.
+    pub(super) fn events(&self) -> Arc<EventLog> {
+        self.parts.events.clone()
     }
 
     /// Runs the guest until its end.
@@ -70,20 +80,23 @@ impl Session {
             let signals = Arc::new(Signals::new(gate.clone(), bell));
             let mut machine = build::build(&mut self.parts, &signals, gate, devices)?;
             self.state = VmState::Running;
-            self.parts.events.add(EventKind::Booted);
+            if self.resets == 0 {
+                self.parts.events.record(EventKind::Started);
+            }
             machine.vcpus.resume();
             let end = self.serve(&mut machine, &signals);
             devices = self.tear_down(machine)?;
-            let end = end?;
-            tracing::debug!(?end, "the guest's life ended");
             let power = &self.parts.config.power;
-            match end {
-                End::PowerOff => return Ok(ExitReason::PoweredOff),
-                End::Stop => return Ok(ExitReason::Stopped),
-                End::Reset if power.on_reboot == OnReboot::Stop => return Ok(ExitReason::Rebooted),
-                End::Crash(reason) if power.on_crash == OnCrash::Stop => return Ok(reason),
-                End::Reset | End::Crash(_) => self.reboots += 1,
-            }
+            let cause = match end? {
+                End::PowerOff => return Ok(ExitReason::PowerOff),
+                End::Stop(cause) => return Ok(ExitReason::Stopped { cause }),
+                End::Fault(fault) => return Err(MachineError::Vcpu(fault)),
+                End::Reset(_) if power.on_reboot == OnReboot::Stop => return Ok(ExitReason::Reboot),
+                End::Crash(cause) if power.on_crash == OnCrash::Stop => return Ok(ExitReason::Crash { cause }),
+                End::Reset(cause) | End::Crash(cause) => cause,
+            };
+            self.resets += 1;
+            self.parts.events.record(EventKind::Reset { cause });
             self.parts.ram.clear()?;
         }
     }
@@ -104,7 +117,7 @@ impl Session {
                 }
             }
             for id in machine.slots.collect() {
-                self.parts.events.add(EventKind::DeviceRemoved { id });
+                self.parts.events.record(EventKind::DeviceRemoved { id });
             }
         }
     }
@@ -121,38 +134,33 @@ impl Session {
     fn signal(&mut self, machine: &mut Machine, signal: Signal) -> Option<End> {
         let events = &self.parts.events;
         match signal {
-            Signal::PowerOff => {
-                events.add(EventKind::PoweredOff);
-                return Some(End::PowerOff);
-            }
-            Signal::Reset => {
-                events.add(EventKind::Rebooting);
-                return Some(End::Reset);
-            }
-            Signal::Panic => {
-                events.add(EventKind::Crashed { reason: "kernel panic".to_owned() });
-                return Some(End::Crash(ExitReason::Panicked));
-            }
-            Signal::Fault(fault) => {
-                events.add(EventKind::Crashed { reason: fault.to_string() });
-                return Some(End::Crash(ExitReason::Faulted(fault)));
-            }
+            Signal::PowerOff => return Some(End::PowerOff),
+            Signal::Reset => return Some(End::Reset("guest".to_owned())),
+            Signal::Panic => return Some(End::Crash("kernel panic".to_owned())),
+            // The guest is about to dump itself, and resets afterwards.
+            Signal::CrashKernel => tracing::warn!("the guest's kernel panicked and starts its crash kernel"),
+            Signal::Fault(fault @ VcpuFault::TripleFault { .. }) => return Some(End::Crash(fault.to_string())),
+            Signal::Fault(fault) => return Some(End::Fault(fault)),
             Signal::Ejected(slot) => {
                 machine.slots.eject(slot);
             }
             Signal::Active(slot) => {
                 if let Some(device) = machine.slots.get_mut(slot) {
                     device.state = DeviceState::Active;
-                    events.add(EventKind::DeviceActive { id: device.id.clone() });
+                    events.record(EventKind::DeviceActive { id: device.id.clone() });
                 }
             }
             Signal::NeedsReset(slot, reason) => {
                 if let Some(device) = machine.slots.get_mut(slot) {
-                    device.state = DeviceState::NeedsReset;
-                    events.add(EventKind::DeviceNeedsReset { id: device.id.clone(), reason });
+                    device.state = DeviceState::Failed;
+                    events.record(EventKind::DeviceFailed { id: device.id.clone(), reason });
                 }
             }
-            Signal::DebugLine(text) => events.add(EventKind::DebugLine { text }),
+            Signal::DebugLine(text, since_start) => {
+                let microseconds = u64::try_from(since_start.as_micros()).unwrap_or(u64::MAX);
+                tracing::info!(microseconds, text, "debug port");
+                events.record(EventKind::DebugLine { text, microseconds });
+            }
         }
         None
     }
@@ -160,27 +168,39 @@ impl Session {
     fn request(&mut self, machine: &mut Machine, request: Request) -> Option<End> {
         let events = &self.parts.events;
         match request {
-            Request::PowerButton => {
-                events.add(EventKind::PowerButton);
-                self.state = VmState::ShuttingDown;
+            Request::PowerButton(reply) if self.state == VmState::Paused => {
+                let problem = Problem::new(ProblemKind::Conflict, "the VM is paused and cannot see its power button");
+                answer(reply, Err(problem.remedy("resume it first")));
+            }
+            Request::PowerButton(reply) => {
+                events.record(EventKind::PowerButtonPressed);
                 machine.press_power_button();
+                answer(reply, Ok(()));
             }
-            Request::Stop => return Some(End::Stop),
-            Request::Reset => {
-                events.add(EventKind::Rebooting);
-                return Some(End::Reset);
+            Request::Stop(cause, reply) => {
+                answer(reply, Ok(()));
+                return Some(End::Stop(cause));
             }
-            Request::Pause if self.state != VmState::Paused => {
-                machine.vcpus.pause();
-                self.state = VmState::Paused;
-                events.add(EventKind::Paused);
+            Request::Reset(cause, reply) => {
+                answer(reply, Ok(()));
+                return Some(End::Reset(cause));
             }
-            Request::Resume if self.state == VmState::Paused => {
-                machine.vcpus.resume();
-                self.state = VmState::Running;
-                events.add(EventKind::Resumed);
+            Request::Pause(reply) => {
+                if self.state != VmState::Paused {
+                    machine.vcpus.pause();
+                    self.state = VmState::Paused;
+                    events.record(EventKind::Paused);
+                }
+                answer(reply, Ok(()));
             }
-            Request::Pause | Request::Resume => {}
+            Request::Resume(reply) => {
+                if self.state == VmState::Paused {
+                    machine.vcpus.resume();
+                    self.state = VmState::Running;
+                    events.record(EventKind::Resumed);
+                }
+                answer(reply, Ok(()));
+            }
             Request::Attach(device, reply) => answer(reply, self.attach(machine, *device)),
             Request::Detach(id, reply) => answer(reply, self.detach(machine, &id)),
             Request::Status(reply) => answer(reply, Ok(self.status(machine))),
@@ -188,42 +208,44 @@ impl Session {
         None
     }
 
-    fn attach(&self, machine: &mut Machine, device: HostDevice) -> Result<String, ControlError> {
+    fn attach(&self, machine: &mut Machine, device: HostDevice) -> Result<(), Problem> {
         let id = device.id.clone();
         if machine.slots.has(&id) {
-            return Err(ControlError::DuplicateDevice(id));
+            let message = format!("the VM has a device `{id}` already");
+            return Err(Problem::new(ProblemKind::Conflict, message).about(&id).remedy("choose another id"));
         }
-        let slot = machine
-            .insert(&self.parts, device)
-            .map_err(|source| ControlError::Attach { id: id.clone(), source: Box::new(source) })?;
+        let slot = machine.insert(&self.parts, device).map_err(|error| {
+            Problem::new(ProblemKind::Exhausted, format!("cannot attach `{id}`: {error}")).about(&id)
+        })?;
         machine.announce(slot);
-        self.parts.events.add(EventKind::DeviceAttached { id });
-        Ok(address_of(slot))
+        self.parts.events.record(EventKind::DeviceAttached { id });
+        Ok(())
     }
 
-    fn detach(&self, machine: &mut Machine, id: &str) -> Result<(), ControlError> {
-        let (number, slot) = machine.slots.find(id)?;
+    fn detach(&self, machine: &mut Machine, id: &DeviceId) -> Result<(), Problem> {
+        let (number, slot) = machine.slots.find(id).ok_or_else(|| {
+            let problem = Problem::new(ProblemKind::NotFound, format!("the VM has no device `{id}`"));
+            problem.about(id).remedy("`smsvmm vm status` lists the devices")
+        })?;
         if !slot.kind.is_removable() {
-            return Err(ControlError::NotRemovable(id.to_owned()));
+            let message = format!("`{id}` belongs to the platform and cannot be removed");
+            return Err(Problem::new(ProblemKind::Conflict, message).about(id));
         }
         slot.state = DeviceState::Removing;
         machine.ask_back(number);
-        self.parts.events.add(EventKind::DeviceRemoving { id: id.to_owned() });
+        self.parts.events.record(EventKind::DeviceRemoving { id: id.clone() });
         Ok(())
     }
 
     fn status(&self, machine: &Machine) -> VmStatus {
-        let counters = machine.vcpus.counters();
-        let exits = [&counters.ports, &counters.mmio, &counters.other];
         VmStatus {
-            name: self.parts.config.name.to_string(),
             state: self.state,
-            cpus: self.parts.config.cpus.count,
-            memory: self.parts.ram.size(),
-            uptime_seconds: self.parts.events.start().elapsed().as_secs(),
-            reboots: self.reboots,
-            exits: exits.into_iter().map(|counter| counter.load(Ordering::Relaxed)).sum(),
-            devices: machine.slots.status(),
+            uptime_seconds: self.parts.started.elapsed().as_secs(),
+            resets: self.resets,
+            disks: machine.slots.disks(),
+            nets: machine.slots.nets(),
+            last_event: self.parts.events.last(),
+            ..self.parts.initial_status()
         }
     }
 
@@ -234,7 +256,7 @@ impl Session {
         let started = Instant::now();
         while let Some(id) = machine.slots.busy() {
             if started.elapsed() > DRAIN_LIMIT {
-                return Err(MachineError::Busy { id: id.to_owned(), seconds: DRAIN_LIMIT.as_secs() });
+                return Err(MachineError::Busy { id: id.to_string(), seconds: DRAIN_LIMIT.as_secs() });
             }
             // Devices on the main loop leave it by a message to it.
             self.turn(1)?;
@@ -243,7 +265,7 @@ impl Session {
     }
 }
 
-fn answer<T>(reply: Reply<T>, result: Result<T, ControlError>) {
+fn answer<T>(reply: Reply<T>, result: Result<T, Problem>) {
     // Nobody waits any more if the caller has gone; then nobody wants to know.
     let _ = reply.send(result);
 }

@@ -4,9 +4,11 @@
 //! present life the gate is closed first: no vCPU enters the guest again before the main loop has decided what comes next.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::platform::{GuestPanic, PlatformEvents};
 use crate::transport::TransportEvents;
 use crate::vcpu::{Gate, VcpuEvents, VcpuFault};
 
@@ -17,6 +19,8 @@ pub(super) enum Signal {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// The guest's kernel panicked and starts its crash kernel.
+    CrashKernel,
     /// The guest's kernel reported a panic.
     Panic,
     /// A vCPU cannot go on.
@@ -27,8 +31,8 @@ pub(super) enum Signal {
     Active(u8),
     /// The device in a slot stopped because of its driver.
     NeedsReset(u8, String),
-    /// A line on the debug port.
-    DebugLine(String),
+    /// A line on the debug port, and the time since the VM was started.
+    DebugLine(String, Duration),
 }
 
 /// The way from any thread to the main loop.
@@ -61,9 +65,34 @@ impl Signals {
         let _ = self.bell.write(1);
     }
 
+    pub(super) fn debug_line(&self, text: &str, since_start: Duration) {
+        self.give(Signal::DebugLine(text.to_owned(), since_start));
+    }
+
     /// Takes all waiting signals, in order.
     pub(super) fn take(&self) -> Vec<Signal> {
         std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl PlatformEvents for Signals {
+    fn power_off(&self) {
+        self.give(Signal::PowerOff);
+    }
+
+    fn reset(&self) {
+        self.give(Signal::Reset);
+    }
+
+    fn guest_panic(&self, panic: GuestPanic) {
+        self.give(match panic {
+            GuestPanic::Panicked => Signal::Panic,
+            GuestPanic::CrashKernelStarts => Signal::CrashKernel,
+        });
+    }
+
+    fn eject(&self, slot: u8) {
+        self.give(Signal::Ejected(slot));
     }
 }
 

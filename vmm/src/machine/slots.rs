@@ -11,8 +11,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::control::{ControlError, DeviceState, DeviceStatus};
-use super::devices::{DeviceKind, HostDevice};
+use api::{DeviceId, DeviceState, DiskStatus, NetStatus};
+
+use super::devices::{HostDevice, Kind};
 use super::signals::{Signals, SlotSignals};
 use crate::layout::AddressRange;
 use crate::pci::{PciBus, PciError};
@@ -21,16 +22,14 @@ use crate::vm::Vm;
 use virtio_core::GuestMemory;
 
 /// A device on the bus.
-#[derive(Debug)]
 pub(super) struct Slot {
-    pub(super) id: String,
-    pub(super) kind: DeviceKind,
+    pub(super) id: DeviceId,
+    pub(super) kind: Kind,
     pub(super) state: DeviceState,
     transport: Arc<VirtioPci>,
 }
 
 /// All slots of a machine.
-#[derive(Debug)]
 pub(super) struct Slots {
     bus: Arc<PciBus>,
     window: AddressRange,
@@ -79,14 +78,14 @@ impl Slots {
     }
 
     /// Slot and device of a name.
-    pub(super) fn find(&mut self, id: &str) -> Result<(u8, &mut Slot), ControlError> {
-        let found = self.slots.iter_mut().find(|(_, slot)| slot.id == id);
-        found.map(|(&number, slot)| (number, slot)).ok_or_else(|| ControlError::NoDevice(id.to_owned()))
+    pub(super) fn find(&mut self, id: &DeviceId) -> Option<(u8, &mut Slot)> {
+        let found = self.slots.iter_mut().find(|(_, slot)| slot.id == *id);
+        found.map(|(&number, slot)| (number, slot))
     }
 
     /// Whether a device of that name exists, even if only its last requests are still in flight.
-    pub(super) fn has(&self, id: &str) -> bool {
-        self.slots.values().chain(&self.leaving).any(|slot| slot.id == id)
+    pub(super) fn has(&self, id: &DeviceId) -> bool {
+        self.slots.values().chain(&self.leaving).any(|slot| slot.id == *id)
     }
 
     /// The guest let go of a slot: takes its device off the bus and begins to drain it. True if there was one.
@@ -104,7 +103,7 @@ impl Slots {
     }
 
     /// Ends devices that have drained; returns their names.
-    pub(super) fn collect(&mut self) -> Vec<String> {
+    pub(super) fn collect(&mut self) -> Vec<DeviceId> {
         let (gone, leaving) = std::mem::take(&mut self.leaving).into_iter().partition(|slot| slot.transport.is_idle());
         self.leaving = leaving;
         gone.into_iter().map(|slot: Slot| slot.id).collect()
@@ -118,9 +117,9 @@ impl Slots {
     }
 
     /// Whether all devices stand still after [`Self::stop_all`]; otherwise the name of one that does not.
-    pub(super) fn busy(&self) -> Option<&str> {
+    pub(super) fn busy(&self) -> Option<&DeviceId> {
         let slots = self.slots.values().chain(&self.leaving);
-        slots.into_iter().find(|slot| !slot.transport.is_idle()).map(|slot| slot.id.as_str())
+        slots.into_iter().find(|slot| !slot.transport.is_idle()).map(|slot| &slot.id)
     }
 
     /// Takes all devices out, in the order of their slots, for the next machine.
@@ -138,20 +137,13 @@ impl Slots {
             .collect()
     }
 
-    pub(super) fn status(&self) -> Vec<DeviceStatus> {
-        self.slots
-            .iter()
-            .map(|(&number, slot)| DeviceStatus {
-                id: slot.id.clone(),
-                kind: slot.kind,
-                address: address_of(number),
-                state: slot.state,
-            })
-            .collect()
+    /// All disks, in the order of their slots.
+    pub(super) fn disks(&self) -> Vec<DiskStatus> {
+        self.slots.values().filter_map(|slot| slot.kind.disk_status(slot.state)).collect()
     }
-}
 
-/// Domain, bus, device and function as Linux writes them.
-pub(super) fn address_of(slot: u8) -> String {
-    format!("0000:00:{slot:02x}.0")
+    /// All network cards, in the order of their slots.
+    pub(super) fn nets(&self) -> Vec<NetStatus> {
+        self.slots.values().filter_map(|slot| slot.kind.net_status(slot.state)).collect()
+    }
 }

@@ -1,0 +1,213 @@
+//! Opens what the configuration names, and makes devices of it: disks, network cards, entropy, consoles.
+//!
+//! A [`HostDevice`] is a device that no machine has yet, or has no more: it holds the host's side (image, tap, passt) and
+//! survives reboots. The same [`DeviceOpener`] serves the start of the VM and later requests to attach.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::{
+    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, NetBackend as NetKind, NetConfig, NetStatus, Problem, ProblemKind,
+    VmName, VmStatus,
+};
+use event_manager::SubscriberOps;
+use virtio_core::VirtioDevice;
+
+use super::MachineError;
+use crate::config::{ConsoleSpec, VmConfig};
+use crate::console::{self, ConsoleHandle};
+use crate::devices::event_loop::EventLoop;
+use crate::devices::net::{Net, NetBackend, NetError, NetOptions, PasstOptions};
+use crate::devices::rng::Rng;
+use crate::devices::virtio_console::VirtioConsole;
+
+/// What a device is, with what is told of it in the VM's status.
+#[derive(Debug, Clone)]
+pub(super) enum Kind {
+    /// A disk of `size` bytes.
+    Disk { config: Box<DiskConfig>, size: u64 },
+    /// A network card.
+    Net { config: Box<NetConfig> },
+    /// The entropy source.
+    Rng,
+    /// The virtio console.
+    Console,
+}
+
+/// A device that can be put into a machine.
+pub(super) struct HostDevice {
+    pub(super) id: DeviceId,
+    pub(super) kind: Kind,
+    pub(super) device: Box<dyn VirtioDevice>,
+}
+
+impl HostDevice {
+    /// As a disk that has just been attached, if it is one.
+    pub(super) fn disk_status(&self) -> Option<DiskStatus> {
+        self.kind.disk_status(DeviceState::Attached)
+    }
+
+    /// As a network card that has just been attached, if it is one.
+    pub(super) fn net_status(&self) -> Option<NetStatus> {
+        self.kind.net_status(DeviceState::Attached)
+    }
+}
+
+impl Kind {
+    pub(super) fn disk_status(&self, state: DeviceState) -> Option<DiskStatus> {
+        let Kind::Disk { config, size } = self else { return None };
+        Some(DiskStatus { config: (**config).clone(), state, size: ByteSize::from_bytes(*size) })
+    }
+
+    pub(super) fn net_status(&self, state: DeviceState) -> Option<NetStatus> {
+        let Kind::Net { config } = self else { return None };
+        Some(NetStatus { config: (**config).clone(), state })
+    }
+
+    /// Whether an administrator may take it out of a running VM.
+    pub(super) fn is_removable(&self) -> bool {
+        matches!(self, Kind::Disk { .. } | Kind::Net { .. })
+    }
+}
+
+/// Opens disks and network cards for a VM.
+#[derive(Debug, Clone)]
+pub(super) struct DeviceOpener {
+    /// Name of the VM, from which MAC addresses are derived.
+    pub(super) vm: VmName,
+}
+
+impl DeviceOpener {
+    /// Opens a disk for a running VM: fills in what is not given.
+    pub(super) fn disk(&self, mut config: DiskConfig, status: &VmStatus) -> Result<HostDevice, Problem> {
+        config.id = free_id(config.id, "disk", status);
+        config.check().map_err(|(key, error)| Problem::new(ProblemKind::Invalid, format!("{key} {error}")))?;
+        let id = config.id.clone();
+        self.open_disk(config).map_err(|error| problem(&id, &error))
+    }
+
+    /// Opens a network card for a running VM: fills in what is not given.
+    pub(super) fn net(&self, mut config: NetConfig, status: &VmStatus) -> Result<HostDevice, Problem> {
+        config.id = free_id(config.id, "net", status);
+        config.mac = Some(config.mac_or_derived(self.vm.as_str()));
+        config.check().map_err(|(key, error)| Problem::new(ProblemKind::Invalid, format!("{key} {error}")))?;
+        if let Some(other) = status.nets.iter().find(|other| other.config.mac == config.mac) {
+            let message = format!("network card `{}` has the same MAC address", other.config.id);
+            return Err(Problem::new(ProblemKind::Conflict, message).about(&config.id));
+        }
+        let id = config.id.clone();
+        self.open_net(config).map_err(|error| problem(&id, &error))
+    }
+
+    fn open_disk(&self, config: DiskConfig) -> Result<HostDevice, storage_virtualizer::virtio_blk::OpenError> {
+        let (device, size) = super::disk::open(&config)?;
+        Ok(HostDevice { id: config.id.clone(), kind: Kind::Disk { config: Box::new(config), size }, device })
+    }
+
+    fn open_net(&self, config: NetConfig) -> Result<HostDevice, NetError> {
+        let backend = match (config.backend, &config.tap) {
+            (NetKind::Tap, Some(tap)) => NetBackend::open_tap(tap.as_str(), u16::from(config.queues))?,
+            (NetKind::Tap, None) => return Err(NetError::Options("backend tap needs the key `tap`".to_owned())),
+            (NetKind::User, _) => {
+                let mut options = PasstOptions::new(config.mac_or_derived(self.vm.as_str()));
+                options.forward.clone_from(&config.forward);
+                options.mtu = config.mtu;
+                NetBackend::start_passt(&options)?
+            }
+        };
+        let device = Net::new(backend, NetOptions::from_config(&config, self.vm.as_str()))?;
+        Ok(HostDevice { id: config.id.clone(), kind: Kind::Net { config: Box::new(config) }, device: Box::new(device) })
+    }
+}
+
+/// `id`, or the first free one with `prefix` if it is unassigned.
+fn free_id(id: DeviceId, prefix: &str, status: &VmStatus) -> DeviceId {
+    let taken = |id: &DeviceId| {
+        status.disks.iter().any(|disk| disk.config.id == *id) || status.nets.iter().any(|net| net.config.id == *id)
+    };
+    if id.is_unassigned() { DeviceId::first_free(prefix, taken) } else { id }
+}
+
+/// The whole chain of an error in one line, as a problem of the host.
+fn problem(id: &DeviceId, error: &dyn std::error::Error) -> Problem {
+    let mut text = format!("cannot open `{id}`: {error}");
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    Problem::new(ProblemKind::Host, text).about(id)
+}
+
+/// The consoles of a VM.
+#[derive(Debug, Clone)]
+pub(super) struct Consoles {
+    serial: ConsoleHandle,
+    virtio: Option<ConsoleHandle>,
+}
+
+/// How long pending console output may take to go out when the VM has ended.
+const FLUSH_LIMIT: Duration = Duration::from_secs(5);
+
+impl Consoles {
+    /// Opens the consoles that the configuration names and puts them on the main loop.
+    pub(super) fn open(config: &VmConfig, main_loop: &mut super::MainLoop, control: &super::Control) -> Result<Self, MachineError> {
+        let mut open = |spec: &ConsoleSpec, name: &str| -> Result<ConsoleHandle, MachineError> {
+            let (handle, service) = console::open(name, spec, config.console.escape, Arc::new(control.clone()))?;
+            if let Some(service) = service {
+                main_loop.add_subscriber(service);
+            }
+            Ok(handle)
+        };
+        let serial = open(&config.console.serial, "serial")?;
+        let virtio = config.console.virtio.as_ref().map(|spec| open(spec, "virtio")).transpose()?;
+        Ok(Consoles { serial, virtio })
+    }
+
+    /// Where COM1 leads.
+    pub(super) fn serial(&self) -> ConsoleHandle {
+        self.serial.clone()
+    }
+
+    /// Writes out what is pending.
+    pub(super) fn flush(&self) {
+        for console in [Some(&self.serial), self.virtio.as_ref()].into_iter().flatten() {
+            let lost = console.flush(FLUSH_LIMIT);
+            if lost > 0 {
+                tracing::warn!(bytes = lost, "console output could not be written before the end");
+            }
+        }
+    }
+}
+
+/// Opens all devices that the configuration names.
+pub(super) fn open_all(
+    config: &VmConfig,
+    opener: &DeviceOpener,
+    event_loop: &EventLoop,
+    consoles: &Consoles,
+) -> Result<Vec<HostDevice>, MachineError> {
+    let device = |id: &DeviceId| {
+        let id = id.to_string();
+        move |source: Box<dyn std::error::Error + Send + Sync>| MachineError::Device { id, source }
+    };
+    let mut devices = Vec::new();
+    for disk in &config.disks {
+        devices.push(opener.open_disk(disk.clone()).map_err(|error| device(&disk.id)(error.into()))?);
+    }
+    for net in &config.nets {
+        devices.push(opener.open_net(net.clone()).map_err(|error| device(&net.id)(error.into()))?);
+    }
+    let mut internal = |id: &str, kind, device| {
+        if let Ok(id) = id.parse() {
+            devices.push(HostDevice { id, kind, device });
+        }
+    };
+    if config.rng {
+        internal("rng", Kind::Rng, Box::new(Rng::new(event_loop.clone())) as Box<dyn VirtioDevice>);
+    }
+    if let Some(console) = &consoles.virtio {
+        internal("console", Kind::Console, Box::new(VirtioConsole::new(event_loop.clone(), console.clone())));
+    }
+    Ok(devices)
+}
