@@ -1,2 +1,118 @@
-//! Set-up, test, demo and bench commands of the project.
-fn main() {}
+//! Set-up, test, demo and bench commands of the project: `cargo xtask help`.
+
+mod apt;
+mod debian;
+mod host;
+mod images;
+mod kernels;
+mod recipe;
+mod setup;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use lab::{Lab, Network};
+
+/// The project's own commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Make the images from Debian packages: guest kernels, test initrd, lab host, full Debian guest
+    Setup {
+        /// Ask Debian's servers for newer packages first
+        #[arg(long)]
+        refresh: bool,
+        /// Leave out the full Debian guest, which only the demo needs
+        #[arg(long)]
+        without_debian: bool,
+    },
+    /// Run a command in a lab host that sees a folder at the same path
+    Lab(LabArguments),
+}
+
+#[derive(Args)]
+struct LabArguments {
+    /// Processors of the host
+    #[arg(long, default_value_t = 1)]
+    smp: u8,
+    /// Memory of the host in MiB
+    #[arg(long, default_value_t = 3072)]
+    memory: u32,
+    /// Time passes with the instructions executed, so that figures repeat
+    #[arg(long)]
+    icount: bool,
+    /// Join the network of all labs that name it; needs --host-id
+    #[arg(long)]
+    net: Option<String>,
+    /// Number on the network: the host has the address 10.9.0.N
+    #[arg(long, default_value_t = 0)]
+    host_id: u8,
+    /// Seconds until the lab is ended
+    #[arg(long, default_value_t = 600)]
+    timeout: u64,
+    /// Copy this file or folder of DIR back after the run
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// A raw image as one more disk: /dev/vdd
+    #[arg(long)]
+    disk: Vec<PathBuf>,
+    /// Boot the host instead of using its saved state
+    #[arg(long)]
+    boot: bool,
+    /// The folder that the host sees
+    dir: PathBuf,
+    /// A bash script; a shell on this terminal when left out
+    command: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Task::Setup {
+            refresh,
+            without_debian,
+        } => setup::run(&setup::Options {
+            refresh,
+            debian: !without_debian,
+        })
+        .map(|()| ExitCode::SUCCESS),
+        Task::Lab(arguments) => in_lab(arguments),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn in_lab(arguments: LabArguments) -> Result<ExitCode> {
+    let network = arguments.net.map_or(Network::Isolated, Network::Segment);
+    let mut builder = Lab::builder()
+        .cpus(arguments.smp)
+        .memory_mib(arguments.memory)
+        .deterministic(arguments.icount)
+        .network(network)
+        .host_id(arguments.host_id)
+        .share(&arguments.dir)
+        .fresh(arguments.boot);
+    for disk in arguments.disk {
+        builder = builder.disk(disk);
+    }
+    let mut lab = builder.start()?;
+    let status = match arguments.command {
+        Some(command) => lab.run_streaming(&command, Duration::from_secs(arguments.timeout), host::show)?,
+        None => lab.run_on_terminal("exec bash -i")?,
+    };
+    if let Some(path) = arguments.out {
+        let to = arguments.dir.join(&path);
+        lab.fetch(&path, to.parent().unwrap_or(&arguments.dir))?;
+    }
+    Ok(u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from))
+}

@@ -1,0 +1,501 @@
+//! The emulated machine: QEMU's command line, its life, and the conversation with process 1 of the host.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Signal, set_parent_process_death_signal};
+use serde_json::json;
+
+use crate::ports::{Lines, Waiting};
+use crate::qmp::Qmp;
+use crate::saved::Saved;
+use crate::{Builder, Cache, Network, Toolbox, quote};
+
+/// Extra disks that a host can be given: it has that many free hot-plug ports.
+pub(crate) const EXTRA_DISKS: usize = 2;
+
+/// An AMD processor with nested paging, as the emulator can offer it.
+const PROCESSOR: &str = "EPYC-Rome,+svm,+npt";
+
+/// `tsc=reliable no_timer_check`: the emulator's clocks drift against each other when this machine is busy.
+const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet mitigations=off nokaslr tsc=reliable no_timer_check \
+     random.trust_cpu=on audit=0 nmi_watchdog=0 nowatchdog";
+
+/// Where a host begins.
+pub(crate) enum Start<'a> {
+    /// At power-on; with its memory in a file if its state is to be saved.
+    Boot { memory_file: Option<&'a Path> },
+    /// At a saved state.
+    Restore(&'a Saved),
+}
+
+/// A running QEMU. Dropping it kills it.
+pub(crate) struct Machine {
+    child: Child,
+    qmp: Qmp,
+    control: UnixStream,
+    lines: Lines,
+    data: UnixStream,
+    terminal: UnixStream,
+    console: File,
+    complaints: File,
+}
+
+impl Machine {
+    /// Starts the host and returns when it takes commands.
+    pub(crate) fn start(cache: &Cache, builder: &Builder, share: &Path, start: Start<'_>) -> Result<Self> {
+        // Only needed until QEMU has opened everything; then nothing is left to clean up.
+        let folder = tempfile::Builder::new().prefix("lab.").tempdir()?;
+        let console_path = folder.path().join("console");
+        let console = File::create_new(&console_path).and_then(|_| File::open(&console_path))?;
+        let complaints_path = folder.path().join("complaints");
+        let complaints_writer = File::create_new(&complaints_path)?;
+        let mut complaints = File::open(&complaints_path)?;
+        let [control, data, terminal, monitor] =
+            ["control", "data", "terminal", "monitor"].map(|name| Waiting::new(folder.path(), name));
+        let (control, data, terminal, monitor) = (control?, data?, terminal?, monitor?);
+
+        let mut command = Toolbox::open(cache)?.command("qemu-system-x86_64");
+        hardware(&mut command, cache, builder, share)?;
+        command.args([
+            "-chardev",
+            &control.chardev("control"),
+            "-chardev",
+            &data.chardev("data"),
+        ]);
+        command.args([
+            "-chardev",
+            &terminal.chardev("terminal"),
+            "-chardev",
+            &monitor.chardev("monitor"),
+        ]);
+        command.args([
+            "-device",
+            "virtio-serial-pci,max_ports=8",
+            "-device",
+            "virtconsole,chardev=terminal,nr=0",
+        ]);
+        command.args(["-device", "virtserialport,chardev=data,nr=1"]);
+        command.args(["-device", "virtserialport,chardev=control,nr=2"]);
+        command.args(["-mon", "chardev=monitor,mode=control"]);
+        command
+            .arg("-chardev")
+            .arg(format!("file,id=console,path={}", console_path.display()));
+        command.args(["-serial", "chardev:console"]);
+        let memory = match &start {
+            Start::Boot { memory_file } => memory_file.map(|file| (file, "on")),
+            Start::Restore(saved) => Some((saved.memory.as_path(), "off")),
+        };
+        if let Some((file, shared)) = memory {
+            let size = builder.memory_mib;
+            command
+                .args(["-machine", "memory-backend=memory", "-object"])
+                .arg(format!(
+                    "memory-backend-file,id=memory,size={size}M,mem-path={},share={shared}",
+                    file.display()
+                ));
+        }
+        if matches!(start, Start::Restore(_)) {
+            command.args(["-incoming", "defer"]);
+        }
+        command
+            .stdout(complaints_writer.try_clone()?)
+            .stderr(complaints_writer);
+        let mut child = spawn(&mut command)?;
+        let connected = (|| {
+            let monitor = monitor.connected(&mut child)?;
+            Ok((
+                monitor,
+                control.connected(&mut child)?,
+                data.connected(&mut child)?,
+                terminal.connected(&mut child)?,
+            ))
+        })();
+        let (monitor, control, data, terminal) = match connected {
+            Ok(all) => all,
+            Err(error) => {
+                end(&mut child);
+                return Err::<Self, anyhow::Error>(error).context(tail(&mut complaints));
+            }
+        };
+        for stream in [&control, &data, &terminal] {
+            stream.set_nonblocking(true)?;
+        }
+        let qmp = Qmp::new(monitor).inspect_err(|_| end(&mut child))?;
+        let mut machine = Self {
+            child,
+            qmp,
+            control,
+            lines: Lines::default(),
+            data,
+            terminal,
+            console,
+            complaints,
+        };
+        match start {
+            Start::Restore(saved) => machine.restore(saved)?,
+            Start::Boot { .. } => {
+                let line = machine.control_line(builder.start_timeout)?;
+                if !line.starts_with("ready") {
+                    bail!(machine.autopsy(&format!("the lab host says: {line}")));
+                }
+            }
+        }
+        Ok(machine)
+    }
+
+    fn restore(&mut self, saved: &Saved) -> Result<()> {
+        self.ignore_shared_memory()?;
+        let uri = format!("exec:cat {}", quote(&saved.state));
+        self.qmp.execute("migrate-incoming", &json!({ "uri": uri }))?;
+        self.qmp.wait_for_migration(Duration::from_secs(60))?;
+        self.qmp.execute("cont", &json!({}))?;
+        Ok(())
+    }
+
+    /// Writes the machine's state, without its memory, which lies in its file already. The machine stays stopped.
+    pub(crate) fn save(&mut self, state: &Path) -> Result<()> {
+        self.qmp.execute("stop", &json!({}))?;
+        self.ignore_shared_memory()?;
+        let uri = format!("exec:cat > {}", quote(state));
+        self.qmp.execute("migrate", &json!({ "uri": uri }))?;
+        self.qmp.wait_for_migration(Duration::from_secs(120))?;
+        self.qmp.execute("quit", &json!({}))?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    fn ignore_shared_memory(&mut self) -> Result<()> {
+        let capabilities = json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] });
+        self.qmp.execute("migrate-set-capabilities", &capabilities)?;
+        Ok(())
+    }
+
+    /// Plugs a raw image as a disk; what is written to it goes to a temporary file.
+    pub(crate) fn plug_disk(&mut self, index: usize, image: &Path) -> Result<()> {
+        let image = std::path::absolute(image)?;
+        let drive = format!(
+            "if=none,id=extra-drive{index},format=raw,file.locking=off,snapshot=on,file={}",
+            image.display()
+        );
+        let said = self.qmp.execute(
+            "human-monitor-command",
+            &json!({ "command-line": format!("drive_add 0 {drive}") }),
+        )?;
+        if said.as_str().map(str::trim) != Some("OK") {
+            bail!("QEMU cannot open {}: {said}", image.display());
+        }
+        let device = json!({
+            "driver": "virtio-blk-pci", "drive": format!("extra-drive{index}"), "id": format!("extra-disk{index}"),
+            "bus": format!("extra{index}"),
+        });
+        self.qmp.execute("device_add", &device)?;
+        Ok(())
+    }
+
+    /// Sends one line to the host.
+    pub(crate) fn request(&mut self, line: &str) -> Result<()> {
+        let end = Instant::now() + Duration::from_secs(60);
+        let mut rest = format!("{line}\n").into_bytes();
+        while !rest.is_empty() {
+            match self.control.write(&rest) {
+                Ok(count) => drop(rest.drain(..count)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                Err(error) => return Err(error).context(self.autopsy("the lab host takes no command")),
+            }
+        }
+        Ok(())
+    }
+
+    /// The host's next line.
+    pub(crate) fn control_line(&mut self, limit: Duration) -> Result<String> {
+        let end = Instant::now() + limit;
+        loop {
+            if let Some(line) = self.lines.next() {
+                return Ok(line);
+            }
+            self.wait(&[(&self.control, PollFlags::IN)], end, limit)?;
+            if !self.lines.fill(&self.control)? {
+                bail!(self.autopsy("the lab host ended"));
+            }
+        }
+    }
+
+    /// Sends a request, feeds input, hands over output, and returns the exit status that the host tells.
+    pub(crate) fn converse(
+        &mut self,
+        request: &str,
+        input: &[u8],
+        limit: Duration,
+        mut sink: impl FnMut(&[u8]),
+    ) -> Result<i32> {
+        let end = Instant::now() + limit;
+        self.request(request)?;
+        let mut rest = input;
+        let mut chunk = vec![0; 256 << 10];
+        loop {
+            let wanted = if rest.is_empty() {
+                PollFlags::IN
+            } else {
+                PollFlags::IN | PollFlags::OUT
+            };
+            self.wait(
+                &[(&self.control, PollFlags::IN), (&self.data, wanted)],
+                end,
+                limit,
+            )?;
+            if !rest.is_empty() {
+                let count = ignore_would_block(self.data.write(rest))?;
+                rest = rest.get(count..).unwrap_or_default();
+            }
+            drain(&mut self.data, &mut chunk, &mut sink)?;
+            if !self.lines.fill(&self.control)? {
+                bail!(self.autopsy("the lab host ended"));
+            }
+            while let Some(line) = self.lines.next() {
+                if let Some(status) = line.strip_prefix("exit ") {
+                    // A write of the host is done when QEMU has put it into the socket: all output is here now.
+                    drain(&mut self.data, &mut chunk, &mut sink)?;
+                    return status.trim().parse().context("the lab host told no exit status");
+                }
+            }
+        }
+    }
+
+    /// Runs a script on the host's terminal with this process's terminal connected to it.
+    pub(crate) fn terminal(&mut self, script: &str) -> Result<i32> {
+        let stdin = std::io::stdin();
+        let size = rustix::termios::tcgetwinsize(&stdin).map_or((24, 80), |size| (size.ws_row, size.ws_col));
+        let before = rustix::termios::tcgetattr(&stdin).context("the standard input is no terminal")?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        rustix::termios::tcsetattr(&stdin, rustix::termios::OptionalActions::Now, &raw)?;
+        let result = self.relay_terminal(&format!(
+            "tty {} {} {}",
+            crate::ports::base64(script.as_bytes()),
+            size.0,
+            size.1
+        ));
+        rustix::termios::tcsetattr(&stdin, rustix::termios::OptionalActions::Now, &before)?;
+        result
+    }
+
+    fn relay_terminal(&mut self, request: &str) -> Result<i32> {
+        self.request(request)?;
+        let stdin = std::io::stdin();
+        let mut chunk = vec![0; 64 << 10];
+        let mut show = |bytes: &[u8]| {
+            let mut out = std::io::stdout();
+            drop(out.write_all(bytes).and_then(|()| out.flush()));
+        };
+        loop {
+            let mut fds = [
+                PollFd::new(&self.control, PollFlags::IN),
+                PollFd::new(&self.terminal, PollFlags::IN),
+                PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN),
+            ];
+            poll(&mut fds, None)?;
+            let typed = !fds[2].revents().is_empty();
+            if typed {
+                let count = rustix::io::read(&stdin, &mut chunk)?;
+                self.terminal.set_nonblocking(false)?;
+                self.terminal.write_all(chunk.get(..count).unwrap_or_default())?;
+                self.terminal.set_nonblocking(true)?;
+            }
+            drain(&mut self.terminal, &mut chunk, &mut show)?;
+            if !self.lines.fill(&self.control)? {
+                bail!(self.autopsy("the lab host ended"));
+            }
+            while let Some(line) = self.lines.next() {
+                if let Some(status) = line.strip_prefix("exit ") {
+                    drain(&mut self.terminal, &mut chunk, &mut show)?;
+                    return status.trim().parse().context("the lab host told no exit status");
+                }
+            }
+        }
+    }
+
+    /// Waits until one of the sockets is ready. When the time is over, the machine is killed.
+    fn wait(&self, sockets: &[(&UnixStream, PollFlags)], end: Instant, limit: Duration) -> Result<()> {
+        let left = end.saturating_duration_since(Instant::now());
+        let mut fds: Vec<PollFd<'_>> = sockets
+            .iter()
+            .map(|(socket, flags)| PollFd::new(*socket, *flags))
+            .collect();
+        let timeout = Timespec::try_from(left).ok();
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(0) => {
+                let _gone = rustix::process::kill_process(pid(&self.child)?, Signal::KILL);
+                let console = self
+                    .console
+                    .try_clone()
+                    .map(|mut file| tail(&mut file))
+                    .unwrap_or_default();
+                bail!("the lab was ended: no result within {limit:?}. The end of its console:\n{console}");
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// What happened, with what QEMU and the host's kernel said last.
+    fn autopsy(&mut self, what: &str) -> String {
+        let state = match self.child.try_wait() {
+            Ok(Some(status)) => format!("QEMU ended: {status}"),
+            _ => "QEMU still runs".to_owned(),
+        };
+        format!(
+            "{what} ({state})\n{}\n{}",
+            tail(&mut self.complaints),
+            tail(&mut self.console)
+        )
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+/// What a saved state depends on besides the images.
+pub(crate) fn description(builder: &Builder) -> String {
+    let Builder {
+        cpus,
+        deterministic,
+        memory_mib,
+        ..
+    } = builder;
+    format!("1 {PROCESSOR} {KERNEL_COMMAND_LINE} {cpus} {deterministic} {memory_mib} {EXTRA_DISKS}")
+}
+
+fn hardware(command: &mut Command, cache: &Cache, builder: &Builder, share: &Path) -> Result<()> {
+    let image = cache.image("lab")?;
+    // One thread for all processors: with one each, QEMU 7.2 can hang where a kernel patches its own code.
+    let thread = if builder.deterministic || builder.cpus > 1 {
+        "single"
+    } else {
+        "multi"
+    };
+    command.args([
+        "-M",
+        "q35",
+        "-cpu",
+        PROCESSOR,
+        "-accel",
+        &format!("tcg,thread={thread},tb-size=512"),
+    ]);
+    command.args([
+        "-smp",
+        &builder.cpus.to_string(),
+        "-m",
+        &builder.memory_mib.to_string(),
+    ]);
+    command.args(["-display", "none", "-nodefaults", "-no-user-config", "-no-reboot"]);
+    if builder.deterministic {
+        command.args(["-icount", "shift=0,sleep=off"]);
+    }
+    command
+        .arg("-kernel")
+        .arg(image.join("vmlinux"))
+        .arg("-initrd")
+        .arg(image.join("initrd"));
+    command.args(["-append", KERNEL_COMMAND_LINE]);
+    disk(command, "root", &image.join("root.ext4"), "readonly=on");
+    disk(command, "share", share, "cache=unsafe");
+    disk(
+        command,
+        "images",
+        &cache.image("lab-images")?.join("images.ext4"),
+        "readonly=on",
+    );
+    for port in 0..EXTRA_DISKS {
+        command.args([
+            "-device",
+            &format!("pcie-root-port,id=extra{port},chassis={}", port + 1),
+        ]);
+    }
+    let net = match &builder.network {
+        Network::Isolated => "user,id=net,restrict=on".to_owned(),
+        Network::Segment(name) => {
+            let key = crate::Key::new().with(name).number();
+            let (group, port) = ((key >> 8) & 0xff, 20_000 + ((key >> 16) & 0x7fff));
+            format!("socket,id=net,mcast=239.255.83.{group}:{port},localaddr=127.0.0.1")
+        }
+    };
+    command.args([
+        "-netdev",
+        &net,
+        "-device",
+        "virtio-net-pci,netdev=net,romfile=,rombar=0",
+    ]);
+    Ok(())
+}
+
+fn disk(command: &mut Command, id: &str, image: &Path, options: &str) {
+    let drive = format!(
+        "file={},format=raw,if=none,id={id},file.locking=off,{options}",
+        image.display()
+    );
+    command.args(["-drive", &drive, "-device", &format!("virtio-blk-pci,drive={id}")]);
+}
+
+/// Starts a child that ends with this thread.
+fn spawn(command: &mut Command) -> Result<Child> {
+    // SAFETY: between fork and exec only the prctl system call is made, which is async-signal-safe and allocates nothing.
+    unsafe {
+        command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+    }
+    command
+        .spawn()
+        .with_context(|| format!("cannot start {}", command.get_program().display()))
+}
+
+fn end(child: &mut Child) {
+    let _already_gone = child.kill();
+    let _reaped = child.wait();
+}
+
+fn pid(child: &Child) -> Result<rustix::process::Pid> {
+    let raw = i32::try_from(child.id())?;
+    rustix::process::Pid::from_raw(raw).context("the child has no process number")
+}
+
+fn drain(stream: &mut UnixStream, chunk: &mut [u8], sink: &mut impl FnMut(&[u8])) -> Result<()> {
+    loop {
+        match ignore_would_block(stream.read(chunk))? {
+            0 => return Ok(()),
+            count => sink(chunk.get(..count).unwrap_or_default()),
+        }
+    }
+}
+
+fn ignore_would_block(result: std::io::Result<usize>) -> std::io::Result<usize> {
+    match result {
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(0),
+        other => other,
+    }
+}
+
+/// The last 3000 bytes of a file.
+fn tail(file: &mut File) -> String {
+    let mut bytes = Vec::new();
+    let length = file.metadata().map_or(0, |data| data.len());
+    let read = file
+        .seek(SeekFrom::Start(length.saturating_sub(3000)))
+        .and_then(|_| file.read_to_end(&mut bytes));
+    match read {
+        Ok(_) => String::from_utf8_lossy(&bytes).trim_end().to_owned(),
+        Err(error) => format!("(unreadable: {error})"),
+    }
+}

@@ -1,0 +1,136 @@
+//! Where a story is told: here, or in the lab by the same test program.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{Host, Story};
+
+/// Set for the test program in the lab.
+const INSIDE: &str = "SMSVMM_STORY_INSIDE";
+
+/// What the environment asks for, before looking at KVM.
+const PLACE: &str = "SMSVMM_STORIES";
+
+/// Variables that reach the test program in the lab.
+const PASSED_ON: [&str; 2] = ["SMSVMM_VMM", "RUST_LOG"];
+
+/// The name that the test runner knows a test by, from the type of a closure in it: `crate::module::test::{{closure}}`.
+pub(crate) fn test_name<F>() -> String {
+    let path = std::any::type_name::<F>();
+    let path = path.split("::{{closure}}").next().unwrap_or(path);
+    path.split_once("::").map_or(path, |(_, rest)| rest).to_owned()
+}
+
+/// Tells a story in the right place.
+pub(crate) fn tell(needs: &Story, name: &str, story: impl FnOnce(&Host) -> Result<()>) -> Result<()> {
+    if std::env::var_os(INSIDE).is_some() {
+        return story(&Host::new(PathBuf::from("/images"), program()?)?);
+    }
+    if kvm_is_good() {
+        let images = lab::Cache::locate().image("lab-images")?.join("links");
+        return story(&Host::new(images, program()?)?);
+    }
+    in_lab(needs, name)
+}
+
+/// Runs this test program for one test in a lab host.
+fn in_lab(needs: &Story, name: &str) -> Result<()> {
+    let begin = Instant::now();
+    let temporary = lab::Cache::locate().path("tmp");
+    fs::create_dir_all(&temporary)?;
+    let folder = tempfile::Builder::new().prefix("story.").tempdir_in(&temporary)?;
+    place(&std::env::current_exe()?, &folder.path().join("test"))?;
+    let program = program()?;
+    if program.exists() {
+        place(&program, &folder.path().join("smsvmm"))?;
+    }
+    let mut lab = needs.lab.clone().share(folder.path()).start()?;
+    let mut variables = format!("{INSIDE}=1 SMSVMM_BIN=$PWD/smsvmm RUST_BACKTRACE=0");
+    for variable in PASSED_ON {
+        if let Ok(value) = std::env::var(variable) {
+            variables.push_str(&format!(" {variable}={}", lab::quote(Path::new(&value))));
+        }
+    }
+    let command = format!("{variables} ./test --exact {name} --nocapture --include-ignored --test-threads=1");
+    let mut said = Vec::new();
+    let result = lab.run_streaming(&command, needs.limit, |bytes| said.extend_from_slice(bytes));
+    let said = String::from_utf8_lossy(&said).into_owned();
+    keep_log(name, &said);
+    println!(
+        "{said}\n({name}: {:.1} s with the lab)",
+        begin.elapsed().as_secs_f64()
+    );
+    match result {
+        Ok(0) if said.contains("1 passed") => Ok(()),
+        Ok(0) => bail!("the test program in the lab ran no test of this name"),
+        Ok(status) => bail!("it failed in the lab (exit status {status}); its output is above"),
+        Err(error) => Err(error.context("its output until then is above")),
+    }
+}
+
+/// The program under test.
+fn program() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("SMSVMM_BIN") {
+        return Ok(PathBuf::from(path));
+    }
+    // target/debug/deps/story-0123 -> target/debug/smsvmm
+    let test = std::env::current_exe()?;
+    let folder = test
+        .ancestors()
+        .nth(2)
+        .context("the test program is in no target folder")?;
+    Ok(folder.join("smsvmm"))
+}
+
+/// Whether virtual machines with stock kernels can run on this machine; asked once.
+fn kvm_is_good() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| match std::env::var(PLACE).as_deref() {
+        Ok("here") => true,
+        Ok("lab") => false,
+        _ => program().is_ok_and(|program| {
+            Command::new(program)
+                .args(["host", "check", "--json"])
+                .output()
+                .is_ok_and(|output| output.status.success())
+        }),
+    })
+}
+
+/// A file under another name: linked where possible, else copied.
+fn place(from: &Path, to: &Path) -> Result<()> {
+    if fs::hard_link(from, to).is_err() {
+        fs::copy(from, to).with_context(|| format!("cannot copy {}", from.display()))?;
+    }
+    Ok(())
+}
+
+/// Keeps what a story said, for whoever looks into a failure: `target/.../stories/NAME.log`.
+fn keep_log(name: &str, said: &str) {
+    let Ok(test) = std::env::current_exe() else { return };
+    let Some(target) = test.ancestors().nth(3) else {
+        return;
+    };
+    let folder = target.join("stories");
+    // Only a help for people; without it the test runner's output has the same.
+    drop(fs::create_dir_all(&folder).and_then(|()| fs::write(folder.join(format!("{name}.log")), said)));
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_test_runners_name_of_a_test_is_found() {
+        fn name_of<F: FnOnce()>(_: F) -> String {
+            super::test_name::<F>()
+        }
+        assert_eq!(
+            name_of(|| ()),
+            "place::tests::the_test_runners_name_of_a_test_is_found"
+        );
+    }
+}

@@ -1,0 +1,70 @@
+//! `cargo xtask setup`: everything that the tests and the demo need, from Debian packages, into the cache.
+//!
+//! Root is not needed, nothing is mounted or installed, and what is done is not done again. Interrupted, it goes on at the
+//! image that was being made.
+
+use anyhow::{Result, bail};
+use lab::{Cache, Toolbox};
+
+use crate::apt::Apt;
+use crate::recipe::Recipe;
+use crate::{debian, host, images, kernels};
+
+/// What to make.
+pub(crate) struct Options {
+    /// Ask for newer packages.
+    pub(crate) refresh: bool,
+    /// Make the full Debian guest too.
+    pub(crate) debian: bool,
+}
+
+/// Makes what is missing.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    require_programs()?;
+    let cache = Cache::locate();
+    let recipe = Recipe::load()?;
+    host::step(&format!("images in {}", cache.path("").display()));
+    let apt = Apt::open(&cache, &recipe, &recipe.toolbox.suite, options.refresh)?;
+    images::toolbox(&cache, &recipe, &apt)?;
+    let toolbox = Toolbox::open(&cache)?;
+    let mut made = Vec::new();
+    for kernel in &recipe.kernel {
+        let result = Apt::open(&cache, &recipe, &kernel.suite, options.refresh)
+            .and_then(|apt| kernels::make(&cache, &recipe, &apt, &toolbox, kernel));
+        match result {
+            Ok(image) => made.push((kernel.name.clone(), image)),
+            Err(error) if kernel.required => return Err(error),
+            Err(error) => host::step(&format!("without the kernel {}: {error:#}", kernel.name)),
+        }
+    }
+    images::lab_host(&cache, &recipe, &toolbox)?;
+    if options.debian {
+        let apt = Apt::open(&cache, &recipe, &recipe.debian.suite, options.refresh)?;
+        debian::make(&cache, &recipe, &toolbox, &apt)?;
+    }
+    images::lab_images(&cache, &toolbox, &made)?;
+    host::step("the images are ready");
+    Ok(())
+}
+
+/// The few programs that must be here before anything can be unpacked; every Debian system has them.
+fn require_programs() -> Result<()> {
+    let needed = [
+        ("apt-get", "apt"),
+        ("dpkg-deb", "dpkg"),
+        ("tar", "tar"),
+        ("perl", "perl"),
+    ];
+    let missing: Vec<&str> = needed
+        .iter()
+        .filter(|(program, _)| !host::has(program))
+        .map(|(_, package)| *package)
+        .collect();
+    if !missing.is_empty() {
+        bail!(
+            "programs are missing; install them with: sudo apt-get install {}",
+            missing.join(" ")
+        );
+    }
+    Ok(())
+}
