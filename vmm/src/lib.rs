@@ -7,6 +7,7 @@ pub mod layout;
 
 pub mod boot;
 pub mod config;
+pub mod host;
 pub mod memory;
 pub mod pci;
 pub mod transport;
