@@ -3,6 +3,7 @@
 pub mod bus;
 
 pub mod acpi;
+pub mod cpuid;
 pub mod layout;
 
 pub mod boot;

@@ -55,7 +55,7 @@ pub enum RealTimeClock {
 /// What the machine consists of, as far as ACPI describes it.
 #[derive(Debug, Clone, Copy)]
 pub struct AcpiInputs<'a> {
-    /// Local APIC id of each vCPU, by index. The boot CPU is the first.
+    /// Local APIC id of each vCPU, by index: [`crate::cpuid::Topology::apic_ids`]. The boot CPU is the first.
     pub apic_ids: &'a [u32],
     /// 64-bit window of the PCI host bridge, from [`layout::mmio64_window`]; the 32-bit window is [`layout::MMIO32`].
     pub mmio64: AddressRange,
