@@ -1,0 +1,93 @@
+//! Locks on open files, and who holds them.
+//!
+//! The lock is an "open file description" lock (fcntl(2)) over the whole file: it works on NFS, it meets the locks that
+//! QEMU takes on its images, and the kernel drops it with the last descriptor, however the process ends.
+
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// Locks all of `file`, for readers or for one writer; `false` if somebody holds a lock that excludes this one.
+pub(super) fn try_lock(file: &File, shared: bool) -> io::Result<bool> {
+    // SAFETY: all zeroes are a valid `flock`: from the start, to the end however far it moves, no process.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
+    lock.l_type = libc::c_short::try_from(kind).unwrap_or_default();
+    // SAFETY: `lock` lives during the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => Ok(false),
+        // A file system without locks (9p, some FUSE): nobody can hold one either.
+        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => {
+            tracing::warn!(%error, "the file system has no locks: nothing stops a second user of this file");
+            Ok(true)
+        }
+        _ => Err(error),
+    }
+}
+
+/// The process that holds a lock on the file of `metadata`, as `name (pid 123)`, if we are allowed to see it.
+///
+/// The kernel does not say who holds an open file description lock, so this looks which process has the file open with a
+/// lock.
+pub(super) fn holder(metadata: &Metadata) -> Option<String> {
+    find_process(|process, descriptor| {
+        let open = fs::metadata(process.join("fd").join(descriptor)).ok()?;
+        if (open.dev(), open.ino()) != (metadata.dev(), metadata.ino()) {
+            return None;
+        }
+        let information = fs::read_to_string(process.join("fdinfo").join(descriptor)).ok()?;
+        information.contains("lock:").then_some(())
+    })
+}
+
+/// The process that has the block device at `path` open, or its mount point.
+pub(super) fn block_device_holder(path: &Path) -> Option<String> {
+    let number = fs::metadata(path).ok()?.rdev();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let wanted = format!("{}:{}", libc::major(number), libc::minor(number));
+    let mount = mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        (fields.nth(2) == Some(&wanted)).then(|| fields.nth(1)).flatten()
+    });
+    if let Some(mount) = mount {
+        return Some(format!("the file system mounted on {mount}"));
+    }
+    find_process(|process, descriptor| {
+        let open = fs::metadata(process.join("fd").join(descriptor)).ok()?;
+        (open.rdev() == number).then_some(())
+    })
+}
+
+/// The first process with a descriptor for which `matches` holds.
+fn find_process(matches: impl Fn(&Path, &str) -> Option<()>) -> Option<String> {
+    for process in fs::read_dir("/proc").ok()?.flatten() {
+        let name = process.file_name();
+        let Some(pid) = name
+            .to_str()
+            .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
+        else {
+            continue;
+        };
+        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else {
+            continue;
+        };
+        for descriptor in descriptors.flatten() {
+            if descriptor
+                .file_name()
+                .to_str()
+                .and_then(|number| matches(&process.path(), number))
+                .is_some()
+            {
+                let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+                return Some(format!("{} (pid {pid})", command.trim()));
+            }
+        }
+    }
+    None
+}

@@ -1,0 +1,211 @@
+//! Regular files and block devices of the host.
+
+mod lock;
+mod open;
+mod range_lock;
+mod transfer;
+mod zero;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::buffer::{IoBuf, list};
+use crate::device::{BlockDevice, Durability, Geometry, ZeroMode};
+use crate::error::{IoCause, IoError, Operation};
+use crate::worker::{Call, Request};
+
+pub use open::{Cache, OpenError, OpenOptions};
+
+use open::{Alignment, Kind, Opened};
+use range_lock::RangeLock;
+
+/// A regular file or a block device of the host, open as a disk.
+///
+/// Can be shared by workers. Requests are made by tasks of a [`crate::Worker`].
+#[derive(Debug)]
+pub struct HostDevice {
+    file: File,
+    name: Arc<str>,
+    kind: Kind,
+    alignment: Alignment,
+    geometry: Geometry,
+    size: AtomicU64,
+    discard: bool,
+    /// See [`IoCause::EarlierFlushFailed`].
+    flush_failed: AtomicBool,
+    /// What the file system turned out to be unable to do.
+    no_punch: AtomicBool,
+    no_zero_range: AtomicBool,
+    /// Writes in flight, where writes may be read-modify-writes.
+    writes: RangeLock,
+}
+
+impl HostDevice {
+    /// Opens the file or block device at `path`.
+    ///
+    /// # Errors
+    /// It does not exist, is of another kind, may not be opened, or is in use.
+    pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        let Opened {
+            file,
+            kind,
+            alignment,
+            geometry,
+        } = open::open(path, options)?;
+        Ok(Self {
+            file,
+            name: path.to_string_lossy().into(),
+            kind,
+            alignment,
+            size: AtomicU64::new(geometry.size),
+            geometry,
+            discard: options.discard,
+            flush_failed: AtomicBool::new(false),
+            no_punch: AtomicBool::new(false),
+            no_zero_range: AtomicBool::new(false),
+            writes: RangeLock::default(),
+        })
+    }
+
+    /// The path that it was opened with, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether requests go past the host's page cache.
+    pub fn is_direct(&self) -> bool {
+        self.alignment != Alignment::NONE
+    }
+
+    /// Looks at the size again, after the file or device was grown or shrunk; returns it in bytes.
+    ///
+    /// # Errors
+    /// The operating system does not tell.
+    pub fn refresh_size(&self) -> io::Result<u64> {
+        let size = open::size(&self.file, self.kind)?;
+        let size = size - size % u64::from(self.geometry.logical_block);
+        self.size.store(size, Ordering::Release);
+        Ok(size)
+    }
+
+    /// Whether a flush failed, so that flushes and durable writes are refused.
+    pub fn flush_has_failed(&self) -> bool {
+        self.flush_failed.load(Ordering::Relaxed)
+    }
+
+    /// An administrator knows of the failed flush and wants to go on.
+    pub fn acknowledge_flush_failure(&self) {
+        self.flush_failed.store(false, Ordering::Relaxed);
+    }
+
+    fn error(&self, operation: Operation, offset: u64, length: u64, cause: impl Into<IoCause>) -> IoError {
+        IoError::new(&self.name, operation, offset, length, cause)
+    }
+
+    /// Refuses what no device does; cheap.
+    #[inline]
+    fn check(&self, operation: Operation, offset: u64, length: u64) -> Result<(), IoError> {
+        let size = self.size.load(Ordering::Relaxed);
+        let block = self.geometry.logical_block;
+        let cause = if offset.checked_add(length).is_none_or(|end| end > size) {
+            IoCause::OutOfRange { size }
+        } else if (offset | length) & u64::from(block - 1) != 0 {
+            IoCause::Misaligned { block }
+        } else if self.geometry.read_only && operation != Operation::Read {
+            IoCause::ReadOnly
+        } else {
+            return Ok(());
+        };
+        Err(self.error(operation, offset, length, cause))
+    }
+
+    fn request(&self, call: Call) -> Request {
+        Request {
+            file: self.file.as_raw_fd(),
+            call,
+        }
+    }
+}
+
+impl BlockDevice for HostDevice {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            size: self.size.load(Ordering::Acquire),
+            ..self.geometry
+        }
+    }
+
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    async fn read(&self, offset: u64, buffers: &[IoBuf]) -> Result<(), IoError> {
+        let length = list::total_length(buffers);
+        self.check(Operation::Read, offset, length)?;
+        if length == 0 {
+            return Ok(());
+        }
+        if self.suits(offset, buffers) {
+            self.read_aligned(offset, buffers, length).await
+        } else {
+            Box::pin(self.read_bounced(offset, buffers, length)).await
+        }
+    }
+
+    async fn write(&self, offset: u64, buffers: &[IoBuf], durability: Durability) -> Result<(), IoError> {
+        let length = list::total_length(buffers);
+        self.check(Operation::Write, offset, length)?;
+        if durability == Durability::Durable && self.flush_has_failed() {
+            return Err(self.error(Operation::Write, offset, length, IoCause::EarlierFlushFailed));
+        }
+        if length == 0 {
+            return Ok(());
+        }
+        if self.has_sub_blocks() {
+            Box::pin(self.write_excluding(offset, buffers, length, durability)).await
+        } else if self.suits(offset, buffers) {
+            self.write_aligned(offset, buffers, length, durability).await
+        } else {
+            Box::pin(self.write_bounced(offset, buffers, length, durability)).await
+        }
+    }
+
+    async fn flush(&self) -> Result<(), IoError> {
+        if self.geometry.read_only {
+            return Ok(());
+        }
+        if self.flush_has_failed() {
+            return Err(self.error(Operation::Flush, 0, 0, IoCause::EarlierFlushFailed));
+        }
+        match self.call(Call::Sync).await {
+            Ok(_) => Ok(()),
+            Err(cause) => {
+                self.flush_failed.store(true, Ordering::Relaxed);
+                Err(self.error(Operation::Flush, 0, 0, cause))
+            }
+        }
+    }
+
+    async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {
+        self.check(Operation::Discard, offset, length)?;
+        if self.discard && length != 0 {
+            self.discard_range(offset, length).await
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), IoError> {
+        self.check(Operation::WriteZeroes, offset, length)?;
+        if length == 0 {
+            Ok(())
+        } else {
+            Box::pin(self.zero_range(offset, length, mode)).await
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! The one block I/O interface of the storage stack, and the engines below it.
+//!
+//! Everything in smsvmm that reads or writes a disk does it through [`BlockDevice`]: the virtual devices above, the file
+//! system and the volume manager between, the devices at the bottom. The code of those layers is plain `async fn` over
+//! the trait; it knows no threads and no clocks, so that the same code runs on a [`Worker`] and in a simulator.
+//!
+//! ```text
+//!   virtio-blk, SCSI, NBD …            async fn over BlockDevice
+//!            │
+//!      BlockDevice: read, write (FUA), flush, discard, write_zeroes   on scatter lists of IoBuf: no copies
+//!            │
+//!        HostDevice                    a regular file or a block device: O_DIRECT, bounce, EOF, sticky flush errors
+//!            │
+//!         Worker                       one thread = one executor + one io_uring; or, where that is refused,
+//!            │                         one executor + epoll + a pool of blocking threads
+//!          kernel
+//! ```
+//!
+//! # Life of a request
+//!
+//! 1. A task of a worker calls [`BlockDevice::read`]. The first poll of its future puts one entry into the ring's submission
+//!    queue and returns `Pending`. No system call, no allocation, no lock.
+//! 2. When all tasks of the worker wait for something, one `io_uring_enter` submits all entries and sleeps until there
+//!    are completions. All of these wake their tasks, the tasks run, and so on.
+//! 3. The kernel owns the request's memory from 1 until the completion. A future that is dropped in between waits for its
+//!    completion first: see [`IoBuf`] for what the memory's owner promises.
+//!
+//! Devices are opened on any thread, but used only by tasks of a [`Worker`].
+
+mod buffer;
+mod device;
+mod error;
+mod host;
+mod worker;
+
+pub use buffer::{AlignedBuffer, IoBuf};
+pub use device::{BlockDevice, Durability, Geometry, ZeroMode};
+pub use error::{IoCause, IoError, Operation};
+pub use host::{Cache, HostDevice, OpenError, OpenOptions};
+pub use worker::{
+    EngineKind, EventSignal, EventWatch, Worker, WorkerError, WorkerHandle, WorkerOptions, spawn_local,
+};

@@ -1,0 +1,146 @@
+//! The two ways to have a request done: the kernel's ring, or threads that block in system calls.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::local::Shared;
+use super::pool::PoolEngine;
+use super::uring::UringEngine;
+
+/// One system call's worth of work on an open file, with everything that the kernel needs. The memory that it points to
+/// is kept alive by whoever awaits it; see `ops::Operation`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Request {
+    pub(crate) file: RawFd,
+    pub(crate) call: Call,
+}
+
+/// What to do with the file.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Call {
+    /// preadv2(2).
+    Read {
+        offset: u64,
+        buffers: *const libc::iovec,
+        count: u32,
+    },
+    /// pwritev2(2); `flags` are RWF_*.
+    Write {
+        offset: u64,
+        buffers: *const libc::iovec,
+        count: u32,
+        flags: i32,
+    },
+    /// fdatasync(2).
+    Sync,
+    /// fallocate(2).
+    Allocate { mode: i32, offset: u64, length: u64 },
+    /// ioctl(BLKDISCARD); the ring has no operation for it.
+    DiscardBlocks { offset: u64, length: u64 },
+}
+
+// SAFETY: a `Request` goes to a pool thread; the memory behind its pointers stays valid until the request has ended,
+// wherever it is executed (the contract of `IoBuf::new`).
+unsafe impl Send for Request {}
+
+/// Something has ended.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Completion {
+    /// A request; a negative `result` is an errno.
+    Operation { index: u32, result: i32 },
+    /// A watched eventfd was written; not `armed` any more means that the watch must be renewed.
+    Event { index: u32, result: i32, armed: bool },
+}
+
+/// Which engine a worker uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineKind {
+    /// io_uring.
+    Uring,
+    /// A pool of blocking threads.
+    Threads,
+}
+
+#[expect(clippy::large_enum_variant, reason = "there is one per worker")]
+pub(super) enum Engine {
+    Uring(UringEngine),
+    Threads(PoolEngine),
+}
+
+impl Engine {
+    pub(super) fn kind(&self) -> EngineKind {
+        match self {
+            Self::Uring(_) => EngineKind::Uring,
+            Self::Threads(_) => EngineKind::Threads,
+        }
+    }
+
+    /// Has `request` done; it completes as operation `index`.
+    pub(super) fn submit(&self, index: u32, request: &Request, shared: &Arc<Shared>) {
+        match (self, request.call) {
+            (Self::Threads(_), _) | (_, Call::DiscardBlocks { .. }) => {
+                super::pool::submit(index, *request, Arc::clone(shared));
+            }
+            (Self::Uring(engine), _) => engine.submit(index, request),
+        }
+    }
+
+    /// Watches `event` as number `index`.
+    pub(super) fn watch(&self, index: u32, event: &EventFd) {
+        match self {
+            Self::Uring(engine) => engine.watch(index, event.as_raw_fd()),
+            Self::Threads(engine) => engine.watch(index, event.as_raw_fd()),
+        }
+    }
+
+    /// Ends a watch. Says whether one more completion, not armed, will follow.
+    pub(super) fn unwatch(&self, index: u32, event: &EventFd) -> bool {
+        match self {
+            Self::Uring(engine) => {
+                engine.unwatch(index);
+                true
+            }
+            Self::Threads(engine) => {
+                engine.unwatch(event.as_raw_fd());
+                false
+            }
+        }
+    }
+
+    /// Arms watches for one event only from now on; says whether that is a change.
+    pub(super) fn without_multishot(&self) -> bool {
+        match self {
+            Self::Uring(engine) => engine.without_multishot(),
+            Self::Threads(_) => false,
+        }
+    }
+
+    /// Writes `event`, at the latest with the next [`Self::enter`].
+    pub(super) fn signal(&self, event: &EventFd) -> io::Result<()> {
+        match self {
+            Self::Uring(engine) => {
+                engine.signal(event.as_raw_fd());
+                Ok(())
+            }
+            Self::Threads(_) => event.write(1),
+        }
+    }
+
+    /// Hands everything prepared to the kernel; if `wait`, sleeps until there is a completion.
+    pub(super) fn enter(&self, wait: bool) {
+        match self {
+            Self::Uring(engine) => engine.enter(wait),
+            Self::Threads(engine) => engine.enter(wait),
+        }
+    }
+
+    pub(super) fn next_completion(&self) -> Option<Completion> {
+        match self {
+            Self::Uring(engine) => engine.next_completion(),
+            Self::Threads(engine) => engine.next_completion(),
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! Workers: threads that run tasks and do their I/O.
+//!
+//! A worker sleeps in the kernel when it has nothing to do, and is woken by a completion, by a watched eventfd, or by
+//! another thread that spawns a task on it. Nothing else wakes it.
+//!
+//! ```text
+//!   ┌─► take the inbox (tasks and wakes from other threads)
+//!   │   run all ready tasks: they prepare requests, add to rings of guests …
+//!   └── one io_uring_enter: submits everything prepared, and waits
+//! ```
+
+mod engine;
+mod events;
+mod local;
+mod ops;
+mod pool;
+mod uring;
+
+use std::future::Future;
+use std::io;
+use std::sync::{Arc, Once, mpsc};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::EventFd;
+
+pub use engine::EngineKind;
+pub(crate) use engine::{Call, Request};
+pub use events::{EventSignal, EventWatch};
+pub use local::spawn_local;
+pub(crate) use ops::Operation;
+
+use engine::Engine;
+use local::{Local, Shared};
+use pool::PoolEngine;
+use uring::UringEngine;
+
+/// Stack of a worker's thread. Tasks live on the heap, and nothing recurses.
+const STACK_SIZE: usize = 256 << 10;
+/// Forces an engine for every worker of the process: `threads` or `uring`.
+const ENGINE_VARIABLE: &str = "SMSVMM_IO_ENGINE";
+
+/// A worker could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The thread or one of its descriptors could not be made.
+    #[error("cannot start I/O worker {name}")]
+    Start {
+        /// Name of the worker.
+        name: String,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The worker was to use io_uring and nothing else.
+    #[error(
+        "I/O worker {name} cannot use io_uring (needs kernel 5.6 and /proc/sys/kernel/io_uring_disabled = 0)"
+    )]
+    Uring {
+        /// Name of the worker.
+        name: String,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+}
+
+/// How a worker runs.
+#[derive(Default)]
+pub struct WorkerOptions {
+    /// Uses this engine and no other. By default io_uring, and threads where it is refused; the environment variable
+    /// `SMSVMM_IO_ENGINE` (`uring` or `threads`) decides for all workers without an engine here.
+    pub engine: Option<EngineKind>,
+    /// Runs on the worker's thread when its ring and descriptors stand and before its first task: the place for a seccomp
+    /// filter, CPU affinity, scheduling. An error stops the start.
+    pub on_start: Option<Box<dyn FnOnce() -> io::Result<()> + Send>>,
+}
+
+impl std::fmt::Debug for WorkerOptions {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("WorkerOptions")
+            .field("engine", &self.engine)
+            .field("on_start", &self.on_start.is_some())
+            .finish()
+    }
+}
+
+/// A thread that runs tasks and does their I/O. Dropping it stops the thread: its tasks are dropped where they wait,
+/// requests in flight are waited for.
+#[derive(Debug)]
+pub struct Worker {
+    handle: WorkerHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Spawns tasks on a worker, from any thread. Does not keep the worker alive.
+#[derive(Clone)]
+pub struct WorkerHandle {
+    shared: Arc<Shared>,
+    engine: EngineKind,
+}
+
+impl std::fmt::Debug for WorkerHandle {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("WorkerHandle")
+            .field("engine", &self.engine)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Worker {
+    /// Starts a thread called `name` (the kernel shows its first 15 bytes).
+    ///
+    /// # Errors
+    /// The host has no thread or descriptor left, the start hook failed, or io_uring was demanded and is refused.
+    pub fn start(name: &str, options: WorkerOptions) -> Result<Self, WorkerError> {
+        let failed = |source| WorkerError::Start {
+            name: name.to_owned(),
+            source,
+        };
+        let wake = EventFd::new(libc::EFD_CLOEXEC).map_err(failed)?;
+        let shared = Shared::new(wake);
+        let (report, started) = mpsc::channel();
+        let thread_shared = Arc::clone(&shared);
+        let thread_name = name.to_owned();
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .stack_size(STACK_SIZE)
+            .spawn(move || {
+                let ready = engine_for(&thread_name, options.engine).and_then(|engine| {
+                    options
+                        .on_start
+                        .map_or(Ok(()), |hook| hook())
+                        .map_err(|source| WorkerError::Start {
+                            name: thread_name,
+                            source,
+                        })?;
+                    Ok(engine)
+                });
+                match ready {
+                    Ok(engine) => {
+                        let kind = engine.kind();
+                        let local = Local::new(thread_shared, engine);
+                        if report.send(Ok(kind)).is_ok() {
+                            local.run();
+                        }
+                    }
+                    // If nobody listens any more, nobody wants to know.
+                    Err(error) => drop(report.send(Err(error))),
+                }
+            })
+            .map_err(failed)?;
+        let outcome = started
+            .recv()
+            .unwrap_or_else(|_| Err(failed(io::ErrorKind::Other.into())));
+        match outcome {
+            Ok(engine) => Ok(Self {
+                handle: WorkerHandle { shared, engine },
+                thread: Some(thread),
+            }),
+            Err(error) => {
+                // It has ended or is about to; there is nothing more to learn from it.
+                let _ = thread.join();
+                Err(error)
+            }
+        }
+    }
+
+    /// A way to spawn tasks on it.
+    pub fn handle(&self) -> &WorkerHandle {
+        &self.handle
+    }
+
+    /// See [`WorkerHandle::spawn`].
+    pub fn spawn<M, F>(&self, make: M)
+    where
+        M: FnOnce() -> F + Send + 'static,
+        F: Future<Output = ()> + 'static,
+    {
+        self.handle.spawn(make);
+    }
+
+    /// Runs a task on the worker and waits for its result; for tools, tests and set-up, not for tasks.
+    ///
+    /// # Panics
+    /// If the task panicked or the worker has ended.
+    pub fn run<M, F>(&self, make: M) -> F::Output
+    where
+        M: FnOnce() -> F + Send + 'static,
+        F: Future + 'static,
+        F::Output: Send + 'static,
+    {
+        let (answer, result) = mpsc::channel();
+        self.spawn(move || async move {
+            let output = make().await;
+            // The receiver waits below.
+            drop(answer.send(output));
+        });
+        match result.recv() {
+            Ok(output) => output,
+            Err(_) => panic!("the task did not end: the worker stopped"),
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.handle.shared.stop();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("an I/O worker ended by a panic");
+        }
+    }
+}
+
+impl WorkerHandle {
+    /// Runs `make` on the worker, and the future that it returns as a task there. Nothing happens if the worker has ended.
+    pub fn spawn<M, F>(&self, make: M)
+    where
+        M: FnOnce() -> F + Send + 'static,
+        F: Future<Output = ()> + 'static,
+    {
+        self.shared.spawn(Box::new(move || {
+            // It is a worker's thread that runs this.
+            drop(spawn_local(make()));
+        }));
+    }
+
+    /// The engine that the worker uses.
+    pub fn engine(&self) -> EngineKind {
+        self.engine
+    }
+}
+
+fn engine_for(name: &str, wanted: Option<EngineKind>) -> Result<Engine, WorkerError> {
+    let wanted = wanted.or_else(|| match std::env::var(ENGINE_VARIABLE).as_deref() {
+        Ok("threads") => Some(EngineKind::Threads),
+        Ok("uring") => Some(EngineKind::Uring),
+        _ => None,
+    });
+    let refusal = match wanted {
+        Some(EngineKind::Threads) => None,
+        _ => match UringEngine::new() {
+            Ok(engine) => return Ok(Engine::Uring(engine)),
+            Err(source) if wanted == Some(EngineKind::Uring) => {
+                return Err(WorkerError::Uring {
+                    name: name.to_owned(),
+                    source,
+                });
+            }
+            Err(error) => Some(error),
+        },
+    };
+    static SAID: Once = Once::new();
+    SAID.call_once(|| match refusal {
+        Some(error) => {
+            tracing::warn!(%error, "io_uring is refused: disks use blocking threads and are slower")
+        }
+        None => tracing::warn!("disks use blocking threads instead of io_uring, as was asked for"),
+    });
+    let engine = PoolEngine::new().map_err(|source| WorkerError::Start {
+        name: name.to_owned(),
+        source,
+    })?;
+    Ok(Engine::Threads(engine))
+}

@@ -1,0 +1,226 @@
+//! Threads that block in system calls: for everything where io_uring is refused, and for the few calls that it lacks.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::engine::{Call, Completion, Request};
+use super::local::Shared;
+
+/// Most threads of the process's pool: as many requests can be in flight.
+const MAX_THREADS: usize = 16;
+const STACK_SIZE: usize = 128 << 10;
+
+struct Job {
+    index: u32,
+    request: Request,
+    worker: Arc<Shared>,
+}
+
+struct Pool {
+    state: Mutex<State>,
+    work: Condvar,
+}
+
+struct State {
+    jobs: VecDeque<Job>,
+    threads: usize,
+    idle: usize,
+}
+
+static POOL: Pool = Pool {
+    state: Mutex::new(State {
+        jobs: VecDeque::new(),
+        threads: 0,
+        idle: 0,
+    }),
+    work: Condvar::new(),
+};
+
+/// Has a thread execute `request`; operation `index` of `worker` completes with the result.
+pub(super) fn submit(index: u32, request: Request, worker: Arc<Shared>) {
+    let mut state = POOL.lock();
+    state.jobs.push_back(Job {
+        index,
+        request,
+        worker,
+    });
+    if state.idle < state.jobs.len() && state.threads < MAX_THREADS {
+        let spawned = std::thread::Builder::new()
+            .name("block-io-pool".into())
+            .stack_size(STACK_SIZE)
+            .spawn(|| POOL.serve());
+        match spawned {
+            Ok(_) => state.threads += 1,
+            // One of those that run will do it; with none, this thread must.
+            Err(error) if state.threads == 0 => {
+                tracing::warn!(%error, "cannot start a thread for blocking I/O, the worker blocks instead");
+                let jobs = std::mem::take(&mut state.jobs);
+                drop(state);
+                jobs.into_iter().for_each(Job::run);
+                return;
+            }
+            Err(_) => {}
+        }
+    }
+    drop(state);
+    POOL.work.notify_one();
+}
+
+impl Pool {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn serve(&self) {
+        let mut state = self.lock();
+        loop {
+            if let Some(job) = state.jobs.pop_front() {
+                drop(state);
+                job.run();
+                state = self.lock();
+            } else {
+                state.idle += 1;
+                state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state.idle -= 1;
+            }
+        }
+    }
+}
+
+impl Job {
+    fn run(self) {
+        let result = execute(&self.request);
+        self.worker.complete(Completion::Operation {
+            index: self.index,
+            result,
+        });
+    }
+}
+
+/// Executes `request`, blocking. The result is as in io_uring: a number of bytes, or a negative errno.
+fn execute(request: &Request) -> i32 {
+    let file = request.file;
+    loop {
+        // SAFETY: descriptor and memory stay valid until the request has completed (contract of `IoBuf::new`).
+        let result = unsafe {
+            match request.call {
+                Call::Read {
+                    offset,
+                    buffers,
+                    count,
+                } => libc::preadv2(file, buffers, count_of(count), offset_of(offset), 0),
+                Call::Write {
+                    offset,
+                    buffers,
+                    count,
+                    flags,
+                } => libc::pwritev2(file, buffers, count_of(count), offset_of(offset), flags),
+                Call::Sync => libc::fdatasync(file) as isize,
+                Call::Allocate { mode, offset, length } => {
+                    libc::fallocate(file, mode, offset_of(offset), offset_of(length)) as isize
+                }
+                Call::DiscardBlocks { offset, length } => {
+                    let range = [offset, length];
+                    libc::ioctl(file, BLKDISCARD, range.as_ptr()) as isize
+                }
+            }
+        };
+        if result >= 0 {
+            return i32::try_from(result).unwrap_or(i32::MAX);
+        }
+        match io::Error::last_os_error().raw_os_error() {
+            Some(libc::EINTR) => {}
+            Some(errno) => return -errno,
+            None => return -libc::EIO,
+        }
+    }
+}
+
+/// `_IO(0x12, 119)` of linux/fs.h.
+const BLKDISCARD: libc::c_ulong = 0x1277;
+
+fn count_of(count: u32) -> libc::c_int {
+    libc::c_int::try_from(count).unwrap_or(libc::c_int::MAX)
+}
+
+/// The kernel refuses negative offsets, and so everything that does not fit.
+fn offset_of(offset: u64) -> libc::off_t {
+    libc::off_t::try_from(offset).unwrap_or(-1)
+}
+
+/// The part of the fallback engine that belongs to one worker: how it waits for eventfds.
+pub(super) struct PoolEngine {
+    epoll: OwnedFd,
+    fired: RefCell<VecDeque<u32>>,
+}
+
+impl PoolEngine {
+    pub(super) fn new() -> io::Result<Self> {
+        // SAFETY: no memory is involved.
+        let epoll = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+        if epoll < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a descriptor that was just made and belongs to nobody else.
+        let epoll = unsafe { OwnedFd::from_raw_fd(epoll) };
+        Ok(Self {
+            epoll,
+            fired: RefCell::default(),
+        })
+    }
+
+    /// Every write to the eventfd is an edge, so nobody needs to read it.
+    pub(super) fn watch(&self, index: u32, event: RawFd) {
+        #[expect(clippy::cast_sign_loss, reason = "bits")]
+        let mut what = libc::epoll_event {
+            events: (libc::EPOLLIN | libc::EPOLLET) as u32,
+            u64: index.into(),
+        };
+        // SAFETY: `what` lives during the call.
+        if unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, event, &raw mut what) } < 0 {
+            let error = io::Error::last_os_error();
+            tracing::error!(%error, "cannot watch an eventfd");
+        }
+    }
+
+    pub(super) fn unwatch(&self, event: RawFd) {
+        // SAFETY: no memory is involved.
+        unsafe {
+            libc::epoll_ctl(
+                self.epoll.as_raw_fd(),
+                libc::EPOLL_CTL_DEL,
+                event,
+                std::ptr::null_mut(),
+            )
+        };
+    }
+
+    pub(super) fn enter(&self, wait: bool) {
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
+        // SAFETY: `events` has room for 16.
+        let count = unsafe {
+            libc::epoll_wait(
+                self.epoll.as_raw_fd(),
+                events.as_mut_ptr(),
+                16,
+                if wait { -1 } else { 0 },
+            )
+        };
+        let mut fired = self.fired.borrow_mut();
+        for event in events.iter().take(usize::try_from(count).unwrap_or(0)) {
+            fired.push_back(u32::try_from(event.u64).unwrap_or(u32::MAX));
+        }
+    }
+
+    pub(super) fn next_completion(&self) -> Option<Completion> {
+        let index = self.fired.borrow_mut().pop_front()?;
+        Some(Completion::Event {
+            index,
+            result: 0,
+            armed: true,
+        })
+    }
+}

@@ -1,0 +1,271 @@
+//! io_uring: requests of many tasks go to the kernel, and completions come back, with one system call.
+//!
+//! Works from kernel 5.6 on. Newer kernels let the ring avoid interrupting the thread: the set-up tries the best flags
+//! first and falls back in steps.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::RawFd;
+
+use io_uring::squeue::{Entry, Flags};
+use io_uring::types::{Fd, FsyncFlags};
+use io_uring::{IoUring, cqueue, opcode};
+
+use super::engine::{Call, Completion, Request};
+
+/// Entries of the submission queue: requests that go to the kernel with one call.
+const SUBMISSIONS: u32 = 128;
+/// Entries of the completion queue. More completions wait in the kernel.
+const COMPLETIONS: u32 = 512;
+/// The largest transfer that the kernel does at once; it cuts longer ones by itself.
+const MAX_TRANSFER: usize = 0x7fff_f000;
+
+/// The kinds of completions, in the upper half of the user data.
+const OPERATION: u64 = 0;
+const EVENT: u64 = 1 << 32;
+const SILENT: u64 = 2 << 32;
+const KIND: u64 = !0 << 32;
+
+/// What is written to eventfds.
+static ONE: u64 = 1;
+
+const GETEVENTS: u32 = 1;
+
+pub(super) struct UringEngine {
+    ring: RefCell<IoUring>,
+    /// Entries that found the submission queue full while the kernel took nothing.
+    backlog: RefCell<VecDeque<Entry>>,
+    /// Watches stay armed when they fire (kernel 5.13).
+    multishot: Cell<bool>,
+    /// Writes to eventfds need no completion (kernel 5.17).
+    skip_success: bool,
+}
+
+impl UringEngine {
+    /// Sets up a ring for this thread.
+    ///
+    /// # Errors
+    /// The kernel has no io_uring, not enough of it, or refuses it.
+    pub(super) fn new() -> io::Result<Self> {
+        let ring = build()?;
+        if !ring.params().is_feature_nodrop() || !ring.params().is_feature_submit_stable() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let mut probe = io_uring::Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        let needed = [
+            opcode::Read::CODE,
+            opcode::Write::CODE,
+            opcode::Readv::CODE,
+            opcode::Writev::CODE,
+            opcode::Fsync::CODE,
+            opcode::Fallocate::CODE,
+            opcode::PollAdd::CODE,
+            opcode::PollRemove::CODE,
+        ];
+        if !needed.iter().all(|code| probe.is_supported(*code)) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        Ok(Self {
+            skip_success: ring.params().is_feature_skip_cqe_on_success(),
+            ring: RefCell::new(ring),
+            backlog: RefCell::default(),
+            multishot: Cell::new(true),
+        })
+    }
+
+    pub(super) fn submit(&self, index: u32, request: &Request) {
+        let file = Fd(request.file);
+        let entry = match request.call {
+            Call::Read {
+                offset,
+                buffers,
+                count: 1,
+            } => {
+                let (address, length) = single(buffers);
+                opcode::Read::new(file, address, length).offset(offset).build()
+            }
+            Call::Read {
+                offset,
+                buffers,
+                count,
+            } => opcode::Readv::new(file, buffers, count).offset(offset).build(),
+            Call::Write {
+                offset,
+                buffers,
+                count: 1,
+                flags,
+            } => {
+                let (address, length) = single(buffers);
+                opcode::Write::new(file, address, length)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            Call::Write {
+                offset,
+                buffers,
+                count,
+                flags,
+            } => opcode::Writev::new(file, buffers, count)
+                .offset(offset)
+                .rw_flags(flags)
+                .build(),
+            Call::Sync => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
+            Call::Allocate { mode, offset, length } => opcode::Fallocate::new(file, length)
+                .offset(offset)
+                .mode(mode)
+                .build(),
+            Call::DiscardBlocks { .. } => opcode::Nop::new().build(),
+        };
+        self.push(entry.user_data(OPERATION | u64::from(index)));
+    }
+
+    pub(super) fn watch(&self, index: u32, event: RawFd) {
+        let entry = opcode::PollAdd::new(Fd(event), libc::POLLIN as u32)
+            .multi(self.multishot.get())
+            .build();
+        self.push(entry.user_data(EVENT | u64::from(index)));
+    }
+
+    pub(super) fn unwatch(&self, index: u32) {
+        let entry = opcode::PollRemove::new(EVENT | u64::from(index)).build();
+        self.push(entry.user_data(SILENT));
+    }
+
+    pub(super) fn signal(&self, event: RawFd) {
+        let mut entry = opcode::Write::new(Fd(event), (&raw const ONE).cast(), 8).build();
+        if self.skip_success {
+            entry = entry.flags(Flags::SKIP_SUCCESS);
+        }
+        self.push(entry.user_data(SILENT));
+    }
+
+    /// Gives up multishot watches; says whether they were in use.
+    pub(super) fn without_multishot(&self) -> bool {
+        self.multishot.replace(false)
+    }
+
+    fn push(&self, entry: Entry) {
+        if !self.backlog.borrow().is_empty() || !self.try_push(&entry) {
+            // The queue is full: let the kernel take it, so that the order is kept.
+            self.enter(false);
+            if !self.backlog.borrow().is_empty() || !self.try_push(&entry) {
+                self.backlog.borrow_mut().push_back(entry);
+            }
+        }
+    }
+
+    fn try_push(&self, entry: &Entry) -> bool {
+        // SAFETY: what the entry points to stays valid until its completion: `ONE` is static, and for requests the one
+        // who awaits them keeps it (contract of `IoBuf::new`; `Operation` waits when it is dropped).
+        unsafe { self.ring.borrow_mut().submission().push(entry) }.is_ok()
+    }
+
+    pub(super) fn enter(&self, wait: bool) {
+        loop {
+            loop {
+                let Some(entry) = self.backlog.borrow_mut().pop_front() else {
+                    break;
+                };
+                if !self.try_push(&entry) {
+                    self.backlog.borrow_mut().push_front(entry);
+                    break;
+                }
+            }
+            let waits_here = wait && self.backlog.borrow().is_empty();
+            let mut ring = self.ring.borrow_mut();
+            let (submitter, submissions, completions) = ring.split();
+            let waits_here = waits_here && completions.is_empty();
+            let prepared = u32::try_from(submissions.len()).unwrap_or(u32::MAX);
+            // SAFETY: `GETEVENTS` takes no argument; the entries were pushed under the promise of `try_push`.
+            let entered = unsafe {
+                submitter.enter::<libc::sigset_t>(prepared, u32::from(waits_here), GETEVENTS, None)
+            };
+            drop((submissions, completions));
+            drop(ring);
+            match entered {
+                Ok(_) if self.backlog.borrow().is_empty() => return,
+                Ok(taken) if taken > 0 => {}
+                // The kernel took nothing: completions must be taken first. The caller does that, and comes again.
+                Ok(_) => return,
+                Err(error) => match error.raw_os_error() {
+                    // A signal, or the kernel wants completions to be taken first, or is short of memory for now.
+                    Some(libc::EINTR | libc::EBUSY | libc::EAGAIN | libc::ENOMEM) => return,
+                    _ => {
+                        // Nothing else is possible with a ring that works. Requests would hang in silence, with the
+                        // guest's memory in unknown hands: better to end at once.
+                        tracing::error!(%error, "io_uring_enter failed");
+                        std::process::abort();
+                    }
+                },
+            }
+        }
+    }
+
+    pub(super) fn next_completion(&self) -> Option<Completion> {
+        loop {
+            let entry = self.ring.borrow_mut().completion().next()?;
+            #[expect(clippy::cast_possible_truncation, reason = "the lower half is the index")]
+            let index = entry.user_data() as u32;
+            let result = entry.result();
+            match entry.user_data() & KIND {
+                OPERATION => return Some(Completion::Operation { index, result }),
+                EVENT => {
+                    let armed = cqueue::more(entry.flags());
+                    return Some(Completion::Event { index, result, armed });
+                }
+                // The end of a watch that had just fired is not found; everything else should work.
+                _ if result < 0 && result != -libc::ENOENT && result != -libc::EALREADY => {
+                    let error = io::Error::from_raw_os_error(-result);
+                    tracing::error!(%error, "cannot signal an eventfd");
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Address and length of a list of one.
+fn single(buffers: *const libc::iovec) -> (*mut u8, u32) {
+    // SAFETY: the request's list has one element and is valid while the request is prepared.
+    let buffer = unsafe { *buffers };
+    let length = u32::try_from(buffer.iov_len.min(MAX_TRANSFER)).unwrap_or(u32::MAX);
+    (buffer.iov_base.cast(), length)
+}
+
+fn build() -> io::Result<IoUring> {
+    let steps: [&dyn Fn(&mut io_uring::Builder); 4] = [
+        // 6.1: completions are made when the thread enters the kernel, never by interrupting it.
+        &|builder| {
+            builder
+                .setup_single_issuer()
+                .setup_defer_taskrun()
+                .setup_submit_all();
+        },
+        // 6.0.
+        &|builder| {
+            builder
+                .setup_single_issuer()
+                .setup_coop_taskrun()
+                .setup_submit_all();
+        },
+        // 5.19.
+        &|builder| {
+            builder.setup_coop_taskrun().setup_submit_all();
+        },
+        &|_| {},
+    ];
+    let mut refusal = io::Error::from(io::ErrorKind::Unsupported);
+    for step in steps {
+        let mut builder = IoUring::builder();
+        builder.dontfork().setup_cqsize(COMPLETIONS);
+        step(&mut builder);
+        match builder.build(SUBMISSIONS) {
+            Ok(ring) => return Ok(ring),
+            Err(error) => refusal = error,
+        }
+    }
+    Err(refusal)
+}
