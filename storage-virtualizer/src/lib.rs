@@ -1,0 +1,14 @@
+//! Virtual devices on virtual disks.
+//!
+//! A guest's driver puts requests into virtqueues; this crate takes them out, turns them into operations on a
+//! [`block_io::BlockDevice`], and puts the answers back. It knows neither PCI nor KVM nor vhost-user: whoever has guest
+//! memory, virtqueues and eventfds can have a disk served (`virtio_core::Activation`).
+//!
+//! ```text
+//!   virtqueue ─► chain: descriptors → pieces of memory ─► virtio_blk::request: what is asked for
+//!                                                              │
+//!             status byte, used ring ◄── one place ◄── virtio_blk::execute: operations on the disk
+//! ```
+
+pub mod chain;
+pub mod virtio_blk;

@@ -3,12 +3,12 @@
 use std::future::poll_fn;
 use std::io;
 use std::marker::PhantomData;
-use std::task::{Poll, Waker};
+use std::task::{Context, Poll, Waker};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::engine::Engine;
-use super::local::{keep_waker, pending, with_local};
+use super::local::{keep_waker, with_local};
 
 #[derive(Default)]
 enum Slot {
@@ -154,30 +154,35 @@ impl EventWatch {
     /// # Errors
     /// The kernel cannot watch it.
     pub async fn wait(&mut self) -> io::Result<()> {
-        poll_fn(|context| {
-            let outcome = with_local(|local| {
-                let mut events = local.events.borrow_mut();
-                if events.take_fired(self.index, &self.event) {
-                    return Poll::Ready(Ok(()));
-                }
-                let Some(Slot::Watched {
-                    armed, failed, waker, ..
-                }) = events.slots.get_mut(self.index as usize)
-                else {
-                    return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
-                };
-                if *failed < 0 {
-                    return Poll::Ready(Err(io::Error::from_raw_os_error(-std::mem::take(failed))));
-                }
-                keep_waker(waker, context.waker());
-                if !*armed {
-                    events.arm(self.index, &self.event, &local.engine);
-                }
-                pending()
-            });
-            outcome.unwrap_or_else(|| Poll::Ready(Err(io::ErrorKind::NotConnected.into())))
-        })
-        .await
+        poll_fn(|context| self.poll_wait(context)).await
+    }
+
+    /// [`Self::wait`] for futures that wait for other things, too.
+    ///
+    /// # Errors
+    /// The kernel cannot watch it.
+    pub fn poll_wait(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let outcome = with_local(|local| {
+            let mut events = local.events.borrow_mut();
+            if events.take_fired(self.index, &self.event) {
+                return Poll::Ready(Ok(()));
+            }
+            let Some(Slot::Watched {
+                armed, failed, waker, ..
+            }) = events.slots.get_mut(self.index as usize)
+            else {
+                return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+            };
+            if *failed < 0 {
+                return Poll::Ready(Err(io::Error::from_raw_os_error(-std::mem::take(failed))));
+            }
+            keep_waker(waker, context.waker());
+            if !*armed {
+                events.arm(self.index, &self.event, &local.engine);
+            }
+            Poll::Pending
+        });
+        outcome.unwrap_or_else(|| Poll::Ready(Err(io::ErrorKind::NotConnected.into())))
     }
 }
 

@@ -11,7 +11,7 @@ use std::pin::Pin;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
-use std::task::{Context, Poll, RawWaker, RawWakerVTable, Waker};
+use std::task::{Context, RawWaker, RawWakerVTable, Waker};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -45,6 +45,8 @@ struct Inbox {
     wakes: Vec<u32>,
     completions: Vec<Completion>,
     stop: bool,
+    /// The worker has ended and takes nothing more.
+    closed: bool,
 }
 
 /// All workers of the process by their number, for wakers that are used on foreign threads.
@@ -70,7 +72,14 @@ impl Shared {
     }
 
     fn put(&self, change: impl FnOnce(&mut Inbox)) {
-        change(&mut self.inbox.lock().unwrap_or_else(PoisonError::into_inner));
+        {
+            let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+            if inbox.closed {
+                // What `change` holds, say a task, is dropped with it.
+                return;
+            }
+            change(&mut inbox);
+        }
         if !self.notified.swap(true, Ordering::AcqRel)
             && let Err(error) = self.wake.write(1)
         {
@@ -288,6 +297,16 @@ impl Local {
                     let Some(future) = next else { break };
                     drop(future);
                 }
+                let closed = Inbox {
+                    closed: true,
+                    ..Inbox::default()
+                };
+                let left = std::mem::replace(
+                    &mut *self.0.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner),
+                    closed,
+                );
+                drop(left);
+                self.0.spawns.borrow_mut().clear();
                 LOCAL.set(ptr::null());
             }
         }
@@ -350,9 +369,4 @@ pub(super) fn keep_waker(slot: &mut Option<Waker>, waker: &Waker) {
         Some(kept) if kept.will_wake(waker) => {}
         _ => *slot = Some(waker.clone()),
     }
-}
-
-/// `Pending`, with the type that the caller needs; for readability of poll functions.
-pub(super) fn pending<T>() -> Poll<T> {
-    Poll::Pending
 }

@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
 use super::engine::Request;
-use super::local::{keep_waker, pending, with_local};
+use super::local::{keep_waker, with_local};
 
 /// End of the list of free slots.
 const NONE: u32 = u32::MAX;
@@ -135,7 +135,7 @@ impl Future for Operation {
                 match index {
                     Some(index) => {
                         this.state = State::InFlight(index);
-                        pending()
+                        Poll::Pending
                     }
                     None => Poll::Ready(None),
                 }
@@ -147,7 +147,7 @@ impl Future for Operation {
                         this.state = State::Ended;
                         Poll::Ready(Some(result))
                     }
-                    _ => pending(),
+                    _ => Poll::Pending,
                 }
             }
             State::Ended => Poll::Ready(None),

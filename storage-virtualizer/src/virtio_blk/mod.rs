@@ -1,0 +1,311 @@
+//! virtio-blk: a disk as Linux and everything else expects it in a virtual machine (virtio 1.2 §5.2).
+//!
+//! Every file here is a step of a request's way: [`server`] takes chains out of a queue, [`request`] says what they ask
+//! for, [`execute`] has the disk do it, [`config`] is what the driver sees before all that, [`stats`] counts.
+
+mod config;
+mod execute;
+mod request;
+mod server;
+mod stats;
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use block_io::{BlockDevice, WorkerHandle};
+use virtio_core::{
+    Activation, DeviceError, DeviceEvents, VirtioDevice, device_type, feature, read_config_bytes,
+};
+
+pub use config::feature as blk_feature;
+pub use execute::{Context, ID_LENGTH, execute, status_of};
+pub use request::{Decoded, Range, Ranges, Request, Status, Unanswerable, decode, kind};
+pub use stats::{Counters, QueueStatistics};
+
+use server::{Control, Done, ServerParts, Settings};
+
+/// The unit in which virtio-blk counts, whatever the block size (§5.2.4).
+pub const SECTOR: u64 = 512;
+/// The most entries of a queue.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// The most queues of a disk: as many as a VM has CPUs.
+pub const MAX_QUEUES: u16 = 64;
+
+/// What a virtio-blk device is like, beside its disk.
+#[derive(Debug, Clone)]
+pub struct VirtioBlkOptions {
+    /// Identifier that the guest sees (`/dev/disk/by-id/virtio-…`); at most 20 bytes.
+    pub serial: String,
+    /// Number of queues, 1 to [`MAX_QUEUES`].
+    pub queues: u16,
+    /// Entries of each queue at most, a power of two from 4 to [`MAX_QUEUE_SIZE`]. Also limits the segments of a request.
+    pub queue_size: u16,
+}
+
+impl Default for VirtioBlkOptions {
+    fn default() -> Self {
+        Self {
+            serial: String::new(),
+            queues: 1,
+            queue_size: 256,
+        }
+    }
+}
+
+/// A virtio-blk device cannot be made as asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum VirtioBlkError {
+    /// The serial does not fit.
+    #[error("disk serial {serial:?} has {} bytes, at most {ID_LENGTH} fit", .serial.len())]
+    Serial {
+        /// The serial.
+        serial: String,
+    },
+    /// The number of queues is impossible.
+    #[error("a disk has 1 to {MAX_QUEUES} queues, not {queues}")]
+    Queues {
+        /// What was asked for.
+        queues: u16,
+    },
+    /// The queue size is impossible.
+    #[error("a queue has a power of two from 4 to {MAX_QUEUE_SIZE} entries, not {queue_size}")]
+    QueueSize {
+        /// What was asked for.
+        queue_size: u16,
+    },
+    /// There is nobody to serve the queues.
+    #[error("a disk needs at least one worker")]
+    NoWorker,
+}
+
+/// A virtio-blk device on `disk`.
+pub struct VirtioBlk<D> {
+    shared: Arc<SharedState<D>>,
+    workers: Vec<WorkerHandle>,
+    queue_sizes: Vec<u16>,
+    /// The servers of this activation and of earlier ones that have not ended.
+    servers: Vec<Arc<Control>>,
+}
+
+/// What the device shares with its handles.
+struct SharedState<D> {
+    disk: Arc<D>,
+    settings: Arc<Settings>,
+    statistics: Vec<Arc<QueueStatistics>>,
+    /// The transport, while the device is active.
+    events: Mutex<Option<Arc<dyn DeviceEvents>>>,
+}
+
+/// Management of a virtio-blk device, while the device itself belongs to its transport.
+pub struct VirtioBlkHandle<D>(Arc<SharedState<D>>);
+
+impl<D> Clone for VirtioBlkHandle<D> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<D> fmt::Debug for VirtioBlkHandle<D> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("VirtioBlkHandle")
+            .field("settings", &self.0.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<D> VirtioBlkHandle<D> {
+    /// The disk.
+    pub fn disk(&self) -> &Arc<D> {
+        &self.0.disk
+    }
+
+    /// Tells the guest that the disk's size has changed; the disk itself knows already.
+    pub fn size_changed(&self) {
+        let events = self
+            .0
+            .events
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if let Some(events) = events {
+            events.config_changed();
+        }
+    }
+
+    /// What the queues have done, one entry for each.
+    pub fn counters(&self) -> Vec<Counters> {
+        self.0
+            .statistics
+            .iter()
+            .map(|statistics| statistics.counters())
+            .collect()
+    }
+}
+
+impl<D> fmt::Debug for VirtioBlk<D> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("VirtioBlk")
+            .field("settings", &self.shared.settings)
+            .field("queue_sizes", &self.queue_sizes)
+            .field("workers", &self.workers)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<D> VirtioBlk<D>
+where
+    D: BlockDevice + Send + Sync + 'static,
+{
+    /// A device on `disk` whose queues are served by `workers`: queue n by worker n modulo their number.
+    ///
+    /// # Errors
+    /// An option is impossible.
+    pub fn new(
+        disk: Arc<D>,
+        options: &VirtioBlkOptions,
+        workers: Vec<WorkerHandle>,
+    ) -> Result<Self, VirtioBlkError> {
+        let VirtioBlkOptions {
+            serial,
+            queues,
+            queue_size,
+        } = options;
+        if serial.len() > ID_LENGTH {
+            return Err(VirtioBlkError::Serial {
+                serial: serial.clone(),
+            });
+        }
+        if !(1..=MAX_QUEUES).contains(queues) {
+            return Err(VirtioBlkError::Queues { queues: *queues });
+        }
+        if !queue_size.is_power_of_two() || !(4..=MAX_QUEUE_SIZE).contains(queue_size) {
+            return Err(VirtioBlkError::QueueSize {
+                queue_size: *queue_size,
+            });
+        }
+        if workers.is_empty() {
+            return Err(VirtioBlkError::NoWorker);
+        }
+        let mut id = [0; ID_LENGTH];
+        id[..serial.len()].copy_from_slice(serial.as_bytes());
+        Ok(Self {
+            shared: Arc::new(SharedState {
+                disk,
+                settings: Arc::new(Settings {
+                    id,
+                    write_back: AtomicBool::new(true),
+                }),
+                statistics: (0..*queues).map(|_| Arc::default()).collect(),
+                events: Mutex::default(),
+            }),
+            workers,
+            queue_sizes: vec![*queue_size; usize::from(*queues)],
+            servers: Vec::new(),
+        })
+    }
+
+    /// For management while the device runs.
+    pub fn handle(&self) -> VirtioBlkHandle<D> {
+        VirtioBlkHandle(Arc::clone(&self.shared))
+    }
+
+    fn queues(&self) -> u16 {
+        u16::try_from(self.queue_sizes.len()).unwrap_or(MAX_QUEUES)
+    }
+}
+
+impl<D> VirtioDevice for VirtioBlk<D>
+where
+    D: BlockDevice + Send + Sync + 'static,
+{
+    fn device_type(&self) -> u32 {
+        device_type::BLOCK
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn features(&self) -> u64 {
+        config::features(&self.shared.disk.geometry(), self.queues())
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let space = config::space(
+            &self.shared.disk.geometry(),
+            self.queues(),
+            self.queue_sizes[0],
+            self.shared.settings.write_back.load(Ordering::Relaxed),
+        );
+        read_config_bytes(&space, offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if let (config::WRITEBACK_OFFSET, [value]) = (offset, data) {
+            self.shared
+                .settings
+                .write_back
+                .store(value & 1 != 0, Ordering::Relaxed);
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        if activation.queues.is_empty() {
+            return Err(DeviceError::MissingQueues {
+                enabled: 0,
+                needed: 1,
+            });
+        }
+        let has = |feature| activation.has(feature);
+        let (indirect, flush, config_wce) = (
+            has(feature::RING_INDIRECT_DESC),
+            has(blk_feature::FLUSH),
+            has(blk_feature::CONFIG_WCE),
+        );
+        *self.shared.events.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Arc::clone(&activation.events));
+        for queue in activation.queues {
+            let index = usize::from(queue.index);
+            let Some(statistics) = self.shared.statistics.get(index) else {
+                // The transport has only the queues that it was told of.
+                continue;
+            };
+            let control = Arc::<Control>::default();
+            self.servers.push(Arc::clone(&control));
+            let parts = ServerParts {
+                disk: Arc::clone(&self.shared.disk),
+                memory: Arc::clone(&activation.memory),
+                queue,
+                events: Arc::clone(&activation.events),
+                settings: Arc::clone(&self.shared.settings),
+                statistics: Arc::clone(statistics),
+                done: Done(control),
+                indirect,
+                flush,
+                config_wce,
+            };
+            self.workers[index % self.workers.len()].spawn(move || server::serve(parts));
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        *self.shared.events.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.shared.settings.write_back.store(true, Ordering::Relaxed);
+        self.servers.iter().for_each(|server| server.stop());
+    }
+
+    fn is_idle(&mut self) -> bool {
+        self.servers.retain(|server| !server.is_done());
+        self.servers.is_empty()
+    }
+}
+
+impl<D> Drop for VirtioBlk<D> {
+    fn drop(&mut self) {
+        self.servers.iter().for_each(|server| server.stop());
+    }
+}

@@ -1,0 +1,456 @@
+//! Serves one virtqueue of a disk, on a block-io worker.
+//!
+//! One task waits for the doorbell and takes all that is in the ring in one go. Every chain is handed to a *slot*: a task
+//! with its own scratch memory that decodes the chain, has the disk do it, and puts the answer into the used ring. Slots
+//! are made when so many requests are in flight for the first time, and then reused: in steady state a request allocates
+//! nothing.
+//!
+//! ```text
+//!   kick ─► server task: take all heads ──► slot tasks: chain → request → disk … ─► used ring
+//!                ▲                                                                      │
+//!                └───────── woken by the first of a batch, interrupts once at its end ◄─┘
+//! ```
+//!
+//! Slots run before the server task is woken again, so a batch of completions costs one interrupt, and that travels with
+//! the next submission to the ring.
+//!
+//! A driver that breaks the rules stops the queue: no chain is taken any more, what is in flight ends, and the transport
+//! is told (`DeviceEvents::needs_reset`).
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use block_io::{BlockDevice, EventSignal, EventWatch, IoError, spawn_local};
+use virtio_core::virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_core::vm_memory::{Bytes, GuestAddress};
+use virtio_core::{ActiveQueue, DeviceEvents, GuestMemory};
+
+use super::execute::{Context, ID_LENGTH, execute, status_of};
+use super::request::{Status, decode};
+use super::stats::QueueStatistics;
+use crate::chain::{Buffers, Table};
+
+/// At most this many log lines per queue …
+const LOG_LINES: u32 = 10;
+/// … in this time.
+const LOG_PERIOD: Duration = Duration::from_secs(5);
+
+/// How the device talks to a running server, from any thread.
+#[derive(Debug, Default)]
+pub(super) struct Control {
+    stop: AtomicBool,
+    done: AtomicBool,
+    waker: Mutex<Option<Waker>>,
+}
+
+impl Control {
+    /// Take no further requests, end when those in flight have ended.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let waker = self.waker.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Whether guest memory is not touched any more.
+    pub(super) fn is_done(&self) -> bool {
+        self.done.load(Ordering::Acquire)
+    }
+}
+
+/// Says that a server is gone, however it went.
+pub(super) struct Done(pub(super) Arc<Control>);
+
+impl Drop for Done {
+    fn drop(&mut self) {
+        self.0.done.store(true, Ordering::Release);
+    }
+}
+
+/// What the servers of a device share with it.
+#[derive(Debug)]
+pub(super) struct Settings {
+    pub(super) id: [u8; ID_LENGTH],
+    /// The driver wants write-back (the `writeback` field).
+    pub(super) write_back: AtomicBool,
+}
+
+/// Everything that a server needs.
+pub(super) struct ServerParts<D> {
+    pub(super) disk: Arc<D>,
+    pub(super) memory: GuestMemory,
+    pub(super) queue: ActiveQueue,
+    pub(super) events: Arc<dyn DeviceEvents>,
+    pub(super) settings: Arc<Settings>,
+    pub(super) statistics: Arc<QueueStatistics>,
+    pub(super) done: Done,
+    /// Indirect descriptors were negotiated.
+    pub(super) indirect: bool,
+    /// The driver can flush; without, every write must be durable (virtio 1.2 §5.2.6.2).
+    pub(super) flush: bool,
+    /// The driver may choose write-through.
+    pub(super) config_wce: bool,
+}
+
+struct Server<D> {
+    index: u16,
+    disk: Arc<D>,
+    memory: GuestMemory,
+    table: Table,
+    queue: RefCell<Queue>,
+    signal: EventSignal,
+    events: Arc<dyn DeviceEvents>,
+    settings: Arc<Settings>,
+    statistics: Arc<QueueStatistics>,
+    flush: bool,
+    config_wce: bool,
+    /// Slots that wait for a chain.
+    idle: RefCell<Vec<Rc<Slot>>>,
+    /// Heads that are in flight, one bit each.
+    heads: RefCell<Box<[u64]>>,
+    in_flight: Cell<u32>,
+    /// There is something in the used ring that the driver was not told of.
+    completed: Cell<bool>,
+    /// The driver broke the rules.
+    broken: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+    log_limit: RefCell<LogLimit>,
+    /// Dropped last, when no slot is left and guest memory was let go.
+    _done: Done,
+}
+
+/// The mailbox of a slot.
+#[derive(Default)]
+struct Slot {
+    order: Cell<Option<Order>>,
+    waker: RefCell<Option<Waker>>,
+}
+
+#[derive(Clone, Copy)]
+enum Order {
+    Serve(u16),
+    End,
+}
+
+impl Slot {
+    fn give(&self, order: Order) {
+        self.order.set(Some(order));
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
+    }
+
+    async fn next(&self) -> Order {
+        poll_fn(|context| match self.order.take() {
+            Some(order) => Poll::Ready(order),
+            None => {
+                let mut waker = self.waker.borrow_mut();
+                if !waker.as_ref().is_some_and(|kept| kept.will_wake(context.waker())) {
+                    *waker = Some(context.waker().clone());
+                }
+                Poll::Pending
+            }
+        })
+        .await
+    }
+}
+
+/// Serves the queue until [`Control::stop`].
+pub(super) async fn serve<D: BlockDevice + 'static>(parts: ServerParts<D>) {
+    let ActiveQueue {
+        index,
+        queue,
+        kick,
+        call,
+    } = parts.queue;
+    let control = Arc::clone(&parts.done.0);
+    let mut kick = match EventWatch::new(kick) {
+        Ok(kick) => kick,
+        Err(error) => {
+            return parts
+                .events
+                .needs_reset(&format!("cannot watch the doorbell: {error}"));
+        }
+    };
+    let server = Rc::new(Server {
+        index,
+        disk: parts.disk,
+        memory: parts.memory,
+        table: Table {
+            address: GuestAddress(queue.desc_table()),
+            size: queue.size(),
+            indirect: parts.indirect,
+        },
+        heads: RefCell::new(vec![0; usize::from(queue.size()).div_ceil(64)].into()),
+        queue: RefCell::new(queue),
+        signal: EventSignal::new(call),
+        events: parts.events,
+        settings: parts.settings,
+        statistics: parts.statistics,
+        flush: parts.flush,
+        config_wce: parts.config_wce,
+        idle: RefCell::default(),
+        in_flight: Cell::new(0),
+        completed: Cell::new(false),
+        broken: Cell::new(false),
+        waker: RefCell::default(),
+        log_limit: RefCell::default(),
+        _done: parts.done,
+    });
+    // What the driver added before the doorbell was watched.
+    server.drain();
+    loop {
+        let kicked = poll_fn(|context| {
+            if server.waker.borrow().is_none() {
+                // A task's waker stays the same.
+                *server.waker.borrow_mut() = Some(context.waker().clone());
+                *control.waker.lock().unwrap_or_else(PoisonError::into_inner) = Some(context.waker().clone());
+            }
+            match kick.poll_wait(context) {
+                Poll::Ready(result) => Poll::Ready(Some(result)),
+                Poll::Pending if server.completed.get() || control.stop.load(Ordering::SeqCst) => {
+                    Poll::Ready(None)
+                }
+                Poll::Pending => Poll::Pending,
+            }
+        })
+        .await;
+        if server.completed.take() {
+            server.interrupt();
+        }
+        if control.stop.load(Ordering::SeqCst) {
+            break;
+        }
+        match kicked {
+            Some(Ok(())) => server.drain(),
+            Some(Err(error)) => server.fail(&format!("cannot watch the doorbell: {error}")),
+            None => {}
+        }
+    }
+    server.end().await;
+}
+
+impl<D: BlockDevice + 'static> Server<D> {
+    /// Takes all chains that are available and gives them to slots. Ends after at most as many chains as the queue has
+    /// entries: no slot runs meanwhile, and a head that is in flight already is refused.
+    fn drain(self: &Rc<Self>) {
+        if self.broken.get() {
+            return;
+        }
+        loop {
+            let outcome = self.take_available().and_then(|taken| {
+                let more = self
+                    .queue
+                    .borrow_mut()
+                    .enable_notification(&*self.memory)
+                    .map_err(|e| e.to_string())?;
+                if more && taken == 0 {
+                    Err("the available ring cannot be read".to_owned())
+                } else {
+                    Ok(more)
+                }
+            });
+            match outcome {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(reason) => return self.fail(&reason),
+            }
+        }
+    }
+
+    fn take_available(self: &Rc<Self>) -> Result<u32, String> {
+        let memory = &*self.memory;
+        let mut queue = self.queue.borrow_mut();
+        queue
+            .disable_notification(memory)
+            .map_err(|error| error.to_string())?;
+        let mut taken = 0;
+        for chain in queue.iter(memory).map_err(|error| error.to_string())? {
+            let head = chain.head_index();
+            self.mark_in_flight(head)?;
+            self.idle_slot().give(Order::Serve(head));
+            taken += 1;
+        }
+        Ok(taken)
+    }
+
+    fn mark_in_flight(&self, head: u16) -> Result<(), String> {
+        let mut heads = self.heads.borrow_mut();
+        let bit = 1 << (head % 64);
+        match heads.get_mut(usize::from(head / 64)) {
+            Some(word) if head < self.table.size && *word & bit == 0 => *word |= bit,
+            Some(_) if head < self.table.size => {
+                return Err(format!("chain {head} was made available twice"));
+            }
+            _ => return Err(format!("chain {head} is not in a table of {}", self.table.size)),
+        }
+        self.in_flight.set(self.in_flight.get() + 1);
+        Ok(())
+    }
+
+    /// A slot that waits, or a new one.
+    fn idle_slot(self: &Rc<Self>) -> Rc<Slot> {
+        if let Some(slot) = self.idle.borrow_mut().pop() {
+            return slot;
+        }
+        let slot = Rc::new(Slot::default());
+        // This runs on a worker, else there were no doorbell.
+        drop(spawn_local(Rc::clone(self).serve_slot(Rc::clone(&slot))));
+        slot
+    }
+
+    async fn serve_slot(self: Rc<Self>, slot: Rc<Slot>) {
+        let mut buffers = Buffers::default();
+        while let Order::Serve(head) = slot.next().await {
+            match self.serve_chain(head, &mut buffers).await {
+                Ok(written) => self.finish(head, written),
+                Err(reason) => {
+                    self.finish(head, 0);
+                    self.fail(&reason);
+                }
+            }
+            self.idle.borrow_mut().push(Rc::clone(&slot));
+        }
+    }
+
+    /// Has the disk do what the chain asks for; returns how much of its memory the device may have written.
+    async fn serve_chain(&self, head: u16, buffers: &mut Buffers) -> Result<u32, String> {
+        buffers
+            .take_chain(self.table, &self.memory, head)
+            .map_err(|error| error.to_string())?;
+        let written = buffers.writable_length();
+        let decoded = decode(buffers).map_err(|error| error.to_string())?;
+        let status = match decoded.request {
+            Ok(request) => {
+                self.statistics.count_request(&request);
+                let context = Context {
+                    id: &self.settings.id,
+                    write_back: self.writes_back(),
+                };
+                let outcome = execute(&*self.disk, request, context).await;
+                if let Err(error) = &outcome {
+                    self.log(error);
+                }
+                status_of(&outcome)
+            }
+            Err(status) => status,
+        };
+        if status != Status::Ok {
+            self.statistics.count_error();
+        }
+        decoded.status.fill(status as u8);
+        Ok(written)
+    }
+
+    fn writes_back(&self) -> bool {
+        self.flush && (!self.config_wce || self.settings.write_back.load(Ordering::Relaxed))
+    }
+
+    fn finish(&self, head: u16, written: u32) {
+        if let Some(word) = self.heads.borrow_mut().get_mut(usize::from(head / 64)) {
+            *word &= !(1 << (head % 64));
+        }
+        self.in_flight.set(self.in_flight.get() - 1);
+        if let Err(error) = self.queue.borrow_mut().add_used(&*self.memory, head, written) {
+            self.fail(&error.to_string());
+        }
+        if !self.completed.replace(true)
+            && let Some(waker) = &*self.waker.borrow()
+        {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// Interrupts the driver if it wants to be told of what is new in the used ring.
+    fn interrupt(&self) {
+        let needed = {
+            let mut queue = self.queue.borrow_mut();
+            match queue.needs_notification(&*self.memory) {
+                // Without event index, a flag of the driver counts (virtio 1.2 §2.7.7), which the crate leaves out.
+                Ok(needed) => needed && (queue.event_idx_enabled() || !self.driver_polls(&queue)),
+                Err(error) => {
+                    drop(queue);
+                    return self.fail(&error.to_string());
+                }
+            }
+        };
+        if needed {
+            self.statistics.count_interrupt();
+            if let Err(error) = self.signal.signal() {
+                self.fail(&format!("cannot signal the interrupt: {error}"));
+            }
+        }
+    }
+
+    /// Whether VIRTQ_AVAIL_F_NO_INTERRUPT is set.
+    fn driver_polls(&self, queue: &Queue) -> bool {
+        let flags = self
+            .memory
+            .load::<u16>(GuestAddress(queue.avail_ring()), Ordering::Relaxed);
+        flags.is_ok_and(|flags| u16::from_le(flags) & 1 != 0)
+    }
+
+    /// Stops to take chains, and says why, once.
+    fn fail(&self, reason: &str) {
+        if !self.broken.replace(true) {
+            self.events
+                .needs_reset(&format!("virtqueue {}: {reason}", self.index));
+        }
+    }
+
+    /// Waits until nothing is in flight, then ends the slots.
+    async fn end(&self) {
+        poll_fn(|_| {
+            if self.completed.take() {
+                self.interrupt();
+            }
+            if self.in_flight.get() == 0 {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+        for slot in self.idle.take() {
+            slot.give(Order::End);
+        }
+    }
+
+    #[cold]
+    fn log(&self, error: &IoError) {
+        if self.log_limit.borrow_mut().admits() {
+            let cause = error.cause();
+            tracing::warn!(%error, %cause, queue = self.index, "a guest's request failed");
+        }
+    }
+}
+
+/// Keeps a guest from filling the host's log.
+#[derive(Debug, Default)]
+struct LogLimit {
+    since: Option<Instant>,
+    lines: u32,
+}
+
+impl LogLimit {
+    fn admits(&mut self) -> bool {
+        let now = Instant::now();
+        if self
+            .since
+            .is_none_or(|since| now.duration_since(since) >= LOG_PERIOD)
+        {
+            *self = Self {
+                since: Some(now),
+                lines: 0,
+            };
+        }
+        self.lines += 1;
+        self.lines <= LOG_LINES
+    }
+}

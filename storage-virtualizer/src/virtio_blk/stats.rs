@@ -1,0 +1,88 @@
+//! What a queue has done so far.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::request::Request;
+
+/// Counters of one queue. One worker writes them, anybody reads them.
+#[derive(Debug, Default)]
+pub struct QueueStatistics {
+    reads: AtomicU64,
+    read_bytes: AtomicU64,
+    writes: AtomicU64,
+    written_bytes: AtomicU64,
+    flushes: AtomicU64,
+    others: AtomicU64,
+    errors: AtomicU64,
+    interrupts: AtomicU64,
+}
+
+/// The values of [`QueueStatistics`] at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// Read requests.
+    pub reads: u64,
+    /// Bytes asked for by them.
+    pub read_bytes: u64,
+    /// Write requests.
+    pub writes: u64,
+    /// Bytes in them.
+    pub written_bytes: u64,
+    /// Flush requests.
+    pub flushes: u64,
+    /// Discards, write zeroes, identifiers.
+    pub others: u64,
+    /// Requests that were not answered with success.
+    pub errors: u64,
+    /// Interrupts sent.
+    pub interrupts: u64,
+}
+
+/// There is one writer: no locked instruction is needed.
+fn add(counter: &AtomicU64, value: u64) {
+    counter.store(
+        counter.load(Ordering::Relaxed).wrapping_add(value),
+        Ordering::Relaxed,
+    );
+}
+
+impl QueueStatistics {
+    pub(super) fn count_request(&self, request: &Request<'_>) {
+        let length = |data: &[block_io::IoBuf]| data.iter().map(|piece| piece.len() as u64).sum();
+        match request {
+            Request::Read { data, .. } => {
+                add(&self.reads, 1);
+                add(&self.read_bytes, length(data));
+            }
+            Request::Write { data, .. } => {
+                add(&self.writes, 1);
+                add(&self.written_bytes, length(data));
+            }
+            Request::Flush => add(&self.flushes, 1),
+            Request::GetId { .. } | Request::Discard(_) | Request::WriteZeroes(_) => add(&self.others, 1),
+        }
+    }
+
+    pub(super) fn count_error(&self) {
+        add(&self.errors, 1);
+    }
+
+    pub(super) fn count_interrupt(&self) {
+        add(&self.interrupts, 1);
+    }
+
+    /// The values now.
+    pub fn counters(&self) -> Counters {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counters {
+            reads: get(&self.reads),
+            read_bytes: get(&self.read_bytes),
+            writes: get(&self.writes),
+            written_bytes: get(&self.written_bytes),
+            flushes: get(&self.flushes),
+            others: get(&self.others),
+            errors: get(&self.errors),
+            interrupts: get(&self.interrupts),
+        }
+    }
+}
