@@ -1,7 +1,7 @@
 //! virtio-blk: a disk as Linux and everything else expects it in a virtual machine (virtio 1.2 §5.2).
 //!
-//! Every file here is a step of a request's way: [`server`] takes chains out of a queue, [`request`] says what they ask
-//! for, [`execute`] has the disk do it, [`config`] is what the driver sees before all that, [`stats`] counts.
+//! Every file here is a step of a request's way: `server` takes chains out of a queue, `request` says what they ask for,
+//! `execute` has the disk do it, `config` is what the driver sees before all that, `stats` counts.
 
 mod config;
 mod execute;
