@@ -3,8 +3,10 @@
 //! Root is not needed, nothing is mounted or installed, and what is done is not done again. Interrupted, it goes on at the
 //! image that was being made.
 
+use std::fs;
+
 use anyhow::{Result, bail};
-use lab::{Cache, Toolbox};
+use lab::{Cache, Key, Toolbox};
 
 use crate::apt::Apt;
 use crate::recipe::Recipe;
@@ -20,8 +22,14 @@ pub(crate) struct Options {
 
 /// Makes what is missing.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    require_programs()?;
     let cache = Cache::locate();
+    let stamp = cache.path(format!("complete-{}", inputs(options)?));
+    if !options.refresh
+        && fs::read_to_string(&stamp).is_ok_and(|text| current_images(&cache).is_ok_and(|now| now == text))
+    {
+        return Ok(());
+    }
+    require_programs()?;
     let recipe = Recipe::load()?;
     host::step(&format!("images in {}", cache.path("").display()));
     let apt = Apt::open(&cache, &recipe, &recipe.toolbox.suite, options.refresh)?;
@@ -43,8 +51,41 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         debian::make(&cache, &recipe, &toolbox, &apt)?;
     }
     images::lab_images(&cache, &toolbox, &made)?;
+    fs::write(&stamp, current_images(&cache)?)?;
     host::step("the images are ready");
     Ok(())
+}
+
+/// A key of all that decides what set-up makes, but the packages' versions: those change only when asked to.
+fn inputs(options: &Options) -> Result<Key> {
+    let mut key = Key::new().with([u8::from(options.debian)]);
+    let mut files: Vec<_> = fs::read_dir(lab::repository().join("images"))?
+        .filter_map(Result::ok)
+        .collect();
+    files.sort_by_key(fs::DirEntry::file_name);
+    for file in files {
+        key = key.with(fs::read(file.path())?);
+    }
+    for source in [
+        include_str!("apt.rs"),
+        include_str!("debian.rs"),
+        include_str!("images.rs"),
+        include_str!("kernels.rs"),
+    ] {
+        key = key.with(source);
+    }
+    Ok(key)
+}
+
+/// Which images are current, one per line; an error when one of them is not there.
+fn current_images(cache: &Cache) -> Result<String> {
+    let mut lines = Vec::new();
+    for entry in fs::read_dir(cache.path("current"))? {
+        let path = entry?.path();
+        lines.push(fs::canonicalize(path)?.display().to_string());
+    }
+    lines.sort();
+    Ok(lines.join("\n"))
 }
 
 /// The few programs that must be here before anything can be unpacked; every Debian system has them.

@@ -141,7 +141,11 @@ impl Machine {
             complaints,
         };
         match start {
-            Start::Restore(saved) => machine.restore(saved)?,
+            Start::Restore(saved) => {
+                if let Err(error) = machine.restore(saved) {
+                    return Err(error).context(machine.autopsy("the lab host cannot be restored"));
+                }
+            }
             Start::Boot { .. } => {
                 let line = machine.control_line(builder.start_timeout)?;
                 if !line.starts_with("ready") {
@@ -376,7 +380,7 @@ pub(crate) fn description(builder: &Builder) -> String {
         memory_mib,
         ..
     } = builder;
-    format!("1 {PROCESSOR} {KERNEL_COMMAND_LINE} {cpus} {deterministic} {memory_mib} {EXTRA_DISKS}")
+    format!("2 {PROCESSOR} {KERNEL_COMMAND_LINE} {cpus} {deterministic} {memory_mib} {EXTRA_DISKS}")
 }
 
 fn hardware(command: &mut Command, cache: &Cache, builder: &Builder, share: &Path) -> Result<()> {
@@ -426,7 +430,7 @@ fn hardware(command: &mut Command, cache: &Cache, builder: &Builder, share: &Pat
         ]);
     }
     let net = match &builder.network {
-        Network::Isolated => "user,id=net,restrict=on".to_owned(),
+        Network::Isolated => "hubport,id=net,hubid=0".to_owned(),
         Network::Segment(name) => {
             let key = crate::Key::new().with(name).number();
             let (group, port) = ((key >> 8) & 0xff, 20_000 + ((key >> 16) & 0x7fff));

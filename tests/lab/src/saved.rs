@@ -45,6 +45,7 @@ pub(crate) fn ensure(cache: &Cache, builder: &Builder) -> Result<Saved> {
 
 fn make(cache: &Cache, builder: &Builder, saved: &Saved) -> Result<()> {
     let begin = Instant::now();
+    forget_old_ones(cache)?;
     eprintln!("lab: booting a lab host once, to save its state ...");
     let share = Share::new(cache, None)?;
     let memory = saved.memory.with_extension("memory.new");
@@ -65,5 +66,18 @@ fn make(cache: &Cache, builder: &Builder, saved: &Saved) -> Result<()> {
     fs::rename(&memory, &saved.memory)?;
     fs::rename(&state, &saved.state)?;
     eprintln!("lab: saved in {:.1} s", begin.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Removes states that were made more than two days ago: each takes some hundred MiB, and new images make new ones.
+/// A lab that runs keeps its files, removed or not.
+fn forget_old_ones(cache: &Cache) -> Result<()> {
+    for entry in fs::read_dir(cache.path("saved"))? {
+        let entry = entry?;
+        let age = entry.metadata()?.modified()?.elapsed().unwrap_or_default();
+        if entry.file_name() != "lock" && age > Duration::from_secs(2 * 86_400) {
+            fs::remove_file(entry.path())?;
+        }
+    }
     Ok(())
 }
