@@ -179,6 +179,8 @@ pub const KERNEL_START: u64 = 0x10_0000;
 pub const PORT_COM1: u16 = 0x3F8;
 /// RTC and CMOS: index; data is the next port.
 pub const PORT_RTC: u16 = 0x70;
+/// Index of the century in the CMOS memory.
+pub const RTC_CENTURY: u8 = 0x32;
 /// i8042 keyboard controller: data. Only the controller's reset command is served.
 pub const PORT_I8042_DATA: u16 = 0x60;
 /// i8042 keyboard controller: command and status.

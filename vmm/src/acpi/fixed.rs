@@ -61,6 +61,10 @@ pub(super) fn fadt(inputs: &AcpiInputs, dsdt: u64) -> Vec<u8> {
     if inputs.rtc == RealTimeClock::Absent {
         boot_arch |= boot_architecture::NO_CMOS_RTC;
     }
+    let century = match inputs.rtc {
+        RealTimeClock::Absent => 0,
+        RealTimeClock::Ports | RealTimeClock::PortsAndInterrupt => layout::RTC_CENTURY,
+    };
 
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
@@ -72,6 +76,7 @@ pub(super) fn fadt(inputs: &AcpiInputs, dsdt: u64) -> Vec<u8> {
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless)
         .flag(Flags::HwReducedAcpi);
+    fadt.century = century;
     fadt.iapc_boot_arch = boot_arch.into();
     fadt.reset_reg = byte_port(layout::PORT_ACPI_RESET);
     fadt.reset_value = layout::ACPI_RESET_VALUE;

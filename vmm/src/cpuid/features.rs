@@ -120,7 +120,7 @@ pub(super) fn has(leaves: &Leaves, name: &str) -> bool {
 /// Names like `wanted`, best first: those that begin with it, then those that contain it, are contained in it, or are a
 /// few typing errors away.
 fn near(wanted: &str) -> Vec<&'static str> {
-    const COUNT: usize = 6;
+    const COUNT: usize = 4;
     let mut rated: Vec<(bool, usize, &'static str)> = Feature::all()
         .filter_map(|feature| {
             let name = feature.name;

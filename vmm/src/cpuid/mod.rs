@@ -9,18 +9,20 @@
 //!                                               8.1E 8.08   8.1D
 //! ```
 //!
-//! It is a pure function, so that the tests run it for CPUs that are not here. `KVM_SET_CPUID2` must come before MSRs are
+//! [`Processors`] does this for all vCPUs of a machine from its configuration. [`filter`] is a pure function, so that the tests run it for CPUs that are not here. `KVM_SET_CPUID2` must come before MSRs are
 //! read or written: since Linux 6.13 KVM hides MSRs that the guest's CPUID does not announce.
 
 pub mod features;
 mod leaves;
 pub mod msrs;
+mod processors;
 pub mod topology;
 
 use kvm_bindings::kvm_cpuid_entry2;
 
 use features::Feature;
 use leaves::{Leaves, set_field};
+pub use processors::{ProcessorError, Processors};
 pub use topology::{Topology, TopologyError};
 
 /// Leaves that this module works on.
