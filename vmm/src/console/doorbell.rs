@@ -61,6 +61,15 @@ impl Doorbell {
         self.state.store(QUIET, Ordering::SeqCst);
     }
 
+    /// Wakes the main loop after `delay` in any case. For the main loop itself.
+    pub(super) fn ring_at_latest(&self, delay: Duration) {
+        self.arm(delay.max(Duration::from_nanos(1)));
+        // Somebody who rang meanwhile may have been overruled.
+        if self.state.load(Ordering::SeqCst) != QUIET {
+            self.arm(Duration::from_nanos(1));
+        }
+    }
+
     fn arm(&self, delay: Duration) {
         let value = Itimerspec {
             it_interval: Timespec {
