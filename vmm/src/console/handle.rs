@@ -85,7 +85,7 @@ impl ConsoleHandle {
 
     /// Shows `bytes`. Never waits; what the receivers cannot take is queued, up to 1 MiB for each.
     ///
-    /// A few bytes without a line end may be held back for 2 ms to save system calls.
+    /// A few bytes without a line end may be held back for 5 ms to save system calls.
     ///
     /// [`Pressure::Congested`] asks the device to send no more until [`ConsoleInput::output_ready`]. Bytes that come all the
     /// same are taken, and lost only when a queue is full.

@@ -1,7 +1,7 @@
 //! A Unix socket on which clients of a console connect.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -156,9 +156,6 @@ fn remove_stale(path: &Path) -> Result<(), ConsoleError> {
             path: path.to_owned(),
             source,
         }),
-        Ok(stream) => {
-            debug_assert!(stream.as_fd().as_raw_fd() >= 0);
-            Err(ConsoleError::InUse(path.to_owned()))
-        }
+        Ok(_) => Err(ConsoleError::InUse(path.to_owned())),
     }
 }

@@ -18,6 +18,8 @@ mod pty;
 mod service;
 mod source;
 mod stdio;
+#[cfg(test)]
+mod stdio_tests;
 pub mod terminal;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -46,7 +48,7 @@ const STUCK_AFTER: Duration = if cfg!(test) {
     Duration::from_secs(5)
 };
 /// Output is held back for at most this long ...
-const HOLD_TIME: Duration = Duration::from_millis(2);
+const HOLD_TIME: Duration = Duration::from_millis(5);
 /// ... and up to this many bytes, in the hope for the rest of the line.
 const HOLD_BYTES: usize = 512;
 /// So much is read ahead of the guest.

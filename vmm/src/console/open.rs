@@ -120,6 +120,12 @@ impl Console {
                 })?;
                 console.is_terminal = true;
             }
+        } else {
+            let name = &console.handle.shared.name;
+            tracing::info!(
+                console = name,
+                "running in the background: the terminal's keys do not reach the guest"
+            );
         }
         console.service = Some(service);
         Ok(console)

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -68,7 +68,7 @@ impl Pty {
             .map_err(|errno| failed("find the name of a pseudo-terminal")(errno.into()))?;
         let other_end = ioctl_tiocgptpeer(&master, flags)
             .map_err(|errno| failed("open the other end of a pseudo-terminal")(errno.into()))?;
-        terminal::make_raw(&other_end).map_err(failed("configure a pseudo-terminal"))?;
+        terminal::make_raw(other_end.as_fd()).map_err(failed("configure a pseudo-terminal"))?;
         let path = PathBuf::from(std::ffi::OsString::from_vec(path.into_bytes()));
         Ok(Self {
             master,

@@ -383,17 +383,12 @@ impl MutEventSubscriber for Service {
             }
             LISTENER => self.accept_clients(ops),
             PTY_WATCH => self.pty_changed(ops),
+            _ if self.pty.is_some() && set.contains(EventSet::HANG_UP) => self.pty_changed(ops),
             // The receiver has room; it is flushed below.
             id if self
                 .waiting
                 .iter()
                 .any(|(waiting, fd)| *waiting == id && fd.as_raw_fd() == events.fd()) => {}
-            id if self.pty.is_some() => {
-                self.read(id, ops);
-                if set.contains(EventSet::HANG_UP) {
-                    self.pty_changed(ops);
-                }
-            }
             id => {
                 let ended = self.sources.iter().any(|source| source.id == id && source.ended);
                 if ended && set.intersects(EventSet::HANG_UP | EventSet::ERROR) {

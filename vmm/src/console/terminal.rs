@@ -4,7 +4,7 @@
 //! also from a signal handler. It is called by the console's owner, by `exit`, by a panic hook, and by handlers for the
 //! signals that end a process, as far as nobody else handles those.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, RawFd};
+use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
 use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::{io, mem, ptr};
@@ -175,11 +175,9 @@ extern "C" fn fault_signal(signal: libc::c_int) {
 }
 
 /// Puts `fd`, the user's end of a pseudo-terminal of ours, into raw mode, for as long as it exists.
-pub(super) fn make_raw(fd: impl AsFd) -> io::Result<()> {
-    let fd = fd.as_fd();
+pub(super) fn make_raw(fd: BorrowedFd<'_>) -> io::Result<()> {
     let mut settings = rustix::termios::tcgetattr(fd)?;
     settings.make_raw();
     rustix::termios::tcsetattr(fd, rustix::termios::OptionalActions::Now, &settings)?;
-    debug_assert!(fd.as_raw_fd() >= 0);
     Ok(())
 }

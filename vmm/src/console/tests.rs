@@ -442,6 +442,19 @@ fn clients_of_a_pseudo_terminal_come_and_go() {
 }
 
 #[test]
+fn a_client_that_leaves_without_reading_frees_the_guest() {
+    let bench = Bench::open("pty");
+    let guest = Guest::attach(&bench);
+    let client = open_terminal(bench.console.as_ref().unwrap().path().unwrap());
+    wait_until(|| bench.handle().shared.output().peers.len() == 1);
+    while bench.handle().write(&[b'x'; 1000]) == Pressure::Free {}
+    drop(client);
+    guest.wait_for_output_ready(1);
+    assert_eq!(bench.handle().write(b"on\n"), Pressure::Free);
+    bench.assert_idle();
+}
+
+#[test]
 fn what_a_client_wrote_who_left_at_once_is_heard() {
     let bench = Bench::open("pty");
     let guest = Guest::attach(&bench);

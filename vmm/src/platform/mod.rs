@@ -13,6 +13,8 @@ mod rate_limit;
 mod rtc;
 mod serial;
 #[cfg(test)]
+mod serial_flow;
+#[cfg(test)]
 mod testing;
 
 use std::ops::Range;
@@ -44,7 +46,7 @@ pub type Interrupt = Arc<dyn Fn() + Send + Sync>;
 /// An interrupt line that is a KVM irqfd: `eventfd` must be registered for the GSI.
 pub fn irqfd(eventfd: EventFd) -> Interrupt {
     // It can fail only when the counter is full, and then the interrupt is pending anyway.
-    Arc::new(move || drop(eventfd.write(1)))
+    Arc::new(move || eventfd.write(1).unwrap_or_default())
 }
 
 /// How a guest kernel crashed.
