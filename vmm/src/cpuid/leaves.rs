@@ -73,14 +73,13 @@ impl Leaves {
         })
     }
 
-    /// The leaf `function` with `index`, to be changed; made if there is none.
+    /// The leaf `function` with `index`, to be changed; made if there is none. From now on it answers for this index only.
     pub(super) fn leaf_index(&mut self, function: u32, index: u32) -> &mut kvm_cpuid_entry2 {
-        self.0.entry((function, index)).or_insert(kvm_cpuid_entry2 {
-            function,
-            index,
-            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
-            ..Default::default()
-        })
+        let leaf = self.0.entry((function, index)).or_default();
+        leaf.function = function;
+        leaf.index = index;
+        leaf.flags |= KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+        leaf
     }
 
     /// Takes leaf `function` away, with all its indices.

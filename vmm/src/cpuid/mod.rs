@@ -21,6 +21,7 @@ pub mod topology;
 use kvm_bindings::kvm_cpuid_entry2;
 
 use features::Feature;
+pub use leaves::Register;
 use leaves::{Leaves, set_field};
 pub use processors::{ProcessorError, Processors};
 pub use topology::{Topology, TopologyError};
@@ -46,6 +47,7 @@ mod leaf {
     pub(super) const FREQUENCIES: u32 = 0x4000_0010;
     pub(super) const EXTENDED_MAX: u32 = 0x8000_0000;
     pub(super) const EXTENDED_IDENTITY: u32 = 0x8000_0001;
+    pub(super) const BRAND: [u32; 3] = [0x8000_0002, 0x8000_0003, 0x8000_0004];
     pub(super) const ADDRESS_SIZES: u32 = 0x8000_0008;
     pub(super) const SVM: u32 = 0x8000_000A;
     pub(super) const AMD_IBS: u32 = 0x8000_001B;
@@ -79,6 +81,8 @@ pub struct CpuidInputs<'a> {
     pub tsc_deadline: bool,
     /// Frequency of the vCPU's TSC (`KVM_GET_TSC_KHZ`), if known.
     pub tsc_khz: Option<u32>,
+    /// The CPU's name for people, padded with NULs, where KVM gives none: older ones leave that to the VMM.
+    pub brand: Option<[u8; 48]>,
     /// Whether every vCPU has a host CPU to itself: Linux then spins instead of asking the hypervisor to wait.
     pub dedicated_cpus: bool,
 }
@@ -171,6 +175,7 @@ pub fn filter(
     let vendor = Vendor::of(&leaves);
     hide_features(&mut leaves, vendor, inputs)?;
     identify(&mut leaves, vendor, inputs);
+    set_brand(&mut leaves, inputs);
     describe_topology(&mut leaves, vendor, inputs);
     match vendor {
         Vendor::Amd => describe_amd(&mut leaves, inputs),
@@ -220,16 +225,21 @@ fn identify(leaves: &mut Leaves, vendor: Vendor, inputs: &CpuidInputs) {
     const TSC_DEADLINE: u32 = 1 << 24;
     const HYPERVISOR: u32 = 1 << 31;
     const HTT: u32 = 1 << 28;
-    /// AMD: the threads of leaf 1 are cores.
+    /// AMD: the threads that leaf 1 counts may be cores.
     const CMP_LEGACY: u32 = 1 << 1;
 
     let threads = inputs.topology.threads_per_socket();
+    // Intel means ids here, AMD threads.
+    let addressable = match vendor {
+        Vendor::Intel => 1 << inputs.topology.package_bits(),
+        Vendor::Amd => threads,
+    };
     let removed = |name| inputs.removed.iter().any(|feature| feature.name == name);
     let has_apic = features::has(leaves, "apic");
 
     let identity = leaves.leaf(leaf::IDENTITY);
     set_field(&mut identity.ebx, 8, 8, CLFLUSH_SIZE);
-    set_field(&mut identity.ebx, 16, 8, threads);
+    set_field(&mut identity.ebx, 16, 8, addressable);
     set_field(&mut identity.ebx, 24, 8, inputs.topology.apic_id(inputs.cpu));
     if !removed("hypervisor") {
         identity.ecx |= HYPERVISOR;
@@ -242,8 +252,25 @@ fn identify(leaves: &mut Leaves, vendor: Vendor, inputs: &CpuidInputs) {
     } else {
         identity.edx &= !HTT;
     }
-    if vendor == Vendor::Intel || threads == 1 {
-        leaves.leaf(leaf::EXTENDED_IDENTITY).ecx &= !CMP_LEGACY;
+    let extended = leaves.leaf(leaf::EXTENDED_IDENTITY);
+    if vendor == Vendor::Amd && threads > 1 {
+        extended.ecx |= CMP_LEGACY;
+    } else {
+        extended.ecx &= !CMP_LEGACY;
+    }
+}
+
+/// The brand string: 48 characters in three leaves.
+fn set_brand(leaves: &mut Leaves, inputs: &CpuidInputs) {
+    let has_brand = leaf::BRAND.iter().any(|&function| leaves.get(function).eax != 0);
+    let reaches = leaves.get(leaf::EXTENDED_MAX).eax >= leaf::BRAND[2];
+    let Some(brand) = inputs.brand.filter(|_| reaches && !has_brand) else {
+        return;
+    };
+    let (registers, _) = brand.as_chunks::<4>();
+    for (function, registers) in leaf::BRAND.iter().zip(registers.as_chunks::<4>().0) {
+        let leaf = leaves.leaf(*function);
+        [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx] = registers.map(u32::from_le_bytes);
     }
 }
 

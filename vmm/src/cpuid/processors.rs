@@ -1,5 +1,7 @@
 //! A machine's processors, from its configuration to vCPUs that are set up.
 
+use std::arch::x86_64::__cpuid;
+
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::VcpuFd;
 
@@ -55,6 +57,7 @@ pub struct Processors {
     apic_ids: Vec<u32>,
     removed: Vec<Feature>,
     nested: bool,
+    brand: Option<[u8; 48]>,
 }
 
 impl Processors {
@@ -76,6 +79,7 @@ impl Processors {
             apic_ids: topology.apic_ids(),
             removed,
             nested: config.nested,
+            brand: host_brand(),
         })
     }
 
@@ -111,6 +115,7 @@ impl Processors {
                 // Part of KVM's in-kernel local APIC, without which a vCPU is not created, since Linux 3.3.
                 tsc_deadline: true,
                 tsc_khz,
+                brand: self.brand,
                 dedicated_cpus: false,
             },
         )
@@ -134,6 +139,23 @@ impl Processors {
             None => Ok(()),
         }
     }
+}
+
+/// The brand string of the CPU that this runs on.
+fn host_brand() -> Option<[u8; 48]> {
+    const EXTENDED_MAX: u32 = 0x8000_0000;
+    const BRAND: [u32; 3] = [0x8000_0002, 0x8000_0003, 0x8000_0004];
+    if __cpuid(EXTENDED_MAX).eax < BRAND[2] {
+        return None;
+    }
+    let registers = BRAND
+        .map(__cpuid)
+        .map(|leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
+    let mut brand = [0; 48];
+    for (characters, register) in brand.chunks_mut(4).zip(registers.as_flattened()) {
+        characters.copy_from_slice(&register.to_le_bytes());
+    }
+    Some(brand)
 }
 
 #[cfg(test)]
