@@ -17,3 +17,4 @@ pub mod vm;
 
 pub mod console;
 pub mod platform;
+pub mod devices;
