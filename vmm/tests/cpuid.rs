@@ -82,7 +82,6 @@ fn inputs(topology: Topology, cpu: u32) -> CpuidInputs<'static> {
         physical_bits: None,
         tsc_deadline: true,
         tsc_khz: None,
-        brand: None,
         dedicated_cpus: false,
     }
 }
@@ -557,34 +556,6 @@ fn the_hypervisor_leaves_tell_frequencies_and_hints() {
     );
     assert_eq!(guest.cpuid(0x4000_0001, 0)[3], 1);
     assert_eq!(guest.cpuid(0x4000_0010, 0), [2_450_000, 1_000_000, 0, 0]);
-}
-
-#[test]
-fn the_brand_is_kvms_or_else_the_hosts() {
-    let mut host = host("amd-milan");
-    let mut brand = [0; 48];
-    brand[..20].copy_from_slice(b"smsvmm test processo");
-    brand[47] = b'!';
-    let inputs = CpuidInputs {
-        brand: Some(brand),
-        ..one_cpu()
-    };
-    let read = |host: &Host| -> Vec<u8> {
-        let leaves = cpuid::filter(&host.supported, &inputs).unwrap();
-        let registers = [0x8000_0002, 0x8000_0003, 0x8000_0004].map(|leaf| Guest(&leaves).cpuid(leaf, 0));
-        registers
-            .as_flattened()
-            .iter()
-            .flat_map(|register| register.to_le_bytes())
-            .collect()
-    };
-    assert_eq!(read(&host), brand);
-    for entry in &mut host.supported {
-        if (0x8000_0002..=0x8000_0004).contains(&entry.function) {
-            entry.eax = u32::from_le_bytes(*b"KVM ");
-        }
-    }
-    assert!(read(&host).starts_with(b"KVM "));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

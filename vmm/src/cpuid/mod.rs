@@ -9,21 +9,21 @@
 //!                                               8.1E 8.08   8.1D
 //! ```
 //!
-//! [`Processors`] does this for all vCPUs of a machine from its configuration. [`filter`] is a pure function, so that the tests run it for CPUs that are not here. `KVM_SET_CPUID2` must come before MSRs are
+//! [`supported`] gives KVM's list; [`filter`] is a pure function, so that the tests run it for CPUs that are not here. `KVM_SET_CPUID2` must come before MSRs are
 //! read or written: since Linux 6.13 KVM hides MSRs that the guest's CPUID does not announce.
 
 pub mod features;
+mod host;
 mod leaves;
 pub mod msrs;
-mod processors;
 pub mod topology;
 
 use kvm_bindings::kvm_cpuid_entry2;
 
 use features::Feature;
+pub use host::supported;
 pub use leaves::Register;
 use leaves::{Leaves, set_field};
-pub use processors::{ProcessorError, Processors};
 pub use topology::{Topology, TopologyError};
 
 /// Leaves that this module works on.
@@ -47,7 +47,6 @@ mod leaf {
     pub(super) const FREQUENCIES: u32 = 0x4000_0010;
     pub(super) const EXTENDED_MAX: u32 = 0x8000_0000;
     pub(super) const EXTENDED_IDENTITY: u32 = 0x8000_0001;
-    pub(super) const BRAND: [u32; 3] = [0x8000_0002, 0x8000_0003, 0x8000_0004];
     pub(super) const ADDRESS_SIZES: u32 = 0x8000_0008;
     pub(super) const SVM: u32 = 0x8000_000A;
     pub(super) const AMD_IBS: u32 = 0x8000_001B;
@@ -81,8 +80,6 @@ pub struct CpuidInputs<'a> {
     pub tsc_deadline: bool,
     /// Frequency of the vCPU's TSC (`KVM_GET_TSC_KHZ`), if known.
     pub tsc_khz: Option<u32>,
-    /// The CPU's name for people, padded with NULs, where KVM gives none: older ones leave that to the VMM.
-    pub brand: Option<[u8; 48]>,
     /// Whether every vCPU has a host CPU to itself: Linux then spins instead of asking the hypervisor to wait.
     pub dedicated_cpus: bool,
 }
@@ -175,7 +172,6 @@ pub fn filter(
     let vendor = Vendor::of(&leaves);
     hide_features(&mut leaves, vendor, inputs)?;
     identify(&mut leaves, vendor, inputs);
-    set_brand(&mut leaves, inputs);
     describe_topology(&mut leaves, vendor, inputs);
     match vendor {
         Vendor::Amd => describe_amd(&mut leaves, inputs),
@@ -257,20 +253,6 @@ fn identify(leaves: &mut Leaves, vendor: Vendor, inputs: &CpuidInputs) {
         extended.ecx |= CMP_LEGACY;
     } else {
         extended.ecx &= !CMP_LEGACY;
-    }
-}
-
-/// The brand string: 48 characters in three leaves.
-fn set_brand(leaves: &mut Leaves, inputs: &CpuidInputs) {
-    let has_brand = leaf::BRAND.iter().any(|&function| leaves.get(function).eax != 0);
-    let reaches = leaves.get(leaf::EXTENDED_MAX).eax >= leaf::BRAND[2];
-    let Some(brand) = inputs.brand.filter(|_| reaches && !has_brand) else {
-        return;
-    };
-    let (registers, _) = brand.as_chunks::<4>();
-    for (function, registers) in leaf::BRAND.iter().zip(registers.as_chunks::<4>().0) {
-        let leaf = leaves.leaf(*function);
-        [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx] = registers.map(u32::from_le_bytes);
     }
 }
 
