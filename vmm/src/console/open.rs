@@ -143,7 +143,6 @@ impl Console {
         }
         service.pty = Some(watch);
         console.link = link.map(|link| Link::new(link, &path)).transpose()?;
-        tracing::info!(console = console.handle.shared.name, path = %path.display(), "console is a pseudo-terminal");
         console.path = Some(path);
         console.service = Some(service);
         Ok(console)

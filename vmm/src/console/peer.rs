@@ -173,3 +173,69 @@ impl Peer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Read, Write};
+
+    use super::*;
+
+    #[test]
+    fn a_description_that_cannot_be_reopened_is_written_without_waiting() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut peer = Peer::new(1, Arc::new(writer.into()), WriteMode::Shared);
+        peer.enqueue(&[b'x'; 100_000]);
+        assert_eq!(peer.flush(false), Flushed::NotHere, "only the main loop may");
+        assert_eq!(
+            peer.flush(true),
+            Flushed::Blocked,
+            "a pipe holds 64 KiB, and the write must not wait"
+        );
+        let before = peer.pending();
+        assert!(before <= 100_000 - 60_000);
+        reader.read_exact(&mut [0; 50_000]).unwrap();
+        assert_eq!(peer.flush(true), Flushed::All);
+    }
+
+    #[test]
+    fn a_full_disk_loses_output_and_says_how_much() {
+        // Writing to this device fails as on a full disk.
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let mut peer = Peer::new(1, Arc::new(full.into()), WriteMode::File);
+        peer.enqueue(b"lost");
+        assert_eq!(peer.flush(true), Flushed::All);
+        assert_eq!(peer.take_dropped(), 4);
+        assert_eq!(peer.take_dropped(), 0);
+    }
+
+    #[test]
+    fn a_full_queue_drops_what_is_new_and_counts_it() {
+        let (_reader, writer) = io::pipe().unwrap();
+        let mut peer = Peer::new(1, Arc::new(writer.into()), WriteMode::Shared);
+        peer.enqueue(&vec![0; OUTPUT_LIMIT - 10]);
+        peer.enqueue(&[1; 25]);
+        assert_eq!((peer.pending(), peer.take_dropped()), (OUTPUT_LIMIT, 15));
+    }
+
+    #[test]
+    fn a_blocked_receiver_is_stuck_only_without_progress() {
+        let (mut reader, mut filler) = io::pipe().unwrap();
+        filler.write_all(&[0; 64 << 10]).unwrap();
+        let mut peer = Peer::new(1, Arc::new(filler.into()), WriteMode::Shared);
+        let start = Instant::now();
+        peer.enqueue(&[0; 20_000]);
+        assert_eq!(peer.watch_progress(start), None, "it was not tried yet");
+        assert_eq!(peer.flush(true), Flushed::Blocked);
+        assert_eq!(peer.watch_progress(start), Some(start + STUCK_AFTER));
+        reader.read_exact(&mut [0; 8192]).unwrap();
+        assert_eq!(peer.flush(true), Flushed::Blocked);
+        let later = start + STUCK_AFTER;
+        assert_eq!(
+            peer.watch_progress(later),
+            Some(later + STUCK_AFTER),
+            "it took something"
+        );
+        assert_eq!(peer.watch_progress(later + STUCK_AFTER), None);
+        assert!(peer.stuck);
+    }
+}

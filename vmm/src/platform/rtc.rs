@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::PlatformEvents;
 use super::calendar::{DateTime, from_unix_seconds, to_unix_seconds};
 use crate::bus::BusDevice;
-use crate::layout::LOW_RAM_END_MAX;
+use crate::layout::{LOW_RAM_END_MAX, RTC_CENTURY};
 
 /// Where the RTC takes the time from: UTC since 1970.
 pub type WallClock = Box<dyn Fn() -> Duration + Send + Sync>;
@@ -36,7 +36,7 @@ const STATUS_C: u8 = 0x0c;
 const STATUS_D: u8 = 0x0d;
 const SHUTDOWN_STATUS: u8 = 0x0f;
 /// As the FADT says.
-const CENTURY: u8 = 0x32;
+const CENTURY: u8 = RTC_CENTURY;
 
 /// 32.768 kHz time base, 1024 Hz periodic rate: the usual setting.
 const STATUS_A_DEFAULT: u8 = 0x26;
