@@ -9,6 +9,7 @@ pub mod layout;
 pub mod boot;
 pub mod config;
 pub mod host;
+pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod transport;
@@ -16,5 +17,5 @@ pub mod vcpu;
 pub mod vm;
 
 pub mod console;
-pub mod platform;
 pub mod devices;
+pub mod platform;

@@ -148,11 +148,11 @@ impl Vm {
         Ok(())
     }
 
-    /// Creates vCPU `id`.
+    /// Creates a vCPU; `id` is its local APIC id.
     ///
     /// # Errors
     /// KVM refuses, for example because the limit of vCPUs is reached.
-    pub fn create_vcpu(&self, id: u8) -> Result<VcpuFd, KvmError> {
+    pub fn create_vcpu(&self, id: u32) -> Result<VcpuFd, KvmError> {
         self.fd.create_vcpu(u64::from(id)).map_err(call("create a vCPU"))
     }
 

@@ -6,18 +6,18 @@ use std::io;
 use std::sync::Arc;
 
 use super::devices::HostDevice;
+use super::processors::Processors;
 use super::signals::Signals;
 use super::slots::{SlotError, Slots};
 use super::{MachineError, Parts};
 use crate::acpi::{self, AcpiInputs, RealTimeClock};
 use crate::boot::registers;
 use crate::bus::{Bus, BusError};
-use crate::cpuid;
 use crate::layout;
 use crate::pci::{Cf8, Ecam, PciBus, Window};
 use crate::platform::{Platform, PlatformConfig, host_clock, irqfd};
 use crate::vcpu::{Gate, VcpuContext, Vcpus};
-use crate::vm::{KvmError, Vm};
+use crate::vm::Vm;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// A machine in which a guest lives.
@@ -43,11 +43,7 @@ pub(super) fn build(
     let memory = parts.ram.memory().clone();
 
     // CPUs, as the guest will see them.
-    let supported = vm
-        .kvm()
-        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-        .map_err(|source| KvmError::Call { action: "list CPU features", source })?;
-    let processors = cpuid::Processors::new(supported.as_slice(), &parts.config.cpus).map_err(description)?;
+    let processors = Processors::new(&vm, &parts.config.cpus)?;
 
     // Buses.
     let pci = Arc::new(PciBus::new());
@@ -89,9 +85,7 @@ pub(super) fn build(
     // vCPUs, and what the boot vCPU starts with.
     let mut vcpus = Vec::new();
     for index in 0..parts.config.cpus.count {
-        let vcpu = vm.create_vcpu(index)?;
-        processors.set_up(&vcpu, index).map_err(description)?;
-        vcpus.push(vcpu);
+        vcpus.push(processors.create(&vm, index)?);
     }
     let entry = parts.kernel.load(&memory, parts.ram.size())?;
     registers::write_tables(&memory, entry)?;
@@ -104,7 +98,7 @@ pub(super) fn build(
         serial: true,
         rtc: RealTimeClock::PortsAndInterrupt,
         pvpanic: true,
-        hotplug_slots: u32::MAX & !1,
+        hotplug_slots: !1,
     })
     .map_err(description)?
     .write_to(&memory)
@@ -131,7 +125,8 @@ pub(super) fn build(
 impl Machine {
     /// Puts a device into a free slot; the guest does not know yet.
     pub(super) fn insert(&mut self, parts: &Parts, device: HostDevice) -> Result<u8, SlotError> {
-        self.slots.insert(&self.vm, parts.ram.memory(), &self.signals, device)
+        self.slots
+            .insert(&self.vm, parts.ram.memory(), &self.signals, device)
     }
 
     /// Tells the guest that a device has appeared in `slot`.
@@ -160,12 +155,24 @@ fn description(error: impl std::error::Error + Send + Sync + 'static) -> Machine
     MachineError::Description(Box::new(error))
 }
 
-fn connect_pci(pci: &Arc<PciBus>, ports: &Bus, mmio: &Bus, window: layout::AddressRange) -> Result<(), BusError> {
+fn connect_pci(
+    pci: &Arc<PciBus>,
+    ports: &Bus,
+    mmio: &Bus,
+    window: layout::AddressRange,
+) -> Result<(), BusError> {
     let cf8 = u64::from(layout::PORT_PCI_CONFIG_ADDRESS);
     ports.insert("PCI configuration", cf8..cf8 + 8, Arc::new(Cf8::new(pci.clone())))?;
-    mmio.insert("ECAM", layout::ECAM.start..layout::ECAM.end(), Arc::new(Ecam(pci.clone())))?;
+    mmio.insert(
+        "ECAM",
+        layout::ECAM.start..layout::ECAM.end(),
+        Arc::new(Ecam(pci.clone())),
+    )?;
     for range in [layout::MMIO32, window] {
-        let device = Window { bus: pci.clone(), base: range.start };
+        let device = Window {
+            bus: pci.clone(),
+            base: range.start,
+        };
         mmio.insert("PCI window", range.start..range.end(), Arc::new(device))?;
     }
     Ok(())
@@ -175,7 +182,12 @@ fn connect_pci(pci: &Arc<PciBus>, ports: &Bus, mmio: &Bus, window: layout::Addre
 fn interrupt(vm: &Vm, gsi: u32) -> Result<(EventFd, EventFd), MachineError> {
     let event = EventFd::new(EFD_NONBLOCK).map_err(MachineError::system("create an eventfd"))?;
     vm.connect_interrupt(&event, gsi)?;
-    Ok((event.try_clone().map_err(MachineError::system("duplicate an eventfd"))?, event))
+    Ok((
+        event
+            .try_clone()
+            .map_err(MachineError::system("duplicate an eventfd"))?,
+        event,
+    ))
 }
 
 /// Keeps the calling thread on `cpus` of the host, if any are given.

@@ -14,6 +14,7 @@ use api::{
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::devices::{DeviceOpener, HostDevice};
+use crate::console::ConsoleCommand;
 
 /// A request to the main loop.
 pub(super) enum Request {
@@ -65,8 +66,17 @@ impl Control {
     ) -> std::io::Result<(Self, Inbox)> {
         let (requests, inbox) = mpsc::channel();
         let bell = EventFd::new(EFD_NONBLOCK)?;
-        let inbox = Inbox { requests: inbox, bell: bell.try_clone()? };
-        let shared = Shared { requests, bell, events, opener, last_status: Mutex::new(status) };
+        let inbox = Inbox {
+            requests: inbox,
+            bell: bell.try_clone()?,
+        };
+        let shared = Shared {
+            requests,
+            bell,
+            events,
+            opener,
+            last_status: Mutex::new(status),
+        };
         Ok((Control(Arc::new(shared)), inbox))
     }
 
@@ -79,6 +89,20 @@ impl Control {
         answer.recv().unwrap_or_else(|_| Err(gone()))
     }
 
+    /// Carries out what a person typed after the escape key. Runs on the main loop, so it must not wait for an answer.
+    pub(super) fn console_command(&self, command: ConsoleCommand) {
+        let (reply, _nobody_waits) = mpsc::channel();
+        let request = match command {
+            ConsoleCommand::Stop => Request::Stop("console".to_owned(), reply),
+            ConsoleCommand::PowerButton => Request::PowerButton(reply),
+            ConsoleCommand::Reset => Request::Reset("console".to_owned(), reply),
+            ConsoleCommand::Detach => return,
+        };
+        if self.0.requests.send(request).is_ok() {
+            let _ = self.0.bell.write(1);
+        }
+    }
+
     /// The log of events, to be shared.
     pub fn event_log(&self) -> &Arc<EventLog> {
         &self.0.events
@@ -89,10 +113,19 @@ impl api::Vm for Control {
     fn status(&self) -> VmStatus {
         let mut last = match self.ask(Request::Status) {
             Ok(status) => {
-                self.0.last_status.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&status);
+                self.0
+                    .last_status
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .clone_from(&status);
                 return status;
             }
-            Err(_) => self.0.last_status.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            Err(_) => self
+                .0
+                .last_status
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
         };
         last.state = VmState::Stopping;
         last
@@ -122,17 +155,15 @@ impl api::Vm for Control {
     }
 
     fn attach_disk(&self, disk: DiskConfig) -> Result<DiskStatus, Problem> {
-        let device = self.0.opener.disk(disk, &self.status())?;
-        let status = device.disk_status();
+        let (device, status) = self.0.opener.disk(disk, &self.status())?;
         self.ask(|reply| Request::Attach(Box::new(device), reply))?;
-        status.ok_or_else(|| Problem::new(ProblemKind::Internal, "a disk became something else"))
+        Ok(status)
     }
 
     fn attach_net(&self, net: NetConfig) -> Result<NetStatus, Problem> {
-        let device = self.0.opener.net(net, &self.status())?;
-        let status = device.net_status();
+        let (device, status) = self.0.opener.net(net, &self.status())?;
         self.ask(|reply| Request::Attach(Box::new(device), reply))?;
-        status.ok_or_else(|| Problem::new(ProblemKind::Internal, "a network card became something else"))
+        Ok(status)
     }
 
     fn detach(&self, id: &DeviceId) -> Result<(), Problem> {

@@ -7,31 +7,30 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, NetBackend as NetKind, NetConfig, NetStatus, Problem, ProblemKind,
-    VmName, VmStatus,
+    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, NetBackend as NetKind, NetConfig, NetStatus,
+    Problem, ProblemKind, VmName, VmStatus,
 };
+use block_io::Worker;
 use event_manager::SubscriberOps;
 use virtio_core::VirtioDevice;
 
 use super::MachineError;
+use super::disk::{DiskError, OpenDisk};
 use crate::config::{ConsoleSpec, VmConfig};
-use crate::console::{self, ConsoleHandle};
+use crate::console::{Console, ConsoleHandle, ConsoleOptions};
 use crate::devices::event_loop::EventLoop;
 use crate::devices::net::{Net, NetBackend, NetError, NetOptions, PasstOptions};
 use crate::devices::rng::Rng;
-use crate::devices::virtio_console::VirtioConsole;
 
 /// What a device is, with what is told of it in the VM's status.
 #[derive(Debug, Clone)]
 pub(super) enum Kind {
     /// A disk of `size` bytes.
-    Disk { config: Box<DiskConfig>, size: u64 },
+    Disk { config: Box<DiskConfig>, size: ByteSize },
     /// A network card.
     Net { config: Box<NetConfig> },
     /// The entropy source.
     Rng,
-    /// The virtio console.
-    Console,
 }
 
 /// A device that can be put into a machine.
@@ -39,29 +38,28 @@ pub(super) struct HostDevice {
     pub(super) id: DeviceId,
     pub(super) kind: Kind,
     pub(super) device: Box<dyn VirtioDevice>,
-}
-
-impl HostDevice {
-    /// As a disk that has just been attached, if it is one.
-    pub(super) fn disk_status(&self) -> Option<DiskStatus> {
-        self.kind.disk_status(DeviceState::Attached)
-    }
-
-    /// As a network card that has just been attached, if it is one.
-    pub(super) fn net_status(&self) -> Option<NetStatus> {
-        self.kind.net_status(DeviceState::Attached)
-    }
+    /// Threads that serve the device; they end after it.
+    pub(super) workers: Vec<Worker>,
 }
 
 impl Kind {
     pub(super) fn disk_status(&self, state: DeviceState) -> Option<DiskStatus> {
-        let Kind::Disk { config, size } = self else { return None };
-        Some(DiskStatus { config: (**config).clone(), state, size: ByteSize::from_bytes(*size) })
+        let Kind::Disk { config, size } = self else {
+            return None;
+        };
+        Some(DiskStatus {
+            config: (**config).clone(),
+            state,
+            size: *size,
+        })
     }
 
     pub(super) fn net_status(&self, state: DeviceState) -> Option<NetStatus> {
         let Kind::Net { config } = self else { return None };
-        Some(NetStatus { config: (**config).clone(), state })
+        Some(NetStatus {
+            config: (**config).clone(),
+            state,
+        })
     }
 
     /// Whether an administrator may take it out of a running VM.
@@ -79,35 +77,83 @@ pub(super) struct DeviceOpener {
 
 impl DeviceOpener {
     /// Opens a disk for a running VM: fills in what is not given.
-    pub(super) fn disk(&self, mut config: DiskConfig, status: &VmStatus) -> Result<HostDevice, Problem> {
+    pub(super) fn disk(
+        &self,
+        mut config: DiskConfig,
+        status: &VmStatus,
+    ) -> Result<(HostDevice, DiskStatus), Problem> {
         config.id = free_id(config.id, "disk", status);
-        config.check().map_err(|(key, error)| Problem::new(ProblemKind::Invalid, format!("{key} {error}")))?;
-        let id = config.id.clone();
-        self.open_disk(config).map_err(|error| problem(&id, &error))
+        config
+            .check()
+            .map_err(|(key, error)| Problem::new(ProblemKind::Invalid, format!("{key} {error}")))?;
+        let (device, size) = self
+            .open_disk(config.clone())
+            .map_err(|error| problem(&config.id, &error))?;
+        Ok((
+            device,
+            DiskStatus {
+                config,
+                state: DeviceState::Attached,
+                size,
+            },
+        ))
     }
 
     /// Opens a network card for a running VM: fills in what is not given.
-    pub(super) fn net(&self, mut config: NetConfig, status: &VmStatus) -> Result<HostDevice, Problem> {
+    pub(super) fn net(
+        &self,
+        mut config: NetConfig,
+        status: &VmStatus,
+    ) -> Result<(HostDevice, NetStatus), Problem> {
         config.id = free_id(config.id, "net", status);
         config.mac = Some(config.mac_or_derived(self.vm.as_str()));
-        config.check().map_err(|(key, error)| Problem::new(ProblemKind::Invalid, format!("{key} {error}")))?;
+        config
+            .check()
+            .map_err(|(key, error)| Problem::new(ProblemKind::Invalid, format!("{key} {error}")))?;
         if let Some(other) = status.nets.iter().find(|other| other.config.mac == config.mac) {
             let message = format!("network card `{}` has the same MAC address", other.config.id);
             return Err(Problem::new(ProblemKind::Conflict, message).about(&config.id));
         }
-        let id = config.id.clone();
-        self.open_net(config).map_err(|error| problem(&id, &error))
+        let device = self
+            .open_net(config.clone())
+            .map_err(|error| problem(&config.id, &error))?;
+        Ok((
+            device,
+            NetStatus {
+                config,
+                state: DeviceState::Attached,
+            },
+        ))
     }
 
-    fn open_disk(&self, config: DiskConfig) -> Result<HostDevice, storage_virtualizer::virtio_blk::OpenError> {
-        let (device, size) = super::disk::open(&config)?;
-        Ok(HostDevice { id: config.id.clone(), kind: Kind::Disk { config: Box::new(config), size }, device })
+    fn open_disk(&self, config: DiskConfig) -> Result<(HostDevice, ByteSize), DiskError> {
+        let OpenDisk {
+            device,
+            workers,
+            size,
+        } = super::disk::open(&config)?;
+        let id = config.id.clone();
+        let kind = Kind::Disk {
+            config: Box::new(config),
+            size,
+        };
+        Ok((
+            HostDevice {
+                id,
+                kind,
+                device: Box::new(device),
+                workers,
+            },
+            size,
+        ))
     }
 
     fn open_net(&self, config: NetConfig) -> Result<HostDevice, NetError> {
         let backend = match (config.backend, &config.tap) {
             (NetKind::Tap, Some(tap)) => NetBackend::open_tap(tap.as_str(), u16::from(config.queues))?,
-            (NetKind::Tap, None) => return Err(NetError::Options("backend tap needs the key `tap`".to_owned())),
+            (NetKind::Tap, None) => {
+                return Err(NetError::Options("backend tap needs the key `tap`".to_owned()));
+            }
             (NetKind::User, _) => {
                 let mut options = PasstOptions::new(config.mac_or_derived(self.vm.as_str()));
                 options.forward.clone_from(&config.forward);
@@ -116,16 +162,28 @@ impl DeviceOpener {
             }
         };
         let device = Net::new(backend, NetOptions::from_config(&config, self.vm.as_str()))?;
-        Ok(HostDevice { id: config.id.clone(), kind: Kind::Net { config: Box::new(config) }, device: Box::new(device) })
+        Ok(HostDevice {
+            id: config.id.clone(),
+            kind: Kind::Net {
+                config: Box::new(config),
+            },
+            device: Box::new(device),
+            workers: Vec::new(),
+        })
     }
 }
 
 /// `id`, or the first free one with `prefix` if it is unassigned.
 fn free_id(id: DeviceId, prefix: &str, status: &VmStatus) -> DeviceId {
     let taken = |id: &DeviceId| {
-        status.disks.iter().any(|disk| disk.config.id == *id) || status.nets.iter().any(|net| net.config.id == *id)
+        status.disks.iter().any(|disk| disk.config.id == *id)
+            || status.nets.iter().any(|net| net.config.id == *id)
     };
-    if id.is_unassigned() { DeviceId::first_free(prefix, taken) } else { id }
+    if id.is_unassigned() {
+        DeviceId::first_free(prefix, taken)
+    } else {
+        id
+    }
 }
 
 /// The whole chain of an error in one line, as a problem of the host.
@@ -140,10 +198,9 @@ fn problem(id: &DeviceId, error: &dyn std::error::Error) -> Problem {
 }
 
 /// The consoles of a VM.
-#[derive(Debug, Clone)]
 pub(super) struct Consoles {
-    serial: ConsoleHandle,
-    virtio: Option<ConsoleHandle>,
+    serial: Console,
+    virtio: Option<Console>,
 }
 
 /// How long pending console output may take to go out when the VM has ended.
@@ -151,28 +208,46 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 
 impl Consoles {
     /// Opens the consoles that the configuration names and puts them on the main loop.
-    pub(super) fn open(config: &VmConfig, main_loop: &mut super::MainLoop, control: &super::Control) -> Result<Self, MachineError> {
-        let mut open = |spec: &ConsoleSpec, name: &str| -> Result<ConsoleHandle, MachineError> {
-            let (handle, service) = console::open(name, spec, config.console.escape, Arc::new(control.clone()))?;
-            if let Some(service) = service {
-                main_loop.add_subscriber(service);
+    pub(super) fn open(
+        config: &VmConfig,
+        main_loop: &mut super::MainLoop,
+        control: &super::Control,
+    ) -> Result<Self, MachineError> {
+        let mut open = |spec: &ConsoleSpec, name: &str| -> Result<Console, MachineError> {
+            let control = control.clone();
+            let options = ConsoleOptions {
+                name: name.to_owned(),
+                escape: config.console.escape.control_character(),
+                commands: Arc::new(move |command| control.console_command(command)),
+            };
+            let mut console = Console::open(spec, options)?;
+            if let Some(path) = console.path() {
+                tracing::warn!(console = name, path = %path.display(), "console ready");
             }
-            Ok(handle)
+            if let Some(subscriber) = console.take_subscriber() {
+                main_loop.add_subscriber(subscriber);
+            }
+            Ok(console)
         };
         let serial = open(&config.console.serial, "serial")?;
-        let virtio = config.console.virtio.as_ref().map(|spec| open(spec, "virtio")).transpose()?;
+        let virtio = config
+            .console
+            .virtio
+            .as_ref()
+            .map(|spec| open(spec, "virtio"))
+            .transpose()?;
         Ok(Consoles { serial, virtio })
     }
 
     /// Where COM1 leads.
     pub(super) fn serial(&self) -> ConsoleHandle {
-        self.serial.clone()
+        self.serial.handle()
     }
 
-    /// Writes out what is pending.
-    pub(super) fn flush(&self) {
-        for console in [Some(&self.serial), self.virtio.as_ref()].into_iter().flatten() {
-            let lost = console.flush(FLUSH_LIMIT);
+    /// Writes out what is pending, and gives the terminal back.
+    pub(super) fn close(self) {
+        for console in [Some(self.serial), self.virtio].into_iter().flatten() {
+            let lost = console.handle().flush(FLUSH_LIMIT);
             if lost > 0 {
                 tracing::warn!(bytes = lost, "console output could not be written before the end");
             }
@@ -185,7 +260,6 @@ pub(super) fn open_all(
     config: &VmConfig,
     opener: &DeviceOpener,
     event_loop: &EventLoop,
-    consoles: &Consoles,
 ) -> Result<Vec<HostDevice>, MachineError> {
     let device = |id: &DeviceId| {
         let id = id.to_string();
@@ -193,21 +267,34 @@ pub(super) fn open_all(
     };
     let mut devices = Vec::new();
     for disk in &config.disks {
-        devices.push(opener.open_disk(disk.clone()).map_err(|error| device(&disk.id)(error.into()))?);
+        let (disk, _) = opener
+            .open_disk(disk.clone())
+            .map_err(|error| device(&disk.id)(error.into()))?;
+        devices.push(disk);
     }
     for net in &config.nets {
-        devices.push(opener.open_net(net.clone()).map_err(|error| device(&net.id)(error.into()))?);
+        devices.push(
+            opener
+                .open_net(net.clone())
+                .map_err(|error| device(&net.id)(error.into()))?,
+        );
     }
     let mut internal = |id: &str, kind, device| {
         if let Ok(id) = id.parse() {
-            devices.push(HostDevice { id, kind, device });
+            devices.push(HostDevice {
+                id,
+                kind,
+                device,
+                workers: Vec::new(),
+            });
         }
     };
     if config.rng {
-        internal("rng", Kind::Rng, Box::new(Rng::new(event_loop.clone())) as Box<dyn VirtioDevice>);
-    }
-    if let Some(console) = &consoles.virtio {
-        internal("console", Kind::Console, Box::new(VirtioConsole::new(event_loop.clone(), console.clone())));
+        internal(
+            "rng",
+            Kind::Rng,
+            Box::new(Rng::new(event_loop.clone())) as Box<dyn VirtioDevice>,
+        );
     }
     Ok(devices)
 }

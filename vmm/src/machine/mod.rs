@@ -17,6 +17,7 @@ mod build;
 mod control;
 mod devices;
 mod disk;
+mod processors;
 mod run;
 mod signals;
 mod slots;
@@ -25,7 +26,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use api::{ByteSize, EventKind, EventLog, ExitReason, VmState, VmStatus};
+use api::{EventKind, EventLog, ExitReason, VmState, VmStatus};
 
 pub use control::Control;
 pub use slots::SlotError;
@@ -141,9 +142,8 @@ fn initial_status(config: &VmConfig) -> VmStatus {
 /// A VM whose parts are all open, ready to run.
 pub struct Vm {
     session: run::Session,
-    devices: Vec<HostDevice>,
+    devices: Vec<devices::HostDevice>,
     control: Control,
-    consoles: devices::Consoles,
 }
 
 impl Vm {
@@ -171,14 +171,27 @@ impl Vm {
         })?;
         let mut main_loop = MainLoop::new().map_err(|error| MachineError::MainLoop(error.to_string()))?;
         let events = Arc::new(EventLog::new());
-        let opener = devices::DeviceOpener { vm: config.name.clone() };
+        let opener = devices::DeviceOpener {
+            vm: config.name.clone(),
+        };
         let (control, inbox) = Control::new(events.clone(), opener.clone(), initial_status(&config))
             .map_err(MachineError::system("create an eventfd"))?;
         let consoles = devices::Consoles::open(&config, &mut main_loop, &control)?;
-        let devices = devices::open_all(&config, &opener, &main_loop.remote_endpoint(), &consoles)?;
-        let parts = Parts { config, ram, kernel, consoles: consoles.clone(), events, started };
+        let devices = devices::open_all(&config, &opener, &main_loop.remote_endpoint())?;
+        let parts = Parts {
+            config,
+            ram,
+            kernel,
+            consoles,
+            events,
+            started,
+        };
         let session = run::Session::new(parts, main_loop, inbox)?;
-        Ok(Vm { session, devices, control, consoles })
+        Ok(Vm {
+            session,
+            devices,
+            control,
+        })
     }
 
     /// A handle to steer the VM from other threads.
@@ -191,13 +204,18 @@ impl Vm {
     /// # Errors
     /// KVM or the host refuses something that the VM needs.
     pub fn run(self) -> Result<ExitReason, MachineError> {
-        let Vm { session, devices, control, consoles } = self;
+        let Vm {
+            session,
+            devices,
+            control,
+        } = self;
         drop(control);
         let events = session.events();
         let result = session.run(devices);
-        consoles.flush();
         if let Ok(reason) = &result {
-            events.record(EventKind::Stopped { reason: reason.clone() });
+            events.record(EventKind::Stopped {
+                reason: reason.clone(),
+            });
         }
         result
     }

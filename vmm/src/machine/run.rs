@@ -62,9 +62,18 @@ pub(super) struct Session {
 
 impl Session {
     pub(super) fn new(parts: Parts, mut main_loop: MainLoop, inbox: Inbox) -> Result<Self, MachineError> {
-        let bell = inbox.bell.try_clone().map_err(MachineError::system("create the main loop's bell"))?;
+        let bell = inbox
+            .bell
+            .try_clone()
+            .map_err(MachineError::system("create the main loop's bell"))?;
         main_loop.add_subscriber(Box::new(Bell(bell)));
-        Ok(Session { parts, main_loop, inbox, resets: 0, state: VmState::Running })
+        Ok(Session {
+            parts,
+            main_loop,
+            inbox,
+            resets: 0,
+            state: VmState::Running,
+        })
     }
 
     /// The log of the VM.
@@ -72,11 +81,22 @@ impl Session {
         self.parts.events.clone()
     }
 
-    /// Runs the guest until its end.
-    pub(super) fn run(mut self, mut devices: Vec<HostDevice>) -> Result<ExitReason, MachineError> {
+    /// Runs the guest until its end, and closes everything.
+    pub(super) fn run(mut self, devices: Vec<HostDevice>) -> Result<ExitReason, MachineError> {
+        let result = self.live(devices);
+        self.parts.consoles.close();
+        result
+    }
+
+    /// One life after the other.
+    fn live(&mut self, mut devices: Vec<HostDevice>) -> Result<ExitReason, MachineError> {
         loop {
             let gate = Arc::new(Gate::new());
-            let bell = self.inbox.bell.try_clone().map_err(MachineError::system("create a bell"))?;
+            let bell = self
+                .inbox
+                .bell
+                .try_clone()
+                .map_err(MachineError::system("create a bell"))?;
             let signals = Arc::new(Signals::new(gate.clone(), bell));
             let mut machine = build::build(&mut self.parts, &signals, gate, devices)?;
             self.state = VmState::Running;
@@ -92,7 +112,9 @@ impl Session {
                 End::Stop(cause) => return Ok(ExitReason::Stopped { cause }),
                 End::Fault(fault) => return Err(MachineError::Vcpu(fault)),
                 End::Reset(_) if power.on_reboot == OnReboot::Stop => return Ok(ExitReason::Reboot),
-                End::Crash(cause) if power.on_crash == OnCrash::Stop => return Ok(ExitReason::Crash { cause }),
+                End::Crash(cause) if power.on_crash == OnCrash::Stop => {
+                    return Ok(ExitReason::Crash { cause });
+                }
                 End::Reset(cause) | End::Crash(cause) => cause,
             };
             self.resets += 1;
@@ -104,7 +126,11 @@ impl Session {
     /// Serves signals and requests until the guest's life ends.
     fn serve(&mut self, machine: &mut Machine, signals: &Signals) -> Result<End, MachineError> {
         loop {
-            let timeout = if machine.slots.is_draining() { millis(DRAIN_PERIOD) } else { -1 };
+            let timeout = if machine.slots.is_draining() {
+                millis(DRAIN_PERIOD)
+            } else {
+                -1
+            };
             self.turn(timeout)?;
             for signal in signals.take() {
                 if let Some(end) = self.signal(machine, signal) {
@@ -139,7 +165,9 @@ impl Session {
             Signal::Panic => return Some(End::Crash("kernel panic".to_owned())),
             // The guest is about to dump itself, and resets afterwards.
             Signal::CrashKernel => tracing::warn!("the guest's kernel panicked and starts its crash kernel"),
-            Signal::Fault(fault @ VcpuFault::TripleFault { .. }) => return Some(End::Crash(fault.to_string())),
+            Signal::Fault(fault @ VcpuFault::TripleFault { .. }) => {
+                return Some(End::Crash(fault.to_string()));
+            }
             Signal::Fault(fault) => return Some(End::Fault(fault)),
             Signal::Ejected(slot) => {
                 machine.slots.eject(slot);
@@ -147,13 +175,18 @@ impl Session {
             Signal::Active(slot) => {
                 if let Some(device) = machine.slots.get_mut(slot) {
                     device.state = DeviceState::Active;
-                    events.record(EventKind::DeviceActive { id: device.id.clone() });
+                    events.record(EventKind::DeviceActive {
+                        id: device.id.clone(),
+                    });
                 }
             }
             Signal::NeedsReset(slot, reason) => {
                 if let Some(device) = machine.slots.get_mut(slot) {
                     device.state = DeviceState::Failed;
-                    events.record(EventKind::DeviceFailed { id: device.id.clone(), reason });
+                    events.record(EventKind::DeviceFailed {
+                        id: device.id.clone(),
+                        reason,
+                    });
                 }
             }
             Signal::DebugLine(text, since_start) => {
@@ -169,7 +202,10 @@ impl Session {
         let events = &self.parts.events;
         match request {
             Request::PowerButton(reply) if self.state == VmState::Paused => {
-                let problem = Problem::new(ProblemKind::Conflict, "the VM is paused and cannot see its power button");
+                let problem = Problem::new(
+                    ProblemKind::Conflict,
+                    "the VM is paused and cannot see its power button",
+                );
                 answer(reply, Err(problem.remedy("resume it first")));
             }
             Request::PowerButton(reply) => {
@@ -212,7 +248,9 @@ impl Session {
         let id = device.id.clone();
         if machine.slots.has(&id) {
             let message = format!("the VM has a device `{id}` already");
-            return Err(Problem::new(ProblemKind::Conflict, message).about(&id).remedy("choose another id"));
+            return Err(Problem::new(ProblemKind::Conflict, message)
+                .about(&id)
+                .remedy("choose another id"));
         }
         let slot = machine.insert(&self.parts, device).map_err(|error| {
             Problem::new(ProblemKind::Exhausted, format!("cannot attach `{id}`: {error}")).about(&id)
@@ -233,7 +271,9 @@ impl Session {
         }
         slot.state = DeviceState::Removing;
         machine.ask_back(number);
-        self.parts.events.record(EventKind::DeviceRemoving { id: id.clone() });
+        self.parts
+            .events
+            .record(EventKind::DeviceRemoving { id: id.clone() });
         Ok(())
     }
 
@@ -256,7 +296,10 @@ impl Session {
         let started = Instant::now();
         while let Some(id) = machine.slots.busy() {
             if started.elapsed() > DRAIN_LIMIT {
-                return Err(MachineError::Busy { id: id.to_string(), seconds: DRAIN_LIMIT.as_secs() });
+                return Err(MachineError::Busy {
+                    id: id.to_string(),
+                    seconds: DRAIN_LIMIT.as_secs(),
+                });
             }
             // Devices on the main loop leave it by a message to it.
             self.turn(1)?;

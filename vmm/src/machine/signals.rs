@@ -48,7 +48,11 @@ const MAX_WAITING: usize = 4096;
 
 impl Signals {
     pub(super) fn new(gate: Arc<Gate>, bell: EventFd) -> Self {
-        Signals { gate, queue: Mutex::default(), bell }
+        Signals {
+            gate,
+            queue: Mutex::default(),
+            bell,
+        }
     }
 
     pub(super) fn give(&self, signal: Signal) {
@@ -115,6 +119,7 @@ impl TransportEvents for SlotSignals {
     }
 
     fn needs_reset(&self, reason: &str) {
-        self.signals.give(Signal::NeedsReset(self.slot, reason.to_owned()));
+        self.signals
+            .give(Signal::NeedsReset(self.slot, reason.to_owned()));
     }
 }

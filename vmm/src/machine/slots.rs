@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use api::{DeviceId, DeviceState, DiskStatus, NetStatus};
+use block_io::Worker;
 
 use super::devices::{HostDevice, Kind};
 use super::signals::{Signals, SlotSignals};
@@ -27,6 +28,7 @@ pub(super) struct Slot {
     pub(super) kind: Kind,
     pub(super) state: DeviceState,
     transport: Arc<VirtioPci>,
+    workers: Vec<Worker>,
 }
 
 /// All slots of a machine.
@@ -52,7 +54,12 @@ pub enum SlotError {
 impl Slots {
     /// Slots on `bus`; `window` is the host bridge's window for 64-bit BARs.
     pub(super) fn new(bus: Arc<PciBus>, window: AddressRange) -> Self {
-        Slots { bus, window, slots: BTreeMap::new(), leaving: Vec::new() }
+        Slots {
+            bus,
+            window,
+            slots: BTreeMap::new(),
+            leaving: Vec::new(),
+        }
     }
 
     /// Puts a device into the lowest free slot; returns its number.
@@ -65,11 +72,34 @@ impl Slots {
     ) -> Result<u8, SlotError> {
         let slot = self.bus.free_slot()?;
         let address = self.window.start + u64::from(slot) * BAR_SIZE;
-        let events = Arc::new(SlotSignals { slot, signals: signals.clone() });
-        let HostDevice { id, kind, device } = device;
-        let transport = Arc::new(VirtioPci::new(vm.clone(), memory.clone(), device, address, events)?);
+        let events = Arc::new(SlotSignals {
+            slot,
+            signals: signals.clone(),
+        });
+        let HostDevice {
+            id,
+            kind,
+            device,
+            workers,
+        } = device;
+        let transport = Arc::new(VirtioPci::new(
+            vm.clone(),
+            memory.clone(),
+            device,
+            address,
+            events,
+        )?);
         self.bus.insert(slot, transport.clone())?;
-        self.slots.insert(slot, Slot { id, kind, state: DeviceState::Attached, transport });
+        self.slots.insert(
+            slot,
+            Slot {
+                id,
+                kind,
+                state: DeviceState::Attached,
+                transport,
+                workers,
+            },
+        );
         Ok(slot)
     }
 
@@ -85,12 +115,17 @@ impl Slots {
 
     /// Whether a device of that name exists, even if only its last requests are still in flight.
     pub(super) fn has(&self, id: &DeviceId) -> bool {
-        self.slots.values().chain(&self.leaving).any(|slot| slot.id == *id)
+        self.slots
+            .values()
+            .chain(&self.leaving)
+            .any(|slot| slot.id == *id)
     }
 
     /// The guest let go of a slot: takes its device off the bus and begins to drain it. True if there was one.
     pub(super) fn eject(&mut self, slot: u8) -> bool {
-        let Some(device) = self.slots.remove(&slot) else { return false };
+        let Some(device) = self.slots.remove(&slot) else {
+            return false;
+        };
         self.bus.remove(slot);
         device.transport.stop();
         self.leaving.push(device);
@@ -104,7 +139,9 @@ impl Slots {
 
     /// Ends devices that have drained; returns their names.
     pub(super) fn collect(&mut self) -> Vec<DeviceId> {
-        let (gone, leaving) = std::mem::take(&mut self.leaving).into_iter().partition(|slot| slot.transport.is_idle());
+        let (gone, leaving) = std::mem::take(&mut self.leaving)
+            .into_iter()
+            .partition(|slot| slot.transport.is_idle());
         self.leaving = leaving;
         gone.into_iter().map(|slot: Slot| slot.id).collect()
     }
@@ -119,7 +156,10 @@ impl Slots {
     /// Whether all devices stand still after [`Self::stop_all`]; otherwise the name of one that does not.
     pub(super) fn busy(&self) -> Option<&DeviceId> {
         let slots = self.slots.values().chain(&self.leaving);
-        slots.into_iter().find(|slot| !slot.transport.is_idle()).map(|slot| &slot.id)
+        slots
+            .into_iter()
+            .find(|slot| !slot.transport.is_idle())
+            .map(|slot| &slot.id)
     }
 
     /// Takes all devices out, in the order of their slots, for the next machine.
@@ -130,20 +170,39 @@ impl Slots {
         }
         slots
             .into_values()
-            .filter_map(|Slot { id, kind, transport, .. }| {
-                let transport = Arc::into_inner(transport)?;
-                Some(HostDevice { id, kind, device: transport.into_device() })
-            })
+            .filter_map(
+                |Slot {
+                     id,
+                     kind,
+                     transport,
+                     workers,
+                     ..
+                 }| {
+                    let transport = Arc::into_inner(transport)?;
+                    Some(HostDevice {
+                        id,
+                        kind,
+                        device: transport.into_device(),
+                        workers,
+                    })
+                },
+            )
             .collect()
     }
 
     /// All disks, in the order of their slots.
     pub(super) fn disks(&self) -> Vec<DiskStatus> {
-        self.slots.values().filter_map(|slot| slot.kind.disk_status(slot.state)).collect()
+        self.slots
+            .values()
+            .filter_map(|slot| slot.kind.disk_status(slot.state))
+            .collect()
     }
 
     /// All network cards, in the order of their slots.
     pub(super) fn nets(&self) -> Vec<NetStatus> {
-        self.slots.values().filter_map(|slot| slot.kind.net_status(slot.state)).collect()
+        self.slots
+            .values()
+            .filter_map(|slot| slot.kind.net_status(slot.state))
+            .collect()
     }
 }

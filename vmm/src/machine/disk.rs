@@ -1,0 +1,62 @@
+//! Opens a disk of the configuration: image, worker threads, virtio-blk.
+
+use std::sync::Arc;
+
+use api::{ByteSize, DiskConfig};
+use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
+use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions};
+
+/// A disk and the threads that serve it.
+pub(super) struct OpenDisk {
+    pub(super) device: VirtioBlk<HostDevice>,
+    pub(super) workers: Vec<Worker>,
+    pub(super) size: ByteSize,
+}
+
+/// Why a disk cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DiskError {
+    /// The image.
+    #[error(transparent)]
+    Image(#[from] block_io::OpenError),
+    /// A worker thread.
+    #[error(transparent)]
+    Worker(#[from] block_io::WorkerError),
+    /// The options of the virtual device.
+    #[error(transparent)]
+    Options(#[from] storage_virtualizer::virtio_blk::VirtioBlkError),
+}
+
+/// Opens the image, starts a worker, and makes a virtio-blk device of both.
+pub(super) fn open(config: &DiskConfig) -> Result<OpenDisk, DiskError> {
+    let options = OpenOptions {
+        read_only: config.read_only,
+        cache: if config.direct {
+            Cache::Direct
+        } else {
+            Cache::Buffered
+        },
+        ..Default::default()
+    };
+    let image = HostDevice::open(&config.image, &options)?;
+    let size = ByteSize::from_bytes(image.geometry().size);
+    let serial = config
+        .serial
+        .as_ref()
+        .map_or_else(|| config.id.as_str(), |serial| serial.as_str());
+    let options = VirtioBlkOptions {
+        serial: serial
+            .chars()
+            .take(storage_virtualizer::virtio_blk::ID_LENGTH)
+            .collect(),
+        queues: u16::from(config.queues),
+        queue_size: config.queue_size.get(),
+    };
+    let worker = Worker::start(&format!("io-{}", config.id), WorkerOptions::default())?;
+    let device = VirtioBlk::new(Arc::new(image), &options, vec![worker.handle().clone()])?;
+    Ok(OpenDisk {
+        device,
+        workers: vec![worker],
+        size,
+    })
+}
