@@ -19,8 +19,16 @@ const PLACE: &str = "SMSVMM_STORIES";
 /// Variables that reach the test program in the lab.
 const PASSED_ON: [&str; 2] = ["SMSVMM_VMM", "RUST_LOG"];
 
-/// The name that the test runner knows a test by, from the type of a closure in it: `crate::module::test::{{closure}}`.
+/// The name that the test runner knows a test by: that of its thread. When tests run on the main thread (one at a time), the
+/// type of a closure in the test tells: `crate::module::test::{{closure}}`.
 pub(crate) fn test_name<F>() -> String {
+    if let Some(name) = std::thread::current().name().filter(|name| *name != "main") {
+        return name.to_owned();
+    }
+    name_by_type::<F>()
+}
+
+fn name_by_type<F>() -> String {
     let path = std::any::type_name::<F>();
     let path = path.split("::{{closure}}").next().unwrap_or(path);
     path.split_once("::").map_or(path, |(_, rest)| rest).to_owned()
@@ -125,12 +133,10 @@ fn keep_log(name: &str, said: &str) {
 mod tests {
     #[test]
     fn the_test_runners_name_of_a_test_is_found() {
-        fn name_of<F: FnOnce()>(_: F) -> String {
-            super::test_name::<F>()
+        fn names_of<F: FnOnce()>(_: F) -> [String; 2] {
+            [super::test_name::<F>(), super::name_by_type::<F>()]
         }
-        assert_eq!(
-            name_of(|| ()),
-            "place::tests::the_test_runners_name_of_a_test_is_found"
-        );
+        let name = "place::tests::the_test_runners_name_of_a_test_is_found";
+        assert_eq!(names_of(|| ()), [name, name]);
     }
 }

@@ -1,6 +1,6 @@
 //! Stock kernels boot, see the machine that was described, and end as they should.
 
-use stories::story;
+use stories::{Kernel, story};
 
 #[test]
 fn a_stock_kernel_runs_a_script_and_powers_off() {
@@ -29,4 +29,45 @@ fn a_guest_sees_its_processors_and_memory() {
         assert!((440_000..524_288).contains(&kib), "{kib} KiB of 512 MiB");
         Ok(())
     });
+}
+
+/// Boots one kernel with several processors; a kernel that could not be had is left out.
+fn boots(kernel: Kernel) {
+    story(|host| {
+        if !host.has(kernel) {
+            println!("there is no {}", kernel.name());
+            return Ok(());
+        }
+        for cpus in [1, 2, 4] {
+            let guest = host
+                .vm(&format!("cpus{cpus}"))
+                .kernel(kernel)
+                .cpus(cpus)
+                .script("nproc")
+                .run()?
+                .success()?;
+            assert_eq!(guest.script_output().trim(), cpus.to_string());
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn debian_12_boots() {
+    boots(Kernel::Debian12);
+}
+
+#[test]
+fn debian_12_with_the_backported_kernel_boots() {
+    boots(Kernel::Debian12Backports);
+}
+
+#[test]
+fn debian_11_boots() {
+    boots(Kernel::Debian11Cloud);
+}
+
+#[test]
+fn debian_13_boots() {
+    boots(Kernel::Debian13Cloud);
 }

@@ -21,6 +21,8 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 pub(crate) struct Apt {
     folder: PathBuf,
     suite: String,
+    /// Whether the suite is an addition to another one.
+    addition: bool,
 }
 
 /// A package in one version.
@@ -44,6 +46,7 @@ impl Apt {
         let apt = Self {
             folder: cache.path("apt").join(suite),
             suite: suite.to_owned(),
+            addition: definition.base.is_some(),
         };
         for folder in [
             "lists/partial",
@@ -54,10 +57,14 @@ impl Apt {
             fs::create_dir_all(apt.folder.join(folder))?;
         }
         let mut sources = format!("deb [signed-by={KEYRING}] {} {suite} main\n", recipe.mirror);
+        if let Some(base) = &definition.base {
+            writeln!(sources, "deb [signed-by={KEYRING}] {} {base} main", recipe.mirror)?;
+        }
         if definition.security {
+            let base = definition.base.as_deref().unwrap_or(suite);
             writeln!(
                 sources,
-                "deb [signed-by={KEYRING}] {} {suite}-security main",
+                "deb [signed-by={KEYRING}] {} {base}-security main",
                 recipe.security_mirror
             )?;
         }
@@ -197,6 +204,11 @@ impl Apt {
             format!("Dir::State::status={}", at("status")),
             format!("Dir::Cache={}", at("")),
             format!("Dir::Cache::archives={}", at("archives")),
+            // An addition such as backports counts only when it is asked for: this asks.
+            format!(
+                "APT::Default-Release={}",
+                if self.addition { self.suite.as_str() } else { "" }
+            ),
             "APT::Install-Recommends=false".into(),
             "APT::Sandbox::User=".into(),
             "Acquire::Languages=none".into(),

@@ -33,16 +33,15 @@ const C_LIBRARY: &[&str] = &[
     "libpcprofile.so",
 ];
 
-/// Unpacks the toolbox's packages: `tree/`, and `libraries/` for running its programs on this machine.
-pub(crate) fn toolbox(cache: &Cache, recipe: &Recipe, apt: &Apt) -> Result<()> {
-    let packages = &recipe.toolbox.packages;
+/// Unpacks packages of programs (the images `toolbox` and `emulator`): `tree/`, and `libraries/` for running its programs on this machine.
+pub(crate) fn programs(cache: &Cache, name: &str, packages: &[String], apt: &Apt) -> Result<()> {
     let closure = apt.closure(packages)?;
     let names: Vec<&str> = closure.iter().map(|package| package.file.as_str()).collect();
     let key = Key::new().with("3").with(names.join("\n"));
-    cache.make("toolbox", key, |folder| {
-        host::step(&format!("toolbox: fetching {} packages", closure.len()));
+    cache.make(name, key, |folder| {
+        host::step(&format!("{name}: fetching {} packages", closure.len()));
         let files = apt.fetch_closure(packages, &closure)?;
-        host::step("toolbox: unpacking");
+        host::step(&format!("{name}: unpacking"));
         let tree = folder.join("tree");
         merged_usr(&tree)?;
         for file in files {

@@ -12,7 +12,8 @@ pub(crate) struct Recipe {
     pub(crate) mirror: String,
     pub(crate) security_mirror: String,
     pub(crate) suites: BTreeMap<String, Suite>,
-    pub(crate) toolbox: Toolbox,
+    pub(crate) toolbox: Programs,
+    pub(crate) emulator: Programs,
     pub(crate) kernel: Vec<Kernel>,
     pub(crate) lab: LabHost,
     pub(crate) guest_initrd: GuestInitrd,
@@ -22,13 +23,16 @@ pub(crate) struct Recipe {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Suite {
-    /// Whether Debian's security archive has this suite.
+    /// The suite that this one is an addition to.
+    pub(crate) base: Option<String>,
+    /// Whether Debian's security archive has it, or its base.
+    #[serde(default)]
     pub(crate) security: bool,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Toolbox {
+pub(crate) struct Programs {
     pub(crate) suite: String,
     pub(crate) packages: Vec<String>,
 }

@@ -32,8 +32,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     require_programs()?;
     let recipe = Recipe::load()?;
     host::step(&format!("images in {}", cache.path("").display()));
-    let apt = Apt::open(&cache, &recipe, &recipe.toolbox.suite, options.refresh)?;
-    images::toolbox(&cache, &recipe, &apt)?;
+    for (name, programs) in [("toolbox", &recipe.toolbox), ("emulator", &recipe.emulator)] {
+        let apt = Apt::open(&cache, &recipe, &programs.suite, options.refresh)?;
+        images::programs(&cache, name, &programs.packages, &apt)?;
+    }
     let toolbox = Toolbox::open(&cache)?;
     let mut made = Vec::new();
     for kernel in &recipe.kernel {

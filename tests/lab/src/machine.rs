@@ -63,7 +63,11 @@ impl Machine {
             ["control", "data", "terminal", "monitor"].map(|name| Waiting::new(folder.path(), name));
         let (control, data, terminal, monitor) = (control?, data?, terminal?, monitor?);
 
-        let mut command = Toolbox::open(cache)?.command("qemu-system-x86_64");
+        let emulator = Toolbox::emulator(cache)?;
+        let mut command = emulator.command("qemu-system-x86_64");
+        for firmware in ["usr/share/qemu", "usr/share/seabios"] {
+            command.arg("-L").arg(emulator.tree().join(firmware));
+        }
         hardware(&mut command, cache, builder, share)?;
         command.args([
             "-chardev",
@@ -129,7 +133,13 @@ impl Machine {
         for stream in [&control, &data, &terminal] {
             stream.set_nonblocking(true)?;
         }
-        let qmp = Qmp::new(monitor).inspect_err(|_| end(&mut child))?;
+        let qmp = match Qmp::new(monitor) {
+            Ok(qmp) => qmp,
+            Err(error) => {
+                end(&mut child);
+                return Err(error).context(tail(&mut complaints));
+            }
+        };
         let mut machine = Self {
             child,
             qmp,

@@ -24,7 +24,7 @@ pub(crate) fn ensure(cache: &Cache, builder: &Builder) -> Result<Saved> {
     let folder = cache.path("saved");
     fs::create_dir_all(&folder)?;
     let mut key = Key::new().with(machine::description(builder));
-    for image in ["toolbox", "lab", "lab-images"] {
+    for image in ["emulator", "lab", "lab-images"] {
         key = key.with(cache.image(image)?.to_string_lossy().as_bytes());
     }
     let saved = Saved {

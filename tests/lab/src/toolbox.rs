@@ -28,12 +28,14 @@ impl Toolbox {
         })
     }
 
-    /// The toolbox in an image folder.
-    #[must_use]
-    pub fn at(folder: impl Into<PathBuf>) -> Self {
-        Self {
-            folder: folder.into(),
-        }
+    /// The tree with the QEMU that emulates the lab host: another, newer one than the toolbox's.
+    ///
+    /// # Errors
+    /// When `cargo xtask setup` has not made it.
+    pub fn emulator(cache: &Cache) -> Result<Self> {
+        Ok(Self {
+            folder: cache.image("emulator")?,
+        })
     }
 
     /// The root of the unpacked tree.
