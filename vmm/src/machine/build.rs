@@ -96,7 +96,7 @@ pub(super) fn build(
         apic_ids: processors.apic_ids(),
         mmio64: window,
         serial: true,
-        rtc: RealTimeClock::PortsAndInterrupt,
+        rtc: RealTimeClock::Ports,
         pvpanic: true,
         hotplug_slots: !1,
     })
