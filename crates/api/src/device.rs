@@ -124,6 +124,18 @@ pub enum DeviceState {
     Failed,
 }
 
+/// The answer of `DELETE /v1/vm/disks/{id}`: the guest was asked to let the device go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Removal {
+    /// Which device.
+    pub id: DeviceId,
+    /// Always [`DeviceState::Removing`].
+    pub state: DeviceState,
+    /// The end is told by an event after this one.
+    pub after_event: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

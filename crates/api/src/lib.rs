@@ -14,7 +14,7 @@ mod problem;
 mod units;
 mod vm;
 
-pub use device::{DeviceId, DeviceState, VmName};
+pub use device::{DeviceId, DeviceState, Removal, VmName};
 pub use disk::{DiskBus, DiskConfig, DiskSerial, DiskStatus, QueueSize};
 pub use event::{Event, EventKind, EventLog, EventPage};
 pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};

@@ -1,0 +1,253 @@
+//! The client: one request per call, blocking, for the command line.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use api::{
+    DeviceId, DiskConfig, DiskStatus, EventKind, EventPage, NetConfig, NetStatus, Problem, Removal, VmStatus,
+};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+/// Longest time for an answer, beyond what the request itself waits.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// Largest answer in bytes.
+const MAX_ANSWER: usize = 16 << 20;
+
+/// A request that got no good answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens on the socket.
+    #[error("cannot reach the machine at {}; is it running, with this socket under [management]?", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The machine refused or failed.
+    #[error("{0}")]
+    Problem(#[source] Box<Problem>),
+    /// The connection broke, for example because the machine ended.
+    #[error("the connection to the machine broke")]
+    Broken(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// No answer in time.
+    #[error("the machine gave no answer within {} seconds", .0.as_secs())]
+    Timeout(Duration),
+    /// The answer is not one of smsvmm's.
+    #[error(
+        "the answer with status {status} is not understood; is this smsvmm's socket, and of this version?"
+    )]
+    NotUnderstood {
+        /// The HTTP status.
+        status: u16,
+        /// Why.
+        source: serde_json::Error,
+    },
+}
+
+/// How a removal ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Removed {
+    /// The guest let the device go, and the host has closed it.
+    Done,
+    /// The guest does not let it go, for the reason given.
+    Refused(String),
+    /// The guest has not answered in the time given; it may still do so.
+    Pending,
+}
+
+/// A machine, by its socket.
+#[derive(Debug)]
+pub struct Client {
+    path: PathBuf,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Client {
+    /// A client for the machine at `path`. Nothing is connected yet.
+    ///
+    /// # Errors
+    /// The process is out of descriptors.
+    pub fn new(path: &Path) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        Ok(Self {
+            path: path.to_owned(),
+            runtime,
+        })
+    }
+
+    /// How the machine is.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; so for all methods.
+    pub fn status(&self) -> Result<VmStatus, ClientError> {
+        self.get("/v1/vm")
+    }
+
+    /// One of "power-button", "stop", "reset", "pause", "resume".
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn act(&self, action: &str) -> Result<(), ClientError> {
+        self.request(&Method::PUT, &format!("/v1/vm/{action}"), Vec::new(), TIMEOUT)
+            .map(drop)
+    }
+
+    /// Adds a disk.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn attach_disk(&self, disk: &DiskConfig) -> Result<DiskStatus, ClientError> {
+        self.post("/v1/vm/disks", disk)
+    }
+
+    /// Adds a network card.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn attach_net(&self, net: &NetConfig) -> Result<NetStatus, ClientError> {
+        self.post("/v1/vm/nets", net)
+    }
+
+    /// Asks the guest to let a disk or network card go; see [`Self::wait_for_removal`].
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn detach(&self, id: &DeviceId) -> Result<Removal, ClientError> {
+        // Identifiers are unique over all kinds; the machine knows which it is.
+        let is_net = self.status()?.nets.iter().any(|net| net.config.id == *id);
+        let kind = if is_net { "nets" } else { "disks" };
+        let answer = self.request(
+            &Method::DELETE,
+            &format!("/v1/vm/{kind}/{id}"),
+            Vec::new(),
+            TIMEOUT,
+        )?;
+        decode(&answer)
+    }
+
+    /// Waits up to `patience` until the guest has let the device go.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn wait_for_removal(&self, removal: &Removal, patience: Duration) -> Result<Removed, ClientError> {
+        let deadline = Instant::now() + patience;
+        let mut after = removal.after_event;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let page = self.events(after, left.min(Duration::from_secs(30)))?;
+            for event in &page.events {
+                match &event.kind {
+                    EventKind::DeviceRemoved { id } if *id == removal.id => return Ok(Removed::Done),
+                    EventKind::DeviceRemoveRefused { id, reason } if *id == removal.id => {
+                        return Ok(Removed::Refused(reason.clone()));
+                    }
+                    _ => {}
+                }
+            }
+            if page.missed > 0 && !self.has(&removal.id)? {
+                return Ok(Removed::Done);
+            }
+            if left.is_zero() && page.events.is_empty() {
+                return Ok(Removed::Pending);
+            }
+            after = page.last;
+        }
+    }
+
+    /// Events with numbers above `after`; waits up to `wait` (at most a minute) for the first.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn events(&self, after: u64, wait: Duration) -> Result<EventPage, ClientError> {
+        // Whole seconds, rounded up: a wait that is over in a moment must not become a busy loop.
+        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+        let path = format!("/v1/events?after={after}&wait={seconds}");
+        decode(&self.request(&Method::GET, &path, Vec::new(), wait + TIMEOUT)?)
+    }
+
+    fn has(&self, id: &DeviceId) -> Result<bool, ClientError> {
+        let status = self.status()?;
+        let disk = status.disks.iter().any(|disk| disk.config.id == *id);
+        Ok(disk || status.nets.iter().any(|net| net.config.id == *id))
+    }
+
+    fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        decode(&self.request(&Method::GET, path, Vec::new(), TIMEOUT)?)
+    }
+
+    fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|error| ClientError::Broken(error.into()))?;
+        decode(&self.request(&Method::POST, path, body, TIMEOUT)?)
+    }
+
+    fn request(
+        &self,
+        method: &Method,
+        path: &str,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<Reply, ClientError> {
+        let exchange = self.exchange(method, path, body);
+        let reply = self.runtime.block_on(async { timeout(limit, exchange).await });
+        let reply = reply.map_err(|_| ClientError::Timeout(limit))??;
+        if reply.status.is_success() {
+            return Ok(reply);
+        }
+        Err(ClientError::Problem(Box::new(decode(&reply)?)))
+    }
+
+    async fn exchange(&self, method: &Method, path: &str, body: Vec<u8>) -> Result<Reply, ClientError> {
+        let broken = |error: hyper::Error| ClientError::Broken(error.into());
+        let stream = UnixStream::connect(&self.path)
+            .await
+            .map_err(|source| ClientError::Connect {
+                path: self.path.clone(),
+                source,
+            })?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(broken)?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, "smsvmm")
+            .header(CONTENT_TYPE, "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| ClientError::Broken(error.into()))?;
+        let answer = sender.send_request(request).await.map_err(broken)?;
+        let status = answer.status();
+        let body = Limited::new(answer.into_body(), MAX_ANSWER)
+            .collect()
+            .await
+            .map_err(ClientError::Broken)?;
+        Ok(Reply {
+            status,
+            body: body.to_bytes(),
+        })
+    }
+}
+
+struct Reply {
+    status: StatusCode,
+    body: Bytes,
+}
+
+fn decode<T: DeserializeOwned>(reply: &Reply) -> Result<T, ClientError> {
+    serde_json::from_slice(&reply.body).map_err(|source| ClientError::NotUnderstood {
+        status: reply.status.as_u16(),
+        source,
+    })
+}

@@ -1,0 +1,32 @@
+//! Management of a running machine over HTTP/JSON on a Unix socket: the server beside the machine, the client in the command
+//! line.
+//!
+//! ```text
+//!   smsvmm vm ... ─► Client ──HTTP/1.1──► Unix socket, 0600 ──► thread "management" ──► api::Vm (the machine's control)
+//!   curl ────────────────────────────────┘                        one tokio runtime       on a helper thread, as it may wait
+//! ```
+//!
+//! | method, path | does | answer |
+//! |---|---|---|
+//! | GET /v1/vm | status | 200 [`VmStatus`](api::VmStatus) |
+//! | PUT /v1/vm/power-button, stop, reset, pause, resume | the same as the methods of [`api::Vm`] | 204 |
+//! | GET /v1/vm/disks, GET /v1/vm/disks/{id} | disks | 200 [`DiskStatus`](api::DiskStatus) |
+//! | POST /v1/vm/disks | attaches the [`DiskConfig`](api::DiskConfig) of the body | 201 `DiskStatus` |
+//! | DELETE /v1/vm/disks/{id} | asks the guest to let it go | 202 [`Removal`](api::Removal), later an event |
+//! | the same for /v1/vm/nets | network cards | |
+//! | GET /v1/events?after=N&wait=SECONDS | events with numbers above N, waits for the first | 200 [`EventPage`](api::EventPage) |
+//!
+//! Everything else is a [`Problem`](api::Problem) as `application/problem+json`. One request per connection; sizes, times and
+//! the number of connections are limited. Whoever is not the owner of the process or root is refused, whatever the mode of
+//! the socket has become.
+//!
+//! The thread exists only where the configuration has `[management]`.
+
+mod client;
+mod routes;
+mod server;
+mod socket;
+
+pub use client::{Client, ClientError, Removed};
+pub use server::{Server, ServerHandle};
+pub use socket::SocketError;

@@ -1,0 +1,386 @@
+//! Requests to answers: which path does what.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::{
+    DeviceId, DiskConfig, DiskStatus, EventPage, NetConfig, NetStatus, Problem, ProblemKind, Removal, Vm,
+};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue, LOCATION};
+use hyper::{Method, Request, Response, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+/// Longest time that a client may wait for events.
+pub(crate) const MAX_WAIT: Duration = Duration::from_secs(60);
+/// Most events of one answer.
+const PAGE: usize = 256;
+/// Largest body of a request in bytes.
+const MAX_BODY: usize = 64 << 10;
+/// Longest time in which a client must have sent the body.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time that the machine may take for an answer.
+const MACHINE_TIMEOUT: Duration = Duration::from_secs(20);
+
+type Answer = Response<Full<Bytes>>;
+
+/// What requests work on.
+pub(crate) struct Context {
+    vm: Arc<dyn Vm>,
+    /// The number of the newest event.
+    news: watch::Receiver<u64>,
+}
+
+impl Context {
+    pub(crate) fn new(vm: Arc<dyn Vm>, news: watch::Receiver<u64>) -> Self {
+        Self { vm, news }
+    }
+
+    /// Asks the machine, on a helper thread, because it may take a moment.
+    async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&dyn Vm) -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let vm = Arc::clone(&self.vm);
+        let helper = tokio::task::spawn_blocking(move || question(&*vm));
+        match timeout(MACHINE_TIMEOUT, helper).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(Problem::new(
+                ProblemKind::Host,
+                "the request failed inside of smsvmm; see its log",
+            )),
+            Err(_) => Err(Problem::new(
+                ProblemKind::Timeout,
+                format!(
+                    "the machine gave no answer within {} seconds",
+                    MACHINE_TIMEOUT.as_secs()
+                ),
+            )),
+        }
+    }
+}
+
+/// Answers any request.
+pub(crate) async fn answer(context: &Context, request: Request<Incoming>) -> Answer {
+    match route(context, request).await {
+        Ok(answer) => answer,
+        Err(found) => problem(&found),
+    }
+}
+
+async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, Problem> {
+    let path = request.uri().path().to_owned();
+    let parts: Vec<&str> = path.strip_prefix('/').unwrap_or(&path).split('/').collect();
+    let method = request.method().clone();
+    match parts.as_slice() {
+        ["v1", "vm"] => match method {
+            Method::GET => Ok(json(StatusCode::OK, &context.ask(|vm| Ok(vm.status())).await?)),
+            _ => Ok(not_allowed(&method, "GET")),
+        },
+        ["v1", "vm", "disks", rest @ ..] => devices::<DiskConfig>(context, rest, request).await,
+        ["v1", "vm", "nets", rest @ ..] => devices::<NetConfig>(context, rest, request).await,
+        ["v1", "vm", action] => {
+            let action = action_of(action).ok_or_else(|| no_such_path(&path))?;
+            match method {
+                Method::PUT => context.ask(action).await.map(|()| no_content()),
+                _ => Ok(not_allowed(&method, "PUT")),
+            }
+        }
+        ["v1", "events"] => match method {
+            Method::GET => {
+                let query = Query::parse(request.uri().query().unwrap_or_default())?;
+                Ok(json(StatusCode::OK, &events(context, &query).await))
+            }
+            _ => Ok(not_allowed(&method, "GET")),
+        },
+        _ => Err(no_such_path(&path)),
+    }
+}
+
+type Action = fn(&dyn Vm) -> Result<(), Problem>;
+
+fn action_of(name: &str) -> Option<Action> {
+    Some(match name {
+        "power-button" => |vm| vm.power_button(),
+        "stop" => |vm| vm.stop("the administrator's request"),
+        "reset" => |vm| vm.reset(),
+        "pause" => |vm| vm.pause(),
+        "resume" => |vm| vm.resume(),
+        _ => return None,
+    })
+}
+
+/// A kind of device: what is the same for disks and network cards.
+trait Device: DeserializeOwned + Send + 'static {
+    const PATH: &'static str;
+    type Status: Serialize + Send + 'static;
+
+    /// Checks what the machine cannot know to be wrong.
+    fn check(&self) -> Result<(), Problem>;
+    fn attach(self, vm: &dyn Vm) -> Result<Self::Status, Problem>;
+    fn list(vm: &dyn Vm) -> Vec<Self::Status>;
+    fn id(status: &Self::Status) -> &DeviceId;
+}
+
+impl Device for DiskConfig {
+    const PATH: &'static str = "/v1/vm/disks";
+    type Status = DiskStatus;
+
+    fn check(&self) -> Result<(), Problem> {
+        self.check().map_err(invalid_key)?;
+        if !self.image.is_absolute() {
+            let detail = format!(
+                "{} is a relative path; the machine has a folder of its own",
+                self.image.display()
+            );
+            return Err(Problem::new(ProblemKind::Invalid, detail)
+                .about("image")
+                .remedy("give an absolute path"));
+        }
+        Ok(())
+    }
+
+    fn attach(self, vm: &dyn Vm) -> Result<DiskStatus, Problem> {
+        vm.attach_disk(self)
+    }
+
+    fn list(vm: &dyn Vm) -> Vec<DiskStatus> {
+        vm.status().disks
+    }
+
+    fn id(status: &DiskStatus) -> &DeviceId {
+        &status.config.id
+    }
+}
+
+impl Device for NetConfig {
+    const PATH: &'static str = "/v1/vm/nets";
+    type Status = NetStatus;
+
+    fn check(&self) -> Result<(), Problem> {
+        self.check().map_err(invalid_key)
+    }
+
+    fn attach(self, vm: &dyn Vm) -> Result<NetStatus, Problem> {
+        vm.attach_net(self)
+    }
+
+    fn list(vm: &dyn Vm) -> Vec<NetStatus> {
+        vm.status().nets
+    }
+
+    fn id(status: &NetStatus) -> &DeviceId {
+        &status.config.id
+    }
+}
+
+fn invalid_key((key, error): (&'static str, api::InvalidValue)) -> Problem {
+    Problem::new(ProblemKind::Invalid, error.to_string()).about(key)
+}
+
+/// Everything below `D::PATH`.
+async fn devices<D: Device>(
+    context: &Context,
+    rest: &[&str],
+    request: Request<Incoming>,
+) -> Result<Answer, Problem> {
+    match (rest, request.method()) {
+        ([], &Method::GET) => Ok(json(StatusCode::OK, &context.ask(|vm| Ok(D::list(vm))).await?)),
+        ([], &Method::POST) => {
+            let device: D = body(request.into_body()).await?;
+            device.check()?;
+            let status = context.ask(|vm| device.attach(vm)).await?;
+            let mut answer = json(StatusCode::CREATED, &status);
+            if let Ok(location) = HeaderValue::try_from(format!("{}/{}", D::PATH, D::id(&status))) {
+                answer.headers_mut().insert(LOCATION, location);
+            }
+            Ok(answer)
+        }
+        ([], method) => Ok(not_allowed(method, "GET, POST")),
+        ([id], &Method::GET) => {
+            let id = device_id(id)?;
+            let devices = context.ask(|vm| Ok(D::list(vm))).await?;
+            let device = devices.iter().find(|device| *D::id(device) == id);
+            device
+                .map(|device| json(StatusCode::OK, device))
+                .ok_or_else(|| no_such_device(&id))
+        }
+        ([id], &Method::DELETE) => {
+            let id = device_id(id)?;
+            context
+                .ask(move |vm| detach::<D>(vm, &id))
+                .await
+                .map(|removal| json(StatusCode::ACCEPTED, &removal))
+        }
+        ([_], method) => Ok(not_allowed(method, "GET, DELETE")),
+        _ => Err(no_such_path(request.uri().path())),
+    }
+}
+
+fn detach<D: Device>(vm: &dyn Vm, id: &DeviceId) -> Result<Removal, Problem> {
+    if !D::list(vm).iter().any(|device| D::id(device) == id) {
+        return Err(no_such_device(id));
+    }
+    // Taken before, so that nothing that follows is missed by who asks for later events.
+    let after_event = vm.events().last();
+    vm.detach(id)?;
+    Ok(Removal {
+        id: id.clone(),
+        state: api::DeviceState::Removing,
+        after_event,
+    })
+}
+
+fn device_id(text: &str) -> Result<DeviceId, Problem> {
+    text.parse()
+        .map_err(|error: api::InvalidValue| Problem::new(ProblemKind::Invalid, error.to_string()).about("id"))
+}
+
+fn no_such_device(id: &DeviceId) -> Problem {
+    Problem::new(ProblemKind::NotFound, "the machine has no such device")
+        .about(id)
+        .remedy("`smsvmm vm status` lists the devices")
+}
+
+fn no_such_path(path: &str) -> Problem {
+    Problem::new(ProblemKind::NotFound, "there is nothing at this path").about(path)
+}
+
+/// The parameters of a request for events.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Query {
+    after: u64,
+    wait: Duration,
+}
+
+impl Query {
+    fn parse(text: &str) -> Result<Self, Problem> {
+        let mut query = Self::default();
+        for pair in text.split('&').filter(|pair| !pair.is_empty()) {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let number = || {
+                value.parse::<u64>().map_err(|_| {
+                    Problem::new(ProblemKind::Invalid, format!("`{value}` is not a whole number")).about(key)
+                })
+            };
+            match key {
+                "after" => query.after = number()?,
+                "wait" => query.wait = Duration::from_secs(number()?).min(MAX_WAIT),
+                _ => {
+                    let problem = Problem::new(ProblemKind::Invalid, "there is no such parameter");
+                    return Err(problem.about(key).remedy("use after and wait"));
+                }
+            }
+        }
+        Ok(query)
+    }
+}
+
+/// Events after a number; waits for the first if there is none.
+async fn events(context: &Context, query: &Query) -> EventPage {
+    let mut news = context.news.clone();
+    // Fails when the machine's log is gone or the time is over; the page is right in any case.
+    let _ = timeout(query.wait, news.wait_for(|last| *last > query.after)).await;
+    context.vm.events().page(query.after, PAGE)
+}
+
+/// The body of a request as a `T`.
+async fn body<T: DeserializeOwned>(body: Incoming) -> Result<T, Problem> {
+    let collected = timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
+    let bytes = match collected {
+        Ok(Ok(collected)) => collected.to_bytes(),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            let detail = format!("the body has more than {MAX_BODY} bytes");
+            return Err(Problem::new(ProblemKind::TooLarge, detail));
+        }
+        Ok(Err(error)) => {
+            return Err(Problem::new(
+                ProblemKind::Invalid,
+                format!("the body broke off: {error}"),
+            ));
+        }
+        Err(_) => {
+            return Err(Problem::new(
+                ProblemKind::Timeout,
+                "the body did not come in time",
+            ));
+        }
+    };
+    serde_json::from_slice(&bytes).map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()))
+}
+
+/// `value` as JSON text with a line break at its end, for those who use curl.
+pub(crate) fn to_json(value: &impl Serialize) -> Vec<u8> {
+    // The types of `api` have string keys only and no fallible serializers: nothing can fail.
+    let mut text = serde_json::to_vec(value).unwrap_or_default();
+    text.push(b'\n');
+    text
+}
+
+fn respond(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::from(body)));
+    *answer.status_mut() = status;
+    answer
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    answer
+}
+
+fn json(status: StatusCode, value: &impl Serialize) -> Answer {
+    respond(status, "application/json", to_json(value))
+}
+
+fn no_content() -> Answer {
+    let mut answer = Response::new(Full::default());
+    *answer.status_mut() = StatusCode::NO_CONTENT;
+    answer
+}
+
+pub(crate) fn problem(problem: &Problem) -> Answer {
+    let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    respond(status, "application/problem+json", to_json(problem))
+}
+
+fn not_allowed(method: &Method, allowed: &'static str) -> Answer {
+    let found = Problem::new(
+        ProblemKind::MethodNotAllowed,
+        format!("{method} is not possible here"),
+    );
+    let mut answer = problem(&found.remedy(format!("use {allowed}")));
+    answer
+        .headers_mut()
+        .insert(ALLOW, HeaderValue::from_static(allowed));
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_are_read_and_waits_limited() {
+        assert_eq!(Query::parse("").unwrap(), Query::default());
+        let query = Query::parse("after=7&wait=5").unwrap();
+        assert_eq!((query.after, query.wait), (7, Duration::from_secs(5)));
+        assert_eq!(Query::parse("wait=99999").unwrap().wait, MAX_WAIT);
+        for text in [
+            "after",
+            "after=",
+            "after=-1",
+            "after=x",
+            "wait=1.5",
+            "limit=1",
+            "wait=99999999999999999999",
+        ] {
+            assert_eq!(
+                Query::parse(text).unwrap_err().kind,
+                ProblemKind::Invalid,
+                "{text}"
+            );
+        }
+    }
+}

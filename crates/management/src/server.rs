@@ -1,0 +1,205 @@
+//! The server: one thread with one tokio runtime, started for a machine that has a management socket.
+
+use std::convert::Infallible;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use api::{Problem, ProblemKind, Vm};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tracing::{debug, warn};
+
+use crate::routes::{self, Context};
+use crate::socket::{Listening, SocketError, SocketFile};
+
+/// Connections that are served at a time.
+const MAX_CONNECTIONS: usize = 64;
+/// Longest time in which a client must have sent its request's head.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest life of a connection: a request that waits for events as long as it may, and the rest.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(routes::MAX_WAIT.as_secs() + 30);
+/// Largest head of a request in bytes.
+const MAX_HEAD: usize = 16 << 10;
+/// Helper threads for requests that wait for the machine.
+const MAX_HELPERS: usize = 4;
+/// How long requests in progress may take to end when the server is stopped.
+const GRACE: Duration = Duration::from_secs(1);
+/// Stack of the thread and its helpers in bytes; touched pages only count.
+const STACK_SIZE: usize = 512 << 10;
+
+/// A management server that listens and does not answer yet.
+#[derive(Debug)]
+pub struct Server {
+    listening: Listening,
+}
+
+impl Server {
+    /// Listens on `path`. A file that a dead process left there is replaced.
+    ///
+    /// # Errors
+    /// Somebody listens there already, or the file cannot be made.
+    pub fn bind(path: &Path) -> Result<Self, SocketError> {
+        Listening::bind(path).map(|listening| Self { listening })
+    }
+
+    /// Starts to serve `vm`, on a thread of its own, until the handle is dropped.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start(self, vm: Arc<dyn Vm>) -> io::Result<ServerHandle> {
+        let (listener, file) = self.listening.into_parts();
+        let (news, heard) = watch::channel(vm.events().last());
+        vm.events().listen(move |sequence| {
+            news.send_replace(sequence);
+        });
+        let (stop, stopped) = oneshot::channel();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(MAX_HELPERS)
+            .thread_name("management-helper")
+            .thread_stack_size(STACK_SIZE)
+            .build()?;
+        let context = Arc::new(Context::new(vm, heard));
+        let thread = std::thread::Builder::new()
+            .name("management".to_owned())
+            .stack_size(STACK_SIZE)
+            .spawn(move || {
+                if let Err(error) = runtime.block_on(serve(listener, context, stopped)) {
+                    warn!(%error, "the management socket cannot be served");
+                }
+                // A helper that still waits for the machine must not keep the process alive.
+                runtime.shutdown_background();
+            })?;
+        Ok(ServerHandle {
+            stop: Some(stop),
+            thread: Some(thread),
+            _file: file,
+        })
+    }
+}
+
+/// A running server. Dropping it ends the server: no new connections, a second for those that are being answered.
+#[derive(Debug)]
+pub struct ServerHandle {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+    _file: SocketFile,
+}
+
+impl Drop for ServerHandle {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            // The server may have ended by itself.
+            let _ = stop.send(());
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("the management thread panicked");
+        }
+    }
+}
+
+/// Accepts until told to stop, then lets the requests in progress end.
+async fn serve(
+    listener: std::os::unix::net::UnixListener,
+    context: Arc<Context>,
+    mut stopped: oneshot::Receiver<()>,
+) -> io::Result<()> {
+    let listener = UnixListener::from_std(listener)?;
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        let stream = tokio::select! {
+            _ = &mut stopped => break,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of descriptors or memory: clients wait, and there may be some again soon.
+                    warn!(%error, "a management connection cannot be accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+        };
+        while connections.try_join_next().is_some() {}
+        match Arc::clone(&room).try_acquire_owned() {
+            Ok(permit) => {
+                let context = Arc::clone(&context);
+                connections.spawn(async move {
+                    connection(stream, context).await;
+                    drop(permit);
+                });
+            }
+            Err(_) => refuse(&stream),
+        }
+    }
+    drop(listener);
+    let _ = timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
+    Ok(())
+}
+
+/// Serves one request.
+async fn connection(stream: UnixStream, context: Arc<Context>) {
+    let forbidden = may_not_manage(&stream);
+    let service = service_fn(move |request| {
+        let context = Arc::clone(&context);
+        let forbidden = forbidden.clone();
+        async move {
+            Ok::<_, Infallible>(match forbidden {
+                None => routes::answer(&context, request).await,
+                Some(problem) => routes::problem(&problem),
+            })
+        }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(MAX_HEAD)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service);
+    match timeout(CONNECTION_TIMEOUT, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!(%error, "a management connection broke"),
+        Err(_) => debug!("a management connection took too long"),
+    }
+}
+
+/// Why the process at the other end must not manage this machine.
+fn may_not_manage(stream: &UnixStream) -> Option<Problem> {
+    let own = rustix::process::geteuid().as_raw();
+    match stream.peer_cred() {
+        Ok(peer) if peer.uid() == own || peer.uid() == 0 => None,
+        Ok(peer) => Some(Problem::new(
+            ProblemKind::Forbidden,
+            format!("user {} may not manage a machine of user {own}", peer.uid()),
+        )),
+        Err(error) => Some(Problem::new(
+            ProblemKind::Forbidden,
+            format!("cannot find out who asks: {error}"),
+        )),
+    }
+}
+
+/// Tells a client that there are too many, if it listens at once.
+fn refuse(stream: &UnixStream) {
+    debug!("too many management connections");
+    let body = routes::to_json(&Problem::new(
+        ProblemKind::Exhausted,
+        format!("there are {MAX_CONNECTIONS} connections already"),
+    ));
+    let head = format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    // A client that cannot take some hundred bytes gets none.
+    let _ = stream.try_write(&[head.as_bytes(), &body].concat());
+}

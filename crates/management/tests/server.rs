@@ -1,0 +1,460 @@
+//! The server, asked by raw bytes and by the client, for a machine that only remembers.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use api::{
+    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventKind, EventLog, NetBackend, NetConfig,
+    NetStatus, Problem, ProblemKind, Vm, VmState, VmStatus,
+};
+use management::{Client, ClientError, Removed, Server, ServerHandle};
+
+/// A machine that does what it is told, at once or (removals) when the test says so.
+struct FakeVm {
+    status: Mutex<VmStatus>,
+    calls: Mutex<Vec<String>>,
+    events: EventLog,
+}
+
+impl FakeVm {
+    fn new() -> Arc<Self> {
+        let status = VmStatus {
+            name: "fake".parse().unwrap(),
+            state: VmState::Running,
+            pid: 1,
+            uptime_seconds: 2,
+            resets: 0,
+            cpus: 1,
+            memory: ByteSize::from_mib(64),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            last_event: 0,
+        };
+        Arc::new(Self {
+            status: Mutex::new(status),
+            calls: Mutex::default(),
+            events: EventLog::new(),
+        })
+    }
+
+    fn note(&self, call: &str) -> Result<(), Problem> {
+        self.calls.lock().unwrap().push(call.to_owned());
+        Ok(())
+    }
+
+    fn complete_removal(&self, id: &str) {
+        self.status
+            .lock()
+            .unwrap()
+            .disks
+            .retain(|disk| disk.config.id.as_str() != id);
+        self.events.record(EventKind::DeviceRemoved {
+            id: id.parse().unwrap(),
+        });
+    }
+}
+
+impl Vm for FakeVm {
+    fn status(&self) -> VmStatus {
+        self.status.lock().unwrap().clone()
+    }
+
+    fn power_button(&self) -> Result<(), Problem> {
+        self.note("power-button")
+    }
+
+    fn stop(&self, cause: &str) -> Result<(), Problem> {
+        self.note(&format!("stop: {cause}"))
+    }
+
+    fn reset(&self) -> Result<(), Problem> {
+        self.note("reset")
+    }
+
+    fn pause(&self) -> Result<(), Problem> {
+        self.note("pause")
+    }
+
+    fn resume(&self) -> Result<(), Problem> {
+        Err(Problem::new(ProblemKind::Conflict, "not now").remedy("later"))
+    }
+
+    fn attach_disk(&self, disk: DiskConfig) -> Result<DiskStatus, Problem> {
+        let mut status = self.status.lock().unwrap();
+        let disk = DiskStatus {
+            config: DiskConfig {
+                id: DeviceId::first_free("disk", |id| status.disks.iter().any(|d| d.config.id == *id)),
+                ..disk
+            },
+            state: DeviceState::Attached,
+            size: ByteSize::from_mib(1),
+        };
+        status.disks.push(disk.clone());
+        Ok(disk)
+    }
+
+    fn attach_net(&self, net: NetConfig) -> Result<NetStatus, Problem> {
+        let net = NetStatus {
+            config: NetConfig {
+                id: "net0".parse().unwrap(),
+                ..net
+            },
+            state: DeviceState::Attached,
+        };
+        self.status.lock().unwrap().nets.push(net.clone());
+        Ok(net)
+    }
+
+    fn detach(&self, id: &DeviceId) -> Result<(), Problem> {
+        self.note(&format!("detach {id}"))
+    }
+
+    fn events(&self) -> &EventLog {
+        &self.events
+    }
+}
+
+struct Setup {
+    vm: Arc<FakeVm>,
+    path: PathBuf,
+    client: Client,
+    _server: ServerHandle,
+    _folder: tempfile::TempDir,
+}
+
+fn setup() -> Setup {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.sock");
+    let vm = FakeVm::new();
+    let server = Server::bind(&path)
+        .unwrap()
+        .start(Arc::clone(&vm) as Arc<dyn Vm>)
+        .unwrap();
+    let client = Client::new(&path).unwrap();
+    Setup {
+        vm,
+        path,
+        client,
+        _server: server,
+        _folder: folder,
+    }
+}
+
+/// Sends raw bytes, returns the status line and the body.
+fn raw(path: &Path, request: &str) -> (String, String) {
+    let mut stream = UnixStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    // The server may answer and close before it has read everything.
+    let _ = stream.write_all(request.as_bytes());
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    let answer = String::from_utf8(answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    (
+        head.lines().next().unwrap_or_default().to_owned(),
+        body.to_owned(),
+    )
+}
+
+fn request(method: &str, path: &str, body: &str) -> String {
+    format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+fn problem_of(result: Result<impl std::fmt::Debug, ClientError>) -> Problem {
+    match result {
+        Err(ClientError::Problem(problem)) => *problem,
+        other => panic!("expected a problem, got {other:?}"),
+    }
+}
+
+#[test]
+fn status_and_actions_reach_the_machine() {
+    let setup = setup();
+    assert_eq!(setup.client.status().unwrap().name.as_str(), "fake");
+    for action in ["power-button", "reset", "pause", "stop"] {
+        setup.client.act(action).unwrap();
+    }
+    let calls = setup.vm.calls.lock().unwrap().clone();
+    assert_eq!(
+        calls,
+        [
+            "power-button",
+            "reset",
+            "pause",
+            "stop: the administrator's request"
+        ]
+    );
+    let problem = problem_of(setup.client.act("resume"));
+    assert_eq!(
+        (problem.kind, problem.status, problem.remedy.as_deref()),
+        (ProblemKind::Conflict, 409, Some("later"))
+    );
+}
+
+#[test]
+fn devices_are_attached_listed_and_removed_when_the_guest_says_so() {
+    let setup = setup();
+    let disk = setup
+        .client
+        .attach_disk(&DiskConfig::new("/images/a.raw"))
+        .unwrap();
+    assert_eq!(disk.config.id.as_str(), "disk0");
+    setup
+        .client
+        .attach_net(&NetConfig::new(NetBackend::User))
+        .unwrap();
+    let (status, body) = raw(&setup.path, &request("GET", "/v1/vm/disks/disk0", ""));
+    assert_eq!(status, "HTTP/1.1 200 OK");
+    assert!(body.contains("/images/a.raw"), "{body}");
+
+    let removal = setup.client.detach(&disk.config.id).unwrap();
+    assert_eq!(removal.state, DeviceState::Removing);
+    assert_eq!(
+        setup.client.wait_for_removal(&removal, Duration::ZERO).unwrap(),
+        Removed::Pending
+    );
+    let vm = Arc::clone(&setup.vm);
+    let guest = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        vm.complete_removal("disk0");
+    });
+    let started = Instant::now();
+    assert_eq!(
+        setup
+            .client
+            .wait_for_removal(&removal, Duration::from_secs(20))
+            .unwrap(),
+        Removed::Done
+    );
+    assert!(
+        started.elapsed() < Duration::from_secs(5),
+        "woken by the event, not by a time-out"
+    );
+    guest.join().unwrap();
+
+    let removal = setup.client.detach(&"net0".parse().unwrap()).unwrap();
+    setup.vm.events.record(EventKind::DeviceRemoveRefused {
+        id: removal.id.clone(),
+        reason: "busy".to_owned(),
+    });
+    let removed = setup
+        .client
+        .wait_for_removal(&removal, Duration::from_secs(20))
+        .unwrap();
+    assert_eq!(removed, Removed::Refused("busy".to_owned()));
+    assert_eq!(
+        problem_of(setup.client.detach(&"disk7".parse().unwrap())).kind,
+        ProblemKind::NotFound
+    );
+}
+
+#[test]
+fn events_are_paged_and_waited_for() {
+    let setup = setup();
+    setup.vm.events.record(EventKind::Started);
+    assert_eq!(setup.client.events(0, Duration::ZERO).unwrap().last, 1);
+    let vm = Arc::clone(&setup.vm);
+    let later = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        vm.events.record(EventKind::Paused);
+    });
+    let page = setup.client.events(1, Duration::from_secs(20)).unwrap();
+    assert_eq!(page.events[0].kind, EventKind::Paused);
+    later.join().unwrap();
+    let started = Instant::now();
+    assert!(
+        setup
+            .client
+            .events(2, Duration::from_secs(1))
+            .unwrap()
+            .events
+            .is_empty()
+    );
+    assert!(started.elapsed() >= Duration::from_secs(1));
+}
+
+#[test]
+fn what_is_wrong_is_a_problem_with_the_right_status() {
+    let setup = setup();
+    let cases = [
+        (
+            request("GET", "/", ""),
+            "404 Not Found",
+            "urn:smsvmm:problem:not-found",
+        ),
+        (
+            request("GET", "/v1/vm/nothing", ""),
+            "404 Not Found",
+            "\"object\":\"/v1/vm/nothing\"",
+        ),
+        (
+            request("GET", "/v1/vm/disks/disk9", ""),
+            "404 Not Found",
+            "\"object\":\"disk9\"",
+        ),
+        (
+            request("GET", "/v1/vm/disks/disk9/x", ""),
+            "404 Not Found",
+            "nothing at this path",
+        ),
+        (
+            request("DELETE", "/v1/vm", ""),
+            "405 Method Not Allowed",
+            "use GET",
+        ),
+        (
+            request("GET", "/v1/vm/pause", ""),
+            "405 Method Not Allowed",
+            "use PUT",
+        ),
+        (
+            request("PATCH", "/v1/vm/disks", ""),
+            "405 Method Not Allowed",
+            "use GET, POST",
+        ),
+        (
+            request("GET", "/v1/events?after=x", ""),
+            "400 Bad Request",
+            "`x` is not a whole number",
+        ),
+        (request("POST", "/v1/vm/disks", ""), "400 Bad Request", "EOF"),
+        (
+            request("POST", "/v1/vm/disks", "{\"imag\":\"/a\"}"),
+            "400 Bad Request",
+            "unknown field `imag`",
+        ),
+        (
+            request("POST", "/v1/vm/disks", "{\"image\":\"a\"}"),
+            "400 Bad Request",
+            "relative path",
+        ),
+        (
+            request("POST", "/v1/vm/disks", "{\"image\":\"/a\",\"queues\":99}"),
+            "400 Bad Request",
+            "\"object\":\"queues\"",
+        ),
+        (
+            request("POST", "/v1/vm/nets", "{\"backend\":\"tap\"}"),
+            "400 Bad Request",
+            "\"object\":\"tap\"",
+        ),
+        (
+            request("DELETE", "/v1/vm/disks/a%2fb", ""),
+            "400 Bad Request",
+            "not an identifier",
+        ),
+    ];
+    for (text, status, part) in cases {
+        let (found, body) = raw(&setup.path, &text);
+        assert_eq!(found, format!("HTTP/1.1 {status}"), "for {text}");
+        assert!(body.contains(part), "for {text}: {body}");
+    }
+    assert!(setup.vm.calls.lock().unwrap().is_empty());
+}
+
+#[test]
+fn oversized_and_malformed_requests_are_refused_and_the_server_goes_on() {
+    let setup = setup();
+    let large = request("POST", "/v1/vm/disks", &" ".repeat((64 << 10) + 1));
+    assert_eq!(raw(&setup.path, &large).0, "HTTP/1.1 413 Payload Too Large");
+    let head = format!("GET /v1/vm HTTP/1.1\r\nx: {}\r\n\r\n", "x".repeat(64 << 10));
+    assert_eq!(
+        raw(&setup.path, &head).0,
+        "HTTP/1.1 431 Request Header Fields Too Large"
+    );
+    for text in ["\0\0\0\0\r\n\r\n", "GET\r\n\r\n", "GET /v1/vm HTTP/9.9\r\n\r\n"] {
+        assert_eq!(raw(&setup.path, text).0, "HTTP/1.1 400 Bad Request", "{text:?}");
+    }
+    let half = request("POST", "/v1/vm/disks", "{}").replace("content-length: 2", "content-length: 20");
+    let mut stream = UnixStream::connect(&setup.path).unwrap();
+    stream.write_all(half.as_bytes()).unwrap();
+    drop(stream);
+    assert!(setup.client.status().is_ok());
+}
+
+#[test]
+fn idle_connections_do_not_lock_others_out_for_ever() {
+    let setup = setup();
+    let idle: Vec<UnixStream> = (0..64)
+        .map(|_| UnixStream::connect(&setup.path).unwrap())
+        .collect();
+    let (status, body) = raw(&setup.path, &request("GET", "/v1/vm", ""));
+    assert_eq!(status, "HTTP/1.1 503 Service Unavailable", "{body}");
+    // A client that sends nothing is dropped after the header time-out of ten seconds.
+    let started = Instant::now();
+    idle[0].set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut rest = Vec::new();
+    (&idle[0]).read_to_end(&mut rest).unwrap();
+    assert!(
+        started.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        started.elapsed()
+    );
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(setup.client.status().is_ok());
+}
+
+#[test]
+fn another_user_is_refused_even_if_the_socket_lets_him_in() {
+    use std::os::unix::fs::PermissionsExt;
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("only root can act as another user");
+        return;
+    }
+    let setup = setup();
+    let open = |path: &Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    open(setup.path.parent().unwrap(), 0o755);
+    open(&setup.path, 0o666);
+    let path = setup.path.clone();
+    // Of this thread only, and for good.
+    let stranger = std::thread::spawn(move || {
+        let nobody = rustix::process::Uid::from_raw(65534);
+        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+        raw(&path, &request("PUT", "/v1/vm/stop", ""))
+    });
+    let (status, body) = stranger.join().unwrap();
+    assert_eq!(status, "HTTP/1.1 403 Forbidden");
+    assert!(
+        body.contains("user 65534 may not manage a machine of user 0"),
+        "{body}"
+    );
+    assert!(setup.vm.calls.lock().unwrap().is_empty());
+}
+
+#[test]
+fn a_machine_that_is_not_there_is_told_with_a_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let client = Client::new(&folder.path().join("no.sock")).unwrap();
+    let error = client.status().unwrap_err();
+    assert!(matches!(error, ClientError::Connect { .. }));
+    assert!(error.to_string().contains("is it running"), "{error}");
+}
+
+#[test]
+fn the_server_ends_with_its_handle_and_takes_the_socket_along() {
+    let Setup {
+        vm,
+        path,
+        client,
+        _server,
+        _folder,
+    } = setup();
+    // A client that waits for events gets its answer when the machine ends.
+    let waiting = std::thread::spawn(move || client.events(0, Duration::from_secs(50)).unwrap());
+    std::thread::sleep(Duration::from_millis(200));
+    let started = Instant::now();
+    vm.events.record(EventKind::Stopped {
+        reason: api::ExitReason::PowerOff,
+    });
+    drop(_server);
+    assert!(started.elapsed() < Duration::from_secs(5));
+    assert_eq!(waiting.join().unwrap().events.len(), 1);
+    assert!(!path.exists());
+}
