@@ -31,7 +31,8 @@ pub struct Finding {
 }
 
 impl Finding {
-    pub(super) fn ok(topic: &'static str, detail: impl Into<String>) -> Self {
+    /// A good finding.
+    pub fn ok(topic: &'static str, detail: impl Into<String>) -> Self {
         Self {
             topic,
             level: Level::Ok,
@@ -40,7 +41,8 @@ impl Finding {
         }
     }
 
-    pub(super) fn warn(topic: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+    /// A finding that does not keep guests from running.
+    pub fn warn(topic: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self {
             topic,
             level: Level::Warn,
@@ -49,7 +51,8 @@ impl Finding {
         }
     }
 
-    pub(super) fn fail(topic: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+    /// A finding that keeps guests from running.
+    pub fn fail(topic: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self {
             topic,
             level: Level::Fail,

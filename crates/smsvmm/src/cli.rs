@@ -1,0 +1,220 @@
+//! The command line as clap sees it: names, arguments, help.
+
+use std::path::PathBuf;
+
+use api::{DeviceId, DiskSerial, MacAddress, NetBackend, PortForward, QueueSize, Seconds, TapName};
+use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueEnum};
+
+/// A hypervisor for Linux/KVM with storage management beneath the guest.
+#[derive(Debug, Parser)]
+#[command(
+    name = "smsvmm",
+    version,
+    disable_help_subcommand = true,
+    max_term_width = 110
+)]
+pub(crate) struct Cli {
+    /// Log more to standard error: -v info, -vv debug, -vvv trace (default: warnings; SMSVMM_LOG selects per module).
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the virtual machine that a file describes, until it ends.
+    ///
+    /// Exit status: 0 the guest powered off (or rebooted with power.on-reboot = "stop"), 1 smsvmm failed, 2 wrong usage or
+    /// configuration, 3 the guest crashed, 4 it was stopped hard.
+    ///
+    /// SIGTERM, SIGINT and SIGHUP press the guest's power button; a second one, or power.shutdown-timeout, stops it hard.
+    Run(RunArguments),
+    /// What this host offers to virtual machines.
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// Look at and steer a running virtual machine through its management socket.
+    Vm(VmArguments),
+    /// Print a script that completes smsvmm's commands in a shell: `source <(smsvmm completions bash)`.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArguments {
+    /// The machine's configuration.
+    #[arg(value_name = "vm.toml")]
+    pub(crate) config: PathBuf,
+
+    /// Change the configuration: cpus=4, disk.0.read-only=true, 'disk.+.image=data.raw', 'boot.cmdline=console=ttyS0 quiet'.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+
+    /// Check that the machine could be started and show its effective configuration; start nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+
+    /// Print the result of --dry-run as JSON.
+    #[arg(long, requires = "dry_run")]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HostCommand {
+    /// Check what virtual machines need of this host, and say what to do where something is missing.
+    ///
+    /// Exit status: 0 if a stock guest can boot here, else 1.
+    Check {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("machine").required(true).args(["socket", "config"])))]
+pub(crate) struct VmArguments {
+    /// The machine's management socket.
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
+
+    /// The machine's configuration, which names its management socket.
+    #[arg(long, global = true, value_name = "vm.toml")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Print JSON.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    #[command(subcommand)]
+    pub(crate) command: VmCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VmCommand {
+    /// Show its state, disks and network cards.
+    Status,
+    /// Press its power button: the guest is asked to shut down.
+    PowerButton,
+    /// End it at once, as if its cable were pulled.
+    Stop,
+    /// Press its reset button.
+    Reset,
+    /// Stop its processors.
+    Pause,
+    /// Let its processors run on.
+    Resume,
+    /// Add a disk.
+    AttachDisk(DiskArguments),
+    /// Add a network card.
+    AttachNet(NetArguments),
+    /// Ask the guest to let a disk or network card go, and wait until it has.
+    Detach {
+        /// The device's identifier; `smsvmm vm status` lists them.
+        id: DeviceId,
+        /// How long to wait for the guest, for example 10s or 2m.
+        #[arg(long, default_value = "30s", value_name = "TIME")]
+        timeout: Seconds,
+        /// Return when the guest was asked.
+        #[arg(long, conflicts_with = "timeout")]
+        no_wait: bool,
+    },
+    /// Show what happened.
+    Events {
+        /// Go on as things happen, until the machine ends.
+        #[arg(short, long)]
+        follow: bool,
+        /// Leave out events up to this number.
+        #[arg(long, default_value_t = 0, value_name = "NUMBER")]
+        after: u64,
+    },
+    /// Connect this terminal to a console that leads to a socket or a pseudo-terminal; Ctrl-] leaves it.
+    Console {
+        /// Which console.
+        #[arg(default_value = "serial")]
+        console: ConsoleName,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ConsoleName {
+    /// The serial port (ttyS0).
+    Serial,
+    /// The virtio console (hvc0).
+    Virtio,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiskArguments {
+    /// A raw disk image or a block device.
+    pub(crate) image: PathBuf,
+    /// Name within the machine [default: the first free of disk0, disk1, ...].
+    #[arg(long)]
+    pub(crate) id: Option<DeviceId>,
+    /// The guest cannot write.
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// What the guest reads as serial number.
+    #[arg(long)]
+    pub(crate) serial: Option<DiskSerial>,
+    /// Request queues, 1 to 16.
+    #[arg(long, default_value_t = 1, value_name = "NUMBER")]
+    pub(crate) queues: u8,
+    /// Requests that fit in a queue.
+    #[arg(long, value_parser = queue_size, value_name = "NUMBER")]
+    pub(crate) queue_size: Option<QueueSize>,
+    /// Use the host's page cache.
+    #[arg(long)]
+    pub(crate) buffered: bool,
+    /// Look for further requests for this long before sleeping.
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub(crate) poll_us: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NetArguments {
+    /// Connect it to this tap interface instead of the user network.
+    #[arg(long, value_name = "INTERFACE")]
+    pub(crate) tap: Option<TapName>,
+    /// A port of the host that leads to the guest, for example tcp:8022:22.
+    #[arg(long, value_name = "PROTOCOL:HOST:GUEST", conflicts_with = "tap")]
+    pub(crate) forward: Vec<PortForward>,
+    /// Name within the machine [default: the first free of net0, net1, ...].
+    #[arg(long)]
+    pub(crate) id: Option<DeviceId>,
+    /// Hardware address [default: derived from the names].
+    #[arg(long)]
+    pub(crate) mac: Option<MacAddress>,
+    /// Pairs of queues, 1 to 8.
+    #[arg(long, default_value_t = 1, value_name = "NUMBER")]
+    pub(crate) queues: u8,
+    /// Buffers that fit in a queue.
+    #[arg(long, value_parser = queue_size, value_name = "NUMBER")]
+    pub(crate) queue_size: Option<QueueSize>,
+    /// Largest packet without the Ethernet header.
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) mtu: Option<u16>,
+    /// Offer no checksum and segmentation offloads.
+    #[arg(long)]
+    pub(crate) no_offload: bool,
+}
+
+impl NetArguments {
+    pub(crate) fn backend(&self) -> NetBackend {
+        if self.tap.is_some() {
+            NetBackend::Tap
+        } else {
+            NetBackend::User
+        }
+    }
+}
+
+fn queue_size(text: &str) -> Result<QueueSize, String> {
+    let number: u64 = text
+        .parse()
+        .map_err(|_| format!("`{text}` is not a whole number"))?;
+    QueueSize::try_from(number).map_err(|error| error.to_string())
+}

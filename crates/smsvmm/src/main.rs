@@ -1,0 +1,56 @@
+//! `smsvmm`: the command line.
+//!
+//! Each command lies in a module of its own and returns an [`Exit`] or an error; only this file turns them into an exit
+//! status and prints errors: one line, the chain of causes separated by colons, the remedy in the text.
+
+mod cli;
+mod exit;
+mod host;
+mod logs;
+mod output;
+mod preflight;
+mod run;
+mod signals;
+mod terminal;
+mod vm;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use crate::cli::{Cli, Command, HostCommand};
+use crate::exit::{Exit, UsageError};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version too come this way; clap knows where to print and which status to give.
+        Err(error) => error.exit(),
+    };
+    let result = logs::start(cli.verbose).and_then(|()| execute(cli.command));
+    match result {
+        Ok(exit) => exit.into(),
+        Err(error) => {
+            logs::complain(&error);
+            if error.is::<UsageError>() {
+                Exit::Usage.into()
+            } else {
+                Exit::Failed.into()
+            }
+        }
+    }
+}
+
+fn execute(command: Command) -> anyhow::Result<Exit> {
+    match command {
+        Command::Run(arguments) => run::run(&arguments),
+        Command::Host(HostCommand::Check { json }) => host::check(json),
+        Command::Vm(arguments) => vm::execute(arguments),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "smsvmm", &mut script);
+            output::print(&String::from_utf8_lossy(&script))?;
+            Ok(Exit::Success)
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! `smsvmm run --dry-run`: could this machine be started on this host?
+//!
+//! Opens what may be opened without changing anything (kernel, images under the lock that a start would take) and only looks
+//! at the rest (sockets, memory, network). Unlike a start, it does not end at the first problem.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use serde::Serialize;
+use vmm::boot::{BootFiles, Kernel};
+use vmm::config::{ConsoleSpec, DiskConfig, HugePages, NetBackend, NetConfig, VmConfig};
+use vmm::host::{self, Finding, Report};
+
+use crate::exit::Exit;
+use crate::output;
+
+/// What `--dry-run --json` prints.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Answer<'a> {
+    can_start: bool,
+    checks: &'a [Finding],
+    configuration: &'a VmConfig,
+}
+
+pub(crate) fn report(config: &VmConfig, json: bool) -> anyhow::Result<Exit> {
+    let report = Report {
+        findings: examine(config),
+    };
+    let can_start = report.can_boot();
+    if json {
+        output::print_json(&Answer {
+            can_start,
+            checks: &report.findings,
+            configuration: config,
+        })?;
+    } else {
+        let verdict = if can_start {
+            "This machine can be started."
+        } else {
+            "This machine cannot be started; see FAIL above."
+        };
+        output::print(&format!("{}\n{report}\n{verdict}\n", toml::to_string(config)?))?;
+    }
+    Ok(if can_start { Exit::Success } else { Exit::Failed })
+}
+
+fn examine(config: &VmConfig) -> Vec<Finding> {
+    let mut findings = vec![kvm(), kernel(config), memory(config)];
+    findings.extend(processors(config));
+    findings.extend(config.disks.iter().map(disk));
+    findings.extend(config.nets.iter().map(net));
+    findings.extend(console("console.serial", &config.console.serial));
+    findings.extend(
+        config
+            .console
+            .virtio
+            .as_ref()
+            .and_then(|spec| console("console.virtio", spec)),
+    );
+    findings.extend(
+        config
+            .management
+            .as_ref()
+            .map(|management| socket("management.socket", &management.socket)),
+    );
+    findings
+}
+
+fn kvm() -> Finding {
+    match host::can_boot_stock_kernel() {
+        Ok(()) => Finding::ok("host", "KVM runs stock kernels"),
+        Err(error) => Finding::fail("host", chain(&error), "`smsvmm host check` shows everything"),
+    }
+}
+
+fn kernel(config: &VmConfig) -> Finding {
+    let boot = &config.boot;
+    let files = BootFiles {
+        kernel: boot.kernel.clone(),
+        initrd: boot.initrd.clone(),
+        command_line: boot.cmdline.clone(),
+    };
+    match Kernel::open(files) {
+        Ok(_) => Finding::ok("boot", format!("{} can be booted", boot.kernel.display())),
+        Err(error) => Finding::fail(
+            "boot",
+            chain(&error),
+            "set boot.kernel, boot.initrd, boot.cmdline",
+        ),
+    }
+}
+
+fn memory(config: &VmConfig) -> Finding {
+    let size = config.memory.size;
+    let reserved = match config.memory.huge_pages {
+        HugePages::None | HugePages::Transparent => None,
+        HugePages::Size2M => Some(2 << 10),
+        HugePages::Size1G => Some(1 << 20),
+    };
+    if let Some(kib) = reserved {
+        let path = format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB/free_hugepages");
+        let free: u64 = fs::read_to_string(&path)
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(0);
+        let needed = size.bytes() / (kib << 10);
+        if free < needed {
+            return Finding::fail(
+                "memory",
+                format!("{size} takes {needed} huge pages of {kib} KiB, {free} are free"),
+                format!(
+                    "`echo {needed} > {}` as root, or memory.huge-pages = \"thp\"",
+                    path.replace("free_", "nr_")
+                ),
+            );
+        }
+        return Finding::ok("memory", format!("{needed} of {free} free huge pages"));
+    }
+    match host::available_memory() {
+        Some(available) if available < size => Finding::fail(
+            "memory",
+            format!(
+                "{size} is more than the {} MiB that this host has available",
+                available.bytes() >> 20
+            ),
+            "set memory to less, or end something",
+        ),
+        Some(available) => Finding::ok(
+            "memory",
+            format!("{size} of {} MiB available", available.bytes() >> 20),
+        ),
+        None => Finding::warn("memory", "cannot find out how much this host has", "mount /proc"),
+    }
+}
+
+fn processors(config: &VmConfig) -> Option<Finding> {
+    let online = fs::read_to_string("/sys/devices/system/cpu/online").ok()?;
+    let last: u16 = online.trim().rsplit([',', '-']).next()?.parse().ok()?;
+    let absent = config
+        .cpus
+        .affinity
+        .iter()
+        .flat_map(|cpus| cpus.iter())
+        .find(|cpu| *cpu > last)?;
+    Some(Finding::fail(
+        "cpus.affinity",
+        format!("this host has no CPU {absent}, the last is {last}"),
+        "name CPUs of /sys/devices/system/cpu/online",
+    ))
+}
+
+fn disk(disk: &DiskConfig) -> Finding {
+    const TOPIC: &str = "disk";
+    let path = disk.image.display();
+    let remedy = "give a raw image or block device that this user may open";
+    let size = match open_image(disk) {
+        Ok(Image::Usable(size)) => size,
+        Ok(Image::Locked) => {
+            let remedy = "end that machine first, or make the disk read-only in both";
+            return Finding::fail(
+                TOPIC,
+                format!("{}: {path} is in use by another process", disk.id),
+                remedy,
+            );
+        }
+        Ok(Image::OtherKind) => {
+            return Finding::fail(
+                TOPIC,
+                format!("{}: {path} is neither a file nor a block device", disk.id),
+                remedy,
+            );
+        }
+        Err(error) => {
+            return Finding::fail(TOPIC, format!("{}: cannot open {path}: {error}", disk.id), remedy);
+        }
+    };
+    if size == 0 || !size.is_multiple_of(512) {
+        return Finding::fail(
+            TOPIC,
+            format!(
+                "{}: {path} has {size} bytes, which is not a whole number of sectors",
+                disk.id
+            ),
+            "is it a raw image? `truncate -s %512` rounds up",
+        );
+    }
+    let mode = if disk.read_only { "read-only" } else { "writable" };
+    Finding::ok(TOPIC, format!("{}: {path}, {} MiB, {mode}", disk.id, size >> 20))
+}
+
+enum Image {
+    Usable(u64),
+    Locked,
+    OtherKind,
+}
+
+fn open_image(disk: &DiskConfig) -> io::Result<Image> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!disk.read_only)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&disk.image)?;
+    let metadata = file.metadata()?;
+    let size = if metadata.is_file() {
+        metadata.size()
+    } else if metadata.file_type().is_block_device() {
+        use std::io::{Seek, SeekFrom};
+        (&file).seek(SeekFrom::End(0))?
+    } else {
+        return Ok(Image::OtherKind);
+    };
+    Ok(if is_locked(&file, disk.read_only)? {
+        Image::Locked
+    } else {
+        Image::Usable(size)
+    })
+}
+
+/// Whether somebody holds a lock that excludes ours.
+fn is_locked(file: &File, shared: bool) -> io::Result<bool> {
+    // SAFETY: all zeroes are a valid `flock`: the whole file.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
+    lock.l_type = libc::c_short::try_from(kind).unwrap_or_default();
+    // SAFETY: `lock` is valid for the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) } != 0 {
+        let error = io::Error::last_os_error();
+        // A file system without locks: nobody can hold one.
+        return match error.raw_os_error() {
+            Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => Ok(false),
+            _ => Err(error),
+        };
+    }
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+fn net(net: &NetConfig) -> Finding {
+    const TOPIC: &str = "net";
+    let tap = match (net.backend, &net.tap) {
+        (NetBackend::Tap, Some(tap)) => tap,
+        _ => {
+            return match host::find_program("passt") {
+                Some(path) => Finding::ok(TOPIC, format!("{}: user network by {}", net.id, path.display())),
+                None => Finding::fail(
+                    TOPIC,
+                    format!("{}: passt is not installed", net.id),
+                    "`apt install passt`",
+                ),
+            };
+        }
+    };
+    if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
+        let remedy = "`smsvmm host check` says what to do; backend = \"user\" works without";
+        return Finding::fail(
+            TOPIC,
+            format!("{}: /dev/net/tun cannot be opened: {error}", net.id),
+            remedy,
+        );
+    }
+    let folder = Path::new("/sys/class/net").join(tap.as_str());
+    let attribute = |name: &str| {
+        fs::read_to_string(folder.join(name))
+            .ok()
+            .map(|text| text.trim().to_owned())
+    };
+    let user = rustix::process::geteuid();
+    match attribute("tun_flags") {
+        Some(_) => match attribute("owner") {
+            Some(owner) if !user.is_root() && owner != user.as_raw().to_string() => Finding::fail(
+                TOPIC,
+                format!("{}: the tap interface {tap} belongs to user {owner}", net.id),
+                format!(
+                    "`ip tuntap add dev {tap} mode tap user {}` as root",
+                    user.as_raw()
+                ),
+            ),
+            _ => Finding::ok(TOPIC, format!("{}: tap interface {tap}", net.id)),
+        },
+        None if folder.exists() => Finding::fail(
+            TOPIC,
+            format!("{}: {tap} is not a tap interface", net.id),
+            "name another interface",
+        ),
+        None => Finding::fail(
+            TOPIC,
+            format!("{}: there is no tap interface {tap}", net.id),
+            format!(
+                "`ip tuntap add dev {tap} mode tap user {} && ip link set {tap} up` as root",
+                user.as_raw()
+            ),
+        ),
+    }
+}
+
+fn console(topic: &'static str, spec: &ConsoleSpec) -> Option<Finding> {
+    match spec {
+        ConsoleSpec::Stdio | ConsoleSpec::Null | ConsoleSpec::Pty(None) => None,
+        ConsoleSpec::Pty(Some(path)) | ConsoleSpec::File(path) => Some(match folder_problem(path) {
+            None => Finding::ok(topic, path.display().to_string()),
+            Some(problem) => Finding::fail(topic, problem, "choose another path"),
+        }),
+        ConsoleSpec::Socket(path) => Some(socket(topic, path)),
+    }
+}
+
+/// A socket that is to be made at `path`.
+fn socket(topic: &'static str, path: &Path) -> Finding {
+    if let Some(problem) = folder_problem(path) {
+        return Finding::fail(topic, problem, "choose another path");
+    }
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if !metadata.file_type().is_socket() => Finding::fail(
+            topic,
+            format!("{} exists and is not a socket", path.display()),
+            "remove it or choose another path",
+        ),
+        Ok(_) if UnixStream::connect(path).is_ok() => Finding::fail(
+            topic,
+            format!("somebody listens on {} already", path.display()),
+            "end that machine first or choose another path",
+        ),
+        _ => Finding::ok(topic, path.display().to_string()),
+    }
+}
+
+/// Why nothing can be made at `path`.
+fn folder_problem(path: &Path) -> Option<String> {
+    let folder = path.parent()?;
+    match rustix::fs::access(folder, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK) {
+        Ok(()) => None,
+        Err(error) => Some(format!(
+            "cannot write to the folder {}: {error}",
+            folder.display()
+        )),
+    }
+}
+
+/// An error with all its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,43 @@
+//! `smsvmm run`.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use api::Vm;
+use management::Server;
+use vmm::config::VmConfig;
+use vmm::host;
+use vmm::machine;
+
+use crate::cli::RunArguments;
+use crate::exit::{Exit, UsageError};
+use crate::signals::Signals;
+use crate::{logs, preflight};
+
+pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
+    let config = VmConfig::load(&arguments.config, &arguments.overrides).map_err(UsageError::new)?;
+    if arguments.dry_run {
+        return preflight::report(&config, arguments.json);
+    }
+    // Before any thread exists, so that all inherit the mask.
+    let signals = Signals::block().context("cannot block signals")?;
+    host::can_boot_stock_kernel()?;
+    let name = config.name.clone();
+    let patience = config.power.shutdown_timeout.duration();
+    // Before anything is opened: a second start of the same machine ends here.
+    let server = config
+        .management
+        .as_ref()
+        .map(|management| Server::bind(&management.socket))
+        .transpose()?;
+    let machine = machine::Vm::open(config)?;
+    let control: Arc<dyn Vm> = Arc::new(machine.control());
+    let _server = server
+        .map(|server| server.start(Arc::clone(&control)))
+        .transpose()
+        .context("cannot start the management server")?;
+    signals.serve(control, patience)?;
+    let reason = machine.run()?;
+    logs::say(&format!("smsvmm: {name}: {reason}"));
+    Ok(Exit::from(&reason))
+}

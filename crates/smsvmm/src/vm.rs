@@ -1,0 +1,305 @@
+//! `smsvmm vm ...`: a running machine, through its management socket.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use api::{DeviceState, DiskConfig, Event, EventKind, NetConfig, VmStatus};
+use management::{Client, ClientError, Removed};
+use serde_json::json;
+use vmm::config::VmConfig;
+
+use crate::cli::{DiskArguments, NetArguments, VmArguments, VmCommand};
+use crate::exit::{Exit, UsageError};
+use crate::output::{print, print_json};
+use crate::terminal;
+
+/// How long one request for events waits; the next one follows at once.
+const FOLLOW_WAIT: Duration = Duration::from_secs(50);
+
+pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
+    let VmArguments {
+        socket,
+        config,
+        json,
+        command,
+    } = arguments;
+    if let VmCommand::Console { console } = command {
+        return terminal::console(config.as_deref(), console);
+    }
+    let client = Client::new(&find_socket(socket, config)?).context("cannot make a client")?;
+    match command {
+        VmCommand::Status => status(&client, json),
+        VmCommand::PowerButton => act(&client, "power-button"),
+        VmCommand::Stop => act(&client, "stop"),
+        VmCommand::Reset => act(&client, "reset"),
+        VmCommand::Pause => act(&client, "pause"),
+        VmCommand::Resume => act(&client, "resume"),
+        VmCommand::AttachDisk(arguments) => attach_disk(&client, arguments, json),
+        VmCommand::AttachNet(arguments) => attach_net(&client, arguments, json),
+        VmCommand::Detach { id, timeout, no_wait } => {
+            detach(&client, &id, (!no_wait).then_some(timeout.duration()), json)
+        }
+        VmCommand::Events { follow, after } => events(&client, follow, after, json),
+        VmCommand::Console { .. } => Ok(Exit::Success),
+    }
+}
+
+/// The socket as given, or as the configuration names it.
+fn find_socket(socket: Option<PathBuf>, config: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+    if let Some(socket) = socket {
+        return Ok(socket);
+    }
+    let Some(path) = config else {
+        bail!("neither --socket nor --config is given")
+    };
+    let config = VmConfig::load(&path, &[]).map_err(UsageError::new)?;
+    match config.management {
+        Some(management) => Ok(management.socket),
+        None => Err(UsageError::new(format!(
+            "{} has no management socket; add [management] with socket = \"{}.sock\" and start the machine again",
+            path.display(),
+            config.name
+        ))
+        .into()),
+    }
+}
+
+fn status(client: &Client, json: bool) -> anyhow::Result<Exit> {
+    let status = client.status()?;
+    if json {
+        print_json(&status)?;
+    } else {
+        print(&describe(&status)?)?;
+    }
+    Ok(Exit::Success)
+}
+
+fn describe(status: &VmStatus) -> Result<String, std::fmt::Error> {
+    let mut text = String::new();
+    writeln!(
+        text,
+        "{}: {}, up {}, {} vCPUs, {} memory, {} resets, process {}",
+        status.name,
+        status.state,
+        duration(status.uptime_seconds),
+        status.cpus,
+        status.memory,
+        status.resets,
+        status.pid
+    )?;
+    for disk in &status.disks {
+        let config = &disk.config;
+        let mode = if config.read_only { ", read-only" } else { "" };
+        writeln!(
+            text,
+            "disk  {:12} {:9} {:>8}  {}{mode}",
+            config.id,
+            state(disk.state),
+            disk.size,
+            config.image.display()
+        )?;
+    }
+    for net in &status.nets {
+        let config = &net.config;
+        let mac = config.mac.map(|mac| mac.to_string()).unwrap_or_default();
+        let leads = config
+            .tap
+            .as_ref()
+            .map_or_else(|| "user network".to_owned(), |tap| format!("tap {tap}"));
+        writeln!(
+            text,
+            "net   {:12} {:9} {mac}  {leads}",
+            config.id,
+            state(net.state)
+        )?;
+    }
+    Ok(text)
+}
+
+/// 93784 as "1d 2h 3m 4s", without leading zeroes.
+fn duration(seconds: u64) -> String {
+    let parts = [
+        (seconds / 86_400, "d"),
+        (seconds / 3600 % 24, "h"),
+        (seconds / 60 % 60, "m"),
+        (seconds % 60, "s"),
+    ];
+    let first = parts.iter().position(|(number, _)| *number > 0).unwrap_or(3);
+    let parts: Vec<String> = parts[first..]
+        .iter()
+        .map(|(number, unit)| format!("{number}{unit}"))
+        .collect();
+    parts.join(" ")
+}
+
+fn state(state: DeviceState) -> &'static str {
+    match state {
+        DeviceState::Attached => "attached",
+        DeviceState::Active => "active",
+        DeviceState::Removing => "removing",
+        DeviceState::Failed => "failed",
+    }
+}
+
+fn act(client: &Client, action: &str) -> anyhow::Result<Exit> {
+    client.act(action)?;
+    Ok(Exit::Success)
+}
+
+fn attach_disk(client: &Client, arguments: DiskArguments, json: bool) -> anyhow::Result<Exit> {
+    let image = std::path::absolute(&arguments.image).context("cannot find the current folder")?;
+    let defaults = DiskConfig::new(image);
+    let disk = DiskConfig {
+        id: arguments.id.unwrap_or_default(),
+        read_only: arguments.read_only,
+        serial: arguments.serial,
+        queues: arguments.queues,
+        queue_size: arguments.queue_size.unwrap_or(defaults.queue_size),
+        direct: !arguments.buffered,
+        poll_us: arguments.poll_us,
+        ..defaults
+    };
+    disk.check().map_err(wrong_argument)?;
+    let status = client.attach_disk(&disk)?;
+    if json {
+        print_json(&status)?;
+    } else {
+        print(&format!("{}\n", status.config.id))?;
+    }
+    Ok(Exit::Success)
+}
+
+fn attach_net(client: &Client, arguments: NetArguments, json: bool) -> anyhow::Result<Exit> {
+    let defaults = NetConfig::new(arguments.backend());
+    let net = NetConfig {
+        id: arguments.id.unwrap_or_default(),
+        tap: arguments.tap,
+        mac: arguments.mac,
+        queues: arguments.queues,
+        queue_size: arguments.queue_size.unwrap_or(defaults.queue_size),
+        mtu: arguments.mtu,
+        forward: arguments.forward,
+        offload: !arguments.no_offload,
+        ..defaults
+    };
+    net.check().map_err(wrong_argument)?;
+    let status = client.attach_net(&net)?;
+    if json {
+        print_json(&status)?;
+    } else {
+        print(&format!("{}\n", status.config.id))?;
+    }
+    Ok(Exit::Success)
+}
+
+fn wrong_argument((key, error): (&'static str, api::InvalidValue)) -> UsageError {
+    UsageError::new(format!("--{key}: {error}"))
+}
+
+fn detach(
+    client: &Client,
+    id: &api::DeviceId,
+    patience: Option<Duration>,
+    json: bool,
+) -> anyhow::Result<Exit> {
+    let removal = client.detach(id)?;
+    let removed = match patience {
+        None => Removed::Pending,
+        Some(patience) => client.wait_for_removal(&removal, patience)?,
+    };
+    let state = match &removed {
+        Removed::Done => "removed",
+        Removed::Refused(_) => "refused",
+        Removed::Pending => "removing",
+    };
+    if json {
+        print_json(&json!({ "id": id, "state": state }))?;
+    }
+    match (removed, patience) {
+        (Removed::Done, _) | (Removed::Pending, None) => Ok(Exit::Success),
+        (Removed::Refused(reason), _) => bail!("the guest does not let {id} go: {reason}"),
+        (Removed::Pending, Some(patience)) => bail!(
+            "the guest has not let {id} go within {} seconds and may still do so; is it in use there, does the guest run?",
+            patience.as_secs()
+        ),
+    }
+}
+
+fn events(client: &Client, follow: bool, mut after: u64, json: bool) -> anyhow::Result<Exit> {
+    loop {
+        let page = match client.events(after, if follow { FOLLOW_WAIT } else { Duration::ZERO }) {
+            // The machine may end before we see its last event.
+            Err(ClientError::Connect { .. } | ClientError::Broken(_)) if follow && after > 0 => {
+                return Ok(Exit::Success);
+            }
+            other => other?,
+        };
+        if page.missed > 0 && !json {
+            print(&format!("({} earlier events are no longer kept)\n", page.missed))?;
+        }
+        for event in &page.events {
+            let line = if json {
+                serde_json::to_string(event)?
+            } else {
+                line_of(event)
+            };
+            print(&format!("{line}\n"))?;
+        }
+        let stopped = page
+            .events
+            .iter()
+            .any(|event| matches!(event.kind, EventKind::Stopped { .. }));
+        if stopped || (!follow && page.events.is_empty()) {
+            return Ok(Exit::Success);
+        }
+        after = page.last;
+    }
+}
+
+fn line_of(event: &Event) -> String {
+    let what = match &event.kind {
+        EventKind::Started => "started".to_owned(),
+        EventKind::PowerButtonPressed => "power button pressed".to_owned(),
+        EventKind::Reset { cause } => format!("reset ({cause})"),
+        EventKind::Paused => "paused".to_owned(),
+        EventKind::Resumed => "resumed".to_owned(),
+        EventKind::DeviceAttached { id } => format!("{id} attached"),
+        EventKind::DeviceActive { id } => format!("{id} in use by the guest"),
+        EventKind::DeviceRemoving { id } => format!("{id}: the guest was asked to let it go"),
+        EventKind::DeviceRemoved { id } => format!("{id} removed"),
+        EventKind::DeviceRemoveRefused { id, reason } => {
+            format!("{id}: the guest does not let it go: {reason}")
+        }
+        EventKind::DeviceFailed { id, reason } => format!("{id} failed: {reason}"),
+        EventKind::DebugLine { text, microseconds } => format!("debug port after {microseconds} us: {text}"),
+        EventKind::Stopped { reason } => reason.to_string(),
+    };
+    format!("{:>5}  {}  {what}", event.sequence, clock(event.time_ms))
+}
+
+/// Time of day (UTC) of milliseconds since 1970.
+fn clock(milliseconds: u64) -> String {
+    let seconds = milliseconds / 1000;
+    format!(
+        "{:02}:{:02}:{:02}.{:03}Z",
+        seconds / 3600 % 24,
+        seconds / 60 % 60,
+        seconds % 60,
+        milliseconds % 1000
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_shown_for_people() {
+        assert_eq!(duration(0), "0s");
+        assert_eq!(duration(61), "1m 1s");
+        assert_eq!(duration(93_784), "1d 2h 3m 4s");
+        assert_eq!(clock(1_000 * (86_400 * 3 + 3600 + 62) + 7), "01:01:02.007Z");
+    }
+}
