@@ -38,5 +38,6 @@ pub use device::{BlockDevice, Durability, Geometry, ZeroMode};
 pub use error::{IoCause, IoError, Operation};
 pub use host::{Cache, HostDevice, OpenError, OpenOptions};
 pub use worker::{
-    EngineKind, EventSignal, EventWatch, Worker, WorkerError, WorkerHandle, WorkerOptions, spawn_local,
+    EngineKind, EventSignal, EventWatch, PollSource, Worker, WorkerError, WorkerHandle, WorkerOptions,
+    add_poll_source, prepare_pool, spawn_local,
 };

@@ -11,7 +11,7 @@
 //!                └───────── woken by the first of a batch, interrupts once at its end ◄─┘
 //! ```
 //!
-//! Slots run before the server task is woken again, so a batch of completions costs one interrupt, and that travels with
+//! The doorbell is on only while the worker sleeps ([`PollSource`]). Slots run before the server task is woken again, so a batch of completions costs one interrupt, and that travels with
 //! the next submission to the ring.
 //!
 //! A driver that breaks the rules stops the queue: no chain is taken any more, what is in flight ends, and the transport
@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
-use block_io::{BlockDevice, EventSignal, EventWatch, IoError, spawn_local};
+use block_io::{BlockDevice, EventSignal, EventWatch, IoError, PollSource, add_poll_source, spawn_local};
 use virtio_core::virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtio_core::vm_memory::{Bytes, GuestAddress};
 use virtio_core::{ActiveQueue, DeviceEvents, GuestMemory};
@@ -106,6 +106,7 @@ struct Server<D> {
     queue: RefCell<Queue>,
     signal: EventSignal,
     events: Arc<dyn DeviceEvents>,
+    control: Arc<Control>,
     settings: Arc<Settings>,
     statistics: Arc<QueueStatistics>,
     flush: bool,
@@ -119,6 +120,10 @@ struct Server<D> {
     completed: Cell<bool>,
     /// The driver broke the rules.
     broken: Cell<bool>,
+    /// Chains were taken since the driver was last asked to ring.
+    doorbell_off: Cell<bool>,
+    /// There are chains, says the ring's index.
+    announced: Cell<bool>,
     waker: RefCell<Option<Waker>>,
     log_limit: RefCell<LogLimit>,
     /// Dropped last, when no slot is left and guest memory was let go.
@@ -199,10 +204,14 @@ pub(super) async fn serve<D: BlockDevice + 'static>(parts: ServerParts<D>) {
         in_flight: Cell::new(0),
         completed: Cell::new(false),
         broken: Cell::new(false),
+        doorbell_off: Cell::new(false),
+        announced: Cell::new(false),
+        control: Arc::clone(&control),
         waker: RefCell::default(),
         log_limit: RefCell::default(),
         _done: parts.done,
     });
+    add_poll_source(&(Rc::clone(&server) as Rc<dyn PollSource>));
     // What the driver added before the doorbell was watched.
     server.drain();
     loop {
@@ -214,9 +223,7 @@ pub(super) async fn serve<D: BlockDevice + 'static>(parts: ServerParts<D>) {
             }
             match kick.poll_wait(context) {
                 Poll::Ready(result) => Poll::Ready(Some(result)),
-                Poll::Pending if server.completed.get() || control.stop.load(Ordering::SeqCst) => {
-                    Poll::Ready(None)
-                }
+                Poll::Pending if server.has_news() => Poll::Ready(None),
                 Poll::Pending => Poll::Pending,
             }
         })
@@ -230,6 +237,7 @@ pub(super) async fn serve<D: BlockDevice + 'static>(parts: ServerParts<D>) {
         match kicked {
             Some(Ok(())) => server.drain(),
             Some(Err(error)) => server.fail(&format!("cannot watch the doorbell: {error}")),
+            None if server.announced.get() => server.drain(),
             None => {}
         }
     }
@@ -237,30 +245,16 @@ pub(super) async fn serve<D: BlockDevice + 'static>(parts: ServerParts<D>) {
 }
 
 impl<D: BlockDevice + 'static> Server<D> {
-    /// Takes all chains that are available and gives them to slots. Ends after at most as many chains as the queue has
-    /// entries: no slot runs meanwhile, and a head that is in flight already is refused.
+    /// Takes all chains that are available and gives them to slots: at most as many as the queue has entries, as a head
+    /// that is in flight already is refused. The doorbell stays off until the worker sleeps.
     fn drain(self: &Rc<Self>) {
-        if self.broken.get() {
-            return;
-        }
-        loop {
-            let outcome = self.take_available().and_then(|taken| {
-                let more = self
-                    .queue
-                    .borrow_mut()
-                    .enable_notification(&*self.memory)
-                    .map_err(|e| e.to_string())?;
-                if more && taken == 0 {
-                    Err("the available ring cannot be read".to_owned())
-                } else {
-                    Ok(more)
-                }
-            });
-            match outcome {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(reason) => return self.fail(&reason),
+        if !self.broken.get() {
+            match self.take_available() {
+                Ok(0) if self.announced.take() => self.fail("the available ring cannot be read"),
+                Ok(_) => self.announced.set(false),
+                Err(reason) => self.fail(&reason),
             }
+            self.doorbell_off.set(true);
         }
     }
 
@@ -278,6 +272,11 @@ impl<D: BlockDevice + 'static> Server<D> {
             taken += 1;
         }
         Ok(taken)
+    }
+
+    /// Whether the server task has something to do, beside what the doorbell announces.
+    fn has_news(&self) -> bool {
+        self.completed.get() || self.announced.get() || self.control.stop.load(Ordering::SeqCst)
     }
 
     fn mark_in_flight(&self, head: u16) -> Result<(), String> {
@@ -360,10 +359,8 @@ impl<D: BlockDevice + 'static> Server<D> {
         if let Err(error) = self.queue.borrow_mut().add_used(&*self.memory, head, written) {
             self.fail(&error.to_string());
         }
-        if !self.completed.replace(true)
-            && let Some(waker) = &*self.waker.borrow()
-        {
-            waker.wake_by_ref();
+        if !self.completed.replace(true) {
+            self.wake();
         }
     }
 
@@ -398,7 +395,8 @@ impl<D: BlockDevice + 'static> Server<D> {
 
     /// Stops to take chains, and says why, once.
     fn fail(&self, reason: &str) {
-        if !self.broken.replace(true) {
+        // A queue that was told to stop has nobody who would reset it.
+        if !self.broken.replace(true) && !self.control.stop.load(Ordering::SeqCst) {
             self.events
                 .needs_reset(&format!("virtqueue {}: {reason}", self.index));
         }
@@ -427,6 +425,55 @@ impl<D: BlockDevice + 'static> Server<D> {
         if self.log_limit.borrow_mut().admits() {
             let cause = error.cause();
             tracing::warn!(%error, %cause, queue = self.index, "a guest's request failed");
+        }
+    }
+}
+
+impl<D> Server<D> {
+    /// Has the server task take chains.
+    fn announce(&self) -> bool {
+        self.announced.set(true);
+        self.wake();
+        true
+    }
+
+    /// Takes no chains any more.
+    fn has_stopped(&self) -> bool {
+        self.broken.get() || self.control.stop.load(Ordering::SeqCst)
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
+    }
+}
+
+impl<D> PollSource for Server<D> {
+    fn poll(&self) -> bool {
+        if self.has_stopped() {
+            return false;
+        }
+        let queue = self.queue.borrow();
+        match queue.avail_idx(&*self.memory, Ordering::Acquire) {
+            Ok(index) if index.0 != queue.next_avail() => self.announce(),
+            // If the ring is gone, the next drain finds out.
+            _ => false,
+        }
+    }
+
+    fn prepare_sleep(&self) -> bool {
+        if self.has_stopped() || !self.doorbell_off.get() {
+            return false;
+        }
+        let more = self.queue.borrow_mut().enable_notification(&*self.memory);
+        match more {
+            Ok(false) => {
+                self.doorbell_off.set(false);
+                false
+            }
+            // An error is found again, and told, by the drain.
+            Ok(true) | Err(_) => self.announce(),
         }
     }
 }

@@ -137,6 +137,14 @@ impl Engine {
         }
     }
 
+    /// Whether [`Self::enter`] and [`Self::next_completion`] would find something, as far as memory tells.
+    pub(super) fn has_completion(&self) -> bool {
+        match self {
+            Self::Uring(engine) => engine.has_completion(),
+            Self::Threads(_) => false,
+        }
+    }
+
     pub(super) fn next_completion(&self) -> Option<Completion> {
         match self {
             Self::Uring(engine) => engine.next_completion(),

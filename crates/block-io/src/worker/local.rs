@@ -12,12 +12,14 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::task::{Context, RawWaker, RawWakerVTable, Waker};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::engine::{Completion, Engine};
 use super::events::Events;
 use super::ops::Ops;
+use super::rest::Rest;
 
 /// Tasks polled before the ring is served again, so that tasks that wake each other do not starve I/O.
 const POLLS_PER_TURN: usize = 512;
@@ -128,6 +130,7 @@ pub(super) struct Local {
     pub(super) ops: RefCell<Ops>,
     pub(super) events: RefCell<Events>,
     pub(super) engine: Engine,
+    pub(super) rest: Rest,
     stop: Cell<bool>,
 }
 
@@ -154,7 +157,7 @@ where
 }
 
 impl Local {
-    pub(super) fn new(shared: Arc<Shared>, engine: Engine) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, engine: Engine, busy_poll: Duration) -> Self {
         Self {
             shared,
             tasks: RefCell::default(),
@@ -163,6 +166,7 @@ impl Local {
             ops: RefCell::default(),
             events: RefCell::default(),
             engine,
+            rest: Rest::new(busy_poll),
             stop: Cell::new(false),
         }
     }
@@ -254,6 +258,16 @@ impl Local {
         }
     }
 
+    /// Whether a task can run.
+    pub(super) fn has_ready(&self) -> bool {
+        !self.ready.borrow().is_empty()
+    }
+
+    /// Whether another thread left something.
+    pub(super) fn is_notified(&self) -> bool {
+        self.shared.notified.load(Ordering::Acquire)
+    }
+
     fn dispatch(&self, completion: Completion) {
         match completion {
             Completion::Operation { index, result } => {
@@ -320,8 +334,11 @@ impl Local {
             for spawn in spawns {
                 spawn();
             }
-            let more = self.run_ready();
-            self.turn(!more && !self.shared.notified.load(Ordering::Acquire));
+            if self.run_ready() || self.is_notified() {
+                self.turn(false);
+            } else {
+                self.rest.rest(self);
+            }
             // The own eventfd has no task that waits for it.
             self.events.borrow_mut().renew(event, wake, &self.engine);
         }

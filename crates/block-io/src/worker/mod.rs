@@ -6,20 +6,30 @@
 //! ```text
 //!   ┌─► take the inbox (tasks and wakes from other threads)
 //!   │   run all ready tasks: they prepare requests, add to rings of guests …
+//!   │   look at poll sources: a virtqueue that has got more gives ready tasks again
 //!   └── one io_uring_enter: submits everything prepared, and waits
 //! ```
+//!
+//! # System calls
+//! For seccomp filters, which [`WorkerOptions::on_start`] can install: a worker on io_uring calls `io_uring_enter`, `read` and
+//! `write` (eventfds, on kernels before 5.13), `futex`, `fstat`, and what the allocator and a thread's end need (`mmap`,
+//! `munmap`, `madvise`, `brk`, `mremap`, `sched_yield`, `rt_sigprocmask`, `sigaltstack`, `close`, `exit`). Where the thread
+//! pool is needed ([`prepare_pool`]) its threads call `preadv2`, `pwritev2`, `fdatasync`, `fallocate` and
+//! `ioctl(BLKDISCARD)`, and a worker without io_uring calls `epoll_wait` and `epoll_ctl`.
 
 mod engine;
 mod events;
 mod local;
 mod ops;
 mod pool;
+mod rest;
 mod uring;
 
 use std::future::Future;
 use std::io;
 use std::sync::{Arc, Once, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -28,6 +38,8 @@ pub(crate) use engine::{Call, Request};
 pub use events::{EventSignal, EventWatch};
 pub use local::spawn_local;
 pub(crate) use ops::Operation;
+pub use pool::prepare_pool;
+pub use rest::{PollSource, add_poll_source};
 
 use engine::Engine;
 use local::{Local, Shared};
@@ -68,6 +80,9 @@ pub struct WorkerOptions {
     /// Uses this engine and no other. By default io_uring, and threads where it is refused; the environment variable
     /// `SMSVMM_IO_ENGINE` (`uring` or `threads`) decides for all workers without an engine here.
     pub engine: Option<EngineKind>,
+    /// Spins for at most this long before it sleeps, as long as that pays; zero (the default) is never. Something like 50 µs
+    /// makes disks faster at low depth, for CPU time that is burned.
+    pub busy_poll: Duration,
     /// Runs on the worker's thread when its ring and descriptors stand and before its first task: the place for a seccomp
     /// filter, CPU affinity, scheduling. An error stops the start.
     pub on_start: Option<Box<dyn FnOnce() -> io::Result<()> + Send>>,
@@ -78,6 +93,7 @@ impl std::fmt::Debug for WorkerOptions {
         formatter
             .debug_struct("WorkerOptions")
             .field("engine", &self.engine)
+            .field("busy_poll", &self.busy_poll)
             .field("on_start", &self.on_start.is_some())
             .finish()
     }
@@ -139,7 +155,7 @@ impl Worker {
                 match ready {
                     Ok(engine) => {
                         let kind = engine.kind();
-                        let local = Local::new(thread_shared, engine);
+                        let local = Local::new(thread_shared, engine, options.busy_poll);
                         if report.send(Ok(kind)).is_ok() {
                             local.run();
                         }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 
 use super::engine::{Call, Completion, Request};
 use super::local::Shared;
@@ -39,6 +39,42 @@ static POOL: Pool = Pool {
     work: Condvar::new(),
 };
 
+/// Starts a first thread of the pool, so that no worker has to, whose seccomp filter may forbid it. `on_start` runs on the
+/// thread first.
+///
+/// Needed before workers are confined if one of them may lack io_uring, or serves a block device that can discard.
+///
+/// # Errors
+/// The host has no thread left, or `on_start` failed.
+pub fn prepare_pool(on_start: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
+    let (report, started) = mpsc::channel();
+    let mut state = POOL.lock();
+    start_thread(move || {
+        let ready = on_start();
+        let failed = ready.is_err();
+        // The caller waits for it.
+        drop(report.send(ready));
+        if failed {
+            POOL.lock().threads -= 1;
+        } else {
+            POOL.serve();
+        }
+    })?;
+    state.threads += 1;
+    drop(state);
+    started
+        .recv()
+        .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
+}
+
+fn start_thread(main: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    std::thread::Builder::new()
+        .name("block-io-pool".into())
+        .stack_size(STACK_SIZE)
+        .spawn(main)
+        .map(drop)
+}
+
 /// Has a thread execute `request`; operation `index` of `worker` completes with the result.
 pub(super) fn submit(index: u32, request: Request, worker: Arc<Shared>) {
     let mut state = POOL.lock();
@@ -48,12 +84,9 @@ pub(super) fn submit(index: u32, request: Request, worker: Arc<Shared>) {
         worker,
     });
     if state.idle < state.jobs.len() && state.threads < MAX_THREADS {
-        let spawned = std::thread::Builder::new()
-            .name("block-io-pool".into())
-            .stack_size(STACK_SIZE)
-            .spawn(|| POOL.serve());
+        let spawned = start_thread(|| POOL.serve());
         match spawned {
-            Ok(_) => state.threads += 1,
+            Ok(()) => state.threads += 1,
             // One of those that run will do it; with none, this thread must.
             Err(error) if state.threads == 0 => {
                 tracing::warn!(%error, "cannot start a thread for blocking I/O, the worker blocks instead");

@@ -204,6 +204,13 @@ impl UringEngine {
         }
     }
 
+    /// A completion, or work of the kernel's that becomes one in the next [`Self::enter`].
+    pub(super) fn has_completion(&self) -> bool {
+        let mut ring = self.ring.borrow_mut();
+        let (_, submissions, completions) = ring.split();
+        !completions.is_empty() || submissions.taskrun()
+    }
+
     pub(super) fn next_completion(&self) -> Option<Completion> {
         loop {
             let entry = self.ring.borrow_mut().completion().next()?;
@@ -242,6 +249,7 @@ fn build() -> io::Result<IoUring> {
             builder
                 .setup_single_issuer()
                 .setup_defer_taskrun()
+                .setup_taskrun_flag()
                 .setup_submit_all();
         },
         // 6.0.
@@ -249,11 +257,15 @@ fn build() -> io::Result<IoUring> {
             builder
                 .setup_single_issuer()
                 .setup_coop_taskrun()
+                .setup_taskrun_flag()
                 .setup_submit_all();
         },
         // 5.19.
         &|builder| {
-            builder.setup_coop_taskrun().setup_submit_all();
+            builder
+                .setup_coop_taskrun()
+                .setup_taskrun_flag()
+                .setup_submit_all();
         },
         &|_| {},
     ];
