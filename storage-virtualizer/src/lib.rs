@@ -11,4 +11,6 @@
 //! ```
 
 pub mod chain;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod virtio_blk;

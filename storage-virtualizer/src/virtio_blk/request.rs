@@ -212,3 +212,134 @@ fn ranges(pieces: &[IoBuf], may_unmap: bool) -> Result<Ranges, Status> {
     }
     Ok(ranges)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+    use virtio_core::vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+    use crate::chain::Table;
+
+    const TABLE: u64 = 0x10_0000;
+
+    /// A chain of `pieces` {address, length, written by the device}, as the device sees it.
+    fn take(memory: &GuestMemoryMmap, pieces: &[(u64, usize, bool)]) -> Buffers {
+        for (index, (address, length, writes)) in pieces.iter().enumerate() {
+            let last = index + 1 == pieces.len();
+            let flags = u16::from(!last) | u16::from(*writes) << 1;
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&address.to_le_bytes());
+            bytes[8..12].copy_from_slice(&u32::try_from(*length).unwrap().to_le_bytes());
+            bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+            bytes[14..].copy_from_slice(&u16::try_from(index + 1).unwrap().to_le_bytes());
+            memory
+                .write_slice(&bytes, GuestAddress(TABLE + index as u64 * 16))
+                .unwrap();
+        }
+        let mut buffers = Buffers::default();
+        let table = Table {
+            address: GuestAddress(TABLE),
+            size: 1024,
+            indirect: false,
+        };
+        buffers.take_chain(table, memory, 0).unwrap();
+        buffers
+    }
+
+    /// Cuts `length` bytes from `address` on into descriptors, with gaps of `gap` bytes where `cuts` say so; returns where
+    /// every byte is, too.
+    fn cut(
+        address: u64,
+        length: usize,
+        cuts: &[(usize, u64)],
+        writes: bool,
+    ) -> (Vec<(u64, usize, bool)>, Vec<u64>) {
+        let (mut pieces, mut places) = (Vec::new(), Vec::new());
+        let (mut address, mut left) = (address, length);
+        let mut cuts = cuts.iter().cycle();
+        while left > 0 {
+            let (size, gap) = cuts.next().copied().unwrap_or((length, 0));
+            let size = size.min(left);
+            pieces.push((address, size, writes));
+            places.extend(address..address + size as u64);
+            address += size as u64 + gap;
+            left -= size;
+        }
+        (pieces, places)
+    }
+
+    proptest! {
+        #[test]
+        fn a_request_means_the_same_however_it_is_cut(
+            sectors in 0_usize..8,
+            sector in any::<u32>(),
+            cuts in prop::collection::vec((1_usize..600, 0_u64..3), 1..10),
+            is_write in any::<bool>(),
+        ) {
+            let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap());
+            let length = sectors * 512;
+            let (to_device, from_device) = if is_write { (16 + length, 1) } else { (16, length + 1) };
+            let (mut pieces, sent) = cut(0x1000, to_device, &cuts, false);
+            let (written, received) = cut(0x8000, from_device, &cuts, true);
+            pieces.extend(written);
+            let mut header = [0; 16];
+            header[0] = u8::from(is_write);
+            header[8..12].copy_from_slice(&sector.to_le_bytes());
+            let content: Vec<u8> = header.into_iter().chain((0..=250).cycle().take(length)).collect();
+            for (byte, place) in content.iter().zip(&sent) {
+                memory.write_obj(*byte, GuestAddress(*place)).unwrap();
+            }
+
+            let mut buffers = take(&memory, &pieces);
+            prop_assert_eq!(buffers.writable_length() as usize, from_device);
+            let decoded = decode(&mut buffers).unwrap();
+            decoded.status.fill(0xab);
+            match decoded.request.unwrap() {
+                Request::Write { offset, data } => {
+                    prop_assert!(is_write);
+                    prop_assert_eq!(offset, u64::from(sector) * 512);
+                    let mut all = Vec::new();
+                    for piece in data {
+                        let mut bytes = vec![0; piece.len()];
+                        piece.copy_to_slice(&mut bytes);
+                        all.extend(bytes);
+                    }
+                    prop_assert_eq!(&all, &content[16..]);
+                }
+                Request::Read { offset, data } => {
+                    prop_assert!(!is_write);
+                    prop_assert_eq!(offset, u64::from(sector) * 512);
+                    prop_assert_eq!(data.iter().map(IoBuf::len).sum::<usize>(), length);
+                    data.iter().for_each(|piece| piece.fill(0xcd));
+                    for place in &received[..length] {
+                        prop_assert_eq!(memory.read_obj::<u8>(GuestAddress(*place)).unwrap(), 0xcd);
+                    }
+                }
+                other => prop_assert!(false, "{other:?}"),
+            }
+            let status = received[from_device - 1];
+            prop_assert_eq!(memory.read_obj::<u8>(GuestAddress(status)).unwrap(), 0xab);
+        }
+    }
+
+    #[test]
+    fn empty_descriptors_do_not_matter() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        let pieces = [
+            (0, 0, false),
+            (0x1000, 16, false),
+            (0x2000, 0, true),
+            (0x3000, 1, true),
+            (0x4000, 0, true),
+        ];
+        let mut buffers = take(&memory, &pieces);
+        let decoded = decode(&mut buffers).unwrap();
+        assert!(matches!(
+            decoded.request,
+            Ok(Request::Read { offset: 0, data: [] })
+        ));
+    }
+}

@@ -209,3 +209,120 @@ impl BlockDevice for HostDevice {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use super::*;
+    use crate::buffer::AlignedBuffer;
+    use crate::worker::{Worker, WorkerOptions, spawn_local};
+
+    fn device(size: u64) -> (tempfile::NamedTempFile, HostDevice) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(size).unwrap();
+        let device = HostDevice::open(file.path(), &OpenOptions::default()).unwrap();
+        (file, device)
+    }
+
+    async fn write(device: &HostDevice, offset: u64, length: usize, value: u8) {
+        let mut buffer = AlignedBuffer::new(length);
+        buffer.as_mut_slice().fill(value);
+        // SAFETY: the buffer lives until the write has ended.
+        let piece = [unsafe { buffer.io(0, length) }];
+        device.write(offset, &piece, Durability::Volatile).await.unwrap();
+    }
+
+    async fn read(device: &HostDevice, offset: u64, length: usize) -> Vec<u8> {
+        let buffer = AlignedBuffer::new(length);
+        // SAFETY: the buffer lives until the read has ended.
+        let piece = [unsafe { buffer.io(0, length) }];
+        device.read(offset, &piece).await.unwrap();
+        buffer.as_slice().to_vec()
+    }
+
+    #[test]
+    fn concurrent_writes_of_sectors_in_one_large_block_all_arrive() {
+        let (_file, mut device) = device(1 << 20);
+        // As if the file system could only write whole 4 KiB blocks.
+        device.alignment = Alignment {
+            memory: 4096,
+            offset: 4096,
+        };
+        let worker = Worker::start("test", WorkerOptions::default()).unwrap();
+        let bytes = worker.run(move || async move {
+            let device = Rc::new(device);
+            for round in 0..50_u8 {
+                for sector in 0..16 {
+                    let device = Rc::clone(&device);
+                    let write = async move {
+                        write(&device, sector * 512, 512, round + u8::try_from(sector).unwrap()).await
+                    };
+                    assert!(spawn_local(write).is_ok());
+                }
+            }
+            // Reads wait for nobody: let the writes end.
+            while Rc::strong_count(&device) > 1 {
+                device.flush().await.unwrap();
+            }
+            write(&device, 1536, 1024, 200).await;
+            device.write_zeroes(4096, 512, ZeroMode::MayUnmap).await.unwrap();
+            read(&device, 0, 8192).await
+        });
+        let mut expected: Vec<u8> = (0..16).flat_map(|sector| [49 + sector; 512]).collect();
+        expected[1536..2560].fill(200);
+        expected[4096..4608].fill(0);
+        assert_eq!(bytes, expected);
+    }
+
+    #[test]
+    fn a_failed_flush_fails_all_later_ones_until_it_is_acknowledged() {
+        let (_file, device) = device(1 << 20);
+        // A file system that loses a write is hard to come by: this is what `flush` does then.
+        device.flush_failed.store(true, Ordering::Relaxed);
+        let worker = Worker::start("test", WorkerOptions::default()).unwrap();
+        worker.run(move || async move {
+            assert!(matches!(
+                device.flush().await.unwrap_err().cause(),
+                IoCause::EarlierFlushFailed
+            ));
+            let error = device.write(0, &[], Durability::Durable).await.unwrap_err();
+            assert!(matches!(error.cause(), IoCause::EarlierFlushFailed));
+            write(&device, 0, 512, 1).await;
+            device.acknowledge_flush_failure();
+            device.flush().await.unwrap();
+        });
+    }
+
+    #[test]
+    fn what_the_file_system_cannot_do_is_done_otherwise() {
+        let (_file, device) = device(1 << 20);
+        device.no_punch.store(true, Ordering::Relaxed);
+        device.no_zero_range.store(true, Ordering::Relaxed);
+        let worker = Worker::start("test", WorkerOptions::default()).unwrap();
+        worker.run(move || async move {
+            write(&device, 0, 1 << 20, 5).await;
+            device.discard(0, 4096).await.unwrap();
+            device
+                .write_zeroes(512, (1 << 20) - 1024, ZeroMode::MayUnmap)
+                .await
+                .unwrap();
+            let bytes = read(&device, 0, 1 << 20).await;
+            assert_eq!(bytes[..512], [5; 512]);
+            assert!(bytes[512..(1 << 20) - 512].iter().all(|byte| *byte == 0));
+            assert_eq!(bytes[(1 << 20) - 512..], [5; 512]);
+        });
+    }
+
+    #[test]
+    fn a_request_is_small() {
+        let (_file, device) = device(4096);
+        assert!(
+            size_of_val(&device.read(0, &[])) <= 256,
+            "{}",
+            size_of_val(&device.read(0, &[]))
+        );
+        let write = device.write(0, &[], Durability::Volatile);
+        assert!(size_of_val(&write) <= 256, "{}", size_of_val(&write));
+    }
+}

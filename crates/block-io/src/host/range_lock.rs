@@ -59,3 +59,25 @@ impl Drop for Held<'_> {
         waiters.into_iter().for_each(Waker::wake);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::Context;
+
+    use super::*;
+
+    #[test]
+    fn overlapping_ranges_wait_and_others_do_not() {
+        let lock = RangeLock::default();
+        let mut context = Context::from_waker(Waker::noop());
+        let Poll::Ready(first) = pin!(lock.hold(0, 4096)).poll(&mut context) else {
+            panic!("it is free")
+        };
+        assert!(pin!(lock.hold(4096, 8192)).poll(&mut context).is_ready());
+        let mut second = pin!(lock.hold(4095, 4097));
+        assert!(second.as_mut().poll(&mut context).is_pending());
+        drop(first);
+        assert!(second.as_mut().poll(&mut context).is_ready());
+    }
+}
