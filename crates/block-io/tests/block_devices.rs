@@ -50,10 +50,20 @@ impl LoopDevice {
     }
 }
 
+/// A mounted file system.
+struct Mount<'a>(&'a Path);
+
+impl Drop for Mount<'_> {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg(self.0).status();
+        assert!(unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
+    }
+}
+
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         let detached = Command::new("losetup").arg("--detach").arg(&self.path).status();
-        assert!(detached.is_ok_and(|status| status.success()));
+        assert!(detached.is_ok_and(|status| status.success()) || std::thread::panicking());
     }
 }
 
@@ -161,6 +171,7 @@ fn guests_write_sectors_to_a_file_on_a_disk_of_4096_byte_blocks() {
         eprintln!("skipped: cannot make and mount a file system here");
         return;
     }
+    let _mount = Mount(directory.path());
     let path = directory.path().join("disk.img");
     std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
     for worker in workers() {
@@ -183,5 +194,4 @@ fn guests_write_sectors_to_a_file_on_a_disk_of_4096_byte_blocks() {
     let error = open(&loop_device.path).unwrap_err();
     let holder = directory.path().display().to_string();
     assert!(error.to_string().contains(&holder), "{error}");
-    assert!(run(Command::new("umount").arg(directory.path())));
 }

@@ -268,6 +268,16 @@ fn one_writer_or_many_readers() {
 }
 
 #[test]
+fn a_closed_device_can_be_opened_again_at_once() {
+    let worker = worker(EngineKind::Uring);
+    let file = file_of(&std::env::temp_dir(), 1 << 20);
+    for _ in 0..200 {
+        let device = Arc::new(HostDevice::open(file.path(), &OpenOptions::default()).unwrap());
+        worker.run(move || async move { write(&device, 0, &[1; 65536], 0).await });
+    }
+}
+
+#[test]
 fn only_files_and_block_devices_open() {
     let directory = TempDir::new().unwrap();
     let options = OpenOptions::default();

@@ -9,17 +9,29 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Locks all of `file`, for readers or for one writer; `false` if somebody holds a lock that excludes this one.
-pub(super) fn try_lock(file: &File, shared: bool) -> io::Result<bool> {
+/// Gives the lock back. Closing the file does so, too, but only when the kernel has forgotten the last request on it, a
+/// moment after that has ended.
+pub(super) fn unlock(file: &File) {
+    // What cannot be unlocked was never locked.
+    let _ = set_lock(file, libc::F_UNLCK);
+}
+
+fn set_lock(file: &File, kind: libc::c_int) -> io::Result<()> {
     // SAFETY: all zeroes are a valid `flock`: from the start, to the end however far it moves, no process.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
     lock.l_type = libc::c_short::try_from(kind).unwrap_or_default();
     // SAFETY: `lock` lives during the call.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
-        return Ok(true);
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
-    let error = io::Error::last_os_error();
+}
+
+/// Locks all of `file`, for readers or for one writer; `false` if somebody holds a lock that excludes this one.
+pub(super) fn try_lock(file: &File, shared: bool) -> io::Result<bool> {
+    let Err(error) = set_lock(file, if shared { libc::F_RDLCK } else { libc::F_WRLCK }) else {
+        return Ok(true);
+    };
     match error.raw_os_error() {
         Some(libc::EAGAIN | libc::EACCES) => Ok(false),
         // A file system without locks (9p, some FUSE): nobody can hold one either.

@@ -132,6 +132,12 @@ impl HostDevice {
     }
 }
 
+impl Drop for HostDevice {
+    fn drop(&mut self) {
+        lock::unlock(&self.file);
+    }
+}
+
 impl BlockDevice for HostDevice {
     fn geometry(&self) -> Geometry {
         Geometry {

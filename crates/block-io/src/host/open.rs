@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::buffer::AlignedBuffer;
 use crate::device::Geometry;
@@ -116,6 +117,10 @@ pub(super) struct Opened {
     pub(super) geometry: Geometry,
 }
 
+/// How often, and how long apart, a busy block device is tried.
+const BUSY_TRIES: u32 = 5;
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
+
 /// The unit in which guests see image files, whatever the host's file system prefers: images hold partition tables that
 /// count in it.
 pub(super) const SECTOR: u32 = 512;
@@ -132,7 +137,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Opened, OpenErr
     // Look before opening: opening a pipe or a tape drive would do something.
     let kind = kind_of(path, &std::fs::metadata(path).map_err(open_error)?)?;
     let direct = options.cache == Cache::Direct;
-    let (mut file, mut direct) = match open_file(path, options, kind, direct) {
+    let (mut file, mut direct) = match open_patiently(path, options, kind, direct) {
         Err(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
             (open_file(path, options, kind, false), false)
         }
@@ -203,6 +208,17 @@ fn kind_of(path: &Path, metadata: &std::fs::Metadata) -> Result<Kind, OpenError>
             path: path.to_owned(),
         })
     }
+}
+
+/// The kernel lets go of a block device a moment after its last user closed it: requests that have ended still hold it.
+fn open_patiently(path: &Path, options: &OpenOptions, kind: Kind, direct: bool) -> io::Result<File> {
+    for _ in 0..BUSY_TRIES {
+        match open_file(path, options, kind, direct) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(BUSY_PAUSE),
+            outcome => return outcome,
+        }
+    }
+    open_file(path, options, kind, direct)
 }
 
 fn open_file(path: &Path, options: &OpenOptions, kind: Kind, direct: bool) -> io::Result<File> {
