@@ -19,3 +19,4 @@ pub mod vm;
 pub mod console;
 pub mod devices;
 pub mod platform;
+pub mod sandbox;

@@ -1,0 +1,56 @@
+//! What threads may ask of the kernel: one table of system calls per purpose, and which tables each kind of thread has.
+//!
+//! To add a call: find the table whose heading says who needs it, add a line with the reason. A thread that is started inside
+//! the sandbox can do no more than the one that started it ([`Kind::starters`]), a test sees to that.
+
+mod kvm;
+mod runtime;
+mod work;
+
+use super::kind::Kind;
+use super::rules::Rule;
+
+/// The tables of a kind of thread.
+pub(super) fn of(kind: Kind) -> &'static [&'static [Rule]] {
+    match kind {
+        Kind::Main => &[
+            runtime::EVERY_THREAD,
+            kvm::RUN,
+            kvm::BUILD,
+            work::EVENT_LOOP,
+            work::GUEST_FACING,
+            work::NET_QUEUE,
+            work::MAIN_LOOP,
+            runtime::NO_FILES,
+        ],
+        Kind::Management => &[
+            runtime::EVERY_THREAD,
+            work::EVENT_LOOP,
+            work::DISK,
+            work::NET_QUEUE,
+            work::OPEN_DEVICES,
+            work::SERVE_CLIENTS,
+        ],
+        Kind::Signals => &[runtime::EVERY_THREAD, work::SIGNALS, runtime::NO_FILES],
+        Kind::Vcpu => &[
+            kvm::RUN,
+            runtime::EVERY_THREAD,
+            work::EVENT_LOOP,
+            work::GUEST_FACING,
+            work::NET_QUEUE,
+            runtime::NO_FILES,
+        ],
+        Kind::DiskWorker => &[
+            runtime::EVERY_THREAD,
+            work::EVENT_LOOP,
+            work::DISK,
+            runtime::NO_FILES,
+        ],
+        Kind::NetQueue => &[
+            runtime::EVERY_THREAD,
+            work::EVENT_LOOP,
+            work::NET_QUEUE,
+            runtime::NO_FILES,
+        ],
+    }
+}
