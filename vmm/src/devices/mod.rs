@@ -7,6 +7,7 @@
 pub mod event_loop;
 pub mod net;
 pub mod rng;
+pub mod virtio_console;
 
 mod guest_buffers;
 mod used_ring;
