@@ -2,6 +2,9 @@
 //!
 //! Names are those of `/proc/cpuinfo` where Linux shows the feature there. A user may write `-` for `_`.
 
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
 use super::leaves::{
     Leaves,
     Register::{self, Eax, Ebx, Ecx, Edx},
@@ -46,8 +49,9 @@ impl Feature {
     /// There is none; the error knows similar names.
     pub fn find(name: &str) -> Result<Self, UnknownFeature> {
         let wanted = name.to_lowercase().replace('-', "_");
-        Self::all()
-            .find(|feature| feature.name == wanted)
+        BY_NAME
+            .get(wanted.as_str())
+            .copied()
             .ok_or_else(|| UnknownFeature {
                 name: name.to_owned(),
                 near: near(&wanted),
@@ -89,7 +93,7 @@ pub(super) fn hide(leaves: &mut Leaves, hidden: impl Iterator<Item = &'static st
             continue;
         }
         done.push(name);
-        if let Some(feature) = Feature::all().find(|feature| feature.name == name) {
+        if let Some(feature) = BY_NAME.get(name) {
             feature.hide_in(leaves);
         }
         let dependent = DEPENDENCIES.iter().filter(|(base, _)| *base == name);
@@ -114,7 +118,7 @@ pub(super) fn with_bases(asked: &[Feature]) -> Vec<&'static str> {
 
 /// Whether `leaves` have the feature called `name`, which is in the table.
 pub(super) fn has(leaves: &Leaves, name: &str) -> bool {
-    Feature::all().any(|feature| feature.name == name && feature.is_in(leaves))
+    BY_NAME.get(name).is_some_and(|feature| feature.is_in(leaves))
 }
 
 /// Names like `wanted`, best first: those that begin with it, then those that contain it, are contained in it, or are a
@@ -287,6 +291,10 @@ pub(super) const XSAVE_COMPONENTS: &[(u32, &str)] = &[
     (17, "amx_tile"),
     (18, "amx_tile"),
 ];
+
+/// The table by name.
+static BY_NAME: LazyLock<BTreeMap<&'static str, Feature>> =
+    LazyLock::new(|| Feature::all().map(|feature| (feature.name, feature)).collect());
 
 /// Leaf, index, register, and the bits that have names there (Intel SDM volume 2A CPUID; AMD APM volume 3 appendix E;
 /// Linux Documentation/virt/kvm/x86/cpuid.rst).

@@ -312,9 +312,12 @@ fn sharing(topology: &Topology, level: u32) -> u32 {
     (1 << bits) - 1
 }
 
-/// AMD's leaves of topology and caches. TOPOEXT promises them: without caches that a guest can list to the end, Linux would
-/// loop for ever, so then the promise is taken back.
+/// AMD's leaves of topology and caches. TOPOEXT promises them; it is nothing but this promise, so it is made even where
+/// the host does not: Linux before 6.9 finds threads in no other way. But without caches that a guest can list to the
+/// end, Linux would loop for ever.
 fn describe_amd(leaves: &mut Leaves, inputs: &CpuidInputs) {
+    const TOPOEXT: u32 = 1 << 22;
+
     let topology = &inputs.topology;
     describe_amd_size(leaves, topology);
 
@@ -329,12 +332,14 @@ fn describe_amd(leaves: &mut Leaves, inputs: &CpuidInputs) {
         })
         .count();
     let reaches = leaves.get(leaf::EXTENDED_MAX).eax >= leaf::AMD_TOPOLOGY;
-    if !features::has(leaves, "topoext") || !reaches || listed < 2 {
+    let unwanted = inputs.removed.iter().any(|feature| feature.name == "topoext");
+    if unwanted || !reaches || listed < 2 {
         features::hide(leaves, std::iter::once("topoext"));
         leaves.remove(leaf::AMD_CACHES);
         leaves.remove(leaf::AMD_TOPOLOGY);
         return;
     }
+    leaves.leaf(leaf::EXTENDED_IDENTITY).ecx |= TOPOEXT;
     for index in caches {
         let cache = leaves.leaf_index(leaf::AMD_CACHES, index);
         if (index as usize) < listed {
