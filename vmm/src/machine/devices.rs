@@ -21,6 +21,7 @@ use crate::console::{Console, ConsoleHandle, ConsoleOptions};
 use crate::devices::event_loop::EventLoop;
 use crate::devices::net::{Net, NetBackend, NetError, NetOptions, PasstOptions};
 use crate::devices::rng::Rng;
+use crate::devices::virtio_console::VirtioConsole;
 
 /// What a device is, with what is told of it in the VM's status.
 #[derive(Debug, Clone)]
@@ -31,6 +32,8 @@ pub(super) enum Kind {
     Net { config: Box<NetConfig> },
     /// The entropy source.
     Rng,
+    /// The virtio console.
+    Console,
 }
 
 /// A device that can be put into a machine.
@@ -260,6 +263,7 @@ pub(super) fn open_all(
     config: &VmConfig,
     opener: &DeviceOpener,
     event_loop: &EventLoop,
+    consoles: &Consoles,
 ) -> Result<Vec<HostDevice>, MachineError> {
     let device = |id: &DeviceId| {
         let id = id.to_string();
@@ -294,6 +298,13 @@ pub(super) fn open_all(
             "rng",
             Kind::Rng,
             Box::new(Rng::new(event_loop.clone())) as Box<dyn VirtioDevice>,
+        );
+    }
+    if let Some(console) = &consoles.virtio {
+        internal(
+            "console",
+            Kind::Console,
+            Box::new(VirtioConsole::new(event_loop.clone(), console.handle())),
         );
     }
     Ok(devices)

@@ -177,7 +177,7 @@ impl Vm {
         let (control, inbox) = Control::new(events.clone(), opener.clone(), initial_status(&config))
             .map_err(MachineError::system("create an eventfd"))?;
         let consoles = devices::Consoles::open(&config, &mut main_loop, &control)?;
-        let devices = devices::open_all(&config, &opener, &main_loop.remote_endpoint())?;
+        let devices = devices::open_all(&config, &opener, &main_loop.remote_endpoint(), &consoles)?;
         let parts = Parts {
             config,
             ram,
