@@ -193,6 +193,8 @@ impl MacAddress {
         for byte in machine.bytes().chain([0]).chain(card.bytes()) {
             hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
         }
+        // Its last step leaves neighbours alike in the upper bits; this spreads them.
+        hash = (hash ^ (hash >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let [a, b, c, d, e, ..] = hash.to_be_bytes();
         Self([0x02, a, b, c, d, e])
     }

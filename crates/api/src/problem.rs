@@ -122,7 +122,12 @@ impl Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(object) = &self.object {
+        // Many details name their object already.
+        if let Some(object) = self
+            .object
+            .as_ref()
+            .filter(|object| !self.detail.contains(object.as_str()))
+        {
             write!(formatter, "{object}: ")?;
         }
         formatter.write_str(&self.detail)?;
@@ -152,5 +157,7 @@ mod tests {
             problem.to_string(),
             "disk7: the machine has no such disk; `smsvmm vm status` lists them"
         );
+        let problem = Problem::new(ProblemKind::Host, "cannot open disk7").about("disk7");
+        assert_eq!(problem.to_string(), "cannot open disk7");
     }
 }

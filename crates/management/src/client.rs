@@ -34,8 +34,8 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The machine refused or failed.
-    #[error("{0}")]
-    Problem(#[source] Box<Problem>),
+    #[error(transparent)]
+    Problem(Box<Problem>),
     /// The connection broke, for example because the machine ended.
     #[error("the connection to the machine broke")]
     Broken(#[source] Box<dyn std::error::Error + Send + Sync>),

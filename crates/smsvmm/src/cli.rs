@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use api::{DeviceId, DiskSerial, MacAddress, NetBackend, PortForward, QueueSize, Seconds, TapName};
-use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 /// A hypervisor for Linux/KVM with storage management beneath the guest.
 #[derive(Debug, Parser)]
@@ -75,7 +75,6 @@ pub(crate) enum HostCommand {
 }
 
 #[derive(Debug, Args)]
-#[command(group(ArgGroup::new("machine").required(true).args(["socket", "config"])))]
 pub(crate) struct VmArguments {
     /// The machine's management socket.
     #[arg(long, global = true, value_name = "PATH")]

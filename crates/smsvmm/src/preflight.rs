@@ -3,13 +3,12 @@
 //! Opens what may be opened without changing anything (kernel, images under the lock that a start would take) and only looks
 //! at the rest (sockets, memory, network). Unlike a start, it does not end at the first problem.
 
-use std::fs::{self, File, OpenOptions};
-use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::fs::{self, File};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use block_io::{BlockDevice, HostDevice, OpenOptions};
 use serde::Serialize;
 use vmm::boot::{BootFiles, Kernel};
 use vmm::config::{ConsoleSpec, DiskConfig, HugePages, NetBackend, NetConfig, VmConfig};
@@ -157,86 +156,48 @@ fn processors(config: &VmConfig) -> Option<Finding> {
 fn disk(disk: &DiskConfig) -> Finding {
     const TOPIC: &str = "disk";
     let path = disk.image.display();
-    let remedy = "give a raw image or block device that this user may open";
-    let size = match open_image(disk) {
-        Ok(Image::Usable(size)) => size,
-        Ok(Image::Locked) => {
-            let remedy = "end that machine first, or make the disk read-only in both";
-            return Finding::fail(
-                TOPIC,
-                format!("{}: {path} is in use by another process", disk.id),
-                remedy,
-            );
-        }
-        Ok(Image::OtherKind) => {
-            return Finding::fail(
-                TOPIC,
-                format!("{}: {path} is neither a file nor a block device", disk.id),
-                remedy,
-            );
-        }
+    let options = OpenOptions {
+        read_only: disk.read_only,
+        ..OpenOptions::default()
+    };
+    // Under the lock that a start takes, for a moment.
+    let device = match HostDevice::open(&disk.image, &options) {
+        Ok(device) => device,
         Err(error) => {
-            return Finding::fail(TOPIC, format!("{}: cannot open {path}: {error}", disk.id), remedy);
+            let remedy = "give a raw image or block device that this user may open";
+            return Finding::fail(TOPIC, format!("{}: {}", disk.id, chain(&error)), remedy);
         }
     };
-    if size == 0 || !size.is_multiple_of(512) {
+    if let Err(error) = check_contents(disk) {
         return Finding::fail(
             TOPIC,
-            format!(
-                "{}: {path} has {size} bytes, which is not a whole number of sectors",
-                disk.id
-            ),
-            "is it a raw image? `truncate -s %512` rounds up",
+            format!("{}: {error:#}", disk.id),
+            "use the whole image, or make it larger",
         );
     }
     let mode = if disk.read_only { "read-only" } else { "writable" };
-    Finding::ok(TOPIC, format!("{}: {path}, {} MiB, {mode}", disk.id, size >> 20))
+    Finding::ok(
+        TOPIC,
+        format!(
+            "{}: {path}, {} MiB, {mode}",
+            disk.id,
+            device.geometry().size >> 20
+        ),
+    )
 }
 
-enum Image {
-    Usable(u64),
-    Locked,
-    OtherKind,
-}
-
-fn open_image(disk: &DiskConfig) -> io::Result<Image> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(!disk.read_only)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(&disk.image)?;
-    let metadata = file.metadata()?;
-    let size = if metadata.is_file() {
-        metadata.size()
-    } else if metadata.file_type().is_block_device() {
-        use std::io::{Seek, SeekFrom};
-        (&file).seek(SeekFrom::End(0))?
-    } else {
-        return Ok(Image::OtherKind);
-    };
-    Ok(if is_locked(&file, disk.read_only)? {
-        Image::Locked
-    } else {
-        Image::Usable(size)
-    })
-}
-
-/// Whether somebody holds a lock that excludes ours.
-fn is_locked(file: &File, shared: bool) -> io::Result<bool> {
-    // SAFETY: all zeroes are a valid `flock`: the whole file.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
-    lock.l_type = libc::c_short::try_from(kind).unwrap_or_default();
-    // SAFETY: `lock` is valid for the call.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) } != 0 {
-        let error = io::Error::last_os_error();
-        // A file system without locks: nobody can hold one.
-        return match error.raw_os_error() {
-            Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => Ok(false),
-            _ => Err(error),
-        };
+/// Refuses an image that is too small for what lies on it. One that cannot be read is left to those who open it.
+pub(crate) fn check_contents(disk: &DiskConfig) -> anyhow::Result<()> {
+    if let Ok(Some(found)) = host::find_cut_off(&disk.image) {
+        anyhow::bail!(
+            "{} is cut off: it has {} bytes, and {} on it needs {}",
+            disk.image.display(),
+            found.size,
+            found.contents,
+            found.needed
+        );
     }
-    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+    Ok(())
 }
 
 fn net(net: &NetConfig) -> Finding {
@@ -254,7 +215,7 @@ fn net(net: &NetConfig) -> Finding {
             };
         }
     };
-    if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
+    if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
         let remedy = "`smsvmm host check` says what to do; backend = \"user\" works without";
         return Finding::fail(
             TOPIC,

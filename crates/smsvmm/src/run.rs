@@ -22,6 +22,7 @@ pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     host::can_boot_stock_kernel()?;
+    config.disks.iter().try_for_each(preflight::check_contents)?;
     let name = config.name.clone();
     let patience = config.power.shutdown_timeout.duration();
     // Before anything is opened: a second start of the same machine ends here.

@@ -118,3 +118,125 @@ fn name(signal: i32) -> &'static str {
         _ => "signal",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::mpsc;
+
+    use api::{
+        DeviceId, DiskConfig, DiskStatus, EventLog, NetConfig, NetStatus, Problem, ProblemKind, VmStatus,
+    };
+
+    use super::*;
+
+    /// A guest that ignores its power button.
+    #[derive(Default)]
+    struct Stubborn {
+        calls: Mutex<Vec<String>>,
+        events: EventLog,
+    }
+
+    impl Stubborn {
+        fn note<T>(&self, call: &str, result: T) -> Result<T, Problem> {
+            self.calls.lock().unwrap().push(call.to_owned());
+            Ok(result)
+        }
+
+        fn wait_for(&self, count: usize) -> Vec<String> {
+            let limit = Instant::now() + Duration::from_secs(10);
+            loop {
+                let calls = self.calls.lock().unwrap().clone();
+                if calls.len() >= count || Instant::now() > limit {
+                    return calls;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+
+    fn never<T>() -> Result<T, Problem> {
+        Err(Problem::new(ProblemKind::Conflict, "signals do not do this"))
+    }
+
+    impl Vm for Stubborn {
+        fn status(&self) -> VmStatus {
+            unreachable!("signals do not ask")
+        }
+
+        fn power_button(&self) -> Result<(), Problem> {
+            self.note("power button", ())
+        }
+
+        fn stop(&self, cause: &str) -> Result<(), Problem> {
+            self.note(cause, ())
+        }
+
+        fn reset(&self) -> Result<(), Problem> {
+            never()
+        }
+
+        fn pause(&self) -> Result<(), Problem> {
+            never()
+        }
+
+        fn resume(&self) -> Result<(), Problem> {
+            never()
+        }
+
+        fn attach_disk(&self, _disk: DiskConfig) -> Result<DiskStatus, Problem> {
+            never()
+        }
+
+        fn attach_net(&self, _net: NetConfig) -> Result<NetStatus, Problem> {
+            never()
+        }
+
+        fn detach(&self, _id: &DeviceId) -> Result<(), Problem> {
+            never()
+        }
+
+        fn events(&self) -> &EventLog {
+            &self.events
+        }
+    }
+
+    /// A thread that attends to signals of its own, and the means to send it one.
+    fn attend(patience: Duration) -> (Arc<Stubborn>, impl Fn(i32)) {
+        let vm = Arc::new(Stubborn::default());
+        let (sender, receiver) = mpsc::channel();
+        let machine = Arc::clone(&vm);
+        std::thread::spawn(move || {
+            let signals = Signals::block().unwrap();
+            // SAFETY: gettid has no preconditions.
+            sender.send(unsafe { libc::gettid() }).unwrap();
+            signals.attend(&*machine, patience);
+        });
+        let thread = receiver.recv().unwrap();
+        let send = move |signal: i32| {
+            // SAFETY: sends a signal that the thread has blocked and waits for.
+            let result = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal) };
+            assert_eq!(result, 0);
+        };
+        (vm, send)
+    }
+
+    #[test]
+    fn a_second_signal_stops_the_machine_at_once() {
+        let (vm, send) = attend(Duration::from_secs(60));
+        send(libc::SIGTERM);
+        assert_eq!(vm.wait_for(1), ["power button"]);
+        send(libc::SIGINT);
+        assert_eq!(vm.wait_for(2), ["power button", "a second signal"]);
+    }
+
+    #[test]
+    fn a_guest_that_does_not_shut_down_in_time_is_stopped() {
+        let (vm, send) = attend(Duration::from_secs(1));
+        send(libc::SIGHUP);
+        assert_eq!(
+            vm.wait_for(2),
+            ["power button", "it did not shut down within 1 seconds"]
+        );
+    }
+}

@@ -48,11 +48,14 @@ pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
 
 /// The socket as given, or as the configuration names it.
 fn find_socket(socket: Option<PathBuf>, config: Option<PathBuf>) -> anyhow::Result<PathBuf> {
-    if let Some(socket) = socket {
-        return Ok(socket);
-    }
-    let Some(path) = config else {
-        bail!("neither --socket nor --config is given")
+    let path = match (socket, config) {
+        (Some(socket), None) => return Ok(socket),
+        (None, Some(config)) => config,
+        _ => {
+            return Err(
+                UsageError::new("name the machine either by --socket PATH or by --config vm.toml").into(),
+            );
+        }
     };
     let config = VmConfig::load(&path, &[]).map_err(UsageError::new)?;
     match config.management {

@@ -160,15 +160,14 @@ pub(super) fn examine() -> Vec<Finding> {
             ));
         }
         Ok(steps) => {
-            let steps: Vec<String> = steps
+            let lines = steps
                 .iter()
-                .map(|step| format!("{}: {}", step.instructions, step.failure))
-                .collect();
-            findings.push(Finding::fail(
-                "stock kernels",
-                format!("KVM here does not run what they need ({})", steps.join("; ")),
-                GET_HARDWARE,
-            ));
+                .map(|step| format!("{}: {}", step.instructions, step.failure));
+            findings.extend(lines.map(|line| Finding::fail("stock kernels", line, "")));
+            // One remedy for all of them.
+            if let Some(last) = findings.last_mut() {
+                last.remedy = Some(GET_HARDWARE.to_owned());
+            }
         }
         Err(problem) => findings.push(failed("stock kernels", &problem)),
     }

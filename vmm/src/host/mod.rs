@@ -1,14 +1,16 @@
-//! What this host offers to virtual machines, and what to do where something is missing.
+//! What this host offers to virtual machines, and what to do where something is missing or wrong.
 //!
 //! Two users: `smsvmm host check` shows [`examine`]'s report; `smsvmm run` asks [`can_boot_stock_kernel`] before it starts
 //! anything, because a guest on a KVM that lacks instructions hangs without a word.
 
 mod features;
+mod image;
 mod kvm;
 pub mod microguest;
 mod report;
 
 pub use features::{available_memory, find_program};
+pub use image::{CutOff, find_cut_off};
 pub use kvm::can_boot_stock_kernel;
 pub use report::{Finding, Level, Report};
 

@@ -47,17 +47,17 @@ impl Finding {
             topic,
             level: Level::Warn,
             detail: detail.into(),
-            remedy: Some(remedy.into()),
+            remedy: Some(remedy.into()).filter(|remedy: &String| !remedy.is_empty()),
         }
     }
 
-    /// A finding that keeps guests from running.
+    /// A finding that keeps guests from running. An empty remedy is none.
     pub fn fail(topic: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self {
             topic,
             level: Level::Fail,
             detail: detail.into(),
-            remedy: Some(remedy.into()),
+            remedy: Some(remedy.into()).filter(|remedy: &String| !remedy.is_empty()),
         }
     }
 }
