@@ -46,6 +46,9 @@ pub(crate) enum ChainError {
         /// Bytes.
         length: u32,
     },
+    /// No buffer, or only buffers that go the other way, where one is needed.
+    #[error("a descriptor chain has no buffer that can be used")]
+    Unusable,
     /// More than [`MAX_CHAIN_SEGMENTS`] pieces.
     #[error("a descriptor chain has more than {MAX_CHAIN_SEGMENTS} buffers")]
     TooManySegments,

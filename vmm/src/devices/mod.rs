@@ -5,6 +5,8 @@
 //! the VMM's event loop ([`event_loop`]).
 
 pub mod event_loop;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod net;
 pub mod rng;
 pub mod virtio_console;

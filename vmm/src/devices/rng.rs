@@ -215,6 +215,30 @@ impl RngQueue {
     }
 }
 
+/// Runs the queue of an entropy source made of `data`; see [`super::fuzz`].
+///
+/// # Panics
+/// When the device misbehaves.
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn fuzz_rng(data: &[u8]) {
+    let (guest, queues) = super::fuzz::Guest::new(&mut super::fuzz::Input::new(data), 1);
+    for queue in queues {
+        let mut queue = RngQueue {
+            interrupts: Interrupts::new(&queue),
+            buffers: GuestBuffers::new(Arc::clone(&guest.memory)),
+            memory: Arc::clone(&guest.memory),
+            events: Arc::clone(&guest.events),
+            queue,
+        };
+        for _ in 0..16 {
+            if queue.serve() != Ok(true) {
+                break;
+            }
+        }
+    }
+    guest.check();
+}
+
 /// Puts random bytes into the first [`MAX_REQUEST`] bytes of `buffers`; how many.
 fn fill(buffers: &GuestBuffers) -> usize {
     let wanted = buffers.len().min(MAX_REQUEST);
@@ -240,6 +264,18 @@ mod tests {
     };
 
     const ALL: u64 = u64::MAX;
+
+    proptest::proptest! {
+        #[test]
+        fn no_input_breaks_it(data in proptest::collection::vec(proptest::arbitrary::any::<u8>(), 0..1024)) {
+            fuzz_rng(&data);
+        }
+
+        #[test]
+        fn no_mostly_valid_chains_break_it(data in crate::devices::fuzz::tests::mostly_valid(1)) {
+            fuzz_rng(&data);
+        }
+    }
 
     #[test]
     fn requests_are_filled_with_different_bytes() {

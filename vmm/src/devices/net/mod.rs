@@ -11,6 +11,7 @@
 //! can do).
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -30,6 +31,8 @@ use worker::{Shared, WorkerSetup};
 
 mod backend;
 mod control;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) mod fuzz;
 mod passt;
 mod port;
 mod protocol;
@@ -44,7 +47,8 @@ const CONTROL_QUEUE_SIZE: u16 = 64;
 const MIN_MTU: u16 = 68;
 
 /// Called first in every thread that a device starts: the place for a seccomp filter or a CPU binding.
-pub type ThreadSetup = Arc<dyn Fn() + Send + Sync>;
+/// A thread that it fails in does not run, and the device stops.
+pub type ThreadSetup = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 
 /// What the guest sees of its card.
 pub struct NetOptions {
@@ -149,12 +153,14 @@ impl Net {
         let thread_setup = self.thread_setup.clone();
         let worker = thread::Builder::new()
             .name(format!("{}-q{}", self.name, setup.pair))
-            .spawn(move || {
-                if let Some(thread_setup) = thread_setup {
-                    thread_setup();
-                }
-                worker::run(setup);
-            })
+            .spawn(
+                move || match thread_setup.map_or(Ok(()), |thread_setup| thread_setup()) {
+                    Ok(()) => worker::run(setup),
+                    Err(error) => setup
+                        .events
+                        .needs_reset(&format!("network card: a queue thread cannot be set up: {error}")),
+                },
+            )
             .map_err(|source| DeviceError::Host {
                 action: format!("start a queue thread of {}", self.name),
                 source,

@@ -12,6 +12,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -79,13 +80,20 @@ impl Tap {
             queues.push(Arc::new(open_queue(name, queue_pairs > 1)?));
         }
         let features = offered_features(name, &queues[0], queue_pairs > 1)?;
-        Ok(Self {
+        let tap = Self {
             name: name.to_owned(),
             attached: Mutex::new(queues.len()),
             queues,
             features,
             mtu: interface_mtu(name),
-        })
+        };
+        // As a driver expects it; here, because a change takes the kernel some milliseconds.
+        tap.set_active_pairs(1).map_err(|source| NetError::Tap {
+            name: name.to_owned(),
+            action: "detach its queues",
+            source,
+        })?;
+        Ok(tap)
     }
 
     pub(super) fn name(&self) -> &str {
@@ -322,9 +330,8 @@ fn offered_features(name: &str, file: &File, multi_queue: bool) -> Result<u64, N
 
 /// The interface's MTU if it can be told and is not 1500.
 fn interface_mtu(name: &str) -> Option<u16> {
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0")
-        .or_else(|_| std::net::UdpSocket::bind("[::]:0"))
-        .ok()?;
+    // Any socket answers questions about interfaces.
+    let socket = UnixDatagram::unbound().ok()?;
     let mut request = request(name);
     // SAFETY: SIOCGIFMTU takes a pointer to an ifreq, which lives until the call returns.
     result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) }).ok()?;

@@ -526,6 +526,20 @@ fn a_chain_that_leads_nowhere_stops_the_card() {
 }
 
 #[test]
+fn receive_buffers_without_room_stop_the_card() {
+    for piece in [readable(BUFFERS, 100), writable(BUFFERS, 0)] {
+        let (mut net, _peer) = card();
+        let mut driver = Driver::new(&mut net, ALL);
+        for _ in 0..256 {
+            driver.queues[RECEIVE].add(&[piece]);
+        }
+        driver.queues[RECEIVE].ring();
+        assert!(driver.reset_reason().contains("no buffer that can be used"));
+        Driver::reset(&mut net);
+    }
+}
+
+#[test]
 fn a_head_beyond_the_table_stops_the_card() {
     stops_at(|driver, queue| driver.queues[queue].publish(5000));
 }

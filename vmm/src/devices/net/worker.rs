@@ -99,6 +99,23 @@ pub(super) fn run(setup: WorkerSetup) {
     }
 }
 
+/// Serves the queues without a thread, in `passes` passes or until there is nothing to do.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn run_passes(setup: WorkerSetup, passes: usize) -> Result<(), WorkerError> {
+    let mut worker = Worker::new(setup)?;
+    let shared = Arc::clone(&worker.shared);
+    let Some(mut port) = shared.backend.port(worker.pair) else {
+        return Ok(());
+    };
+    for _ in 0..passes {
+        worker.pass(&mut port)?;
+        if !worker.has_work() {
+            break;
+        }
+    }
+    Ok(())
+}
+
 /// A chain of receive buffers that waits for a packet.
 #[derive(Clone, Copy)]
 struct Armed {
@@ -132,6 +149,8 @@ struct ReceiveQueue {
     /// Armed buffers to have before receiving, in bytes.
     enough: usize,
     mergeable: bool,
+    /// The driver takes packets without checksum.
+    checksums: bool,
     /// The driver has provided no buffers; its doorbell will ring.
     starved: bool,
     /// Used entries of the packet at hand.
@@ -201,6 +220,7 @@ impl Worker {
                 held: None,
                 enough: enough(features, shared.backend.mtu()),
                 mergeable,
+                checksums: features & feature::GUEST_CSUM != 0,
                 starved: false,
                 used: Vec::new(),
                 queue: receive,
@@ -248,15 +268,7 @@ impl Worker {
             .map_err(|source| host("watch the port", source))?;
         let mut events = [EpollEvent::default(); 8];
         loop {
-            if let Some(control) = self.control.as_mut().filter(|control| control.pending) {
-                serve_control(control, &self.memory, self.features, &self.shared)?;
-            }
-            if self.send.pending && !self.send.blocked {
-                self.send_packets(&mut port)?;
-            }
-            if self.port.readable && !self.receive.starved && !self.port.closed {
-                self.receive_packets(&mut port)?;
-            }
+            self.pass(&mut port)?;
             self.watch_port(&port)?;
             let timeout = if self.has_work() { 0 } else { -1 };
             let count = match self.epoll.wait(timeout, &mut events) {
@@ -278,6 +290,20 @@ impl Worker {
                 }
             }
         }
+    }
+
+    /// Serves each direction once.
+    fn pass(&mut self, port: &mut Port) -> Result<(), WorkerError> {
+        if let Some(control) = self.control.as_mut().filter(|control| control.pending) {
+            serve_control(control, &self.memory, self.features, &self.shared)?;
+        }
+        if self.send.pending && !self.send.blocked {
+            self.send_packets(port)?;
+        }
+        if self.port.readable && !self.receive.starved && !self.port.closed {
+            self.receive_packets(port)?;
+        }
+        Ok(())
     }
 
     /// Whether another pass would do something.
@@ -464,6 +490,9 @@ impl ReceiveQueue {
                     .buffers
                     .append(chain, Direction::ToGuest)
                     .map_err(chain_error(&self.queue))?;
+                if extent.bytes == 0 {
+                    return Err(chain_error(&self.queue)(ChainError::Unusable));
+                }
                 self.armed.push_back(Armed { head, extent });
             }
             let usable = match self.held {
@@ -519,6 +548,10 @@ impl ReceiveQueue {
         }
         let count = u16::try_from(self.used.len()).unwrap_or(u16::MAX);
         self.buffers.copy_from(NUM_BUFFERS_OFFSET, &count.to_le_bytes());
+        if !self.checksums {
+            // The kernel marks packets whose checksum it knows to be good, also for drivers that do not expect that.
+            self.buffers.copy_from(0, &[0]);
+        }
         self.buffers.release_front(released);
         add_used_together(&mut self.queue, memory, &self.used)?;
         Ok(true)

@@ -443,5 +443,39 @@ impl MutEventSubscriber for ConsoleSubscriber {
     }
 }
 
+/// Runs the queues of a console made of `data`; see [`super::fuzz`]. Content of memory is at the same time what is typed.
+///
+/// # Panics
+/// When the device misbehaves.
+#[cfg(any(test, feature = "fuzzing"))]
+#[expect(clippy::unwrap_used, reason = "as many queues as were asked for")]
+pub fn fuzz_console(data: &[u8]) {
+    let mut input = super::fuzz::Input::new(data);
+    let (guest, queues) = super::fuzz::Guest::new(&mut input, 2);
+    let channel = |queue: ActiveQueue| Channel {
+        interrupts: Interrupts::new(&queue),
+        buffers: GuestBuffers::new(Arc::clone(&guest.memory)),
+        queue,
+    };
+    let [receive, send] = <[_; 2]>::try_from(queues).unwrap().map(channel);
+    let mut console = ActiveConsole {
+        memory: Arc::clone(&guest.memory),
+        events: Arc::clone(&guest.events),
+        receive,
+        send,
+        current: None,
+        congested: false,
+    };
+    if let Ok(given) = console.give_input(input.rest()) {
+        assert!(given <= input.rest().len());
+    }
+    for _ in 0..16 {
+        if console.take_output(&ConsoleHandle::null()).is_err() {
+            break;
+        }
+    }
+    guest.check();
+}
+
 #[cfg(test)]
 mod tests;

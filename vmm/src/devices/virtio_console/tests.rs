@@ -277,3 +277,15 @@ fn emergency_output_needs_no_driver() {
     assert_eq!(&bytes, b"oops\n");
     eventually("an idle device", || device.is_idle());
 }
+
+proptest::proptest! {
+    #[test]
+    fn no_input_breaks_it(data in proptest::collection::vec(proptest::arbitrary::any::<u8>(), 0..2048)) {
+        fuzz_console(&data);
+    }
+
+    #[test]
+    fn no_mostly_valid_chains_break_it(data in crate::devices::fuzz::tests::mostly_valid(2)) {
+        fuzz_console(&data);
+    }
+}
