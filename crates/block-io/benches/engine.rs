@@ -1,9 +1,10 @@
 //! What the engine costs beside fio's io_uring engine on the same file, in the same run.
 //!
 //! ```text
-//! cargo bench -p block-io --bench engine -- [FILE OR DIRECTORY]... [--seconds N] [--rounds N]
+//! cargo bench -p block-io --bench engine -- [FILE OR DIRECTORY]... [--seconds N] [--rounds N] [--fio-batched]
 //! ```
 //! For every place: IOPS, CPU time per I/O (user and system, all threads), context switches per I/O, and the ratios to fio.
+//! By default fio submits requests one by one; `--fio-batched` has it do what we do.
 //! Machines are noisy: rounds of both alternate, and the medians count.
 
 #![allow(
@@ -92,12 +93,13 @@ struct Figures {
 
 fn main() {
     let mut places = Vec::new();
-    let (mut seconds, mut rounds) = (2.0, 3);
+    let (mut seconds, mut rounds, mut batched) = (2.0, 3, false);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--bench" => {}
             "--seconds" => seconds = arguments.next().unwrap().parse().unwrap(),
+            "--fio-batched" => batched = true,
             "--rounds" => rounds = arguments.next().unwrap().parse().unwrap(),
             place => places.push(PathBuf::from(place)),
         }
@@ -114,14 +116,14 @@ fn main() {
         prepare(&file);
         println!("{} (medians of {rounds} rounds of {seconds} s)", file.display());
         println!(
-            "                   |        ours: IOPS  CPU µs  sw/IO |         fio: IOPS  CPU µs | IOPS ratio  CPU ratio"
+            "                   |        ours: IOPS  CPU µs  sw/IO |         fio: IOPS  CPU µs  sw/IO | IOPS ratio  CPU ratio"
         );
         for load in LOADS {
             let mut ours = Vec::new();
             let mut theirs = Vec::new();
             for _ in 0..rounds {
                 ours.push(run(&file, load, seconds));
-                theirs.extend(fio(&file, load, seconds));
+                theirs.extend(fio(&file, load, seconds, batched));
             }
             report(load, median(&ours), (!theirs.is_empty()).then(|| median(&theirs)));
         }
@@ -138,9 +140,10 @@ fn report(load: Load, ours: Figures, theirs: Option<Figures>) {
     );
     match theirs {
         Some(theirs) => println!(
-            " {:17.0} {:7.2} | {:10.2} {:10.2}",
+            " {:17.0} {:7.2} {:6.3} | {:10.2} {:10.2}",
             theirs.iops,
             theirs.cpu_us,
+            theirs.switches,
             ours.iops / theirs.iops,
             ours.cpu_us / theirs.cpu_us
         ),
@@ -177,13 +180,24 @@ fn prepare(path: &Path) {
         std::os::unix::fs::FileExt::write_all_at(&file, &block, offset).unwrap();
     }
     file.sync_all().unwrap();
+    // O_DIRECT writes to cached pages take another way through the kernel.
+    // SAFETY: no memory is involved.
+    unsafe {
+        libc::posix_fadvise(
+            std::os::fd::AsRawFd::as_raw_fd(&file),
+            0,
+            0,
+            libc::POSIX_FADV_DONTNEED,
+        )
+    };
 }
 
-fn usage() -> (f64, f64) {
+/// CPU time in seconds, with the kernel's helper threads, and context switches.
+fn usage(whose: libc::c_int) -> (f64, f64) {
     // SAFETY: all zeroes are a valid `rusage`, which the call fills.
     let usage = unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
+        libc::getrusage(whose, &raw mut usage);
         usage
     };
     let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
@@ -200,7 +214,7 @@ fn run(path: &Path, load: Load, seconds: f64) -> Figures {
     let done = Arc::new(AtomicU64::new(0));
     let next = Arc::new(AtomicU64::new(0));
     let start = Instant::now();
-    let (cpu, switches) = usage();
+    let (cpu, switches) = usage(libc::RUSAGE_SELF);
     for task in 0..load.depth {
         let (device, stop, done, next) = (
             Arc::clone(&device),
@@ -209,7 +223,9 @@ fn run(path: &Path, load: Load, seconds: f64) -> Figures {
             Arc::clone(&next),
         );
         worker.spawn(move || async move {
-            let buffer = AlignedBuffer::new(load.block);
+            let mut buffer = AlignedBuffer::new(load.block);
+            // Pages of its own, not the kernel's page of zeroes.
+            buffer.as_mut_slice().fill(1);
             // SAFETY: the buffer outlives the requests of this task, which are awaited one by one.
             let piece = [unsafe { buffer.io(0, load.block) }];
             let mut random = u64::from(task) * 0x9e37_79b9_7f4a_7c15 + 1;
@@ -237,7 +253,7 @@ fn run(path: &Path, load: Load, seconds: f64) -> Figures {
     stop.store(true, Ordering::Relaxed);
     let requests = done.load(Ordering::Relaxed) as f64;
     let elapsed = start.elapsed().as_secs_f64();
-    let (cpu_after, switches_after) = usage();
+    let (cpu_after, switches_after) = usage(libc::RUSAGE_SELF);
     drop(worker);
     Figures {
         iops: requests / elapsed,
@@ -246,54 +262,67 @@ fn run(path: &Path, load: Load, seconds: f64) -> Figures {
     }
 }
 
-fn fio(path: &Path, load: Load, seconds: f64) -> Option<Figures> {
+fn fio(path: &Path, load: Load, seconds: f64, batched: bool) -> Option<Figures> {
     let pattern = match (load.sequential, load.write) {
         (true, true) => "write",
         (true, false) => "read",
         (false, true) => "randwrite",
         (false, false) => "randread",
     };
-    let output = Command::new("fio")
-        .args([
-            "--name=bench",
-            "--ioengine=io_uring",
-            "--direct=1",
-            "--time_based",
-            "--output-format=json",
-            "--thread",
-        ])
-        .args([
-            "--randrepeat=0",
-            "--norandommap",
-            "--allow_mounted_write=1",
-            "--zero_buffers",
-        ])
-        .arg(format!("--filename={}", path.display()))
-        .arg(format!("--rw={pattern}"))
-        .arg(format!("--bs={}", load.block))
-        .arg(format!("--iodepth={}", load.depth))
-        .arg(format!("--size={SIZE}"))
-        .arg(format!("--runtime={seconds}"))
-        .output()
-        .ok()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    // A full JSON parser for three numbers is not worth a dependency: fio prints one field per line.
-    let section = text
+    let measured = fio_cpu(&[
+        "--ioengine=io_uring".into(),
+        "--direct=1".into(),
+        "--time_based".into(),
+        "--randrepeat=0".into(),
+        "--norandommap".into(),
+        "--allow_mounted_write=1".into(),
+        "--zero_buffers".into(),
+        format!("--iodepth_batch_submit={}", if batched { load.depth } else { 1 }),
+        format!(
+            "--iodepth_batch_complete_max={}",
+            if batched { load.depth } else { 1 }
+        ),
+        format!("--filename={}", path.display()),
+        format!("--rw={pattern}"),
+        format!("--bs={}", load.block),
+        format!("--iodepth={}", load.depth),
+        format!("--size={SIZE}"),
+        format!("--runtime={seconds}"),
+    ])?;
+    // What fio needs to start and to report is not the load's.
+    let idle = fio_cpu(&["--ioengine=null".into(), "--size=4k".into(), "--rw=read".into()])?;
+    // A JSON parser for two numbers is not worth a dependency: fio prints one field per line.
+    let section = measured
+        .0
         .split(if load.write {
             "\"write\" : {"
         } else {
             "\"read\" : {"
         })
         .nth(1)?;
-    let number = |text: &str, key: &str| {
-        let value = text.split(&format!("\"{key}\" : ")).nth(1)?;
+    let number = |key: &str| {
+        let value = section.split(&format!("\"{key}\" : ")).nth(1)?;
         value.split([',', '\n']).next()?.trim().parse::<f64>().ok()
     };
-    let iops = number(section, "iops")?;
-    let cpu = number(&text, "usr_cpu")? + number(&text, "sys_cpu")?;
     Some(Figures {
-        iops,
-        cpu_us: cpu / 100.0 * 1e6 / iops,
-        switches: 0.0,
+        iops: number("iops")?,
+        cpu_us: (measured.1 - idle.1) * 1e6 / number("total_ios")?,
+        switches: (measured.2 - idle.2) / number("total_ios")?,
     })
+}
+
+/// Runs fio: its output, CPU time and context switches.
+fn fio_cpu(arguments: &[String]) -> Option<(String, f64, f64)> {
+    let (cpu, switches) = usage(libc::RUSAGE_CHILDREN);
+    let output = Command::new("fio")
+        .args(["--name=bench", "--thread", "--output-format=json"])
+        .args(arguments)
+        .output();
+    let (cpu_after, switches_after) = usage(libc::RUSAGE_CHILDREN);
+    let output = output.ok()?;
+    Some((
+        String::from_utf8_lossy(&output.stdout).into_owned(),
+        cpu_after - cpu,
+        switches_after - switches,
+    ))
 }
