@@ -84,6 +84,10 @@ impl Passt {
             io::ErrorKind::NotFound => NetError::PasstAbsent {
                 program: options.program.clone(),
             },
+            // What a search gives that met a folder which it may not enter, and found nothing elsewhere.
+            io::ErrorKind::PermissionDenied if !options.program.contains('/') => NetError::PasstAbsent {
+                program: options.program.clone(),
+            },
             _ => NetError::Passt {
                 action: "start passt",
                 source,
