@@ -9,7 +9,7 @@
 //! queue until it says `output_ready`. Input is never buffered here: what does not fit into the guest's buffers stays with
 //! the console, and when the driver brings buffers the console is asked for more.
 //!
-//! Locks: the console's input lock is taken before [`Core`]'s, its output lock after. So `input_ready` and `set_input` are
+//! Locks: the console's input lock is taken before `Core`'s, its output lock after. So `input_ready` and `set_input` are
 //! called without a lock of ours, `write` may be called with it.
 
 use std::fmt;
