@@ -1,0 +1,93 @@
+//! What a device under test is connected to instead of a transport, and the account of its chains.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use virtio_core::{Activation, ActiveQueue, DeviceEvents, GuestMemory, VirtioDevice};
+
+use crate::patience::wait_until;
+use crate::ring::Ring;
+
+/// Hears that the device gave up.
+#[derive(Default)]
+pub(crate) struct Events(Mutex<Option<String>>);
+
+impl DeviceEvents for Events {
+    fn config_changed(&self) {}
+
+    fn needs_reset(&self, reason: &str) {
+        assert!(!reason.is_empty());
+        *self.0.lock().unwrap() = Some(reason.to_owned());
+    }
+}
+
+impl Events {
+    /// Why the device gave up, if it did.
+    pub(crate) fn reason(&self) -> Option<String> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+/// Gives `queues` to the device, which must be idle.
+pub(crate) fn activate(
+    device: &mut dyn VirtioDevice,
+    memory: &GuestMemory,
+    features: u64,
+    queues: Vec<ActiveQueue>,
+) -> (Arc<Events>, bool) {
+    assert!(device.is_idle());
+    let events = Arc::new(Events::default());
+    let activation = Activation {
+        memory: Arc::clone(memory),
+        features,
+        queues,
+        events: Arc::clone(&events) as Arc<dyn DeviceEvents>,
+    };
+    let active = device.activate(activation).is_ok();
+    (events, active)
+}
+
+/// Resets the device; `meanwhile` is called again and again until it stands still.
+pub(crate) fn reset(device: &mut dyn VirtioDevice, mut meanwhile: impl FnMut()) {
+    device.reset();
+    wait_until("the device to become idle", || {
+        meanwhile();
+        device.is_idle()
+    });
+}
+
+/// The chains that the device has: each comes back once, or never.
+#[derive(Default)]
+pub(crate) struct Account {
+    lent: BTreeMap<u32, u32>,
+}
+
+impl Account {
+    /// The device may take chain `head`, into which it may write `room` bytes.
+    pub(crate) fn lend(&mut self, head: u16, room: u32) {
+        assert!(
+            self.lent.insert(head.into(), room).is_none(),
+            "the driver lends a chain twice"
+        );
+    }
+
+    /// Takes back what the device has used, in its order: head and written bytes.
+    pub(crate) fn settle(&mut self, ring: &mut Ring) -> Vec<(u16, u32)> {
+        let mut settled = Vec::new();
+        while let Some((head, written)) = ring.take_used() {
+            let room = self.lent.remove(&head);
+            let room =
+                room.unwrap_or_else(|| panic!("chain {head} came back, but the device did not have it"));
+            assert!(
+                written <= room,
+                "{written} bytes written into the {room} of chain {head}"
+            );
+            settled.push((head as u16, written));
+        }
+        settled
+    }
+
+    pub(crate) fn is_settled(&self) -> bool {
+        self.lent.is_empty()
+    }
+}

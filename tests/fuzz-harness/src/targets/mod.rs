@@ -1,0 +1,84 @@
+//! The bodies, and the list of them.
+
+mod block_queue;
+mod block_request;
+mod config;
+mod escape;
+mod pci;
+mod platform;
+mod rng;
+mod rtc;
+mod serial;
+
+use crate::Target;
+
+/// All targets.
+pub const TARGETS: &[Target] = &[
+    Target {
+        name: "pci",
+        about: "PCI configuration space, by ECAM and ports, and the decoding of BARs",
+        max_length: 1024,
+        is_possible: always,
+        body: pci::run,
+    },
+    Target {
+        name: "platform",
+        about: "all I/O ports of the mainboard",
+        max_length: 1024,
+        is_possible: always,
+        body: platform::run,
+    },
+    Target {
+        name: "serial",
+        about: "the 16550 serial port against a model of its queue",
+        max_length: 512,
+        is_possible: always,
+        body: serial::run,
+    },
+    Target {
+        name: "rtc",
+        about: "the real-time clock shows a date whatever was written",
+        max_length: 512,
+        is_possible: always,
+        body: rtc::run,
+    },
+    Target {
+        name: "block-request",
+        about: "virtio-blk: descriptor chains and requests against a model disk",
+        max_length: 1024,
+        is_possible: always,
+        body: block_request::run,
+    },
+    Target {
+        name: "block-queue",
+        about: "virtio-blk: queues served by an I/O worker",
+        max_length: 1024,
+        is_possible: always,
+        body: block_queue::run,
+    },
+    Target {
+        name: "rng",
+        about: "virtio-rng: a queue served by the event loop",
+        max_length: 512,
+        is_possible: always,
+        body: rng::run,
+    },
+    Target {
+        name: "config",
+        about: "vm.toml and its overrides",
+        max_length: 2048,
+        is_possible: always,
+        body: config::run,
+    },
+    Target {
+        name: "escape",
+        about: "the console's escape key",
+        max_length: 256,
+        is_possible: always,
+        body: escape::run,
+    },
+];
+
+fn always() -> bool {
+    true
+}
