@@ -1,6 +1,6 @@
 //! A guest's console as a test sees it: text that grows, in which it waits for words.
 
-use std::io::Read;
+use std::io::{Read, Write as _};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,8 @@ struct State {
     bytes: Vec<u8>,
     /// Where the next search begins: after what was found last.
     position: usize,
+    /// Whether what comes is also shown on standard output.
+    echo: bool,
     ended: bool,
 }
 
@@ -29,10 +31,12 @@ impl Console {
             let mut chunk = vec![0; 64 << 10];
             loop {
                 let count = stream.read(&mut chunk).unwrap_or(0);
+                let new = chunk.get(..count).unwrap_or_default();
                 let mut state = writer.lock();
-                state
-                    .bytes
-                    .extend_from_slice(chunk.get(..count).unwrap_or_default());
+                if state.echo {
+                    show(new);
+                }
+                state.bytes.extend_from_slice(new);
                 state.ended = count == 0;
                 let ended = state.ended;
                 drop(state);
@@ -45,6 +49,13 @@ impl Console {
         console
     }
 
+    /// From now on, shows what comes on standard output; begins with what has come already.
+    pub(crate) fn echo(&self) {
+        let mut state = self.lock();
+        show(&state.bytes);
+        state.echo = true;
+    }
+
     /// All text until now. Carriage returns are left out.
     pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.lock().bytes).replace('\r', "")
@@ -54,12 +65,15 @@ impl Console {
     pub(crate) fn wait_for(&self, text: &str, limit: Duration) -> Result<()> {
         let end = Instant::now() + limit;
         let mut state = self.lock();
+        // What was searched in vain is not searched again.
+        let mut from = state.position;
         loop {
-            let rest = state.bytes.get(state.position..).unwrap_or_default();
+            let rest = state.bytes.get(from..).unwrap_or_default();
             if let Some(found) = find(rest, text.as_bytes()) {
-                state.position += found + text.len();
+                state.position = from + found + text.len();
                 return Ok(());
             }
+            from = from.max((state.bytes.len() + 1).saturating_sub(text.len()));
             let left = end.saturating_duration_since(Instant::now());
             if state.ended || left.is_zero() {
                 let how = if state.ended { "ended" } else { "went on" };
@@ -97,6 +111,12 @@ impl Console {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn show(bytes: &[u8]) {
+    let mut out = std::io::stdout();
+    // Nobody reads: nothing to do about it.
+    drop(out.write_all(bytes).and_then(|()| out.flush()));
 }
 
 fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {

@@ -213,7 +213,7 @@ impl<'a> VmBuilder<'a> {
             .kernel_file(self.kernel, if self.elf { "vmlinux" } else { "bzImage" });
         let config = folder.join("vm.toml");
         fs::write(&config, self.config(&kernel, &initrd)?)?;
-        let mut command = match std::env::var("SMSVMM_VMM").as_deref() {
+        let command = match std::env::var("SMSVMM_VMM").as_deref() {
             Ok("qemu") => self.qemu(&kernel, &initrd),
             _ => {
                 let program = self.host.smsvmm();
@@ -227,30 +227,9 @@ impl<'a> VmBuilder<'a> {
                 command
             }
         };
-        let log = folder.join("log");
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(File::create(&log)?)
-            .current_dir(&folder);
-        // SAFETY: between fork and exec only the prctl system call is made, which is async-signal-safe.
-        unsafe {
-            command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
-        }
-        let begin = Instant::now();
-        let mut child = command.spawn().context("cannot start the virtual machine")?;
-        let console = Console::collect(child.stdout.take().context("no output")?);
-        let input = child.stdin.take();
-        Ok(Vm {
-            child,
-            console,
-            input,
-            log,
-            config,
-            begin,
-            limit: self.limit,
-            program: self.host.smsvmm().to_path_buf(),
-        })
+        let mut vm = Vm::launch(command, &folder, self.limit)?;
+        vm.program = self.host.smsvmm().to_path_buf();
+        Ok(vm)
     }
 
     /// The initrd with the story's files in a second archive behind it.
@@ -349,13 +328,51 @@ pub struct Vm {
     console: Console,
     input: Option<ChildStdin>,
     log: PathBuf,
-    config: PathBuf,
+    folder: PathBuf,
     begin: Instant,
     limit: Duration,
     program: PathBuf,
 }
 
 impl Vm {
+    /// Starts a VMM whose standard input and output are the guest's console; its errors go to the file `log` in a folder.
+    /// It ends with the calling thread.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn launch(mut command: Command, folder: &Path, limit: Duration) -> Result<Self> {
+        let log = folder.join("log");
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(File::create(&log)?)
+            .current_dir(folder);
+        // SAFETY: between fork and exec only the prctl system call is made, which is async-signal-safe.
+        unsafe {
+            command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+        }
+        let begin = Instant::now();
+        let program = PathBuf::from(command.get_program());
+        let mut child = command.spawn().context("cannot start the virtual machine")?;
+        let console = Console::collect(child.stdout.take().context("no output")?);
+        let input = child.stdin.take();
+        Ok(Self {
+            child,
+            console,
+            input,
+            log,
+            folder: folder.to_path_buf(),
+            begin,
+            limit,
+            program,
+        })
+    }
+
+    /// Shows the console on this process's standard output too, from its beginning.
+    pub fn echo(&self) {
+        self.console.echo();
+    }
+
     /// All console text until now.
     #[must_use]
     pub fn console(&self) -> String {
@@ -409,7 +426,7 @@ impl Vm {
     /// The folder of the machine's files.
     #[must_use]
     pub fn folder(&self) -> &Path {
-        self.config.parent().unwrap_or(Path::new("/"))
+        &self.folder
     }
 
     /// Runs `smsvmm ARGUMENTS` beside it, in its folder, where its vm.toml is.

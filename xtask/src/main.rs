@@ -1,12 +1,17 @@
 //! Set-up, test, demo and bench commands of the project: `cargo xtask help`.
 
 mod apt;
+mod bench;
+mod build;
 mod debian;
+mod demo;
 mod host;
 mod images;
 mod kernels;
+mod licences;
 mod recipe;
 mod setup;
+mod test;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -35,8 +40,50 @@ enum Task {
         #[arg(long)]
         without_debian: bool,
     },
+    /// Check and test everything; what CI runs
+    Test {
+        /// Leave out what runs in the lab
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Boot a complete Debian guest with disks and network: for you at a terminal, else as a scripted tour
+    Demo {
+        /// The tour, also at a terminal
+        #[arg(long)]
+        tour: bool,
+    },
+    /// The part of `demo` that runs beside the guest
+    #[command(hide = true)]
+    DemoInside {
+        #[arg(long)]
+        tour: bool,
+    },
+    /// Measure beside QEMU, in the lab
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
+    /// The part of `bench` that runs in the lab
+    #[command(hide = true)]
+    BenchInside {
+        #[arg(long)]
+        disk: bool,
+    },
     /// Run a command in a lab host that sees a folder at the same path
     Lab(LabArguments),
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// VM exits, memory, threads and time until the guest's init; exits and system calls per disk request
+    Boot {
+        /// Leave out the disk requests
+        #[arg(long)]
+        without_disk: bool,
+        /// Another smsvmm than the one of this work tree
+        #[arg(long)]
+        program: Option<PathBuf>,
+    },
 }
 
 #[derive(Args)]
@@ -84,6 +131,16 @@ fn main() -> ExitCode {
             debian: !without_debian,
         })
         .map(|()| ExitCode::SUCCESS),
+        Task::Test { quick } => test::run(quick),
+        Task::Bench {
+            what: Bench::Boot {
+                without_disk,
+                program,
+            },
+        } => bench::run(program, !without_disk),
+        Task::BenchInside { disk } => bench::inside(disk),
+        Task::Demo { tour } => demo::run(tour),
+        Task::DemoInside { tour } => demo::inside(tour),
         Task::Lab(arguments) => in_lab(arguments),
     };
     result.unwrap_or_else(|error| {

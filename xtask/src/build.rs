@@ -1,0 +1,68 @@
+//! Building the programs that the other commands run.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::host;
+
+/// cargo for this work tree, the same that runs this program.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(lab::repository()).stdin(Stdio::null());
+    command
+}
+
+/// Builds a package's program with optimization; returns its path.
+pub(crate) fn release(package: &str) -> Result<PathBuf> {
+    host::step(&format!("building {package} (release)"));
+    let status = cargo()
+        .args(["build", "--release", "--locked", "--package", package])
+        .status();
+    ensure!(
+        status.context("cannot start cargo")?.success(),
+        "{package} does not build"
+    );
+    Ok(target()?.join("release").join(package))
+}
+
+/// The target folder of the build that this program comes from.
+pub(crate) fn target() -> Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    // target/debug/xtask
+    let folder = program
+        .ancestors()
+        .nth(2)
+        .context("this program is in no target folder")?;
+    Ok(folder.to_path_buf())
+}
+
+/// Whether stock kernels can run on this machine's KVM.
+pub(crate) fn kvm_is_good(smsvmm: &Path) -> bool {
+    Command::new(smsvmm)
+        .args(["host", "check", "--json"])
+        .output()
+        .is_ok_and(|output| output.status.success())
+}
+
+/// Builds a program of a package for use in guests: with optimization, and linked statically. Returns its path.
+pub(crate) fn static_program(package: &str, program: &str) -> Result<PathBuf> {
+    host::step(&format!("building {program} (static)"));
+    let mut command = cargo();
+    command.args([
+        "rustc",
+        "--release",
+        "--locked",
+        "--package",
+        package,
+        "--bin",
+        program,
+    ]);
+    command.args(["--", "-C", "target-feature=+crt-static"]);
+    ensure!(
+        command.status().context("cannot start cargo")?.success(),
+        "{program} does not build"
+    );
+    Ok(target()?.join("release").join(program))
+}
