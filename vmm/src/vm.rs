@@ -6,7 +6,7 @@
 //! guest chose.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
@@ -65,21 +65,28 @@ struct Routes {
     messages: BTreeMap<u32, Option<MsiMessage>>,
 }
 
+/// Opens `/dev/kvm`, for all machines to come: nothing can be opened once the sandbox is entered.
+///
+/// # Errors
+/// KVM is absent or forbidden.
+pub fn open_kvm() -> Result<Arc<Kvm>, KvmError> {
+    Kvm::new().map(Arc::new).map_err(KvmError::Open)
+}
+
 /// A KVM virtual machine.
 #[derive(Debug)]
 pub struct Vm {
-    kvm: Kvm,
+    kvm: Arc<Kvm>,
     fd: VmFd,
     routes: Mutex<Routes>,
 }
 
 impl Vm {
-    /// Creates a virtual machine with interrupt controllers and timer, without memory and vCPUs.
+    /// Creates a virtual machine with interrupt controllers and timer, without memory and vCPUs. See [`open_kvm`].
     ///
     /// # Errors
-    /// KVM is absent, forbidden, or too old.
-    pub fn new() -> Result<Self, KvmError> {
-        let kvm = Kvm::new().map_err(KvmError::Open)?;
+    /// KVM is too old or refuses.
+    pub fn new(kvm: Arc<Kvm>) -> Result<Self, KvmError> {
         for (capability, name) in [
             (
                 Cap::Irqchip,

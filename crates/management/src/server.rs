@@ -50,11 +50,16 @@ impl Server {
         Listening::bind(path).map(|listening| Self { listening })
     }
 
-    /// Starts to serve `vm`, on a thread of its own, until the handle is dropped.
+    /// Starts to serve `vm`, on a thread of its own, until the handle is dropped. `on_start` runs first on that thread: the
+    /// place for a sandbox. If it fails, nobody is served.
     ///
     /// # Errors
     /// The thread cannot be started.
-    pub fn start(self, vm: Arc<dyn Vm>) -> io::Result<ServerHandle> {
+    pub fn start(
+        self,
+        vm: Arc<dyn Vm>,
+        on_start: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<ServerHandle> {
         let (listener, file) = self.listening.into_parts();
         let (news, heard) = watch::channel(vm.events().last());
         vm.events().listen(move |sequence| {
@@ -72,7 +77,8 @@ impl Server {
             .name("management".to_owned())
             .stack_size(STACK_SIZE)
             .spawn(move || {
-                if let Err(error) = runtime.block_on(serve(listener, context, stopped)) {
+                let served = on_start().and_then(|()| runtime.block_on(serve(listener, context, stopped)));
+                if let Err(error) = served {
                     warn!(%error, "the management socket cannot be served");
                 }
                 // A helper that still waits for the machine must not keep the process alive.

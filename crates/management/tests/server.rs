@@ -132,7 +132,7 @@ fn setup() -> Setup {
     let vm = FakeVm::new();
     let server = Server::bind(&path)
         .unwrap()
-        .start(Arc::clone(&vm) as Arc<dyn Vm>)
+        .start(Arc::clone(&vm) as Arc<dyn Vm>, || Ok(()))
         .unwrap();
     let client = Client::new(&path).unwrap();
     Setup {

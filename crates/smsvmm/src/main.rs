@@ -16,7 +16,9 @@ mod vm;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{CommandFactory, Parser};
+use vmm::sandbox::close_on_exec;
 
 use crate::cli::{Cli, Command, HostCommand};
 use crate::exit::{Exit, UsageError};
@@ -27,7 +29,11 @@ fn main() -> ExitCode {
         // Help and version too come this way; clap knows where to print and which status to give.
         Err(error) => error.exit(),
     };
-    let result = logs::start(cli.verbose).and_then(|()| execute(cli.command));
+    let result = logs::start(cli.verbose).and_then(|()| {
+        // Programs that are started from here inherit nothing by accident.
+        close_on_exec(&[]).context("cannot mark inherited descriptors")?;
+        execute(cli.command)
+    });
     match result {
         Ok(exit) => exit.into(),
         Err(error) => {

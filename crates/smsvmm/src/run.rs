@@ -8,6 +8,7 @@ use management::Server;
 use vmm::config::VmConfig;
 use vmm::host;
 use vmm::machine;
+use vmm::sandbox::Kind;
 
 use crate::cli::RunArguments;
 use crate::exit::{Exit, UsageError};
@@ -32,12 +33,13 @@ pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
         .map(|management| Server::bind(&management.socket))
         .transpose()?;
     let machine = machine::Vm::open(config)?;
+    let sandbox = machine.sandbox();
     let control: Arc<dyn Vm> = Arc::new(machine.control());
     let _server = server
-        .map(|server| server.start(Arc::clone(&control)))
+        .map(|server| server.start(Arc::clone(&control), sandbox.thread(Kind::Management)))
         .transpose()
         .context("cannot start the management server")?;
-    signals.serve(control, patience)?;
+    signals.serve(control, patience, sandbox.thread(Kind::Signals))?;
     let reason = machine.run()?;
     logs::say(&format!("smsvmm: {name}: {reason}"));
     Ok(Exit::from(&reason))

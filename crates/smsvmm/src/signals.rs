@@ -50,12 +50,20 @@ impl Signals {
         }
     }
 
-    /// Starts the thread that turns signals into requests to `vm`.
-    pub(crate) fn serve(self, vm: Arc<dyn Vm>, patience: Duration) -> anyhow::Result<()> {
+    /// Starts the thread that turns signals into requests to `vm`; `on_start` runs first on it.
+    pub(crate) fn serve(
+        self,
+        vm: Arc<dyn Vm>,
+        patience: Duration,
+        on_start: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> anyhow::Result<()> {
         std::thread::Builder::new()
             .name("signals".to_owned())
             .stack_size(128 << 10)
-            .spawn(move || self.attend(&*vm, patience))
+            .spawn(move || match on_start() {
+                Ok(()) => self.attend(&*vm, patience),
+                Err(error) => warn!(%error, "signals cannot be waited for; only SIGKILL ends this process"),
+            })
             .context("cannot start the thread that waits for signals")?;
         Ok(())
     }

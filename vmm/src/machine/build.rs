@@ -16,6 +16,7 @@ use crate::bus::{Bus, BusError};
 use crate::layout;
 use crate::pci::{Cf8, Ecam, PciBus, Window};
 use crate::platform::{Platform, PlatformConfig, host_clock, irqfd};
+use crate::sandbox::Kind;
 use crate::vcpu::{Gate, VcpuContext, Vcpus};
 use crate::vm::Vm;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -38,7 +39,7 @@ pub(super) fn build(
     gate: Arc<Gate>,
     devices: Vec<HostDevice>,
 ) -> Result<Machine, MachineError> {
-    let vm = Arc::new(Vm::new()?);
+    let vm = Arc::new(Vm::new(parts.kvm.clone())?);
     vm.set_memory(&parts.ram)?;
     let memory = parts.ram.memory().clone();
 
@@ -106,11 +107,15 @@ pub(super) fn build(
     .map_err(description)?;
 
     let affinity = parts.config.cpus.affinity.clone();
+    let confine = parts.sandbox.thread(Kind::Vcpu);
     let context = VcpuContext {
         ports,
         mmio,
         events: signals.clone(),
-        on_start: Arc::new(move |index| pin(affinity.get(usize::from(index)))),
+        on_start: Arc::new(move |index| {
+            pin(affinity.get(usize::from(index)))?;
+            confine()
+        }),
     };
     let vcpus = Vcpus::start(vcpus, gate, &context).map_err(MachineError::system("start a vCPU"))?;
     Ok(Machine {

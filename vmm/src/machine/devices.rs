@@ -19,9 +19,10 @@ use super::disk::{DiskError, OpenDisk};
 use crate::config::{ConsoleSpec, VmConfig};
 use crate::console::{Console, ConsoleHandle, ConsoleOptions};
 use crate::devices::event_loop::EventLoop;
-use crate::devices::net::{Net, NetBackend, NetError, NetOptions, PasstOptions};
+use crate::devices::net::{Launcher, Net, NetBackend, NetError, NetOptions, PasstOptions};
 use crate::devices::rng::Rng;
 use crate::devices::virtio_console::VirtioConsole;
+use crate::sandbox::{self, Sandbox};
 
 /// What a device is, with what is told of it in the VM's status.
 #[derive(Debug, Clone)]
@@ -76,6 +77,20 @@ impl Kind {
 pub(super) struct DeviceOpener {
     /// Name of the VM, from which MAC addresses are derived.
     pub(super) vm: VmName,
+    /// Confines the threads of the devices.
+    pub(super) sandbox: Sandbox,
+    pub(super) passt: StartPasst,
+}
+
+/// Who starts passt.
+#[derive(Debug, Clone)]
+pub(super) enum StartPasst {
+    /// This process: it is not in the sandbox yet.
+    Here,
+    /// The launcher.
+    There(Arc<Launcher>),
+    /// Nobody can.
+    No,
 }
 
 impl DeviceOpener {
@@ -134,7 +149,7 @@ impl DeviceOpener {
             device,
             workers,
             size,
-        } = super::disk::open(&config)?;
+        } = super::disk::open(&config, &self.sandbox)?;
         let id = config.id.clone();
         let kind = Kind::Disk {
             config: Box::new(config),
@@ -161,10 +176,21 @@ impl DeviceOpener {
                 let mut options = PasstOptions::new(config.mac_or_derived(self.vm.as_str()));
                 options.forward.clone_from(&config.forward);
                 options.mtu = config.mtu;
-                NetBackend::start_passt(&options)?
+                match &self.passt {
+                    StartPasst::Here => NetBackend::start_passt(&options)?,
+                    StartPasst::There(launcher) => NetBackend::launch_passt(launcher, &options)?,
+                    StartPasst::No => {
+                        let why = "the user network cannot be attached to a running VM without [management]";
+                        return Err(NetError::Options(why.to_owned()));
+                    }
+                }
             }
         };
-        let device = Net::new(backend, NetOptions::from_config(&config, self.vm.as_str()))?;
+        let options = NetOptions {
+            thread_setup: Some(Arc::new(self.sandbox.thread(sandbox::Kind::NetQueue))),
+            ..NetOptions::from_config(&config, self.vm.as_str())
+        };
+        let device = Net::new(backend, options)?;
         Ok(HostDevice {
             id: config.id.clone(),
             kind: Kind::Net {

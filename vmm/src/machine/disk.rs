@@ -6,6 +6,8 @@ use api::{ByteSize, DiskConfig};
 use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
 use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions};
 
+use crate::sandbox::{Kind, Sandbox};
+
 /// A disk and the threads that serve it.
 pub(super) struct OpenDisk {
     pub(super) device: VirtioBlk<HostDevice>,
@@ -27,8 +29,8 @@ pub(super) enum DiskError {
     Options(#[from] storage_virtualizer::virtio_blk::VirtioBlkError),
 }
 
-/// Opens the image, starts a worker, and makes a virtio-blk device of both.
-pub(super) fn open(config: &DiskConfig) -> Result<OpenDisk, DiskError> {
+/// Opens the image, starts a confined worker, and makes a virtio-blk device of both.
+pub(super) fn open(config: &DiskConfig, sandbox: &Sandbox) -> Result<OpenDisk, DiskError> {
     let options = OpenOptions {
         read_only: config.read_only,
         cache: if config.direct {
@@ -52,7 +54,13 @@ pub(super) fn open(config: &DiskConfig) -> Result<OpenDisk, DiskError> {
         queues: u16::from(config.queues),
         queue_size: config.queue_size.get(),
     };
-    let worker = Worker::start(&format!("io-{}", config.id), WorkerOptions::default())?;
+    let worker = Worker::start(
+        &format!("io-{}", config.id),
+        WorkerOptions {
+            on_start: Some(Box::new(sandbox.thread(Kind::DiskWorker))),
+            ..Default::default()
+        },
+    )?;
     let device = VirtioBlk::new(Arc::new(image), &options, vec![worker.handle().clone()])?;
     Ok(OpenDisk {
         device,

@@ -23,21 +23,27 @@ mod signals;
 mod slots;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use api::{EventKind, EventLog, ExitReason, VmState, VmStatus};
 
+use kvm_ioctls::Kvm;
+
 pub use control::Control;
+use devices::StartPasst;
 pub use slots::SlotError;
 
 use crate::boot::{BootError, BootFiles, Kernel};
-use crate::config::{HugePages, VmConfig};
-use crate::console::ConsoleError;
+use crate::config::{ConsoleSpec, HugePages, VmConfig};
+use crate::console::{self, ConsoleError};
 use crate::devices::event_loop::Subscriber;
+use crate::devices::net::Launcher;
 use crate::memory::{MemoryError, Pages, Ram, RamOptions};
+use crate::sandbox::{self, Sandbox, SandboxError};
 use crate::vcpu::VcpuFault;
-use crate::vm::KvmError;
+use crate::vm::{KvmError, open_kvm};
 
 /// The main loop of the VM.
 type MainLoop = event_manager::EventManager<Subscriber>;
@@ -54,6 +60,9 @@ pub enum MachineError {
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The sandbox.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// A console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
@@ -109,6 +118,8 @@ impl MachineError {
 /// What lives as long as the VM, over all its reboots.
 struct Parts {
     config: VmConfig,
+    kvm: Arc<Kvm>,
+    sandbox: Sandbox,
     ram: Ram,
     kernel: Kernel,
     consoles: devices::Consoles,
@@ -139,8 +150,20 @@ fn initial_status(config: &VmConfig) -> VmStatus {
     }
 }
 
+/// Sockets and links that this process makes, and removes when the VM has ended.
+fn removed_at_end(config: &VmConfig) -> Vec<PathBuf> {
+    let consoles = [Some(&config.console.serial), config.console.virtio.as_ref()];
+    let consoles = consoles.into_iter().flatten().filter_map(|spec| match spec {
+        ConsoleSpec::Socket(path) | ConsoleSpec::Pty(Some(path)) => Some(path),
+        ConsoleSpec::Stdio | ConsoleSpec::Pty(None) | ConsoleSpec::File(_) | ConsoleSpec::Null => None,
+    });
+    let management = config.management.as_ref().map(|management| &management.socket);
+    consoles.chain(management).cloned().collect()
+}
+
 /// A VM whose parts are all open, ready to run.
 pub struct Vm {
+    sandbox: Sandbox,
     session: run::Session,
     devices: Vec<devices::HostDevice>,
     control: Control,
@@ -153,6 +176,18 @@ impl Vm {
     /// Something is missing, forbidden or in use. What was opened is closed again.
     pub fn open(config: VmConfig) -> Result<Self, MachineError> {
         let started = Instant::now();
+        // First, so that no thread is started that cannot be confined.
+        let sandbox = Sandbox::prepare(&config.sandbox, removed_at_end(&config))?;
+        sandbox::before_message(console::terminal::restore);
+        // Only who can be asked for more devices needs it; and it shall inherit as little as possible.
+        let passt = match config.management {
+            Some(_) => {
+                let launcher = Launcher::start().map_err(MachineError::system("start a helper"))?;
+                StartPasst::There(Arc::new(launcher))
+            }
+            None => StartPasst::No,
+        };
+        let kvm = open_kvm()?;
         let kernel = Kernel::open(BootFiles {
             kernel: config.boot.kernel.clone(),
             initrd: config.boot.initrd.clone(),
@@ -173,13 +208,21 @@ impl Vm {
         let events = Arc::new(EventLog::new());
         let opener = devices::DeviceOpener {
             vm: config.name.clone(),
+            sandbox: sandbox.clone(),
+            passt: StartPasst::Here,
         };
-        let (control, inbox) = Control::new(events.clone(), opener.clone(), initial_status(&config))
+        let later = devices::DeviceOpener {
+            passt,
+            ..opener.clone()
+        };
+        let (control, inbox) = Control::new(events.clone(), later, initial_status(&config))
             .map_err(MachineError::system("create an eventfd"))?;
         let consoles = devices::Consoles::open(&config, &mut main_loop, &control)?;
         let devices = devices::open_all(&config, &opener, &main_loop.remote_endpoint(), &consoles)?;
         let parts = Parts {
             config,
+            kvm,
+            sandbox: sandbox.clone(),
             ram,
             kernel,
             consoles,
@@ -188,10 +231,16 @@ impl Vm {
         };
         let session = run::Session::new(parts, main_loop, inbox)?;
         Ok(Vm {
+            sandbox,
             session,
             devices,
             control,
         })
+    }
+
+    /// The sandbox, for threads that serve the VM: each calls its hook ([`Sandbox::thread`]) first of all.
+    pub fn sandbox(&self) -> &Sandbox {
+        &self.sandbox
     }
 
     /// A handle to steer the VM from other threads.
@@ -199,17 +248,19 @@ impl Vm {
         self.control.clone()
     }
 
-    /// Runs the guest on this thread until its end, and gives everything back to the host.
+    /// Enters the sandbox, runs the guest on this thread until its end, and gives everything back to the host.
     ///
     /// # Errors
     /// KVM or the host refuses something that the VM needs.
     pub fn run(self) -> Result<ExitReason, MachineError> {
         let Vm {
+            sandbox,
             session,
             devices,
             control,
         } = self;
         drop(control);
+        sandbox.enter()?;
         let events = session.events();
         let result = session.run(devices);
         if let Ok(reason) = &result {

@@ -16,7 +16,7 @@ use vmm::layout;
 use vmm::memory::{Pages, Ram, RamOptions};
 use vmm::pci::{Cf8, Ecam, PciBus, Window};
 use vmm::vcpu::{Gate, VcpuContext, VcpuEvents, VcpuFault, Vcpus};
-use vmm::vm::Vm;
+use vmm::vm::{Vm, open_kvm};
 
 /// Dwords written here are kept for the test.
 pub(crate) const REPORT_PORT: u16 = 0x500;
@@ -162,7 +162,7 @@ impl Machine {
             eprintln!("skipped: no /dev/kvm");
             return None;
         }
-        let vm = Arc::new(Vm::new().expect("KVM"));
+        let vm = Arc::new(Vm::new(open_kvm().expect("/dev/kvm")).expect("KVM"));
         let options = RamOptions {
             size: 32 << 20,
             pages: Pages::Small,

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api::MacAddress;
 
+use super::launcher::Launcher;
 use super::passt::{Passt, PasstOptions};
 use super::port::Port;
 use super::protocol::feature;
@@ -117,6 +118,9 @@ pub enum NetError {
         /// The operating system's answer.
         source: io::Error,
     },
+    /// The helper could not start it; its words.
+    #[error("{0}")]
+    Launcher(String),
     /// Settings that contradict each other or the backend.
     #[error("network card: {0}")]
     Options(String),
@@ -125,10 +129,11 @@ pub enum NetError {
 /// The host's side of a network card.
 pub struct NetBackend {
     name: String,
-    kind: Kind,
     /// One per queue pair. The worker of the pair holds the lock while it runs; a worker that starts waits for the one before
     /// it to end.
     ports: Vec<Mutex<Port>>,
+    /// Behind the ports, because passt ends by itself when its socket closes; it may not be allowed to be killed.
+    kind: Kind,
     link_up: AtomicBool,
     mtu: Option<u16>,
 }
@@ -205,6 +210,19 @@ impl NetBackend {
     /// The program is not installed or ends at once; the message says what to do.
     pub fn start_passt(options: &PasstOptions) -> Result<Arc<Self>, NetError> {
         let (passt, socket) = Passt::start(options)?;
+        Self::passt(passt, socket, options)
+    }
+
+    /// As [`Self::start_passt`], for a process in a sandbox: has `launcher` start it.
+    ///
+    /// # Errors
+    /// As there, or the launcher is gone.
+    pub fn launch_passt(launcher: &Launcher, options: &PasstOptions) -> Result<Arc<Self>, NetError> {
+        let (passt, socket) = launcher.passt(options)?;
+        Self::passt(passt, socket, options)
+    }
+
+    fn passt(passt: Passt, socket: UnixStream, options: &PasstOptions) -> Result<Arc<Self>, NetError> {
         let port = StreamPort::new(socket).map_err(|source| NetError::Passt {
             action: "prepare its socket",
             source,

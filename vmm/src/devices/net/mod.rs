@@ -21,6 +21,7 @@ use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use backend::{NetBackend, NetError};
+pub use launcher::Launcher;
 pub use passt::PasstOptions;
 pub use statistics::NetStatistics;
 
@@ -33,6 +34,7 @@ mod backend;
 mod control;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(super) mod fuzz;
+mod launcher;
 mod passt;
 mod port;
 mod protocol;

@@ -8,7 +8,7 @@
 //! also tells it the guest's MAC address, so that forwarded connections reach a guest that has not spoken yet.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -54,7 +54,8 @@ impl PasstOptions {
 
 /// A running `passt`.
 pub(super) struct Passt {
-    child: Mutex<Child>,
+    /// None if it is another process's child: then the end of its socket is all that it is told.
+    child: Mutex<Option<Child>>,
     process_id: u32,
     /// What it says on its standard error. Its end of the pipe does not block: nobody reads while all is well.
     output: OwnedFd,
@@ -97,11 +98,30 @@ impl Passt {
         drop(command);
         let passt = Self {
             process_id: child.id(),
-            child: Mutex::new(child),
+            child: Mutex::new(Some(child)),
             output,
         };
         passt.wait_until_ready(options, &ours)?;
         Ok((passt, ours))
+    }
+
+    /// One that another process started for us.
+    pub(super) fn launched(process_id: u32, output: OwnedFd) -> Self {
+        Self {
+            child: Mutex::new(None),
+            process_id,
+            output,
+        }
+    }
+
+    /// What is left when it goes on for another process, which has its socket.
+    pub(super) fn into_child(self) -> Option<Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The end of the pipe from which its words come.
+    pub(super) fn output_pipe(&self) -> BorrowedFd<'_> {
+        self.output.as_fd()
     }
 
     pub(super) fn process_id(&self) -> u32 {
@@ -174,10 +194,8 @@ impl Passt {
 
     /// The program's own words about why it ended.
     fn why_it_ended(&self, options: &PasstOptions) -> NetError {
-        let status = wait(
-            &mut self.child.lock().unwrap_or_else(PoisonError::into_inner),
-            EXIT_TIMEOUT,
-        );
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        let status = child.as_mut().and_then(|child| wait(child, EXIT_TIMEOUT));
         NetError::PasstFailed {
             program: options.program.clone(),
             status: status.map_or_else(|| "it closed the connection".into(), |status| status.to_string()),
@@ -188,7 +206,9 @@ impl Passt {
 
 impl Drop for Passt {
     fn drop(&mut self) {
-        let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Some(child) = self.child.get_mut().unwrap_or_else(PoisonError::into_inner) else {
+            return;
+        };
         // Its socket may be closed only after this; it has nothing to tidy up.
         let _ = child.kill();
         let _ = wait(child, EXIT_TIMEOUT);

@@ -52,9 +52,13 @@ pub(in crate::sandbox) const DISK: &[Rule] = &[
     allow(SYS_fdatasync, "flushes"),
     allow(SYS_fsync, "flushes of metadata"),
     allow(SYS_fallocate, "discards and zeroes in files"),
+    RELEASE_IMAGE,
     ioctl(0x1277, "BLKDISCARD: discards on block devices"),
     ioctl(0x127f, "BLKZEROOUT: zeroes on block devices"),
 ];
+
+/// Whoever lets go of an image last unlocks it.
+const RELEASE_IMAGE: Rule = fcntl(F_OFD_SETLK, "locks on images");
 
 /// The main loop: consoles, reboots, the end.
 #[rustfmt::skip]
@@ -75,6 +79,7 @@ pub(in crate::sandbox) const MAIN_LOOP: &[Rule] = &[
     allow(SYS_unlink, "sockets and links are removed at the end; where, Landlock says"),
     allow(SYS_unlinkat, "sockets and links are removed at the end; where, Landlock says"),
     allow(SYS_fallocate, "shared guest memory is emptied at a reboot"),
+    RELEASE_IMAGE,
     allow(SYS_inotify_rm_watch, "end of a pseudo-terminal"),
     allow_if(SYS_kill, 1, SIGKILL.cast_unsigned(), "passt ends with its card"),
     allow(SYS_pidfd_send_signal, "passt ends with its card"),
@@ -103,7 +108,7 @@ pub(in crate::sandbox) const OPEN_DEVICES: &[Rule] = &[
     allow(SYS_getdents64, "explanations of errors: who has it open"),
     allow(SYS_getcwd, "absolute paths"),
     allow(SYS_flock, "locks on images"),
-    fcntl(F_OFD_SETLK, "locks on images"),
+    RELEASE_IMAGE,
     fcntl(F_OFD_GETLK, "locks on images"),
     ioctl(0x1268, "BLKSSZGET: sector size"),
     ioctl(0x127b, "BLKPBSZGET: physical sector size"),
@@ -131,6 +136,7 @@ pub(in crate::sandbox) const SERVE_CLIENTS: &[Rule] = &[
     allow(SYS_accept4, "clients"),
     allow(SYS_getsockopt, "who the client is"),
     allow(SYS_getpeername, "who the client is"),
+    allow(SYS_geteuid, "is the client the same user?"),
     allow(SYS_getsockname, "the asynchronous runtime takes over a socket"),
     allow(SYS_shutdown, "end of a client"),
     allow(SYS_unlink, "the socket is removed at the end; where, Landlock says"),
