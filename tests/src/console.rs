@@ -61,8 +61,8 @@ impl Console {
         String::from_utf8_lossy(&self.lock().bytes).replace('\r', "")
     }
 
-    /// Waits for text that comes after what was waited for last.
-    pub(crate) fn wait_for(&self, text: &str, limit: Duration) -> Result<()> {
+    /// Waits for text that comes after what was waited for last; returns what came before it.
+    pub(crate) fn until(&self, text: &str, limit: Duration) -> Result<String> {
         let end = Instant::now() + limit;
         let mut state = self.lock();
         // What was searched in vain is not searched again.
@@ -70,8 +70,10 @@ impl Console {
         loop {
             let rest = state.bytes.get(from..).unwrap_or_default();
             if let Some(found) = find(rest, text.as_bytes()) {
+                let before = state.bytes.get(state.position..from + found);
+                let before = String::from_utf8_lossy(before.unwrap_or_default()).replace('\r', "");
                 state.position = from + found + text.len();
-                return Ok(());
+                return Ok(before);
             }
             from = from.max((state.bytes.len() + 1).saturating_sub(text.len()));
             let left = end.saturating_duration_since(Instant::now());
@@ -134,9 +136,9 @@ mod tests {
     fn each_search_begins_after_the_last_find() {
         let console = Console::collect(&b"login: root\r\nlogin: again"[..]);
         let limit = Duration::from_secs(5);
-        console.wait_for("login:", limit).unwrap();
-        console.wait_for("login:", limit).unwrap();
-        let error = console.wait_for("login:", limit).unwrap_err().to_string();
+        assert_eq!(console.until("login:", limit).unwrap(), "");
+        assert_eq!(console.until("login:", limit).unwrap(), " root\n");
+        let error = console.until("login:", limit).unwrap_err().to_string();
         assert!(error.contains("ended without"), "{error}");
         assert_eq!(console.text(), "login: root\nlogin: again");
     }

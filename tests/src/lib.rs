@@ -21,6 +21,7 @@
 //! Environment: `SMSVMM_BIN` names the program under test (else the one that cargo built), `SMSVMM_STORIES=here|lab` forces
 //! the place, `SMSVMM_VMM=qemu` tells the same stories with QEMU, for comparison.
 
+mod agent;
 mod console;
 mod host;
 mod place;
@@ -30,6 +31,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+pub use agent::Events;
 pub use host::{Host, Kernel};
 pub use lab::Output;
 pub use vm::{Disk, Outcome, Vm, VmBuilder};

@@ -99,6 +99,10 @@ impl<'a> VmBuilder<'a> {
         }
     }
 
+    pub(crate) fn host(&self) -> &'a Host {
+        self.host
+    }
+
     /// Number of processors.
     #[must_use]
     pub fn cpus(mut self, cpus: u8) -> Self {
@@ -384,9 +388,17 @@ impl Vm {
     /// # Errors
     /// When it does not come within the machine's limit.
     pub fn wait_for(&self, text: &str) -> Result<()> {
+        self.until(text).map(drop)
+    }
+
+    /// Like [`Self::wait_for`]; returns what came before that text.
+    ///
+    /// # Errors
+    /// When it does not come within the machine's limit.
+    pub fn until(&self, text: &str) -> Result<String> {
         let limit = self.limit.saturating_sub(self.begin.elapsed());
         self.console
-            .wait_for(text, limit)
+            .until(text, limit)
             .with_context(|| format!("smsvmm says:\n{}", self.log()))
     }
 
@@ -429,6 +441,11 @@ impl Vm {
         &self.folder
     }
 
+    /// The program that runs it.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// Runs `smsvmm ARGUMENTS` beside it, in its folder, where its vm.toml is.
     ///
     /// # Errors
@@ -448,6 +465,14 @@ impl Vm {
     #[must_use]
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Whether it has ended already.
+    ///
+    /// # Errors
+    /// When the kernel does not know.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
     }
 
     /// Waits for its end.
