@@ -331,3 +331,116 @@ fn iasl_disassembles_every_table_and_assembles_it_again_without_complaint() {
         }
     }
 }
+
+/// Has ACPICA's interpreter load the DSDT of `machine` and evaluate `call`; every register reads as `fill` in all bytes.
+fn evaluate(machine: &Machine, fill: u8, call: &str) -> Option<String> {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(
+        directory.path().join("dsdt.aml"),
+        bytes_of(&machine.tables(), "DSDT"),
+    )
+    .unwrap();
+    let command = format!("evaluate {call}");
+    let arguments = ["-vr", "-fv", &format!("{fill:#x}"), "-b", &command, "dsdt.aml"];
+    let output = acpica("acpiexec", directory.path(), &arguments)?;
+    let said = text(&output);
+    for word in ["AE_", "Exception", "Error", "Warning", "Unknown option"] {
+        assert!(!said.contains(word), "{call}: {said}");
+    }
+    Some(said)
+}
+
+/// The notifications in what the interpreter says: object and value.
+fn notifications(said: &str) -> Vec<(String, u32)> {
+    said.lines()
+        .filter_map(|line| line.split_once("Notify on ["))
+        .map(|(_, rest)| {
+            let (object, rest) = rest.split_once(']').unwrap();
+            let (_, value) = rest.split_once("Value 0x").unwrap();
+            let value = value.split_once(' ').unwrap().0;
+            (object.to_owned(), u32::from_str_radix(value, 16).unwrap())
+        })
+        .collect()
+}
+
+/// How often the interpreter touched a register: each would be a VM exit.
+fn accesses(said: &str) -> usize {
+    said.matches("Region access").count()
+}
+
+#[test]
+fn loading_the_namespace_evaluates_no_method_and_touches_no_register() {
+    for machine in MACHINES {
+        let Some(said) = evaluate(&machine, 0, "\\_S5") else {
+            return;
+        };
+        assert!(
+            said.contains("Executed 0 _INI methods requiring 0 _STA executions"),
+            "{said}"
+        );
+        assert!(said.contains("[Integer] = 0000000000000005"), "{said}");
+        assert_eq!(accesses(&said), 0);
+    }
+}
+
+#[test]
+fn the_event_method_tells_of_what_the_register_says_and_nothing_else() {
+    let [bare, usual, _] = MACHINES;
+    let event = |machine, status| {
+        let said = evaluate(machine, status, "\\_SB.GED._EVT 5")?;
+        Some((accesses(&said), notifications(&said)))
+    };
+    let Some(nothing) = event(&usual, 0) else {
+        return;
+    };
+    assert_eq!(nothing, (1, vec![]));
+
+    let button = ("PWRB".to_owned(), 0x80);
+    assert_eq!(event(&usual, 1), Some((1, vec![button.clone()])));
+    // Bit 1 in every byte of every register: slot 9 of those that are there, as new, then as wanted back.
+    let slot = |event| ("S09_".to_owned(), event);
+    assert_eq!(event(&usual, 2), Some((3, vec![slot(1), slot(3)])));
+    assert_eq!(
+        event(&bare, 3),
+        Some((1, vec![button])),
+        "without slots there is the button only"
+    );
+}
+
+#[test]
+fn the_host_bridge_grants_everything_but_hotplug() {
+    let uuid = |last| format!("(5B 4D DB 33 F7 1F 1C 40 96 57 74 41 C0 3D D7 {last:02X})");
+    let ask = |uuid: String, revision: u32, control: &str| {
+        let call =
+            format!("\\_SB.PCI0._OSC {uuid} {revision} 3 (00 00 00 00 1F 00 00 00 {control} 00 00 00)");
+        let said = evaluate(&MACHINES[1], 0, &call)?;
+        let (_, answer) = said.split_once("0000: ").unwrap();
+        Some(answer[..36].trim_end().to_owned())
+    };
+    let Some(masked) = ask(uuid(0x66), 1, "1F") else {
+        return;
+    };
+    assert_eq!(
+        masked, "10 00 00 00 1F 00 00 00 1C 00 00 00",
+        "capabilities masked"
+    );
+    let granted = ask(uuid(0x66), 1, "1C").unwrap();
+    assert_eq!(granted, "00 00 00 00 1F 00 00 00 1C 00 00 00");
+    let revision = ask(uuid(0x66), 2, "1C").unwrap();
+    assert_eq!(
+        revision, "08 00 00 00 1F 00 00 00 1C 00 00 00",
+        "unknown revision"
+    );
+    let other = ask(uuid(0x67), 1, "1F").unwrap();
+    assert_eq!(other, "04 00 00 00 1F 00 00 00 1F 00 00 00", "unknown UUID");
+}
+
+#[test]
+fn ejecting_is_one_access() {
+    for slot in ["S01", "S1F"] {
+        let Some(said) = evaluate(&MACHINES[2], 0, &format!("\\_SB.PCI0.{slot}._EJ0 1")) else {
+            return;
+        };
+        assert_eq!(accesses(&said), 1);
+    }
+}
