@@ -108,7 +108,11 @@ pub(crate) fn inside(with_disk: bool) -> Result<ExitCode> {
     ];
     fs::File::create(folder.join("disk.img")).and_then(|file| file.set_len(64 << 20))?;
     // What is read from a cold disk would count as time.
-    for file in [folder.join("smsvmm"), images.join("bzImage"), images.join("vmlinux")] {
+    for file in [
+        folder.join("smsvmm"),
+        images.join("bzImage"),
+        images.join("vmlinux"),
+    ] {
         fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
     }
     let mut rows = Vec::new();

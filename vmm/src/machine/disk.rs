@@ -1,11 +1,13 @@
 //! Opens a disk of the configuration: image, worker threads, virtio-blk.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::{ByteSize, DiskConfig};
 use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
 use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions};
 
+use crate::host::{CutOff, find_cut_off};
 use crate::sandbox::{Kind, Sandbox};
 
 /// A disk and the threads that serve it.
@@ -21,6 +23,17 @@ pub(super) enum DiskError {
     /// The image.
     #[error(transparent)]
     Image(#[from] block_io::OpenError),
+    /// The image is smaller than what lies on it.
+    #[error(
+        "{} is cut off: it has {} bytes, and {} on it needs {}; copy it again",
+        path.display(), cut_off.size, cut_off.contents, cut_off.needed
+    )]
+    CutOff {
+        /// The image.
+        path: std::path::PathBuf,
+        /// What is missing.
+        cut_off: CutOff,
+    },
     /// A worker thread.
     #[error(transparent)]
     Worker(#[from] block_io::WorkerError),
@@ -41,6 +54,11 @@ pub(super) fn open(config: &DiskConfig, sandbox: &Sandbox) -> Result<OpenDisk, D
         ..Default::default()
     };
     let image = HostDevice::open(&config.image, &options)?;
+    // Looked at under the image's lock. What cannot be read here is an error of the guest's own reads.
+    if let Ok(Some(cut_off)) = find_cut_off(&config.image) {
+        let path = config.image.clone();
+        return Err(DiskError::CutOff { path, cut_off });
+    }
     let size = ByteSize::from_bytes(image.geometry().size);
     let serial = config
         .serial
@@ -58,6 +76,7 @@ pub(super) fn open(config: &DiskConfig, sandbox: &Sandbox) -> Result<OpenDisk, D
         &format!("io-{}", config.id),
         WorkerOptions {
             on_start: Some(Box::new(sandbox.thread(Kind::DiskWorker))),
+            busy_poll: Duration::from_micros(config.poll_us.unwrap_or(0).into()),
             ..Default::default()
         },
     )?;
