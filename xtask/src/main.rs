@@ -65,10 +65,7 @@ enum Task {
     },
     /// The part of `bench` that runs in the lab
     #[command(hide = true)]
-    BenchInside {
-        #[arg(long)]
-        disk: bool,
-    },
+    BenchInside { part: String },
     /// Run a command in a lab host that sees a folder at the same path
     Lab(LabArguments),
 }
@@ -138,7 +135,7 @@ fn main() -> ExitCode {
                 program,
             },
         } => bench::run(program, !without_disk),
-        Task::BenchInside { disk } => bench::inside(disk),
+        Task::BenchInside { part } => bench::inside(&part),
         Task::Demo { tour } => demo::run(tour),
         Task::DemoInside { tour } => demo::inside(tour),
         Task::Lab(arguments) => in_lab(arguments),

@@ -26,7 +26,7 @@ const EVENTS: [&str; 5] = [
 const LOADS: [(&str, u32, u32, [u32; 2]); 3] = [
     ("4 KiB, depth 1", 4096, 1, [500, 2500]),
     ("4 KiB, depth 16", 4096, 16, [1000, 9000]),
-    ("1 MiB, depth 1", 1 << 20, 1, [20, 100]),
+    ("1 MiB, depth 1", 1 << 20, 1, [100, 500]),
 ];
 
 /// Measures and prints.
