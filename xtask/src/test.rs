@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
+use lab::{Cache, Toolbox};
 
 use crate::{build, demo, host, licences, setup};
 
@@ -44,9 +45,6 @@ pub(crate) fn run(quick: bool) -> Result<ExitCode> {
             .env("RUSTDOCFLAGS", "--deny=warnings");
         visible(&mut command).map(|()| Counts::one())
     });
-    tally.step("unit, simulator and micro-guest tests", || {
-        tests(build::cargo().args(["test", "--workspace", "--exclude=lab", "--exclude=stories"]))
-    });
     if !quick {
         tally.step("set-up", || {
             setup::run(&setup::Options {
@@ -55,6 +53,17 @@ pub(crate) fn run(quick: bool) -> Result<ExitCode> {
             })
             .map(|()| Counts::one())
         });
+    }
+    tally.step("unit, simulator and micro-guest tests", || {
+        let mut command = build::cargo();
+        command.args(["test", "--workspace", "--exclude=lab", "--exclude=stories"]);
+        // Some tests use iasl, passt and the like where they find them.
+        if let Ok(toolbox) = Toolbox::open(&Cache::locate()) {
+            command.env("PATH", toolbox.search_path());
+        }
+        tests(&mut command)
+    });
+    if !quick {
         let mut program = None;
         tally.step("release build", || {
             program = Some(build::release("smsvmm")?);

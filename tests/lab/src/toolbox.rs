@@ -73,6 +73,15 @@ impl Toolbox {
         path.exists().then_some(path)
     }
 
+    /// A search path with this machine's programs first and the tree's behind them. Good for programs that need nothing but
+    /// the C library, such as iasl and passt.
+    #[must_use]
+    pub fn search_path(&self) -> std::ffi::OsString {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let tree = ["usr/bin", "usr/sbin"].map(|folder| self.tree().join(folder));
+        std::env::join_paths(std::env::split_paths(&path).chain(tree)).unwrap_or(path)
+    }
+
     /// A command that runs a program of the tree on this machine (or this machine's, when the tree does not have it).
     #[must_use]
     pub fn command(&self, program: &str) -> Command {

@@ -16,7 +16,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use lab::{Cache, Lab};
+use lab::{Cache, Lab, Toolbox};
 
 use crate::{build, host, setup};
 
@@ -99,15 +99,19 @@ fn show(folder: &Path, guest: &Guest, tour: bool) -> Result<ExitCode> {
     }
     let config = folder.join("vm.toml");
     fs::write(&config, vm_toml(guest))?;
+    let mut command = Command::new(folder.join("smsvmm"));
+    command.arg("run").arg(&config);
+    if let Ok(toolbox) = Toolbox::open(&Cache::locate()) {
+        // passt, where it is not installed.
+        command.env("PATH", toolbox.search_path());
+    }
     if tour {
-        return tour::run(folder);
+        return tour::run(folder, command);
     }
     eprintln!(
         "\nThe console is yours: you are root in the guest. `poweroff` ends it; Ctrl-] then ? shows what else does.\n"
     );
-    let status = Command::new(folder.join("smsvmm"))
-        .arg("run")
-        .arg(&config)
+    let status = command
         .stdin(Stdio::inherit())
         .status()
         .context("cannot start smsvmm")?;

@@ -24,11 +24,9 @@ struct Stop {
     seconds: f64,
 }
 
-/// Runs the guest in a folder that is ready, and shows the tour; exit status 0 if all went as it should.
-pub(crate) fn run(folder: &Path) -> Result<ExitCode> {
+/// Runs the guest by a command, in a folder that is ready, and shows the tour; exit status 0 if all went as it should.
+pub(crate) fn run(folder: &Path, command: Command) -> Result<ExitCode> {
     let port = serve(GREETING)?;
-    let mut command = Command::new(folder.join("smsvmm"));
-    command.arg("run").arg("vm.toml");
     let vm = Vm::launch(command, folder, LIMIT)?;
     vm.echo();
     let mut tour = Tour {
