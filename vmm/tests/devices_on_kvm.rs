@@ -12,7 +12,9 @@ use virtio_core::virtio_queue::QueueT;
 use virtio_core::{Activation, DeviceError, VirtioDevice};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::layout;
+use vmm::pci::PciFunction;
 use vmm::transport::{BAR_SIZE, TransportEvents, VirtioPci};
+use vmm_sys_util::eventfd::EventFd;
 
 const BAR: u64 = layout::MMIO32.start + BAR_SIZE;
 /// ECAM address of slot 1.
@@ -210,6 +212,24 @@ fn a_doorbell_reaches_the_device_and_its_interrupt_the_guest() {
     assert_eq!(served.load(Ordering::SeqCst), 1);
     function.stop();
     assert!(function.is_idle());
+}
+
+#[test]
+fn a_removed_device_leaves_its_doorbells_to_the_next() {
+    let Some(machine) = Machine::new() else { return };
+    for _ in 0..2 {
+        let (function, _) = with_device(&machine);
+        function.config_write(4, &[6, 0]);
+        let taken = EventFd::new(0).unwrap();
+        assert!(
+            machine.vm.connect_doorbell(&taken, DOORBELL).is_err(),
+            "the device has its doorbell"
+        );
+        machine.pci.remove(1);
+        function.stop();
+        machine.vm.connect_doorbell(&taken, DOORBELL).unwrap();
+        machine.vm.disconnect_doorbell(&taken, DOORBELL).unwrap();
+    }
 }
 
 #[test]

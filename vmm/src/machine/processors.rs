@@ -1,6 +1,6 @@
 //! The guest's processors: what the configuration asks for, made of what this host and its KVM have.
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, VcpuFd};
 
 use super::MachineError;
@@ -30,9 +30,7 @@ impl Processors {
     /// Asks KVM what it can do, and plans the vCPUs.
     pub(super) fn new(vm: &Vm, config: &CpuConfig) -> Result<Self, MachineError> {
         let kvm = vm.kvm();
-        let supported = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(call("list the features of its vCPUs"))?;
+        let supported = cpuid::supported(kvm).map_err(call("list the features of its vCPUs"))?;
         let topology = Topology::new(config.sockets.into(), config.cores.into(), config.threads.into())
             .map_err(description)?;
         let removed = config
@@ -51,7 +49,7 @@ impl Processors {
             mine.len() == 1 && others.count() == 1
         };
         Ok(Processors {
-            supported: supported.as_slice().to_vec(),
+            supported,
             apic_ids: topology.apic_ids(),
             topology,
             removed,

@@ -289,9 +289,12 @@ impl VirtioPci {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins to stop the device, as a machine that goes down does. See [`Self::is_idle`].
+    /// Begins to stop the device and takes its doorbells away, as a machine that goes down or a removal does: the function must
+    /// not be reachable for the guest any more. See [`Self::is_idle`].
     pub fn stop(&self) {
-        self.begin_reset(&mut self.lock());
+        let inner = &mut *self.lock();
+        self.begin_reset(inner);
+        place_doorbells(&self.vm, inner, None);
     }
 
     /// Whether the device touches guest memory no more.
@@ -299,11 +302,12 @@ impl VirtioPci {
         self.finish_reset(&mut self.lock())
     }
 
-    /// Takes the device out, to put it into another machine. The device must be idle.
+    /// Takes the device out, to put it into another machine. The device must be stopped and idle.
     pub fn into_device(self) -> Box<dyn VirtioDevice> {
-        let mut inner = self.inner.into_inner().unwrap_or_else(PoisonError::into_inner);
-        place_doorbells(&self.vm, &mut inner, None);
-        inner.device
+        self.inner
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .device
     }
 
     /// Calls `change` with the device, for example to resize a disk.
