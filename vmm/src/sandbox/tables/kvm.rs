@@ -13,7 +13,7 @@ const KVM: u8 = 0xae;
 /// What vCPU threads ask: they run the guest, and carry out what its drivers program.
 #[rustfmt::skip]
 pub(in crate::sandbox) const RUN: &[Rule] = &[
-    ioctl(io(KVM, 0x80), "KVM_RUN: hot, hence first of all ioctls"),
+    ioctl(io(KVM, 0x80), "KVM_RUN"),
     ioctl(ior::<kvm_regs>(KVM, 0x81), "KVM_GET_REGS: where a guest failed"),
     ioctl(iow::<kvm_irq_routing>(KVM, 0x6a), "KVM_SET_GSI_ROUTING: the guest programs MSI-X"),
     ioctl(iow::<kvm_irqfd>(KVM, 0x76), "KVM_IRQFD: a queue gets its vector"),

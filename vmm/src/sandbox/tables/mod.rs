@@ -10,6 +10,15 @@ mod work;
 use super::kind::Kind;
 use super::rules::Rule;
 
+/// The request that is worth a shortcut, because it is made at each exit of the guest and its argument is looked at.
+pub(super) fn hot(kind: Kind) -> Option<&'static Rule> {
+    match kind {
+        // vCPU threads also go through the filter of the main thread, which starts them.
+        Kind::Main | Kind::Vcpu => kvm::RUN.first(),
+        Kind::Management | Kind::Signals | Kind::DiskWorker | Kind::NetQueue => None,
+    }
+}
+
 /// The tables of a kind of thread.
 pub(super) fn of(kind: Kind) -> &'static [&'static [Rule]] {
     match kind {

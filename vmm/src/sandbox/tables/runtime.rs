@@ -23,7 +23,6 @@ const START: &str = "start of a thread that is started inside the sandbox";
 /// What every thread needs: memory, threads, locks, signals, time, log lines, a way out.
 #[rustfmt::skip]
 pub(in crate::sandbox) const EVERY_THREAD: &[Rule] = &[
-    // Hot calls first: a filter is read from its start.
     allow(SYS_futex, "locks, condition variables, channels, joining threads"),
     allow(SYS_read, "eventfds, timers, pipes; only what is open"),
     allow(SYS_write, "eventfds, log lines, consoles; only what is open"),
