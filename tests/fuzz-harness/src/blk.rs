@@ -7,7 +7,7 @@ use virtio_core::GuestMemory;
 use virtio_core::vm_memory::{Bytes, GuestAddress};
 
 use crate::disk::place;
-use crate::ring::{Arena, Piece};
+use crate::ring::{Arena, Piece, Ring};
 
 /// What the guest reads as the disk's identifier.
 pub(crate) const ID: &[u8; 20] = b"smsvmm-fuzz\0\0\0\0\0\0\0\0\0";
@@ -42,7 +42,7 @@ pub(crate) struct Planned {
 /// Makes a request and puts its readable part into guest memory.
 pub(crate) fn plan(
     input: &mut Unstructured<'_>,
-    memory: &GuestMemory,
+    ring: &Ring,
     arena: &mut Arena,
     geometry: &Geometry,
 ) -> arbitrary::Result<Planned> {
@@ -113,7 +113,7 @@ pub(crate) fn plan(
     }
     let mut pieces = Vec::new();
     arena.cut(input, readable_length, false, &mut pieces)?;
-    put(memory, &pieces, &readable);
+    ring.fill(&pieces, &readable);
     let of_readable: usize = pieces.iter().map(|piece| piece.length as usize).sum();
     let first_writable = pieces.len();
     arena.cut(input, writable_length, true, &mut pieces)?;
@@ -154,16 +154,6 @@ fn range(
     body.extend(count.to_le_bytes());
     body.extend(flags.to_le_bytes());
     Ok(())
-}
-
-fn put(memory: &GuestMemory, pieces: &[Piece], mut bytes: &[u8]) {
-    for piece in pieces {
-        let (now, later) = bytes.split_at(bytes.len().min(piece.length as usize));
-        memory
-            .write_slice(now, GuestAddress(piece.address))
-            .expect("the arena is in memory");
-        bytes = later;
-    }
 }
 
 impl Planned {

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use virtio_core::vm_memory::{Bytes, GuestAddress};
 use virtio_core::{Activation, ActiveQueue, DeviceEvents, GuestMemory, VirtioDevice};
 
 use crate::patience::wait_until;
-use crate::ring::Ring;
+use crate::ring::{Piece, Ring};
 
 /// Hears that the device gave up.
 #[derive(Default)]
@@ -56,33 +57,60 @@ pub(crate) fn reset(device: &mut dyn VirtioDevice, mut meanwhile: impl FnMut()) 
     });
 }
 
+/// A chain that came back.
+pub(crate) struct Returned {
+    pub(crate) pieces: Vec<Piece>,
+    /// Bytes that the device says it wrote.
+    pub(crate) written: usize,
+}
+
+impl Returned {
+    /// What the device wrote.
+    pub(crate) fn bytes(&self, memory: &GuestMemory) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for piece in self.pieces.iter().filter(|piece| piece.writable) {
+            let start = bytes.len();
+            bytes.resize(start + piece.length as usize, 0);
+            memory
+                .read_slice(&mut bytes[start..], GuestAddress(piece.address))
+                .expect("lent buffers are in memory");
+        }
+        bytes.truncate(self.written);
+        bytes
+    }
+}
+
 /// The chains that the device has: each comes back once, or never.
 #[derive(Default)]
 pub(crate) struct Account {
-    lent: BTreeMap<u32, u32>,
+    lent: BTreeMap<u32, Vec<Piece>>,
 }
 
 impl Account {
-    /// The device may take chain `head`, into which it may write `room` bytes.
-    pub(crate) fn lend(&mut self, head: u16, room: u32) {
+    /// The device may take chain `head` of these pieces.
+    pub(crate) fn lend(&mut self, head: u16, pieces: Vec<Piece>) {
         assert!(
-            self.lent.insert(head.into(), room).is_none(),
+            self.lent.insert(head.into(), pieces).is_none(),
             "the driver lends a chain twice"
         );
     }
 
-    /// Takes back what the device has used, in its order: head and written bytes.
-    pub(crate) fn settle(&mut self, ring: &mut Ring) -> Vec<(u16, u32)> {
+    /// Takes back what the device has used, in its order.
+    pub(crate) fn settle(&mut self, ring: &mut Ring) -> Vec<Returned> {
         let mut settled = Vec::new();
         while let Some((head, written)) = ring.take_used() {
-            let room = self.lent.remove(&head);
-            let room =
-                room.unwrap_or_else(|| panic!("chain {head} came back, but the device did not have it"));
+            let pieces = self.lent.remove(&head);
+            let pieces =
+                pieces.unwrap_or_else(|| panic!("chain {head} came back, but the device did not have it"));
+            let room: u32 = pieces.iter().map(Piece::room).sum();
             assert!(
                 written <= room,
                 "{written} bytes written into the {room} of chain {head}"
             );
-            settled.push((head as u16, written));
+            settled.push(Returned {
+                pieces,
+                written: written as usize,
+            });
         }
         settled
     }

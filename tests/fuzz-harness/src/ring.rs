@@ -191,6 +191,15 @@ impl Ring {
         self.write(table + 16 * u64::from(index), &bytes);
     }
 
+    /// Puts `bytes` into the readable pieces of a chain.
+    pub(crate) fn fill(&self, pieces: &[Piece], mut bytes: &[u8]) {
+        for piece in pieces.iter().filter(|piece| !piece.writable) {
+            let (now, later) = bytes.split_at(bytes.len().min(piece.length as usize));
+            self.write(piece.address, now);
+            bytes = later;
+        }
+    }
+
     fn write(&self, address: u64, bytes: &[u8]) {
         self.memory
             .write_slice(bytes, GuestAddress(address))

@@ -75,12 +75,15 @@ macro_rules! replays {
 
 replays! {
     pci: "pci", 10_000;
+    transport: "transport", 200;
     platform: "platform", 10_000;
     serial: "serial", 10_000;
     rtc: "rtc", 10_000;
     block_request: "block-request", 5_000;
     block_queue: "block-queue", 5_000;
     rng: "rng", 10_000;
+    console: "console", 5_000;
+    net: "net", 2_000;
     config: "config", 10_000;
     escape: "escape", 10_000;
 }

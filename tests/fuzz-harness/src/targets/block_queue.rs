@@ -12,7 +12,7 @@ use crate::device::{Account, Events, activate, reset};
 use crate::disk::{MemoryDisk, initial_content};
 use crate::memory::{Watch, guest_memory};
 use crate::patience::wait_until;
-use crate::ring::{Arena, MAX_SIZE, Piece, Ring};
+use crate::ring::{Arena, MAX_SIZE, Ring};
 
 const QUEUES: u16 = 2;
 
@@ -122,16 +122,14 @@ impl Bench {
         let mut arena = Arena::new();
         for queue in queues.iter_mut() {
             for _ in 0..input.int_in_range(0..=4)? {
-                let request = blk::plan(input, &self.memory, &mut arena, &self.geometry)?;
+                let request = blk::plan(input, &queue.ring, &mut arena, &self.geometry)?;
                 let indirect = input.ratio(1, 4)?;
                 let Some(head) = queue.ring.store_chain(&mut arena, &request.pieces, indirect) else {
                     continue;
                 };
                 queue.ring.make_available(head);
                 if !spoilt {
-                    queue
-                        .account
-                        .lend(head, request.pieces.iter().map(Piece::room).sum());
+                    queue.account.lend(head, request.pieces.clone());
                 }
                 spoilt |= !request.is_whole;
                 queue.requests.push(request);

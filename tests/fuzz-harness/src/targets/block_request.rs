@@ -30,7 +30,7 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     let mut buffers = Buffers::default();
     while !input.is_empty() {
         let mut arena = Arena::new();
-        let request = blk::plan(input, &memory, &mut arena, &geometry)?;
+        let request = blk::plan(input, &ring, &mut arena, &geometry)?;
         let indirect = table.indirect && input.ratio(1, 4)?;
         let Some(mut head) = ring.store_chain(&mut arena, &request.pieces, indirect) else {
             ring.recycle();

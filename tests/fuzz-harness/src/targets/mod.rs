@@ -3,12 +3,15 @@
 mod block_queue;
 mod block_request;
 mod config;
+mod console;
 mod escape;
+mod net;
 mod pci;
 mod platform;
 mod rng;
 mod rtc;
 mod serial;
+mod transport;
 
 use crate::Target;
 
@@ -20,6 +23,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 1024,
         is_possible: always,
         body: pci::run,
+    },
+    Target {
+        name: "transport",
+        about: "virtio over PCI: registers, MSI-X, doorbells, BARs",
+        max_length: 1024,
+        is_possible: transport::is_possible,
+        body: transport::run,
     },
     Target {
         name: "platform",
@@ -62,6 +72,20 @@ pub const TARGETS: &[Target] = &[
         max_length: 512,
         is_possible: always,
         body: rng::run,
+    },
+    Target {
+        name: "console",
+        about: "virtio-console: queues served by the event loop, a client at its socket",
+        max_length: 512,
+        is_possible: always,
+        body: console::run,
+    },
+    Target {
+        name: "net",
+        about: "virtio-net: queues served by a thread, a peer that may be hostile",
+        max_length: 1024,
+        is_possible: always,
+        body: net::run,
     },
     Target {
         name: "config",

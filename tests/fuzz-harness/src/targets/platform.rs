@@ -56,6 +56,7 @@ const BASES: [u16; 9] = [
 
 struct Bench {
     platform: Platform,
+    console: ConsoleHandle,
     ports: Bus,
     asked: Arc<Recorder>,
     seconds: Arc<AtomicU64>,
@@ -101,14 +102,22 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     Ok(())
 }
 
+impl Drop for Bench {
+    fn drop(&mut self) {
+        // Port and console hold each other.
+        self.console.set_input(None);
+    }
+}
+
 impl Bench {
     fn new() -> Self {
+        let console = ConsoleHandle::null();
         let (ports, asked) = (Bus::new(), Arc::<Recorder>::default());
         let seconds = Arc::new(AtomicU64::new(1_795_277_159));
         let clock = seconds.clone();
         let config = PlatformConfig {
             ram_size: 1 << 30,
-            serial: ConsoleHandle::null(),
+            serial: console.clone(),
             serial_interrupt: Arc::new(|| {}),
             ged_interrupt: Arc::new(|| {}),
             clock: Box::new(move || Duration::from_secs(clock.load(Ordering::SeqCst))),
@@ -125,6 +134,7 @@ impl Bench {
         ports.insert("CF8", cf8..cf8 + 8, pci).unwrap();
         Self {
             platform,
+            console,
             ports,
             asked,
             seconds,

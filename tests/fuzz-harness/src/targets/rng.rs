@@ -8,7 +8,7 @@ use vmm::devices::rng::Rng;
 
 use crate::device::{Account, activate, reset};
 use crate::memory::{Watch, guest_memory};
-use crate::ring::{Arena, MAX_SIZE, Piece, Ring};
+use crate::ring::{Arena, MAX_SIZE, Ring};
 
 /// One go gives 256 KiB, and a ring can ask for 2 MiB.
 const TURNS: usize = 64;
@@ -49,9 +49,9 @@ fn live(
             arena.cut(input, length, true, &mut pieces)?;
             let indirect = input.ratio(1, 4)?;
             if let Some(head) = ring.store_chain(&mut arena, &pieces, indirect) {
-                account.lend(head, pieces.iter().map(Piece::room).sum());
                 ring.make_available(head);
-                lent.extend(pieces);
+                lent.extend(&pieces);
+                account.lend(head, pieces);
             }
         }
         if input.ratio(1, 8)? {

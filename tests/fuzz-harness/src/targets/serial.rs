@@ -20,6 +20,7 @@ const LOOP: u8 = 0x10;
 
 struct Bench {
     serial: Arc<Serial>,
+    console: ConsoleHandle,
     edges: Arc<AtomicUsize>,
     /// What the driver has yet to read.
     expected: VecDeque<u8>,
@@ -33,8 +34,10 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     let interrupt = Arc::new(move || {
         counter.fetch_add(1, Ordering::SeqCst);
     });
+    let console = ConsoleHandle::null();
     let mut bench = Bench {
-        serial: Serial::new(ConsoleHandle::null(), interrupt),
+        serial: Serial::new(console.clone(), interrupt),
+        console,
         edges,
         expected: VecDeque::new(),
         selects_divisor: false,
@@ -59,6 +62,13 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
         bench.assert_signalled();
     }
     Ok(())
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        // Port and console hold each other.
+        self.console.set_input(None);
+    }
 }
 
 impl Bench {
