@@ -5,6 +5,7 @@ mod bench;
 mod build;
 mod debian;
 mod demo;
+mod fuzz;
 mod host;
 mod images;
 mod kernels;
@@ -66,6 +67,8 @@ enum Task {
     /// The part of `bench` that runs in the lab
     #[command(hide = true)]
     BenchInside { part: String },
+    /// Fuzz what hostile guests, peers and files can reach
+    Fuzz(fuzz::Arguments),
     /// Run a command in a lab host that sees a folder at the same path
     Lab(LabArguments),
 }
@@ -138,6 +141,7 @@ fn main() -> ExitCode {
         Task::BenchInside { part } => bench::inside(&part),
         Task::Demo { tour } => demo::run(tour),
         Task::DemoInside { tour } => demo::inside(tour),
+        Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Lab(arguments) => in_lab(arguments),
     };
     result.unwrap_or_else(|error| {

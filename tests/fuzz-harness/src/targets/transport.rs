@@ -10,7 +10,7 @@ use vmm::bus::Bus;
 use vmm::layout;
 use vmm::pci::{Cf8, Ecam, PciBus, PciFunction, Window};
 use vmm::transport::{BAR_SIZE, TransportEvents, VirtioPci};
-use vmm::vm::Vm;
+use vmm::vm::{Vm, open_kvm};
 
 use crate::memory::{HIGH_SIZE, HIGH_START, LOW_SIZE, guest_memory};
 
@@ -35,7 +35,8 @@ const FEATURES: u64 = feature::RING_INDIRECT_DESC | feature::RING_EVENT_IDX | 0x
 /// The KVM machine of this process, without memory and vCPUs; none where there is no usable KVM.
 fn vm() -> Option<&'static Arc<Vm>> {
     static VM: OnceLock<Option<Arc<Vm>>> = OnceLock::new();
-    VM.get_or_init(|| Vm::new().ok().map(Arc::new)).as_ref()
+    VM.get_or_init(|| Vm::new(open_kvm().ok()?).ok().map(Arc::new))
+        .as_ref()
 }
 
 pub(super) fn is_possible() -> bool {
