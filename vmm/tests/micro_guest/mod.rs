@@ -4,7 +4,12 @@
 //! instructions that a driver needs. A guest tells the test something by writing to [`REPORT_PORT`], and ends itself by
 //! writing to [`END_PORT`].
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper of tests")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a helper of tests, of which each uses a part"
+)]
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -216,6 +221,11 @@ impl Machine {
 
     /// Runs `code` until it ends itself, at most ten seconds.
     pub(crate) fn run(self, code: &Code) -> Report {
+        self.run_for(code, Duration::from_secs(10))
+    }
+
+    /// Runs `code` until it ends itself, at most for `limit`.
+    pub(crate) fn run_for(self, code: &Code, limit: Duration) -> Report {
         let memory = self.ram.memory();
         memory
             .write_slice(code.bytes(), GuestAddress(layout::KERNEL_START))
@@ -236,7 +246,7 @@ impl Machine {
         vcpus.resume();
         let started = Instant::now();
         let over = |report: &Report| report.ended || report.fault.is_some();
-        while !over(&self.report.lock().unwrap()) && started.elapsed() < Duration::from_secs(10) {
+        while !over(&self.report.lock().unwrap()) && started.elapsed() < limit {
             std::thread::sleep(Duration::from_millis(1));
         }
         vcpus.stop();
