@@ -350,9 +350,10 @@ fn evaluate(machine: &Machine, fill: u8, call: &str) -> Option<String> {
     Some(said)
 }
 
-/// The notifications in what the interpreter says: object and value.
+/// The notifications in what the interpreter says: object and value. Sorted, as it hands them out in threads of its own.
 fn notifications(said: &str) -> Vec<(String, u32)> {
-    said.lines()
+    let mut all: Vec<_> = said
+        .lines()
         .filter_map(|line| line.split_once("Notify on ["))
         .map(|(_, rest)| {
             let (object, rest) = rest.split_once(']').unwrap();
@@ -360,7 +361,9 @@ fn notifications(said: &str) -> Vec<(String, u32)> {
             let value = value.split_once(' ').unwrap().0;
             (object.to_owned(), u32::from_str_radix(value, 16).unwrap())
         })
-        .collect()
+        .collect();
+    all.sort();
+    all
 }
 
 /// How often the interpreter touched a register: each would be a VM exit.
