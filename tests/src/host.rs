@@ -121,6 +121,21 @@ impl Host {
         })
     }
 
+    /// Runs a shell script that must succeed, and returns its output without the last line's end.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn sh(&self, script: &str) -> Result<String> {
+        let output = self.run(&format!("set -e\n{script}"))?;
+        let text = output.text();
+        ensure!(
+            output.status == 0,
+            "on the host, {script:?} ended with {}: {text}",
+            output.status
+        );
+        Ok(text.trim_end().to_owned())
+    }
+
     /// Runs the program under test with some arguments, in the story's folder.
     ///
     /// # Errors

@@ -41,6 +41,7 @@ pub use vm::{Disk, Outcome, Vm, VmBuilder};
 pub struct Story {
     pub(crate) lab: lab::Builder,
     pub(crate) limit: Duration,
+    pub(crate) changes_the_host: bool,
 }
 
 impl Default for Story {
@@ -48,6 +49,7 @@ impl Default for Story {
         Self {
             lab: lab::Lab::builder(),
             limit: Duration::from_secs(240),
+            changes_the_host: false,
         }
     }
 }
@@ -71,6 +73,13 @@ impl Story {
     #[must_use]
     pub fn deterministic(mut self) -> Self {
         self.lab = self.lab.deterministic(true);
+        self
+    }
+
+    /// It needs root and changes its host (mounts, block devices, interfaces): always told in the lab.
+    #[must_use]
+    pub fn changes_the_host(mut self) -> Self {
+        self.changes_the_host = true;
         self
     }
 
