@@ -7,7 +7,7 @@ use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Gives the lock back. Closing the file does so, too, but only when the kernel has forgotten the last request on it, a
 /// moment after that has ended.
@@ -78,28 +78,30 @@ pub(super) fn block_device_holder(path: &Path) -> Option<String> {
 
 /// The first process with a descriptor for which `matches` holds.
 fn find_process(matches: impl Fn(&Path, &str) -> Option<()>) -> Option<String> {
-    for process in fs::read_dir("/proc").ok()?.flatten() {
-        let name = process.file_name();
-        let Some(pid) = name
-            .to_str()
-            .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
-        else {
-            continue;
-        };
-        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else {
-            continue;
-        };
-        for descriptor in descriptors.flatten() {
-            if descriptor
-                .file_name()
-                .to_str()
-                .and_then(|number| matches(&process.path(), number))
-                .is_some()
-            {
-                let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-                return Some(format!("{} (pid {pid})", command.trim()));
-            }
-        }
-    }
-    None
+    processes().into_iter().find_map(|process| {
+        fs::read_dir(process.join("fd"))
+            .ok()?
+            .flatten()
+            .find_map(|descriptor| matches(&process, descriptor.file_name().to_str()?))?;
+        let command = fs::read_to_string(process.join("comm")).unwrap_or_default();
+        let pid = process.file_name()?.to_str()?.to_owned();
+        Some(format!("{} (pid {pid})", command.trim()))
+    })
+}
+
+/// The folders of all processes in `/proc`; of this one alone, where a sandbox shows nothing else.
+fn processes() -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return vec![PathBuf::from(format!("/proc/{}", std::process::id()))];
+    };
+    let is_process = |path: &PathBuf| {
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(is_process)
+        .collect()
 }
