@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use lab::{Archive, Cache, Key, Toolbox};
 
 use crate::apt::Apt;
@@ -74,6 +74,11 @@ fn bootstrap(recipe: &Recipe, toolbox: &Toolbox, apt: &Apt, kernel: &Path, archi
     } else {
         "unshare"
     };
+    if mode == "unshare" && !host::has("newuidmap") {
+        bail!(
+            "an ordinary user needs newuidmap to make the Debian guest; install it with: sudo apt-get install uidmap"
+        );
+    }
     let mut command = Command::new("perl");
     command.arg(script).args([
         "--variant=apt",
@@ -114,7 +119,7 @@ fn bootstrap(recipe: &Recipe, toolbox: &Toolbox, apt: &Apt, kernel: &Path, archi
             .get(lines.len().saturating_sub(25)..)
             .unwrap_or_default()
             .join("\n");
-        anyhow::bail!("mmdebstrap failed ({status}):\n{end}");
+        bail!("mmdebstrap failed ({status}):\n{end}");
     }
     Ok(())
 }
