@@ -26,14 +26,22 @@
 //!    completion first: see [`IoBuf`] for what the memory's owner promises.
 //!
 //! Devices are opened on any thread, but used only by tasks of a [`Worker`].
+//!
+//! With the feature `sim`, `sim` is the simulator: disks, time, scheduling, crashes and faults from a seed.
 
 mod buffer;
+mod clock;
+#[doc(hidden)]
+pub mod cover;
 mod device;
 mod error;
 mod host;
+#[cfg(feature = "sim")]
+pub mod sim;
 mod worker;
 
 pub use buffer::{AlignedBuffer, IoBuf};
+pub use clock::{Clock, WorkerClock};
 pub use device::{BlockDevice, Durability, Geometry, ZeroMode};
 pub use error::{IoCause, IoError, Operation};
 pub use host::{Cache, HostDevice, OpenError, OpenOptions};

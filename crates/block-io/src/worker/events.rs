@@ -3,6 +3,8 @@
 use std::future::poll_fn;
 use std::io;
 use std::marker::PhantomData;
+#[cfg(feature = "sim")]
+use std::os::fd::AsRawFd;
 use std::task::{Context, Poll, Waker};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -139,8 +141,10 @@ impl EventWatch {
     /// # Errors
     /// `NotConnected` if this thread is not a worker.
     pub fn new(event: EventFd) -> io::Result<Self> {
-        let index =
-            with_local(|local| local.events.borrow_mut().insert()).ok_or(io::ErrorKind::NotConnected)?;
+        let index = with_local(|local| local.events.borrow_mut().insert());
+        #[cfg(feature = "sim")]
+        let index = index.or_else(|| crate::sim::watch::is_simulated().then_some(u32::MAX));
+        let index = index.ok_or(io::ErrorKind::NotConnected)?;
         Ok(Self {
             event,
             index,
@@ -182,12 +186,28 @@ impl EventWatch {
             }
             Poll::Pending
         });
+        #[cfg(feature = "sim")]
+        let outcome = outcome.or_else(|| self.poll_simulated(context));
         outcome.unwrap_or_else(|| Poll::Ready(Err(io::ErrorKind::NotConnected.into())))
+    }
+
+    #[cfg(feature = "sim")]
+    fn poll_simulated(&self, context: &Context<'_>) -> Option<Poll<io::Result<()>>> {
+        use crate::sim::watch;
+        watch::is_simulated().then(|| {
+            if watch::readable(self.event.as_raw_fd(), context.waker()) {
+                Poll::Ready(self.event.read().map(drop))
+            } else {
+                Poll::Pending
+            }
+        })
     }
 }
 
 impl Drop for EventWatch {
     fn drop(&mut self) {
+        #[cfg(feature = "sim")]
+        crate::sim::watch::forget(self.event.as_raw_fd());
         with_local(|local| {
             let armed = local.events.borrow().is_armed(self.index);
             let follows = armed && local.engine.unwatch(self.index, &self.event);

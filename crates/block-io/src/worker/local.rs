@@ -141,7 +141,7 @@ pub(super) fn with_local<R>(use_it: impl FnOnce(&Local) -> R) -> Option<R> {
     unsafe { local.as_ref() }.map(use_it)
 }
 
-/// Runs `future` as a task of the worker whose task calls this.
+/// Runs `future` as a task of the worker whose task calls this, or of the simulation.
 ///
 /// # Errors
 /// Gives the future back if this thread is not a worker.
@@ -150,6 +150,9 @@ where
     F: Future<Output = ()> + 'static,
 {
     if LOCAL.get().is_null() {
+        #[cfg(feature = "sim")]
+        return crate::sim::spawn_on_current(future);
+        #[cfg(not(feature = "sim"))]
         return Err(future);
     }
     with_local(|local| local.spawn(Box::pin(future)));

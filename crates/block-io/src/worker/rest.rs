@@ -31,7 +31,13 @@ pub trait PollSource {
 
 /// Has the worker of this thread look at `source` as long as it lives.
 pub fn add_poll_source(source: &Rc<dyn PollSource>) {
-    with_local(|local| local.rest.sources.borrow_mut().push(Rc::downgrade(source)));
+    let added = with_local(|local| local.rest.sources.borrow_mut().push(Rc::downgrade(source)));
+    #[cfg(feature = "sim")]
+    if added.is_none() {
+        crate::sim::watch::add_source(source);
+    }
+    #[cfg(not(feature = "sim"))]
+    let _ = added;
 }
 
 /// A worker's way to rest.

@@ -1,0 +1,161 @@
+//! All that a crash can leave behind: for every sector, the durable content or one of the uncertain changes.
+
+use std::collections::BTreeMap;
+
+use super::medium::{Change, Medium};
+use super::rng::Rng;
+
+/// Changes above so many sectors are decided in eight pieces.
+const FINE_SECTORS: u64 = 32768;
+
+/// A piece of a disk whose content after the crash is open.
+#[derive(Debug)]
+struct Site {
+    disk: usize,
+    /// Contents beside the durable one; and which change each is from.
+    options: Vec<(usize, Change)>,
+}
+
+/// The states that a crash of some disks can lead to.
+#[derive(Debug)]
+pub struct CrashStates {
+    media: Vec<Medium>,
+    sites: Vec<Site>,
+    changes: usize,
+    total: Option<u64>,
+}
+
+impl CrashStates {
+    /// Of these disks, as they are now.
+    pub fn new(media: &[Medium]) -> Self {
+        let mut sites = Vec::new();
+        let mut changes = 0;
+        let mut kept = Vec::with_capacity(media.len());
+        for (disk, medium) in media.iter().enumerate() {
+            sites_of(disk, medium, &mut changes, &mut sites);
+            let mut durable = medium.durable.clone();
+            durable.freeze();
+            kept.push(medium.crashed(durable));
+        }
+        let total = sites.iter().try_fold(1_u64, |total, site| {
+            total.checked_mul(site.options.len() as u64 + 1)
+        });
+        Self {
+            media: kept,
+            sites,
+            changes,
+            total,
+        }
+    }
+
+    /// How many different states there are, if that fits into 64 bits.
+    pub fn total(&self) -> Option<u64> {
+        self.total
+    }
+
+    /// How many states [`Self::nth`] gives for `limit`: all, if there are so few.
+    pub fn count(&self, limit: u64) -> u64 {
+        self.total.map_or(limit, |total| total.min(limit)).max(1)
+    }
+
+    /// State number `index` of [`Self::count`]. If there are too many for `limit`, the first ones are the telling ones
+    /// (nothing kept, all kept, one change kept, one lost, prefixes), then come changes drawn from `seed`, whole and torn.
+    pub fn nth(&self, index: u64, limit: u64, seed: u64) -> Vec<Medium> {
+        if self.total.is_some_and(|total| total <= limit) {
+            let mut rest = index;
+            return self.state(|site| {
+                let radix = site.options.len() as u64 + 1;
+                let digit = rest % radix;
+                rest /= radix;
+                usize::try_from(digit).ok()?.checked_sub(1)
+            });
+        }
+        let mut rng = Rng::new(seed ^ index.wrapping_mul(0x2545_f491_4f6c_dd1d));
+        let count = self.changes as u64;
+        let telling = index.checked_sub(2).map(|rest| (rest / 3, rest % 3));
+        match (index, telling) {
+            (0, _) => self.state(|_| None),
+            (1, _) => self.state(|site| site.options.len().checked_sub(1)),
+            (_, Some((change, way))) if change < count => self.keep(|number| match way {
+                0 => number as u64 == change,
+                1 => number as u64 != change,
+                _ => number as u64 <= change,
+            }),
+            _ => self.random_state(&mut rng),
+        }
+    }
+
+    /// A state drawn from `rng`: whole changes or torn ones, few or many.
+    pub fn random_state(&self, rng: &mut Rng) -> Vec<Medium> {
+        let likely = 1 + rng.below(7);
+        if rng.chance(1, 2) {
+            let whole: Vec<bool> = (0..self.changes).map(|_| rng.chance(likely, 8)).collect();
+            return self.keep(|number| whole.get(number).copied().unwrap_or(false));
+        }
+        self.state(|site| rng.chance(likely, 8).then(|| rng.index(site.options.len())))
+    }
+
+    /// Keeps whole changes; of several for one sector, the last.
+    fn keep(&self, kept: impl Fn(usize) -> bool) -> Vec<Medium> {
+        self.state(|site| site.options.iter().rposition(|(number, _)| kept(*number)))
+    }
+
+    fn state(&self, mut choose: impl FnMut(&Site) -> Option<usize>) -> Vec<Medium> {
+        let mut images: Vec<_> = self.media.iter().map(|medium| medium.durable.clone()).collect();
+        for site in &self.sites {
+            let choice = choose(site);
+            if let Some((_, change)) = choice.and_then(|choice| site.options.get(choice)) {
+                change.apply(&mut images[site.disk]);
+            }
+        }
+        let images = images.into_iter();
+        self.media
+            .iter()
+            .zip(images)
+            .map(|(medium, image)| medium.crashed(image))
+            .collect()
+    }
+}
+
+fn sites_of(disk: usize, medium: &Medium, changes: &mut usize, sites: &mut Vec<Site>) {
+    let sector = u64::from(medium.options.sector);
+    let mut by_sector: BTreeMap<u64, Vec<(usize, Change)>> = BTreeMap::new();
+    for change in medium.uncertain() {
+        let number = *changes;
+        *changes += 1;
+        let end = change.offset + change.length;
+        let large = change.length / sector > FINE_SECTORS;
+        let step = if large {
+            (change.length / 8).next_multiple_of(sector)
+        } else {
+            sector
+        };
+        let mut offset = change.offset;
+        while offset < end {
+            if let Some(part) = change.part(offset, offset + step) {
+                if large {
+                    let options = vec![(number, part)];
+                    sites.push(Site { disk, options });
+                } else {
+                    by_sector.entry(offset).or_default().push((number, part));
+                }
+            }
+            offset += step;
+        }
+    }
+    let mut old = vec![0; medium.options.sector as usize];
+    let zeroes = old.clone();
+    for (offset, mut options) in by_sector {
+        medium.durable.read(offset, &mut old);
+        // Contents that are there already, or offered by a later change, make no state of their own. Those of several
+        // changes stay, so that "keep the last" keeps its meaning.
+        if let [(_, only)] = options.as_slice()
+            && only.bytes().unwrap_or(&zeroes) == old.as_slice()
+        {
+            options.clear();
+        }
+        if !options.is_empty() {
+            sites.push(Site { disk, options });
+        }
+    }
+}
