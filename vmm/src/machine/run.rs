@@ -14,6 +14,7 @@ use super::devices::HostDevice;
 use super::signals::{Signal, Signals};
 use super::{MachineError, MainLoop, Parts};
 use crate::config::{OnCrash, OnReboot};
+use crate::platform::GuestLines;
 use crate::vcpu::{Gate, VcpuFault};
 
 /// How often a draining device is looked at.
@@ -164,7 +165,15 @@ impl Session {
             Signal::Reset => return Some(End::Reset("guest".to_owned())),
             Signal::Panic => return Some(End::Crash("kernel panic".to_owned())),
             // The guest is about to dump itself, and resets afterwards.
-            Signal::CrashKernel => tracing::warn!("the guest's kernel panicked and starts its crash kernel"),
+            Signal::CrashKernel => {
+                static LINES: GuestLines = GuestLines::new();
+                if let Some(suppressed) = LINES.allow() {
+                    tracing::warn!(
+                        suppressed,
+                        "the guest's kernel panicked and starts its crash kernel"
+                    );
+                }
+            }
             Signal::Fault(fault @ VcpuFault::TripleFault { .. }) => {
                 return Some(End::Crash(fault.to_string()));
             }
@@ -191,7 +200,6 @@ impl Session {
             }
             Signal::DebugLine(text, since_start) => {
                 let microseconds = u64::try_from(since_start.as_micros()).unwrap_or(u64::MAX);
-                tracing::info!(microseconds, text, "debug port");
                 events.record(EventKind::DebugLine { text, microseconds });
             }
         }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::platform::GuestLines;
 use crate::vm::{KvmError, MsiMessage, Vm};
 
 /// The vector number that means "no interrupt" (virtio 1.2 §4.1.5.1.2).
@@ -210,8 +211,12 @@ impl Msix {
         let entry = self.entries.get(usize::from(source.vector));
         let live = self.control & ENABLE != 0 && self.control & FUNCTION_MASK == 0;
         let wanted = entry.filter(|entry| live && !entry.is_masked());
-        if let Err(error) = reconnect(&self.vm, source, wanted) {
-            tracing::error!(vector = source.vector, error = %error, "an interrupt cannot be routed; the guest will miss it");
+        static LINES: GuestLines = GuestLines::new();
+        if let Err(error) = reconnect(&self.vm, source, wanted)
+            && let Some(suppressed) = LINES.allow()
+        {
+            let vector = source.vector;
+            tracing::error!(vector, error = %error, suppressed, "an interrupt cannot be routed; the guest will miss it");
         }
     }
 }

@@ -29,7 +29,7 @@ pub use hotplug::{HotplugState, PciHotplug};
 pub use i8042::I8042;
 pub use power::{AcpiRegisters, Ged, GedState};
 pub use pvpanic::PvPanic;
-pub use rate_limit::RateLimit;
+pub use rate_limit::{GuestLines, RateLimit};
 pub use rtc::{Rtc, RtcRegisters, RtcState, WallClock, host_clock};
 pub use serial::{Serial, SerialRegisters, SerialState};
 

@@ -1,6 +1,11 @@
 //! Keeps a guest from flooding the host's log.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+/// Lines at once that guests may cause at one place in the code, and the time until there may be as many again.
+const GUEST_LINES: u32 = 10;
+const GUEST_PERIOD: Duration = Duration::from_secs(10);
 
 /// Allows a number of lines per period.
 #[derive(Debug, Clone)]
@@ -35,6 +40,29 @@ impl RateLimit {
         }
         self.window = Some((start, count + 1));
         Some(std::mem::take(&mut self.suppressed))
+    }
+}
+
+/// The limit of a place in the code where a guest causes lines, for all devices together: a `static` beside it.
+#[derive(Debug)]
+pub struct GuestLines(Mutex<RateLimit>);
+
+impl GuestLines {
+    /// A limit of ten lines in ten seconds.
+    pub const fn new() -> Self {
+        Self(Mutex::new(RateLimit::new(GUEST_LINES, GUEST_PERIOD)))
+    }
+
+    /// Whether a line may be logged now: the number of lines suppressed before it, or `None` if it may not.
+    pub fn allow(&self) -> Option<u64> {
+        let mut limit = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        limit.allow(Instant::now())
+    }
+}
+
+impl Default for GuestLines {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

@@ -32,6 +32,7 @@ use virtio_core::{Activation, ActiveQueue, DeviceEvents, GuestMemory, VirtioDevi
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::pci::{BarKind, ConfigSpace, Identity, Msix, NO_VECTOR, PciFunction};
+use crate::platform::GuestLines;
 use crate::vm::{KvmError, Vm};
 
 /// Bytes of BAR 0.
@@ -355,7 +356,10 @@ impl VirtioPci {
 
     fn activate(&self, inner: &mut Inner) {
         if let Err(reason) = self.try_activate(inner) {
-            tracing::warn!(reason, "a virtio device cannot be activated");
+            static LINES: GuestLines = GuestLines::new();
+            if let Some(suppressed) = LINES.allow() {
+                tracing::warn!(reason, suppressed, "a virtio device cannot be activated");
+            }
             self.shared.set_needs_reset(&reason);
         } else {
             self.shared.events.activated();
@@ -478,22 +482,28 @@ impl VirtioPci {
 
 /// Connects the doorbells for a BAR at `address`, or nowhere.
 fn place_doorbells(vm: &Vm, inner: &mut Inner, address: Option<u64>) {
+    // A guest that lets BARs overlap causes both.
+    static LINES: GuestLines = GuestLines::new();
     if inner.doorbells == address {
         return;
     }
     let doorbell = |base: u64, index: u64| base + place::NOTIFY + index * DOORBELL_STRIDE;
     if let Some(old) = inner.doorbells.take() {
         for (index, queue) in (0..).zip(&inner.queues) {
-            if let Err(error) = vm.disconnect_doorbell(&queue.kick, doorbell(old, index)) {
-                tracing::warn!(error = %error, "a doorbell stays connected at its old address");
+            if let Err(error) = vm.disconnect_doorbell(&queue.kick, doorbell(old, index))
+                && let Some(suppressed) = LINES.allow()
+            {
+                tracing::warn!(error = %error, suppressed, "a doorbell stays connected at its old address");
             }
         }
     }
     let Some(new) = address else { return };
     for (index, queue) in (0..).zip(&inner.queues) {
-        if let Err(error) = vm.connect_doorbell(&queue.kick, doorbell(new, index)) {
+        if let Err(error) = vm.connect_doorbell(&queue.kick, doorbell(new, index))
+            && let Some(suppressed) = LINES.allow()
+        {
             // Still works: the write exits to user space, where `write_bar` rings the bell.
-            tracing::warn!(error = %error, "a doorbell cannot be connected; notifications are slow");
+            tracing::warn!(error = %error, suppressed, "a doorbell cannot be connected; notifications are slow");
         }
     }
     inner.doorbells = Some(new);
