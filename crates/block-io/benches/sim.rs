@@ -7,7 +7,11 @@ use std::time::Instant;
 use block_io::sim::{ExploreOptions, Numbers, explore};
 
 #[path = "../tests/sim/superblock.rs"]
-#[allow(dead_code, reason = "the tests use more of it")]
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "it belongs to the tests, which use more of it"
+)]
 mod superblock;
 
 use superblock::{Build, Updates};

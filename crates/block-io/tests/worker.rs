@@ -13,8 +13,8 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use block_io::{
-    AlignedBuffer, BlockDevice, EngineKind, EventSignal, EventWatch, HostDevice, OpenOptions, Worker,
-    WorkerOptions, spawn_local,
+    AlignedBuffer, BlockDevice, Clock, EngineKind, EventSignal, EventWatch, HostDevice, OpenOptions, Worker,
+    WorkerClock, WorkerOptions, spawn_local,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -175,5 +175,25 @@ fn an_idle_worker_sleeps() {
         let before = switches();
         std::thread::sleep(Duration::from_millis(300));
         assert_eq!(switches(), before);
+    }
+}
+
+#[test]
+fn a_task_sleeps_as_long_as_it_asked_to_and_others_run_meanwhile() {
+    for worker in workers() {
+        let (done, wait) = mpsc::channel();
+        let sleeper = done.clone();
+        worker.spawn(move || async move {
+            let clock = WorkerClock::new();
+            clock.sleep(Duration::from_millis(50)).await;
+            sleeper.send(clock.now()).unwrap();
+        });
+        worker.spawn(move || async move { done.send(Duration::ZERO).unwrap() });
+        assert_eq!(
+            wait.recv_timeout(Duration::from_secs(10)).unwrap(),
+            Duration::ZERO
+        );
+        let slept = wait.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert!(slept >= Duration::from_millis(50), "{slept:?}");
     }
 }

@@ -20,7 +20,7 @@ pub trait Scenario {
     /// The oracle's knowledge: what was begun, acknowledged, flushed.
     type Model: Clone + Default;
 
-    /// The disks, blank.
+    /// The disks, blank. Fault rules stay on them across crashes; random faults hit only the script.
     fn world(&self) -> World;
 
     /// Makes the state that the script starts from. No crashes here; all of it is durable afterwards.
@@ -113,7 +113,6 @@ impl<S: Scenario> Explorer<'_, S> {
         }
         let ran = ran?;
         self.numbers.histories += 1;
-        self.numbers.events += ran.events;
         if let Ended::Done(result) = ran.ended {
             result.map_err(|failure| failure.context("the script itself"))?;
         }
@@ -198,7 +197,6 @@ impl<S: Scenario> Explorer<'_, S> {
             return Err(failure);
         }
         let ran = ran.map_err(|failure| failure.context("recovery"))?;
-        self.numbers.events += ran.events;
         match ran.ended {
             Ended::Done(result) => result.map_err(|failure| failure.context("recovery")),
             Ended::Crashed => Ok(()),

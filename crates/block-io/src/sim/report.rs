@@ -1,6 +1,6 @@
 //! What a simulation tells: numbers, and failures with the last events before them.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -8,6 +8,20 @@ use crate::IoError;
 
 thread_local! {
     static FAULTS: RefCell<BTreeMap<&'static str, u64>> = const { RefCell::new(BTreeMap::new()) };
+    /// Events, and crashes of worlds.
+    static COUNTS: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
+}
+
+/// Counts a run of so many events.
+pub(super) fn count_events(count: u64) {
+    let (events, crashes) = COUNTS.get();
+    COUNTS.set((events + count, crashes));
+}
+
+/// Counts a crash into one state.
+pub(super) fn count_crash() {
+    let (events, crashes) = COUNTS.get();
+    COUNTS.set((events, crashes + 1));
 }
 
 /// Counts a fault that happened on this thread.
@@ -37,8 +51,12 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    /// Adds what this thread counted of faults and marks since this was called last.
+    /// Adds what this thread counted of events, crashes of worlds, faults and marks since this was called last.
     pub fn collect(&mut self) {
+        let (events, crashes) = COUNTS.take();
+        self.events += events;
+        self.crash_points += crashes;
+        self.crash_states += crashes;
         for (name, count) in FAULTS.take() {
             *self.faults.entry(name).or_default() += count;
         }

@@ -11,7 +11,7 @@ use super::crash::CrashStates;
 use super::executor::{Schedule, Sim};
 use super::fault::FaultPlan;
 use super::medium::{DiskOptions, Medium};
-use super::report::Failure;
+use super::report::{Failure, count_crash, count_events};
 use super::rng::Rng;
 
 /// The disks of a computer that is switched off.
@@ -143,6 +143,7 @@ impl World {
         }));
         let ended = ended.unwrap_or_else(|panic| Err(panic_message(&*panic).into()));
         let trace = if ended.is_err() { sim.trace() } else { Vec::new() };
+        count_events(sim.events());
         self.media = sim.end(!matches!(ended, Ok(Ended::Done(_))));
         let ended = ended.map_err(|failure| Failure { trace, ..failure })?;
         Ok(RunSummary {
@@ -159,6 +160,7 @@ impl World {
 
     /// Goes on with one of these states.
     pub fn crash(&mut self, rng: &mut Rng) {
+        count_crash();
         self.media = self.crash_states().random_state(rng);
     }
 

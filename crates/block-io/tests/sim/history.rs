@@ -205,6 +205,7 @@ fn the_disk_keeps_what_the_oracle_demands() {
         };
         let numbers = swarm(&disk, &options).unwrap_or_else(|shrunk| panic!("{shrunk}"));
         println!("{numbers}");
+        assert!(numbers.crash_states > 300 && numbers.events > 10_000, "{numbers}");
     }
 }
 
