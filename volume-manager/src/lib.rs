@@ -16,4 +16,5 @@
 //! spare, the move of an extent, the evacuation of a device are all "fill a member of a column, then drop another"; a change of
 //! layout, a grow, a shrink are "replace a section piece by piece".
 
+mod bytes;
 pub mod model;
