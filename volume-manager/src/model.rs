@@ -258,17 +258,23 @@ pub struct Volume {
     pub sections: Vec<Section>,
     /// For the next member.
     pub next_member: u32,
+    /// For the next section.
+    pub next_section: u32,
 }
 
 /// A piece of a volume's address space with one layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Section {
+    /// Its number within the volume; never used again for another section, so it names the parity log's records.
+    pub id: u32,
     /// Bytes of the volume that it holds: whole rows, but for the last one.
     pub length: u64,
     /// Bytes per column and row. With one column: the length of the column.
     pub unit: u64,
     /// Parity units per row: 0, 1 or 2.
     pub parity: u32,
+    /// Row number, for the rotation of parity, of its first row: sections that were split keep their rows' rotation.
+    pub rotation: u64,
     /// Data and parity columns. All are equally long.
     pub columns: Vec<Column>,
     /// Copies of the parity log; empty without parity.
