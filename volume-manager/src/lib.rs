@@ -18,3 +18,4 @@
 
 mod bytes;
 pub mod model;
+pub mod place;

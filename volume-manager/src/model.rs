@@ -197,7 +197,7 @@ impl Layout {
 
     /// So many devices may fail at once, whichever they are.
     pub fn tolerates(self) -> u32 {
-        self.parity().max(self.legs() - 1)
+        self.parity().max(self.legs().saturating_sub(1))
     }
 }
 

@@ -1,0 +1,323 @@
+//! Stories of placement, one rule each.
+
+use super::pool::{BITMAP, MIB, attributes, create, device_for, pool, replacing, request};
+use super::*;
+use crate::model::{BLOCK, Layout, VolumeId};
+
+fn devices(section: &Section) -> Vec<u32> {
+    member_devices(section).map(|device| device.0).collect()
+}
+
+fn shortage(result: Result<impl std::fmt::Debug, PlaceError>) -> String {
+    match result {
+        Err(error @ PlaceError::Shortage(_)) => error.to_string(),
+        other => panic!("not a shortage: {other:?}"),
+    }
+}
+
+#[test]
+fn every_layout_is_placed_by_the_rules() {
+    let layouts = [
+        Layout::Concat,
+        Layout::Stripe { columns: 4 },
+        Layout::Mirror { legs: 3 },
+        Layout::StripeMirror { columns: 3, legs: 2 },
+        Layout::Raid5 { columns: 5 },
+        Layout::Raid6 { columns: 6 },
+    ];
+    let mut config = pool(&[100 * MIB; 6]);
+    for layout in layouts {
+        create(&mut config, &attributes(layout), 10 * MIB + BLOCK).unwrap();
+        verify(&config).unwrap();
+    }
+    let raid6 = &config.volumes[5].sections[0];
+    assert_eq!((raid6.columns.len(), raid6.log.len(), raid6.parity), (6, 3, 2));
+    let rows = (10 * MIB + BLOCK).div_ceil(4 * (64 << 10));
+    assert!(
+        raid6
+            .columns
+            .iter()
+            .all(|column| column.members[0].length() == rows * (64 << 10))
+    );
+    assert!(
+        config
+            .volumes
+            .iter()
+            .all(|volume| volume.extents().all(|extent| extent.length < 11 * MIB))
+    );
+}
+
+#[test]
+fn devices_fill_evenly() {
+    let mut config = pool(&[100 * MIB; 4]);
+    for _ in 0..8 {
+        create(&mut config, &attributes(Layout::Mirror { legs: 2 }), 10 * MIB).unwrap();
+    }
+    let space = FreeSpace::of(&config);
+    let free = |device: u32| space.device(DeviceId(device)).unwrap().bytes();
+    assert!((0..4).all(|device| free(device) == 100 * MIB - 4 * (10 * MIB + BITMAP)));
+}
+
+#[test]
+fn only_active_devices_of_the_class_and_with_small_blocks_are_used() {
+    let mut config = pool(&[100 * MIB; 7]);
+    for device in &mut config.devices {
+        device.class = "ssd".into();
+    }
+    config.devices[0].class = "hdd".into();
+    config.devices[1].state = DeviceState::Spare;
+    config.devices[2].state = DeviceState::Faulty { since: 1 };
+    config.devices[3].block = 4096;
+    config.devices[4].state = DeviceState::Evacuating;
+    let ssd = Attributes {
+        class: "ssd".into(),
+        ..attributes(Layout::Mirror { legs: 3 })
+    };
+    let message = shortage(place_section(&config, &request(&ssd, MIB)));
+    let expected = "mirror of 3 needs 3 devices of class ssd with 1 MiB free each and 8 KiB for logs; 2 have that: \
+                    d5 100 MiB, d6 100 MiB; d1 is a spare, d2 is faulty, d3 has 4096-byte blocks, the volume has 512, \
+                    d4 is being evacuated, 1 of another class";
+    assert_eq!(message, expected);
+
+    let with_spares = SectionRequest {
+        use_spares: true,
+        ..request(&ssd, MIB)
+    };
+    let placed = place_section(&config, &with_spares).unwrap();
+    assert_eq!(devices(&placed.section), [1, 5, 6]);
+}
+
+#[test]
+fn named_devices_are_the_only_ones() {
+    let config = pool(&[100 * MIB; 4]);
+    let mut named = Attributes {
+        devices: vec![DeviceId(1), DeviceId(3)],
+        ..attributes(Layout::Stripe { columns: 2 })
+    };
+    let placed = place_section(&config, &request(&named, MIB)).unwrap();
+    assert_eq!(devices(&placed.section), [1, 3]);
+    named.layout = Layout::Stripe { columns: 3 };
+    let message = shortage(place_section(&config, &request(&named, MIB)));
+    assert!(
+        message.ends_with("; 2 not among the devices that the volume names"),
+        "{message}"
+    );
+    named.devices.push(DeviceId(9));
+    let unknown = place_section(&config, &request(&named, MIB));
+    assert_eq!(unknown, Err(PlaceError::NoSuchDevice(DeviceId(9))));
+}
+
+#[test]
+fn legs_lie_in_different_enclosures_and_a_weaker_spread_is_reported() {
+    let mut config = pool(&[100 * MIB; 4]);
+    for (device, enclosure) in config.devices.iter_mut().zip(["a", "a", "a", "b"]) {
+        device.enclosure = enclosure.into();
+    }
+    let two = attributes(Layout::Mirror { legs: 2 });
+    let placed = place_section(&config, &request(&two, MIB)).unwrap();
+    assert_eq!(
+        (devices(&placed.section), placed.spread),
+        (vec![0, 3], Spread::Enclosures)
+    );
+    let raid5 = attributes(Layout::Raid5 { columns: 3 });
+    let placed = place_section(&config, &request(&raid5, MIB)).unwrap();
+    assert_eq!(placed.spread, Spread::Devices);
+}
+
+#[test]
+fn senseless_requests_are_refused() {
+    let config = pool(&[100 * MIB; 4]);
+    let refused = |layout: Layout, unit: u64, length: u64| {
+        let attributes = Attributes {
+            stripe_unit: unit,
+            ..attributes(layout)
+        };
+        matches!(
+            place_section(&config, &request(&attributes, length)),
+            Err(PlaceError::Invalid(_))
+        )
+    };
+    assert!(refused(Layout::Concat, BLOCK, 0));
+    assert!(refused(Layout::Concat, BLOCK, 512));
+    assert!(refused(Layout::Stripe { columns: 1 }, BLOCK, MIB));
+    assert!(refused(Layout::Stripe { columns: 65 }, BLOCK, MIB));
+    assert!(refused(Layout::Stripe { columns: 2 }, 512, MIB));
+    assert!(refused(Layout::Stripe { columns: 2 }, 3 * BLOCK, MIB));
+    assert!(refused(Layout::Mirror { legs: 1 }, BLOCK, MIB));
+    assert!(refused(Layout::Mirror { legs: 9 }, BLOCK, MIB));
+    assert!(refused(Layout::StripeMirror { columns: 2, legs: 0 }, BLOCK, MIB));
+    assert!(refused(Layout::Raid5 { columns: 2 }, BLOCK, MIB));
+    assert!(refused(Layout::Raid6 { columns: 3 }, BLOCK, MIB));
+    assert!(refused(Layout::Raid6 { columns: 0 }, BLOCK, MIB));
+    assert!(refused(Layout::Raid6 { columns: 4 }, 1 << 63, MIB));
+    assert!(refused(Layout::Raid6 { columns: 4 }, 1 << 62, 1 << 63));
+}
+
+#[test]
+fn columns_and_legs_that_are_not_given_are_chosen() {
+    let choose = |layout: Layout, devices: usize| {
+        let config = pool(&vec![100 * MIB; devices]);
+        resolve_layout(&config, &request(&attributes(layout), MIB))
+    };
+    assert_eq!(
+        choose(Layout::Stripe { columns: 0 }, 12),
+        Layout::Stripe { columns: 8 }
+    );
+    assert_eq!(
+        choose(Layout::Stripe { columns: 0 }, 3),
+        Layout::Stripe { columns: 3 }
+    );
+    assert_eq!(
+        choose(Layout::Raid5 { columns: 0 }, 12),
+        Layout::Raid5 { columns: 5 }
+    );
+    assert_eq!(
+        choose(Layout::Raid5 { columns: 0 }, 2),
+        Layout::Raid5 { columns: 3 }
+    );
+    assert_eq!(
+        choose(Layout::Raid6 { columns: 0 }, 5),
+        Layout::Raid6 { columns: 5 }
+    );
+    assert_eq!(
+        choose(Layout::Raid6 { columns: 9 }, 5),
+        Layout::Raid6 { columns: 9 }
+    );
+    assert_eq!(choose(Layout::Mirror { legs: 0 }, 5), Layout::Mirror { legs: 2 });
+    let both = Layout::StripeMirror { columns: 0, legs: 0 };
+    assert_eq!(choose(both, 7), Layout::StripeMirror { columns: 3, legs: 2 });
+}
+
+#[test]
+fn a_replacement_keeps_off_the_devices_and_enclosures_of_the_others() {
+    let mut config = pool(&[100 * MIB; 5]);
+    for (device, enclosure) in config.devices.iter_mut().zip(["a", "b", "a", "b", "b"]) {
+        device.enclosure = enclosure.into();
+    }
+    let volume = create(&mut config, &attributes(Layout::Mirror { legs: 2 }), MIB).unwrap();
+    assert_eq!(devices(&config.volumes[0].sections[0]), [0, 1]);
+    assert_eq!(
+        device_for(&config, &replacing(&config, volume, 0)),
+        Ok(DeviceId(2))
+    );
+
+    let elsewhere = [DeviceId(2)];
+    let request = MemberRequest {
+        excluded: &elsewhere,
+        ..replacing(&config, volume, 0)
+    };
+    let placed = place_member(&config, &request).unwrap();
+    assert_eq!(
+        (placed.member.extents[0].device, placed.spread),
+        (DeviceId(3), Spread::Devices)
+    );
+}
+
+#[test]
+fn a_spare_is_used_when_asked_for_and_then_first() {
+    let mut config = pool(&[100 * MIB; 4]);
+    config.devices[3].state = DeviceState::Spare;
+    let volume = create(&mut config, &attributes(Layout::Mirror { legs: 2 }), MIB).unwrap();
+    let mut request = replacing(&config, volume, 0);
+    assert_eq!(device_for(&config, &request), Ok(DeviceId(2)));
+    request.use_spares = true;
+    assert_eq!(device_for(&config, &request), Ok(DeviceId(3)));
+    (request.use_spares, request.to) = (false, Some(DeviceId(3)));
+    assert_eq!(device_for(&config, &request), Ok(DeviceId(3)));
+}
+
+#[test]
+fn a_leg_that_finds_no_device_says_why() {
+    let mut config = pool(&[100 * MIB; 3]);
+    let volume = create(&mut config, &attributes(Layout::Mirror { legs: 2 }), 50 * MIB).unwrap();
+    config.devices[2].size = 41 * MIB;
+    let message = shortage(place_member(&config, &replacing(&config, volume, 0)));
+    let expected = "a member of the volume needs 1 device with 50 MiB free each; none has that; \
+                    d0 is ruled out or holds another part of the same data, \
+                    d1 is ruled out or holds another part of the same data, d2 has 40 MiB";
+    assert_eq!(message, expected);
+    let request = MemberRequest {
+        section: 1,
+        ..replacing(&config, volume, 0)
+    };
+    let error = place_member(&config, &request).unwrap_err().to_string();
+    assert_eq!(error, "volume 0 has no such section");
+    assert!(matches!(
+        place_log(&config, VolumeId(7), 0, None, &[], false),
+        Err(PlaceError::NoSuchPlace { .. })
+    ));
+}
+
+#[test]
+fn a_log_moves_to_a_device_without_a_copy() {
+    let mut config = pool(&[100 * MIB; 5]);
+    let volume = create(&mut config, &attributes(Layout::Raid5 { columns: 3 }), 20 * MIB).unwrap();
+    let section = &config.volumes[0].sections[0];
+    assert_eq!(devices(section), [0, 1, 2]);
+    let extent = place_log(&config, volume, 0, Some(DeviceId(0)), &[], false).unwrap();
+    assert_eq!(
+        (extent.device, extent.length),
+        (DeviceId(2), section.log[0].length)
+    );
+}
+
+#[test]
+fn bitmaps_stay_where_they_can() {
+    let mut config = pool(&[100 * MIB; 3]);
+    create(&mut config, &attributes(Layout::Mirror { legs: 2 }), 20 * MIB).unwrap();
+    let old = config.volumes[0].bitmap.clone();
+    let moved = place_bitmap(&config, &old, &[DeviceId(1), DeviceId(2)], BITMAP).unwrap();
+    assert_eq!((moved[0], moved[1].device), (old[1], DeviceId(2)));
+}
+
+#[test]
+fn verify_finds_what_is_wrong() {
+    let mut good = pool(&[100 * MIB; 4]);
+    create(&mut good, &attributes(Layout::Raid5 { columns: 3 }), 20 * MIB).unwrap();
+    create(&mut good, &attributes(Layout::Mirror { legs: 2 }), 20 * MIB).unwrap();
+    verify(&good).unwrap();
+    let wrong = |expected: &str, change: &dyn Fn(&mut crate::model::Configuration)| {
+        let mut config = good.clone();
+        change(&mut config);
+        let found = verify(&config).unwrap_err().join("\n");
+        assert!(found.contains(expected), "{found}");
+    };
+    wrong("overlap", &|config| {
+        let other = config.volumes[0].sections[0].columns[1].members[0]
+            .extents
+            .clone();
+        config.volumes[1].sections[0].columns[0].members[0].extents[0].start = other[0].start;
+        config.volumes[1].sections[0].columns[0].members[0].extents[0].device = other[0].device;
+    });
+    wrong("is not within", &|config| config.devices[1].size = 2 * MIB);
+    wrong("no such device", &|config| drop(config.devices.remove(0)));
+    wrong("holds two of its members", &|config| {
+        let columns = &mut config.volumes[0].sections[0].columns;
+        columns[1].members[0].extents[0].device = columns[0].members[0].extents[0].device;
+    });
+    wrong("do not add up", &|config| config.volumes[0].size += BLOCK);
+    wrong("rows of", &|config| {
+        config.volumes[0].sections[0].length += 10 * MIB
+    });
+    wrong("log devices may all be absent", &|config| {
+        config.volumes[1].log_devices.remove(0);
+    });
+    wrong("not one copy on each", &|config| {
+        config.volumes[1].bitmap.remove(0);
+    });
+    wrong("its log has 1 copies", &|config| {
+        config.volumes[0].sections[0].log.remove(0);
+    });
+    wrong("less than four rows", &|config| {
+        config.volumes[0].sections[0].log[0].length = BLOCK
+    });
+    wrong("is borne by two members", &|config| {
+        config.volumes[1].sections[0].columns[0].members[0].id.0 = 1;
+    });
+    wrong("section number 0 is not below", &|config| {
+        config.volumes[1].next_section = 0
+    });
+    wrong("is not below the next one", &|config| {
+        config.volumes[1].next_member = 1
+    });
+}
