@@ -70,7 +70,8 @@ fn in_lab(needs: &Story, name: &str) -> Result<()> {
     let said = String::from_utf8_lossy(&said).into_owned();
     keep_log(name, &said);
     println!(
-        "{said}\n({name}: {:.1} s with the lab)",
+        "{}\n({name}: {:.1} s with the lab)",
+        indented(&said),
         begin.elapsed().as_secs_f64()
     );
     match result {
@@ -79,6 +80,11 @@ fn in_lab(needs: &Story, name: &str) -> Result<()> {
         Ok(status) => bail!("it failed in the lab (exit status {status}); its output is above"),
         Err(error) => Err(error.context("its output until then is above")),
     }
+}
+
+/// A test program's output so that nobody who reads this one's takes it for its own: both say "test result".
+fn indented(said: &str) -> String {
+    said.lines().map(|line| format!("    {line}\n")).collect()
 }
 
 /// The program under test.
@@ -138,5 +144,13 @@ mod tests {
         }
         let name = "place::tests::the_test_runners_name_of_a_test_is_found";
         assert_eq!(names_of(|| ()), [name, name]);
+    }
+
+    #[test]
+    fn results_of_the_test_program_in_the_lab_are_not_taken_for_results_of_this_one() {
+        let said = "running 1 test\r\ntest result: FAILED. 0 passed; 1 failed\r\n\ntest result: ok";
+        let echoed = super::indented(said);
+        assert_eq!(echoed.lines().count(), said.lines().count());
+        assert!(!echoed.lines().any(|line| line.starts_with("test result")));
     }
 }
