@@ -1,8 +1,8 @@
 //! How fast parity is per core, beside a copy in the same run: `cargo bench -p parity`.
 //!
 //! Gigabytes (10^9) that an operation reads, per second of this thread's CPU time, so that other load on the machine
-//! disturbs little. Columns are 64 KiB. `cached` repeats one stripe; `memory` goes round in stripes that no cache holds.
-//! Rounds of all operations alternate, and the median round counts.
+//! disturbs little. `cached` repeats one stripe; `memory` goes round in stripes that no cache holds. Rounds of all operations
+//! alternate, and the median round counts.
 
 use std::time::Duration;
 
@@ -10,7 +10,9 @@ use parity::{Level, Parity};
 use rustix::time::{ClockId, clock_gettime};
 
 /// A stripe unit.
-const COLUMN: usize = 64 << 10;
+const UNIT: usize = 64 << 10;
+/// What a guest's small write changes in a column.
+const BLOCK: usize = 4 << 10;
 /// Columns in a stripe of the bench: 8 of data, then 2 to write.
 const COLUMNS: usize = 10;
 const ROUNDS: usize = 7;
@@ -27,7 +29,7 @@ struct Operation {
     run: Run,
 }
 
-const OPERATIONS: [Operation; 9] = [
+const OPERATIONS: [Operation; 10] = [
     Operation {
         name: "memcpy",
         reads: 1,
@@ -52,6 +54,12 @@ const OPERATIONS: [Operation; 9] = [
         name: "pq 8+2",
         reads: 8,
         run: |parity, data, p, q| parity.pq(p, q, &given::<8>(data, &[])),
+    },
+    // The columns in the opposite order of their addresses: prefetchers must not mind.
+    Operation {
+        name: "pq 4+2 reversed",
+        reads: 4,
+        run: |parity, data, p, q| parity.pq(p, q, &[3, 2, 1, 0].map(|index| Some(data[index]))),
     },
     Operation {
         name: "update Q",
@@ -88,32 +96,32 @@ fn cpu_time() -> Duration {
 }
 
 /// Gigabytes read per second of CPU time in one round over `stripes`.
-fn measure(parity: Parity, operation: &Operation, stripes: &mut [Vec<u8>]) -> f64 {
-    let times = ROUND / (operation.reads * COLUMN);
+fn measure(parity: Parity, operation: &Operation, column: usize, stripes: &mut [Vec<u8>]) -> f64 {
+    let times = ROUND / (operation.reads * column);
     let start = cpu_time();
     for n in 0..times {
         let stripe = &mut stripes[n % stripes.len()];
-        let (data, outputs) = stripe.split_at_mut((COLUMNS - 2) * COLUMN);
-        let (first, second) = outputs.split_at_mut(COLUMN);
+        let (data, outputs) = stripe.split_at_mut((COLUMNS - 2) * column);
+        let (first, second) = outputs[..2 * column].split_at_mut(column);
         let mut columns = [&[][..]; COLUMNS - 2];
-        for (column, bytes) in columns.iter_mut().zip(data.chunks_exact(COLUMN)) {
-            *column = bytes;
+        for (place, bytes) in columns.iter_mut().zip(data.chunks_exact(column)) {
+            *place = bytes;
         }
         (operation.run)(parity, &columns, first, second);
         std::hint::black_box(outputs);
     }
     let seconds = (cpu_time() - start).as_secs_f64();
     #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
-    let bytes = (times * operation.reads * COLUMN) as f64;
+    let bytes = (times * operation.reads * column) as f64;
     bytes / seconds / 1e9
 }
 
-fn table(title: &str, levels: &[Parity], stripes: &mut [Vec<u8>]) {
+fn table(title: &str, levels: &[Parity], column: usize, stripes: &mut [Vec<u8>]) {
     let mut rounds = vec![vec![Vec::new(); OPERATIONS.len()]; levels.len()];
     for _ in 0..ROUNDS {
         for (parity, results) in levels.iter().zip(&mut rounds) {
             for (operation, result) in OPERATIONS.iter().zip(results) {
-                result.push(measure(*parity, operation, stripes));
+                result.push(measure(*parity, operation, column, stripes));
             }
         }
     }
@@ -142,11 +150,27 @@ fn main() {
     let levels: Vec<Parity> = Level::ALL.into_iter().filter_map(Parity::with_level).collect();
     // Different bytes in every column, and every page touched before the clock runs.
     let stripe = |seed: usize| -> Vec<u8> {
-        (0..COLUMNS * COLUMN)
+        (0..COLUMNS * UNIT)
             .map(|at| (at.wrapping_mul(seed + 1) >> 7).to_le_bytes()[0])
             .collect()
     };
     let mut stripes: Vec<Vec<u8>> = (0..400).map(stripe).collect();
-    table("cached, one stripe of 640 KiB", &levels, &mut stripes[..1]);
-    table("memory, 400 stripes, 250 MiB", &levels, &mut stripes);
+    table(
+        "cached, one stripe, columns of 64 KiB",
+        &levels,
+        UNIT,
+        &mut stripes[..1],
+    );
+    table(
+        "cached, one stripe, columns of 4 KiB",
+        &levels,
+        BLOCK,
+        &mut stripes[..1],
+    );
+    table(
+        "memory, 400 stripes, columns of 64 KiB",
+        &levels,
+        UNIT,
+        &mut stripes,
+    );
 }
