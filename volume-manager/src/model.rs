@@ -439,20 +439,20 @@ impl Device {
 impl Volume {
     /// All its extents, of members, logs and bitmaps.
     pub fn extents(&self) -> impl Iterator<Item = &Extent> {
-        let sections = self.sections.iter();
-        sections
-            .flat_map(|section| {
-                let members = section.columns.iter().flat_map(|column| &column.members);
-                section
-                    .log
-                    .iter()
-                    .chain(members.flat_map(|member| &member.extents))
-            })
+        self.sections
+            .iter()
+            .flat_map(Section::extents)
             .chain(&self.bitmap)
     }
 }
 
 impl Section {
+    /// All its extents, of members and logs.
+    pub fn extents(&self) -> impl Iterator<Item = &Extent> {
+        let members = self.columns.iter().flat_map(|column| &column.members);
+        self.log.iter().chain(members.flat_map(|member| &member.extents))
+    }
+
     /// Columns that hold data.
     pub fn data_columns(&self) -> u64 {
         (self.columns.len() as u64).saturating_sub(self.parity.into())

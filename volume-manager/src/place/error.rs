@@ -47,6 +47,8 @@ pub struct Shortage {
     pub fit: Vec<(DeviceId, u64)>,
     /// Devices that cannot, and why.
     pub unfit: Vec<(DeviceId, Unfit)>,
+    /// Bytes of the largest volume that there would be room for, on more devices, if that was looked for.
+    pub largest: Option<u64>,
 }
 
 /// Why a device cannot take a part.
@@ -132,7 +134,16 @@ impl fmt::Display for Shortage {
         if self.fit.len() > LISTED {
             write!(formatter, " and {} more", self.fit.len() - LISTED)?;
         }
-        self.write_unfit(formatter)
+        self.write_unfit(formatter)?;
+        match self.largest {
+            None => Ok(()),
+            Some(0) => write!(formatter, "; no smaller one would fit"),
+            Some(largest) => write!(
+                formatter,
+                "; spread over more devices, {} would fit",
+                Size(largest)
+            ),
+        }
     }
 }
 
@@ -214,10 +225,12 @@ mod tests {
                     },
                 ),
             ],
+            largest: Some(31 * gib),
         };
         let expected = "raid6 4+2 needs 6 devices of class ssd with 10 GiB free each, 3 of them 4 MiB more for logs; \
                         2 have that: d0 12 GiB, d3 10.5 GiB; d1 has 3 GiB, d2 is a spare, d5 is faulty, \
-                        d7 has 4096-byte blocks, the volume has 512, 2 of another class";
+                        d7 has 4096-byte blocks, the volume has 512, 2 of another class; \
+                        spread over more devices, 31 GiB would fit";
         assert_eq!(shortage.to_string(), expected);
     }
 }

@@ -260,12 +260,21 @@ pub fn place_bitmap(
     devices: &[DeviceId],
     length: u64,
 ) -> Result<Vec<Extent>, PlaceError> {
+    place_bitmap_in(&mut FreeSpace::of(config), kept, devices, length)
+}
+
+/// As [`place_bitmap`], from the space that is given, which is less afterwards.
+pub(super) fn place_bitmap_in(
+    space: &mut FreeSpace,
+    kept: &[Extent],
+    devices: &[DeviceId],
+    length: u64,
+) -> Result<Vec<Extent>, PlaceError> {
     if length == 0 || !length.is_multiple_of(crate::model::BLOCK) {
         return Err(PlaceError::Invalid(format!(
             "a bitmap of {length} bytes is not whole blocks"
         )));
     }
-    let mut space = FreeSpace::of(config);
     let (mut copies, mut fit, mut unfit) = (Vec::new(), Vec::new(), Vec::new());
     for id in devices {
         let same = |copy: &&Extent| copy.device == *id && copy.length == length;
@@ -296,6 +305,7 @@ pub fn place_bitmap(
         class: String::new(),
         fit,
         unfit,
+        largest: None,
     })))
 }
 
@@ -348,5 +358,6 @@ fn shortage(
         class: class.into(),
         fit: fit.iter().map(|device| (device.id, free(device.id))).collect(),
         unfit,
+        largest: None,
     }))
 }

@@ -3,6 +3,8 @@
 //! ```text
 //!   FreeSpace::of   data areas minus all extents                              free.rs
 //!   place_section   columns × legs devices, a member on each, and the logs    section.rs, choose.rs
+//!   place_volume    a section, or several where none is possible; and logs    volume.rs
+//!   extend_section  longer members, or more sections; merge_sections          change.rs
 //!   place_member    one device for a leg that is added, moved or rebuilt      member.rs
 //!   place_bitmap    the copies of a volume's bitmap                           member.rs
 //!   verify          whether a whole configuration keeps the rules             verify.rs
@@ -21,12 +23,14 @@
 //!   the layout tolerates may fail and a copy remains; if all of them fail, the section is lost anyway. By the same argument these
 //!   devices (of a mirror: those of the first column) hold the activity log and the bitmap ([`log_devices`]).
 
+mod change;
 mod choose;
 mod error;
 mod free;
 mod member;
 mod section;
 mod verify;
+mod volume;
 
 #[cfg(test)]
 mod pool;
@@ -35,11 +39,13 @@ mod tests;
 
 use crate::model::{Attributes, Configuration, DeviceId, DeviceState, Member, MemberState, Section};
 
+pub use change::{Extended, extend_section, merge_sections};
 pub use error::{PlaceError, Shortage, Unfit};
 pub use free::{ALIGNMENT, DeviceSpace, FreeSpace, MAX_PIECES};
 pub use member::{MemberRequest, PlacedMember, place_bitmap, place_log, place_member};
 pub use section::{MAX_LEGS, PlacedSection, SectionRequest, log_size, place_section, resolve_layout};
 pub use verify::{log_devices_suffice, verify};
+pub use volume::{PlacedVolume, place_volume};
 
 /// What the failure of a whole enclosure means for a section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

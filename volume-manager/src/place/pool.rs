@@ -1,8 +1,6 @@
 //! Pools for tests: devices of any kind, volumes that are placed and entered as the engine does it.
 
-use super::{
-    MemberRequest, PlaceError, SectionRequest, log_devices, place_bitmap, place_member, place_section,
-};
+use super::{MemberRequest, PlaceError, SectionRequest, place_member, place_volume};
 use crate::model::{
     Attributes, BLOCK, Configuration, Device, DeviceId, DeviceState, Layout, MemberState, Uuid, Volume,
     VolumeId,
@@ -68,15 +66,14 @@ pub(super) fn request(attributes: &Attributes, length: u64) -> SectionRequest<'_
     }
 }
 
-/// Enters a volume of one section.
+/// Enters a volume.
 pub(super) fn create(
     config: &mut Configuration,
     attributes: &Attributes,
     length: u64,
 ) -> Result<VolumeId, PlaceError> {
-    let placed = place_section(config, &request(attributes, length))?;
+    let placed = place_volume(config, &request(attributes, length))?;
     let id = VolumeId(config.next_volume);
-    let log_devices = log_devices(&placed.section);
     config.next_volume += 1;
     config.volumes.push(Volume {
         id,
@@ -86,17 +83,13 @@ pub(super) fn create(
         block: 512,
         attributes: attributes.clone(),
         region: MIB,
-        log_devices: log_devices.clone(),
-        bitmap: Vec::new(),
+        log_devices: placed.log_devices,
+        bitmap: placed.bitmap,
         bitmap_generation: 0,
-        sections: vec![placed.section],
+        sections: placed.sections,
         next_member: placed.next_member,
-        next_section: 1,
+        next_section: placed.next_section,
     });
-    if !log_devices.is_empty() {
-        let bitmap = place_bitmap(config, &[], &log_devices, BITMAP).expect("the section left room for it");
-        config.volume_mut(id).unwrap().bitmap = bitmap;
-    }
     Ok(id)
 }
 

@@ -211,14 +211,25 @@ fn cut(space: &mut DeviceSpace, member: u64, singles: &[u64]) -> Option<(Vec<Ext
 }
 
 /// Devices that may be used, those that may not, and how small the smallest is.
-struct Field<'a> {
-    allowed: Vec<&'a crate::model::Device>,
+pub(super) struct Field<'a> {
+    pub(super) allowed: Vec<&'a crate::model::Device>,
     unfit: Vec<(DeviceId, Unfit)>,
-    smallest: u64,
+    pub(super) smallest: u64,
 }
 
 impl<'a> Field<'a> {
-    fn of(config: &'a Configuration, rules: &Rules<'_>) -> Self {
+    pub(super) fn of(config: &'a Configuration, request: &SectionRequest<'_>) -> Result<Self, PlaceError> {
+        let mut named = request.attributes.devices.iter();
+        if let Some(unknown) = named.find(|id| config.device(**id).is_none()) {
+            return Err(PlaceError::NoSuchDevice(*unknown));
+        }
+        let rules = Rules {
+            attributes: request.attributes,
+            block: request.block,
+            excluded: request.excluded,
+            use_spares: request.use_spares,
+            only: None,
+        };
         let mut field = Self {
             allowed: Vec::new(),
             unfit: Vec::new(),
@@ -234,7 +245,7 @@ impl<'a> Field<'a> {
                 Err(unfit) => field.unfit.push((device.id, unfit)),
             }
         }
-        field
+        Ok(field)
     }
 }
 
@@ -256,22 +267,7 @@ pub(super) fn place_section_in(
     space: &mut FreeSpace,
     request: &SectionRequest<'_>,
 ) -> Result<PlacedSection, PlaceError> {
-    if let Some(unknown) = request
-        .attributes
-        .devices
-        .iter()
-        .find(|id| config.device(**id).is_none())
-    {
-        return Err(PlaceError::NoSuchDevice(*unknown));
-    }
-    let rules = Rules {
-        attributes: request.attributes,
-        block: request.block,
-        excluded: request.excluded,
-        use_spares: request.use_spares,
-        only: None,
-    };
-    let field = Field::of(config, &rules);
+    let field = Field::of(config, request)?;
     let shape = Shape::of(request, field.smallest)?;
     let mut candidates = Vec::new();
     let mut unfit = field.unfit;
@@ -309,6 +305,7 @@ pub(super) fn place_section_in(
             class: request.attributes.class.clone(),
             fit: fit.collect(),
             unfit,
+            largest: None,
         })));
     };
     let spread = spread(config, &section);
@@ -322,7 +319,7 @@ pub(super) fn place_section_in(
 }
 
 /// Cuts the members and logs from the devices chosen, in the order of columns and legs.
-fn fill(
+pub(super) fn fill(
     space: &mut FreeSpace,
     shape: &Shape,
     devices: &[DeviceId],

@@ -321,3 +321,154 @@ fn verify_finds_what_is_wrong() {
         config.volumes[1].next_member = 1
     });
 }
+
+#[test]
+fn a_volume_larger_than_any_device_has_several_sections() {
+    let mut config = pool(&[5 * MIB, 4 * MIB, 3 * MIB]);
+    let mirror = attributes(Layout::Mirror { legs: 2 });
+    let volume = create(&mut config, &mirror, 6 * MIB - 16 * BLOCK).unwrap();
+    verify(&config).unwrap();
+    let sections = &config.volume(volume).unwrap().sections;
+    let held: Vec<_> = sections.iter().map(devices).collect();
+    assert_eq!(held, [[0, 1], [0, 2], [1, 2]]);
+    let concat = create(&mut config, &attributes(Layout::Concat), 60 * BLOCK);
+    let message = shortage(concat);
+    assert!(message.contains("spread over more devices, "), "{message}");
+}
+
+#[test]
+fn the_largest_volume_that_would_fit_does() {
+    let mut config = pool(&[50 * MIB, 40 * MIB, 30 * MIB, 7 * MIB, 70 * MIB]);
+    let raid5 = attributes(Layout::Raid5 { columns: 3 });
+    let Err(PlaceError::Shortage(shortage)) = create(&mut config, &raid5, 1 << 30) else {
+        panic!("more than there is");
+    };
+    let largest = shortage.largest.unwrap();
+    assert!(largest > 110 * MIB, "{shortage}");
+    create(&mut config, &raid5, largest).unwrap();
+    verify(&config).unwrap();
+}
+
+#[test]
+fn mirrored_sections_keep_to_different_enclosures() {
+    let mut config = pool(&[5 * MIB, 5 * MIB, 5 * MIB, 5 * MIB]);
+    for (device, enclosure) in config.devices.iter_mut().zip(["a", "b", "a", "b"]) {
+        device.enclosure = enclosure.into();
+    }
+    let mirror = attributes(Layout::Mirror { legs: 2 });
+    let placed = place_volume(&config, &request(&mirror, 9 * MIB)).unwrap();
+    assert_eq!((placed.sections.len(), placed.spread), (2, Spread::Enclosures));
+}
+
+fn extend(config: &mut crate::model::Configuration, volume: VolumeId, more: u64) -> Result<(), PlaceError> {
+    let extended = extend_section(config, volume, more, false)?;
+    let volume = config.volume_mut(volume).unwrap();
+    volume.size += more;
+    if let Some(last) = extended.last {
+        *volume.sections.last_mut().unwrap() = last;
+    }
+    volume.sections.extend(extended.added);
+    (volume.next_member, volume.next_section) = (extended.next_member, extended.next_section);
+    Ok(())
+}
+
+#[test]
+fn a_volume_grows_behind_its_end_then_in_pieces_then_elsewhere() {
+    let mut config = pool(&[20 * MIB, 20 * MIB, 20 * MIB, 50 * MIB]);
+    let named = Attributes {
+        devices: vec![DeviceId(0)],
+        ..attributes(Layout::Concat)
+    };
+    let volume = create(&mut config, &named, 4 * MIB).unwrap();
+    extend(&mut config, volume, 4 * MIB).unwrap();
+    let pieces = |config: &crate::model::Configuration| {
+        let sections = config.volume(volume).unwrap().sections.iter();
+        let counts = sections.map(|section| section.columns[0].members[0].extents.len());
+        counts.collect::<Vec<_>>()
+    };
+    assert_eq!(pieces(&config), [1]);
+    let wall = create(&mut config, &named, MIB).unwrap();
+    extend(&mut config, volume, 4 * MIB).unwrap();
+    assert_eq!(pieces(&config), [2]);
+    verify(&config).unwrap();
+
+    let message = shortage(extend_section(&config, volume, 20 * MIB, false));
+    assert!(
+        message.ends_with("; spread over more devices, 7 MiB would fit"),
+        "{message}"
+    );
+    config.volume_mut(volume).unwrap().attributes.devices.clear();
+    extend(&mut config, volume, 20 * MIB).unwrap();
+    assert_eq!(pieces(&config), [2, 1]);
+    assert_ne!(volume, wall);
+    verify(&config).unwrap();
+}
+
+#[test]
+fn rows_that_are_there_are_used_before_a_section_is_added() {
+    let mut config = pool(&[20 * MIB; 3]);
+    let raid5 = attributes(Layout::Raid5 { columns: 3 });
+    let volume = create(&mut config, &raid5, MIB + BLOCK).unwrap();
+    config.devices[0].state = DeviceState::Evacuating;
+    let row = 2 * (64 << 10);
+    extend(&mut config, volume, row - BLOCK).unwrap();
+    assert_eq!(config.volume(volume).unwrap().sections.len(), 1);
+    verify(&config).unwrap();
+    shortage(extend_section(&config, volume, BLOCK, false));
+    config.devices[0].state = DeviceState::Active;
+    extend(&mut config, volume, BLOCK).unwrap();
+    verify(&config).unwrap();
+    let section = &config.volume(volume).unwrap().sections[0];
+    assert_eq!(section.columns[0].members[0].length(), 10 * (64 << 10));
+}
+
+#[test]
+fn neighbouring_sections_of_one_shape_become_one() {
+    let config = pool(&[90 * MIB; 3]);
+    let section = |layout: Layout, length: u64| {
+        let attributes = attributes(layout);
+        place_section(&config, &request(&attributes, length))
+            .unwrap()
+            .section
+    };
+    // The second begins where the first ends on each device.
+    let behind = |first: &Section, layout: Layout, length: u64| {
+        let mut second = section(layout, length);
+        for (column, before) in second.columns.iter_mut().zip(&first.columns) {
+            for (member, before) in column.members.iter_mut().zip(&before.members) {
+                let end = before.extents[0].start + before.extents[0].length;
+                member.extents[0].start = end;
+            }
+        }
+        second
+    };
+    let mirror = Layout::Mirror { legs: 2 };
+    let first = section(mirror, 3 * MIB);
+    let mut second = behind(&first, mirror, 5 * MIB);
+    let merged = merge_sections(&first, &second).unwrap();
+    assert_eq!(merged, section(mirror, 8 * MIB));
+    second.columns[0].members.swap(0, 1);
+    assert_eq!(
+        merge_sections(&first, &second),
+        Some(merged),
+        "the order of legs means nothing"
+    );
+    second.columns[0].members[0].state = MemberState::Stale { cursor: 0 };
+    assert_eq!(merge_sections(&first, &second), None);
+
+    let (raid5, row) = (Layout::Raid5 { columns: 3 }, 2 * (64 << 10));
+    let merge = |rows: u64, rotation: u64| {
+        let first = section(raid5, rows * row);
+        let mut second = behind(&first, raid5, 2 * row - BLOCK);
+        second.rotation = rotation;
+        merge_sections(&first, &second)
+            .map(|section| (section.length, section.columns[0].members[0].length()))
+    };
+    let expected = Some((8 * row - BLOCK, 8 * (64 << 10)));
+    assert_eq!(merge(6, 0), expected);
+    assert_eq!(merge(6, 3), expected);
+    assert_eq!(merge(4, 0), None);
+    assert_eq!(merge(4, 1).map(|(length, _)| length), Some(6 * row - BLOCK));
+    let ragged = section(raid5, row - BLOCK);
+    assert_eq!(merge_sections(&ragged, &behind(&ragged, raid5, row)), None);
+}
