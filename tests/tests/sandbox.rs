@@ -149,7 +149,7 @@ fn devices_come_and_go_from_inside_the_sandbox_and_reboots_work() {
         command(&vm, &["attach-disk", "attachable/inside", "--id", "later"])?;
         vm.wait_for("guest: got the disk")?;
         confined_threads(&vm)?;
-        command(&vm, &["detach", "later"])?;
+        command(&vm, &["detach", "later", "--timeout", "2m"])?;
         vm.wait_for("guest: gave the disk")?;
 
         // passt cannot be started by a confined process: its helper does it.
