@@ -1,8 +1,8 @@
 //! How fast parity is per core, beside a copy in the same run: `cargo bench -p parity`.
 //!
 //! Gigabytes (10^9) that an operation reads, per second of this thread's CPU time, so that other load on the machine
-//! disturbs little. `cached` repeats one stripe; `memory` goes round in stripes that no cache holds. Rounds of all operations
-//! alternate, and the median round counts.
+//! disturbs little. `cached` repeats one stripe; `memory` goes round in stripes that no cache holds. Rounds of all
+//! operations alternate, and the median round counts.
 
 use std::time::Duration;
 

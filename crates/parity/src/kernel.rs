@@ -1,13 +1,13 @@
 //! The operations for any width of vector, each in one pass over memory.
 //!
-//! [`Simd`] is what a level must be able to do with a vector; the levels are in `x86`. A pass goes block by block: the
-//! sums P and Q of a block of four vectors are built in registers over all columns, then the operation makes of them what
-//! it wants. So every byte is read once and written once, whatever the number of columns. What is shorter than four
-//! vectors goes vector by vector, and what is shorter than one by the scalar twin.
+//! [`Simd`] is what a level must be able to do with a vector; the levels are in `x86`. A pass goes block by block:
+//! the sums P and Q of a block of four vectors are built in registers over all columns, then the operation makes of
+//! them what it wants. So every byte is read once and written once, whatever the number of columns. What is shorter
+//! than four vectors goes vector by vector, and what is shorter than one by the scalar twin.
 //!
-//! Everything here is safe code: slices are cut once per block and column, and the compiler sees that the loads within a
-//! block are in range. All functions are `inline(always)`, because only then are they compiled with the instruction set of the
-//! function with `#[target_feature]` that calls them.
+//! Everything here is safe code: slices are cut once per block and column, and the compiler sees that the loads
+//! within a block are in range. All functions are `inline(always)`, because only then are they compiled with the
+//! instruction set of the function with `#[target_feature]` that calls them.
 
 #![allow(clippy::inline_always, reason = "see above")]
 
@@ -42,8 +42,8 @@ pub(crate) trait Simd: Copy {
     fn multiply(self, factor: Self::Factor, a: Self::Vector) -> Self::Vector;
 }
 
-/// Does `$body` for every block of a pass over `$length` bytes, first of four vectors each, then of one (`$vectors` says
-/// which); its value is where the scalar twin goes on.
+/// Does `$body` for every block of a pass over `$length` bytes, first of four vectors each, then of one (`$vectors`
+/// says which); its value is where the scalar twin goes on.
 macro_rules! for_each_block {
     ($length:expr, $simd:ident, |$at:ident, $vectors:ident| $body:expr) => {{
         let length = $length;

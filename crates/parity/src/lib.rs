@@ -7,9 +7,10 @@
 //! Q = g^0·D0 + g^1·D1 + … + g^(n-1)·Dn-1  lost columns: any two, with P and Q
 //! ```
 //!
-//! for each byte for itself, in the field GF(2^8) with the polynomial 0x11d and the generator g = 2, where + and - are
-//! exclusive or (H. Peter Anvin, *The mathematics of RAID-6*). The index of a column is its place in the stripe's logical
-//! order, the same for a column's whole life; on which device it is, and how P and Q rotate, is the caller's business.
+//! for each byte for itself, in the field GF(2^8) with the polynomial 0x11d and the generator g = 2, where + and -
+//! are exclusive or (H. Peter Anvin, *The mathematics of RAID-6*). The index of a column is its place in the stripe's
+//! logical order, the same for a column's whole life; on which device it is, and how P and Q rotate, is the caller's
+//! business.
 //!
 //! # What the volume manager does with it
 //!
@@ -30,16 +31,17 @@
 //! | one data column and Q | [`recover_with_q`] |
 //! | two data columns | [`recover_two`] |
 //!
-//! Columns are given as `Option`s: `None` counts as zeroes, be it because the column is lost or because the stripe at the
-//! end of a volume has none there. Slices may have any alignment and any length, but all the same length in one call; a
-//! caller with scattered buffers calls once per piece, since no byte depends on its neighbours.
+//! Columns are given as `Option`s: `None` counts as zeroes, be it because the column is lost or because the stripe at
+//! the end of a volume has none there. Slices may have any alignment and any length, but all the same length in one
+//! call; a caller with scattered buffers calls once per piece, since no byte depends on its neighbours.
 //!
 //! # How it is done
 //!
-//! Every operation is one pass: each byte is read once and written once, with the sums in registers ([`Level`] says which).
-//! Q is built by Horner's rule, so that generation needs doublings only: a shift, and an exclusive or with 0x1d for those
-//! bytes that lost their bit 7. Multiplication by other constants takes two shuffles with tables of 16 products (one for
-//! each nibble) or one GFNI instruction. The level is chosen once per process; [`Parity`] gives each to tests and benches.
+//! Every operation is one pass: each byte is read once and written once, with the sums in registers ([`Level`] says
+//! which). Q is built by Horner's rule, so that generation needs doublings only: a shift, and an exclusive or with
+//! 0x1d for those bytes that lost their bit 7. Multiplication by other constants takes two shuffles with tables of 16
+//! products (one for each nibble) or one GFNI instruction. The level is chosen once per process; [`Parity`] gives
+//! each to tests and benches.
 //!
 //! # Panics
 //!
@@ -87,7 +89,8 @@ pub fn recover_from_p(lost: &mut [u8], p: &[u8], data: &[Option<&[u8]>]) {
     Parity::best().recover_from_p(lost, p, data);
 }
 
-/// The one lost data column from Q: D<sub>x</sub> = g^-x·(Q + Q<sub>x</sub>), where Q<sub>x</sub> is the Q of the others.
+/// The one lost data column from Q: D<sub>x</sub> = g^-x·(Q + Q<sub>x</sub>), where Q<sub>x</sub> is the Q of the
+/// others.
 ///
 /// `data` has `None` at `index`.
 pub fn recover_from_q(lost: &mut [u8], index: usize, q: &[u8], data: &[Option<&[u8]>]) {

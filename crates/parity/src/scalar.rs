@@ -1,7 +1,7 @@
 //! The scalar twin: every operation byte by byte, as the formulae are written.
 //!
-//! It is what the SIMD levels are compared with, what does the last bytes that fill no vector, and what runs where there
-//! is no SIMD. Each function works on the bytes from `from` to the end; lengths were checked by the caller.
+//! It is what the SIMD levels are compared with, what does the last bytes that fill no vector, and what runs where
+//! there is no SIMD. Each function works on the bytes from `from` to the end; lengths were checked by the caller.
 
 use crate::field::{double, multiply};
 use crate::level::Columns;

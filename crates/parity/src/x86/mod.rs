@@ -1,8 +1,8 @@
 //! The levels of x86-64: vectors of 16, 32 and 64 bytes, and for each the operations compiled with its instruction set.
 //!
 //! All of the crate's `unsafe` is here and in [`crate::level`], of three kinds: the proof that the processor has the
-//! instructions (a token, made inside of functions with `#[target_feature]` only), intrinsics that need that proof, and loads
-//! and stores, which check the length of the slice first.
+//! instructions (a token, made inside of functions with `#[target_feature]` only), intrinsics that need that proof,
+//! and loads and stores, which check the length of the slice first.
 
 mod avx2;
 mod avx512;
