@@ -1,0 +1,439 @@
+//! Packets go both ways between a guest and its host, by a tap interface or by the user network, and arrive as they were sent.
+//!
+//! The host's end of every transfer is this program, the guest's is BusyBox's `nc`; both tell the SHA-256 of what they have.
+
+use std::fs::File;
+use std::io;
+use std::net::{Ipv4Addr, TcpListener};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use stories::{Host, Story, Vm};
+
+/// The host's and the guest's address on a tap interface.
+const HOST: &str = "10.7.0.1";
+const GUEST: &str = "10.7.0.2";
+
+/// The real one: BusyBox, which is `sh` in the lab, prefers its own, which knows no tap interfaces.
+const IP: &str = "/bin/ip";
+
+/// Bytes of one transfer.
+const SIZE: u64 = 4 << 20;
+
+/// Bits of virtio-net's features (virtio 1.2 §5.1.3).
+mod feature {
+    pub(crate) const CSUM: usize = 0;
+    pub(crate) const GUEST_CSUM: usize = 1;
+    pub(crate) const MTU: usize = 3;
+    pub(crate) const GUEST_TSO4: usize = 7;
+    pub(crate) const HOST_TSO4: usize = 11;
+    pub(crate) const MRG_RXBUF: usize = 15;
+    pub(crate) const MQ: usize = 22;
+}
+
+/// A story that makes and deletes interfaces of its host.
+fn on_a_host_of_its_own(story: impl FnOnce(&Host) -> Result<()>) {
+    Story::default().changes_the_host().tell(story);
+}
+
+/// A tap interface as vm-toml.md tells to make it, with an address.
+fn make_tap(host: &Host, name: &str, more: &str) -> Result<()> {
+    host.sh(&format!(
+        "{IP} tuntap add dev {name} mode tap {more}; {IP} address add {HOST}/24 dev {name}; {IP} link set {name} up"
+    ))
+    .map(drop)
+}
+
+/// Gives the guest's card its address.
+fn set_address(vm: &mut Vm) -> Result<()> {
+    vm.guest(&format!(
+        "ip address add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 1 -w 10 {HOST} > /dev/null"
+    ))
+    .map(drop)
+}
+
+/// Makes [`SIZE`] random bytes in the guest and on the host.
+fn make_data(host: &Host, vm: &mut Vm) -> Result<()> {
+    host.sh(&format!("head -c {SIZE} /dev/urandom > down"))?;
+    vm.guest(&format!(
+        "mkfifo /tmp/open && head -c {SIZE} /dev/urandom > /tmp/up"
+    ))
+    .map(drop)
+}
+
+/// The guest sends; `address` is where it finds the host.
+fn upload(host: &Host, vm: &mut Vm, address: &str) -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let port = listener.local_addr()?.port();
+    let mut file = File::create(host.folder().join("up"))?;
+    let receiver = thread::spawn(move || io::copy(&mut listener.accept()?.0, &mut file));
+    vm.guest(&format!("nc {address} {port} -e cat /tmp/up"))?;
+    let received = joined(receiver)?;
+    ensure!(received == SIZE, "{received} bytes arrived");
+    same(host, "up", vm, "/tmp/up")
+}
+
+/// The guest receives; `address` is where it finds the host. Its side stays open until the end: passt of Debian 12 sends data
+/// again and again to a guest that says at once that it has nothing to send (fixed in later versions).
+fn download(host: &Host, vm: &mut Vm, address: &str) -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let port = listener.local_addr()?.port();
+    let mut file = File::open(host.folder().join("down"))?;
+    let sender = thread::spawn(move || io::copy(&mut file, &mut listener.accept()?.0));
+    vm.guest(&format!("nc {address} {port} <> /tmp/open > /tmp/down"))?;
+    joined(sender)?;
+    same(host, "down", vm, "/tmp/down")
+}
+
+fn joined<T>(thread: JoinHandle<io::Result<T>>) -> Result<T> {
+    let result = thread
+        .join()
+        .ok()
+        .context("the host's end of a transfer panicked")?;
+    result.context("the host's end of a transfer")
+}
+
+/// A file of the host and one of the guest have the same content.
+fn same(host: &Host, ours: &str, vm: &mut Vm, theirs: &str) -> Result<()> {
+    let sums = [
+        host.sh(&format!("sha256sum < {ours}"))?,
+        vm.guest(&format!("sha256sum < {theirs}"))?,
+    ];
+    ensure!(
+        sums[0].len() >= 64 && sums[0].trim() == sums[1].trim(),
+        "{ours} and {theirs} differ: {sums:?}"
+    );
+    Ok(())
+}
+
+/// What the guest's driver and the device agreed on for `eth0`: the sysfs file has bit 0 first.
+fn agreed(vm: &mut Vm, bit: usize) -> Result<bool> {
+    let bits = vm.guest("cat /sys/class/net/eth0/device/features")?;
+    Ok(bits.as_bytes().get(bit) == Some(&b'1'))
+}
+
+/// Packets and bytes that an interface of the host counted.
+#[derive(Clone, Copy, Debug)]
+struct Traffic {
+    packets: u64,
+    bytes: u64,
+}
+
+impl Traffic {
+    /// `direction` is `rx` for what the guest sent and `tx` for what it got.
+    fn of(host: &Host, tap: &str, direction: &str) -> Result<Self> {
+        let number = |what| -> Result<u64> {
+            let path = format!("/sys/class/net/{tap}/statistics/{direction}_{what}");
+            Ok(host.sh(&format!("cat {path}"))?.parse()?)
+        };
+        Ok(Self {
+            packets: number("packets")?,
+            bytes: number("bytes")?,
+        })
+    }
+
+    /// Bytes per packet since `before`.
+    fn mean_since(self, before: Self) -> u64 {
+        (self.bytes - before.bytes) / (self.packets - before.packets).max(1)
+    }
+}
+
+/// Transfers both ways; the mean size of the packets that carried them: the guest's, then the host's.
+fn transfer_and_measure(host: &Host, vm: &mut Vm, tap: &str) -> Result<[u64; 2]> {
+    make_data(host, vm)?;
+    let before = Traffic::of(host, tap, "rx")?;
+    upload(host, vm, HOST)?;
+    let sent = Traffic::of(host, tap, "rx")?.mean_since(before);
+    let before = Traffic::of(host, tap, "tx")?;
+    download(host, vm, HOST)?;
+    let received = Traffic::of(host, tap, "tx")?.mean_since(before);
+    println!("bytes per packet: {sent} from the guest, {received} to it");
+    Ok([sent, received])
+}
+
+/// `tcpdump` on a tap interface, until one packet of the guest met a condition.
+struct Capture<'a> {
+    host: &'a Host,
+}
+
+impl<'a> Capture<'a> {
+    fn start(host: &'a Host, tap: &str, filter: &str) -> Result<Self> {
+        host.sh(&format!(
+            "(timeout 100 tcpdump -Z root -i {tap} -n -vv -c 1 'tcp and src {GUEST} and {filter}'; echo end) > captured 2>&1 < /dev/null & \
+             for n in $(seq 500); do grep -q 'listening on' captured && exit; sleep 0.02; done; cat captured; exit 1"
+        ))?;
+        Ok(Self { host })
+    }
+
+    /// The packet in tcpdump's words.
+    fn packet(self) -> Result<String> {
+        self.host
+            .sh("for n in $(seq 500); do grep -q '^end$' captured && break; sleep 0.02; done; cat captured; grep -q '^end$' captured")
+    }
+}
+
+#[test]
+fn a_tap_carries_what_a_guest_sends_and_gets_in_packets_that_the_host_cuts() {
+    on_a_host_of_its_own(|host| {
+        make_tap(host, "tap0", "")?;
+        let mut vm = host
+            .vm("offload")
+            .toml("[[net]]\nbackend = \"tap\"\ntap = \"tap0\"")
+            .interactive()?;
+        set_address(&mut vm)?;
+        for bit in [
+            feature::CSUM,
+            feature::GUEST_CSUM,
+            feature::GUEST_TSO4,
+            feature::HOST_TSO4,
+            feature::MRG_RXBUF,
+        ] {
+            ensure!(agreed(&mut vm, bit)?, "feature {bit} was not agreed on");
+        }
+        let capture = Capture::start(host, "tap0", "greater 3000")?;
+        let [sent, received] = transfer_and_measure(host, &mut vm, "tap0")?;
+        // On average more than the MTU allows, both ways.
+        ensure!(sent > 2000 && received > 2000, "{sent}, {received}");
+        // Whoever looks at the tap sees packets of more than its MTU, whose checksum is yet to be computed.
+        let packet = capture.packet()?;
+        ensure!(packet.contains("(incorrect -> "), "{packet}");
+        vm.finish()?;
+        Ok(())
+    });
+}
+
+#[test]
+fn without_offloads_a_tap_carries_whole_packets_with_good_checksums() {
+    on_a_host_of_its_own(|host| {
+        make_tap(host, "tap0", "")?;
+        let mut vm = host
+            .vm("plain")
+            .toml("[[net]]\nbackend = \"tap\"\ntap = \"tap0\"\noffload = false")
+            .interactive()?;
+        set_address(&mut vm)?;
+        for bit in [
+            feature::CSUM,
+            feature::GUEST_CSUM,
+            feature::GUEST_TSO4,
+            feature::HOST_TSO4,
+        ] {
+            ensure!(!agreed(&mut vm, bit)?, "feature {bit} was agreed on");
+        }
+        let capture = Capture::start(host, "tap0", "greater 1000")?;
+        let [sent, received] = transfer_and_measure(host, &mut vm, "tap0")?;
+        ensure!((1000..=1514).contains(&sent), "{sent}");
+        ensure!((1000..=1514).contains(&received), "{received}");
+        let packet = capture.packet()?;
+        ensure!(packet.contains("(correct)"), "{packet}");
+        vm.finish()?;
+        Ok(())
+    });
+}
+
+/// Interrupts of each queue of the guest's card: `[input.0, output.0, input.1, ...]`.
+fn queue_interrupts(vm: &mut Vm, queues: usize) -> Result<Vec<u64>> {
+    let table = vm.guest("cat /proc/interrupts")?;
+    let mut counts = Vec::new();
+    for queue in 0..queues {
+        for direction in ["input", "output"] {
+            let name = format!("-{direction}.{queue}");
+            let line = table
+                .lines()
+                .find(|line| line.trim_end().ends_with(&name))
+                .with_context(|| format!("no interrupt {name} in\n{table}"))?;
+            counts.push(
+                line.split_whitespace()
+                    .filter_map(|word| word.parse::<u64>().ok())
+                    .sum(),
+            );
+        }
+    }
+    Ok(counts)
+}
+
+#[test]
+fn each_queue_of_a_card_carries_the_packets_of_its_processor() {
+    on_a_host_of_its_own(|host| {
+        make_tap(host, "tap0", "multi_queue")?;
+        let mut vm = host
+            .vm("queues")
+            .cpus(2)
+            .toml("[[net]]\nbackend = \"tap\"\ntap = \"tap0\"\nqueues = 2")
+            .interactive()?;
+        set_address(&mut vm)?;
+        ensure!(agreed(&mut vm, feature::MQ)?, "one queue only");
+        assert_eq!(
+            vm.guest("ls -1 /sys/class/net/eth0/queues")?,
+            "rx-0\nrx-1\ntx-0\ntx-1\n"
+        );
+        make_data(host, &mut vm)?;
+        let mut before = queue_interrupts(&mut vm, 2)?;
+        for processor in 0..2 {
+            vm.guest(&format!("taskset -p {} $$", 1 << processor))?;
+            upload(host, &mut vm, HOST)?;
+            download(host, &mut vm, HOST)?;
+            let after = queue_interrupts(&mut vm, 2)?;
+            let more: Vec<u64> = after
+                .iter()
+                .zip(&before)
+                .map(|(after, before)| after - before)
+                .collect();
+            println!("interrupts while processor {processor} works: {more:?}");
+            let (mine, other) = (2 * processor, 2 - 2 * processor);
+            for direction in 0..2 {
+                // The other queue may have the connections' ends.
+                ensure!(
+                    more[mine + direction] > 20 && more[mine + direction] > 2 * more[other + direction],
+                    "processor {processor}: {more:?}"
+                );
+            }
+            before = after;
+        }
+        vm.finish()?;
+        Ok(())
+    });
+}
+
+/// What BusyBox's DHCP client does with a lease.
+const LEASE: &str = r#"#!/bin/sh
+[ "$1" = bound ] || exit 0
+ip address add "$ip/$mask" dev "$interface"
+ip route add "$router" dev "$interface"
+ip route add default via "$router" dev "$interface"
+echo "$router" > /tmp/gateway
+echo "$ip" > /tmp/address
+echo "$mtu" > /tmp/mtu
+"#;
+
+/// Has the guest ask for an address; the gateway's, under which it finds its host.
+fn lease(vm: &mut Vm) -> Result<String> {
+    vm.guest("ip link set eth0 up && udhcpc -i eth0 -n -q -O mtu -s /lease > /dev/null 2>&1")?;
+    Ok(vm.guest("cat /tmp/gateway")?.trim().to_owned())
+}
+
+/// Hardware addresses of the guest's cards.
+fn addresses(host: &Host, name: &str) -> Result<Vec<String>> {
+    let cards = "[[net]]\n[[net]]\n[[net]]\nmac = \"52:54:00:ab:cd:ef\"\nmtu = 1400";
+    let outcome = host
+        .vm(name)
+        .toml(cards)
+        .script("cd /sys/class/net; cat eth0/address eth1/address eth2/address; cat eth0/mtu eth2/mtu")
+        .run()?
+        .success()?;
+    Ok(outcome
+        .script_output()
+        .split_whitespace()
+        .map(str::to_owned)
+        .collect())
+}
+
+#[test]
+fn a_card_has_the_address_and_mtu_given_or_an_address_of_its_own_that_stays() {
+    Story::default().tell(|host| {
+        let first = addresses(host, "one")?;
+        let [a, b, given, mtu, small_mtu] = &first[..] else {
+            anyhow::bail!("{first:?}");
+        };
+        ensure!(
+            given == "52:54:00:ab:cd:ef" && mtu == "1500" && small_mtu == "1400",
+            "{first:?}"
+        );
+        for derived in [a, b] {
+            let octet = u8::from_str_radix(&derived[..2], 16)?;
+            ensure!(
+                octet & 3 == 2,
+                "{derived} is not a locally administered address of one card"
+            );
+        }
+        ensure!(a != b, "two cards have the address {a}");
+        assert_eq!(addresses(host, "one")?, first);
+        let other = addresses(host, "two")?;
+        ensure!(
+            other[0] != *a && other[1] != *b,
+            "two machines have the same: {other:?}"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn a_taps_large_packets_go_whole_where_its_mtu_allows() {
+    on_a_host_of_its_own(|host| {
+        make_tap(host, "tap0", "")?;
+        host.sh("/bin/ip link set tap0 mtu 9000")?;
+        let mut vm = host
+            .vm("jumbo")
+            .toml("[[net]]\nbackend = \"tap\"\ntap = \"tap0\"\noffload = false")
+            .interactive()?;
+        set_address(&mut vm)?;
+        ensure!(agreed(&mut vm, feature::MTU)?, "the guest is not told the MTU");
+        assert_eq!(vm.guest("cat /sys/class/net/eth0/mtu")?, "9000\n");
+        let [sent, received] = transfer_and_measure(host, &mut vm, "tap0")?;
+        ensure!((4000..=9014).contains(&sent), "{sent}");
+        ensure!((4000..=9014).contains(&received), "{received}");
+        vm.finish()?;
+        Ok(())
+    });
+}
+
+/// Processor time that a machine took until now, in hundredths of a second.
+fn processor_time(vm: &Vm) -> Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", vm.pid()?.as_raw_nonzero()))?;
+    let (_, fields) = stat.rsplit_once(") ").context("no name in stat")?;
+    let fields: Vec<&str> = fields.split(' ').collect();
+    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+}
+
+/// What must hold after a card's other end went away.
+fn lives_without_its_link(vm: &mut Vm) -> Result<()> {
+    let begin = Instant::now();
+    while !vm.log().contains("a network card lost its link") {
+        ensure!(
+            begin.elapsed() < Duration::from_secs(20),
+            "the log does not say it:\n{}",
+            vm.log()
+        );
+        thread::sleep(Duration::from_millis(50));
+    }
+    vm.guest("n=0; until [ $(cat /sys/class/net/eth0/carrier) = 0 ]; do n=$((n+1)); [ $n -lt 300 ] || break; usleep 20000; done; \
+              [ $(cat /sys/class/net/eth0/carrier) = 0 ]")?;
+    // Packets go nowhere, and nothing waits for them or turns in circles.
+    vm.guest(&format!("ping -c 2 -w 2 {HOST} > /dev/null; [ $? = 1 ]"))?;
+    let before = processor_time(vm)?;
+    thread::sleep(Duration::from_secs(2));
+    let took = processor_time(vm)? - before;
+    ensure!(
+        took < 40,
+        "an idle machine took {took} hundredths of a second in two seconds"
+    );
+    // The driver may let the card go and take it again; so does a reboot.
+    vm.guest(
+        "d=$(basename $(readlink /sys/class/net/eth0/device)); cd /sys/bus/virtio/drivers/virtio_net; \
+         echo $d > unbind && echo $d > bind; ip link set eth0 up; cat /sys/class/net/eth0/carrier; cd /",
+    )?;
+    assert_eq!(vm.guest("cat /sys/class/net/eth0/carrier")?, "0\n");
+    let status = vm.manage(&["status"])?;
+    ensure!(status.contains("net0"), "{status}");
+    assert_eq!(vm.guest("dmesg -r | grep '^<[0-4]>'; true")?, "");
+    Ok(())
+}
+
+#[test]
+fn a_guest_lives_on_when_passt_is_killed() {
+    on_a_host_of_its_own(|host| {
+        let mut vm = host
+            .vm("alone")
+            .file("lease", 0o755, LEASE)
+            .toml("[[net]]\nbackend = \"user\"")
+            .interactive()?;
+        let gateway = lease(&mut vm)?;
+        vm.guest(&format!(
+            "ping -c 1 -w 10 {gateway} > /dev/null; dmesg -c > /dev/null"
+        ))?;
+        host.sh("pkill -KILL passt")?;
+        lives_without_its_link(&mut vm)?;
+        vm.finish()?;
+        Ok(())
+    });
+}
