@@ -17,5 +17,7 @@
 //! layout, a grow, a shrink are "replace a section piece by piece".
 
 mod bytes;
+mod checksum;
+pub mod logs;
 pub mod model;
 pub mod place;

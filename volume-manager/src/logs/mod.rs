@@ -1,0 +1,70 @@
+//! The logs of the volumes: what must be known after a crash so that redundancy is whole again.
+//!
+//! ```text
+//!   HotRegions (one per pool)       a region is in the logs before it is written: after a crash, only hot regions are resynced
+//!     ActivityLog (one per device)  ring of 8 self-contained transactions in the private region
+//!   Bitmap (one per volume)         regions changed since a member was detached: when it returns, only these are copied
+//!   ParityLog (one per section)     data and parity of partial-stripe writes before they go in place: no write hole
+//! ```
+//!
+//! All of it is single-threaded, has no clock and no tasks of its own: what must be done is done by the futures of those who
+//! wait for it, and every future may be dropped at any time.
+
+pub mod activity;
+mod gate;
+pub mod hot;
+
+use std::sync::Arc;
+
+use block_io::IoError;
+
+use crate::model::{DeviceId, VolumeId};
+
+/// Why a log cannot promise what it was asked for.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum LogError {
+    /// Nothing is acknowledged until the owner has marked the device faulty and taken it out of the logs.
+    #[error("a log on device {device} failed: mark the device faulty and take it out of the logs")]
+    Device {
+        /// Which.
+        device: DeviceId,
+        /// Why.
+        #[source]
+        source: Arc<IoError>,
+    },
+    /// What it says is not known, so all that it could cover must count as dirty.
+    #[error("device {device} has no valid activity log: resync the volumes that it covers as a whole")]
+    NoTransaction {
+        /// Which.
+        device: DeviceId,
+    },
+    /// The volume was never added, or all its log devices are gone.
+    #[error("no device holds a log for volume {}: name another log device", .volume.0)]
+    NoLog {
+        /// Which.
+        volume: VolumeId,
+    },
+    /// More regions at once than a log takes.
+    #[error("a request touches {regions} regions of volume {}: split it", .volume.0)]
+    TooWide {
+        /// Which.
+        volume: VolumeId,
+        /// How many.
+        regions: u64,
+    },
+    /// Cannot happen but by damage to the logs of several devices.
+    #[error("the logs of volume {} contradict each other: resync it as a whole", .volume.0)]
+    Overfull {
+        /// Which.
+        volume: VolumeId,
+    },
+    /// The owner could not make a volume's writes durable, so its regions stay hot, and there is no place for others.
+    #[error("regions of volume {} cannot leave the activity log", .volume.0)]
+    Release {
+        /// Which.
+        volume: VolumeId,
+        /// Why.
+        #[source]
+        source: Arc<IoError>,
+    },
+}
