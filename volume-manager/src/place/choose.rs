@@ -81,27 +81,36 @@ fn pick<'a>(
     let mut picked = taken.to_vec();
     let mut left: Vec<_> = from.to_vec();
     left.retain(|candidate| !taken.iter().any(|other| other.device == candidate.device));
+    // What decides between devices whose enclosures have been taken from equally often.
+    left.sort_by_cached_key(|candidate| {
+        (
+            !candidate.whole,
+            std::cmp::Reverse(candidate.free),
+            candidate.device,
+        )
+    });
+    if !wanted.redundant() {
+        // There is nothing to spread.
+        picked.extend(left.into_iter().take(count.saturating_sub(picked.len())));
+        return (picked.len() >= count).then_some(picked);
+    }
     let mut shares: HashMap<&str, usize> = HashMap::new();
     for candidate in taken {
         *shares.entry(candidate.enclosure).or_default() += 1;
     }
     while picked.len() < count {
-        // Without redundancy there is nothing to spread; a device of unknown enclosure shares it with nobody.
-        let share = |candidate: &Candidate<'_>| match wanted.redundant() && !candidate.enclosure.is_empty() {
-            true => shares.get(candidate.enclosure).copied().unwrap_or(0),
-            false => 0,
+        // A device of unknown enclosure shares it with nobody.
+        let share = |candidate: &Candidate<'_>| match candidate.enclosure {
+            "" => 0,
+            enclosure => shares.get(enclosure).copied().unwrap_or(0),
         };
-        let order = |candidate: &Candidate<'_>| {
-            let most_free = std::cmp::Reverse(candidate.free);
-            (share(candidate), !candidate.whole, most_free, candidate.device)
-        };
-        let (index, _) = left
+        let (index, candidate) = left
             .iter()
             .enumerate()
-            .min_by_key(|(_, candidate)| order(candidate))?;
-        let candidate = left.swap_remove(index);
+            .min_by_key(|(_, candidate)| share(candidate))?;
         *shares.entry(candidate.enclosure).or_default() += 1;
         picked.push(candidate);
+        left.remove(index);
     }
     Some(picked)
 }

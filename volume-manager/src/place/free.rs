@@ -31,14 +31,14 @@ impl Gap {
 }
 
 /// The free runs of one device, in order.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceSpace {
     device: DeviceId,
     gaps: Vec<Gap>,
 }
 
 /// The free runs of all devices of a pool.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FreeSpace {
     /// In the order of the configuration's devices.
     devices: Vec<DeviceSpace>,
@@ -51,16 +51,36 @@ pub(super) fn data_area(device: &Device) -> (u64, u64) {
     (start.min(end), end)
 }
 
+/// Index of a device. Where none was ever removed it is its number.
+fn index_of(config: &Configuration, id: DeviceId) -> Option<usize> {
+    let guess = id.0 as usize;
+    if config.devices.get(guess).is_some_and(|device| device.id == id) {
+        return Some(guess);
+    }
+    config.devices.binary_search_by_key(&id, |device| device.id).ok()
+}
+
 impl FreeSpace {
     /// Computes it. Extents on unknown devices or out of bounds do no harm here; `verify` reports them.
     pub fn of(config: &Configuration) -> Self {
         let mut used = vec![Vec::new(); config.devices.len()];
-        for extent in config.extents() {
-            if let Ok(index) = config
-                .devices
-                .binary_search_by_key(&extent.device, |device| device.id)
-            {
-                used[index].push((extent.start, extent.length));
+        let mut add = |extents: &[Extent]| {
+            for extent in extents {
+                if let Some(index) = index_of(config, extent.device) {
+                    used[index].push((extent.start, extent.length));
+                }
+            }
+        };
+        // Plain loops: this is the one pass over everything that each placement takes.
+        for volume in &config.volumes {
+            add(&volume.bitmap);
+            for section in &volume.sections {
+                add(&section.log);
+                for column in &section.columns {
+                    for member in &column.members {
+                        add(&member.extents);
+                    }
+                }
             }
         }
         let devices = config.devices.iter().zip(used);
@@ -142,19 +162,20 @@ impl DeviceSpace {
 
     /// Cuts one extent from the smallest run that holds it, well aligned if it is long and some run allows that.
     pub fn take_one(&mut self, length: u64) -> Option<Extent> {
-        let alignments = [ALIGNMENT, BLOCK];
-        let alignments = if length >= ALIGNMENT {
-            &alignments[..]
+        let aligned = if length >= ALIGNMENT {
+            self.take_tight(length, ALIGNMENT)
         } else {
-            &alignments[1..]
+            None
         };
-        alignments.iter().find_map(|alignment| {
-            let gaps = self.gaps.iter().enumerate();
-            let fitting =
-                gaps.filter_map(|(index, gap)| Some((gap.length, index, gap.fits(length, *alignment)?)));
-            let (_, index, start) = fitting.min()?;
-            Some(self.cut(index, start, length))
-        })
+        aligned.or_else(|| self.take_tight(length, BLOCK))
+    }
+
+    /// Cuts one extent from the smallest run that holds it, beginning at a multiple of `alignment`.
+    pub(super) fn take_tight(&mut self, length: u64, alignment: u64) -> Option<Extent> {
+        let gaps = self.gaps.iter().enumerate();
+        let fitting = gaps.filter_map(|(index, gap)| Some((gap.length, index, gap.fits(length, alignment)?)));
+        let (_, index, start) = fitting.min()?;
+        Some(self.cut(index, start, length))
     }
 
     /// Cuts extents of together `length` bytes, as few as possible and at most `pieces`, in the order of the device.

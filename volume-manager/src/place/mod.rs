@@ -35,9 +35,11 @@ mod volume;
 #[cfg(test)]
 mod pool;
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests;
 
-use crate::model::{Attributes, Configuration, DeviceId, DeviceState, Member, MemberState, Section};
+use crate::model::{Attributes, Configuration, DeviceId, DeviceState, Member, MemberState, Section, Volume};
 
 pub use change::{Extended, extend_section, merge_sections};
 pub use error::{PlaceError, Shortage, Unfit};
@@ -45,7 +47,7 @@ pub use free::{ALIGNMENT, DeviceSpace, FreeSpace, MAX_PIECES};
 pub use member::{MemberRequest, PlacedMember, place_bitmap, place_log, place_member};
 pub use section::{MAX_LEGS, PlacedSection, SectionRequest, log_size, place_section, resolve_layout};
 pub use verify::{log_devices_suffice, verify};
-pub use volume::{PlacedVolume, place_volume};
+pub use volume::{PlacedVolume, place_volume, place_volume_in};
 
 /// What the failure of a whole enclosure means for a section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +76,18 @@ pub fn log_devices(section: &Section) -> Vec<DeviceId> {
     devices.sort_unstable();
     devices.dedup();
     devices
+}
+
+/// The log devices that a volume should have, as its sections are now: those of its first redundant section, or as they are, if
+/// these are those of another one. None if no section is redundant. A volume whose only section with two members is one that
+/// is being moved is redundant too: with the second member the log devices come, with the first they go.
+pub fn volume_log_devices(volume: &Volume) -> Vec<DeviceId> {
+    let sections = volume.sections.iter().map(log_devices);
+    let mut choices = sections.filter(|devices| !devices.is_empty()).peekable();
+    let first = choices.peek().cloned().unwrap_or_default();
+    let mut present = volume.log_devices.clone();
+    present.sort_unstable();
+    choices.find(|devices| *devices == present).unwrap_or(first)
 }
 
 /// Whether the failure of any one enclosure is made good. Counts the members that are in sync.

@@ -1,6 +1,6 @@
 //! Pools for tests: devices of any kind, volumes that are placed and entered as the engine does it.
 
-use super::{MemberRequest, PlaceError, SectionRequest, place_member, place_volume};
+use super::{FreeSpace, MemberRequest, PlaceError, SectionRequest, place_member, place_volume_in};
 use crate::model::{
     Attributes, BLOCK, Configuration, Device, DeviceId, DeviceState, Layout, MemberState, Uuid, Volume,
     VolumeId,
@@ -72,7 +72,17 @@ pub(super) fn create(
     attributes: &Attributes,
     length: u64,
 ) -> Result<VolumeId, PlaceError> {
-    let placed = place_volume(config, &request(attributes, length))?;
+    create_in(config, &mut FreeSpace::of(config), attributes, length)
+}
+
+/// As [`create`], with the free space of the pool at hand.
+pub(super) fn create_in(
+    config: &mut Configuration,
+    space: &mut FreeSpace,
+    attributes: &Attributes,
+    length: u64,
+) -> Result<VolumeId, PlaceError> {
+    let placed = place_volume_in(config, space, &request(attributes, length))?;
     let id = VolumeId(config.next_volume);
     config.next_volume += 1;
     config.volumes.push(Volume {

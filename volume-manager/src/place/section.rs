@@ -185,29 +185,29 @@ impl Shape {
             return (true, true);
         }
         let member = space.reach(MAX_PIECES) >= self.member;
-        let large = member && cut(&mut space.clone(), self.member, &[self.log, self.bitmap]).is_some();
+        let large = member && cut(&mut space.clone(), self).is_some();
         (member, large)
     }
 }
 
-/// Cuts a member and single runs (those of length 0 are left out). If the member leaves no run that is long enough, the single
-/// ones are cut before it.
-fn cut(space: &mut DeviceSpace, member: u64, singles: &[u64]) -> Option<(Vec<Extent>, Vec<Extent>)> {
-    let take_singles = |space: &mut DeviceSpace| {
-        let singles = singles.iter().filter(|length| **length > 0);
-        singles
-            .map(|length| space.take_one(*length))
-            .collect::<Option<Vec<_>>>()
-    };
+/// Cuts a member, a log and a copy of the bitmap (0 bytes: none). If the member leaves no runs that are long enough for the others,
+/// these are cut before it, the longer one first, as tightly as can be.
+fn cut(space: &mut DeviceSpace, shape: &Shape) -> Option<(Vec<Extent>, Option<Extent>)> {
+    let mut singles = [shape.log, shape.bitmap];
+    singles.sort_unstable_by(|a, b| b.cmp(a));
+    let needed = singles.iter().filter(|length| **length > 0);
+    let log = |cut: Vec<Extent>| cut.into_iter().find(|extent| extent.length == shape.log);
     let before = space.clone();
-    if let Some(extents) = space.take(member, MAX_PIECES)
-        && let Some(singles) = take_singles(space)
+    if let Some(extents) = space.take(shape.member, MAX_PIECES)
+        && let Some(singles) = needed.clone().map(|length| space.take_one(*length)).collect()
     {
-        return Some((extents, singles));
+        return Some((extents, log(singles)));
     }
     *space = before;
-    let singles = take_singles(space)?;
-    Some((space.take(member, MAX_PIECES)?, singles))
+    let singles = needed
+        .map(|length| space.take_tight(*length, BLOCK))
+        .collect::<Option<_>>()?;
+    Some((space.take(shape.member, MAX_PIECES)?, log(singles)))
 }
 
 /// Devices that may be used, those that may not, and how small the smallest is.
@@ -330,8 +330,8 @@ pub(super) fn fill(
     for ((number, id), device) in (0..).zip(request.first_member..).zip(devices) {
         let space = space.device_mut(*device)?;
         let extents = if number < shape.wanted.large {
-            let (extents, singles) = cut(space, shape.member, &[shape.log, shape.bitmap])?;
-            log.extend(singles.first().filter(|_| shape.log > 0));
+            let (extents, copy) = cut(space, shape)?;
+            log.extend(copy);
             extents
         } else {
             space.take(shape.member, MAX_PIECES)?

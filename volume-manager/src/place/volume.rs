@@ -48,11 +48,22 @@ pub fn place_volume(
     config: &Configuration,
     request: &SectionRequest<'_>,
 ) -> Result<PlacedVolume, PlaceError> {
-    let free = FreeSpace::of(config);
-    let mut space = free.clone();
-    let sections = match place_section_in(config, &mut space, request) {
+    place_volume_in(config, &mut FreeSpace::of(config), request)
+}
+
+/// As [`place_volume`], from the space that is given, which is less afterwards by the volume: for many volumes at once. Of the
+/// configuration only the devices matter.
+///
+/// # Errors
+/// As [`place_volume`]; then nothing is taken.
+pub fn place_volume_in(
+    config: &Configuration,
+    space: &mut FreeSpace,
+    request: &SectionRequest<'_>,
+) -> Result<PlacedVolume, PlaceError> {
+    let sections = match place_section_in(config, &mut space.clone(), request) {
         Ok(placed) => vec![placed.section],
-        Err(PlaceError::Shortage(mut shortage)) => match split(config, &free, request)? {
+        Err(PlaceError::Shortage(mut shortage)) => match split(config, space, request)? {
             Split::Sections(sections) => sections,
             Split::AtMost(largest) => {
                 shortage.largest = Some(largest);
@@ -62,16 +73,17 @@ pub fn place_volume(
         Err(error) => return Err(error),
     };
     let log_devices = sections.first().map(log_devices).unwrap_or_default();
-    let mut bitmap = Vec::new();
-    if request.bitmap > 0 && !log_devices.is_empty() {
-        let mut space = free;
-        for extent in sections.iter().flat_map(Section::extents) {
-            if let Some(own) = space.device_mut(extent.device) {
-                own.take_at(extent.start, extent.length);
-            }
+    let mut rest = space.clone();
+    for extent in sections.iter().flat_map(Section::extents) {
+        if let Some(own) = rest.device_mut(extent.device) {
+            own.take_at(extent.start, extent.length);
         }
-        bitmap = place_bitmap_in(&mut space, &[], &log_devices, request.bitmap)?;
     }
+    let bitmap = match request.bitmap > 0 && !log_devices.is_empty() {
+        true => place_bitmap_in(&mut rest, &[], &log_devices, request.bitmap)?,
+        false => Vec::new(),
+    };
+    *space = rest;
     let weak = sections
         .iter()
         .any(|section| spread(config, section) == Spread::Devices);
