@@ -7,7 +7,7 @@ use std::fmt;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use api::MacAddress;
 
@@ -136,6 +136,8 @@ pub struct NetBackend {
     kind: Kind,
     link_up: AtomicBool,
     mtu: Option<u16>,
+    /// The card on it, for messages.
+    card: OnceLock<String>,
 }
 
 enum Kind {
@@ -199,6 +201,7 @@ impl NetBackend {
                 .map(|port| Mutex::new(Port::Tap(port)))
                 .collect(),
             link_up: AtomicBool::new(true),
+            card: OnceLock::new(),
             mtu: tap.mtu(),
             kind: Kind::Tap(tap),
         }))
@@ -232,6 +235,7 @@ impl NetBackend {
             kind: Kind::Passt(passt),
             ports: vec![Mutex::new(Port::Stream(port))],
             link_up: AtomicBool::new(true),
+            card: OnceLock::new(),
             mtu: options.mtu,
         }))
     }
@@ -248,6 +252,7 @@ impl NetBackend {
             kind: Kind::Stream,
             ports: vec![Mutex::new(Port::Stream(port))],
             link_up: AtomicBool::new(true),
+            card: OnceLock::new(),
             mtu: None,
         }))
     }
@@ -255,6 +260,11 @@ impl NetBackend {
     /// What the backend is, for messages.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Says which card is on it; the first one counts, another after a reboot has the same name.
+    pub(super) fn serves(&self, card: &str) {
+        let _ = self.card.set(card.to_owned());
     }
 
     /// Queue pairs that the backend has.
@@ -293,17 +303,26 @@ impl NetBackend {
 
     /// Lets the backend leave work to the driver, by `GUEST_*` feature bits.
     pub(super) fn set_offloads(&self, features: u64) -> io::Result<()> {
-        match &self.kind {
-            Kind::Tap(tap) => tap.set_offloads(features & feature::GUEST_OFFLOADS),
-            Kind::Passt(_) | Kind::Stream => Ok(()),
-        }
+        self.ask_tap(|tap| tap.set_offloads(features & feature::GUEST_OFFLOADS))
     }
 
     /// Spreads received packets over the first `pairs` queue pairs.
     pub(super) fn set_active_pairs(&self, pairs: usize) -> io::Result<()> {
-        match &self.kind {
-            Kind::Tap(tap) => tap.set_active_pairs(pairs),
-            Kind::Passt(_) | Kind::Stream => Ok(()),
+        self.ask_tap(|tap| tap.set_active_pairs(pairs))
+    }
+
+    /// Asks something of a tap interface. One that was deleted agrees to all: no packet comes or goes whatever is set, and a
+    /// driver that gets no answer may wait for one with a processor of the guest (Linux 6.1 does).
+    fn ask_tap(&self, ask: impl FnOnce(&Tap) -> io::Result<()>) -> io::Result<()> {
+        let Kind::Tap(tap) = &self.kind else {
+            return Ok(());
+        };
+        match ask(tap) {
+            Err(error) if tap.is_deleted() => {
+                self.set_closed(&format!("it was deleted: {error}"));
+                Ok(())
+            }
+            result => result,
         }
     }
 
@@ -315,6 +334,7 @@ impl NetBackend {
                 Kind::Tap(_) | Kind::Stream => String::new(),
             };
             tracing::warn!(
+                device = self.card.get().map_or("", String::as_str),
                 backend = self.name,
                 reason,
                 output,

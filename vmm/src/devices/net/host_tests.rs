@@ -364,6 +364,15 @@ fn without_offloads_the_host_finishes_packets() {
     });
 }
 
+/// Asks through the control queue, which has number `control`, for `pairs` queue pairs; the answer.
+fn set_pairs(driver: &mut Driver, control: usize, pairs: u8) -> u8 {
+    driver.write(HIGH_MEMORY, &[4, 0, pairs, 0, 0xff]);
+    driver.queues[control].add(&[readable(HIGH_MEMORY, 4), writable(HIGH_MEMORY + 4, 1)]);
+    driver.queues[control].ring();
+    driver.queues[control].used();
+    driver.read(HIGH_MEMORY + 4, 1)[0]
+}
+
 #[test]
 fn flows_spread_over_the_queues_that_the_driver_asked_for() {
     in_namespace(|| {
@@ -398,21 +407,14 @@ fn flows_spread_over_the_queues_that_the_driver_asked_for() {
         let counts = count(&mut driver);
         assert!(counts[0] >= 64 && counts[1..] == [0, 0, 0], "{counts:?}");
 
-        let set_pairs = |driver: &mut Driver, pairs: u8| {
-            driver.write(HIGH_MEMORY, &[4, 0, pairs, 0, 0xff]);
-            driver.queues[8].add(&[readable(HIGH_MEMORY, 4), writable(HIGH_MEMORY + 4, 1)]);
-            driver.queues[8].ring();
-            driver.queues[8].used();
-            driver.read(HIGH_MEMORY + 4, 1)[0]
-        };
-        assert_eq!(set_pairs(&mut driver, 4), 0);
+        assert_eq!(set_pairs(&mut driver, 8, 4), 0);
         send_flows();
         let counts = count(&mut driver);
         assert!(counts.iter().sum::<usize>() >= 64, "{counts:?}");
         assert!(counts[1..].iter().any(|count| *count > 0), "{counts:?}");
-        assert_eq!(set_pairs(&mut driver, 5), 1);
-        assert_eq!(set_pairs(&mut driver, 0), 1);
-        assert_eq!(set_pairs(&mut driver, 1), 0);
+        assert_eq!(set_pairs(&mut driver, 8, 5), 1);
+        assert_eq!(set_pairs(&mut driver, 8, 0), 1);
+        assert_eq!(set_pairs(&mut driver, 8, 1), 0);
 
         // A driver without multi-queue finds the control queue behind the first pair.
         Driver::reset(&mut net);
@@ -442,6 +444,28 @@ fn a_deleted_interface_takes_the_link_down() {
             driver.events.config_changes.load(Ordering::SeqCst) == 1
         });
         send(&mut driver, [0; HEADER_SIZE], &[0; 60]);
+        assert_eq!(driver.events.reset_reason(), None);
+    });
+}
+
+#[test]
+fn a_driver_may_take_a_card_into_use_whose_interface_was_deleted() {
+    in_namespace(|| {
+        make_tap("multi_queue");
+        let mut net = tap_card(2);
+        let mut driver = Driver::new(&mut net, ALL);
+        assert_eq!(set_pairs(&mut driver, 4, 2), 0);
+        shell("ip link delete tap0").unwrap();
+        Driver::reset(&mut net);
+        driver.activate(&mut net, ALL);
+        // A driver waits for the answers of the control queue, some with a busy processor.
+        assert_eq!(set_pairs(&mut driver, 4, 2), 0);
+        assert_eq!(set_pairs(&mut driver, 4, 1), 0);
+        give_buffers(&mut driver, 0);
+        send(&mut driver, [0; HEADER_SIZE], &[0; 60]);
+        let mut status = [0; 2];
+        net.read_config(6, &mut status);
+        assert_eq!(status, [0, 0], "the link is down");
         assert_eq!(driver.events.reset_reason(), None);
     });
 }

@@ -116,6 +116,7 @@ impl Net {
                 "the MTU is {mtu}, it must be at least {MIN_MTU}"
             )));
         }
+        backend.serves(&options.name);
         let pairs = backend.queue_pairs();
         let mut queue_sizes = vec![options.queue_size; 2 * pairs];
         queue_sizes.push(CONTROL_QUEUE_SIZE);

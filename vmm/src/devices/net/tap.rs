@@ -110,6 +110,15 @@ impl Tap {
         self.mtu
     }
 
+    /// Whether the interface is gone for ever; its files stay open and of no use.
+    pub(super) fn is_deleted(&self) -> bool {
+        let mut request = request("");
+        // SAFETY: TUNGETIFF takes a pointer to an ifreq, which lives until the call returns.
+        let answer =
+            result(unsafe { libc::ioctl(self.queues[0].as_raw_fd(), libc::TUNGETIFF, &raw mut request) });
+        answer.is_err_and(|error| Errno::from_io_error(&error) == Some(Errno::BADFD))
+    }
+
     /// One port per queue.
     pub(super) fn ports(&self) -> Vec<TapPort> {
         self.queues

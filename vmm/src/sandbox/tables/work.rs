@@ -26,6 +26,7 @@ pub(in crate::sandbox) const GUEST_FACING: &[Rule] = &[
     allow(SYS_sched_setaffinity, "vCPUs stay on the CPUs that the configuration names"),
     ioctl(0x4004_54d0, "TUNSETOFFLOAD: the guest's driver takes a network card into use"),
     ioctl(0x4004_54d9, "TUNSETQUEUE: the guest uses more or fewer queues"),
+    ioctl(0x8004_54d2, "TUNGETIFF: was the tap interface deleted?"),
 ];
 
 /// Packets between the guest and a tap interface or passt's socket.
@@ -37,6 +38,7 @@ pub(in crate::sandbox) const NET_QUEUE: &[Rule] = &[
     allow(SYS_recvmsg, "frames in pieces from a connected socket"),
     ioctl(0x4004_54d0, "TUNSETOFFLOAD: by the control queue"),
     ioctl(0x4004_54d9, "TUNSETQUEUE: by the control queue"),
+    ioctl(0x8004_54d2, "TUNGETIFF: was the tap interface deleted?"),
 ];
 
 /// I/O of disks: by io_uring, or where that is refused by threads that block.
