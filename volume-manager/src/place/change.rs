@@ -1,4 +1,4 @@
-//! A volume becomes longer; and two sections become one.
+//! A volume becomes longer; a section is cut in two, and two sections become one.
 
 use super::error::PlaceError;
 use super::free::{FreeSpace, MAX_PIECES};
@@ -6,7 +6,8 @@ use super::section::{SectionRequest, place_section_in};
 use super::volume::{Split, split};
 use super::{Spread, member_devices, spread};
 use crate::model::{
-    BLOCK, Column, Configuration, DeviceState, Extent, Member, MemberState, Section, Volume, VolumeId,
+    BLOCK, Column, Configuration, DeviceState, Extent, Member, MemberId, MemberState, Section, Volume,
+    VolumeId,
 };
 
 /// What becomes of the end of a volume that grows.
@@ -138,7 +139,7 @@ fn lengthen(config: &Configuration, volume: &Volume, last: &Section, more: u64) 
             .device(id)
             .is_some_and(|device| device.state == DeviceState::Active)
     };
-    if !same || !in_sync || !member_devices(last).all(active) {
+    if !same || last.row() == 0 || !in_sync || !member_devices(last).all(active) {
         return None;
     }
     let length = last.length.checked_add(more)?;
@@ -178,6 +179,85 @@ fn append(space: &mut FreeSpace, member: &mut Member, mut need: u64) -> Option<(
     Some(())
 }
 
+/// Two sections from one, cut at byte `at`, the end of a row: the inverse of [`merge_sections`]. Nothing moves, and parity stays where
+/// it is, because the second keeps the rotation of its rows. With one column every block is the end of a row.
+///
+/// The first keeps its numbers and its log. The second gets `number` and members from `first_member` on; with parity it has no log
+/// yet: enter it, and place its copies with [`place_log`](super::place_log) before that configuration is written. Cursors are cut as
+/// well: a first part that is all below one keeps its state, with the cursor at its end.
+///
+/// None if `at` is not within the section or not the end of a row.
+pub fn split_section(
+    section: &Section,
+    at: u64,
+    number: u32,
+    first_member: u32,
+) -> Option<(Section, Section)> {
+    let single = section.columns.len() == 1;
+    let row = if single { BLOCK } else { section.row() };
+    if row == 0 || at == 0 || at >= section.length || !at.is_multiple_of(row) {
+        return None;
+    }
+    let rows = at / row;
+    let member = if single {
+        at
+    } else {
+        rows.checked_mul(section.unit)?
+    };
+    let (mut first, mut second) = (section.clone(), section.clone());
+    (first.length, second.length) = (at, section.length - at);
+    (second.id, second.log) = (number, Vec::new());
+    if single {
+        (first.unit, second.unit) = (first.length, second.length);
+    } else {
+        second.rotation = section.rotation.checked_add(rows)?;
+    }
+    let firsts = first.columns.iter_mut().flat_map(|column| &mut column.members);
+    let seconds = second.columns.iter_mut().flat_map(|column| &mut column.members);
+    for ((a, b), id) in firsts.zip(seconds).zip(first_member..) {
+        b.id = MemberId(id);
+        let whole = a.state;
+        a.state = moved(whole, |cursor| cursor.min(member));
+        b.state = moved(whole, |cursor| cursor.saturating_sub(member));
+        (a.extents, b.extents) = cut(&b.extents, member)?;
+    }
+    Some((first, second))
+}
+
+/// A state with another cursor.
+fn moved(state: MemberState, to: impl Fn(u64) -> u64) -> MemberState {
+    match state {
+        MemberState::InSync => MemberState::InSync,
+        MemberState::Filling { cursor } => MemberState::Filling { cursor: to(cursor) },
+        MemberState::Stale { cursor } => MemberState::Stale { cursor: to(cursor) },
+    }
+}
+
+/// The first `length` bytes of extents, and the rest.
+fn cut(extents: &[Extent], length: u64) -> Option<(Vec<Extent>, Vec<Extent>)> {
+    let (mut before, mut behind, mut left) = (Vec::new(), Vec::new(), length);
+    for extent in extents {
+        let taken = left.min(extent.length);
+        left -= taken;
+        let add = |to: &mut Vec<Extent>, start: u64, length: u64| {
+            if length > 0 {
+                to.push(Extent {
+                    device: extent.device,
+                    start,
+                    length,
+                });
+            }
+        };
+        add(&mut before, extent.start, taken);
+        add(
+            &mut behind,
+            extent.start.checked_add(taken)?,
+            extent.length - taken,
+        );
+    }
+    (left == 0).then_some((before, behind))
+}
+
 /// One section from two neighbouring ones of the same shape on the same devices, `a` before `b`; none if they differ, if `a` ends
 /// within a row, if a member is not in sync, or if a member would have too many extents.
 ///
@@ -189,7 +269,7 @@ fn append(space: &mut FreeSpace, member: &mut Member, mut need: u64) -> Option<(
 pub fn merge_sections(a: &Section, b: &Section) -> Option<Section> {
     let single = a.columns.len() == 1;
     let alike = a.columns.len() == b.columns.len() && a.parity == b.parity && (single || a.unit == b.unit);
-    if !alike || a.unit == 0 || a.columns.is_empty() || padding(a) > 0 {
+    if !alike || a.row() == 0 || a.columns.is_empty() || padding(a) > 0 {
         return None;
     }
     if a.parity > 0 {

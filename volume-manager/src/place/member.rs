@@ -7,8 +7,8 @@ use super::free::{FreeSpace, MAX_PIECES};
 use super::section::log_size;
 use super::{Rules, Spread, devices_of, log_devices, member_devices, spread};
 use crate::model::{
-    Configuration, Device, DeviceId, DeviceState, Extent, Member, MemberId, MemberState, Section, Volume,
-    VolumeId,
+    Configuration, Device, DeviceId, DeviceState, Extent, MAX_MEMBERS, Member, MemberId, MemberState,
+    Section, Volume, VolumeId,
 };
 
 /// Which column gets a member.
@@ -71,6 +71,10 @@ pub fn place_member(config: &Configuration, request: &MemberRequest<'_>) -> Resu
         && column.members.iter().all(|member| member.id != id)
     {
         return Err(missing("such member in that column"));
+    }
+    if column.members.len() >= MAX_MEMBERS {
+        let message = format!("a column of {MAX_MEMBERS} members can have no more");
+        return Err(PlaceError::Invalid(message));
     }
     let length = column.members.first().map_or(0, Member::length);
     if let Some(to) = request.to.filter(|to| config.device(*to).is_none()) {

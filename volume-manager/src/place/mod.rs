@@ -4,7 +4,7 @@
 //!   FreeSpace::of   data areas minus all extents                              free.rs
 //!   place_section   columns × legs devices, a member on each, and the logs    section.rs, choose.rs
 //!   place_volume    a section, or several where none is possible; and logs    volume.rs
-//!   extend_section  longer members, or more sections; merge_sections          change.rs
+//!   extend_section  longer members, or more sections; split, merge            change.rs
 //!   place_member    one device for a leg that is added, moved or rebuilt      member.rs
 //!   place_bitmap    the copies of a volume's bitmap                           member.rs
 //!   verify          whether a whole configuration keeps the rules             verify.rs
@@ -41,7 +41,7 @@ mod tests;
 
 use crate::model::{Attributes, Configuration, DeviceId, DeviceState, Member, MemberState, Section, Volume};
 
-pub use change::{Extended, extend_section, merge_sections};
+pub use change::{Extended, extend_section, merge_sections, split_section};
 pub use error::{PlaceError, Shortage, Unfit};
 pub use free::{ALIGNMENT, DeviceSpace, FreeSpace, MAX_PIECES};
 pub use member::{MemberRequest, PlacedMember, place_bitmap, place_log, place_member};

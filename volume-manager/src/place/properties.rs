@@ -428,6 +428,42 @@ proptest! {
     }
 
     #[test]
+    fn a_section_that_is_cut_and_joined_is_what_it_was(
+        mut config in pools(8),
+        changes in vec(changes(), 0..6),
+        wish in wishes(),
+        length in lengths(),
+        at in any::<Index>(),
+    ) {
+        for change in &changes {
+            let _ = apply(&mut config, change);
+        }
+        let Ok(id) = create(&mut config, &wish, length) else { return Ok(()) };
+        let volume = config.volume(id).unwrap().clone();
+        let section = &volume.sections[0];
+        let row = if section.columns.len() == 1 { BLOCK } else { section.row() };
+        prop_assert_eq!(split_section(section, row - 512, 0, 0), None);
+        prop_assert_eq!(split_section(section, section.length, 0, 0), None);
+        let Some(rows) = (section.length - 1).checked_div(row).filter(|rows| *rows > 0) else { return Ok(()) };
+        let at = row * (1 + at.index(usize::try_from(rows).unwrap()) as u64);
+        let (first, second) = split_section(section, at, volume.next_section, volume.next_member).unwrap();
+        prop_assert_eq!((first.length, second.length), (at, section.length - at));
+        prop_assert_eq!(merge_sections(&first, &second), Some(section.clone()));
+
+        let columns = section.columns.iter().flat_map(|column| &column.members).count();
+        let cut = config.volume_mut(id).unwrap();
+        cut.sections.splice(0..1, [first, second]);
+        cut.next_section += 1;
+        cut.next_member += u32::try_from(columns).unwrap();
+        let copies = if wish.layout.parity() > 0 { wish.layout.parity() + 1 } else { 0 };
+        for _ in 0..copies {
+            let Ok(log) = place_log(&config, id, 1, None, &[], false) else { return Ok(()) };
+            config.volume_mut(id).unwrap().sections[1].log.push(log);
+        }
+        prop_assert_eq!(verify(&config), Ok(()));
+    }
+
+    #[test]
     fn a_member_finds_the_best_device(
         mut config in pools(8),
         changes in vec(changes(), 0..6),
