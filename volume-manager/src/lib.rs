@@ -18,6 +18,8 @@
 
 mod bytes;
 mod checksum;
+pub mod format;
 pub mod logs;
 pub mod model;
 pub mod place;
+pub mod store;

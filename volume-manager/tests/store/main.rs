@@ -1,0 +1,10 @@
+//! The store of a pool's configuration in the simulator: crashes, missing devices, failing and stale devices.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by panicking"
+)]
+
+mod pool;
+mod stories;
