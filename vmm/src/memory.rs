@@ -226,15 +226,10 @@ impl Ram {
     /// Drops all content: every byte reads zero afterwards. The guest must not run and no device may be active.
     ///
     /// # Errors
-    /// The kernel refuses to drop the pages.
+    /// The kernel refuses to drop the pages, or has no huge pages any more.
     pub fn clear(&self) -> Result<(), MemoryError> {
         for mapping in &self.mappings {
-            let advice = if mapping.file.is_some() {
-                libc::MADV_REMOVE
-            } else {
-                libc::MADV_DONTNEED
-            };
-            mapping.advise(advice, "clear")?;
+            mapping.clear(&self.options)?;
         }
         Ok(())
     }
@@ -304,19 +299,49 @@ impl Mapping {
     }
 
     fn populate(&mut self, options: &RamOptions) -> Result<(), MemoryError> {
-        let size = self.size;
-        let hugetlb = options.pages.is_hugetlb();
-        let (mut flags, mut fd) = (libc::MAP_FIXED | libc::MAP_NORESERVE, -1);
-        if options.shared || hugetlb {
-            let file = memfd(c"smsvmm-guest-memory", options.pages.memfd_flags(), size)?;
-            fd = file.as_raw_fd();
-            // Without MAP_NORESERVE the kernel reserves huge pages now instead of killing the VMM later.
-            flags = libc::MAP_FIXED | libc::MAP_SHARED;
+        if options.shared || options.pages.is_hugetlb() {
+            let file = memfd(c"smsvmm-guest-memory", options.pages.memfd_flags(), self.size)?;
             self.file = Some(Arc::new(file));
-        } else {
-            flags |= libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         }
-        // SAFETY: the range lies within the reservation that this struct owns.
+        self.map(options)?;
+        if options.prefault {
+            self.advise(libc::MADV_POPULATE_WRITE, "prefault")?;
+        }
+        Ok(())
+    }
+
+    /// Drops all content, and takes new pages where all shall be there from the start.
+    fn clear(&self, options: &RamOptions) -> Result<(), MemoryError> {
+        let advice = if self.file.is_some() {
+            libc::MADV_REMOVE
+        } else {
+            libc::MADV_DONTNEED
+        };
+        self.advise(advice, "clear")?;
+        if options.pages.is_hugetlb() {
+            // Huge pages that go take their reservation with them; only a new mapping reserves again. Without it, the guest
+            // would be killed (SIGBUS) when somebody else has taken them meanwhile.
+            self.map(options)?;
+        }
+        if options.prefault {
+            self.advise(libc::MADV_POPULATE_WRITE, "prefault")?;
+        }
+        Ok(())
+    }
+
+    /// Maps the memory into the reservation, over what is there.
+    fn map(&self, options: &RamOptions) -> Result<(), MemoryError> {
+        let size = self.size;
+        let (flags, fd) = match &self.file {
+            // Without MAP_NORESERVE the kernel reserves huge pages now instead of killing the VMM later.
+            Some(file) => (libc::MAP_FIXED | libc::MAP_SHARED, file.as_raw_fd()),
+            None => (
+                libc::MAP_FIXED | libc::MAP_NORESERVE | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+            ),
+        };
+        // SAFETY: the range lies within the reservation that this struct owns. What was mapped there before is replaced in
+        // one step by the same kind of memory, so that who refers to it finds memory at any time.
         let mapped = unsafe {
             libc::mmap(
                 self.address.cast(),
@@ -330,7 +355,7 @@ impl Mapping {
         if mapped == libc::MAP_FAILED {
             let source = io::Error::last_os_error();
             let unit = options.pages.unit();
-            return Err(if hugetlb {
+            return Err(if options.pages.is_hugetlb() {
                 MemoryError::NoHugePages {
                     count: options.size / unit,
                     unit_mib: unit >> 20,
@@ -351,9 +376,6 @@ impl Mapping {
             Pages::Transparent => drop(self.advise(libc::MADV_HUGEPAGE, "use huge pages for")),
             Pages::Small => drop(self.advise(libc::MADV_NOHUGEPAGE, "use small pages for")),
             Pages::Huge2M | Pages::Huge1G => {}
-        }
-        if options.prefault {
-            self.advise(libc::MADV_POPULATE_WRITE, "prefault")?;
         }
         Ok(())
     }
@@ -480,6 +502,66 @@ mod tests {
             ram.clear().unwrap();
             assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0);
         }
+    }
+
+    /// Bytes of the mappings that have pages.
+    fn present(ram: &Ram) -> usize {
+        let present = |mapping: &Mapping| {
+            let mut pages = vec![0; mapping.size / 4096];
+            // SAFETY: the range is mapped, and there is a byte for each of its pages.
+            let result = unsafe { libc::mincore(mapping.address.cast(), mapping.size, pages.as_mut_ptr()) };
+            assert_eq!(result, 0);
+            pages.iter().filter(|page| **page & 1 != 0).count() * 4096
+        };
+        ram.mappings.iter().map(present).sum()
+    }
+
+    #[test]
+    fn prefaulted_memory_is_there_at_once_also_after_it_was_cleared() {
+        for shared in [false, true] {
+            let ram = Ram::new(RamOptions {
+                shared,
+                prefault: true,
+                ..options(32 << 20)
+            })
+            .unwrap();
+            assert_eq!(present(&ram), 32 << 20);
+            ram.memory().write_obj(7_u64, GuestAddress(0x1000)).unwrap();
+            ram.clear().unwrap();
+            assert_eq!(present(&ram), 32 << 20);
+            assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn cleared_huge_pages_stay_reserved() {
+        let reserved = || -> usize {
+            let read = |name| {
+                std::fs::read_to_string(format!(
+                    "/sys/kernel/mm/hugepages/hugepages-2048kB/{name}_hugepages"
+                ))
+            };
+            read("resv")
+                .ok()
+                .and_then(|text| text.trim().parse().ok())
+                .unwrap_or(0)
+        };
+        let before = reserved();
+        let huge = RamOptions {
+            pages: Pages::Huge2M,
+            ..options(32 << 20)
+        };
+        let Ok(ram) = Ram::new(huge) else {
+            eprintln!(
+                "there are no 16 huge pages: nothing is tested here, but by the story of huge pages in the lab"
+            );
+            return;
+        };
+        ram.memory().write_obj(7_u64, GuestAddress(0x1000)).unwrap();
+        assert_eq!(reserved(), before + 15);
+        ram.clear().unwrap();
+        assert_eq!(reserved(), before + 16);
+        assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0);
     }
 
     #[test]

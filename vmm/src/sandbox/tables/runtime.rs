@@ -31,7 +31,7 @@ pub(in crate::sandbox) const EVERY_THREAD: &[Rule] = &[
     allow_masked(SYS_mprotect, 2, PROT_EXEC as u64, 0, "guard pages of stacks, growing heaps"),
     allow(SYS_munmap, "heap, stacks of ended threads"),
     allow(SYS_mremap, "realloc of large blocks"),
-    allow(SYS_madvise, "heap given back, stacks of ended threads, guest memory emptied at reboot"),
+    allow(SYS_madvise, "heap given back, stacks of ended threads, guest memory emptied (and filled) at reboot"),
     allow(SYS_brk, "heap of the main thread"),
     // Threads.
     allow_masked(
