@@ -312,7 +312,7 @@ impl<'a> VmBuilder<'a> {
         for (index, disk) in self.disks.iter().enumerate() {
             let read_only = if disk.read_only { "on" } else { "off" };
             command.arg("-drive").arg(format!(
-                "file={},format=raw,if=none,id=d{index},readonly={read_only},aio=io_uring,cache=none",
+                "file={},format=raw,if=none,id=d{index},readonly={read_only},cache=writeback",
                 disk.image.display()
             ));
             let serial = disk
