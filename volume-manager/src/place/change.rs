@@ -1,4 +1,4 @@
-//! A volume becomes longer; a section is cut in two, and two sections become one.
+//! A volume becomes longer or shorter; a section is cut in two, and two sections become one.
 
 use super::error::PlaceError;
 use super::free::{FreeSpace, MAX_PIECES};
@@ -222,6 +222,31 @@ pub fn split_section(
         (a.extents, b.extents) = cut(&b.extents, member)?;
     }
     Some((first, second))
+}
+
+/// The first `length` bytes of a section, whose members are then as long as the rows that remain; the log stays. None if that is
+/// not shorter, not whole blocks, or nothing.
+pub fn shorten_section(section: &Section, length: u64) -> Option<Section> {
+    let single = section.columns.len() == 1;
+    let shorter = length > 0 && length < section.length && length.is_multiple_of(BLOCK);
+    if !shorter || section.row() == 0 {
+        return None;
+    }
+    let member = if single {
+        length
+    } else {
+        length.div_ceil(section.row()).checked_mul(section.unit)?
+    };
+    let mut short = section.clone();
+    short.length = length;
+    if single {
+        short.unit = length;
+    }
+    for kept in short.columns.iter_mut().flat_map(|column| &mut column.members) {
+        kept.state = moved(kept.state, |cursor| cursor.min(member));
+        kept.extents = cut(&kept.extents, member)?.0;
+    }
+    Some(short)
 }
 
 /// A state with another cursor.

@@ -41,11 +41,13 @@ mod tests;
 
 use crate::model::{Attributes, Configuration, DeviceId, DeviceState, Member, MemberState, Section, Volume};
 
-pub use change::{Extended, extend_section, merge_sections, split_section};
+pub use change::{Extended, extend_section, merge_sections, shorten_section, split_section};
 pub use error::{PlaceError, Shortage, Unfit};
 pub use free::{ALIGNMENT, DeviceSpace, FreeSpace, MAX_PIECES};
 pub use member::{MemberRequest, PlacedMember, place_bitmap, place_log, place_member};
-pub use section::{MAX_LEGS, PlacedSection, SectionRequest, log_size, place_section, resolve_layout};
+pub use section::{
+    DEFAULT_STRIPE_UNIT, MAX_LEGS, PlacedSection, SectionRequest, log_size, place_section, resolve_layout,
+};
 pub use verify::{log_devices_suffice, verify};
 pub use volume::{PlacedVolume, place_volume, place_volume_in};
 

@@ -1,6 +1,8 @@
 //! Pools for tests: devices of any kind, volumes that are placed and entered as the engine does it.
 
-use super::{FreeSpace, MemberRequest, PlaceError, SectionRequest, place_member, place_volume_in};
+use super::{
+    DEFAULT_STRIPE_UNIT, FreeSpace, MemberRequest, PlaceError, SectionRequest, place_member, place_volume_in,
+};
 use crate::model::{
     Attributes, BLOCK, Configuration, Device, DeviceId, DeviceState, Layout, MemberState, Uuid, Volume,
     VolumeId,
@@ -42,7 +44,7 @@ pub(super) fn pool(sizes: &[u64]) -> Configuration {
 pub(super) fn attributes(layout: Layout) -> Attributes {
     Attributes {
         layout,
-        stripe_unit: 64 << 10,
+        stripe_unit: DEFAULT_STRIPE_UNIT,
         class: String::new(),
         devices: Vec::new(),
     }

@@ -16,6 +16,7 @@ use crate::model::{BLOCK, Configuration, Device, Extent, Layout, Volume, VolumeI
 enum Change {
     Create(Attributes, u64),
     Extend(Index, u64),
+    Shorten(Index, Index),
     Delete(Index),
     Move(Index, Index, bool),
 }
@@ -57,6 +58,7 @@ fn changes() -> impl Strategy<Value = Change> {
     prop_oneof![
         4 => (wishes(), lengths()).prop_map(|(wish, length)| Change::Create(wish, length)),
         2 => (any::<Index>(), lengths()).prop_map(|(volume, more)| Change::Extend(volume, more)),
+        1 => (any::<Index>(), any::<Index>()).prop_map(|(volume, to)| Change::Shorten(volume, to)),
         1 => any::<Index>().prop_map(Change::Delete),
         2 => (any::<Index>(), any::<Index>(), any::<bool>())
             .prop_map(|(volume, member, spares)| Change::Move(volume, member, spares)),
@@ -102,6 +104,21 @@ fn apply(config: &mut Configuration, change: &Change) -> Result<(), PlaceError> 
             }
             volume.sections.extend(extended.added);
             (volume.next_member, volume.next_section) = (extended.next_member, extended.next_section);
+            Ok(())
+        }
+        Change::Shorten(index, to) => {
+            let Some(id) = volume(index) else { return Ok(()) };
+            let volume = config.volume_mut(id).unwrap();
+            let last = volume.sections.last_mut().unwrap();
+            let blocks = usize::try_from(last.length / BLOCK).unwrap();
+            let length = to.index(blocks) as u64 * BLOCK;
+            match shorten_section(last, length) {
+                Some(shorter) => {
+                    volume.size -= last.length - length;
+                    *last = shorter;
+                }
+                None => assert_eq!(length, 0),
+            }
             Ok(())
         }
         Change::Delete(index) => {

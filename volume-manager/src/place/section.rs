@@ -12,6 +12,9 @@ use crate::model::{
 /// Most legs of a mirror that can be asked for.
 pub const MAX_LEGS: u32 = 8;
 
+/// Bytes per column and row where a person names none.
+pub const DEFAULT_STRIPE_UNIT: u64 = 64 << 10;
+
 /// Length of a parity log in a pool of devices large enough.
 const LOG_SIZE: u64 = 4 << 20;
 

@@ -472,3 +472,23 @@ fn neighbouring_sections_of_one_shape_become_one() {
     let ragged = section(raid5, row - BLOCK);
     assert_eq!(merge_sections(&ragged, &behind(&ragged, raid5, row)), None);
 }
+
+#[test]
+fn a_volume_without_redundancy_has_log_devices_while_any_of_its_sections_is_moved() {
+    let mut config = pool(&[5 * MIB, 5 * MIB, 5 * MIB]);
+    let volume = create(&mut config, &attributes(Layout::Concat), 7 * MIB).unwrap();
+    assert_eq!(volume_log_devices(&config.volumes[0]), []);
+    let request = MemberRequest {
+        section: 1,
+        replaces: None,
+        ..replacing(&config, volume, 0)
+    };
+    let placed = place_member(&config, &request).unwrap();
+    let moved = config.volume_mut(volume).unwrap();
+    moved.sections[1].columns[0].members.push(placed.member);
+    moved.next_member += 1;
+    assert!(!log_devices_suffice(moved, &moved.log_devices));
+    moved.log_devices = volume_log_devices(moved);
+    assert_eq!(moved.log_devices, [DeviceId(1), DeviceId(2)]);
+    verify(&config).unwrap();
+}
