@@ -80,6 +80,17 @@ impl Vm {
         self.end_of(line)
     }
 
+    /// Waits in the guest until a condition holds, ten seconds at most.
+    ///
+    /// # Errors
+    /// When it does not hold then.
+    pub fn guest_until(&mut self, condition: &str) -> Result<()> {
+        let line = format!(
+            "n=0; until {condition}; do n=$((n+1)); [ $n -lt 500 ] || break; usleep 20000; done; {condition}"
+        );
+        self.guest(&line).map(drop)
+    }
+
     /// Lets the guest begin with a line; [`Self::end_of`] waits for its end.
     ///
     /// # Errors

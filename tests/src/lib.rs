@@ -25,6 +25,7 @@ mod agent;
 mod console;
 mod host;
 mod place;
+pub mod transfer;
 mod vm;
 
 use std::time::Duration;

@@ -1,14 +1,15 @@
 //! Packets go both ways between a guest and its host, by a tap interface or by the user network, and arrive as they were sent.
 //!
-//! The host's end of every transfer is this program, the guest's is BusyBox's `nc`; both tell the SHA-256 of what they have.
+//! Every transfer ends with both sides' SHA-256 of what they have ([`stories::transfer`]).
 
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use stories::transfer::{download, make_data, same, upload};
 use stories::{Host, Story, Vm};
 
 /// The host's and the guest's address on a tap interface.
@@ -17,9 +18,6 @@ const GUEST: &str = "10.7.0.2";
 
 /// The real one: BusyBox, which is `sh` in the lab, prefers its own, which knows no tap interfaces.
 const IP: &str = "/bin/ip";
-
-/// Bytes of one transfer.
-const SIZE: u64 = 4 << 20;
 
 /// Bits of virtio-net's features (virtio 1.2 §5.1.3).
 mod feature {
@@ -45,74 +43,12 @@ fn make_tap(host: &Host, name: &str, more: &str) -> Result<()> {
     .map(drop)
 }
 
-/// Waits in the guest until a condition holds, ten seconds at most.
-fn until(vm: &mut Vm, condition: &str) -> Result<()> {
-    vm.guest(&format!(
-        "n=0; until {condition}; do n=$((n+1)); [ $n -lt 500 ] || break; usleep 20000; done; {condition}"
-    ))
-    .map(drop)
-}
-
 /// Gives the guest's card its address.
 fn set_address(vm: &mut Vm) -> Result<()> {
     vm.guest(&format!(
         "ip address add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 1 -w 10 {HOST} > /dev/null"
     ))
     .map(drop)
-}
-
-/// Makes [`SIZE`] random bytes in the guest and on the host.
-fn make_data(host: &Host, vm: &mut Vm) -> Result<()> {
-    host.sh(&format!("head -c {SIZE} /dev/urandom > down"))?;
-    vm.guest(&format!(
-        "mkfifo /tmp/open && head -c {SIZE} /dev/urandom > /tmp/up"
-    ))
-    .map(drop)
-}
-
-/// The guest sends; `address` is where it finds the host.
-fn upload(host: &Host, vm: &mut Vm, address: &str) -> Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-    let port = listener.local_addr()?.port();
-    let mut file = File::create(host.folder().join("up"))?;
-    let receiver = thread::spawn(move || io::copy(&mut listener.accept()?.0, &mut file));
-    vm.guest(&format!("nc {address} {port} -e cat /tmp/up"))?;
-    let received = joined(receiver)?;
-    ensure!(received == SIZE, "{received} bytes arrived");
-    same(host, "up", vm, "/tmp/up")
-}
-
-/// The guest receives; `address` is where it finds the host. Its side stays open until the end: passt of Debian 12 sends data
-/// again and again to a guest that says at once that it has nothing to send (fixed in later versions).
-fn download(host: &Host, vm: &mut Vm, address: &str) -> Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-    let port = listener.local_addr()?.port();
-    let mut file = File::open(host.folder().join("down"))?;
-    let sender = thread::spawn(move || io::copy(&mut file, &mut listener.accept()?.0));
-    vm.guest(&format!("nc {address} {port} <> /tmp/open > /tmp/down"))?;
-    joined(sender)?;
-    same(host, "down", vm, "/tmp/down")
-}
-
-fn joined<T>(thread: JoinHandle<io::Result<T>>) -> Result<T> {
-    let result = thread
-        .join()
-        .ok()
-        .context("the host's end of a transfer panicked")?;
-    result.context("the host's end of a transfer")
-}
-
-/// A file of the host and one of the guest have the same content.
-fn same(host: &Host, ours: &str, vm: &mut Vm, theirs: &str) -> Result<()> {
-    let sums = [
-        host.sh(&format!("sha256sum < {ours}"))?,
-        vm.guest(&format!("sha256sum < {theirs}"))?,
-    ];
-    ensure!(
-        sums[0].len() >= 64 && sums[0].trim() == sums[1].trim(),
-        "{ours} and {theirs} differ: {sums:?}"
-    );
-    Ok(())
 }
 
 /// What the guest's driver and the device agreed on for `eth0`: the sysfs file has bit 0 first.
@@ -334,8 +270,13 @@ fn the_user_network_leads_from_the_guest_to_the_host_and_from_forwarded_ports_to
             .interactive()?;
         let gateway = lease(&mut vm)?;
         make_data(host, &mut vm)?;
-        upload(host, &mut vm, &gateway)?;
-        download(host, &mut vm, &gateway)?;
+        for mtu in ["1500", &vm.guest("cat /tmp/mtu")?] {
+            // passt of its own accord offers very large packets, which many guests accept.
+            println!("user network with packets of {} bytes", mtu.trim());
+            vm.guest(&format!("ip link set eth0 mtu {}", mtu.trim()))?;
+            upload(host, &mut vm, &gateway)?;
+            download(host, &mut vm, &gateway)?;
+        }
 
         // And now the host begins. It also speaks first: passt of Debian 12 does not complete the connection before.
         for (direction, server) in [("up", "-e /serve"), ("down", "<> /tmp/open > /tmp/down")] {
@@ -354,7 +295,7 @@ fn the_user_network_leads_from_the_guest_to_the_host_and_from_forwarded_ports_to
                 io::copy(&mut connection, &mut io::sink())?;
             }
             drop(connection);
-            until(&mut vm, "[ -e /tmp/served ]")?;
+            vm.guest_until("[ -e /tmp/served ]")?;
             vm.guest("rm /tmp/served")?;
             same(host, direction, &mut vm, &format!("/tmp/{direction}"))?;
         }
@@ -452,7 +393,7 @@ fn lives_without_its_link(vm: &mut Vm) -> Result<()> {
         );
         thread::sleep(Duration::from_millis(50));
     }
-    until(vm, "[ $(cat /sys/class/net/eth0/carrier) = 0 ]")?;
+    vm.guest_until("[ $(cat /sys/class/net/eth0/carrier) = 0 ]")?;
     // Packets go nowhere, and nothing waits for them or turns in circles.
     vm.guest(&format!("ping -c 2 -w 2 {HOST} > /dev/null; [ $? = 1 ]"))?;
     let before = processor_time(vm)?;
@@ -468,9 +409,13 @@ fn lives_without_its_link(vm: &mut Vm) -> Result<()> {
          echo $d > unbind && echo $d > bind; ip link set eth0 up; cat /sys/class/net/eth0/carrier; cd /",
     )?;
     assert_eq!(vm.guest("cat /sys/class/net/eth0/carrier")?, "0\n");
+    assert_eq!(vm.guest("dmesg -r | grep '^<[0-4]>'; true")?, "");
+    vm.begin("reboot -f")?;
+    vm.wait_until_ready()?;
+    vm.guest("ip link set eth0 up")?;
+    assert_eq!(vm.guest("cat /sys/class/net/eth0/carrier")?, "0\n");
     let status = vm.manage(&["status"])?;
     ensure!(status.contains("net0"), "{status}");
-    assert_eq!(vm.guest("dmesg -r | grep '^<[0-4]>'; true")?, "");
     Ok(())
 }
 
@@ -506,6 +451,79 @@ fn a_guest_lives_on_when_passt_is_killed() {
         host.sh("pkill -KILL passt")?;
         lives_without_its_link(&mut vm)?;
         vm.finish()?;
+        Ok(())
+    });
+}
+
+#[test]
+fn cards_that_are_attached_later_carry_packets_too() {
+    on_a_host_of_its_own(|host| {
+        make_tap(host, "tap0", "")?;
+        let mut vm = host.vm("late").file("lease", 0o755, LEASE).interactive()?;
+        let events = vm.events()?;
+        vm.guest("modprobe virtio_net")?;
+        vm.manage(&["attach-net", "--id", "wire", "--tap", "tap0"])?;
+        events.wait_for("wire in use by the guest")?;
+        vm.guest_until("[ -e /sys/class/net/eth0 ]")?;
+        set_address(&mut vm)?;
+        let [sent, received] = transfer_and_measure(host, &mut vm, "tap0")?;
+        ensure!(sent > 1514 && received > 1514, "{sent}, {received}");
+        vm.manage(&["detach", "wire"])?;
+        vm.guest_until("[ ! -e /sys/class/net/eth0 ]")?;
+
+        // Nobody holds the tap any more. The user network's passt is started by the helper now.
+        host.sh("/bin/ip link delete tap0")?;
+        vm.manage(&["attach-net", "--id", "user"])?;
+        events.wait_for("user in use by the guest")?;
+        vm.guest_until("[ -e /sys/class/net/eth0 ]")?;
+        let gateway = lease(&mut vm)?;
+        upload(host, &mut vm, &gateway)?;
+        download(host, &mut vm, &gateway)?;
+        vm.finish()?;
+        Ok(())
+    });
+}
+
+#[test]
+fn two_guests_on_a_bridge_reach_each_other() {
+    on_a_host_of_its_own(|host| {
+        host.sh(&format!(
+            "modprobe bridge; {IP} link add br0 type bridge; {IP} link set br0 up"
+        ))?;
+        let mut guests = Vec::new();
+        for number in 1..=2 {
+            host.sh(&format!(
+                "{IP} tuntap add dev tap{number} mode tap; {IP} link set tap{number} master br0; {IP} link set tap{number} up"
+            ))?;
+            let mut vm = host
+                .vm(&format!("guest{number}"))
+                .toml(&format!("[[net]]\nbackend = \"tap\"\ntap = \"tap{number}\""))
+                .interactive()?;
+            vm.guest(&format!(
+                "ip address add 10.7.0.{number}/24 dev eth0; ip link set eth0 up"
+            ))?;
+            guests.push(vm);
+        }
+        let [one, two] = &mut guests[..] else {
+            anyhow::bail!("no two guests");
+        };
+        one.guest("ping -c 1 -w 20 10.7.0.2 > /dev/null; head -c 4194304 /dev/urandom > /tmp/data")?;
+        let before = Traffic::of(host, "tap2", "tx")?;
+        two.guest("(nc -l -p 7777 -e dd of=/tmp/data 2> /dev/null; echo > /tmp/served) & until netstat -ltn | grep -q :7777; do usleep 20000; done")?;
+        one.guest("nc 10.7.0.2 7777 -e cat /tmp/data")?;
+        two.guest_until("[ -e /tmp/served ]")?;
+        let mean = Traffic::of(host, "tap2", "tx")?.mean_since(before);
+        println!("bytes per packet: {mean}");
+        // Nobody cut them on the way from guest to guest.
+        ensure!(mean > 1514, "{mean}");
+        let sums = [
+            one.guest("sha256sum < /tmp/data")?,
+            two.guest("sha256sum < /tmp/data")?,
+        ];
+        ensure!(sums[0].len() >= 64 && sums[0] == sums[1], "{sums:?}");
+        for vm in guests {
+            vm.finish()?;
+        }
         Ok(())
     });
 }
