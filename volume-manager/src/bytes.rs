@@ -29,8 +29,22 @@ pub(crate) async fn write(
     buffer: &AlignedBuffer,
     durability: Durability,
 ) -> Result<(), IoError> {
+    write_start(device, offset, buffer, buffer.as_slice().len(), durability).await
+}
+
+/// Writes the first `length` bytes of `buffer` at `offset`.
+///
+/// # Errors
+/// The device's.
+pub(crate) async fn write_start(
+    device: &impl BlockDevice,
+    offset: u64,
+    buffer: &AlignedBuffer,
+    length: usize,
+    durability: Durability,
+) -> Result<(), IoError> {
     // SAFETY: the request only reads the buffer, which the caller's borrow keeps alive and unchanged until this future, which
     // drives the request, has ended or is dropped.
-    let io = [unsafe { buffer.io(0, buffer.as_slice().len()) }];
+    let io = [unsafe { buffer.io(0, length) }];
     device.write(offset, &io, durability).await
 }

@@ -13,12 +13,13 @@
 pub mod activity;
 mod gate;
 pub mod hot;
+pub mod parity;
 
 use std::sync::Arc;
 
 use block_io::IoError;
 
-use crate::model::{DeviceId, VolumeId};
+use crate::model::{DeviceId, Uuid, VolumeId};
 
 /// Why a log cannot promise what it was asked for.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -63,6 +64,51 @@ pub enum LogError {
     Release {
         /// Which.
         volume: VolumeId,
+        /// Why.
+        #[source]
+        source: Arc<IoError>,
+    },
+    /// Partial-stripe writes are impossible: their record would be nowhere.
+    #[error("no copy of the parity log of section {section} of volume {volume} is left")]
+    NoCopy {
+        /// Which.
+        volume: Uuid,
+        /// Which of its sections.
+        section: u64,
+    },
+    /// Whether rows were half written is not known.
+    #[error(
+        "no copy of the parity log of section {section} of volume {volume} holds a valid record: parity may be wrong anywhere, \
+         compute all of it again"
+    )]
+    NoRecord {
+        /// Which.
+        volume: Uuid,
+        /// Which of its sections.
+        section: u64,
+    },
+    /// It must hold a whole row four times.
+    #[error("a parity log of {length} bytes is too small: {needed} are needed for rows of this size")]
+    RingTooSmall {
+        /// As it is.
+        length: u64,
+        /// At least; 0 if rows are too large for any log.
+        needed: u64,
+    },
+    /// More than a record takes.
+    #[error("{pieces} pieces of {bytes} bytes are more than a record of a parity log holds")]
+    RecordTooLarge {
+        /// How many.
+        pieces: usize,
+        /// Together.
+        bytes: usize,
+    },
+    /// A write to the section was given up half-way, so its record must stay until the log is opened again and it is replayed.
+    #[error("a parity log is full behind a write that was given up: open the pool again")]
+    Abandoned,
+    /// The owner could not make the section's writes durable.
+    #[error("the devices of a section with parity cannot be flushed")]
+    Flush {
         /// Why.
         #[source]
         source: Arc<IoError>,

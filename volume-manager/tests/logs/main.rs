@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod hot;
+mod parity;
 
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
