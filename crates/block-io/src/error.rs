@@ -65,9 +65,47 @@ pub enum IoCause {
     /// The request was not made by a task of a worker.
     #[error("requests can only be made on a block-io worker")]
     NotOnWorker,
+    /// The way to the device is gone; nobody knows whether the request was executed.
+    #[error("the connection to the device is lost")]
+    ConnectionLost {
+        /// Why, and for how long it was tried to have it back.
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
     /// The operating system's answer.
     #[error(transparent)]
     Os(#[from] io::Error),
+}
+
+impl IoCause {
+    /// Whether the way to the device failed and not the device: the connection is lost, or the operating system says that
+    /// the device is not there (ENODEV, ENXIO) or cannot be reached (ENOLINK and the errors of connections). EIO can be
+    /// either, and is not among them.
+    pub fn is_transport(&self) -> bool {
+        match self {
+            Self::ConnectionLost { .. } => true,
+            Self::Os(error) => matches!(
+                error.raw_os_error(),
+                Some(
+                    libc::ENODEV
+                        | libc::ENXIO
+                        | libc::ENOLINK
+                        | libc::ENOTCONN
+                        | libc::ECONNRESET
+                        | libc::ECONNREFUSED
+                        | libc::ECONNABORTED
+                        | libc::EPIPE
+                        | libc::ESHUTDOWN
+                        | libc::ETIMEDOUT
+                        | libc::EHOSTDOWN
+                        | libc::EHOSTUNREACH
+                        | libc::ENETDOWN
+                        | libc::ENETUNREACH
+                        | libc::ENETRESET
+                )
+            ),
+            _ => false,
+        }
+    }
 }
 
 /// A failed request.
@@ -128,6 +166,11 @@ impl IoError {
     /// Why it failed.
     pub fn cause(&self) -> &IoCause {
         &self.0.cause
+    }
+
+    /// Whether the way to the device failed and not the device: the same request may succeed on another way.
+    pub fn is_transport(&self) -> bool {
+        self.0.cause.is_transport()
     }
 
     /// Whether the device or its file system is full, which more space and a repetition would cure.

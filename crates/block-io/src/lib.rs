@@ -36,8 +36,10 @@ pub mod cover;
 mod device;
 mod error;
 mod host;
+mod nbd;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod unflushed;
 mod worker;
 
 pub use buffer::{AlignedBuffer, IoBuf};
@@ -45,6 +47,7 @@ pub use clock::{Clock, WorkerClock};
 pub use device::{BlockDevice, Durability, Geometry, ZeroMode};
 pub use error::{IoCause, IoError, Operation};
 pub use host::{Cache, HostDevice, OpenError, OpenOptions};
+pub use nbd::{NbdAddress, NbdAddressError, NbdDevice, NbdError, NbdOptions, NbdServer};
 pub use worker::{
     EngineKind, EventSignal, EventWatch, PollSource, Worker, WorkerError, WorkerHandle, WorkerOptions,
     add_poll_source, prepare_pool, spawn_local,

@@ -40,6 +40,9 @@ pub(crate) enum Call {
     Allocate { mode: i32, offset: u64, length: u64 },
     /// ioctl(BLKDISCARD); the ring has no operation for it.
     DiscardBlocks { offset: u64, length: u64 },
+    /// Waits until the file, a socket, is ready for one of `events` (POLL*), and gives what it is ready for. At most one
+    /// such request per descriptor at a time. The only request that can be given up before its end.
+    Poll { events: u32 },
 }
 
 // SAFETY: a `Request` goes to a pool thread; the memory behind its pointers stays valid until the request has ended,
@@ -81,10 +84,19 @@ impl Engine {
     /// Has `request` done; it completes as operation `index`.
     pub(super) fn submit(&self, index: u32, request: &Request, shared: &Arc<Shared>) {
         match (self, request.call) {
+            (Self::Threads(engine), Call::Poll { events }) => engine.poll(index, request.file, events),
             (Self::Threads(_), _) | (_, Call::DiscardBlocks { .. }) => {
                 super::pool::submit(index, *request, Arc::clone(shared));
             }
             (Self::Uring(engine), _) => engine.submit(index, request),
+        }
+    }
+
+    /// Gives up operation `index`, a [`Call::Poll`] on `file`; it completes soon.
+    pub(super) fn cancel_poll(&self, index: u32, file: RawFd) {
+        match self {
+            Self::Uring(engine) => engine.cancel_poll(index),
+            Self::Threads(engine) => engine.cancel_poll(index, file),
         }
     }
 

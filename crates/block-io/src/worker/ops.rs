@@ -2,10 +2,11 @@
 
 use std::future::Future;
 use std::marker::PhantomData;
+use std::os::fd::RawFd;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
-use super::engine::Request;
+use super::engine::{Call, Request};
 use super::local::{keep_waker, with_local};
 
 /// End of the list of free slots.
@@ -96,7 +97,7 @@ impl Ops {
 
 enum State {
     New(Request),
-    InFlight(u32),
+    InFlight { index: u32, poll: Option<RawFd> },
     Ended,
 }
 
@@ -104,7 +105,8 @@ enum State {
 /// worker.
 ///
 /// While it is in flight, the engine may use the memory that the request points to. So dropping it waits for its end, on
-/// the spot: it is correct, and slow, and no code in this project does it but when a worker stops.
+/// the spot: it is correct, and slow, and no code in this project does it but when a worker stops. A [`Call::Poll`], which
+/// may never end by itself, is given up first.
 pub(crate) struct Operation {
     state: State,
     /// It belongs to the thread that polled it first.
@@ -134,13 +136,14 @@ impl Future for Operation {
                 });
                 match index {
                     Some(index) => {
-                        this.state = State::InFlight(index);
+                        let poll = matches!(request.call, Call::Poll { .. }).then_some(request.file);
+                        this.state = State::InFlight { index, poll };
                         Poll::Pending
                     }
                     None => Poll::Ready(None),
                 }
             }
-            State::InFlight(index) => {
+            State::InFlight { index, .. } => {
                 let index = *index;
                 match with_local(|local| local.ops.borrow_mut().poll(index, Some(context.waker()))) {
                     Some(Some(result)) => {
@@ -157,10 +160,13 @@ impl Future for Operation {
 
 impl Drop for Operation {
     fn drop(&mut self) {
-        let State::InFlight(index) = self.state else {
+        let State::InFlight { index, poll } = self.state else {
             return;
         };
         with_local(|local| {
+            if let Some(file) = poll {
+                local.engine.cancel_poll(index, file);
+            }
             while local.ops.borrow_mut().poll(index, None).is_none() {
                 local.turn(true);
             }

@@ -151,6 +151,8 @@ fn execute(request: &Request) -> i32 {
                     count,
                     flags,
                 } => libc::pwritev2(file, buffers, count_of(count), offset_of(offset), flags),
+                // Sockets are watched by the worker's epoll.
+                Call::Poll { .. } => return -libc::EINVAL,
                 Call::Sync => libc::fdatasync(file) as isize,
                 Call::Allocate { mode, offset, length } => {
                     libc::fallocate(file, mode, offset_of(offset), offset_of(length)) as isize
@@ -184,10 +186,13 @@ fn offset_of(offset: u64) -> libc::off_t {
     libc::off_t::try_from(offset).unwrap_or(-1)
 }
 
-/// The part of the fallback engine that belongs to one worker: how it waits for eventfds.
+/// Marks the events of [`Call::Poll`]; the others are eventfds.
+const POLL: u64 = 1 << 32;
+
+/// The part of the fallback engine that belongs to one worker: how it waits for eventfds and sockets.
 pub(super) struct PoolEngine {
     epoll: OwnedFd,
-    fired: RefCell<VecDeque<u32>>,
+    fired: RefCell<VecDeque<Completion>>,
 }
 
 impl PoolEngine {
@@ -219,6 +224,41 @@ impl PoolEngine {
         }
     }
 
+    /// Waits once for `events` of a socket. The registration stays, disarmed, until the socket is closed.
+    pub(super) fn poll(&self, index: u32, file: RawFd, events: u32) {
+        let mut what = libc::epoll_event {
+            events: events | libc::EPOLLONESHOT as u32,
+            u64: POLL | u64::from(index),
+        };
+        let mut control = |operation| {
+            // SAFETY: `what` lives during the call.
+            match unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), operation, file, &raw mut what) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        };
+        let armed = match control(libc::EPOLL_CTL_ADD) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => control(libc::EPOLL_CTL_MOD),
+            outcome => outcome,
+        };
+        if let Err(error) = armed {
+            let result = -error.raw_os_error().unwrap_or(libc::EIO);
+            self.fired
+                .borrow_mut()
+                .push_back(Completion::Operation { index, result });
+        }
+    }
+
+    pub(super) fn cancel_poll(&self, index: u32, file: RawFd) {
+        self.unwatch(file);
+        let mut fired = self.fired.borrow_mut();
+        let ended = |completion: &Completion| matches!(completion, Completion::Operation { index: other, .. } if *other == index);
+        if !fired.iter().any(ended) {
+            let result = -libc::ECANCELED;
+            fired.push_back(Completion::Operation { index, result });
+        }
+    }
+
     pub(super) fn unwatch(&self, event: RawFd) {
         // SAFETY: no memory is involved.
         unsafe {
@@ -232,6 +272,8 @@ impl PoolEngine {
     }
 
     pub(super) fn enter(&self, wait: bool) {
+        // What failed or was given up has completed already.
+        let wait = wait && self.fired.borrow().is_empty();
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
         // SAFETY: `events` has room for 16.
         let count = unsafe {
@@ -244,16 +286,22 @@ impl PoolEngine {
         };
         let mut fired = self.fired.borrow_mut();
         for event in events.iter().take(usize::try_from(count).unwrap_or(0)) {
-            fired.push_back(u32::try_from(event.u64).unwrap_or(u32::MAX));
+            #[expect(clippy::cast_possible_truncation, reason = "the lower half is the index")]
+            let index = event.u64 as u32;
+            fired.push_back(if event.u64 & POLL == 0 {
+                Completion::Event {
+                    index,
+                    result: 0,
+                    armed: true,
+                }
+            } else {
+                let result = i32::try_from(event.events).unwrap_or(libc::POLLERR.into());
+                Completion::Operation { index, result }
+            });
         }
     }
 
     pub(super) fn next_completion(&self) -> Option<Completion> {
-        let index = self.fired.borrow_mut().pop_front()?;
-        Some(Completion::Event {
-            index,
-            result: 0,
-            armed: true,
-        })
+        self.fired.borrow_mut().pop_front()
     }
 }

@@ -126,9 +126,15 @@ impl UringEngine {
                 .offset(offset)
                 .mode(mode)
                 .build(),
+            Call::Poll { events } => opcode::PollAdd::new(file, events).build(),
             Call::DiscardBlocks { .. } => opcode::Nop::new().build(),
         };
         self.push(entry.user_data(OPERATION | u64::from(index)));
+    }
+
+    pub(super) fn cancel_poll(&self, index: u32) {
+        let entry = opcode::PollRemove::new(OPERATION | u64::from(index)).build();
+        self.push(entry.user_data(SILENT));
     }
 
     pub(super) fn watch(&self, index: u32, event: RawFd) {
