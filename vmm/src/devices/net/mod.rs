@@ -38,6 +38,7 @@ mod launcher;
 mod passt;
 mod port;
 mod protocol;
+mod receive;
 mod statistics;
 mod stream;
 mod tap;

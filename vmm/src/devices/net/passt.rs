@@ -36,7 +36,7 @@ pub struct PasstOptions {
     pub mac: MacAddress,
     /// Ports of the host that lead to the guest.
     pub forward: Vec<PortForward>,
-    /// MTU that the guest is told, if not 1500.
+    /// MTU that the guest is told by DHCP, if not the largest possible.
     pub mtu: Option<u16>,
 }
 

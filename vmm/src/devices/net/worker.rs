@@ -14,14 +14,9 @@
 //! room. So an idle card does not wake, and a stuck one does not spin.
 //!
 //! Doorbells are watched edge-triggered: each write of the driver wakes once, and their counters are never read.
-//!
-//! Receive buffers are taken from the queue before their packet is there ("armed"), as many as the largest packet may need,
-//! so that the kernel writes a packet right where the guest wants it. What a packet leaves stays armed for the next.
 
-use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use virtio_core::{ActiveQueue, DeviceError, DeviceEvents, GuestMemory};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
@@ -32,15 +27,14 @@ use vmm_sys_util::eventfd::EventFd;
 use super::backend::NetBackend;
 use super::control::{self, NetConfig, REQUEST_SIZE};
 use super::port::{Closed, Port, Received, Sent};
-use super::protocol::{HEADER_SIZE, MAX_PACKET, MIN_FRAME, NUM_BUFFERS_OFFSET, feature};
+use super::protocol::{HEADER_SIZE, MAX_PACKET, MIN_FRAME};
+use super::receive::ReceiveQueue;
 use super::statistics::Counters;
-use crate::devices::guest_buffers::{ChainError, Direction, Extent, GuestBuffers};
-use crate::devices::used_ring::{Interrupts, add_used_together};
+use crate::devices::guest_buffers::{ChainError, Direction, GuestBuffers};
+use crate::devices::used_ring::Interrupts;
 
 /// Packets received in one pass before the other direction gets its turn.
 const RECEIVE_BUDGET: usize = 64;
-/// Pieces of armed buffers from which on no more are armed; one more chain then still fits into one `readv`.
-const ARMED_SEGMENTS: usize = 512;
 
 /// What woke the worker, as the user data of epoll events.
 mod token {
@@ -116,13 +110,6 @@ pub(super) fn run_passes(setup: WorkerSetup, passes: usize) -> Result<(), Worker
     Ok(())
 }
 
-/// A chain of receive buffers that waits for a packet.
-#[derive(Clone, Copy)]
-struct Armed {
-    head: u16,
-    extent: Extent,
-}
-
 struct Worker {
     shared: Arc<Shared>,
     memory: GuestMemory,
@@ -134,27 +121,6 @@ struct Worker {
     send: SendQueue,
     control: Option<ControlQueue>,
     port: PortState,
-}
-
-struct ReceiveQueue {
-    queue: ActiveQueue,
-    interrupts: Interrupts,
-    /// Chains whose buffers are in `buffers`, in order.
-    armed: VecDeque<Armed>,
-    buffers: GuestBuffers,
-    /// What of a packet did not fit into `buffers`.
-    overflow: Vec<u8>,
-    /// Length of a packet that is partly in `buffers`, the rest in `overflow`, and needs more buffers.
-    held: Option<usize>,
-    /// Armed buffers to have before receiving, in bytes.
-    enough: usize,
-    mergeable: bool,
-    /// The driver takes packets without checksum.
-    checksums: bool,
-    /// The driver has provided no buffers; its doorbell will ring.
-    starved: bool,
-    /// Used entries of the packet at hand.
-    used: Vec<(u16, u32)>,
 }
 
 struct SendQueue {
@@ -210,21 +176,8 @@ impl Worker {
             watch(control.kick.as_raw_fd(), doorbell, token::CONTROL_KICK)?;
         }
         let buffers = || GuestBuffers::new(Arc::clone(&memory));
-        let mergeable = features & feature::MRG_RXBUF != 0;
         Ok(Self {
-            receive: ReceiveQueue {
-                interrupts: Interrupts::new(&receive),
-                armed: VecDeque::new(),
-                buffers: buffers(),
-                overflow: Vec::with_capacity(MAX_PACKET),
-                held: None,
-                enough: enough(features, shared.backend.mtu()),
-                mergeable,
-                checksums: features & feature::GUEST_CSUM != 0,
-                starved: false,
-                used: Vec::new(),
-                queue: receive,
-            },
+            receive: ReceiveQueue::new(receive, &memory, features, shared.backend.mtu()),
             send: SendQueue {
                 interrupts: Interrupts::new(&send),
                 packet: buffers(),
@@ -475,97 +428,6 @@ impl Worker {
     }
 }
 
-impl ReceiveQueue {
-    /// Arms buffers until there are enough, or more where a packet is held. Whether there are any to work with; if not, the
-    /// doorbell is on.
-    fn arm(&mut self, memory: &GuestMemoryMmap, starved: &AtomicU64) -> Result<bool, WorkerError> {
-        loop {
-            disable_kicks(&mut self.queue, memory)?;
-            while self.wants_more() {
-                let Some(chain) = next_chain(&mut self.queue, memory)? else {
-                    break;
-                };
-                let head = chain.head_index();
-                let extent = self
-                    .buffers
-                    .append(chain, Direction::ToGuest)
-                    .map_err(chain_error(&self.queue))?;
-                if extent.bytes == 0 {
-                    return Err(chain_error(&self.queue)(ChainError::Unusable));
-                }
-                self.armed.push_back(Armed { head, extent });
-            }
-            let usable = match self.held {
-                Some(length) => self.buffers.len() >= length || !self.wants_more(),
-                None => self.buffers.len() > 0,
-            };
-            if usable {
-                return Ok(true);
-            }
-            if !enable_kicks(&mut self.queue, memory)? {
-                self.starved = true;
-                Counters::add(starved, 1);
-                return Ok(false);
-            }
-        }
-    }
-
-    fn wants_more(&self) -> bool {
-        let enough = self.held.unwrap_or(self.enough);
-        self.buffers.len() < enough
-            && (self.mergeable || self.armed.is_empty())
-            && self.armed.len() < usize::from(self.queue.queue.size())
-            && self.buffers.segments() < ARMED_SEGMENTS
-    }
-
-    /// Gives the packet of `length` bytes, which is in `buffers` and `overflow`, to the driver. Whether that was done;
-    /// otherwise the packet is held until there are more buffers, or dropped because there never will be enough.
-    fn deliver(&mut self, length: usize, memory: &GuestMemoryMmap) -> Result<bool, WorkerError> {
-        let in_buffers = length.saturating_sub(self.overflow.len());
-        if length > self.buffers.len() {
-            if self.wants_more_for(length) {
-                self.held = Some(length);
-            }
-            return Ok(false);
-        }
-        if !self.overflow.is_empty() {
-            self.buffers.copy_from(in_buffers, &self.overflow);
-            self.overflow.clear();
-        }
-        self.used.clear();
-        let mut left = length;
-        let mut released = Extent::default();
-        while left > 0 {
-            let Some(armed) = self.armed.pop_front() else {
-                break;
-            };
-            let written = armed.extent.bytes.min(left);
-            left -= written;
-            released.segments += armed.extent.segments;
-            released.bytes += armed.extent.bytes;
-            self.used
-                .push((armed.head, u32::try_from(written).unwrap_or(u32::MAX)));
-        }
-        let count = u16::try_from(self.used.len()).unwrap_or(u16::MAX);
-        self.buffers.copy_from(NUM_BUFFERS_OFFSET, &count.to_le_bytes());
-        if !self.checksums {
-            // The kernel marks packets whose checksum it knows to be good, also for drivers that do not expect that.
-            self.buffers.copy_from(0, &[0]);
-        }
-        self.buffers.release_front(released);
-        add_used_together(&mut self.queue, memory, &self.used)?;
-        Ok(true)
-    }
-
-    /// Whether buffers for a packet of `length` bytes may still come.
-    fn wants_more_for(&self, length: usize) -> bool {
-        self.mergeable
-            && length <= MAX_PACKET
-            && self.armed.len() < usize::from(self.queue.queue.size())
-            && self.buffers.segments() < ARMED_SEGMENTS
-    }
-}
-
 /// Executes what the driver put into the control queue, at most a queue's worth.
 fn serve_control(
     control: &mut ControlQueue,
@@ -609,16 +471,8 @@ fn serve_control(
     Ok(control.interrupts.notify(&mut control.queue, memory)?)
 }
 
-/// How many bytes of receive buffers hold any packet that this driver may get.
-fn enough(features: u64, mtu: Option<u16>) -> usize {
-    if features & feature::GUEST_SEGMENTATION != 0 {
-        MAX_PACKET
-    } else {
-        HEADER_SIZE + 18 + usize::from(mtu.unwrap_or(1500))
-    }
-}
-
-fn next_chain<'m>(
+/// The next chain that the driver queued, if there is one.
+pub(super) fn next_chain<'m>(
     queue: &mut ActiveQueue,
     memory: &'m GuestMemoryMmap,
 ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, DeviceError> {
@@ -628,7 +482,8 @@ fn next_chain<'m>(
     }
 }
 
-fn disable_kicks(queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<(), DeviceError> {
+/// Does without the doorbell for a while.
+pub(super) fn disable_kicks(queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<(), DeviceError> {
     queue
         .queue
         .disable_notification(memory)
@@ -636,14 +491,15 @@ fn disable_kicks(queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<()
 }
 
 /// Asks for the doorbell. Whether there are chains already, for which it may not ring.
-fn enable_kicks(queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<bool, DeviceError> {
+pub(super) fn enable_kicks(queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<bool, DeviceError> {
     queue
         .queue
         .enable_notification(memory)
         .map_err(|source| queue.error(source))
 }
 
-fn chain_error(queue: &ActiveQueue) -> impl FnOnce(ChainError) -> WorkerError + use<> {
+/// Says in which queue a chain is wrong.
+pub(super) fn chain_error(queue: &ActiveQueue) -> impl FnOnce(ChainError) -> WorkerError + use<> {
     let queue = queue.index;
     move |source| WorkerError::Chain { queue, source }
 }
