@@ -11,15 +11,47 @@
 //! wait for it, and every future may be dropped at any time.
 
 pub mod activity;
+pub mod bitmap;
 mod gate;
 pub mod hot;
 pub mod parity;
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use block_io::IoError;
 
 use crate::model::{DeviceId, Uuid, VolumeId};
+
+/// Where a copy of a log or bitmap is.
+#[derive(Debug)]
+pub struct LogCopy<D> {
+    /// Number of the device.
+    pub id: DeviceId,
+    /// The device.
+    pub device: Rc<D>,
+    /// First byte.
+    pub start: u64,
+}
+
+impl<D> Clone for LogCopy<D> {
+    fn clone(&self) -> Self {
+        Self {
+            id: self.id,
+            device: Rc::clone(&self.device),
+            start: self.start,
+        }
+    }
+}
+
+impl<D> LogCopy<D> {
+    pub(crate) fn failure(&self, source: IoError) -> LogError {
+        LogError::Device {
+            device: self.id,
+            source: Arc::new(source),
+        }
+    }
+}
 
 /// Why a log cannot promise what it was asked for.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -86,6 +118,25 @@ pub enum LogError {
         volume: Uuid,
         /// Which of its sections.
         section: u64,
+    },
+    /// Its sectors do not fit.
+    #[error("a bitmap of {length} bytes is too small for the volume's regions: {needed} are needed")]
+    BitmapTooSmall {
+        /// As it is.
+        length: u64,
+        /// At least.
+        needed: u64,
+    },
+    /// What changes while members are detached would not be known.
+    #[error("no copy of the volume's bitmap is left: name another log device")]
+    NoBitmap,
+    /// The bitmap was made for a smaller volume.
+    #[error("region {region} is not one of the {regions} of the bitmap")]
+    NoRegion {
+        /// Which.
+        region: u32,
+        /// How many there are.
+        regions: u32,
     },
     /// It must hold a whole row four times.
     #[error("a parity log of {length} bytes is too small: {needed} are needed for rows of this size")]

@@ -67,6 +67,7 @@ pub use self::recovery::Recovery;
 #[doc(hidden)]
 pub use self::recovery::parse_ring;
 use self::ring::{Group, Obstacle, Outcome, Remedy, Ring};
+pub use super::LogCopy;
 use super::LogError;
 use super::gate::{Gate, join_all};
 use crate::bytes;
@@ -79,36 +80,6 @@ pub struct Identity {
     pub volume: Uuid,
     /// Number of the section within the volume.
     pub section: u64,
-}
-
-/// Where a copy of the log is.
-#[derive(Debug)]
-pub struct LogCopy<D> {
-    /// Number of the device.
-    pub id: DeviceId,
-    /// The device.
-    pub device: Rc<D>,
-    /// First byte.
-    pub start: u64,
-}
-
-impl<D> Clone for LogCopy<D> {
-    fn clone(&self) -> Self {
-        Self {
-            id: self.id,
-            device: Rc::clone(&self.device),
-            start: self.start,
-        }
-    }
-}
-
-impl<D> LogCopy<D> {
-    fn failure(&self, source: IoError) -> LogError {
-        LogError::Device {
-            device: self.id,
-            source: Arc::new(source),
-        }
-    }
 }
 
 /// Sizes of a log.
