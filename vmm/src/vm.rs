@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_pit_config,
-    kvm_userspace_memory_region,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_irqchip,
+    kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -123,7 +123,25 @@ impl Vm {
             routes: Mutex::default(),
         };
         vm.apply_routes(&vm.lock_routes())?;
+        vm.mask_pics()?;
         Ok(vm)
+    }
+
+    /// Masks all inputs of the two PICs, as a firmware leaves them.
+    ///
+    /// KVM starts them unmasked with vector 0, and a kernel that our ACPI tables tell of no PIC never programs them: an
+    /// interrupt before it has programmed its local APIC would reach it as a processor exception.
+    fn mask_pics(&self) -> Result<(), KvmError> {
+        for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            self.fd.get_irqchip(&mut chip).map_err(call("read a PIC"))?;
+            chip.chip.pic.imr = 0xff;
+            self.fd.set_irqchip(&chip).map_err(call("mask a PIC"))?;
+        }
+        Ok(())
     }
 
     /// The system handle, for capabilities and CPUID.
@@ -289,4 +307,37 @@ fn legacy_routes() -> impl Iterator<Item = kvm_irq_routing_entry> {
     });
     let ioapic = (0..24).map(move |gsi| entry(gsi, KVM_IRQCHIP_IOAPIC, gsi));
     pic.chain(ioapic)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Linux would take interrupt line 5 for exception 5 and die.
+    #[test]
+    fn an_interrupt_before_the_guest_is_ready_does_not_become_an_exception() {
+        let Ok(kvm) = open_kvm() else {
+            eprintln!("no /dev/kvm here");
+            return;
+        };
+        let vm = Vm::new(kvm).unwrap();
+        vm.fd.set_irq_line(layout::GSI_GED, true).unwrap();
+        for (chip_id, latched) in [
+            (KVM_IRQCHIP_PIC_MASTER, 1 << layout::GSI_GED),
+            (KVM_IRQCHIP_PIC_SLAVE, 0),
+        ] {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            vm.fd.get_irqchip(&mut chip).unwrap();
+            // SAFETY: KVM filled this member of the union, as the chip is a PIC.
+            let pic = unsafe { chip.chip.pic };
+            assert_eq!(
+                (pic.irr, pic.imr),
+                (latched, 0xff),
+                "the PIC has seen it and keeps it"
+            );
+        }
+    }
 }
