@@ -72,7 +72,7 @@ fn examine(config: &VmConfig) -> Vec<Finding> {
 
 fn kvm() -> Finding {
     match host::can_boot_stock_kernel() {
-        Ok(()) => Finding::ok("host", "KVM runs stock kernels"),
+        Ok(_) => Finding::ok("host", "KVM runs stock kernels"),
         Err(error) => Finding::fail("host", chain(&error), "`smsvmm host check` shows everything"),
     }
 }

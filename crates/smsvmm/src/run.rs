@@ -22,7 +22,7 @@ pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
     }
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
-    host::can_boot_stock_kernel()?;
+    let micro_guest = host::can_boot_stock_kernel()?;
     config.disks.iter().try_for_each(preflight::check_contents)?;
     let name = config.name.clone();
     let patience = config.power.shutdown_timeout.duration();
@@ -40,7 +40,7 @@ pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
         .transpose()
         .context("cannot start the management server")?;
     signals.serve(control, patience, sandbox.thread(Kind::Signals))?;
-    let reason = machine.run()?;
+    let reason = machine.run(micro_guest)?;
     logs::say(&format!("smsvmm: {name}: {reason}"));
     Ok(Exit::from(&reason))
 }

@@ -12,6 +12,7 @@ mod report;
 pub use features::{available_memory, find_program};
 pub use image::{CutOff, find_cut_off};
 pub use kvm::can_boot_stock_kernel;
+pub use microguest::Remains;
 pub use report::{Finding, Level, Report};
 
 use std::path::PathBuf;

@@ -40,6 +40,7 @@ use crate::config::{ConsoleSpec, HugePages, VmConfig};
 use crate::console::{self, ConsoleError};
 use crate::devices::event_loop::Subscriber;
 use crate::devices::net::Launcher;
+use crate::host::Remains;
 use crate::memory::{MemoryError, Pages, Ram, RamOptions};
 use crate::sandbox::{self, Sandbox, SandboxError};
 use crate::vcpu::VcpuFault;
@@ -248,11 +249,12 @@ impl Vm {
         self.control.clone()
     }
 
-    /// Enters the sandbox, runs the guest on this thread until its end, and gives everything back to the host.
+    /// Enters the sandbox, runs the guest on this thread until its end, and gives everything back to the host. What is left of
+    /// the micro-guest that examined the host is waited for before the guest starts, but not while its machine is built.
     ///
     /// # Errors
     /// KVM or the host refuses something that the VM needs.
-    pub fn run(self) -> Result<ExitReason, MachineError> {
+    pub fn run(self, micro_guest: Remains) -> Result<ExitReason, MachineError> {
         let Vm {
             sandbox,
             session,
@@ -262,7 +264,7 @@ impl Vm {
         drop(control);
         sandbox.enter()?;
         let events = session.events();
-        let result = session.run(devices);
+        let result = session.run(devices, micro_guest);
         if let Ok(reason) = &result {
             events.record(EventKind::Stopped {
                 reason: reason.clone(),

@@ -14,6 +14,7 @@ use super::devices::HostDevice;
 use super::signals::{Signal, Signals};
 use super::{MachineError, MainLoop, Parts};
 use crate::config::{OnCrash, OnReboot};
+use crate::host::Remains;
 use crate::platform::GuestLines;
 use crate::vcpu::{Gate, VcpuFault};
 
@@ -83,14 +84,22 @@ impl Session {
     }
 
     /// Runs the guest until its end, and closes everything.
-    pub(super) fn run(mut self, devices: Vec<HostDevice>) -> Result<ExitReason, MachineError> {
-        let result = self.live(devices);
+    pub(super) fn run(
+        mut self,
+        devices: Vec<HostDevice>,
+        micro_guest: Remains,
+    ) -> Result<ExitReason, MachineError> {
+        let result = self.live(devices, Some(micro_guest));
         self.parts.consoles.close();
         result
     }
 
     /// One life after the other.
-    fn live(&mut self, mut devices: Vec<HostDevice>) -> Result<ExitReason, MachineError> {
+    fn live(
+        &mut self,
+        mut devices: Vec<HostDevice>,
+        mut micro_guest: Option<Remains>,
+    ) -> Result<ExitReason, MachineError> {
         loop {
             let gate = Arc::new(Gate::new());
             let bell = self
@@ -104,6 +113,8 @@ impl Session {
             if self.resets == 0 {
                 self.parts.events.record(EventKind::Started);
             }
+            // Its thread is not confined: it has to be gone before a guest can do anything.
+            drop(micro_guest.take());
             machine.vcpus.resume();
             let end = self.serve(&mut machine, &signals);
             devices = self.tear_down(machine)?;

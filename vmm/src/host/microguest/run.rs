@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{
@@ -19,31 +21,63 @@ use crate::host::HostProblem;
 const RESULT_PORT: u16 = 0x10;
 const EXCEPTION_PORT: u16 = 0x11;
 
-/// Runs the micro-guest; returns the steps that fail, none on a host that can boot a stock kernel.
+/// What came of the micro-guest.
+pub struct Verdict {
+    /// The steps that fail; none on a host that can boot a stock kernel.
+    pub failed: Vec<FailedStep>,
+    /// The end of the virtual machine.
+    pub remains: Remains,
+}
+
+/// The micro-guest's virtual machine, which a thread gives back to KVM. Dropping this waits for its end.
+///
+/// That takes KVM some 10 ms, in which it waits for other processors (RCU) and this process can do something else.
+#[must_use = "dropped at once, it makes the caller wait"]
+#[derive(Debug)]
+pub struct Remains(Option<JoinHandle<()>>);
+
+impl Drop for Remains {
+    fn drop(&mut self) {
+        // The thread has said all it had to say; a panic while it closes files would change nothing.
+        drop(self.0.take().map(JoinHandle::join));
+    }
+}
+
+/// Runs the micro-guest.
 ///
 /// # Errors
 /// KVM refuses to create a virtual machine or to run one at all.
-pub fn check(kvm: &Kvm, thoroughness: Thoroughness) -> Result<Vec<FailedStep>, HostProblem> {
+pub fn check(kvm: Kvm, thoroughness: Thoroughness) -> Result<Verdict, HostProblem> {
+    let (sender, receiver) = mpsc::sync_channel(1);
     // A thread of its own, so that nobody else's signal mask is touched and the timer has a target.
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .name("host-check".to_owned())
-            .stack_size(256 << 10)
-            .spawn_scoped(scope, || check_here(kvm, thoroughness))
-            .map_err(|source| HostProblem::System {
-                action: "start a thread for the micro-guest",
-                source,
-            })?;
-        match thread.join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-    })
+    let thread = std::thread::Builder::new()
+        .name("host-check".to_owned())
+        .stack_size(256 << 10)
+        .spawn(move || match Guest::new(&kvm) {
+            Ok(mut guest) => {
+                // The receiver waits until it has an answer. The guest ends behind that.
+                drop(sender.send(run_steps(&mut guest, thoroughness)));
+            }
+            Err(problem) => drop(sender.send(Err(problem))),
+        })
+        .map_err(|source| HostProblem::System {
+            action: "start a thread for the micro-guest",
+            source,
+        })?;
+    match receiver.recv() {
+        Ok(result) => result.map(|failed| Verdict {
+            failed,
+            remains: Remains(Some(thread)),
+        }),
+        Err(mpsc::RecvError) => Err(HostProblem::System {
+            action: "run the micro-guest: its thread ended without an answer",
+            source: io::ErrorKind::Other.into(),
+        }),
+    }
 }
 
-fn check_here(kvm: &Kvm, thoroughness: Thoroughness) -> Result<Vec<FailedStep>, HostProblem> {
-    let mut guest = Guest::new(kvm)?;
-    let timer = Timer::start(&guest.vcpu, TIME_LIMIT)?;
+fn run_steps(guest: &mut Guest, thoroughness: Thoroughness) -> Result<Vec<FailedStep>, HostProblem> {
+    let _timer = Timer::start(&guest.vcpu, TIME_LIMIT)?;
     let mut failed = Vec::new();
     for (number, (instructions, feature)) in STEPS.into_iter().enumerate() {
         if feature.is_some_and(|feature| !feature.is_in(guest.leaf_1_ecx)) {
@@ -60,7 +94,6 @@ fn check_here(kvm: &Kvm, thoroughness: Thoroughness) -> Result<Vec<FailedStep>, 
             }
         }
     }
-    drop(timer);
     Ok(failed)
 }
 
