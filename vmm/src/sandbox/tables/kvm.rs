@@ -1,9 +1,9 @@
 //! Requests to KVM, by number (linux/kvm.h).
 
 use kvm_bindings::{
-    kvm_clock_data, kvm_cpuid2, kvm_enable_cap, kvm_fpu, kvm_ioeventfd, kvm_irq_routing, kvm_irqfd,
-    kvm_lapic_state, kvm_mp_state, kvm_msi, kvm_msr_list, kvm_msrs, kvm_pit_config, kvm_regs, kvm_sregs,
-    kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs,
+    kvm_clock_data, kvm_cpuid2, kvm_enable_cap, kvm_fpu, kvm_ioeventfd, kvm_irq_routing, kvm_irqchip,
+    kvm_irqfd, kvm_lapic_state, kvm_mp_state, kvm_msi, kvm_msr_list, kvm_msrs, kvm_pit_config, kvm_regs,
+    kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs,
 };
 
 use crate::sandbox::rules::{Rule, io, ioctl, ior, iow, iowr};
@@ -38,6 +38,8 @@ pub(in crate::sandbox) const BUILD: &[Rule] = &[
     ioctl(io(KVM, 0x47), "KVM_SET_TSS_ADDR"),
     ioctl(iow::<u64>(KVM, 0x48), "KVM_SET_IDENTITY_MAP_ADDR"),
     ioctl(io(KVM, 0x60), "KVM_CREATE_IRQCHIP"),
+    ioctl(iowr::<kvm_irqchip>(KVM, 0x62), "KVM_GET_IRQCHIP: the PICs are masked"),
+    ioctl(ior::<kvm_irqchip>(KVM, 0x63), "KVM_SET_IRQCHIP"),
     ioctl(iow::<kvm_pit_config>(KVM, 0x77), "KVM_CREATE_PIT2"),
     ioctl(iow::<kvm_clock_data>(KVM, 0x7b), "KVM_SET_CLOCK"),
     ioctl(ior::<kvm_clock_data>(KVM, 0x7c), "KVM_GET_CLOCK"),
