@@ -17,7 +17,7 @@ use lab::{Archive, Cache, Lab};
 use stories::Vm;
 
 use crate::{build, host, setup};
-use probe::Counts;
+use probe::{Counts, FirstEntry};
 
 /// How long one machine may take to its init.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -157,6 +157,7 @@ struct Row {
     private_kib: u64,
     threads: usize,
     wakes: u64,
+    first_entry: f64,
     first_output: f64,
     init: f64,
 }
@@ -177,17 +178,20 @@ fn measure(contender: &Contender, mut machine: Machine) -> Result<Row> {
     drop(vm);
 
     machine.command_line.push_str(" earlyprintk=ttyS0");
+    let entry = FirstEntry::watch()?;
     let begin = Instant::now();
     let vm = Vm::launch((contender.command)(&machine)?, &folder, LIMIT)?;
     // What the kernel says first of all, as a firmware is silent here.
     vm.wait_for("KASLR")?;
     let first_output = begin.elapsed().as_secs_f64();
+    let first_entry = entry.seconds()?;
     Ok(Row {
         name: contender.name,
         exits,
         private_kib,
         threads,
         wakes,
+        first_entry,
         first_output,
         init,
     })
@@ -198,13 +202,22 @@ fn print_boot(rows: &[Row]) {
         "\nBoot: 1 processor, {GUEST_MIB} MiB, Debian 12 cloud kernel, no disk; ratios to the first line"
     );
     println!(
-        "{:<20} {:>14} {:>7} {:>7} {:>16} {:>8} {:>11} {:>13} {:>15}",
-        "", "exits to init", "PIO", "MMIO", "private KiB", "threads", "idle wakes", "first output", "init"
+        "{:<20} {:>14} {:>7} {:>7} {:>16} {:>8} {:>11} {:>14} {:>14} {:>15}",
+        "",
+        "exits to init",
+        "PIO",
+        "MMIO",
+        "private KiB",
+        "threads",
+        "idle wakes",
+        "guest runs",
+        "first output",
+        "init"
     );
     let Some(first) = rows.first() else { return };
     for row in rows {
         println!(
-            "{:<20} {:>7} ({:>4.2}) {:>7} {:>7} {:>9} ({:>4.1}) {:>8} {:>9}/2s {:>11.3} s {:>7.3} s ({:>4.2})",
+            "{:<20} {:>7} ({:>4.2}) {:>7} {:>7} {:>9} ({:>4.1}) {:>8} {:>9}/2s {:>7.3} ({:>4.1}) {:>7.3} ({:>4.2}) {:>7.3} s ({:>4.2})",
             row.name,
             row.exits.all,
             ratio(row.exits.all, first.exits.all),
@@ -214,7 +227,10 @@ fn print_boot(rows: &[Row]) {
             ratio(row.private_kib, first.private_kib),
             row.threads,
             row.wakes,
+            row.first_entry,
+            row.first_entry / first.first_entry,
             row.first_output,
+            row.first_output / first.first_output,
             row.init,
             row.init / first.init
         );

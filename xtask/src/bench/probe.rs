@@ -1,8 +1,10 @@
 //! What the lab host's kernel tells of a virtual machine's process.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use rustix::time::{ClockId, clock_gettime};
 
 /// VM exits since the machine was made (KVM's files in debugfs, one folder per machine).
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,6 +29,52 @@ impl Counts {
             pio: read("io_exits")?,
             mmio: read("mmio_exits")?,
         })
+    }
+}
+
+/// Watches for the moment at which a processor of a guest runs for the first time: until then the time is the VMM's, from then
+/// on it is the guest's. Micro-guests that only examine the host run in threads with other names.
+pub(super) struct FirstEntry {
+    begin: f64,
+}
+
+const TRACING: &str = "/sys/kernel/tracing";
+const ENTRY: &str = "events/kvm/kvm_entry";
+
+impl FirstEntry {
+    /// From now on.
+    pub(super) fn watch() -> Result<Self> {
+        let set = |file: &str, value: &str| {
+            let path = Path::new(TRACING).join(file);
+            fs::write(&path, value).with_context(|| format!("cannot write to {}", path.display()))
+        };
+        set("trace_clock", "mono")?;
+        // What came first is kept, and what follows costs nothing.
+        set("options/overwrite", "0")?;
+        set("buffer_size_kb", "64")?;
+        set(
+            &format!("{ENTRY}/filter"),
+            "common_pid != 0 && (comm ~ \"vcpu*\" || comm ~ \"CPU *\")",
+        )?;
+        set(&format!("{ENTRY}/enable"), "1")?;
+        set("trace", "")?;
+        let now = clock_gettime(ClockId::Monotonic);
+        #[expect(clippy::cast_precision_loss, reason = "seconds since the host's start")]
+        let begin = now.tv_sec as f64 + now.tv_nsec as f64 / 1e9;
+        Ok(Self { begin })
+    }
+
+    /// Seconds from then to the first entry, which must have been.
+    pub(super) fn seconds(self) -> Result<f64> {
+        let tracing = Path::new(TRACING);
+        let trace = fs::read_to_string(tracing.join("trace"))?;
+        fs::write(tracing.join(ENTRY).join("enable"), "0")?;
+        //   vcpu0-162     [000] d..1.    63.713535: kvm_entry: vcpu 0, rip 0x100200
+        let time = trace
+            .lines()
+            .find_map(|line| line.split_once(": kvm_entry:")?.0.rsplit_once(' '))
+            .context("the trace has no entry into a guest")?;
+        Ok(time.1.parse::<f64>()? - self.begin)
     }
 }
 
