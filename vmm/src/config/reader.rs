@@ -41,8 +41,24 @@ fn read_node<'de, S: DeserializeSeed<'de>>(
     key: Key<'_>,
     seed: S,
 ) -> Result<S::Value, ReadError> {
-    seed.deserialize(NodeReader { node, key })
-        .map_err(|error| error.or_at(&node.place, &key))
+    seed.deserialize(NodeReader { node, key }).map_err(|error| {
+        let place = match error.missing {
+            Some(_) => &node.place,
+            None => blamed(node),
+        };
+        error.or_at(place, &key)
+    })
+}
+
+/// Where to look for what is wrong with a value as a whole: a table that an override has changed was changed there.
+fn blamed(node: &Node) -> &Rc<Place> {
+    let Value::Table(table) = &node.value else {
+        return &node.place;
+    };
+    let mut places = table.values().map(|entry| &entry.node.place);
+    places
+        .find(|place| matches!(***place, Place::Override(_)))
+        .unwrap_or(&node.place)
 }
 
 #[derive(Debug)]

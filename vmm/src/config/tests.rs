@@ -474,6 +474,24 @@ fn each_mistake_in_an_override_has_its_message() {
 }
 
 #[test]
+fn an_override_is_blamed_also_where_the_file_has_the_key() {
+    for (text, message) in [
+        (
+            "cpus = 1",
+            "--set cpus=65: cpus: 65 vCPUs are impossible; use 1 to 64",
+        ),
+        (
+            "cpus = { threads = 2 }",
+            "--set cpus=65: cpus: 65 vCPUs are impossible; use 1 to 64",
+        ),
+    ] {
+        assert_eq!(load(&with(text), &["cpus=65"]).unwrap_err(), message);
+    }
+    let error = load(&with("[[disk]]\nserial = \"x\""), &["disk.0.read-only=true"]).unwrap_err();
+    assert_eq!(error, "vm.toml:5: disk.0.image: is missing");
+}
+
+#[test]
 fn what_must_be_there_is_asked_for() {
     assert_eq!(load("", &[]).unwrap_err(), "vm.toml:1: name: is missing");
     assert_eq!(
