@@ -138,19 +138,25 @@ fn memory(config: &VmConfig) -> Finding {
 }
 
 fn processors(config: &VmConfig) -> Option<Finding> {
-    let online = fs::read_to_string("/sys/devices/system/cpu/online").ok()?;
-    let last: u16 = online.trim().rsplit([',', '-']).next()?.parse().ok()?;
-    let absent = config
-        .cpus
-        .affinity
-        .iter()
-        .flat_map(|cpus| cpus.iter())
-        .find(|cpu| *cpu > last)?;
-    Some(Finding::fail(
-        "cpus.affinity",
-        format!("this host has no CPU {absent}, the last is {last}"),
-        "name CPUs of /sys/devices/system/cpu/online",
-    ))
+    let error = check_processors(config).err()?;
+    Some(Finding::fail("cpus", error.to_string(), ""))
+}
+
+/// Refuses processors of the host that are not there.
+pub(crate) fn check_processors(config: &VmConfig) -> anyhow::Result<()> {
+    const ONLINE: &str = "/sys/devices/system/cpu/online";
+    let last: Option<u16> = fs::read_to_string(ONLINE)
+        .ok()
+        .and_then(|online| online.trim().rsplit([',', '-']).next()?.parse().ok());
+    // Where the kernel does not say, it refuses them itself, later.
+    let Some(last) = last else { return Ok(()) };
+    let mut wanted = config.cpus.affinity.iter().flat_map(|cpus| cpus.iter());
+    if let Some(absent) = wanted.find(|cpu| *cpu > last) {
+        anyhow::bail!(
+            "cpus.affinity: this host has no CPU {absent}, the last is {last}; name CPUs of {ONLINE}"
+        );
+    }
+    Ok(())
 }
 
 fn disk(disk: &DiskConfig) -> Finding {
@@ -168,6 +174,13 @@ fn disk(disk: &DiskConfig) -> Finding {
             return Finding::fail(TOPIC, format!("{}: {}", disk.id, chain(&error)), remedy);
         }
     };
+    if device.geometry().size == 0 {
+        return Finding::fail(
+            TOPIC,
+            format!("{}: {path} is empty", disk.id),
+            "give it a size, for example by `truncate -s 10G`",
+        );
+    }
     if let Err(error) = check_contents(disk) {
         return Finding::fail(
             TOPIC,

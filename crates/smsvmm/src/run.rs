@@ -23,6 +23,7 @@ pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     let micro_guest = host::can_boot_stock_kernel()?;
+    preflight::check_processors(&config)?;
     config.disks.iter().try_for_each(preflight::check_contents)?;
     let name = config.name.clone();
     let patience = config.power.shutdown_timeout.duration();

@@ -203,6 +203,9 @@ fn pin(cpus: Option<&crate::config::HostCpus>) -> io::Result<()> {
     for cpu in cpus.iter() {
         set.set(usize::from(cpu));
     }
-    rustix::thread::sched_setaffinity(None, &set)?;
-    Ok(())
+    rustix::thread::sched_setaffinity(None, &set).map_err(|error| {
+        io::Error::other(format!(
+            "cpus.affinity: it may not run on the host's CPUs {cpus}: {error}"
+        ))
+    })
 }

@@ -23,6 +23,12 @@ pub(super) enum DiskError {
     /// The image.
     #[error(transparent)]
     Image(#[from] block_io::OpenError),
+    /// Nothing could be stored there.
+    #[error("{} is empty; give it a size, for example by `truncate -s 10G`", path.display())]
+    Empty {
+        /// The image.
+        path: std::path::PathBuf,
+    },
     /// The image is smaller than what lies on it.
     #[error(
         "{} is cut off: it has {} bytes, and {} on it needs {}; copy it again",
@@ -60,6 +66,10 @@ pub(super) fn open(config: &DiskConfig, sandbox: &Sandbox) -> Result<OpenDisk, D
         return Err(DiskError::CutOff { path, cut_off });
     }
     let size = ByteSize::from_bytes(image.geometry().size);
+    if size.bytes() == 0 {
+        let path = config.image.clone();
+        return Err(DiskError::Empty { path });
+    }
     let serial = config
         .serial
         .as_ref()

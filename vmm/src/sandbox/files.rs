@@ -7,8 +7,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, PathFdError, Ruleset,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 
 use super::SandboxError;
@@ -47,9 +47,9 @@ impl Files {
         let device = AccessFs::IoctlDev;
         let mut management = ruleset(true)?;
         for path in &places.attachable {
-            let fd = PathFd::new(path).map_err(|source| SandboxError::Place {
+            let fd = PathFd::new(path).map_err(|error| SandboxError::Place {
                 path: path.clone(),
-                source,
+                source: reason(error),
             })?;
             let whole = read | write | device;
             let access = if path.is_dir() {
@@ -149,4 +149,12 @@ fn parents(paths: &[PathBuf]) -> Vec<PathBuf> {
     folders.sort_unstable();
     folders.dedup();
     folders
+}
+
+/// The kernel's answer, without the path, which our own message has.
+fn reason(error: PathFdError) -> io::Error {
+    match error {
+        PathFdError::OpenCall { source, .. } => source,
+        error => io::Error::other(error),
+    }
 }

@@ -49,7 +49,7 @@ pub enum SandboxError {
         /// The path.
         path: PathBuf,
         /// Why.
-        source: landlock::PathFdError,
+        source: io::Error,
     },
     /// Landlock's rules cannot be made.
     #[error("cannot make Landlock rules; sandbox.landlock = false goes without")]

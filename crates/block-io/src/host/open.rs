@@ -57,6 +57,14 @@ pub enum OpenError {
         /// The operating system's answer.
         source: io::Error,
     },
+    /// It is there and may not be written.
+    #[error("cannot open {path} for writing; let this user write to it, or open it read-only")]
+    NotWritable {
+        /// The path.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
     /// A directory, a pipe, a terminal.
     #[error("{path} is neither a regular file nor a block device")]
     WrongKind {
@@ -152,7 +160,13 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Opened, OpenErr
             holder: lock::block_device_holder(path),
         });
     }
-    let mut opened = file.map_err(open_error)?;
+    let mut opened = file.map_err(|source| match source.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) if !options.read_only => OpenError::NotWritable {
+            path: path.to_owned(),
+            source,
+        },
+        _ => open_error(source),
+    })?;
     let metadata = opened.metadata().map_err(examine_error)?;
     if kind_of(path, &metadata)? != kind {
         return Err(OpenError::WrongKind {
