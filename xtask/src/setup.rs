@@ -4,6 +4,7 @@
 //! image that was being made.
 
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use lab::{Cache, Key, Toolbox};
@@ -11,6 +12,9 @@ use lab::{Cache, Key, Toolbox};
 use crate::apt::Apt;
 use crate::recipe::Recipe;
 use crate::{debian, host, images, kernels};
+
+/// How long an image that is not current is kept: other work trees may share the cache.
+const UNUSED: Duration = Duration::from_secs(14 * 86_400);
 
 /// What to make.
 pub(crate) struct Options {
@@ -27,6 +31,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if !options.refresh
         && fs::read_to_string(&stamp).is_ok_and(|text| current_images(&cache).is_ok_and(|now| now == text))
     {
+        cache.keep_current();
         return Ok(());
     }
     require_programs()?;
@@ -53,8 +58,21 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         debian::make(&cache, &recipe, &toolbox, &apt)?;
     }
     images::lab_images(&cache, &toolbox, &made)?;
+    prune(&cache)?;
     fs::write(&stamp, current_images(&cache)?)?;
     host::step("the images are ready");
+    Ok(())
+}
+
+/// Removes what no recipe names any more.
+fn prune(cache: &Cache) -> Result<()> {
+    let pruned = cache.prune(UNUSED)?;
+    if !pruned.removed.is_empty() {
+        host::step(&format!(
+            "removed what nobody has used for two weeks: {}",
+            pruned.removed.join(", ")
+        ));
+    }
     Ok(())
 }
 

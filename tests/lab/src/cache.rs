@@ -7,6 +7,7 @@ use std::fmt;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result};
 
@@ -62,6 +63,7 @@ impl Cache {
             build(&unfinished).with_context(|| format!("cannot make the image `{name}`"))?;
             fs::rename(&unfinished, &folder)?;
         }
+        mark_as_used(&folder);
         let current = self.root.join("current");
         fs::create_dir_all(&current)?;
         let link = current.join(name);
@@ -73,6 +75,77 @@ impl Cache {
             fs::rename(&new, &link)?;
         }
         Ok(folder)
+    }
+}
+
+/// What [`Cache::prune`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pruned {
+    /// Folders and files that were removed, by name.
+    pub removed: Vec<String>,
+}
+
+impl Cache {
+    /// Marks all current images as used now. Whoever relies on them without making them calls this, or they may be pruned.
+    pub fn keep_current(&self) {
+        for entry in fs::read_dir(self.root.join("current"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            if let Ok(folder) = fs::canonicalize(entry.path()) {
+                mark_as_used(&folder);
+            }
+        }
+    }
+
+    /// Removes images that are not current and that no work tree has used for `age`, and what was left unfinished as long ago.
+    ///
+    /// Several work trees may share a cache, each with recipes of its own, but only one of them has its images in `current`:
+    /// hence the age, which counts from the last set-up that asked for the image.
+    ///
+    /// # Errors
+    /// When the store cannot be listed. What cannot be removed stays for the next time.
+    pub fn prune(&self, age: Duration) -> Result<Pruned> {
+        let now = SystemTime::now();
+        let current: Vec<PathBuf> = fs::read_dir(self.root.join("current"))?
+            .filter_map(|entry| fs::canonicalize(entry.ok()?.path()).ok())
+            .collect();
+        let store = fs::canonicalize(self.root.join("store"))?;
+        let mut pruned = Pruned::default();
+        for entry in fs::read_dir(&store)? {
+            let entry = entry?;
+            let path = entry.path();
+            // A clock that was set back gives times in the future: those are young.
+            let idle = now
+                .duration_since(entry.metadata()?.modified()?)
+                .unwrap_or_default();
+            if idle <= age || current.contains(&path) {
+                continue;
+            }
+            // Out of the way at once, so that nobody takes half of it for the whole.
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let trash = store.join(format!(".pruned.{name}.{}", std::process::id()));
+            let gone = if name.starts_with('.') {
+                remove(&path)
+            } else {
+                fs::rename(&path, &trash)
+                    .map_err(Into::into)
+                    .and_then(|()| remove(&trash))
+            };
+            if gone.is_ok() {
+                pruned.removed.push(name);
+            }
+        }
+        pruned.removed.sort();
+        Ok(pruned)
+    }
+}
+
+/// The time of a folder in the store is that of its last use. What cannot be marked only looks unused.
+fn mark_as_used(folder: &Path) {
+    if let Ok(file) = fs::File::open(folder) {
+        drop(file.set_modified(SystemTime::now()));
     }
 }
 
@@ -142,6 +215,48 @@ mod tests {
         assert_ne!(Key::new().with("ab").with("c"), Key::new().with("a").with("bc"));
         assert_ne!(Key::new().with("a"), Key::new().with("a").with(""));
         assert_eq!(Key::new().with("a").to_string(), Key::new().with("a").to_string());
+    }
+
+    #[test]
+    fn what_nobody_has_used_for_long_is_pruned() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache {
+            root: folder.path().to_path_buf(),
+        };
+        let make = |input: &str| {
+            let key = Key::new().with(input);
+            let fill = |folder: &Path| Ok(fs::write(folder.join("input"), input)?);
+            cache.make("thing", key, fill).unwrap()
+        };
+        let day = Duration::from_secs(86_400);
+        let used = |folder: &Path, days: u32| {
+            let file = fs::File::open(folder).unwrap();
+            file.set_modified(SystemTime::now() - days * day).unwrap();
+        };
+        let (old, other_tree, current) = (make("old"), make("other"), make("current"));
+        let unfinished = cache.path("store/.thing-0123.99");
+        fs::create_dir(&unfinished).unwrap();
+        used(&old, 15);
+        used(&other_tree, 13);
+        used(&current, 100);
+        used(&unfinished, 15);
+
+        let pruned = cache.prune(14 * day).unwrap();
+        assert_eq!(pruned.removed.len(), 2, "{pruned:?}");
+        assert!(!old.exists() && !unfinished.exists());
+        assert!(other_tree.exists() && current.exists());
+        assert_eq!(
+            fs::read_dir(cache.path("store")).unwrap().count(),
+            2,
+            "nothing half-removed"
+        );
+
+        // Asking for an image is using it, and so is having it as the current one.
+        used(&other_tree, 15);
+        make("other");
+        cache.keep_current();
+        make("current");
+        assert_eq!(cache.prune(14 * day).unwrap(), Pruned::default());
     }
 
     #[test]

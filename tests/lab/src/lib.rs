@@ -39,7 +39,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-pub use cache::{Cache, Key, repository};
+pub use cache::{Cache, Key, Pruned, repository};
 pub use cpio::Archive;
 pub use share::Share;
 pub use toolbox::{Toolbox, finish};
