@@ -1,6 +1,6 @@
-//! The card on real tap interfaces and on a real `passt`.
+//! The card on real tap interfaces.
 //!
-//! Tap tests make their interfaces in a network namespace of their own, for which they need root; elsewhere they say so and
+//! The tests make their interfaces in a network namespace of their own, for which they need root; elsewhere they say so and
 //! pass. The namespace belongs to the test's thread, from which queue threads and child processes inherit it.
 
 use std::net::UdpSocket;
@@ -17,13 +17,13 @@ use super::tests::options;
 use super::*;
 use crate::devices::test_driver::{BUFFERS, Driver, HIGH_MEMORY, PATIENCE, eventually, readable, writable};
 
-const ALL: u64 = u64::MAX;
-const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+pub(super) const ALL: u64 = u64::MAX;
+pub(super) const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const HOST: [u8; 4] = [10, 99, 0, 1];
 const GUEST: [u8; 4] = [10, 99, 0, 2];
 
 /// Runs `test` in fresh network and mount namespaces in which anyone may open the tun device, or says why not.
-fn in_namespace(test: impl FnOnce() + Send) {
+pub(super) fn in_namespace(test: impl FnOnce() + Send) {
     let name = std::thread::current().name().unwrap_or_default().to_owned();
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name(name.clone());
@@ -62,7 +62,7 @@ fn enter_namespace() -> Result<(), String> {
         .map_err(|error| format!("the kernel has no tun driver: {error}"))
 }
 
-fn shell(command: &str) -> Result<(), String> {
+pub(super) fn shell(command: &str) -> Result<(), String> {
     let output = Command::new("sh")
         .args(["-c", command])
         .output()
@@ -113,7 +113,7 @@ fn pseudo_header(from: [u8; 4], to: [u8; 4], length: usize) -> Vec<u8> {
 }
 
 /// An Ethernet frame with a UDP datagram. The checksum of UDP is that of the pseudo header only if `partial`.
-fn udp_frame(
+pub(super) fn udp_frame(
     macs: ([u8; 6], [u8; 6]),
     addresses: ([u8; 4], [u8; 4]),
     ports: (u16, u16),
@@ -147,7 +147,7 @@ fn udp_frame(
 }
 
 /// The payload of a UDP frame to `port`, if it is one.
-fn udp_payload(frame: &[u8], port: u16) -> Option<&[u8]> {
+pub(super) fn udp_payload(frame: &[u8], port: u16) -> Option<&[u8]> {
     let is_udp = frame.get(12..14)? == [8, 0] && frame.get(23)? == &17;
     let matches = is_udp && frame.get(36..38)? == port.to_be_bytes();
     matches.then(|| &frame[42..])
@@ -155,7 +155,7 @@ fn udp_payload(frame: &[u8], port: u16) -> Option<&[u8]> {
 
 const BUFFER: usize = 1600;
 
-fn give_buffers(driver: &mut Driver, pair: usize) {
+pub(super) fn give_buffers(driver: &mut Driver, pair: usize) {
     let queue = 2 * pair;
     for number in 0..usize::from(driver.queues[queue].size) {
         let place = (pair * 256 + number) * BUFFER;
@@ -165,7 +165,7 @@ fn give_buffers(driver: &mut Driver, pair: usize) {
 }
 
 /// The next packet on `pair`, header included.
-fn packet(driver: &mut Driver, pair: usize) -> Vec<u8> {
+pub(super) fn packet(driver: &mut Driver, pair: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut left = 1;
     while left > 0 {
@@ -183,7 +183,7 @@ fn packet(driver: &mut Driver, pair: usize) -> Vec<u8> {
     bytes
 }
 
-fn send(driver: &mut Driver, header: [u8; HEADER_SIZE], frame: &[u8]) {
+pub(super) fn send(driver: &mut Driver, header: [u8; HEADER_SIZE], frame: &[u8]) {
     driver.write(HIGH_MEMORY, &header);
     driver.write(HIGH_MEMORY + 12, frame);
     driver.queues[1].add(&[readable(HIGH_MEMORY, HEADER_SIZE + frame.len())]);
@@ -198,8 +198,22 @@ fn wait_for_carrier() {
     });
 }
 
+/// Opens tap0. If it was open before, a child of another test that runs beside may still have our file for a moment, between
+/// its fork and its exec.
+fn open_tap(pairs: u16) -> Arc<NetBackend> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match NetBackend::open_tap("tap0", pairs) {
+            Err(NetError::TapBusy { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            opened => return opened.unwrap(),
+        }
+    }
+}
+
 fn tap_card(pairs: u16) -> Net {
-    let backend = NetBackend::open_tap("tap0", pairs).unwrap();
+    let backend = open_tap(pairs);
     wait_for_carrier();
     Net::new(backend, options()).unwrap()
 }
@@ -319,7 +333,7 @@ fn checksums_and_segmentation_are_left_to_the_other_side() {
 }
 
 /// The next packet for port 5000.
-fn next_udp(driver: &mut Driver) -> Vec<u8> {
+pub(super) fn next_udp(driver: &mut Driver) -> Vec<u8> {
     loop {
         let packet = packet(driver, 0);
         if udp_payload(&packet[HEADER_SIZE..], 5000).is_some() {
@@ -514,7 +528,7 @@ fn what_cannot_be_opened_is_said_with_its_remedy() {
         let busy = error("tap0", 1);
         assert!(busy.contains("tap0 is busy"), "{busy}");
         drop(first);
-        NetBackend::open_tap("tap0", 1).unwrap();
+        open_tap(1);
 
         // An interface for several queues serves a card with one.
         shell("ip link delete tap0").unwrap();
@@ -555,144 +569,5 @@ fn the_mtu_of_the_interface_is_the_guests() {
         net.read_config(10, &mut mtu);
         assert_eq!(u16::from_le_bytes(mtu), 9000);
         assert_ne!(net.features() & feature::MTU, 0);
-    });
-}
-
-/// A DHCP request for an address (RFC 2131), as a frame.
-fn dhcp_discover() -> Vec<u8> {
-    let mut message = vec![1, 1, 6, 0, 0x12, 0x34, 0x56, 0x78, 0, 0, 0x80, 0];
-    message.resize(28, 0);
-    message.extend(GUEST_MAC);
-    message.resize(236, 0);
-    message.extend([0x63, 0x82, 0x53, 0x63, 53, 1, 1, 255]);
-    message.resize(300, 0);
-    udp_frame(
-        (GUEST_MAC, [0xff; 6]),
-        ([0; 4], [255; 4]),
-        (68, 67),
-        &message,
-        false,
-    )
-}
-
-/// Whether `frame` is a DHCP offer to us.
-fn is_dhcp_offer(frame: &[u8]) -> bool {
-    let Some(message) = udp_payload(frame, 68).filter(|message| message.len() > 240) else {
-        return false;
-    };
-    let mut options = &message[240..];
-    let mut kind = None;
-    while let [tag, length, rest @ ..] = options
-        && *tag != 255
-    {
-        let (value, next) = rest.split_at(usize::from(*length));
-        if *tag == 53 {
-            kind = value.first().copied();
-        }
-        options = next;
-    }
-    message[0] == 2 && message[4..8] == [0x12, 0x34, 0x56, 0x78] && kind == Some(2)
-}
-
-fn passt() -> Option<Arc<NetBackend>> {
-    match NetBackend::start_passt(&PasstOptions::new(options().mac)) {
-        Ok(backend) => Some(backend),
-        Err(error @ (NetError::PasstAbsent { .. } | NetError::PasstFailed { .. })) => {
-            println!("skipped: {error}");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
-
-#[test]
-fn passt_offers_the_guest_an_address_before_and_after_a_reboot() {
-    let Some(backend) = passt() else { return };
-    let process = backend.process_id().unwrap();
-    for _ in 0..2 {
-        // A reboot builds the machine anew.
-        let mut net = Net::new(Arc::clone(&backend), options()).unwrap();
-        let mut driver = Driver::new(&mut net, ALL);
-        give_buffers(&mut driver, 0);
-        send(&mut driver, [0; HEADER_SIZE], &dhcp_discover());
-        let deadline = Instant::now() + PATIENCE;
-        while !is_dhcp_offer(&packet(&mut driver, 0)[HEADER_SIZE..]) {
-            assert!(Instant::now() < deadline, "no offer");
-        }
-        Driver::reset(&mut net);
-    }
-    drop(backend);
-    assert!(
-        !std::path::Path::new(&format!("/proc/{process}")).exists(),
-        "passt lives on"
-    );
-}
-
-#[test]
-fn passt_forwards_a_port_of_the_host() {
-    let free = UdpSocket::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
-    let options_passt = PasstOptions {
-        forward: vec![format!("udp:127.0.0.1:{free}:5000").parse().unwrap()],
-        ..PasstOptions::new(options().mac)
-    };
-    if passt().is_none() {
-        return;
-    }
-    let backend = NetBackend::start_passt(&options_passt).unwrap();
-    let mut net = Net::new(backend, options()).unwrap();
-    let mut driver = Driver::new(&mut net, ALL);
-    give_buffers(&mut driver, 0);
-    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-    socket.send_to(b"knock", ("127.0.0.1", free)).unwrap();
-    assert_eq!(&next_udp(&mut driver)[HEADER_SIZE + 42..], b"knock");
-}
-
-#[test]
-fn passt_that_dies_takes_the_link_down() {
-    let Some(backend) = passt() else { return };
-    let process = backend.process_id().unwrap();
-    let mut net = Net::new(Arc::clone(&backend), options()).unwrap();
-    let mut driver = Driver::new(&mut net, ALL);
-    give_buffers(&mut driver, 0);
-    shell(&format!("kill -9 {process}")).unwrap();
-    eventually("a lost link", || {
-        driver.events.config_changes.load(Ordering::SeqCst) == 1
-    });
-    assert!(!backend.link_up());
-}
-
-#[test]
-fn passt_is_missing_or_fails_with_its_own_words() {
-    let absent = PasstOptions {
-        program: "passt-that-is-not-there".into(),
-        ..PasstOptions::new(options().mac)
-    };
-    let error = NetBackend::start_passt(&absent).unwrap_err().to_string();
-    assert!(error.contains("apt install passt"), "{error}");
-    let failing = PasstOptions {
-        program: "ls".into(),
-        ..PasstOptions::new(options().mac)
-    };
-    let error = NetBackend::start_passt(&failing).unwrap_err().to_string();
-    assert!(
-        error.contains("foreground") && error.contains("exit status: 2"),
-        "{error}"
-    );
-}
-
-#[test]
-fn passt_says_that_the_host_has_no_network() {
-    if passt().is_none() {
-        return;
-    }
-    in_namespace(|| {
-        let error = NetBackend::start_passt(&PasstOptions::new(options().mac))
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("No external routable interface"), "{error}");
     });
 }

@@ -306,3 +306,6 @@ mod tests;
 
 #[cfg(test)]
 mod host_tests;
+
+#[cfg(test)]
+mod passt_tests;
