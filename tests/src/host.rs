@@ -51,14 +51,16 @@ impl Kernel {
 pub struct Host {
     images: PathBuf,
     program: PathBuf,
+    static_program: PathBuf,
     folder: tempfile::TempDir,
 }
 
 impl Host {
-    pub(crate) fn new(images: PathBuf, program: PathBuf) -> Result<Self> {
+    pub(crate) fn new(images: PathBuf, program: PathBuf, static_program: PathBuf) -> Result<Self> {
         Ok(Self {
             images,
             program,
+            static_program,
             folder: tempfile::Builder::new().prefix("story.").tempdir()?,
         })
     }
@@ -73,6 +75,12 @@ impl Host {
     #[must_use]
     pub fn smsvmm(&self) -> &Path {
         &self.program
+    }
+
+    /// The program under test as one file that needs no libraries; the story asks for it by [`crate::Story::static_program`].
+    #[must_use]
+    pub fn static_smsvmm(&self) -> &Path {
+        &self.static_program
     }
 
     /// A file of a kernel's image: `bzImage`, `vmlinux`, `initrd`, `initrd-tools`.

@@ -43,6 +43,7 @@ pub struct Story {
     pub(crate) lab: lab::Builder,
     pub(crate) limit: Duration,
     pub(crate) changes_the_host: bool,
+    pub(crate) static_program: bool,
 }
 
 impl Default for Story {
@@ -51,6 +52,7 @@ impl Default for Story {
             lab: lab::Lab::builder(),
             limit: Duration::from_secs(240),
             changes_the_host: false,
+            static_program: false,
         }
     }
 }
@@ -81,6 +83,13 @@ impl Story {
     #[must_use]
     pub fn changes_the_host(mut self) -> Self {
         self.changes_the_host = true;
+        self
+    }
+
+    /// It needs [`Host::static_smsvmm`].
+    #[must_use]
+    pub fn static_program(mut self) -> Self {
+        self.static_program = true;
         self
     }
 

@@ -13,6 +13,9 @@ use crate::{Host, Story};
 /// Set for the test program in the lab.
 const INSIDE: &str = "SMSVMM_STORY_INSIDE";
 
+/// The static build, beside the test program in the lab.
+const STATIC_PROGRAM: &str = "smsvmm-static";
+
 /// What the environment asks for, before looking at KVM.
 const PLACE: &str = "SMSVMM_STORIES";
 
@@ -37,11 +40,13 @@ fn name_by_type<F>() -> String {
 /// Tells a story in the right place.
 pub(crate) fn tell(needs: &Story, name: &str, story: impl FnOnce(&Host) -> Result<()>) -> Result<()> {
     if std::env::var_os(INSIDE).is_some() {
-        return story(&Host::new(PathBuf::from("/images"), program()?)?);
+        let test = std::env::current_exe()?;
+        let static_program = test.with_file_name(STATIC_PROGRAM);
+        return story(&Host::new(PathBuf::from("/images"), program()?, static_program)?);
     }
     if !needs.changes_the_host && kvm_is_good() {
         let images = lab::Cache::locate().image("lab-images")?.join("links");
-        return story(&Host::new(images, program()?)?);
+        return story(&Host::new(images, program()?, static_program(needs)?)?);
     }
     in_lab(needs, name)
 }
@@ -56,6 +61,9 @@ fn in_lab(needs: &Story, name: &str) -> Result<()> {
     let program = program()?;
     if program.exists() {
         place(&program, &folder.path().join("smsvmm"))?;
+    }
+    if needs.static_program {
+        place(&static_program(needs)?, &folder.path().join(STATIC_PROGRAM))?;
     }
     let mut lab = needs.lab.clone().share(folder.path()).start()?;
     let mut variables = format!("{INSIDE}=1 SMSVMM_BIN=$PWD/smsvmm RUST_BACKTRACE=0");
@@ -99,6 +107,21 @@ fn program() -> Result<PathBuf> {
         .nth(2)
         .context("the test program is in no target folder")?;
     Ok(folder.join("smsvmm"))
+}
+
+/// The static build of the program under test, which must be there if the story needs it.
+fn static_program(needs: &Story) -> Result<PathBuf> {
+    let test = std::env::current_exe()?;
+    // target/debug/deps/story-0123 -> target/static/smsvmm
+    let target = test
+        .ancestors()
+        .nth(3)
+        .context("the test program is in no target folder")?;
+    let program = target.join("static/smsvmm");
+    if needs.static_program && !program.exists() {
+        bail!("there is no {}; `cargo xtask static` makes it", program.display());
+    }
+    Ok(program)
 }
 
 /// Whether virtual machines with stock kernels can run on this machine; asked once.

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Write as _;
+use std::os::unix::fs::chown;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -77,6 +78,8 @@ pub struct VmBuilder<'a> {
     sections: String,
     arguments: Vec<String>,
     limit: Duration,
+    program: Option<PathBuf>,
+    user: Option<(u32, u32)>,
 }
 
 impl<'a> VmBuilder<'a> {
@@ -96,6 +99,8 @@ impl<'a> VmBuilder<'a> {
             sections: String::new(),
             arguments: Vec::new(),
             limit: Duration::from_secs(120),
+            program: None,
+            user: None,
         }
     }
 
@@ -188,6 +193,20 @@ impl<'a> VmBuilder<'a> {
         self
     }
 
+    /// Another build of the program under test.
+    #[must_use]
+    pub fn program(mut self, program: impl Into<PathBuf>) -> Self {
+        self.program = Some(program.into());
+        self
+    }
+
+    /// Run by the user and group with these numbers, and no other groups, without privileges. The machine's folder is theirs.
+    #[must_use]
+    pub fn run_by(mut self, user: u32, group: u32) -> Self {
+        self.user = Some((user, group));
+        self
+    }
+
     /// How long it may run altogether; two minutes if not said.
     #[must_use]
     pub fn limit(mut self, limit: Duration) -> Self {
@@ -220,7 +239,7 @@ impl<'a> VmBuilder<'a> {
         let command = match std::env::var("SMSVMM_VMM").as_deref() {
             Ok("qemu") => self.qemu(&kernel, &initrd),
             _ => {
-                let program = self.host.smsvmm();
+                let program = self.program.as_deref().unwrap_or(self.host.smsvmm());
                 ensure!(
                     program.exists(),
                     "there is no {}; `cargo build -p smsvmm` makes it",
@@ -231,8 +250,13 @@ impl<'a> VmBuilder<'a> {
                 command
             }
         };
+        let mut command = command;
+        if let Some((user, group)) = self.user {
+            chown(&folder, Some(user), Some(group))?;
+            command.uid(user).gid(group);
+        }
         let mut vm = Vm::launch(command, &folder, self.limit)?;
-        vm.program = self.host.smsvmm().to_path_buf();
+        vm.program = self.program.unwrap_or_else(|| self.host.smsvmm().to_path_buf());
         Ok(vm)
     }
 

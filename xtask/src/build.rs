@@ -66,3 +66,23 @@ pub(crate) fn static_program(package: &str, program: &str) -> Result<PathBuf> {
     );
     Ok(target()?.join("release").join(program))
 }
+
+/// Builds smsvmm as one file that needs no libraries, in `target/static`. Only the program itself is built for that, and
+/// linked with what the tests have built already; so it is not optimized.
+pub(crate) fn static_smsvmm() -> Result<PathBuf> {
+    host::step("building smsvmm (static)");
+    let mut command = cargo();
+    command.args(["rustc", "--locked", "--package", "smsvmm", "--bin", "smsvmm"]);
+    // Not by RUSTFLAGS: those apply to procedural macros as well, which cannot be static.
+    command.args(["--", "-C", "target-feature=+crt-static", "-C", "strip=debuginfo"]);
+    ensure!(
+        command.status().context("cannot start cargo")?.success(),
+        "the static smsvmm does not build"
+    );
+    let target = target()?;
+    let program = target.join("static/smsvmm");
+    std::fs::create_dir_all(target.join("static"))?;
+    // Not under the name by which tests find the usual program: the next `cargo build` links that anew.
+    std::fs::rename(target.join("debug/smsvmm"), &program)?;
+    Ok(program)
+}
