@@ -85,6 +85,7 @@ impl Traffic {
 
 /// Transfers both ways; the mean size of the packets that carried them: the guest's, then the host's.
 fn transfer_and_measure(host: &Host, vm: &mut Vm, tap: &str) -> Result<[u64; 2]> {
+    vm.guest("dmesg -c > /dev/null")?;
     make_data(host, vm)?;
     let before = Traffic::of(host, tap, "rx")?;
     upload(host, vm, HOST)?;
@@ -93,6 +94,15 @@ fn transfer_and_measure(host: &Host, vm: &mut Vm, tap: &str) -> Result<[u64; 2]>
     download(host, vm, HOST)?;
     let received = Traffic::of(host, tap, "tx")?.mean_since(before);
     println!("bytes per packet: {sent} from the guest, {received} to it");
+    // Nothing was repaired on the way.
+    let errors =
+        "awk '/^Tcp:/ { print $NF }' /proc/net/snmp; cat /sys/class/net/eth0/statistics/*_errors | sort -u";
+    assert_eq!(vm.guest(errors)?, "InCsumErrors\n0\n0\n");
+    assert_eq!(
+        host.sh("awk '/^Tcp:/ { print $NF }' /proc/net/snmp")?,
+        "InCsumErrors\n0"
+    );
+    assert_eq!(vm.guest("dmesg -r | grep '^<[0-4]>'; true")?, "");
     Ok([sent, received])
 }
 
@@ -531,6 +541,41 @@ fn two_guests_on_a_bridge_reach_each_other() {
         for vm in guests {
             vm.finish()?;
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_network_that_is_not_there_is_said_with_the_remedy_before_anything_starts() {
+    on_a_host_of_its_own(|host| {
+        make_tap(host, "tap0", "")?;
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let forward = format!(
+            "backend = \"user\"\nforward = [\"tcp:127.0.0.1:{}:22\"]",
+            port.local_addr()?.port()
+        );
+        let user = host
+            .vm("holder")
+            .toml("[[net]]\nbackend = \"tap\"\ntap = \"tap0\"")
+            .interactive()?;
+        for (card, said) in [
+            (
+                "backend = \"tap\"\ntap = \"tap7\"",
+                &["no network interface tap7", "ip tuntap add dev tap7"][..],
+            ),
+            ("backend = \"tap\"\ntap = \"tap0\"", &["tap0 is busy"]),
+            ("backend = \"tap\"\ntap = \"lo\"", &["lo is not a tap interface"]),
+            (&forward, &["passt", &port.local_addr()?.port().to_string()]),
+        ] {
+            let outcome = host.vm("refused").toml(&format!("[[net]]\n{card}")).run()?;
+            println!("{}", outcome.log.trim());
+            ensure!(outcome.exit_code() == Some(1), "{:?}", outcome.status);
+            ensure!(outcome.console.is_empty(), "it started: {}", outcome.console);
+            for words in said {
+                ensure!(outcome.log.contains(words), "{words}: {}", outcome.log);
+            }
+        }
+        user.finish()?;
         Ok(())
     });
 }
