@@ -5,8 +5,11 @@ use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::rc::Rc;
 
-use block_io::sim::{DiskOptions, ExploreOptions, Failure, Scenario, Shared, Sim, SimDisk, World, explore};
-use block_io::{BlockDevice, Durability, IoError};
+use block_io::sim::{
+    DiskOptions, Ended, ExploreOptions, Failure, Fault, FaultRule, Rng, RunOptions, Scenario, Shared, Sim,
+    SimDisk, SwarmOptions, Workload, World, explore, swarm,
+};
+use block_io::{BlockDevice, Durability, IoError, Operation};
 use volume_manager::logs::LogError;
 use volume_manager::logs::parity::{Identity, LogCopy, ParityLog, Piece, Recovery, Shape, least_length};
 use volume_manager::model::{DeviceId, Uuid};
@@ -450,4 +453,252 @@ fn an_unlogged_write_over_a_live_record_is_found() {
 #[test]
 fn partial_stripes_without_a_log_are_found() {
     is_found(Owner::WritesWithoutLog, Script::Writes, "row");
+}
+
+/// A step of a long history.
+#[derive(Debug, Clone)]
+enum Step {
+    Write {
+        row: u64,
+        column: usize,
+        fill: u8,
+    },
+    WriteRow {
+        row: u64,
+        fill: [u8; 2],
+    },
+    Advance,
+    /// The power is cut after so many events of what follows.
+    Crash {
+        after: u64,
+    },
+}
+
+/// Three writers with rows of their own, sectors of 512 bytes, and a ring that is soon full.
+struct History;
+
+impl Workload for History {
+    type Step = Step;
+
+    fn generate(&self, rng: &mut Rng) -> Vec<Step> {
+        let fill = |rng: &mut Rng| u8::try_from(1 + rng.below(255)).unwrap();
+        let step = |rng: &mut Rng| match rng.below(20) {
+            0 | 1 => Step::Crash {
+                after: 60 + rng.below(200),
+            },
+            2 => Step::Advance,
+            3..6 => Step::WriteRow {
+                row: rng.below(3),
+                fill: [fill(rng), fill(rng)],
+            },
+            _ => Step::Write {
+                row: rng.below(3),
+                column: rng.index(2),
+                fill: fill(rng),
+            },
+        };
+        (0..80).map(|_| step(rng)).collect()
+    }
+
+    fn run(&self, seed: u64, history: &[Step]) -> Result<(), Failure> {
+        let mut rng = Rng::new(seed);
+        let mut world = World::new(["a", "b", "c"].map(|name| DiskOptions::new(name, 1 << 30)));
+        let model = Shared::<Model>::default();
+        let formatted = world.run(&RunOptions::in_order(), async |sim| format(&sim).await)?;
+        formatted.ended.done().unwrap_or(Ok(()))?;
+        for part in history.split_inclusive(|step| matches!(step, Step::Crash { .. })) {
+            let mut options = RunOptions::random(rng.next_u64());
+            if let Some(Step::Crash { after }) = part.last() {
+                options = options.crash_after(*after);
+            }
+            let ran = world.run(&options, async |sim| power_on(&sim, &model, part).await)?;
+            if let Ended::Done(result) = ran.ended {
+                result?;
+            }
+            world.crash(&mut rng);
+        }
+        let ran = world.run(&RunOptions::in_order(), async |sim| {
+            power_on(&sim, &model, &[]).await
+        })?;
+        ran.ended.done().unwrap_or(Ok(()))
+    }
+}
+
+async fn power_on(sim: &Sim, model: &Shared<Model>, steps: &[Step]) -> Result<(), Failure> {
+    let section = open(sim, Owner::Right, Rc::clone(model), &[0, 1]).await?;
+    resync(&section).await?;
+    let section = &section;
+    let client = |number: u64| async move {
+        let mut mine = 0_u64;
+        for step in steps {
+            mine += 1;
+            match *step {
+                // Each writer has rows of its own: that is how the owner locks them.
+                Step::Write { row, column, fill } if row == number => {
+                    section.write(row, column, fill).await?
+                }
+                Step::WriteRow { row, fill } if row == number => section.write_row(row, fill).await?,
+                Step::Advance if mine % 3 == number => {
+                    section.log.advance(&async || section.flush().await).await?;
+                }
+                _ => {}
+            }
+        }
+        Ok::<(), LogError>(())
+    };
+    let (first, second, third) = (client(0), client(1), client(2));
+    let clients: Vec<Pin<Box<dyn Future<Output = _>>>> =
+        vec![Box::pin(first), Box::pin(second), Box::pin(third)];
+    together(clients)
+        .await
+        .into_iter()
+        .collect::<Result<(), _>>()
+        .map_err(told)
+}
+
+#[test]
+fn long_histories_of_three_writers_with_crashes() {
+    let options = SwarmOptions {
+        seed: 9,
+        histories: 200,
+    };
+    let numbers = swarm(&History, &options).unwrap_or_else(|shrunk| panic!("{shrunk}"));
+    println!("{numbers}");
+    assert!(numbers.crash_states > 500, "{numbers}");
+    let wanted = [
+        "parity log: torn payload refused",
+        "parity log: torn header refused",
+        "parity log: full, flushed",
+        "parity log: full, and others must end first",
+    ];
+    assert!(numbers.missing(&wanted).is_empty(), "{numbers}");
+}
+
+/// Three blank disks with a log.
+async fn section(sim: &Sim) -> Result<Section, Failure> {
+    format(sim).await?;
+    open(sim, Owner::Right, Shared::default(), &[0, 1]).await
+}
+
+fn in_order<F: Future<Output = Result<(), Failure>>>(test: impl FnOnce(Sim) -> F) {
+    let mut world = World::new(["a", "b", "c"].map(|name| DiskOptions::new(name, 1 << 30)));
+    let ran = world.run(&RunOptions::in_order(), test);
+    ran.unwrap().ended.done().unwrap().unwrap();
+}
+
+#[test]
+fn a_copy_that_fails_is_reported_until_the_owner_takes_it_out() {
+    in_order(async |sim| {
+        let section = section(&sim).await?;
+        section.write(0, 0, 1).await.map_err(told)?;
+        sim.inject(
+            1,
+            FaultRule::once(Fault::Error, Operation::Write).within(LOG..DATA),
+        );
+        for _ in 0..2 {
+            let failed = section.write(0, 1, 2).await.unwrap_err();
+            assert!(
+                matches!(
+                    failed,
+                    LogError::Device {
+                        device: DeviceId(1),
+                        ..
+                    }
+                ),
+                "{failed}"
+            );
+        }
+        section.log.remove_copy(DeviceId(1));
+        section.write(0, 1, 2).await.map_err(told)?;
+        section.log.remove_copy(DeviceId(0));
+        let failed = section.write(0, 1, 3).await.unwrap_err();
+        assert!(matches!(failed, LogError::NoCopy { .. }), "{failed}");
+        drop(open(&sim, Owner::Right, Rc::clone(&section.model), &[0]).await?);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_write_that_was_given_up_keeps_its_record_and_is_replayed() {
+    in_order(async |sim| {
+        let section = section(&sim).await?;
+        let data = [5; UNIT];
+        let pieces = [(0, &data), (2, &data)].map(|(column, data)| Piece {
+            column,
+            offset: 0,
+            data,
+        });
+        let flush = async || section.flush().await;
+        drop(section.log.append(3, &pieces, &flush).await.map_err(told)?);
+        assert!(section.log.has_live_record(3));
+        let mut failed = None;
+        for count in 0..20 {
+            failed = section.write(count % 2, 0, 7).await.err();
+            if failed.is_some() {
+                break;
+            }
+        }
+        assert!(matches!(failed, Some(LogError::Abandoned)), "{failed:?}");
+        assert!(section.log.has_live_record(3));
+        let recovery = ParityLog::open(shape(), copies(&sim, &[1])).await.map_err(told)?;
+        replay(&recovery, &section.disks).await?;
+        assert_eq!(
+            section.disks[2].read_bytes(DATA + 3 * UNIT as u64, UNIT).await?,
+            data
+        );
+        let log = recovery.restart().await.map_err(told)?;
+        assert!(!log.has_live_record(3));
+        Ok(())
+    });
+}
+
+#[test]
+fn an_append_that_is_dropped_while_it_writes_stops_nobody() {
+    in_order(async |sim| {
+        let section = section(&sim).await?;
+        let data = [5; UNIT];
+        let pieces = [Piece {
+            column: 0,
+            offset: 0,
+            data: &data,
+        }];
+        let flush = async || section.flush().await;
+        let mut first = Box::pin(section.log.append(3, &pieces, &flush));
+        let polled =
+            std::future::poll_fn(|context| std::task::Poll::Ready(first.as_mut().poll(context).is_pending()));
+        assert!(polled.await);
+        drop(first);
+        assert!(section.log.has_live_record(3), "it may be on media");
+        section.write(0, 0, 1).await.map_err(told)?;
+        section.log.advance(&flush).await.map_err(told)?;
+        assert!(!section.log.has_live_record(3) && !section.log.has_live_record(0));
+        let (used, blocks) = section.log.usage();
+        assert!(used <= 1 && blocks == 17, "{used} of {blocks}");
+        Ok(())
+    });
+}
+
+#[test]
+fn logs_and_records_of_impossible_sizes_are_refused() {
+    in_order(async |sim| {
+        let small = Shape {
+            length: shape().length - 1,
+            ..shape()
+        };
+        let refused = ParityLog::format(small, copies(&sim, &[0])).await;
+        assert!(matches!(refused, Err(LogError::RingTooSmall { needed, .. }) if needed == shape().length));
+        assert_eq!(least_length(1 << 30), None);
+        let blank = ParityLog::open(shape(), copies(&sim, &[0])).await;
+        assert!(matches!(blank, Err(LogError::NoRecord { .. })));
+        let section = section(&sim).await?;
+        let data = vec![1; 3 * UNIT + 512];
+        let pieces = [Piece {
+            column: 0,
+            offset: 0,
+            data: &data,
+        }];
+        let refused = section.log.append(0, &pieces, &async || Ok(())).await;
+        assert!(matches!(refused, Err(LogError::RecordTooLarge { .. })));
+        Ok(())
+    });
 }

@@ -432,6 +432,10 @@ impl<D: BlockDevice + 'static> ParityLog<D> {
             return Err(LogError::NoCopy { volume, section });
         }
         let at = group.start % self.blocks * BLOCK as u64;
+        debug_assert!(
+            at + group.used as u64 <= self.blocks * BLOCK as u64,
+            "a group leaves the ring"
+        );
         let write = |copy: LogCopy<D>| async move {
             let offset = copy.start + at;
             let written =

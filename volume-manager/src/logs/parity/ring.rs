@@ -151,7 +151,9 @@ impl Ring {
         let left = self.blocks - self.head % self.blocks;
         let gap = if size as u64 > left { left } else { 0 };
         let bytes = size * BLOCK;
-        if self.filling.used > 0 && (gap > 0 || self.filling.used + bytes > self.capacity) {
+        // A group is contiguous, so a new one begins at the ring's start.
+        let wraps = gap > 0 || left == self.blocks;
+        if self.filling.used > 0 && (wraps || self.filling.used + bytes > self.capacity) {
             return Err(Obstacle::Group(Rc::clone(&self.filling.outcome)));
         }
         let reserve = u64::from(!checkpoint);
@@ -287,6 +289,62 @@ impl Ring {
         for record in &mut self.live {
             if matches!(record.progress, Progress::Applied { flushes } if flushes < number) {
                 record.progress = Progress::Flushed;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Uuid;
+
+    #[test]
+    fn no_group_goes_across_the_end_of_the_ring() {
+        let identity = Identity {
+            volume: Uuid(1),
+            section: 1,
+        };
+        let data = [1; 2 * BLOCK];
+        let piece = |length| Piece {
+            column: 0,
+            offset: 0,
+            data: &data[..length],
+        };
+        // Records of two and of three blocks, in a ring in which they end at its end or do not.
+        for (blocks, lengths) in [
+            (17, [8192, 8192]),
+            (18, [8192, 8192]),
+            (17, [4096, 8192]),
+            (20, [4096, 4096]),
+        ] {
+            let mut ring = Ring::new(identity, blocks, data.len(), 0);
+            for length in lengths.into_iter().cycle().take(200) {
+                let entered = loop {
+                    match ring.enter(0, &[piece(length)]) {
+                        Ok(entered) => break entered,
+                        Err(Obstacle::Group(_)) => {
+                            let group = ring.take_group();
+                            let end = group.start % blocks + (group.used / BLOCK) as u64;
+                            assert!(group.used > 0 && end <= blocks, "a group ends in block {end}");
+                            ring.written(group);
+                        }
+                        Err(Obstacle::Full(_)) => {
+                            // Everything is flushed at once here.
+                            let number = ring.flush_begins();
+                            ring.flushed(number);
+                            assert!(ring.gains_by_checkpoint());
+                            while ring.enter(0, &[]).is_err() {
+                                let group = ring.take_group();
+                                ring.written(group);
+                            }
+                            let group = ring.take_group();
+                            ring.written(group);
+                        }
+                        Err(Obstacle::Never(error)) => panic!("{error}"),
+                    }
+                };
+                ring.applied(entered.sequence);
             }
         }
     }
