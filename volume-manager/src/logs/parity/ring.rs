@@ -311,35 +311,31 @@ mod tests {
             offset: 0,
             data: &data[..length],
         };
-        // Records of two and of three blocks, in a ring in which they end at its end or do not.
-        for (blocks, lengths) in [
-            (17, [8192, 8192]),
-            (18, [8192, 8192]),
-            (17, [4096, 8192]),
-            (20, [4096, 4096]),
-        ] {
-            let mut ring = Ring::new(identity, blocks, data.len(), 0);
-            for length in lengths.into_iter().cycle().take(200) {
+        let write = |ring: &mut Ring| {
+            let group = ring.take_group();
+            let end = group.start % ring.blocks + (group.used / BLOCK) as u64;
+            assert!(
+                group.used > 0 && end <= ring.blocks,
+                "a group ends in block {end}"
+            );
+            ring.written(group);
+        };
+        // Records of two and of three blocks; wherever the log begins, some end at the ring's end, and some would not fit.
+        for (head, lengths) in (0..18).flat_map(|head| [(head, [8192, 8192]), (head, [4096, 8192])]) {
+            let mut ring = Ring::new(identity, 17, data.len(), head);
+            for length in lengths.into_iter().cycle().take(100) {
                 let entered = loop {
                     match ring.enter(0, &[piece(length)]) {
                         Ok(entered) => break entered,
-                        Err(Obstacle::Group(_)) => {
-                            let group = ring.take_group();
-                            let end = group.start % blocks + (group.used / BLOCK) as u64;
-                            assert!(group.used > 0 && end <= blocks, "a group ends in block {end}");
-                            ring.written(group);
-                        }
+                        Err(Obstacle::Group(_)) => write(&mut ring),
                         Err(Obstacle::Full(_)) => {
                             // Everything is flushed at once here.
                             let number = ring.flush_begins();
                             ring.flushed(number);
-                            assert!(ring.gains_by_checkpoint());
                             while ring.enter(0, &[]).is_err() {
-                                let group = ring.take_group();
-                                ring.written(group);
+                                write(&mut ring);
                             }
-                            let group = ring.take_group();
-                            ring.written(group);
+                            write(&mut ring);
                         }
                         Err(Obstacle::Never(error)) => panic!("{error}"),
                     }
