@@ -240,8 +240,8 @@ fn decode(bytes: &[u8], pool: Uuid) -> Option<Transaction> {
         return None;
     }
     let foreign = block.pool.get() != pool.0;
-    // The count never gets so far, and one could not follow on the last number.
-    if foreign || block.version.get() != VERSION || block.sequence.get() == u64::MAX {
+    // The count never gets so far: this is damage, and counting on from there could overflow.
+    if foreign || block.version.get() != VERSION || block.sequence.get() >= 1 << 62 {
         return None;
     }
     let entries = block.entries.iter().filter(|entry| **entry != EMPTY);

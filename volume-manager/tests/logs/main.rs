@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod bitmap;
+mod hostile;
 mod hot;
 mod parity;
 

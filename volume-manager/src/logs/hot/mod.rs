@@ -154,6 +154,7 @@ impl<D: BlockDevice + 'static> HotRegions<D> {
 
     /// Adds a volume with its log devices (those that have no log here do not count), and gives its regions that were hot when
     /// the pool was last in use: members may differ there. A guard for each; it is dropped when the region is in sync.
+    /// If the volume was shrunk, some may lie beyond its end: their guards are just dropped.
     ///
     /// # Errors
     /// There is no log for it, or what the logs say does not fit into them, which only damage to several of them can bring
