@@ -12,6 +12,8 @@
 pub mod check;
 pub mod configuration;
 pub mod label;
+#[cfg(test)]
+mod round_trip;
 pub mod slot;
 mod wire;
 

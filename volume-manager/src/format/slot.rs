@@ -34,7 +34,8 @@ struct RawHeader {
     /// Numbers of 32 bits between header and configuration.
     previous: U32,
     attempt: U32,
-    reserved: [u8; 16],
+    number: U32,
+    reserved: [u8; 12],
 }
 
 const _: () = {
@@ -51,6 +52,8 @@ pub struct Header {
     pub pool: Uuid,
     /// Identity of the device, so that a copied device is noticed.
     pub device: Uuid,
+    /// Number of the device in the pool, which the configuration does not tell if the device is leaving with it.
+    pub number: DeviceId,
     /// The configuration's last incarnation.
     pub incarnation: Uuid,
     /// The configuration's epoch.
@@ -124,7 +127,8 @@ impl Header {
             length: (configuration.len() as u64).into(),
             previous: u32::try_from(words.len()).unwrap_or(u32::MAX).into(),
             attempt: self.attempt.into(),
-            reserved: [0; 16],
+            number: self.number.0.into(),
+            reserved: [0; 12],
         };
         let previous: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         raw.crc = crc32c(&[raw.as_bytes(), &previous, configuration]).into();
@@ -169,6 +173,7 @@ impl Header {
             claimed: raw.claimed.get(),
             sequence: raw.sequence.get(),
             attempt: raw.attempt.get(),
+            number: DeviceId(raw.number.get()),
             previous: groups(&words)?,
         };
         Some((header, configuration))
@@ -189,6 +194,7 @@ mod tests {
             claimed: 6,
             sequence: 7,
             attempt: 10,
+            number: DeviceId(11),
             previous: vec![vec![DeviceId(8), DeviceId(9)], vec![], vec![DeviceId(8)]],
         };
         let mut bytes = header.encode(b"configuration");

@@ -32,7 +32,7 @@ pub enum Force {
 pub enum Standing {
     /// It holds it.
     Current,
-    /// It holds the one before: nothing was acknowledged since without it.
+    /// It holds the one before, or one that was tried in vain: nothing was acknowledged since without it.
     Lagging,
     /// It became a holder just with the chosen one, which did not reach it.
     New,
@@ -198,16 +198,13 @@ pub(crate) fn holders(configuration: &Configuration) -> Set {
         .collect()
 }
 
-/// The device's number in the chosen configuration, or else in its own.
+/// The device's number in the chosen configuration, or else in its own slot.
 fn number<D>(found: &Found<D>, chosen: &Configuration) -> Option<DeviceId> {
     let identity = found.media.label.device;
-    let own = found.held.iter().flat_map(|held| &held.configuration.devices);
-    let device = chosen
-        .devices
-        .iter()
-        .chain(own)
-        .find(|device| device.uuid == identity)?;
-    Some(device.id)
+    let device = chosen.devices.iter().find(|device| device.uuid == identity);
+    device
+        .map(|device| device.id)
+        .or_else(|| Some(found.held.as_ref()?.header.number))
 }
 
 fn standing<D>(found: &Found<D>, id: DeviceId, chosen: &Held) -> Standing {
@@ -227,7 +224,16 @@ fn standing<D>(found: &Found<D>, id: DeviceId, chosen: &Held) -> Standing {
     }
 }
 
+/// Whether nothing was acknowledged since without it: it holds the configuration before, or one that was tried first.
 fn is_one_behind(held: &Held, chosen: &Held) -> bool {
+    let tried_first = held.header.epoch == chosen.header.epoch
+        && held.header.incarnation == chosen.header.incarnation
+        && held.header.term == chosen.header.term
+        && held.header.attempt < chosen.header.attempt;
+    if tried_first {
+        cover!("store: a device holds what was tried first");
+        return true;
+    }
     held.configuration.epoch + 1 == chosen.configuration.epoch
         && relation(&chosen.configuration, &held.configuration) == Relation::Ancestor
 }
@@ -475,7 +481,11 @@ impl<D: BlockDevice> Choice<D> {
             ..self.held.header.clone()
         };
         let writes = self.found.iter().map(|(id, found)| {
-            let (media, header, payload) = (found.media.clone(), header.clone(), &payload);
+            let (media, payload) = (found.media.clone(), &payload);
+            let header = Header {
+                number: *id,
+                ..header.clone()
+            };
             let wanted =
                 counted.contains(id) && (holders.contains(id) || previous.iter().any(|set| set.contains(id)));
             async move { claim_one(media, found, wanted.then_some(header), payload).await }

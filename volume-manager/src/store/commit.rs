@@ -292,6 +292,7 @@ impl<D: BlockDevice> Store<D> {
             claimed: self.term,
             sequence: 0,
             attempt,
+            number: DeviceId(0),
             previous: lists,
         };
         Ok(Round {
@@ -370,7 +371,11 @@ impl<D: BlockDevice> Store<D> {
         let devices = self.devices.iter_mut();
         let targets = devices.filter(|(id, _)| round.targets.contains(id) && !have.contains(id));
         let writes = targets.map(|(id, media)| async move {
-            let result = media.put(round.header.clone(), &round.payload).await;
+            let header = Header {
+                number: *id,
+                ..round.header.clone()
+            };
+            let result = media.put(header, &round.payload).await;
             (*id, result)
         });
         let results = together::all(writes).await;

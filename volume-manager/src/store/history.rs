@@ -45,8 +45,13 @@ pub(crate) fn relation(chosen: &Configuration, other: &Configuration) -> Relatio
             .get(place + 1)
             .is_some_and(|next| next.forced)
     };
-    if other.epoch <= fork && chosen.epoch > other.epoch {
-        return Relation::Ancestor;
+    if other.epoch <= fork {
+        // With the same epoch within one incarnation, it was tried before this one.
+        return if chosen.epoch > other.epoch {
+            Relation::Ancestor
+        } else {
+            Relation::GivenUp
+        };
     }
     // `chosen` itself must have gone on from the fork, or it is the past of `other`.
     let went_on = chosen.epoch > fork;

@@ -6,5 +6,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod history;
 mod pool;
+mod proof;
 mod stories;
