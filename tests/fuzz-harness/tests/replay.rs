@@ -86,4 +86,5 @@ replays! {
     net: "net", 2_000;
     config: "config", 10_000;
     escape: "escape", 10_000;
+    pool_device: "pool-device", 20_000;
 }

@@ -8,6 +8,7 @@ mod escape;
 mod net;
 mod pci;
 mod platform;
+mod pool_device;
 mod rng;
 mod rtc;
 mod serial;
@@ -100,6 +101,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 256,
         is_possible: always,
         body: escape::run,
+    },
+    Target {
+        name: "pool-device",
+        about: "labels, slots and configurations on the devices of a pool",
+        max_length: 1024,
+        is_possible: always,
+        body: pool_device::run,
     },
 ];
 
