@@ -222,7 +222,8 @@ fn disturb(sim: &Sim, promise: &mut Promise, step: &Step) {
             promise.unplugged.remove(&disk);
             sim.attach(disk);
         }
-        Step::Copy(disk) => {
+        // Rules for faults to come would be copied, too.
+        Step::Copy(disk) if !forgetful && promise.failing.is_empty() => {
             let copy = sim.with_medium(disk, |medium| medium.clone());
             promise.copies.insert(disk, (copy, promise.newest()));
         }
