@@ -18,8 +18,15 @@
 
 mod bytes;
 mod checksum;
+mod engine;
 pub mod format;
 pub mod logs;
 pub mod model;
 pub mod place;
 pub mod store;
+
+pub use engine::core::Refused;
+pub use engine::counters::{CLASSES, Count, Histogram, Statistics};
+pub use engine::event::Event;
+pub use engine::pool::{NewDevice, NewVolume, OpenOptions, Pool, PoolError};
+pub use engine::volume::Volume;

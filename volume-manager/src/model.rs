@@ -475,3 +475,20 @@ impl Member {
         self.extents.iter().map(|extent| extent.length).sum()
     }
 }
+
+impl Job {
+    /// Whether it has not ended.
+    pub fn is_live(&self) -> bool {
+        matches!(self.state, JobState::Running | JobState::Paused)
+    }
+}
+
+impl JobKind {
+    /// Whether it changes the mapping of a volume, which then must not go away.
+    pub fn concerns(&self, id: VolumeId) -> bool {
+        match self {
+            Self::Relayout { volume, .. } | Self::Move { volume, .. } => *volume == id,
+            Self::Resync { .. } | Self::Evacuate { .. } | Self::Scrub { .. } => false,
+        }
+    }
+}

@@ -128,6 +128,11 @@ impl<D> Store<D> {
         self.devices.insert(id, media);
     }
 
+    /// Has a device of the pool that comes back take part from the next commit on.
+    pub(super) fn put_back(&mut self, id: DeviceId, media: Media<D>) {
+        self.devices.insert(id, media);
+    }
+
     /// Lets go of a device. It must be no holder of the current configuration.
     ///
     /// # Errors

@@ -23,6 +23,7 @@ mod history;
 mod inspect;
 mod media;
 pub mod quorum;
+mod readmit;
 mod scan;
 mod together;
 
@@ -30,4 +31,5 @@ pub use choose::{Choice, Force, OpenError, Opened, Present, Side, Standing};
 pub use commit::{CommitError, Committed, Store};
 pub use inspect::{Content, inspect};
 pub use media::{FormatError, MediaError, format_device};
+pub use readmit::ReadmitError;
 pub use scan::{Problem, ProblemKind, Scan, scan};

@@ -187,6 +187,11 @@ impl<D: BlockDevice + 'static> HotRegions<D> {
         self.shared.places.open();
     }
 
+    /// Whether a volume was added.
+    pub fn knows(&self, volume: VolumeId) -> bool {
+        self.shared.table.borrow().knows(volume)
+    }
+
     /// The hot regions of a volume, in order.
     pub fn regions(&self, volume: VolumeId) -> Vec<u32> {
         self.shared.table.borrow().regions_of(volume)

@@ -189,6 +189,11 @@ impl Table {
             .collect()
     }
 
+    /// Whether a volume was added.
+    pub(super) fn knows(&self, volume: VolumeId) -> bool {
+        self.volumes.contains_key(&volume)
+    }
+
     /// The logs of a volume.
     pub(super) fn logs_of(&self, volume: VolumeId) -> &[LogIndex] {
         self.volumes.get(&volume).map_or(&[], |volume| &volume.logs)

@@ -212,6 +212,11 @@ impl<D: BlockDevice + 'static> ParityLog<D> {
         self.core.ring.borrow().has_live(row)
     }
 
+    /// The rows of all records that may be replayed after a crash.
+    pub fn live_rows(&self) -> Vec<u64> {
+        self.core.ring.borrow().live_rows()
+    }
+
     /// Blocks in use, and all blocks: [`Self::advance`] in time spares writers the wait.
     pub fn usage(&self) -> (u64, u64) {
         (self.core.ring.borrow().used(), self.blocks)

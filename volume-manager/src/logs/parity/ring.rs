@@ -136,6 +136,11 @@ impl Ring {
         self.head - self.durable_tail
     }
 
+    /// The rows whose records would be replayed after a crash.
+    pub(super) fn live_rows(&self) -> Vec<u64> {
+        self.rows.keys().copied().collect()
+    }
+
     pub(super) fn has_live(&self, row: u64) -> bool {
         self.rows.contains_key(&row)
     }

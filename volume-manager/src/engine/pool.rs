@@ -1,0 +1,815 @@
+//! Pools: made, opened, closed; volumes come and go.
+//!
+//! # Opening
+//! 1. The configuration is chosen from what the devices say ([`store`](crate::store)).
+//! 2. Devices that are missing, or came back with old content, are taken out of it; a new incarnation begins.
+//! 3. The activity logs say which regions were being written when the pool was last in use: they are in doubt until resynced,
+//!    and until then every read of them is answered by the same leg.
+//! 4. The parity logs are replayed.
+//! 5. Devices that were out of service and are here again are taken in, and catch up.
+//! 6. Jobs go on where they were.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+use std::time::Duration;
+
+use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoError, ZeroMode, cover, spawn_local};
+
+use super::core::{self, Core, Refused};
+use super::counters::Statistics;
+use super::degrade::degrade;
+use super::disk::Disk;
+use super::event::Event;
+use super::map::{Payload, SectionMap};
+use super::volume::{Volume, VolumeCore};
+use crate::logs::activity::ActivityLog;
+use crate::logs::bitmap::Bitmap;
+use crate::logs::hot::{HotRegions, Limits};
+use crate::logs::parity::{Identity, ParityLog, Piece, Shape};
+use crate::logs::{LogError, bitmap};
+use crate::model::{
+    self, Attributes, BLOCK, Configuration, Device, DeviceId, DeviceState, Extent, Incarnation, JobKind,
+    JobState, MAX_COLUMNS, MemberState, Uuid, VolumeId,
+};
+use crate::place::{self, PlaceError};
+use crate::store::{self, OpenError, Standing, Store};
+
+/// Why something could not be done with a pool.
+#[derive(Debug, thiserror::Error)]
+pub enum PoolError {
+    /// The devices do not make an open pool.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A device cannot become one of a pool.
+    #[error(transparent)]
+    Format(#[from] store::FormatError),
+    /// The first configuration could not be made durable.
+    #[error(transparent)]
+    Commit(#[from] store::CommitError),
+    /// There is no place for it.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// A name is in use, or cannot be one.
+    #[error("{0}")]
+    Name(String),
+    /// There is no such thing.
+    #[error("there is no {0} in this pool")]
+    Unknown(String),
+    /// It cannot be done in the present state; the text says what to do.
+    #[error("{0}")]
+    State(String),
+    /// The pool takes no changes any more.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// A device failed.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// The logs of the pool failed.
+    #[error(transparent)]
+    Log(#[from] LogError),
+}
+
+/// Between looks at what has to be done now and then.
+const ROUND: Duration = Duration::from_secs(2);
+
+/// A device that is to be part of a pool.
+#[derive(Debug)]
+pub struct NewDevice<D> {
+    /// For people: its path or address.
+    pub name: String,
+    /// Itself.
+    pub device: Rc<D>,
+    /// Identity, drawn at random.
+    pub uuid: Uuid,
+    /// Storage class; empty for none.
+    pub class: String,
+    /// Enclosure; empty for unknown.
+    pub enclosure: String,
+    /// Whether it is kept for devices that fail.
+    pub spare: bool,
+}
+
+/// How to open a pool.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Identity of the incarnation that begins, drawn at random.
+    pub incarnation: Uuid,
+    /// Which pool, if the devices are of several.
+    pub pool: Option<Uuid>,
+    /// What to do without a majority, or with two histories.
+    pub force: store::Force,
+    /// Sizes of the activity logs' contents; tests make them small.
+    pub limits: Limits,
+}
+
+/// A volume that is to be made.
+#[derive(Debug, Clone)]
+pub struct NewVolume {
+    /// Its name.
+    pub name: String,
+    /// Its identity, drawn at random.
+    pub uuid: Uuid,
+    /// Its size in bytes; rounded up to whole blocks.
+    pub size: u64,
+    /// How it is laid out. Columns may be 0: as many as is good.
+    pub attributes: Attributes,
+    /// Logical block size: 512 or 4096.
+    pub block: u32,
+    /// Bytes per region of the dirty-region log: a power of two; 0 chooses by size.
+    pub region: u64,
+}
+
+/// An open pool. Copies are the same pool.
+pub struct Pool<D, C>(pub(crate) Rc<Core<D, C>>);
+
+impl<D, C> Clone for Pool<D, C> {
+    fn clone(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+}
+
+impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
+    /// Makes a pool on devices, whose content is lost.
+    ///
+    /// # Errors
+    /// A device is too small, is given twice, or fails.
+    pub async fn create(
+        name: &str,
+        uuid: Uuid,
+        devices: Vec<NewDevice<D>>,
+        options: &OpenOptions,
+        clock: C,
+    ) -> Result<Self, PoolError> {
+        check_name("pool", name)?;
+        let mut config = Configuration {
+            pool: uuid,
+            name: name.into(),
+            epoch: 1,
+            incarnations: vec![Incarnation {
+                id: options.incarnation,
+                first_epoch: 1,
+                forced: false,
+            }],
+            devices: Vec::new(),
+            volumes: Vec::new(),
+            jobs: Vec::new(),
+            next_device: 0,
+            next_volume: 1,
+            next_job: 1,
+        };
+        let mut disks = BTreeMap::new();
+        let mut store = Store::new();
+        for new in devices {
+            if config.devices.iter().any(|device| device.uuid == new.uuid) {
+                return Err(PoolError::State(format!("device {} is given twice", new.name)));
+            }
+            let device = describe(&mut config, &new)?;
+            let label = store::format_device(&*new.device, new.uuid, uuid, name).await?;
+            store.add_device(device.id, Rc::clone(&new.device), label);
+            disks.insert(
+                device.id,
+                Rc::new(Disk::new(device.id, &new.name, Some(new.device))),
+            );
+            config.devices.push(device);
+        }
+        let committed = store.commit(&config).await?;
+        if let Some((_, error)) = committed.failed.into_iter().next() {
+            return Err(error.into());
+        }
+        let hot = HotRegions::new(options.limits);
+        let core = Core::new(clock, config, disks, hot, store);
+        for disk in core.disks() {
+            core.format_activity_log(&disk).await?;
+        }
+        let pool = Self(core);
+        pool.guard();
+        Ok(pool)
+    }
+
+    /// Opens a pool from devices in any order.
+    ///
+    /// # Errors
+    /// The devices do not make a pool that may be opened: see [`store`](crate::store). Devices that fail while it is being opened count as
+    /// missing, as long as enough are left.
+    pub async fn open(
+        devices: Vec<(String, Rc<D>)>,
+        options: &OpenOptions,
+        clock: C,
+    ) -> Result<Self, PoolError> {
+        let scan = store::scan(&devices).await;
+        for problem in scan.problems() {
+            tracing::warn!("{problem}");
+        }
+        let choice = scan.choose(options.pool, &options.force)?;
+        let opened = choice.claim().await?;
+        let mut next = opened.begin(options.incarnation);
+        let store::Opened {
+            store,
+            configuration: config,
+            present,
+            failed,
+            ..
+        } = opened;
+        let mut disks = BTreeMap::new();
+        let mut returned = Vec::new();
+        for there in present {
+            if let Some(device) = next.devices.iter_mut().find(|device| device.id == there.id) {
+                device.name.clone_from(&there.path);
+            }
+            let Some(io) = store.device(there.id).map(Rc::clone) else {
+                continue;
+            };
+            match there.standing {
+                Standing::Current | Standing::Lagging | Standing::New => {
+                    let disk = Disk::new(there.id, &there.path, Some(io));
+                    if failed.iter().any(|(id, _)| *id == there.id) {
+                        disk.kill();
+                    }
+                    disks.insert(there.id, Rc::new(disk));
+                }
+                Standing::Stale | Standing::Faulty => returned.push((there.id, there.path, io)),
+            }
+        }
+        let hot = HotRegions::new(options.limits);
+        for disk in disks.values() {
+            let Some(io) = disk.io() else { continue };
+            let place = crate::format::LOG_OFFSET;
+            match ActivityLog::open(disk.id, Rc::clone(io), place, config.pool).await {
+                Ok(log) => hot.add_log(log),
+                Err(error) => {
+                    cover!("pool: an activity log cannot be read");
+                    tracing::warn!(%error, device = %disk.name, "no activity log");
+                    if matches!(error, LogError::Device { .. }) {
+                        disk.kill();
+                    }
+                }
+            }
+        }
+        let lost: BTreeSet<DeviceId> = config
+            .devices
+            .iter()
+            .filter(|device| device.is_holder() && !disks.get(&device.id).is_some_and(|disk| disk.is_alive()))
+            .map(|device| device.id)
+            .collect();
+        let before = config.clone();
+        next.epoch -= 1;
+        let mut next = degrade(&next, &lost);
+        let core = Core::new(clock, config, disks, hot, store);
+        let mut doubtful = Vec::new();
+        for volume in &before.volumes {
+            let guards = match core.hot.add_volume(volume.id, &volume.log_devices) {
+                _ if volume.log_devices.is_empty() => Vec::new(),
+                Ok(guards) => guards,
+                Err(error) => {
+                    cover!("pool: nothing is known of what was being written to a volume");
+                    tracing::warn!(%error, volume = volume.name, "all of it is resynced");
+                    doubtful.push(volume.id);
+                    Vec::new()
+                }
+            };
+            let runtime = core.add_volume(VolumeCore::new(core.map_of(volume)));
+            let mut unclean = runtime.unclean.borrow_mut();
+            unclean.extend(guards.into_iter().map(|guard| (*guard.regions().start(), guard)));
+        }
+        for id in doubtful {
+            if let Some(volume) = next.volume_mut(id) {
+                doubt(volume);
+            }
+        }
+        core.begin(next).await?;
+        let pool = Self(core);
+        for volume in pool.0.volumes() {
+            pool.load_bitmap(&volume).await?;
+            let rows = pool.recover_volume(&volume).await?;
+            pool.0.note_replayed(&volume, rows).await?;
+        }
+        pool.0.fail(&[]).await?;
+        for (id, name, device) in returned {
+            if let Err(error) = pool.readmit(id, &name, device).await {
+                tracing::warn!(%error, device = name, "a device that is here again cannot be taken in");
+            }
+        }
+        pool.start_jobs().await?;
+        pool.guard();
+        Ok(pool)
+    }
+
+    /// Reads what detached members of a volume miss.
+    async fn load_bitmap(&self, volume: &VolumeCore<D>) -> Result<(), PoolError> {
+        loop {
+            let model = volume.map().volume.clone();
+            let copies = self.0.copies(&model.bitmap);
+            let (Some(length), false) = (
+                model.bitmap.iter().map(|copy| copy.length).min(),
+                copies.is_empty(),
+            ) else {
+                return Ok(());
+            };
+            match Bitmap::load(copies, length, core::regions(&model), model.bitmap_generation).await {
+                Ok(bitmap) => {
+                    *volume.bitmap.borrow_mut() = Some(Rc::new(bitmap));
+                    volume.generation.set(model.bitmap_generation);
+                    return Ok(());
+                }
+                Err(LogError::Device { device, .. }) => self.0.fail(&[self.0.disk(device)]).await?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Replays the parity logs of a volume; gives the regions that were replayed.
+    async fn recover_volume(&self, volume: &Rc<VolumeCore<D>>) -> Result<BTreeSet<u32>, PoolError> {
+        let map = volume.map();
+        let mut replayed = BTreeSet::new();
+        for (section, model) in map.sections.iter().zip(&map.volume.sections) {
+            if model.parity == 0 {
+                continue;
+            }
+            let Some(log) = self.replay(volume, section, model, &mut replayed).await? else {
+                continue;
+            };
+            volume.logs.borrow_mut().insert(section.id, Rc::new(log));
+        }
+        Ok(replayed)
+    }
+
+    /// Replays one section's log; none if all its copies are lost.
+    async fn replay(
+        &self,
+        volume: &VolumeCore<D>,
+        section: &SectionMap<D>,
+        model: &model::Section,
+        replayed: &mut BTreeSet<u32>,
+    ) -> Result<Option<ParityLog<D>>, PoolError> {
+        let core = &self.0;
+        let bytes = section.shape.row_bytes();
+        loop {
+            let recovery = match ParityLog::open(
+                log_shape(volume.map().volume.uuid, model),
+                core.copies(&model.log),
+            )
+            .await
+            {
+                Ok(recovery) => recovery,
+                Err(LogError::Device { device, .. }) => {
+                    core.fail(&[core.disk(device)]).await?;
+                    continue;
+                }
+                Err(error) => {
+                    cover!("pool: all copies of a parity log are lost");
+                    tracing::error!(%error, volume = %volume.name, "the volume takes no writes here");
+                    return Ok(None);
+                }
+            };
+            let mut failed = Vec::new();
+            let mut apply = async |row: u64, pieces: &[Piece<'_>]| {
+                cover!("pool: a parity log is replayed");
+                for piece in pieces {
+                    let column = usize::try_from(piece.column)
+                        .ok()
+                        .and_then(|column| section.columns.get(column));
+                    let Some(column) = column else { continue };
+                    let mut buffer = AlignedBuffer::new(piece.data.len());
+                    buffer.as_mut_slice().copy_from_slice(piece.data);
+                    // SAFETY: the buffer outlives the write below, which is all that uses it.
+                    let memory = [unsafe { buffer.io(0, buffer.as_slice().len()) }];
+                    let at = row * section.shape.unit + piece.offset;
+                    let payload = Payload::Data(&memory, Durability::Volatile);
+                    let written = column
+                        .write(&core.clock, at, piece.data.len() as u64, payload, true)
+                        .await;
+                    failed.extend(written.failed);
+                }
+                replayed.extend(volume.regions(section.start + row * bytes, bytes));
+                Ok::<(), LogError>(())
+            };
+            let done = recovery.replay(&mut apply).await;
+            if let Err(LogError::Device { device, .. }) = &done {
+                failed.push(core.disk(*device));
+            }
+            if core.flush_members(volume.id).await.is_err() || !failed.is_empty() {
+                // Once more without what failed.
+                core.fail(&failed).await?;
+                continue;
+            }
+            done?;
+            match recovery.restart().await {
+                Ok(log) => return Ok(Some(log)),
+                Err(LogError::Device { device, .. }) => core.fail(&[core.disk(device)]).await?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Does what has to be done now and then: regions that are not written any more leave the activity logs, and spares take over
+    /// from devices that failed.
+    fn guard(&self) {
+        let core = Rc::downgrade(&self.0);
+        let clock = self.0.clock.clone();
+        let spawned = spawn_local(async move {
+            let mut healed = 0;
+            loop {
+                clock.sleep(ROUND).await;
+                let Some(core) = core.upgrade().filter(|core| !core.closing.get()) else {
+                    return;
+                };
+                if core.check().is_err() {
+                    return;
+                }
+                let failures = core.failures.get();
+                if failures != healed {
+                    healed = failures;
+
+                    if let Err(error) = Self(Rc::clone(&core)).heal().await {
+                        tracing::warn!(%error, "what a device that failed held cannot be made anew");
+                    }
+                }
+                if let Err(error) = core.clean_idle().await {
+                    tracing::warn!(%error, "regions cannot leave the activity logs");
+                }
+            }
+        });
+        // Outside a worker nobody makes requests.
+        drop(spawned);
+    }
+
+    /// Ends all work, makes everything durable, and leaves the devices so that nothing needs to be resynced at the next open.
+    ///
+    /// # Errors
+    /// What could not be made durable. The pool is closed nevertheless.
+    pub async fn close(self) -> Result<(), PoolError> {
+        let core = &self.0;
+        core.closing.set(true);
+        core.stop_jobs();
+        while core.tasks() > 0 {
+            core.clock.sleep(Duration::from_millis(1)).await;
+        }
+        for volume in core.volumes() {
+            self.volume_of(volume).flush().await?;
+        }
+        for volume in core.volumes() {
+            let logs: Vec<_> = volume.logs.borrow().values().cloned().collect();
+            for log in logs {
+                core.advance(volume.id, &log).await?;
+            }
+        }
+        for _ in 0..2 {
+            core.clean_idle().await?;
+        }
+        core.change(|_| Ok::<(), Refused>(())).await?;
+        Ok(())
+    }
+
+    pub(crate) fn volume_of(&self, volume: Rc<VolumeCore<D>>) -> Volume<D, C> {
+        Volume {
+            core: Rc::clone(&self.0),
+            volume,
+        }
+    }
+
+    /// The configuration at this moment.
+    pub fn configuration(&self) -> Rc<Configuration> {
+        self.0.config()
+    }
+
+    /// What happened since this was asked last.
+    pub fn take_events(&self) -> Vec<Event> {
+        self.0.take_events()
+    }
+
+    /// The volume of this name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn volume(&self, name: &str) -> Result<Volume<D, C>, PoolError> {
+        let unknown = || PoolError::Unknown(format!("volume {name}"));
+        let config = self.0.config();
+        let found = config
+            .volumes
+            .iter()
+            .find(|volume| volume.name == name)
+            .ok_or_else(unknown)?;
+        self.0
+            .volume(found.id)
+            .map(|volume| self.volume_of(volume))
+            .ok_or_else(unknown)
+    }
+
+    /// What each device has done since the pool was opened.
+    pub fn device_statistics(&self) -> Vec<(DeviceId, Statistics)> {
+        self.0
+            .disks()
+            .iter()
+            .map(|disk| (disk.id, disk.counters.get()))
+            .collect()
+    }
+
+    /// Whether a device is in service.
+    pub fn is_in_service(&self, device: DeviceId) -> bool {
+        self.0.disk(device).is_alive()
+    }
+
+    /// Makes a volume, which reads as zeroes.
+    ///
+    /// # Errors
+    /// The name is in use, or there is no place: the error says what is missing.
+    pub async fn create_volume(&self, new: NewVolume) -> Result<Volume<D, C>, PoolError> {
+        check_name("volume", &new.name)?;
+        if !matches!(new.block, 512 | 4096) {
+            return Err(PoolError::State(format!(
+                "a logical block of {} bytes: only 512 and 4096 are possible",
+                new.block
+            )));
+        }
+        let size = new.size.next_multiple_of(BLOCK);
+        let taken = |config: &Configuration| config.volumes.iter().any(|volume| volume.name == new.name);
+        if taken(&self.0.config()) {
+            return Err(PoolError::Name(format!("a volume {} exists already", new.name)));
+        }
+        let region = if new.region == 0 {
+            region_for(size)
+        } else {
+            new.region
+        };
+        let regions = u32::try_from(size.div_ceil(region)).unwrap_or(u32::MAX);
+        let bitmap_length = bitmap::length(regions).next_multiple_of(BLOCK);
+        let config = self.0.placing();
+        let mut attributes = new.attributes.clone();
+        let mut request = place::SectionRequest {
+            length: size,
+            attributes: &new.attributes,
+            block: new.block,
+            excluded: &[],
+            use_spares: false,
+            bitmap: bitmap_length,
+            state: MemberState::InSync,
+            number: 0,
+            first_member: 0,
+        };
+        attributes.layout = place::resolve_layout(&config, &request);
+        request.attributes = &attributes;
+        let placed = place::place_volume(&config, &request)?;
+        let mut volume = model::Volume {
+            id: VolumeId(0),
+            uuid: new.uuid,
+            name: new.name.clone(),
+            size,
+            block: new.block,
+            attributes: attributes.clone(),
+            region,
+            log_devices: placed.log_devices,
+            bitmap: placed.bitmap,
+            bitmap_generation: 0,
+            sections: placed.sections,
+            next_member: placed.next_member,
+            next_section: placed.next_section,
+        };
+        let _kept = self.0.reserve(volume.extents().copied().collect());
+        // Old content must not show through, and copies and parity must agree from the beginning.
+        self.zero(&volume).await?;
+        let mut logs = BTreeMap::new();
+        for section in &volume.sections {
+            if section.parity > 0 {
+                logs.insert(section.id, self.0.new_parity_log(volume.uuid, section).await?);
+            }
+        }
+        let bitmap = match volume.bitmap.as_slice() {
+            [] => None,
+            copies => Some(Bitmap::format(self.0.copies(copies), bitmap_length, regions).await?),
+        };
+        let (volume, _) = self
+            .0
+            .change(|config| {
+                if taken(config) {
+                    return Err(PoolError::Name(format!("a volume {} exists already", new.name)));
+                }
+                if config.volumes.len() >= model::MAX_VOLUMES {
+                    return Err(PoolError::State(format!(
+                        "the pool has {} volumes, which is the most",
+                        model::MAX_VOLUMES
+                    )));
+                }
+                for device in volume.extents().map(|extent| extent.device) {
+                    if !config.device(device).is_some_and(Device::is_holder) {
+                        return Err(PoolError::State(
+                            "a device failed while the volume was being made: try again".into(),
+                        ));
+                    }
+                }
+                volume.id = VolumeId(config.next_volume);
+                config.next_volume += 1;
+                // Before it is in the configuration, so that the logs know it when it can be written.
+                if !volume.log_devices.is_empty() {
+                    drop(self.0.hot.add_volume(volume.id, &volume.log_devices));
+                }
+                config.volumes.push(volume.clone());
+                Ok(volume)
+            })
+            .await?;
+        // What failed during the change is no longer in the configuration's volume.
+        let config = self.0.config();
+        let current = config.volume(volume.id).unwrap_or(&volume);
+        let runtime = VolumeCore::new(self.0.map_of(current));
+        *runtime.logs.borrow_mut() = logs;
+        *runtime.bitmap.borrow_mut() = bitmap.map(Rc::new);
+        let runtime = self.0.add_volume(runtime);
+        self.0.fail(&[]).await?;
+        Ok(self.volume_of(runtime))
+    }
+
+    async fn zero(&self, volume: &model::Volume) -> Result<(), PoolError> {
+        /// At once, so that others get their turn.
+        const PIECE: u64 = 1 << 30;
+        let columns = volume.sections.iter().flat_map(|section| &section.columns);
+        let members = columns.flat_map(|column| &column.members);
+        let extents: Vec<Extent> = members.flat_map(|member| &member.extents).copied().collect();
+        let mut devices = BTreeSet::new();
+        for extent in extents {
+            let disk = self.0.disk(extent.device);
+            devices.insert(extent.device);
+            let mut at = extent.start;
+            let end = extent.start + extent.length;
+            while at < end {
+                let length = PIECE.min(end - at);
+                disk.zero(&self.0.clock, at, length, ZeroMode::MayUnmap).await?;
+                at += length;
+            }
+        }
+        for device in devices {
+            self.0.disk(device).flush(&self.0.clock).await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes a volume and its data. Nobody may be using it.
+    ///
+    /// # Errors
+    /// There is no such volume, or it is being changed by a job.
+    pub async fn delete_volume(&self, name: &str) -> Result<(), PoolError> {
+        let volume = self.volume(name)?;
+        let id = volume.volume.id;
+        drop(volume);
+        let (_, old) = self
+            .0
+            .change(|config| {
+                let jobs = config.jobs.iter().find(|job| job.is_live() && job.kind.concerns(id));
+                if let Some(job) = jobs {
+                    return Err(PoolError::State(format!("job {} works on volume {name}: cancel it first", job.id.0)));
+                }
+                config.volumes.retain(|volume| volume.id != id);
+                for job in config.jobs.iter_mut().filter(|job| job.is_live()) {
+                    if matches!(job.kind, JobKind::Resync { volume } | JobKind::Scrub { volume: Some(volume) } if volume == id) {
+                        job.state = JobState::Done;
+                    }
+                }
+                Ok(())
+            })
+            .await?;
+        let _freed = self
+            .0
+            .reserve(old.iter().flat_map(|map| map.volume.extents().copied()).collect());
+        for map in old {
+            self.0.drained(map).await;
+        }
+        self.0.hot.remove_volume(id);
+        Ok(())
+    }
+
+    /// Takes a device in that was out of service, or missing: its members catch up.
+    ///
+    /// # Errors
+    /// It is not a device of this pool, or fails.
+    pub async fn readmit(&self, id: DeviceId, name: &str, device: Rc<D>) -> Result<(), PoolError> {
+        cover!("pool: a device returns");
+        let disk = Rc::new(Disk::new(id, name, Some(Rc::clone(&device))));
+        self.0.readmit_holder(id, &device).await?;
+        self.0.format_activity_log(&disk).await?;
+        self.0.set_disk(Rc::clone(&disk));
+        let name = name.to_owned();
+        self.0
+            .change(|config| {
+                let found = config.devices.iter_mut().find(|device| device.id == id);
+                let Some(device) = found else {
+                    return Err(PoolError::Unknown(format!("device {name}")));
+                };
+                if !device.is_holder() {
+                    device.state = DeviceState::Active;
+                }
+                device.name.clone_from(&name);
+                Ok(())
+            })
+            .await?;
+        // The maps have the old, dead device.
+        self.0.renew_maps();
+        self.0.tell(Event::DeviceAdded { device: name });
+        self.heal().await
+    }
+}
+
+/// The shape of a section's parity log.
+fn log_shape(volume: Uuid, section: &model::Section) -> Shape {
+    Shape {
+        identity: Identity {
+            volume,
+            section: section.id.into(),
+        },
+        length: section.log.iter().map(|copy| copy.length).min().unwrap_or(0),
+        row: section.columns.len() * usize::try_from(section.unit).unwrap_or(usize::MAX / MAX_COLUMNS),
+    }
+}
+
+impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
+    /// An empty parity log for a section.
+    pub(crate) async fn new_parity_log(
+        &self,
+        volume: Uuid,
+        section: &model::Section,
+    ) -> Result<Rc<ParityLog<D>>, LogError> {
+        ParityLog::format(log_shape(volume, section), self.copies(&section.log))
+            .await
+            .map(Rc::new)
+    }
+}
+
+/// Everything but one copy of a volume is to be made anew.
+fn doubt(volume: &mut model::Volume) {
+    for section in &mut volume.sections {
+        for column in &mut section.columns {
+            let good = column
+                .members
+                .iter()
+                .position(|member| member.state == MemberState::InSync);
+            for (index, member) in column.members.iter_mut().enumerate() {
+                if good.is_some() && Some(index) != good {
+                    member.state = MemberState::Filling { cursor: 0 };
+                }
+            }
+        }
+    }
+    if !volume.sections.iter().any(|section| {
+        section.columns.iter().any(|column| {
+            column
+                .members
+                .iter()
+                .any(|member| matches!(member.state, MemberState::Stale { .. }))
+        })
+    }) {
+        volume.bitmap_generation = 0;
+    }
+}
+
+/// Bytes per region: the log covers about a thousand of them.
+fn region_for(size: u64) -> u64 {
+    /// So many regions would make a volume's bitmap 128 KiB.
+    const MOST: u64 = 1 << 20;
+    (size / MOST).next_power_of_two().max(1 << 20)
+}
+
+fn check_name(what: &str, name: &str) -> Result<(), PoolError> {
+    let good = !name.is_empty()
+        && name.len() <= model::MAX_NAME
+        && !name.contains(|letter: char| letter.is_control() || letter == '/')
+        && name.trim() == name;
+    if good {
+        return Ok(());
+    }
+    Err(PoolError::Name(format!(
+        "{name:?} cannot be the name of a {what}: 1 to {} bytes, no slashes, no control characters, no space at the ends",
+        model::MAX_NAME
+    )))
+}
+
+pub(crate) fn describe<D: BlockDevice>(
+    config: &mut Configuration,
+    new: &NewDevice<D>,
+) -> Result<Device, PoolError> {
+    let geometry = new.device.geometry();
+    let size = geometry.size / BLOCK * BLOCK;
+    let data_start = crate::format::private_size(size).ok_or_else(|| {
+        PoolError::State(format!(
+            "device {} is too small: {size} bytes, at least {} are needed",
+            new.name,
+            crate::format::MIN_DEVICE
+        ))
+    })?;
+    if geometry.read_only {
+        return Err(PoolError::State(format!("device {} is read-only", new.name)));
+    }
+    let id = DeviceId(config.next_device);
+    config.next_device += 1;
+    Ok(Device {
+        id,
+        uuid: new.uuid,
+        name: new.name.clone(),
+        size,
+        data_start,
+        block: geometry.logical_block,
+        state: if new.spare {
+            DeviceState::Spare
+        } else {
+            DeviceState::Active
+        },
+        class: new.class.clone(),
+        enclosure: new.enclosure.clone(),
+    })
+}

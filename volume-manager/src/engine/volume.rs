@@ -1,0 +1,739 @@
+//! The I/O of one volume: requests are cut into the parts of its sections, and those into columns.
+//!
+//! # Life of a write
+//! 1. It claims its range (of a section with parity: whole rows), so that overlapping writes reach all legs in one order and
+//!    a copy never races with them. Volumes without redundancy need that only while they are being moved.
+//! 2. It takes the map, and keeps it until it has ended.
+//! 3. Its regions become hot: durable in the activity logs before any leg is written ([`Core::hot`]). While members are
+//!    detached, its regions are also durable in the volume's bitmap.
+//! 4. All members of its columns are written at once; of a section with parity see [`rows`](super::rows).
+//! 5. If a member failed and redundancy covers that, the loss is made durable in the configuration *before* the write is
+//!    acknowledged: after a crash nobody may take that member's old content for good.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block_io::{
+    BlockDevice, Clock, Durability, Geometry, IoBuf, IoCause, IoError, Operation, ZeroMode, cover,
+    spawn_local,
+};
+
+use super::core::Core;
+use super::counters::Counters;
+use super::disk::Disk;
+use super::join::{self, Boxed};
+use super::list;
+use super::map::{ColumnMap, Map, Payload, SectionMap};
+use super::ranges::{Held, Ranges};
+use super::relayout::Touched;
+use crate::logs::bitmap::Bitmap;
+use crate::logs::hot::Guard;
+use crate::logs::parity::ParityLog;
+use crate::model::{MemberId, VolumeId};
+
+/// What an open pool knows of one of its volumes.
+pub(crate) struct VolumeCore<D> {
+    pub(crate) id: VolumeId,
+    pub(crate) name: Arc<str>,
+    pub(crate) region: u64,
+    map: RefCell<Rc<Map<D>>>,
+    pub(crate) ranges: Ranges,
+    /// Jobs that copy at present: writes claim their ranges although there is no redundancy.
+    pub(crate) copying: Cell<u32>,
+    /// Regions whose copies or parity may differ since a crash.
+    pub(crate) unclean: RefCell<BTreeMap<u32, Guard>>,
+    /// If the volume has redundancy.
+    pub(crate) bitmap: RefCell<Option<Rc<Bitmap<D>>>>,
+    /// The generation that the bitmap is of.
+    pub(crate) generation: Cell<u64>,
+    /// The generation of the bitmap that has all that was uncertain when it began.
+    pub(crate) covered: Cell<u64>,
+    /// By the number of their section.
+    pub(crate) logs: RefCell<BTreeMap<u32, Rc<ParityLog<D>>>>,
+    /// The piece that is being moved elsewhere: it must know what is written meanwhile.
+    pub(crate) shadow: RefCell<Option<Rc<Touched>>>,
+    pub(crate) counters: Counters,
+}
+
+/// A volume of an open pool, as a device. Copies are the same volume.
+pub struct Volume<D, C> {
+    pub(crate) core: Rc<Core<D, C>>,
+    pub(crate) volume: Rc<VolumeCore<D>>,
+}
+
+impl<D, C> Clone for Volume<D, C> {
+    fn clone(&self) -> Self {
+        Self {
+            core: Rc::clone(&self.core),
+            volume: Rc::clone(&self.volume),
+        }
+    }
+}
+
+impl<D> VolumeCore<D> {
+    pub(crate) fn new(map: Map<D>) -> Self {
+        Self {
+            id: map.volume.id,
+            name: map.volume.name.as_str().into(),
+            region: map.volume.region,
+            map: RefCell::new(Rc::new(map)),
+            ranges: Ranges::default(),
+            copying: Cell::new(0),
+            unclean: RefCell::default(),
+            bitmap: RefCell::default(),
+            generation: Cell::new(0),
+            covered: Cell::new(0),
+            logs: RefCell::default(),
+            shadow: RefCell::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// The present map.
+    pub(crate) fn map(&self) -> Rc<Map<D>> {
+        Rc::clone(&self.map.borrow())
+    }
+
+    /// Replaces the map; gives the old one.
+    pub(crate) fn set_map(&self, map: Map<D>) -> Rc<Map<D>> {
+        self.map.replace(Rc::new(map))
+    }
+
+    /// The regions that a range touches.
+    pub(crate) fn regions(&self, offset: u64, length: u64) -> std::ops::RangeInclusive<u32> {
+        let index = |byte: u64| u32::try_from(byte / self.region).unwrap_or(u32::MAX);
+        index(offset)..=index((offset + length).saturating_sub(1).max(offset))
+    }
+
+    /// Whether copies or parity of the range may differ since a crash.
+    pub(crate) fn is_unclean(&self, offset: u64, length: u64) -> bool {
+        let unclean = self.unclean.borrow();
+        !unclean.is_empty() && unclean.range(self.regions(offset, length)).next().is_some()
+    }
+}
+
+/// What a request does; the ones that change something carry what they put in place.
+type Parts = Vec<(usize, u64, Vec<IoBuf>)>;
+
+impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
+    pub(crate) fn clock(&self) -> &C {
+        &self.core.clock
+    }
+
+    #[cold]
+    pub(crate) fn error(
+        &self,
+        operation: Operation,
+        offset: u64,
+        length: u64,
+        cause: impl Into<IoCause>,
+    ) -> IoError {
+        IoError::new(&self.volume.name, operation, offset, length, cause)
+    }
+
+    fn check(&self, operation: Operation, offset: u64, length: u64) -> Result<(), IoError> {
+        let (size, block) = {
+            let map = self.volume.map.borrow();
+            (map.volume.size, map.volume.block)
+        };
+        let refused = if !offset.is_multiple_of(block.into()) || !length.is_multiple_of(block.into()) {
+            IoCause::Misaligned { block }
+        } else if offset.checked_add(length).is_none_or(|end| end > size) {
+            IoCause::OutOfRange { size }
+        } else {
+            return Ok(());
+        };
+        Err(self.error(operation, offset, length, refused))
+    }
+
+    /// Claims what a write to the range needs, then takes the map.
+    pub(crate) async fn claim(&self, offset: u64, length: u64) -> (Option<Held<'_>>, Rc<Map<D>>) {
+        loop {
+            let map = self.volume.map();
+            let Some((start, end)) = self.claimed(&map, offset, length) else {
+                return (None, map);
+            };
+            // Whoever replaces the map holds the range and waits for the old map's users.
+            drop(map);
+            let held = self.volume.ranges.hold(start, end).await;
+            let map = self.volume.map();
+            match self.claimed(&map, offset, length) {
+                Some((from, to)) if from < start || to > end => {
+                    cover!("volume: the layout changed while a write waited");
+                }
+                _ => return (Some(held), map),
+            }
+        }
+    }
+
+    fn claimed(&self, map: &Map<D>, offset: u64, length: u64) -> Option<(u64, u64)> {
+        let copying = self.volume.copying.get() > 0;
+        let mut claimed: Option<(u64, u64)> = None;
+        for (section, from, part) in map.parts(offset, length) {
+            let range = if section.shape.parity > 0 {
+                let row = section.shape.row_bytes();
+                let (first, last) = (from / row, (from + part).div_ceil(row));
+                (section.start + first * row, section.start + last * row)
+            } else if section.redundant || copying {
+                (section.start + from, section.start + from + part)
+            } else {
+                continue;
+            };
+            claimed = Some(claimed.map_or(range, |(from, to)| (from.min(range.0), to.max(range.1))));
+        }
+        claimed
+    }
+
+    /// Cuts a part of a section without parity into columns: column, first byte of the member, memory.
+    fn columns(section: &SectionMap<D>, offset: u64, buffers: &[IoBuf]) -> Parts {
+        let mut parts: Parts = Vec::new();
+        let (mut at, mut skip, total) = (offset, 0, list::length(buffers));
+        while skip < total {
+            let piece = section.shape.piece(at, total - skip);
+            let column = section.shape.data_column(piece.row, piece.data);
+            let memory = list::part(buffers, skip, piece.length);
+            // The next row's unit follows in the member.
+            match parts.iter_mut().find(|part| part.0 == column) {
+                Some(part) => part.2.extend(memory),
+                None => parts.push((column, section.shape.in_member(&piece), memory)),
+            }
+            at += piece.length;
+            skip += piece.length;
+        }
+        parts
+    }
+
+    /// Reads a range; what no column can answer is computed from parity only if the range is `claimed`.
+    pub(crate) async fn read_map(
+        &self,
+        map: &Map<D>,
+        offset: u64,
+        buffers: &[IoBuf],
+        claimed: bool,
+    ) -> Result<(), IoError> {
+        let length = list::length(buffers);
+        let mut done = 0;
+        for (section, from, part) in map.parts(offset, length) {
+            if part == length {
+                self.read_part(section, from, buffers, claimed).await?;
+            } else {
+                self.read_part(section, from, &list::part(buffers, done, part), claimed)
+                    .await?;
+            }
+            done += part;
+        }
+        Ok(())
+    }
+
+    async fn read_part(
+        &self,
+        section: &SectionMap<D>,
+        from: u64,
+        buffers: &[IoBuf],
+        claimed: bool,
+    ) -> Result<(), IoError> {
+        let total = list::length(buffers);
+        if section.shape.columns == 1 {
+            return self.read_column(section, 0, from, buffers).await;
+        }
+        let piece = section.shape.piece(from, total);
+        if piece.length == total {
+            let column = section.shape.data_column(piece.row, piece.data);
+            let at = section.shape.in_member(&piece);
+            return self.read_unit(section, column, at, buffers, claimed).await;
+        }
+        if section.shape.parity == 0 {
+            let reads = Self::columns(section, from, buffers).into_iter().map(
+                |(column, at, memory)| -> Boxed<'_, _> {
+                    Box::pin(async move { self.read_column(section, column, at, &memory).await })
+                },
+            );
+            return join::all(reads.collect()).await.into_iter().collect();
+        }
+        // Rotation makes a column's units of consecutive rows something else than consecutive data.
+        let mut reads: Vec<Boxed<'_, Result<(), IoError>>> = Vec::new();
+        let mut skip = 0;
+        while skip < total {
+            let piece = section.shape.piece(from + skip, total - skip);
+            let column = section.shape.data_column(piece.row, piece.data);
+            let at = section.shape.in_member(&piece);
+            let memory = list::part(buffers, skip, piece.length);
+            reads.push(Box::pin(async move {
+                self.read_unit(section, column, at, &memory, claimed).await
+            }));
+            skip += piece.length;
+        }
+        join::all(reads).await.into_iter().collect()
+    }
+
+    /// Reads from a column, or from the others if that fails, there is parity, and the rows are claimed.
+    async fn read_unit(
+        &self,
+        section: &SectionMap<D>,
+        column: usize,
+        at: u64,
+        buffers: &[IoBuf],
+        claimed: bool,
+    ) -> Result<(), IoError> {
+        let parity = section.shape.parity > 0 && claimed;
+        if !parity || section.readable(column) {
+            match self.read_column(section, column, at, buffers).await {
+                Err(_) if parity => cover!("volume: a failed read is answered from parity"),
+                result => return result,
+            }
+        }
+        self.reconstruct_range(section, column, at, buffers).await
+    }
+
+    /// Reads from one of a column's members; from another one if that fails, which then repairs the first.
+    pub(crate) async fn read_column(
+        &self,
+        section: &SectionMap<D>,
+        column: usize,
+        at: u64,
+        buffers: &[IoBuf],
+    ) -> Result<(), IoError> {
+        let Some(map) = section.columns.get(column) else {
+            return Err(self.error(Operation::Read, at, 0, IoCause::OutOfRange { size: 0 }));
+        };
+        let length = list::length(buffers);
+        let (start, end) = section.volume_range(at, at + length);
+        let first = if self.volume.is_unclean(start, end - start) {
+            // Until it is resynced, one leg is the truth.
+            0
+        } else {
+            Self::preferred(map, at)
+        };
+        let mut failed: Vec<(MemberId, Rc<Disk<D>>)> = Vec::new();
+        let mut error = None;
+        let count = map.members.len();
+        // Two rounds: the good ones in order; then, without redundancy, also those on devices out of service.
+        for (round, index) in [0, 1]
+            .into_iter()
+            .flat_map(|round| (0..count).map(move |index| (round, index)))
+        {
+            let Some(member) = map.members.get((first + index) % count) else {
+                continue;
+            };
+            let usable = member.state == crate::model::MemberState::InSync;
+            if !usable || (member.is_alive() != (round == 0)) || (round == 1 && section.redundant) {
+                continue;
+            }
+            match member.read(self.clock(), at, buffers).await {
+                Ok(()) => {
+                    for (member, device) in failed {
+                        cover!("volume: a failed read is answered by another leg");
+                        self.repair_later(section, column, member, device, at, length);
+                    }
+                    return Ok(());
+                }
+                Err((device, reason)) => {
+                    failed.push((member.id, device));
+                    error = Some(reason);
+                }
+            }
+        }
+        if section.shape.parity > 0 {
+            for (member, device) in failed {
+                self.repair_later(section, column, member, device, at, length);
+            }
+        }
+        Err(error.unwrap_or_else(|| {
+            let reason = std::io::Error::other("no device that holds a good copy of this range is there");
+            self.error(Operation::Read, section.start, length, reason)
+        }))
+    }
+
+    /// The leg with the least to do; if all have as little, by place, so that sequential reads stay on one.
+    fn preferred(column: &ColumnMap<D>, at: u64) -> usize {
+        const LOCALITY: u64 = 1 << 20;
+        if column.members.len() == 1 {
+            return 0;
+        }
+        let turn = usize::try_from(at / LOCALITY).unwrap_or(0);
+        let count = column.members.len();
+        let load = |index: usize| {
+            let member = column.members.get(index)?;
+            let usable = member.state == crate::model::MemberState::InSync && member.is_alive();
+            usable.then(|| member.disk_at(at).map_or(0, |disk| disk.in_flight()))
+        };
+        (0..count)
+            .map(|step| (turn + step) % count)
+            .filter_map(|index| Some((load(index)?, index)))
+            .min_by_key(|(load, _)| *load)
+            .map_or(0, |(_, index)| index)
+    }
+
+    /// Writes what a member could not read over with what it should hold; if that fails, its device is out of service.
+    fn repair_later(
+        &self,
+        section: &SectionMap<D>,
+        column: usize,
+        member: MemberId,
+        disk: Rc<Disk<D>>,
+        at: u64,
+        length: u64,
+    ) {
+        let (this, id) = (self.clone(), section.id);
+        let busy = self.core.busy();
+        let spawned = spawn_local(async move {
+            let _busy = busy;
+            if this.repair(id, column, member, at, length).await.is_err() {
+                cover!("volume: a member that cannot be repaired is given up");
+                // What fails here fails for whoever writes next, too.
+                let _ = this.core.fail(&[disk]).await;
+            }
+        });
+        // Outside a worker nobody makes requests.
+        drop(spawned);
+    }
+
+    /// Resolved when the range of a member reads well again, or is nobody's any more.
+    async fn repair(
+        &self,
+        section: u32,
+        column: usize,
+        member: MemberId,
+        at: u64,
+        length: u64,
+    ) -> Result<(), IoError> {
+        let range = |map: &Map<D>| {
+            let section = map.sections.iter().find(|candidate| candidate.id == section)?;
+            Some(section.volume_range(at, at + length))
+        };
+        let Some((from, to)) = range(&self.volume.map()) else {
+            return Ok(());
+        };
+        let _held = self.volume.ranges.hold(from, to).await;
+        let map = self.volume.map();
+        let found = map.sections.iter().find(|candidate| candidate.id == section);
+        let Some(section) = found.filter(|_| range(&map) == Some((from, to))) else {
+            // The section was moved or cut meanwhile, and what moves it reads and repairs it, too.
+            return Ok(());
+        };
+        let Some(bad) = section
+            .columns
+            .get(column)
+            .and_then(|column| column.members.iter().find(|other| other.id == member))
+        else {
+            return Ok(());
+        };
+        if !bad.is_alive() {
+            return Ok(());
+        }
+        let buffer = block_io::AlignedBuffer::new(usize::try_from(length).unwrap_or(0));
+        // SAFETY: the buffer outlives the requests of this function, which are all it is used for.
+        let memory = [unsafe { buffer.io(0, buffer.as_slice().len()) }];
+        if bad.read(self.clock(), at, &memory).await.is_ok() {
+            return Ok(());
+        }
+        let others = section
+            .columns
+            .get(column)
+            .into_iter()
+            .flat_map(ColumnMap::sources);
+        let mut good = false;
+        for other in others.filter(|other| other.id != member) {
+            good = other.read(self.clock(), at, &memory).await.is_ok();
+            if good {
+                break;
+            }
+        }
+        if !good && section.shape.parity > 0 {
+            good = self.reconstruct_range(section, column, at, &memory).await.is_ok();
+        }
+        if !good {
+            // Nobody has it: the reader has got the error.
+            return Ok(());
+        }
+        cover!("volume: a range that could not be read is written anew");
+        let payload = Payload::Data(&memory, Durability::Volatile);
+        bad.write(self.clock(), at, length, payload)
+            .await
+            .map_err(|(_, error)| error)
+    }
+
+    async fn write_range(
+        &self,
+        operation: Operation,
+        offset: u64,
+        length: u64,
+        payload: Payload<'_>,
+    ) -> Result<(), IoError> {
+        self.check(operation, offset, length)?;
+        if length == 0 {
+            return Ok(());
+        }
+        self.core
+            .check_writable(&self.volume.name, operation, offset, length)?;
+        let (_held, map) = self.claim(offset, length).await;
+        let mut done = 0;
+        for (section, from, part) in map.parts(offset, length) {
+            let memory;
+            let payload = match payload {
+                Payload::Data(buffers, durability) if part < length => {
+                    memory = list::part(buffers, done, part);
+                    Payload::Data(&memory, durability)
+                }
+                other => other,
+            };
+            done += part;
+            if section.shape.parity > 0 {
+                self.write_rows(&map, section, from, part, payload).await?;
+            } else {
+                self.write_columns(&map, section, from, part, payload).await?;
+            }
+        }
+        if let Some(shadow) = self.volume.shadow.borrow().as_ref() {
+            shadow.touch(offset, length);
+        }
+        Ok(())
+    }
+
+    /// A part of a section without parity.
+    async fn write_columns(
+        &self,
+        map: &Map<D>,
+        section: &SectionMap<D>,
+        from: u64,
+        length: u64,
+        payload: Payload<'_>,
+    ) -> Result<(), IoError> {
+        let payload = match payload {
+            // Legs would read differently afterwards.
+            Payload::Discard if section.redundant => Payload::Zero(ZeroMode::MayUnmap),
+            other => other,
+        };
+        let _hot = if section.redundant {
+            self.note_regions(map, section.start + from, length, section.has_several_targets())
+                .await?
+        } else {
+            None
+        };
+        let mut failed = Vec::new();
+        let mut bad = None;
+        let columns = self.put_columns(section, from, length, payload).await;
+        for written in columns {
+            if !written.good {
+                bad = written.error.or(bad);
+            }
+            failed.extend(written.failed);
+        }
+        if !failed.is_empty() && section.redundant {
+            let lost = self.core.fail(&failed).await;
+            if let (Err(reason), None) = (lost, &bad) {
+                return Err(self.error(Operation::Write, section.start + from, length, reason));
+            }
+        }
+        match bad {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes a part of a section without parity to all members.
+    pub(crate) async fn put_columns(
+        &self,
+        section: &SectionMap<D>,
+        from: u64,
+        length: u64,
+        payload: Payload<'_>,
+    ) -> Vec<super::map::Written<D>> {
+        let (clock, redundant) = (self.clock(), section.redundant);
+        let piece = section.shape.piece(from, length);
+        if section.shape.columns == 1 || piece.length == length {
+            let (column, at) = if section.shape.columns == 1 {
+                (0, from)
+            } else {
+                (
+                    section.shape.data_column(piece.row, piece.data),
+                    section.shape.in_member(&piece),
+                )
+            };
+            return match section.columns.get(column) {
+                Some(column) => vec![column.write(clock, at, length, payload, redundant).await],
+                None => Vec::new(),
+            };
+        }
+        let mut writes: Vec<Boxed<'_, super::map::Written<D>>> = Vec::new();
+        if let Payload::Data(buffers, durability) = payload {
+            for (column, at, memory) in Self::columns(section, from, buffers) {
+                let Some(column) = section.columns.get(column) else {
+                    continue;
+                };
+                writes.push(Box::pin(async move {
+                    let payload = Payload::Data(&memory, durability);
+                    column
+                        .write(clock, at, list::length(&memory), payload, redundant)
+                        .await
+                }));
+            }
+        } else {
+            let mut ranges: BTreeMap<usize, (u64, u64)> = BTreeMap::new();
+            let mut skip = 0;
+            while skip < length {
+                let piece = section.shape.piece(from + skip, length - skip);
+                let at = section.shape.in_member(&piece);
+                let column = section.shape.data_column(piece.row, piece.data);
+                let range = ranges.entry(column).or_insert((at, at));
+                range.1 = at + piece.length;
+                skip += piece.length;
+            }
+            for (column, (start, end)) in ranges {
+                let Some(column) = section.columns.get(column) else {
+                    continue;
+                };
+                writes.push(Box::pin(async move {
+                    column.write(clock, start, end - start, payload, redundant).await
+                }));
+            }
+        }
+        join::all(writes).await
+    }
+
+    /// Makes durable that the range is being changed, as far as somebody has to know it after a crash.
+    pub(crate) async fn note_regions(
+        &self,
+        map: &Map<D>,
+        offset: u64,
+        length: u64,
+        hot: bool,
+    ) -> Result<Option<Guard>, IoError> {
+        let regions = self.volume.regions(offset, length);
+        let refused = |reason: super::core::Refused| self.error(Operation::Write, offset, length, reason);
+        let guard = if hot {
+            Some(
+                self.core
+                    .acquire(self.volume.id, regions.clone())
+                    .await
+                    .map_err(refused)?,
+            )
+        } else {
+            None
+        };
+        if map.volume.bitmap_generation != 0 {
+            let regions: Vec<u32> = regions.collect();
+            self.core
+                .mark_changed(&self.volume, &regions)
+                .await
+                .map_err(refused)?;
+        }
+        Ok(guard)
+    }
+
+    async fn flush_all(&self) -> Result<(), IoError> {
+        let map = self.volume.map();
+        let disks = map.disks();
+        let clock = self.clock();
+        let flushes = disks
+            .iter()
+            .filter(|disk| disk.is_alive() || !map.redundant())
+            .map(|disk| -> Boxed<'_, _> {
+                Box::pin(async move { (Rc::clone(disk), disk.flush(clock).await) })
+            });
+        let mut failed = Vec::new();
+        let mut error = None;
+        for (device, result) in join::all(flushes.collect()).await {
+            if let Err(reason) = result {
+                failed.push(device);
+                error = Some(reason);
+            }
+        }
+        let Some(error) = error else { return Ok(()) };
+        if !map.redundant() {
+            return Err(error);
+        }
+        drop(map);
+        let refused = |reason| self.error(Operation::Flush, 0, 0, reason);
+        self.core.fail(&failed).await.map_err(refused)?;
+        // Good if what is left of each section holds everything, which was flushed above.
+        let whole = self
+            .volume
+            .map()
+            .sections
+            .iter()
+            .all(|section| section.missing() <= section.shape.parity);
+        if whole { Ok(()) } else { Err(error) }
+    }
+}
+
+impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> BlockDevice for Volume<D, C> {
+    fn geometry(&self) -> Geometry {
+        let map = self.volume.map.borrow();
+        let row = map
+            .sections
+            .first()
+            .map_or(0, |section| section.shape.row_bytes());
+        let striped = map
+            .sections
+            .first()
+            .is_some_and(|section| section.shape.columns > 1);
+        Geometry {
+            size: map.volume.size,
+            logical_block: map.volume.block,
+            physical_block: map.volume.block.max(4096),
+            optimal_io: if striped {
+                u32::try_from(row).unwrap_or(0)
+            } else {
+                0
+            },
+            discard_granularity: 4096,
+            read_only: false,
+        }
+    }
+
+    fn size(&self) -> u64 {
+        self.volume.map.borrow().volume.size
+    }
+
+    async fn read(&self, offset: u64, buffers: &[IoBuf]) -> Result<(), IoError> {
+        let (length, since) = (list::length(buffers), self.clock().now());
+        self.check(Operation::Read, offset, length)?;
+        let map = self.volume.map();
+        let mut result = self.read_map(&map, offset, buffers, false).await;
+        drop(map);
+        if result.is_err() && self.volume.map().has_parity(offset, length) {
+            cover!("volume: a read needs parity");
+            let (_held, map) = self.claim(offset, length).await;
+            result = self.read_map(&map, offset, buffers, true).await;
+        }
+        let took = self.clock().now().saturating_sub(since);
+        self.volume
+            .counters
+            .count(Operation::Read, length, took, result.is_ok());
+        result
+    }
+
+    async fn write(&self, offset: u64, buffers: &[IoBuf], durability: Durability) -> Result<(), IoError> {
+        let (length, since) = (list::length(buffers), self.clock().now());
+        let payload = Payload::Data(buffers, durability);
+        let result = self.write_range(Operation::Write, offset, length, payload).await;
+        let took = self.clock().now().saturating_sub(since);
+        self.volume
+            .counters
+            .count(Operation::Write, length, took, result.is_ok());
+        result
+    }
+
+    async fn flush(&self) -> Result<(), IoError> {
+        let since = self.clock().now();
+        let result = self.flush_all().await;
+        let took = self.clock().now().saturating_sub(since);
+        self.volume
+            .counters
+            .count(Operation::Flush, 0, took, result.is_ok());
+        result
+    }
+
+    async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {
+        self.write_range(Operation::Discard, offset, length, Payload::Discard)
+            .await
+    }
+
+    async fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), IoError> {
+        self.write_range(Operation::WriteZeroes, offset, length, Payload::Zero(mode))
+            .await
+    }
+}

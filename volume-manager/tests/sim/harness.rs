@@ -1,0 +1,152 @@
+//! A pool on simulated disks, and what was promised about one volume of it.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use block_io::sim::{DiskOptions, Failure, SectorModel, Sim, SimClock, SimDisk, World};
+use block_io::{AlignedBuffer, BlockDevice, Durability, IoBuf, IoError};
+use volume_manager::logs::hot::Limits;
+use volume_manager::model::{Attributes, Layout, Uuid};
+use volume_manager::store::Force;
+use volume_manager::{NewDevice, NewVolume, OpenOptions, Pool, PoolError};
+
+pub(crate) type SimPool = Pool<SimDisk, SimClock>;
+
+pub(crate) const DISK: u64 = 8 << 20;
+pub(crate) const UNIT: u64 = 4096;
+
+/// What the user of the pool was promised.
+#[derive(Clone, Default)]
+pub(crate) struct Promise {
+    pub(crate) sectors: SectorModel,
+    /// Openings so far: each gets an identity of its own.
+    pub(crate) openings: u128,
+}
+
+pub(crate) type Model = Rc<RefCell<Promise>>;
+
+pub(crate) fn failed(error: impl std::error::Error) -> Failure {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    text.as_str().into()
+}
+
+pub(crate) fn options(model: &Model) -> OpenOptions {
+    let mut model = model.borrow_mut();
+    model.openings += 1;
+    OpenOptions {
+        incarnation: Uuid(model.openings),
+        pool: None,
+        force: Force::No,
+        limits: Limits::default(),
+    }
+}
+
+pub(crate) fn world(disks: u64) -> World {
+    World::new((0..disks).map(|index| DiskOptions::new(&format!("d{index}"), DISK)))
+}
+
+pub(crate) async fn create(sim: &Sim, model: &Model, disks: usize) -> Result<SimPool, Failure> {
+    let devices = (0..disks).map(|index| NewDevice {
+        name: format!("d{index}"),
+        device: Rc::new(sim.disk(index)),
+        uuid: Uuid(1000 + index as u128),
+        class: String::new(),
+        enclosure: String::new(),
+        spare: false,
+    });
+    let options = options(model);
+    Pool::create("tank", Uuid(7), devices.collect(), &options, sim.clock())
+        .await
+        .map_err(failed)
+}
+
+pub(crate) fn new_volume(layout: Layout, size: u64) -> NewVolume {
+    NewVolume {
+        name: "v".into(),
+        uuid: Uuid(77),
+        size,
+        attributes: Attributes {
+            layout,
+            stripe_unit: UNIT,
+            class: String::new(),
+            devices: Vec::new(),
+        },
+        block: 512,
+        region: 16384,
+    }
+}
+
+/// Opens the pool on the disks for which `there` holds.
+pub(crate) async fn open(
+    sim: &Sim,
+    model: &Model,
+    there: impl Fn(usize) -> bool,
+) -> Result<SimPool, PoolError> {
+    let disks = sim.disks().into_iter().filter(|disk| there(disk.index()));
+    let devices = disks.map(|disk| (format!("d{}", disk.index()), Rc::new(disk)));
+    Pool::open(devices.collect(), &options(model), sim.clock()).await
+}
+
+fn memory(buffer: &AlignedBuffer) -> [IoBuf; 1] {
+    // SAFETY: the callers below keep the buffer until the request has ended.
+    [unsafe { buffer.io(0, buffer.as_slice().len()) }]
+}
+
+pub(crate) async fn read_bytes(
+    volume: &impl BlockDevice,
+    offset: u64,
+    length: usize,
+) -> Result<Vec<u8>, IoError> {
+    let buffer = AlignedBuffer::new(length);
+    volume.read(offset, &memory(&buffer)).await?;
+    Ok(buffer.as_slice().to_vec())
+}
+
+pub(crate) async fn write(
+    volume: &impl BlockDevice,
+    model: &Model,
+    offset: u64,
+    fill: u8,
+    length: usize,
+    durability: Durability,
+) -> Result<(), Failure> {
+    let mut buffer = AlignedBuffer::new(length);
+    for (index, sector) in buffer.as_mut_slice().chunks_mut(512).enumerate() {
+        sector.fill(fill);
+        // So that sectors that were swapped show.
+        sector[..8].copy_from_slice(&(offset + index as u64 * 512).to_le_bytes());
+    }
+    let ticket = model
+        .borrow_mut()
+        .sectors
+        .write_begins(offset, buffer.as_slice(), durability);
+    let result = volume.write(offset, &memory(&buffer), durability).await;
+    match result {
+        Ok(()) => model.borrow_mut().sectors.succeeded(ticket),
+        Err(error) => return Err(failed(error)),
+    }
+    Ok(())
+}
+
+pub(crate) async fn flush(volume: &impl BlockDevice, model: &Model) -> Result<(), Failure> {
+    let ticket = model.borrow_mut().sectors.flush_begins();
+    volume.flush().await.map_err(failed)?;
+    model.borrow_mut().sectors.flushed(ticket);
+    Ok(())
+}
+
+/// Reads all of the volume and compares it with what was promised; from then on that is what it holds.
+pub(crate) async fn verify(volume: &impl BlockDevice, model: &Model) -> Result<(), Failure> {
+    let ticket = model.borrow_mut().sectors.read_begins();
+    let size = usize::try_from(volume.size()).unwrap();
+    let bytes = read_bytes(volume, 0, size).await.map_err(failed)?;
+    let mut model = model.borrow_mut();
+    model.sectors.check(ticket, 0, &bytes)?;
+    model.sectors.settle(0, &bytes);
+    Ok(())
+}

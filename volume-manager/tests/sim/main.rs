@@ -1,0 +1,6 @@
+//! The volume manager in the simulator: crashes at every event, failing devices, everything online.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod crash;
+mod harness;
+mod online;

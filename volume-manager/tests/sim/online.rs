@@ -1,0 +1,419 @@
+//! Everything that changes a volume while guests use it: the guest's data stay what they are, and copies and parity fit afterwards.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use block_io::sim::{Ended, Failure, RunOptions, Schedule, Sim};
+use block_io::{Clock, Durability};
+use volume_manager::model::{Attributes, DeviceId, DeviceState, JobKind, Layout, MemberState, Uuid};
+use volume_manager::{Event, NewDevice};
+
+use crate::harness::{self, Model, SimPool, UNIT, create, failed, flush, new_volume, open, verify, write};
+
+const ALL: [Layout; 6] = [
+    Layout::Concat,
+    Layout::Stripe { columns: 3 },
+    Layout::Mirror { legs: 2 },
+    Layout::StripeMirror { columns: 2, legs: 2 },
+    Layout::Raid5 { columns: 3 },
+    Layout::Raid6 { columns: 5 },
+];
+
+const SIZE: u64 = 48 * UNIT;
+
+/// A guest that writes, flushes and reads until it is told to stop.
+async fn guest(
+    sim: Sim,
+    pool: SimPool,
+    model: Model,
+    stop: Rc<Cell<bool>>,
+    result: Rc<Cell<Option<Result<(), Failure>>>>,
+) {
+    let work = async {
+        let volume = pool.volume("v").map_err(failed)?;
+        let mut fill = 0;
+        while !stop.get() {
+            fill = fill % 250 + 1;
+            let (sector, count) = sim.random(|rng| (rng.below(SIZE / 512 - 40), 1 + rng.below(40)));
+            let durability = if fill % 5 == 0 {
+                Durability::Durable
+            } else {
+                Durability::Volatile
+            };
+            write(
+                &volume,
+                &model,
+                sector * 512,
+                fill,
+                usize::try_from(count * 512).unwrap(),
+                durability,
+            )
+            .await?;
+            if fill % 7 == 0 {
+                flush(&volume, &model).await?;
+            }
+            if fill % 3 == 0 {
+                verify(&volume, &model).await?;
+            }
+        }
+        Ok(())
+    };
+    let done = work.await;
+    result.set(Some(done));
+}
+
+/// Makes a pool with a volume, has a guest use it, does something to it, and checks everything.
+fn with_guest(
+    name: &str,
+    disks: usize,
+    layout: Layout,
+    seed: u64,
+    act: impl AsyncFn(Sim, SimPool) -> Result<(), Failure>,
+) {
+    let mut world = harness::world(disks as u64);
+    let options = RunOptions {
+        schedule: Schedule::Random,
+        ..RunOptions::random(seed)
+    };
+    let ran = world.run(&options, |sim| {
+        let act = &act;
+        async move {
+            let model = Model::default();
+            let pool = create(&sim, &model, disks - 1).await?;
+            pool.create_volume(new_volume(layout, SIZE))
+                .await
+                .map_err(failed)?;
+            let (stop, result) = (Rc::new(Cell::new(false)), Rc::new(Cell::new(None)));
+            let guest = guest(
+                sim.clone(),
+                pool.clone(),
+                Rc::clone(&model),
+                Rc::clone(&stop),
+                Rc::clone(&result),
+            );
+            sim.spawn("guest", guest);
+            sim.clock().sleep(Duration::from_millis(20)).await;
+            act(sim.clone(), pool.clone()).await?;
+            sim.clock().sleep(Duration::from_millis(20)).await;
+            stop.set(true);
+            let ended = loop {
+                match result.take() {
+                    Some(ended) => break ended,
+                    None => sim.clock().sleep(Duration::from_millis(1)).await,
+                }
+            };
+            ended.map_err(|failure| failure.context("the guest"))?;
+            let volume = pool.volume("v").map_err(failed)?;
+            verify(&volume, &model).await?;
+            settle(&pool).await?;
+            no_differences(&pool).await?;
+            verify(&volume, &model).await?;
+            flush(&volume, &model).await?;
+            drop(volume);
+            volume_manager::place::verify(&pool.configuration()).map_err(|wrong| {
+                let text = format!(
+                    "{}: {:?} {:?}",
+                    wrong.join("; "),
+                    pool.configuration(),
+                    pool.jobs()
+                );
+                Failure::from(text.as_str())
+            })?;
+            pool.close().await.map_err(failed)?;
+            // And again from the devices.
+            let pool = open(&sim, &model, |_| true).await.map_err(failed)?;
+            let volume = pool.volume("v").map_err(failed)?;
+            verify(&volume, &model).await?;
+            drop(volume);
+            settle(&pool).await?;
+            pool.close().await.map_err(failed)
+        }
+    });
+    let ended = ran.unwrap_or_else(|failure| panic!("{name}, {layout}, seed {seed}: {failure}"));
+    match ended.ended {
+        Ended::Done(Ok(())) => {}
+        Ended::Done(Err(failure)) => panic!("{name}, {layout}, seed {seed}: {failure}"),
+        Ended::Crashed => panic!("no crash was asked for"),
+    }
+}
+
+/// Waits until no job runs.
+async fn settle(pool: &SimPool) -> Result<(), Failure> {
+    while let Some(job) = pool.jobs().into_iter().find(|job| job.is_live()) {
+        pool.wait(job.id).await.map_err(failed)?;
+    }
+    Ok(())
+}
+
+async fn no_differences(pool: &SimPool) -> Result<(), Failure> {
+    pool.take_events();
+    let scrub = pool
+        .start(JobKind::Scrub { volume: None }, 0)
+        .await
+        .map_err(failed)?;
+    pool.wait(scrub).await.map_err(failed)?;
+    let repaired: Vec<Event> = pool
+        .take_events()
+        .into_iter()
+        .filter(|event| matches!(event, Event::Repaired { .. }))
+        .collect();
+    if repaired.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("copies or parity differ: {repaired:?}").as_str().into())
+    }
+}
+
+fn all_in_sync(pool: &SimPool) -> bool {
+    let config = pool.configuration();
+    let sections = config.volumes.iter().flat_map(|volume| &volume.sections);
+    let members = sections
+        .flat_map(|section| &section.columns)
+        .flat_map(|column| &column.members);
+    members
+        .into_iter()
+        .all(|member| member.state == MemberState::InSync)
+}
+
+/// Unplugs a device that the volume lies on, and waits until somebody has found out.
+async fn unplug(sim: &Sim, pool: &SimPool) -> Result<DeviceId, Failure> {
+    let id = pool.configuration().volumes[0].sections[0].columns[0].members[0].extents[0].device;
+    sim.detach(disk_of(id));
+    notice(sim, pool, id).await?;
+    Ok(id)
+}
+
+fn disk_of(id: DeviceId) -> usize {
+    usize::try_from(id.0).unwrap()
+}
+
+async fn notice(sim: &Sim, pool: &SimPool, id: DeviceId) -> Result<(), Failure> {
+    for _ in 0..1000 {
+        if !pool.is_in_service(id) {
+            return Ok(());
+        }
+        sim.clock().sleep(Duration::from_millis(1)).await;
+    }
+    Err(format!(
+        "nobody noticed that the device is gone: {:?}",
+        pool.configuration().volumes
+    )
+    .as_str()
+    .into())
+}
+
+fn lies_on(pool: &SimPool, device: DeviceId) -> bool {
+    pool.configuration()
+        .extents()
+        .any(|extent| extent.device == device)
+}
+
+fn attributes(layout: Layout) -> Attributes {
+    Attributes {
+        layout,
+        stripe_unit: UNIT,
+        class: String::new(),
+        devices: Vec::new(),
+    }
+}
+
+async fn run(pool: &SimPool, kind: JobKind) -> Result<(), Failure> {
+    let job = pool.start(kind, 0).await.map_err(failed)?;
+    pool.wait(job).await.map_err(failed)
+}
+
+fn volume_id(pool: &SimPool) -> volume_manager::model::VolumeId {
+    pool.configuration().volumes[0].id
+}
+
+#[test]
+fn guests_work_on_every_layout() {
+    for layout in ALL {
+        for seed in 0..3 {
+            with_guest("work", 7, layout, seed, async |_, _| Ok(()));
+        }
+    }
+}
+
+#[test]
+fn a_device_fails_and_comes_back() {
+    for layout in ALL.into_iter().filter(|layout| layout.tolerates() > 0) {
+        for seed in 0..6 {
+            with_guest("fail and return", 7, layout, seed, async move |sim, pool| {
+                let id = unplug(&sim, &pool).await?;
+                sim.attach(disk_of(id));
+                pool.readmit(id, "again", Rc::new(sim.disk(disk_of(id))))
+                    .await
+                    .map_err(failed)?;
+                settle(&pool).await?;
+                if all_in_sync(&pool) {
+                    Ok(())
+                } else {
+                    Err(format!(
+                        "the device did not catch up: {:?}, {:?}, {:?}",
+                        pool.jobs(),
+                        pool.take_events(),
+                        pool.configuration().volumes[0].sections
+                    )
+                    .as_str()
+                    .into())
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn a_spare_takes_the_place_of_a_device_that_fails() {
+    for layout in ALL.into_iter().filter(|layout| layout.tolerates() > 0) {
+        with_guest("spare", 8, layout, 1, async move |sim, pool| {
+            pool.add_device(NewDevice {
+                name: "spare".into(),
+                device: Rc::new(sim.disk(7)),
+                uuid: Uuid(4711),
+                class: String::new(),
+                enclosure: String::new(),
+                spare: true,
+            })
+            .await
+            .map_err(failed)?;
+            let id = unplug(&sim, &pool).await?;
+            // Nobody does anything.
+            for _ in 0..1000 {
+                if !lies_on(&pool, id) && all_in_sync(&pool) {
+                    break;
+                }
+                sim.clock().sleep(Duration::from_millis(10)).await;
+            }
+            if lies_on(&pool, id) || !all_in_sync(&pool) {
+                return Err(format!(
+                    "not rebuilt: {:?}, {:?}, {:?}",
+                    pool.jobs(),
+                    pool.take_events(),
+                    pool.configuration().devices
+                )
+                .as_str()
+                .into());
+            }
+            Ok(())
+        });
+    }
+}
+
+#[test]
+fn a_device_is_evacuated_and_leaves() {
+    for layout in ALL {
+        with_guest("evacuate", 7, layout, 2, async move |_, pool| {
+            let device = pool.configuration().volumes[0].sections[0].columns[0].members[0].extents[0].device;
+            run(
+                &pool,
+                JobKind::Evacuate {
+                    device,
+                    to: None,
+                    remove: true,
+                },
+            )
+            .await?;
+            if pool.configuration().device(device).is_some() {
+                return Err("it is still there".into());
+            }
+            Ok(())
+        });
+    }
+}
+
+#[test]
+fn every_layout_becomes_every_other() {
+    for from in ALL {
+        for to in ALL.into_iter().filter(|to| *to != from) {
+            with_guest("relayout", 8, from, 3, async move |_, pool| {
+                run(
+                    &pool,
+                    JobKind::Relayout {
+                        volume: volume_id(&pool),
+                        target: attributes(to),
+                    },
+                )
+                .await?;
+                let config = pool.configuration();
+                let section = &config.volumes[0].sections[0];
+                if section.columns.len() != to.columns() as usize || section.parity != to.parity() {
+                    return Err(format!("{from} did not become {to}: {section:?}").as_str().into());
+                }
+                Ok(())
+            });
+        }
+    }
+}
+
+#[test]
+fn a_volume_grows_and_shrinks() {
+    for layout in ALL {
+        with_guest("resize", 7, layout, 4, async move |_, pool| {
+            pool.resize("v", SIZE + 10 * UNIT, SIZE).await.map_err(failed)?;
+            let volume = pool.volume("v").map_err(failed)?;
+            let new = harness::read_bytes(&volume, SIZE, usize::try_from(10 * UNIT).unwrap())
+                .await
+                .map_err(failed)?;
+            if new.iter().any(|byte| *byte != 0) {
+                return Err("what is new is not zero".into());
+            }
+            drop(volume);
+            let refused = pool.resize("v", SIZE - UNIT, SIZE).await;
+            if refused.is_ok() {
+                return Err("it shrank below what is used".into());
+            }
+            pool.resize("v", SIZE, SIZE).await.map_err(failed)
+        });
+    }
+}
+
+#[test]
+fn a_device_that_fails_takes_nothing_along_whatever_is_under_way() {
+    for layout in [Layout::Mirror { legs: 2 }, Layout::Raid5 { columns: 3 }] {
+        for victim in 0..4 {
+            with_guest(
+                "fail under relayout",
+                8,
+                layout,
+                5 + victim,
+                async move |sim, pool| {
+                    let target = attributes(Layout::StripeMirror { columns: 2, legs: 2 });
+                    let job = pool
+                        .start(
+                            JobKind::Relayout {
+                                volume: volume_id(&pool),
+                                target,
+                            },
+                            0,
+                        )
+                        .await
+                        .map_err(failed)?;
+                    sim.clock().sleep(Duration::from_millis(5)).await;
+                    let devices: Vec<DeviceId> = pool
+                        .configuration()
+                        .extents()
+                        .map(|extent| extent.device)
+                        .collect();
+                    let id = devices[usize::try_from(victim).unwrap() % devices.len()];
+                    sim.detach(disk_of(id));
+                    // Done, or refused with a reason: never wrong data.
+                    let _ = pool.wait(job).await;
+                    sim.attach(disk_of(id));
+                    let faulty = pool
+                        .configuration()
+                        .device(id)
+                        .is_some_and(|device| matches!(device.state, DeviceState::Faulty { .. }));
+                    if faulty {
+                        pool.readmit(id, "again", Rc::new(sim.disk(disk_of(id))))
+                            .await
+                            .map_err(failed)?;
+                    }
+                    pool.heal().await.map_err(failed)?;
+                    settle(&pool).await
+                },
+            );
+        }
+    }
+}
