@@ -62,7 +62,7 @@ impl Count {
     }
 }
 
-/// A snapshot of [`Counters`].
+/// What a device, a volume or a leg has done since the pool was opened.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Statistics {
     /// Reads.

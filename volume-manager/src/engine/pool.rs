@@ -1,7 +1,7 @@
 //! Pools: made, opened, closed; volumes come and go.
 //!
 //! # Opening
-//! 1. The configuration is chosen from what the devices say ([`store`](crate::store)).
+//! 1. The configuration is chosen from what the devices say ([`store`]).
 //! 2. Devices that are missing, or came back with old content, are taken out of it; a new incarnation begins.
 //! 3. The activity logs say which regions were being written when the pool was last in use: they are in doubt until resynced,
 //!    and until then every read of them is answered by the same leg.
@@ -189,7 +189,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
     /// Opens a pool from devices in any order.
     ///
     /// # Errors
-    /// The devices do not make a pool that may be opened: see [`store`](crate::store). Devices that fail while it is being opened count as
+    /// The devices do not make a pool that may be opened: see [`store`]. Devices that fail while it is being opened count as
     /// missing, as long as enough are left.
     pub async fn open(
         devices: Vec<(String, Rc<D>)>,

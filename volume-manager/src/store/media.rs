@@ -242,7 +242,7 @@ pub enum FormatError {
 }
 
 /// Makes `device` one of a pool: empties its private region, then writes the label. Destroys whatever was there: ask
-/// [`inspect`](super::inspect) first. A crash leaves a device that is blank, or has the label and no configuration.
+/// [`inspect`](super::inspect()) first. A crash leaves a device that is blank, or has the label and no configuration.
 ///
 /// # Errors
 /// The device fails, or is none for a pool.
