@@ -9,7 +9,10 @@
 //!            │
 //!      BlockDevice: read, write (FUA), flush, discard, write_zeroes   on scatter lists of IoBuf: no copies
 //!            │
-//!        HostDevice                    a regular file or a block device: O_DIRECT, bounce, EOF, sticky flush errors
+//!        Device                        one of these, from a text
+//!          ├ HostDevice                a regular file or a block device: O_DIRECT, bounce, EOF, sticky flush errors
+//!          ├ NbdDevice                 an export of an NBD server: outlives outages, repeats what was not flushed
+//!          └ MultiPath                 several paths to one device
 //!            │
 //!         Worker                       one thread = one executor + one io_uring; or, where that is refused,
 //!            │                         one executor + epoll + a pool of blocking threads
@@ -36,6 +39,8 @@ pub mod cover;
 mod device;
 mod error;
 mod host;
+mod kinds;
+mod multipath;
 mod nbd;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -47,6 +52,8 @@ pub use clock::{Clock, WorkerClock};
 pub use device::{BlockDevice, Durability, Geometry, ZeroMode};
 pub use error::{IoCause, IoError, Operation};
 pub use host::{Cache, HostDevice, OpenError, OpenOptions};
+pub use kinds::{Device, DeviceError, DeviceOptions, SinglePath};
+pub use multipath::{DevicePath, MultiPath, MultiPathError, MultiPathOptions};
 pub use nbd::{NbdAddress, NbdAddressError, NbdDevice, NbdError, NbdOptions, NbdServer};
 pub use worker::{
     EngineKind, EventSignal, EventWatch, PollSource, Worker, WorkerError, WorkerHandle, WorkerOptions,

@@ -50,6 +50,8 @@ pub(crate) struct Unflushed {
     writes: VecDeque<Write>,
     next: u64,
     bytes: u64,
+    /// What is before this is durable.
+    flushed: u64,
 }
 
 impl Unflushed {
@@ -88,6 +90,16 @@ impl Unflushed {
         self.writes.push_back(write);
     }
 
+    /// A volatile write has completed that somebody else remembers.
+    pub(crate) fn counted(&mut self) {
+        self.next += 1;
+    }
+
+    /// Whether something has completed that no flush covers.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.flushed < self.next
+    }
+
     /// Stands for what has completed until now: what a flush that begins now covers.
     pub(crate) fn mark(&self) -> u64 {
         self.next
@@ -95,6 +107,7 @@ impl Unflushed {
 
     /// A flush that began at `mark` has succeeded.
     pub(crate) fn flushed(&mut self, mark: u64) {
+        self.flushed = self.flushed.max(mark);
         while let Some(write) = self.writes.pop_front_if(|write| write.number < mark) {
             self.bytes -= write.cost();
         }
@@ -104,6 +117,7 @@ impl Unflushed {
     pub(crate) fn clear(&mut self) {
         self.writes.clear();
         self.bytes = 0;
+        self.flushed = self.next;
     }
 
     /// Memory in use.
@@ -138,6 +152,9 @@ mod tests {
         assert_eq!(writes.bytes(), 512 + OVERHEAD);
         writes.flushed(writes.mark());
         assert_eq!((writes.bytes(), writes.all().len()), (0, 0));
+        assert!(!writes.is_dirty());
+        writes.counted();
+        assert!(writes.is_dirty() && writes.bytes() == 0);
     }
 
     #[test]

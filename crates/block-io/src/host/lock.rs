@@ -6,7 +6,7 @@
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Gives the lock back. Closing the file does so, too, but only when the kernel has forgotten the last request on it, a
@@ -70,10 +70,37 @@ pub(super) fn block_device_holder(path: &Path) -> Option<String> {
     if let Some(mount) = mount {
         return Some(format!("the file system mounted on {mount}"));
     }
-    find_process(|process, descriptor| {
-        let open = fs::metadata(process.join("fd").join(descriptor)).ok()?;
-        (open.rdev() == number).then_some(())
-    })
+    let above = fs::read_dir(format!("/sys/dev/block/{wanted}/holders")).ok();
+    if let Some(above) = above.and_then(|mut entries| entries.next()?.ok()) {
+        return Some(format!(
+            "the block device {} that is built on it",
+            above.file_name().to_string_lossy()
+        ));
+    }
+    // The kernel does not say who opened it exclusively. Our own kind takes a lock, too; whoever writes is more likely than
+    // one who only looks.
+    let open_as = |matches: &dyn Fn(&str) -> bool| {
+        find_process(|process, descriptor| {
+            let open = fs::metadata(process.join("fd").join(descriptor)).ok()?;
+            if open.rdev() != number || !open.file_type().is_block_device() {
+                return None;
+            }
+            let information = fs::read_to_string(process.join("fdinfo").join(descriptor)).ok()?;
+            matches(&information).then_some(())
+        })
+    };
+    open_as(&|information| information.contains("lock:"))
+        .or_else(|| open_as(&is_open_for_writing))
+        .or_else(|| open_as(&|_| true))
+}
+
+/// Whether the flags in a descriptor's `fdinfo` are those of a writer.
+fn is_open_for_writing(information: &str) -> bool {
+    information
+        .lines()
+        .find_map(|line| line.strip_prefix("flags:"))
+        .and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok())
+        .is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY)
 }
 
 /// The first process with a descriptor for which `matches` holds.
@@ -104,4 +131,17 @@ fn processes() -> Vec<PathBuf> {
         .map(|entry| entry.path())
         .filter(is_process)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writers_are_told_from_those_who_look() {
+        assert!(is_open_for_writing("pos:\t0\nflags:\t02140002\nmnt_id:\t30\n"));
+        assert!(is_open_for_writing("flags:\t0100001\n"));
+        assert!(!is_open_for_writing("pos:\t0\nflags:\t0100000\n"));
+        assert!(!is_open_for_writing("pos:\t0\n"));
+    }
 }

@@ -1,5 +1,6 @@
 //! Regular files and block devices of the host.
 
+mod identity;
 mod lock;
 mod open;
 mod range_lock;
@@ -75,6 +76,12 @@ impl HostDevice {
     /// The path that it was opened with, for messages.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What no other device of this host has, if it says: the World Wide Name or serial number of a disk, file system and
+    /// inode of a file.
+    pub fn identity(&self) -> Option<String> {
+        identity::identity(&self.file.metadata().ok()?)
     }
 
     /// Whether requests go past the host's page cache.

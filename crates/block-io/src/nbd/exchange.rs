@@ -64,7 +64,7 @@ impl Future for Exchange<'_> {
         let this = &mut *self;
         let mut state = this.link.lock();
         if let Some(entry) = this.entry.take() {
-            if matches!(state.phase, Phase::Down | Phase::Closed) {
+            if matches!(state.phase, Phase::Down | Phase::Closed) || std::mem::take(&mut state.owes_failure) {
                 return Poll::Ready(Err(state.connection_lost()));
             }
             this.index = Some(state.insert(entry));

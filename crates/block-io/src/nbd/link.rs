@@ -83,6 +83,10 @@ pub(super) struct State {
     pub(super) cause: Arc<NbdError>,
     /// A flush is under way because `unflushed` reached its limit.
     pub(super) trimming: bool,
+    /// Writes are kept until they are flushed, and not only counted.
+    remembers: bool,
+    /// A request must fail, so that the owner, who remembers, learns that there is a new connection.
+    pub(super) owes_failure: bool,
 }
 
 /// A request from its submission until its future has taken the result.
@@ -162,7 +166,7 @@ impl Entry {
 }
 
 impl State {
-    pub(super) fn new(export: Export, socket: Socket) -> Self {
+    pub(super) fn new(export: Export, socket: Socket, remembers: bool) -> Self {
         Self {
             phase: Phase::Up(Arc::new(socket)),
             export,
@@ -181,6 +185,8 @@ impl State {
             asleep: false,
             cause: Arc::new(NbdError::Closed),
             trimming: false,
+            remembers,
+            owes_failure: false,
         }
     }
 
@@ -289,6 +295,7 @@ impl State {
             let list = entry.buffers.list();
             let durable = entry.flags & FLAG_FUA != 0;
             match entry.command {
+                Command::Write | Command::WriteZeroes if !self.remembers => self.unflushed.counted(),
                 Command::Write if durable => self.unflushed.wrote_durably(entry.offset, list),
                 Command::Write => self.unflushed.wrote(entry.offset, list),
                 Command::WriteZeroes => {
@@ -387,6 +394,7 @@ impl Link {
         export: Export,
         socket: Socket,
     ) -> Self {
+        let remembers = options.unflushed_limit > 0;
         Self {
             largest,
             name: address.to_string().into(),
@@ -395,7 +403,7 @@ impl Link {
             geometry,
             size: AtomicU64::new(geometry.size),
             flush_failed: AtomicBool::new(false),
-            state: Mutex::new(State::new(export, socket)),
+            state: Mutex::new(State::new(export, socket, remembers)),
             bell: Condvar::new(),
         }
     }
@@ -423,7 +431,11 @@ impl Link {
             state.outage = Some(Instant::now());
         }
         state.unproven = false;
-        if rubbish {
+        if !state.remembers {
+            state.owes_failure |= state.unflushed.is_dirty() && !state.has_unanswered();
+            state.unflushed.clear();
+            state.fail_all();
+        } else if rubbish {
             state.fail(|entry| entry.sent);
         }
         state.requeue();

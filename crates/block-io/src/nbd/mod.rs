@@ -74,7 +74,9 @@ pub struct NbdOptions {
     pub patience: Duration,
     /// How long a server may take for an answer before its connection counts as lost.
     pub silence: Duration,
-    /// Bytes of completed writes that are remembered until they are flushed.
+    /// Bytes of completed writes that are remembered until they are flushed. With 0 none are: only for owners that do it
+    /// themselves, as [`crate::MultiPath`]. Requests then do not outlive the connection, and if one with unflushed writes
+    /// is lost, at least one request fails, so that the owner knows.
     pub unflushed_limit: u64,
 }
 

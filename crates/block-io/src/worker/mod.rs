@@ -15,7 +15,9 @@
 //! `write` (eventfds, on kernels before 5.13), `futex`, `fstat`, and what the allocator and a thread's end need (`mmap`,
 //! `munmap`, `madvise`, `brk`, `mremap`, `sched_yield`, `rt_sigprocmask`, `sigaltstack`, `close`, `exit`). Where the thread
 //! pool is needed ([`prepare_pool`]) its threads call `preadv2`, `pwritev2`, `fdatasync`, `fallocate` and
-//! `ioctl(BLKDISCARD)`, and a worker without io_uring calls `epoll_wait` and `epoll_ctl`.
+//! `ioctl(BLKDISCARD)`, and a worker without io_uring calls `epoll_wait` and `epoll_ctl`. A worker with requests for an
+//! [`crate::NbdDevice`] calls `recvfrom`, `readv`, `sendmsg`, `sendto` and `shutdown`; for a [`crate::MultiPath`] with a path
+//! that is down, `timerfd_create` and `timerfd_settime`.
 
 mod engine;
 mod events;

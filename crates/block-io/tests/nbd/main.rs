@@ -9,6 +9,7 @@
 
 mod fake;
 mod hostile;
+mod kinds;
 mod outage;
 mod real;
 mod servers;

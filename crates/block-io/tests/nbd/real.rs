@@ -102,7 +102,11 @@ fn nbdkit_serves_everything_with_and_without_what_is_optional() {
             arguments.push("zeromode=none");
         }
         if filters.contains(&"--filter=fua") {
-            arguments.extend(["fuamode=none", "blocksize-minimum=512", "blocksize-maximum=64k"]);
+            arguments.extend([
+                "blocksize-minimum=512",
+                "blocksize-preferred=4k",
+                "blocksize-maximum=64k",
+            ]);
         }
         let Some(server) = Server::nbdkit(&socket, &arguments) else {
             return;

@@ -6,5 +6,6 @@ mod disk;
 mod executor;
 mod faults;
 mod history;
+mod multipath;
 mod proof;
 mod superblock;

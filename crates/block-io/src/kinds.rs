@@ -1,0 +1,263 @@
+//! The kinds of devices that production code opens, as one type, and the text that says which.
+
+use std::io;
+use std::time::Duration;
+
+use crate::buffer::IoBuf;
+use crate::clock::WorkerClock;
+use crate::device::{BlockDevice, Durability, Geometry, ZeroMode};
+use crate::error::IoError;
+use crate::host::{HostDevice, OpenError, OpenOptions};
+use crate::multipath::{DevicePath, MultiPath, MultiPathError, MultiPathOptions};
+use crate::nbd::{NbdAddress, NbdAddressError, NbdDevice, NbdError, NbdOptions};
+
+/// Begins the text for several paths.
+const MULTIPATH: &str = "multipath:";
+/// A path over NBD that is silent for so long is given up for another one.
+const PATH_SILENCE: Duration = Duration::from_secs(10);
+
+/// A device of any kind.
+#[derive(Debug)]
+pub enum Device {
+    /// A regular file or a block device of this host.
+    Host(HostDevice),
+    /// An export of an NBD server.
+    Nbd(NbdDevice),
+    /// A device behind several paths.
+    Paths(Box<MultiPath<SinglePath>>),
+}
+
+/// A device that can be one of several paths.
+#[derive(Debug)]
+pub enum SinglePath {
+    /// A regular file or a block device of this host.
+    Host(HostDevice),
+    /// An export of an NBD server.
+    Nbd(NbdDevice),
+}
+
+/// How to open a [`Device`].
+#[derive(Debug, Clone)]
+pub struct DeviceOptions {
+    /// For files and block devices; `read_only` is for all kinds.
+    pub host: OpenOptions,
+    /// How long requests wait for a server that is gone, or when all paths are down.
+    pub patience: Duration,
+}
+
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        Self {
+            host: OpenOptions::default(),
+            patience: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A device could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// A file or block device.
+    #[error(transparent)]
+    Host(#[from] OpenError),
+    /// The address of an NBD server is none.
+    #[error(transparent)]
+    Address(#[from] NbdAddressError),
+    /// An NBD server.
+    #[error("cannot open {address}")]
+    Nbd {
+        /// Its address.
+        address: String,
+        /// Why.
+        source: NbdError,
+    },
+    /// Paths that do not belong together.
+    #[error(transparent)]
+    Paths(#[from] MultiPathError),
+}
+
+impl DeviceError {
+    /// Whether the way to the device is gone and not the device: another path may work.
+    fn is_unreachable(&self) -> bool {
+        match self {
+            Self::Host(OpenError::Open { source, .. }) => {
+                source.kind() == io::ErrorKind::NotFound
+                    || matches!(source.raw_os_error(), Some(libc::ENXIO | libc::ENODEV))
+            }
+            Self::Nbd { source, .. } => {
+                matches!(source, NbdError::Connect(_) | NbdError::Io(_) | NbdError::Closed)
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Device {
+    /// Opens what `spec` says:
+    ///
+    /// - `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`: an export of an NBD server,
+    /// - `multipath:SPEC,SPEC…`: several of these or of paths, all to one device; a comma inside one is not possible, but as
+    ///   `%2C` in an NBD address. Those that cannot be reached are left out until the device is opened again, unless all are,
+    /// - everything else: the path of a regular file or a block device. One that begins like the others is written with `./`.
+    ///
+    /// Blocks: for tools and set-up, not for tasks.
+    ///
+    /// # Errors
+    /// The text is no address, or the device cannot be opened.
+    pub fn open(spec: &str, options: &DeviceOptions) -> Result<Self, DeviceError> {
+        if let Some(list) = spec.strip_prefix(MULTIPATH) {
+            return open_paths(list, options);
+        }
+        let nbd = NbdOptions {
+            read_only: options.host.read_only,
+            patience: options.patience,
+            ..NbdOptions::default()
+        };
+        Ok(match SinglePath::open(spec, options, &nbd)? {
+            SinglePath::Host(device) => Self::Host(device),
+            SinglePath::Nbd(device) => Self::Nbd(device),
+        })
+    }
+}
+
+impl SinglePath {
+    fn open(spec: &str, options: &DeviceOptions, nbd: &NbdOptions) -> Result<Self, DeviceError> {
+        if !["nbd:", "nbd+unix:", "nbds:", "nbds+unix:"]
+            .iter()
+            .any(|scheme| spec.starts_with(scheme))
+        {
+            return Ok(Self::Host(HostDevice::open(spec, &options.host)?));
+        }
+        let address: NbdAddress = spec.parse()?;
+        let device = NbdDevice::open(&address, nbd).map_err(|source| DeviceError::Nbd {
+            address: spec.to_owned(),
+            source,
+        })?;
+        Ok(Self::Nbd(device))
+    }
+
+    fn identity(&self) -> Option<String> {
+        match self {
+            Self::Host(device) => device.identity(),
+            Self::Nbd(_) => None,
+        }
+    }
+}
+
+fn open_paths(list: &str, options: &DeviceOptions) -> Result<Device, DeviceError> {
+    // Failures are for the paths' owner to deal with, at once; it also remembers what is not flushed.
+    let nbd = NbdOptions {
+        read_only: options.host.read_only,
+        patience: Duration::ZERO,
+        silence: PATH_SILENCE,
+        unflushed_limit: 0,
+    };
+    let mut paths = Vec::new();
+    let mut unreachable = None;
+    for spec in list.split(',').filter(|spec| !spec.is_empty()) {
+        match SinglePath::open(spec, options, &nbd) {
+            Ok(device) => paths.push(DevicePath {
+                identity: device.identity(),
+                device,
+                name: spec.to_owned(),
+            }),
+            Err(error) if error.is_unreachable() => {
+                tracing::warn!(path = spec, %error, "a path cannot be opened and is left out");
+                unreachable = Some(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if let (true, Some(error)) = (paths.is_empty(), unreachable) {
+        return Err(error);
+    }
+    let remembers = paths.iter().any(|path| matches!(path.device, SinglePath::Nbd(_)));
+    let defaults = MultiPathOptions::default();
+    let options = MultiPathOptions {
+        patience: options.patience,
+        // Ports of one disk have one cache.
+        unflushed_limit: if remembers { defaults.unflushed_limit } else { 0 },
+        ..defaults
+    };
+    Ok(Device::Paths(Box::new(MultiPath::new(
+        paths,
+        options,
+        WorkerClock::new(),
+    )?)))
+}
+
+/// Implements [`BlockDevice`] for an enum by asking what is inside.
+macro_rules! dispatch {
+    ($kind:ident, $($variant:ident),+) => {
+        impl BlockDevice for $kind {
+            fn geometry(&self) -> Geometry {
+                match self { $(Self::$variant(device) => device.geometry()),+ }
+            }
+
+            fn size(&self) -> u64 {
+                match self { $(Self::$variant(device) => device.size()),+ }
+            }
+
+            async fn read(&self, offset: u64, buffers: &[IoBuf]) -> Result<(), IoError> {
+                match self { $(Self::$variant(device) => device.read(offset, buffers).await),+ }
+            }
+
+            async fn write(
+                &self,
+                offset: u64,
+                buffers: &[IoBuf],
+                durability: Durability,
+            ) -> Result<(), IoError> {
+                match self { $(Self::$variant(device) => device.write(offset, buffers, durability).await),+ }
+            }
+
+            async fn flush(&self) -> Result<(), IoError> {
+                match self { $(Self::$variant(device) => device.flush().await),+ }
+            }
+
+            async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {
+                match self { $(Self::$variant(device) => device.discard(offset, length).await),+ }
+            }
+
+            async fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), IoError> {
+                match self { $(Self::$variant(device) => device.write_zeroes(offset, length, mode).await),+ }
+            }
+        }
+
+        impl $kind {
+            /// What it was opened with, for messages.
+            pub fn name(&self) -> &str {
+                match self { $(Self::$variant(device) => device.name()),+ }
+            }
+
+            /// Whether a flush failed, so that flushes and durable writes are refused.
+            pub fn flush_has_failed(&self) -> bool {
+                match self { $(Self::$variant(device) => device.flush_has_failed()),+ }
+            }
+
+            /// An administrator knows of the failed flush and wants to go on.
+            pub fn acknowledge_flush_failure(&self) {
+                match self { $(Self::$variant(device) => device.acknowledge_flush_failure()),+ }
+            }
+        }
+    };
+}
+
+dispatch!(Device, Host, Nbd, Paths);
+dispatch!(SinglePath, Host, Nbd);
+
+impl MultiPath<SinglePath> {
+    /// Whether a flush failed, here or below.
+    pub fn flush_has_failed(&self) -> bool {
+        self.own_flush_has_failed() || self.paths().iter().any(|(device, _)| device.flush_has_failed())
+    }
+
+    /// An administrator knows of the failed flush and wants to go on, here and below.
+    pub fn acknowledge_flush_failure(&self) {
+        self.acknowledge_own_flush_failure();
+        for (device, _) in self.paths() {
+            device.acknowledge_flush_failure();
+        }
+    }
+}
