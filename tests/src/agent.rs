@@ -91,6 +91,15 @@ impl Vm {
         self.guest(&line).map(drop)
     }
 
+    /// Warnings and worse in the guest's kernel log since it was cleared last (`dmesg -c`), one per line; empty if all is well.
+    /// Without the one about an interrupt that took long: that is a busy host's.
+    ///
+    /// # Errors
+    /// When the guest does not answer.
+    pub fn kernel_warnings(&mut self) -> Result<String> {
+        self.guest("dmesg -r | grep '^<[0-4]>' | grep -v 'hrtimer: interrupt took'; true")
+    }
+
     /// Lets the guest begin with a line; [`Self::end_of`] waits for its end.
     ///
     /// # Errors

@@ -19,6 +19,9 @@ const GUEST: &str = "10.7.0.2";
 /// The real one: BusyBox, which is `sh` in the lab, prefers its own, which knows no tap interfaces.
 const IP: &str = "/bin/ip";
 
+/// For the longer stories: a lab on a busy machine is slow.
+const LIMIT: Duration = Duration::from_secs(220);
+
 /// Bits of virtio-net's features (virtio 1.2 §5.1.3).
 mod feature {
     pub(crate) const CSUM: usize = 0;
@@ -102,7 +105,7 @@ fn transfer_and_measure(host: &Host, vm: &mut Vm, tap: &str) -> Result<[u64; 2]>
         host.sh("awk '/^Tcp:/ { print $NF }' /proc/net/snmp")?,
         "InCsumErrors\n0"
     );
-    assert_eq!(vm.guest("dmesg -r | grep '^<[0-4]>'; true")?, "");
+    assert_eq!(vm.kernel_warnings()?, "");
     Ok([sent, received])
 }
 
@@ -271,7 +274,7 @@ fn the_user_network_leads_from_the_guest_to_the_host_and_from_forwarded_ports_to
     Story::default().tell(|host| {
         let port = free_port()?;
         let mut vm = host
-            .vm("user")
+            .vm("user").limit(LIMIT)
             .file("lease", 0o755, LEASE)
             .file("serve", 0o755, "#!/bin/sh\nread -r line && [ \"$line\" = 'all of it' ] && cat /tmp/up\n")
             .toml(&format!(
@@ -419,7 +422,7 @@ fn lives_without_its_link(vm: &mut Vm) -> Result<()> {
          echo $d > unbind && echo $d > bind; ip link set eth0 up; cat /sys/class/net/eth0/carrier; cd /",
     )?;
     assert_eq!(vm.guest("cat /sys/class/net/eth0/carrier")?, "0\n");
-    assert_eq!(vm.guest("dmesg -r | grep '^<[0-4]>'; true")?, "");
+    assert_eq!(vm.kernel_warnings()?, "");
     vm.begin("reboot -f")?;
     vm.wait_until_ready()?;
     vm.guest("ip link set eth0 up")?;
@@ -435,6 +438,7 @@ fn a_guest_lives_on_when_its_tap_is_deleted() {
         make_tap(host, "tap0", "")?;
         let mut vm = host
             .vm("pulled")
+            .limit(LIMIT)
             .toml("[[net]]\nbackend = \"tap\"\ntap = \"tap0\"")
             .interactive()?;
         set_address(&mut vm)?;
@@ -458,6 +462,7 @@ fn a_guest_lives_on_when_passt_is_killed() {
     on_a_host_of_its_own(|host| {
         let mut vm = host
             .vm("alone")
+            .limit(LIMIT)
             .file("lease", 0o755, LEASE)
             .toml("[[net]]\nbackend = \"user\"")
             .interactive()?;
@@ -476,7 +481,11 @@ fn a_guest_lives_on_when_passt_is_killed() {
 fn cards_that_are_attached_later_carry_packets_too() {
     on_a_host_of_its_own(|host| {
         make_tap(host, "tap0", "")?;
-        let mut vm = host.vm("late").file("lease", 0o755, LEASE).interactive()?;
+        let mut vm = host
+            .vm("late")
+            .limit(LIMIT)
+            .file("lease", 0o755, LEASE)
+            .interactive()?;
         let events = vm.events()?;
         vm.guest("modprobe virtio_net")?;
         vm.manage(&["attach-net", "--id", "wire", "--tap", "tap0"])?;
