@@ -625,11 +625,12 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
         let both: Vec<DeviceId> = volume.log_devices.iter().chain(&wanted).copied().collect();
         if !self.hot.knows(id) {
             drop(self.hot.add_volume(id, &wanted));
-        } else if self
-            .hot
-            .set_log_devices(id, &both, &Releasing(self))
-            .await
-            .is_err()
+        } else if !both.is_empty()
+            && self
+                .hot
+                .set_log_devices(id, &both, &Releasing(self))
+                .await
+                .is_err()
         {
             // They are an improvement, no need: what failed shows itself where it matters.
             return Ok(());

@@ -51,14 +51,7 @@ pub(crate) fn world(disks: u64) -> World {
 }
 
 pub(crate) async fn create(sim: &Sim, model: &Model, disks: usize) -> Result<SimPool, Failure> {
-    let devices = (0..disks).map(|index| NewDevice {
-        name: format!("d{index}"),
-        device: Rc::new(sim.disk(index)),
-        uuid: Uuid(1000 + index as u128),
-        class: String::new(),
-        enclosure: String::new(),
-        spare: false,
-    });
+    let devices = (0..disks).map(|index| new_device(sim, index));
     let options = options(model);
     Pool::create("tank", Uuid(7), devices.collect(), &options, sim.clock())
         .await
@@ -79,6 +72,35 @@ pub(crate) fn new_volume(layout: Layout, size: u64) -> NewVolume {
         block: 512,
         region: 16384,
     }
+}
+
+pub(crate) fn attributes(layout: Layout) -> Attributes {
+    Attributes {
+        layout,
+        stripe_unit: UNIT,
+        class: String::new(),
+        devices: Vec::new(),
+    }
+}
+
+/// A blank disk that is to be part of the pool.
+pub(crate) fn new_device(sim: &Sim, index: usize) -> NewDevice<SimDisk> {
+    NewDevice {
+        name: format!("d{index}"),
+        device: Rc::new(sim.disk(index)),
+        uuid: Uuid(1000 + index as u128),
+        class: String::new(),
+        enclosure: String::new(),
+        spare: false,
+    }
+}
+
+/// Waits until no job runs.
+pub(crate) async fn settle(pool: &SimPool) -> Result<(), Failure> {
+    while let Some(job) = pool.jobs().into_iter().find(|job| job.is_live()) {
+        pool.wait(job.id).await.map_err(failed)?;
+    }
+    Ok(())
 }
 
 /// Opens the pool on the disks for which `there` holds.

@@ -3,4 +3,5 @@
 
 mod crash;
 mod harness;
+mod interrupted;
 mod online;

@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use block_io::sim::{Ended, Failure, RunOptions, Schedule, Sim};
 use block_io::{Clock, Durability};
-use volume_manager::model::{Attributes, DeviceId, DeviceState, JobKind, Layout, MemberState, Uuid};
+use volume_manager::model::{DeviceId, DeviceState, JobKind, Layout, MemberState, Uuid};
 use volume_manager::{Event, NewDevice};
 
-use crate::harness::{self, Model, SimPool, UNIT, create, failed, flush, new_volume, open, verify, write};
+use crate::harness::{
+    self, Model, SimPool, UNIT, attributes, create, failed, flush, new_volume, open, settle, verify, write,
+};
 
 const ALL: [Layout; 6] = [
     Layout::Concat,
@@ -138,14 +140,6 @@ fn with_guest(
     }
 }
 
-/// Waits until no job runs.
-async fn settle(pool: &SimPool) -> Result<(), Failure> {
-    while let Some(job) = pool.jobs().into_iter().find(|job| job.is_live()) {
-        pool.wait(job.id).await.map_err(failed)?;
-    }
-    Ok(())
-}
-
 async fn no_differences(pool: &SimPool) -> Result<(), Failure> {
     pool.take_events();
     let scrub = pool
@@ -207,15 +201,6 @@ fn lies_on(pool: &SimPool, device: DeviceId) -> bool {
     pool.configuration()
         .extents()
         .any(|extent| extent.device == device)
-}
-
-fn attributes(layout: Layout) -> Attributes {
-    Attributes {
-        layout,
-        stripe_unit: UNIT,
-        class: String::new(),
-        devices: Vec::new(),
-    }
 }
 
 async fn run(pool: &SimPool, kind: JobKind) -> Result<(), Failure> {

@@ -1,0 +1,303 @@
+//! The exhaustive level for what changes a pool: every operation is crashed at every event, the pool is opened again, the work
+//! goes on by itself, and at the end everything is as it was asked for, with the guest's data in it.
+
+use block_io::sim::{ExploreOptions, Failure, Numbers, Scenario, Shared, Sim, World, explore};
+use block_io::{BlockDevice, Durability};
+use volume_manager::Event;
+use volume_manager::model::{DeviceId, JobKind, Layout};
+
+use crate::harness::{
+    self, Promise, SimPool, attributes, create, failed, flush, new_device, new_volume, open, settle, verify,
+    write,
+};
+
+/// What is being done when the power goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Act {
+    Create,
+    Delete,
+    Grow,
+    Shrink,
+    AddDevice,
+    RemoveDevice,
+    Evacuate,
+    Relayout(Layout),
+    /// A device fails, and nothing else happens.
+    Fail,
+    /// A device fails, comes back, and catches up.
+    Return,
+    Scrub,
+}
+
+struct Case {
+    layout: Layout,
+    act: Act,
+}
+
+const SIZE: u64 = 12 * harness::UNIT;
+
+impl Case {
+    fn disks(&self) -> usize {
+        let needed = |layout: Layout| layout.columns() * layout.legs();
+        let most = match self.act {
+            Act::Relayout(to) => needed(self.layout).max(needed(to)),
+            _ => needed(self.layout),
+        };
+        usize::try_from(most).unwrap().max(3) + 1
+    }
+}
+
+async fn writes(pool: &SimPool, model: &Shared<Promise>, fill: u8) -> Result<(), Failure> {
+    let volume = pool.volume("v").map_err(failed)?;
+    write(&volume, model, 512, fill, 1024, Durability::Volatile).await?;
+    flush(&volume, model).await?;
+    write(&volume, model, 8192, fill + 1, 4096, Durability::Volatile).await
+}
+
+impl Scenario for Case {
+    type Model = Promise;
+
+    fn world(&self) -> World {
+        harness::world(self.disks() as u64)
+    }
+
+    async fn prepare(&self, sim: Sim, model: Shared<Promise>) -> Result<(), Failure> {
+        let pool = create(&sim, &model, self.disks() - 1).await?;
+        if self.act == Act::Create {
+            return pool.close().await.map_err(failed);
+        }
+        let volume = pool
+            .create_volume(new_volume(self.layout, SIZE))
+            .await
+            .map_err(failed)?;
+        write(
+            &volume,
+            &model,
+            0,
+            1,
+            usize::try_from(SIZE).unwrap(),
+            Durability::Volatile,
+        )
+        .await?;
+        flush(&volume, &model).await?;
+        drop(volume);
+        pool.close().await.map_err(failed)
+    }
+
+    async fn run(&self, sim: Sim, model: Shared<Promise>) -> Result<(), Failure> {
+        let pool = open(&sim, &model, |disk| disk + 1 < self.disks())
+            .await
+            .map_err(failed)?;
+        let victim = || pool.configuration().volumes[0].sections[0].columns[0].members[0].extents[0].device;
+        match self.act {
+            Act::Create => drop(
+                pool.create_volume(new_volume(self.layout, SIZE))
+                    .await
+                    .map_err(failed)?,
+            ),
+            Act::Delete => pool.delete_volume("v").await.map_err(failed)?,
+            Act::Grow => pool.resize("v", SIZE + 4096, SIZE).await.map_err(failed)?,
+            Act::Shrink => {
+                // What is behind the new end is given up.
+                pool.resize("v", SIZE - 4096, 0).await.map_err(failed)?;
+            }
+            Act::AddDevice => {
+                pool.add_device(new_device(&sim, self.disks() - 1))
+                    .await
+                    .map_err(failed)?;
+            }
+            Act::RemoveDevice => {
+                let used: Vec<DeviceId> = pool
+                    .configuration()
+                    .extents()
+                    .map(|extent| extent.device)
+                    .collect();
+                let config = pool.configuration();
+                let free = config
+                    .devices
+                    .iter()
+                    .map(|device| device.id)
+                    .find(|id| !used.contains(id));
+                if let Some(id) = free {
+                    pool.remove_device(id).await.map_err(failed)?;
+                }
+            }
+            Act::Evacuate => {
+                let kind = JobKind::Evacuate {
+                    device: victim(),
+                    to: None,
+                    remove: false,
+                };
+                pool.add_device(new_device(&sim, self.disks() - 1))
+                    .await
+                    .map_err(failed)?;
+                let job = pool.start(kind, 0).await.map_err(failed)?;
+                writes(&pool, &model, 2).await?;
+                pool.wait(job).await.map_err(failed)?;
+            }
+            Act::Relayout(to) => {
+                let volume = pool.configuration().volumes[0].id;
+                let kind = JobKind::Relayout {
+                    volume,
+                    target: attributes(to),
+                };
+                let job = pool.start(kind, 0).await.map_err(failed)?;
+                writes(&pool, &model, 2).await?;
+                pool.wait(job).await.map_err(failed)?;
+            }
+            Act::Fail | Act::Return => {
+                let disk = usize::try_from(victim().0).unwrap();
+                writes(&pool, &model, 2).await?;
+                sim.detach(disk);
+                writes(&pool, &model, 4).await?;
+                if self.act == Act::Return {
+                    sim.attach(disk);
+                    let id = DeviceId(u32::try_from(disk).unwrap());
+                    let io = std::rc::Rc::new(sim.disk(disk));
+                    pool.readmit(id, "again", io).await.map_err(failed)?;
+                    writes(&pool, &model, 6).await?;
+                    settle(&pool).await?;
+                }
+            }
+            Act::Scrub => {
+                let job = pool
+                    .start(JobKind::Scrub { volume: None }, 0)
+                    .await
+                    .map_err(failed)?;
+                writes(&pool, &model, 2).await?;
+                pool.wait(job).await.map_err(failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn recover(&self, sim: Sim, model: Shared<Promise>) -> Result<(), Failure> {
+        model.borrow_mut().sectors.crashed();
+        for disk in 0..self.disks() {
+            sim.attach(disk);
+        }
+        let pool = open(&sim, &model, |_| true).await.map_err(failed)?;
+        settle(&pool).await?;
+        volume_manager::place::verify(&pool.configuration()).map_err(|wrong| {
+            Failure::from(format!("{}: {:?}", wrong.join("; "), pool.configuration()).as_str())
+        })?;
+        match pool.volume("v") {
+            Ok(volume) if self.act == Act::Create => {
+                let bytes = harness::read_bytes(&volume, 0, usize::try_from(SIZE).unwrap())
+                    .await
+                    .map_err(failed)?;
+                if bytes.iter().any(|byte| *byte != 0) {
+                    return Err("a new volume is not zero".into());
+                }
+            }
+            Ok(volume) if self.act == Act::Shrink && volume.size() < SIZE => {
+                let bytes = harness::read_bytes(&volume, 0, usize::try_from(volume.size()).unwrap())
+                    .await
+                    .map_err(failed)?;
+                let ticket = model.borrow_mut().sectors.read_begins();
+                model.borrow_mut().sectors.check(ticket, 0, &bytes)?;
+            }
+            Ok(volume) => verify(&volume, &model).await?,
+            Err(_) if matches!(self.act, Act::Create | Act::Delete) => {}
+            Err(error) => return Err(failed(error)),
+        }
+        if let (Act::Relayout(to), Some(volume)) = (self.act, pool.configuration().volumes.first())
+            && volume.attributes.layout == to
+            && volume
+                .sections
+                .iter()
+                .any(|section| section.columns.len() != to.columns() as usize)
+        {
+            return Err(
+                format!("the change of layout did not end: {volume:?}, {:?}", pool.jobs())
+                    .as_str()
+                    .into(),
+            );
+        }
+        pool.take_events();
+        let scrub = pool
+            .start(JobKind::Scrub { volume: None }, 0)
+            .await
+            .map_err(failed)?;
+        pool.wait(scrub).await.map_err(failed)?;
+        let bad: Vec<Event> = pool
+            .take_events()
+            .into_iter()
+            .filter(|event| matches!(event, Event::Repaired { .. }))
+            .collect();
+        if !bad.is_empty() {
+            return Err(format!("copies or parity differ after recovery: {bad:?}")
+                .as_str()
+                .into());
+        }
+        pool.close().await.map_err(failed)
+    }
+}
+
+fn run(layout: Layout, act: Act) -> Numbers {
+    let case = Case { layout, act };
+    let options = ExploreOptions {
+        states: 6,
+        nesting: 0,
+        nested_states: 2,
+        schedules: 1,
+    };
+    let numbers = explore(&case, &options).unwrap_or_else(|failure| panic!("{layout}, {act:?}: {failure}"));
+    println!("{layout}, {act:?}: {numbers}");
+    numbers
+}
+
+const ALL: [Layout; 6] = [
+    Layout::Concat,
+    Layout::Stripe { columns: 2 },
+    Layout::Mirror { legs: 2 },
+    Layout::StripeMirror { columns: 2, legs: 2 },
+    Layout::Raid5 { columns: 3 },
+    Layout::Raid6 { columns: 4 },
+];
+
+#[test]
+fn volumes_and_devices_come_go_and_change_their_size() {
+    for layout in ALL {
+        for act in [
+            Act::Create,
+            Act::Delete,
+            Act::Grow,
+            Act::Shrink,
+            Act::AddDevice,
+            Act::RemoveDevice,
+        ] {
+            run(layout, act);
+        }
+    }
+}
+
+#[test]
+fn data_are_moved_off_a_device() {
+    for layout in ALL {
+        run(layout, Act::Evacuate);
+    }
+}
+
+#[test]
+fn a_layout_changes() {
+    for (index, from) in ALL.into_iter().enumerate() {
+        run(from, Act::Relayout(ALL[(index + 1) % ALL.len()]));
+        run(from, Act::Relayout(ALL[(index + 3) % ALL.len()]));
+    }
+}
+
+#[test]
+fn a_device_fails_and_comes_back() {
+    for layout in ALL.into_iter().filter(|layout| layout.tolerates() > 0) {
+        run(layout, Act::Fail);
+        run(layout, Act::Return);
+    }
+}
+
+#[test]
+fn a_scrub_goes_on() {
+    for layout in ALL {
+        run(layout, Act::Scrub);
+    }
+}
