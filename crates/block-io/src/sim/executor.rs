@@ -4,24 +4,33 @@
 //! run first come, first served, and every request takes equally long. At random, the seed picks the task, the duration
 //! of each request, and sometimes has time pass although tasks are ready.
 
+mod current;
+mod requests;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::os::fd::RawFd;
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Wake, Waker};
-use std::time::Duration;
+use std::task::{Context, Wake, Waker};
 
 use super::disk::SimDisk;
-use super::fault::{Fault, FaultPlan, FaultRule, by_rule};
-use super::medium::{Change, Effect, InFlight, Medium};
+use super::fault::{Fault, FaultPlan, FaultRule};
+use super::medium::{Effect, Medium};
 use super::report::count_fault;
 use super::rng::{Rng, hash_bytes, mix};
+use crate::Operation;
 use crate::worker::PollSource;
-use crate::{Clock, Operation};
+
+pub use current::SimClock;
+pub(crate) use current::{spawn_on_current, watch};
+pub(super) use requests::Request;
+
+use current::is_readable;
+use requests::Answer;
 
 /// Lines kept for a failure's report.
 const TRACE: usize = 120;
@@ -33,10 +42,6 @@ pub enum Schedule {
     InOrder,
     /// The seed.
     Random,
-}
-
-thread_local! {
-    static CURRENT: RefCell<Option<Sim>> = const { RefCell::new(None) };
 }
 
 /// Task number 0 is the run's main future.
@@ -81,22 +86,6 @@ struct Sleep {
 struct Waiting {
     waker: Option<Waker>,
     done: Option<Answer>,
-}
-
-/// How a request ended.
-pub(super) struct Answer {
-    pub(super) bytes: Option<Vec<u8>>,
-    pub(super) errno: i32,
-}
-
-/// What a task wants of a disk.
-pub(super) struct Request {
-    pub(super) disk: usize,
-    pub(super) operation: Operation,
-    pub(super) offset: u64,
-    pub(super) length: u64,
-    pub(super) durable: bool,
-    pub(super) change: Option<Change>,
 }
 
 enum Event {
@@ -331,170 +320,6 @@ impl Sim {
             .collect()
     }
 
-    pub(super) fn submit(&self, request: Request) -> u64 {
-        let core = &self.0;
-        let id = core.next_id.replace(core.next_id.get() + 1);
-        let Request {
-            disk,
-            operation,
-            offset,
-            length,
-            durable,
-            change,
-        } = request;
-        let content = change.as_ref().and_then(Change::bytes).map_or(0, hash_bytes);
-        let event = Event::Submit {
-            disk,
-            operation,
-            offset,
-            length,
-            id,
-        };
-        self.record(
-            1,
-            offset ^ content,
-            (length << 8) | operation as u64 | ((disk as u64) << 40),
-            event,
-        );
-        let effect = self.strike(disk, operation, offset, length);
-        let mut media = core.media.borrow_mut();
-        let Some(medium) = media.get_mut(disk) else {
-            return id;
-        };
-        let mut rng = core.rng.borrow_mut();
-        let orderly = core.schedule == Schedule::InOrder;
-        let change = change.filter(|_| !medium.dropped);
-        let in_flight = InFlight {
-            id,
-            operation,
-            offset,
-            length,
-            durable,
-            effect,
-            change,
-            below: 0,
-        };
-        medium.submit(in_flight, &mut rng, orderly);
-        let duration = if orderly {
-            100_000
-        } else {
-            10_000 + rng.below(1_000_000)
-        };
-        let due = core.now.get() + duration.saturating_mul(medium.slow);
-        core.due.borrow_mut().insert((due, id), Due::Request { disk, id });
-        core.waiting.borrow_mut().insert(id, Waiting::default());
-        id
-    }
-
-    /// Whether, and which, fault hits a request.
-    fn strike(&self, disk: usize, operation: Operation, offset: u64, length: u64) -> Effect {
-        let core = &self.0;
-        let mut media = core.media.borrow_mut();
-        let Some(medium) = media.get_mut(disk) else {
-            return Effect::Fail(libc::ENODEV);
-        };
-        if medium.dropped {
-            return Effect::Fail(libc::ENODEV);
-        }
-        let range = offset..offset + length;
-        let mut rng = core.rng.borrow_mut();
-        let sector = u64::from(medium.options.sector);
-        let fault = match by_rule(&mut medium.rules, operation, &range) {
-            None => core.faults.draw(&mut rng, disk, operation, &range, sector),
-            rule => rule,
-        };
-        let writes = matches!(operation, Operation::Write | Operation::WriteZeroes);
-        let Some(fault) = fault else {
-            if writes && medium.is_full_for(offset, length) {
-                count_fault(Fault::NoSpace.name());
-                return Effect::Fail(libc::ENOSPC);
-            }
-            return Effect::Normal;
-        };
-        count_fault(fault.name());
-        self.record(2, disk as u64, offset, Event::Fault { disk, fault });
-        match fault {
-            Fault::Error => Effect::Fail(libc::EIO),
-            Fault::NoSpace => Effect::Fail(libc::ENOSPC),
-            Fault::LostWrite => Effect::Lost,
-            Fault::BitRot => {
-                let bit = u32::try_from(rng.below(8)).unwrap_or(0);
-                medium.rot(offset + rng.below(length), bit);
-                Effect::Normal
-            }
-            Fault::MisdirectedWrite(by) => {
-                let room = medium.options.geometry.size.saturating_sub(length) / sector + 1;
-                Effect::Misdirected((offset + by) / sector % room * sector)
-            }
-            Fault::Drop => {
-                drop_device(medium);
-                Effect::Fail(libc::ENODEV)
-            }
-            Fault::Slow(factor) => {
-                medium.slow = factor.max(1);
-                Effect::Normal
-            }
-        }
-    }
-
-    pub(super) fn poll_answer(&self, id: u64, context: &Context<'_>) -> Poll<Answer> {
-        let mut waiting = self.0.waiting.borrow_mut();
-        let Some(entry) = waiting.get_mut(&id) else {
-            let errno = libc::ENODEV;
-            return Poll::Ready(Answer { bytes: None, errno });
-        };
-        if let Some(answer) = entry.done.take() {
-            waiting.remove(&id);
-            return Poll::Ready(answer);
-        }
-        entry.waker = Some(context.waker().clone());
-        Poll::Pending
-    }
-
-    /// Nobody waits for a request any more. As with real disks, it ends before its memory is given back; after a power
-    /// cut it stays as it is.
-    pub(super) fn abandon(&self, disk: usize, id: u64) {
-        let known = self.0.waiting.borrow_mut().remove(&id);
-        if self.0.power.get() && known.is_some_and(|entry| entry.done.is_none()) {
-            self.0
-                .due
-                .borrow_mut()
-                .retain(|_, due| !matches!(due, Due::Request { id: other, .. } if *other == id));
-            self.end_request(disk, id);
-        }
-    }
-
-    fn end_request(&self, disk: usize, id: u64) {
-        let core = &self.0;
-        let mut media = core.media.borrow_mut();
-        let Some(medium) = media.get_mut(disk) else { return };
-        let effect = medium
-            .in_flight
-            .iter()
-            .find(|request| request.id == id)
-            .map(|request| request.effect);
-        let errno = match effect {
-            Some(Effect::Fail(errno)) => errno,
-            _ => 0,
-        };
-        let orderly = core.schedule == Schedule::InOrder;
-        let bytes = medium.complete(id, &mut core.rng.borrow_mut(), orderly);
-        drop(media);
-        let content = bytes.as_deref().map_or(0, hash_bytes);
-        self.record(
-            3,
-            id ^ content,
-            u64::from(errno.unsigned_abs()),
-            Event::End { disk, id, errno },
-        );
-        if let Some(entry) = core.waiting.borrow_mut().get_mut(&id) {
-            entry.done = Some(Answer { bytes, errno });
-            if let Some(waker) = entry.waker.take() {
-                waker.wake();
-            }
-        }
-    }
-
     fn take_woken(&self) {
         let mut woken = self.0.woken.lock().unwrap_or_else(PoisonError::into_inner);
         let mut tasks = self.0.tasks.borrow_mut();
@@ -608,11 +433,6 @@ impl Sim {
     pub(super) fn cut_power(&self) {
         self.0.power.set(false);
     }
-
-    /// Makes this the simulation of the thread, until the guard goes.
-    pub(super) fn enter(&self) -> Entered {
-        Entered(CURRENT.replace(Some(self.clone())))
-    }
 }
 
 /// A device goes away: what is in flight fails.
@@ -621,105 +441,5 @@ fn drop_device(medium: &mut Medium) {
     medium.version += 1;
     for request in &mut medium.in_flight {
         request.effect = Effect::Fail(libc::ENODEV);
-    }
-}
-
-fn is_readable(fd: RawFd) -> bool {
-    let mut poll = libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: one valid element, no waiting.
-    let count = unsafe { libc::poll(&raw mut poll, 1, 0) };
-    count > 0
-}
-
-pub(super) struct Entered(Option<Sim>);
-
-impl Drop for Entered {
-    fn drop(&mut self) {
-        CURRENT.replace(self.0.take());
-    }
-}
-
-fn current() -> Option<Sim> {
-    CURRENT.with_borrow(Clone::clone)
-}
-
-/// [`spawn_local`](crate::spawn_local) for tasks of a simulation.
-pub(crate) fn spawn_on_current<F: Future<Output = ()> + 'static>(future: F) -> Result<(), F> {
-    match current() {
-        Some(sim) => {
-            sim.spawn("spawn_local", future);
-            Ok(())
-        }
-        None => Err(future),
-    }
-}
-
-/// Eventfds and poll sources of tasks of a simulation. They are looked at when all tasks wait, in order of registration:
-/// deterministic as long as only tasks of the simulation write them.
-pub(crate) mod watch {
-    use super::{PollSource, RawFd, Rc, Waker, current, is_readable};
-
-    /// Whether this thread runs a simulation.
-    pub(crate) fn is_simulated() -> bool {
-        current().is_some()
-    }
-
-    /// Whether `fd` can be read; if not, wakes `waker` when it can.
-    pub(crate) fn readable(fd: RawFd, waker: &Waker) -> bool {
-        let Some(sim) = current() else { return false };
-        if is_readable(fd) {
-            return true;
-        }
-        let mut watches = sim.0.watches.borrow_mut();
-        watches.retain(|(other, _)| *other != fd);
-        watches.push((fd, waker.clone()));
-        false
-    }
-
-    /// Forgets `fd`, which is about to be closed.
-    pub(crate) fn forget(fd: RawFd) {
-        if let Some(sim) = current() {
-            sim.0.watches.borrow_mut().retain(|(other, _)| *other != fd);
-        }
-    }
-
-    /// Asks `source` whenever all tasks wait.
-    pub(crate) fn add_source(source: &Rc<dyn PollSource>) {
-        if let Some(sim) = current() {
-            sim.0.sources.borrow_mut().push(Rc::downgrade(source));
-        }
-    }
-}
-
-/// The clock of a [`Sim`]: goes on only when nothing else can happen, or when the seed says so.
-#[derive(Debug, Clone)]
-pub struct SimClock(Sim);
-
-impl Clock for SimClock {
-    fn now(&self) -> Duration {
-        Duration::from_nanos(self.0.0.now.get())
-    }
-
-    async fn sleep(&self, duration: Duration) {
-        let core = &self.0.0;
-        let id = core.next_id.replace(core.next_id.get() + 1);
-        let nanos = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
-        let sleep = Rc::new(Sleep::default());
-        let due = core.now.get().saturating_add(nanos);
-        core.due
-            .borrow_mut()
-            .insert((due, id), Due::Sleep(Rc::clone(&sleep)));
-        poll_fn(|context| {
-            if sleep.over.get() {
-                return Poll::Ready(());
-            }
-            *sleep.waker.borrow_mut() = Some(context.waker().clone());
-            Poll::Pending
-        })
-        .await;
     }
 }
