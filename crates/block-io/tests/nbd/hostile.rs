@@ -22,6 +22,14 @@ fn options() -> NbdOptions {
     }
 }
 
+/// For what must succeed, however busy the machine is.
+fn patient() -> NbdOptions {
+    NbdOptions {
+        patience: Duration::from_secs(60),
+        ..Default::default()
+    }
+}
+
 fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
@@ -159,7 +167,7 @@ fn a_server_that_says_nothing_or_drips_is_left_in_time() {
         });
         let start = Instant::now();
         let error = NbdDevice::open(&address, &options()).unwrap_err();
-        assert!(start.elapsed() < Duration::from_secs(5), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(10), "{error}");
     }
 }
 
@@ -277,7 +285,7 @@ fn half_an_answer_is_waited_for_no_longer_than_allowed() {
                 let start = Instant::now();
                 let error = read(&device, 8192, 4096).await.unwrap_err();
                 assert!(error.is_transport(), "{error:?}");
-                assert!(start.elapsed() < Duration::from_secs(5));
+                assert!(start.elapsed() < Duration::from_secs(10));
             });
         }
     }
@@ -299,7 +307,7 @@ fn a_future_that_is_dropped_leaves_the_session_intact() {
                 ))?;
             }
         });
-        let device = NbdDevice::open(&address, &options()).unwrap();
+        let device = NbdDevice::open(&address, &patient()).unwrap();
         worker.run(move || async move {
             let mut dropped = Box::pin(read(&device, 4096 + 1024, 4096));
             for _ in 0..3 {
@@ -318,7 +326,11 @@ fn a_future_that_is_dropped_leaves_the_session_intact() {
 }
 
 /// A server that acknowledges writes, dies at the first flush, and comes back with `export` and without what it had.
-fn forgetful(export: Export, refuses: bool) -> (tempfile::TempDir, NbdDevice, Arc<Mutex<Vec<Request>>>) {
+fn forgetful(
+    export: Export,
+    refuses: bool,
+    options: &NbdOptions,
+) -> (tempfile::TempDir, NbdDevice, Arc<Mutex<Vec<Request>>>) {
     let log: Arc<Mutex<Vec<Request>>> = Arc::default();
     let seen = Arc::clone(&log);
     let (folder, address) = serve(move |connection, stream| {
@@ -346,13 +358,13 @@ fn forgetful(export: Export, refuses: bool) -> (tempfile::TempDir, NbdDevice, Ar
             stream.write_all(&answer)?;
         }
     });
-    let device = NbdDevice::open(&address, &options()).unwrap();
+    let device = NbdDevice::open(&address, options).unwrap();
     (folder, device, log)
 }
 
 #[test]
 fn what_was_not_flushed_is_written_again_before_a_flush_on_a_new_connection_succeeds() {
-    let (_folder, device, log) = forgetful(Export::default(), false);
+    let (_folder, device, log) = forgetful(Export::default(), false, &patient());
     let device = worker().run(move || async move {
         write(&device, 4096, &pattern(1024, 1), Durability::Volatile)
             .await
@@ -381,7 +393,7 @@ fn what_was_not_flushed_is_written_again_before_a_flush_on_a_new_connection_succ
 
 #[test]
 fn a_flush_fails_if_what_it_covers_cannot_be_written_again() {
-    let (_folder, device, _log) = forgetful(Export::default(), true);
+    let (_folder, device, _log) = forgetful(Export::default(), true, &patient());
     worker().run(move || async move {
         write(&device, 4096, &pattern(1024, 1), Durability::Volatile)
             .await
@@ -407,7 +419,7 @@ fn an_export_that_shrank_or_lost_abilities_is_not_used() {
         (shrunk, "shrank from 1048576 to 524288"),
         (poorer, "other abilities"),
     ] {
-        let (_folder, device, _log) = forgetful(export, false);
+        let (_folder, device, _log) = forgetful(export, false, &options());
         worker().run(move || async move {
             write(&device, 4096, &pattern(1024, 1), Durability::Volatile)
                 .await
@@ -433,7 +445,7 @@ fn unflushed_writes_beyond_the_limit_are_flushed_unasked() {
     });
     let options = NbdOptions {
         unflushed_limit: 64 << 10,
-        ..options()
+        ..patient()
     };
     let device = NbdDevice::open(&address, &options).unwrap();
     worker().run(move || async move {
