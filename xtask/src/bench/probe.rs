@@ -12,6 +12,12 @@ pub(super) struct Counts {
     pub(super) all: u64,
     pub(super) pio: u64,
     pub(super) mmio: u64,
+    /// The guest had nothing to do.
+    pub(super) halt: u64,
+    /// An interrupt of the host.
+    pub(super) interrupt: u64,
+    /// The guest could take an interrupt now.
+    pub(super) window: u64,
 }
 
 impl Counts {
@@ -28,7 +34,22 @@ impl Counts {
             all: read("exits")?,
             pio: read("io_exits")?,
             mmio: read("mmio_exits")?,
+            halt: read("halt_exits")?,
+            interrupt: read("irq_exits")?,
+            window: read("irq_window_exits")?,
         })
+    }
+
+    /// Those after `before`.
+    pub(super) fn since(self, before: Self) -> Self {
+        Self {
+            all: self.all.saturating_sub(before.all),
+            pio: self.pio.saturating_sub(before.pio),
+            mmio: self.mmio.saturating_sub(before.mmio),
+            halt: self.halt.saturating_sub(before.halt),
+            interrupt: self.interrupt.saturating_sub(before.interrupt),
+            window: self.window.saturating_sub(before.window),
+        }
     }
 }
 
