@@ -8,8 +8,10 @@
 //! interrupt "transmitter empty" is held back instead: a driver that waits for it sends no more, and a kernel that prints its
 //! last words by polling is not slowed down.
 //!
-//! The receiver takes bytes only when the guest listens (it asserts RTS or enables the interrupt): a driver clears the FIFO
-//! when it opens the port, and would lose what was typed before. The rest waits in the console.
+//! The receiver takes bytes only when the guest listens: a driver clears the FIFO when it opens the port, and would lose what
+//! was typed before. The rest waits in the console. A driver says with RTS whether it listens; one that does not use the modem's
+//! lines at all (DTR is off) says it by enabling the interrupt. So a guest with hardware flow control (`stty crtscts`) that
+//! cannot keep up loses nothing of what is pasted.
 //!
 //! The interrupt is an ISA one, edge-triggered: the line's rising edges are signalled.
 
@@ -315,7 +317,9 @@ impl SerialRegisters {
 
     /// Whether the guest is ready for input.
     fn listens(&self) -> bool {
-        !self.loops() && (self.modem_control & MCR_RTS != 0 || self.interrupt_enable & IER_RECEIVED != 0)
+        let lines = self.modem_control & (MCR_DTR | MCR_RTS);
+        let without_lines = lines == 0 && self.interrupt_enable & IER_RECEIVED != 0;
+        !self.loops() && (lines & MCR_RTS != 0 || without_lines)
     }
 
     /// Writes FCR.
@@ -496,6 +500,18 @@ mod tests {
         write(&serial, register::IIR_FCR, FCR_ENABLE | FCR_CLEAR_RECEIVER);
         write(&serial, register::MCR, MCR_DTR | MCR_RTS);
         assert_eq!(serial.push(b"typed early"), 11);
+    }
+
+    #[test]
+    fn a_driver_that_takes_rts_back_gets_no_input_although_its_interrupt_is_enabled() {
+        let (serial, _) = serial();
+        write(&serial, register::MCR, MCR_DTR | MCR_RTS | MCR_OUT2);
+        write(&serial, register::IER, IER_RECEIVED);
+        assert_eq!(serial.push(b"a"), 1);
+        write(&serial, register::MCR, MCR_DTR | MCR_OUT2);
+        assert_eq!(serial.push(b"b"), 0);
+        write(&serial, register::MCR, MCR_DTR | MCR_RTS | MCR_OUT2);
+        assert_eq!(serial.push(b"b"), 1);
     }
 
     #[test]
