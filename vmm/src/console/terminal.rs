@@ -45,8 +45,12 @@ pub(super) fn is_usable(fd: BorrowedFd<'_>) -> bool {
     rustix::termios::tcgetpgrp(fd).map_or(true, |foreground| foreground == rustix::process::getpgrp())
 }
 
-/// Puts the terminal `fd` into raw mode: every key goes to the guest as it is.
-pub(super) fn enter_raw_mode(fd: BorrowedFd<'_>) -> io::Result<()> {
+/// Puts the terminal `fd` into raw mode: every key goes to the guest as it is. [`restore`] ends it, and so does every end of
+/// the process but SIGKILL.
+///
+/// # Errors
+/// It is no terminal, or refuses.
+pub fn enter_raw_mode(fd: BorrowedFd<'_>) -> io::Result<()> {
     // The handlers need a descriptor that lives as long as the process.
     let fd = fd.try_clone_to_owned()?.into_raw_fd();
     let mut settings = mem::MaybeUninit::<libc::termios>::uninit();
