@@ -25,6 +25,7 @@ mod agent;
 mod console;
 mod host;
 mod place;
+mod terminal;
 pub mod transfer;
 mod vm;
 
@@ -35,6 +36,7 @@ use anyhow::Result;
 pub use agent::Events;
 pub use host::{Host, Kernel};
 pub use lab::Output;
+pub use terminal::{Mode, Terminal};
 pub use vm::{Disk, Outcome, Vm, VmBuilder};
 
 /// What a story needs of the place where it is told.
