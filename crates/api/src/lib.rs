@@ -11,6 +11,7 @@ mod disk;
 mod event;
 mod net;
 mod problem;
+pub mod storage;
 mod units;
 mod vm;
 

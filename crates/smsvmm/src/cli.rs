@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use api::{DeviceId, DiskSerial, MacAddress, NetBackend, PortForward, QueueSize, Seconds, TapName};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use crate::storage::{DeviceArguments, JobArguments, PoolArguments, VolumeArguments};
+
 /// A hypervisor for Linux/KVM with storage management beneath the guest.
 #[derive(Debug, Parser)]
 #[command(
@@ -36,6 +38,17 @@ pub(crate) enum Command {
     Host(HostCommand),
     /// Look at and steer a running virtual machine through its management socket.
     Vm(VmArguments),
+    /// Pools of devices: make one, look at it, check it, move it between hosts.
+    ///
+    /// Which pool: --config FILE with [pool] devices = [...], or --devices d0,d1,... While a virtual machine has a pool open, its
+    /// devices are locked and these commands say so.
+    Pool(PoolArguments),
+    /// The devices of a pool.
+    Device(DeviceArguments),
+    /// The volumes of a pool.
+    Volume(VolumeArguments),
+    /// Long operations on a pool.
+    Job(JobArguments),
     /// Print a script that completes smsvmm's commands in a shell: `source <(smsvmm completions bash)`.
     Completions {
         /// The shell.

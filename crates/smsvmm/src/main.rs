@@ -11,6 +11,7 @@ mod output;
 mod preflight;
 mod run;
 mod signals;
+mod storage;
 mod terminal;
 mod vm;
 
@@ -52,6 +53,10 @@ fn execute(command: Command) -> anyhow::Result<Exit> {
         Command::Run(arguments) => run::run(&arguments),
         Command::Host(HostCommand::Check { json }) => host::check(json),
         Command::Vm(arguments) => vm::execute(arguments),
+        Command::Pool(arguments) => storage::pool(arguments),
+        Command::Device(arguments) => storage::device(arguments),
+        Command::Volume(arguments) => storage::volume(arguments),
+        Command::Job(arguments) => storage::job(arguments),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "smsvmm", &mut script);

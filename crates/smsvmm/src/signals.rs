@@ -50,6 +50,11 @@ impl Signals {
         }
     }
 
+    /// The name of a signal that has arrived, if one has: for commands that look now and then.
+    pub(crate) fn arrived(&self) -> Option<&'static str> {
+        self.wait(Some(Instant::now())).map(name)
+    }
+
     /// Starts the thread that turns signals into requests to `vm`; `on_start` runs first on it.
     pub(crate) fn serve(
         self,

@@ -1,0 +1,419 @@
+//! Pools, their devices, volumes and jobs: what can be asked of them and what they answer.
+//!
+//! All sizes are numbers of bytes.
+
+use serde::{Deserialize, Serialize};
+
+/// Something that a person wants done with a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "operation")]
+pub enum Operation {
+    /// Take devices in that are here again, bring all copies up to date, finish all jobs.
+    Heal,
+    /// Have all copies agree, so that another host finds nothing to do.
+    Settle,
+    /// Read everything, compare copies and parity, repair.
+    Scrub {
+        /// Which volume; all if none.
+        volume: Option<String>,
+        /// At most so many bytes per second; 0 for no limit.
+        throttle: u64,
+    },
+    /// Add a device, whose content is lost.
+    AddDevice(NewDevice),
+    /// Take an empty device out.
+    RemoveDevice {
+        /// Its name, number or identity.
+        device: String,
+    },
+    /// Move everything off a device.
+    EvacuateDevice {
+        /// Its name, number or identity.
+        device: String,
+        /// Only to this one.
+        to: Option<String>,
+        /// At most so many bytes per second; 0 for no limit.
+        throttle: u64,
+    },
+    /// Put another device in the place of one, which leaves the pool.
+    ReplaceDevice {
+        /// Name, number or identity of the one that leaves.
+        device: String,
+        /// The one that comes.
+        by: NewDevice,
+        /// At most so many bytes per second; 0 for no limit.
+        throttle: u64,
+    },
+    /// Make a volume, which reads as zeroes.
+    CreateVolume {
+        /// Its name.
+        name: String,
+        /// Its size.
+        size: u64,
+        /// Its logical block size: 512 or 4096.
+        block: u32,
+        /// How it is laid out.
+        shape: Shape,
+    },
+    /// Change a volume's size.
+    ResizeVolume {
+        /// Its name.
+        name: String,
+        /// The new size.
+        size: u64,
+        /// What lies behind a smaller size may be lost.
+        shrink: bool,
+    },
+    /// Change a volume's layout.
+    SetLayout {
+        /// Its name.
+        name: String,
+        /// The new layout.
+        shape: Shape,
+        /// At most so many bytes per second; 0 for no limit.
+        throttle: u64,
+    },
+    /// Move a volume's data from one device to others.
+    MoveVolume {
+        /// Its name.
+        name: String,
+        /// Away from this device; from all that the volume may not use if none is given.
+        from: Option<String>,
+        /// Only to this one.
+        to: Option<String>,
+        /// At most so many bytes per second; 0 for no limit.
+        throttle: u64,
+    },
+    /// Delete a volume and its data.
+    DeleteVolume {
+        /// Its name.
+        name: String,
+    },
+    /// Wait for a job.
+    WaitJob {
+        /// Its number; all jobs if none.
+        job: Option<u32>,
+    },
+    /// Have a job pause until it is resumed.
+    PauseJob {
+        /// Its number.
+        job: u32,
+    },
+    /// Have a paused job go on, and wait for it.
+    ResumeJob {
+        /// Its number.
+        job: u32,
+    },
+    /// End a job where it is.
+    CancelJob {
+        /// Its number.
+        job: u32,
+    },
+}
+
+/// A device that is to be part of a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct NewDevice {
+    /// Its path.
+    pub path: String,
+    /// Kept for devices that fail.
+    #[serde(default)]
+    pub spare: bool,
+    /// Storage class, say `ssd`; empty for none.
+    #[serde(default)]
+    pub class: String,
+    /// Enclosure, rack or host, over which redundancy is spread; empty for unknown.
+    #[serde(default)]
+    pub enclosure: String,
+    /// What it carries may be destroyed.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// The kinds of layouts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LayoutKind {
+    /// One extent after the other.
+    Concat,
+    /// Over several devices, round robin.
+    Stripe,
+    /// Whole copies.
+    Mirror,
+    /// A stripe whose every column is a mirror.
+    StripeMirror,
+    /// A stripe with one unit of parity per row.
+    Raid5,
+    /// A stripe with two units of parity per row.
+    Raid6,
+}
+
+/// How a volume is, or shall be, laid out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Shape {
+    /// The kind.
+    pub layout: LayoutKind,
+    /// Columns, parity included; 0 for as many as is good.
+    pub columns: u32,
+    /// Copies of each byte; 0 for two where there are copies.
+    pub copies: u32,
+    /// Bytes per column and row.
+    pub stripe_unit: u64,
+    /// Only devices of this storage class; empty for any.
+    pub class: String,
+    /// Only these devices; empty for any.
+    pub devices: Vec<String>,
+}
+
+/// How well a volume, or a pool as a whole, is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// All copies and parity are there.
+    Healthy,
+    /// All devices are there, and copies or parity are being made or wait for it.
+    Resyncing,
+    /// Copies or parity are missing; all data are there.
+    Degraded,
+    /// Data are missing.
+    Failed,
+}
+
+/// A pool with all that is in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PoolStatus {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub id: String,
+    /// Grows by one with every change.
+    pub epoch: u64,
+    /// The worst of its volumes' and devices' states.
+    pub state: Health,
+    /// What its devices can hold.
+    pub size: u64,
+    /// What of that is taken.
+    pub used: u64,
+    /// Its devices.
+    pub devices: Vec<PoolDevice>,
+    /// Its volumes.
+    pub volumes: Vec<VolumeStatus>,
+    /// Its jobs, ended ones too.
+    pub jobs: Vec<JobStatus>,
+    /// What else a person should know: devices that cannot be read, or are not of this pool.
+    pub notes: Vec<String>,
+}
+
+/// How a device stands to its pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PoolDeviceState {
+    /// In use.
+    Active,
+    /// Waits for others to fail.
+    Spare,
+    /// Is being emptied.
+    Evacuating,
+    /// It is not there.
+    Missing,
+    /// It is there again with old content, and catches up when the pool is opened next.
+    Returned,
+    /// It failed.
+    Faulty,
+}
+
+/// A device of a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PoolDevice {
+    /// Its number within the pool: `d0`, `d1`, ...
+    pub id: String,
+    /// The path under which it was last opened.
+    pub name: String,
+    /// Its identity.
+    pub uuid: String,
+    /// How it stands to the pool.
+    pub state: PoolDeviceState,
+    /// What it can hold.
+    pub size: u64,
+    /// What of that is taken.
+    pub used: u64,
+    /// Its logical block size.
+    pub block: u32,
+    /// Storage class; empty for none.
+    pub class: String,
+    /// Enclosure; empty for unknown.
+    pub enclosure: String,
+    /// Requests that failed since the pool was opened; none if it is not open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub errors: Option<u64>,
+}
+
+/// A volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VolumeStatus {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub id: String,
+    /// How well it is.
+    pub state: Health,
+    /// Its size.
+    pub size: u64,
+    /// What it takes on devices, redundancy and logs included.
+    pub used: u64,
+    /// Its logical block size.
+    pub block: u32,
+    /// How it is laid out.
+    pub shape: Shape,
+    /// So many devices may fail at once, whichever they are, when all is well.
+    pub tolerates: u32,
+    /// What is where.
+    pub members: Vec<MemberStatus>,
+}
+
+/// What a part of a volume on a device is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemberHealth {
+    /// All of it is good.
+    InSync,
+    /// It is being filled.
+    Filling,
+    /// It lacks what was written while its device was away.
+    Stale,
+    /// Its device is not in service.
+    Missing,
+}
+
+/// A part of a volume that lies on one device, or on several, one after the other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MemberStatus {
+    /// Piece of the volume's address space, from 0.
+    pub section: u32,
+    /// Column within it, from 0.
+    pub column: u32,
+    /// Names of the devices.
+    pub devices: Vec<String>,
+    /// Its size.
+    pub size: u64,
+    /// What it is good for.
+    pub state: MemberHealth,
+}
+
+/// Where a job is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum JobState {
+    /// It runs whenever the pool is open.
+    Running,
+    /// Stopped by a person until resumed.
+    Paused,
+    /// Ended well.
+    Done,
+    /// Ended by a person.
+    Cancelled,
+    /// Ended by an error.
+    Failed,
+}
+
+/// A long operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct JobStatus {
+    /// Its number.
+    pub id: u32,
+    /// `resync`, `set-layout`, `move`, `evacuate` or `scrub`.
+    pub kind: String,
+    /// What it does to what, in words.
+    pub what: String,
+    /// Where it is in its life.
+    pub state: JobState,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Bytes done.
+    pub done: u64,
+    /// All its bytes, as far as can be said.
+    pub total: u64,
+    /// At most so many bytes per second; 0 for no limit.
+    pub throttle: u64,
+}
+
+impl JobStatus {
+    /// Whether it has not ended.
+    pub fn is_live(&self) -> bool {
+        matches!(self.state, JobState::Running | JobState::Paused)
+    }
+
+    /// How far it is in percent; an unfinished job is at most at 99.
+    pub fn percent(&self) -> u64 {
+        match self.state {
+            JobState::Done => 100,
+            _ if self.total == 0 => 0,
+            _ => {
+                let percent = u128::from(self.done) * 100 / u128::from(self.total);
+                u64::try_from(percent).unwrap_or(99).min(99)
+            }
+        }
+    }
+}
+
+/// Something that happened to a pool while an operation was done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PoolEvent {
+    /// What, for people.
+    pub text: String,
+    /// Whether it is bad news.
+    pub warning: bool,
+}
+
+/// What came of an operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Outcome {
+    /// The jobs that it started, or waited for, as they are now.
+    pub jobs: Vec<JobStatus>,
+    /// What happened meanwhile.
+    pub events: Vec<PoolEvent>,
+    /// It was not waited until all of these jobs had ended.
+    pub interrupted: bool,
+    /// The pool afterwards.
+    pub pool: PoolStatus,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_is_at_100_percent_only_when_it_is_done() {
+        let mut job = JobStatus {
+            id: 1,
+            kind: "scrub".to_owned(),
+            what: "scrub all volumes".to_owned(),
+            state: JobState::Running,
+            reason: None,
+            done: u64::MAX,
+            total: u64::MAX,
+            throttle: 0,
+        };
+        assert_eq!(job.percent(), 99);
+        job.state = JobState::Done;
+        assert_eq!(job.percent(), 100);
+        (job.state, job.total) = (JobState::Failed, 0);
+        assert_eq!(job.percent(), 0);
+    }
+
+    #[test]
+    fn an_operation_is_an_object_with_its_name() {
+        let json = serde_json::to_value(Operation::PauseJob { job: 3 }).unwrap();
+        assert_eq!(json, serde_json::json!({"operation": "pause-job", "job": 3}));
+    }
+}

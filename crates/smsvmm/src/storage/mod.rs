@@ -1,0 +1,396 @@
+//! `smsvmm pool | device | volume | job`: pools that nobody has open.
+//!
+//! Each command opens the pool's devices itself, under a lock (`storage_manager`), does one thing, and closes them. Commands
+//! that only show something only read.
+
+mod arguments;
+mod select;
+mod show;
+mod watch;
+
+use anyhow::bail;
+use api::storage::{JobState, NewDevice, Operation, Outcome, PoolStatus};
+use api::{Problem, ProblemKind};
+use storage_manager::{DevicePaths, Force};
+
+pub(crate) use arguments::{DeviceArguments, JobArguments, PoolArguments, VolumeArguments};
+use arguments::{DeviceCommand, JobCommand, PoolCommand, VolumeCommand, Which};
+use watch::Watch;
+
+use crate::exit::{Exit, UsageError};
+use crate::logs;
+use crate::output::{print, print_json};
+
+pub(crate) fn pool(arguments: PoolArguments) -> anyhow::Result<Exit> {
+    let PoolArguments { which, command } = arguments;
+    match command {
+        PoolCommand::Create {
+            name,
+            paths,
+            spare,
+            class,
+            force,
+        } => {
+            if !which.devices.is_empty() || which.config.is_some() {
+                return Err(UsageError::new("name the devices of a new pool after its name").into());
+            }
+            let new = |path: String, spare: bool| NewDevice {
+                path,
+                spare,
+                class: class.clone(),
+                enclosure: String::new(),
+                force,
+            };
+            let devices = paths.into_iter().map(|path| new(path, false));
+            let devices = devices
+                .chain(spare.into_iter().map(|path| new(path, true)))
+                .collect();
+            create(&name, devices, which.json)
+        }
+        PoolCommand::Status => look(&which, |status| {
+            Ok((serde_json::to_value(status)?, show::pool(status)))
+        }),
+        PoolCommand::Scrub { volume, speed } => {
+            let throttle = speed.bytes();
+            perform(&which, Operation::Scrub { volume, throttle }, |outcome| {
+                let repaired = outcome
+                    .events
+                    .iter()
+                    .filter(|event| event.text.contains("repaired"))
+                    .count();
+                match repaired {
+                    0 => "everything was read; copies and parity agree\n".to_owned(),
+                    count => format!("{count} places differed and were repaired\n"),
+                }
+            })
+        }
+        PoolCommand::Import { paths, force, prefer } => import(which, paths, force, prefer),
+        PoolCommand::Export => perform(&which, Operation::Settle, |outcome| {
+            let devices = outcome.pool.devices.iter().map(|device| device.name.as_str());
+            format!(
+                "pool {} is closed, and its devices can be moved: {}\n",
+                outcome.pool.name,
+                devices.collect::<Vec<_>>().join(", ")
+            )
+        }),
+    }
+}
+
+pub(crate) fn device(arguments: DeviceArguments) -> anyhow::Result<Exit> {
+    let DeviceArguments { which, command } = arguments;
+    match command {
+        DeviceCommand::List => look(&which, |status| {
+            Ok((
+                serde_json::to_value(&status.devices)?,
+                show::devices(&status.devices),
+            ))
+        }),
+        DeviceCommand::Add { paths, new } => {
+            let mut devices = select::devices(&which)?;
+            for path in &paths {
+                // It may stand in the file already.
+                devices.retain(|device| device != path);
+            }
+            if devices.is_empty() {
+                return Err(UsageError::new("name the pool's present devices, too").into());
+            }
+            let mut exit = Exit::Success;
+            for path in paths {
+                exit = run(
+                    &which,
+                    devices.clone(),
+                    Force::No,
+                    Operation::AddDevice(new.device(&path)),
+                    |outcome| {
+                        format!(
+                            "{path} is in pool {}\n{}",
+                            outcome.pool.name,
+                            lines_of(&outcome.pool)
+                        )
+                    },
+                )?;
+                devices.push(path);
+            }
+            Ok(exit)
+        }
+        DeviceCommand::Remove { device } => {
+            let operation = Operation::RemoveDevice { device };
+            perform(&which, operation, |outcome| left(&outcome.pool))
+        }
+        DeviceCommand::Evacuate { device, to, speed } => {
+            let text = format!("{device} is empty; `smsvmm device remove {device}` takes it out\n");
+            let throttle = speed.bytes();
+            perform(&which, Operation::EvacuateDevice { device, to, throttle }, |_| {
+                text
+            })
+        }
+        DeviceCommand::Replace {
+            device,
+            by,
+            new,
+            speed,
+        } => {
+            let mut devices = select::devices(&which)?;
+            devices.retain(|present| *present != by);
+            let operation = Operation::ReplaceDevice {
+                device,
+                by: new.device(&by),
+                throttle: speed.bytes(),
+            };
+            run(&which, devices, Force::No, operation, |outcome| {
+                left(&outcome.pool)
+            })
+        }
+    }
+}
+
+pub(crate) fn volume(arguments: VolumeArguments) -> anyhow::Result<Exit> {
+    let VolumeArguments { which, command } = arguments;
+    match command {
+        VolumeCommand::Create {
+            name,
+            size,
+            layout,
+            block,
+        } => {
+            let shown = name.clone();
+            let operation = Operation::CreateVolume {
+                name,
+                size: size.bytes(),
+                block,
+                shape: layout.shape()?,
+            };
+            perform(&which, operation, |outcome| one_volume(&outcome.pool, &shown))
+        }
+        VolumeCommand::List => look(&which, |status| {
+            let table = match status.volumes.is_empty() {
+                true => "no volumes\n".to_owned(),
+                false => show::volumes(&status.volumes),
+            };
+            Ok((serde_json::to_value(&status.volumes)?, table))
+        }),
+        VolumeCommand::Status { name } => look(&which, |status| {
+            let volume = status
+                .volumes
+                .iter()
+                .find(|volume| volume.name == name)
+                .ok_or_else(|| {
+                    Problem::new(ProblemKind::NotFound, format!("the pool has no volume {name}"))
+                        .remedy("`smsvmm volume list` shows them")
+                })?;
+            Ok((serde_json::to_value(volume)?, show::volume(volume)))
+        }),
+        VolumeCommand::Resize { name, size, shrink } => {
+            let shown = name.clone();
+            let size = size.bytes();
+            perform(
+                &which,
+                Operation::ResizeVolume { name, size, shrink },
+                |outcome| one_volume(&outcome.pool, &shown),
+            )
+        }
+        VolumeCommand::SetLayout { name, layout, speed } => {
+            let shown = name.clone();
+            let operation = Operation::SetLayout {
+                name,
+                shape: layout.shape()?,
+                throttle: speed.bytes(),
+            };
+            perform(&which, operation, |outcome| one_volume(&outcome.pool, &shown))
+        }
+        VolumeCommand::Move {
+            name,
+            from,
+            to,
+            speed,
+        } => {
+            let shown = name.clone();
+            let throttle = speed.bytes();
+            perform(
+                &which,
+                Operation::MoveVolume {
+                    name,
+                    from,
+                    to,
+                    throttle,
+                },
+                |outcome| one_volume(&outcome.pool, &shown),
+            )
+        }
+        VolumeCommand::Delete { name } => {
+            let text = format!("volume {name} is deleted\n");
+            perform(&which, Operation::DeleteVolume { name }, |_| text)
+        }
+    }
+}
+
+pub(crate) fn job(arguments: JobArguments) -> anyhow::Result<Exit> {
+    let JobArguments { which, command } = arguments;
+    match command {
+        JobCommand::List { all } => look(&which, |status| {
+            let jobs: Vec<_> = status.jobs.iter().filter(|job| all || job.is_live()).collect();
+            let table = match (jobs.is_empty(), all) {
+                (true, true) => "no jobs\n".to_owned(),
+                (true, false) => "no unfinished jobs; --all shows those that have ended, too\n".to_owned(),
+                (false, _) => show::jobs(&jobs),
+            };
+            Ok((serde_json::to_value(&jobs)?, table))
+        }),
+        JobCommand::Show { job } => look(&which, |status| {
+            let job = status.jobs.iter().find(|one| one.id == job).ok_or_else(|| {
+                Problem::new(ProblemKind::NotFound, format!("the pool has no job {job}"))
+                    .remedy("`smsvmm job list --all` shows them")
+            })?;
+            Ok((serde_json::to_value(job)?, show::jobs(&[job])))
+        }),
+        JobCommand::Wait { job } => perform(&which, Operation::WaitJob { job }, ended),
+        JobCommand::Pause { job } => perform(&which, Operation::PauseJob { job }, |_| {
+            format!("job {job} rests until `smsvmm job resume {job}`\n")
+        }),
+        JobCommand::Resume { job } => perform(&which, Operation::ResumeJob { job }, ended),
+        JobCommand::Cancel { job } => perform(&which, Operation::CancelJob { job }, ended),
+    }
+}
+
+fn create(name: &str, devices: Vec<NewDevice>, json: bool) -> anyhow::Result<Exit> {
+    let mut watch = Watch::new(json)?;
+    let status = storage_manager::create(name, devices, &mut |notice| watch.notice(&notice))?;
+    if json {
+        print_json(&status)?;
+    } else {
+        print(&format!(
+            "pool {} is made, {} for volumes on {} devices; name it by --config FILE with these lines in the file (vm.toml):\n\n{}",
+            status.name,
+            show::size(status.size),
+            status.devices.len(),
+            lines_of(&status)
+        ))?;
+    }
+    Ok(Exit::Success)
+}
+
+fn import(which: Which, paths: Vec<String>, force: bool, prefer: Option<String>) -> anyhow::Result<Exit> {
+    let devices = match paths.is_empty() {
+        true => select::devices(&which)?,
+        false if which.devices.is_empty() && which.config.is_none() => paths,
+        false => {
+            return Err(UsageError::new("name the devices once: DEVICE..., --devices or --config").into());
+        }
+    };
+    let force = match (force, prefer) {
+        (true, _) => Force::WithoutMajority,
+        (false, Some(device)) => Force::Prefer(device),
+        (false, None) => Force::No,
+    };
+    run(&which, devices, force, Operation::Heal, |outcome| {
+        format!("{}\n{}", show::pool(&outcome.pool), lines_of(&outcome.pool))
+    })
+}
+
+/// Shows something of a pool without changing it.
+fn look(
+    which: &Which,
+    view: impl FnOnce(&PoolStatus) -> anyhow::Result<(serde_json::Value, String)>,
+) -> anyhow::Result<Exit> {
+    let devices = select::devices(which)?;
+    let mut watch = Watch::new(which.json)?;
+    let status = storage_manager::status(devices, &mut |notice| watch.notice(&notice))?;
+    let (json, text) = view(&status)?;
+    if which.json {
+        print_json(&json)?;
+    } else {
+        print(&text)?;
+    }
+    Ok(Exit::Success)
+}
+
+/// Does something with a pool, and says what came of it: `text`, or JSON.
+fn perform(
+    which: &Which,
+    operation: Operation,
+    text: impl FnOnce(&Outcome) -> String,
+) -> anyhow::Result<Exit> {
+    let devices = select::devices(which)?;
+    run(which, devices, Force::No, operation, text)
+}
+
+fn run(
+    which: &Which,
+    devices: DevicePaths,
+    force: Force,
+    operation: Operation,
+    text: impl FnOnce(&Outcome) -> String,
+) -> anyhow::Result<Exit> {
+    let cancels = matches!(operation, Operation::CancelJob { .. });
+    let mut watch = Watch::new(which.json)?;
+    let outcome = storage_manager::execute(devices, force, operation, &mut |notice| watch.notice(&notice));
+    watch.clear();
+    let outcome = outcome?;
+    if which.json {
+        print_json(&outcome)?;
+    }
+    for job in &outcome.jobs {
+        match (&job.reason, job.state) {
+            (Some(reason), _) => bail!("job {} ({}) failed: {reason}", job.id, job.what),
+            (None, JobState::Cancelled) if !cancels => bail!("job {} ({}) was cancelled", job.id, job.what),
+            _ => {}
+        }
+    }
+    if !which.json {
+        tell(&outcome, text)?;
+    }
+    Ok(match outcome.interrupted {
+        true => Exit::Failed,
+        false => Exit::Success,
+    })
+}
+
+fn tell(outcome: &Outcome, text: impl FnOnce(&Outcome) -> String) -> anyhow::Result<()> {
+    // Bad news are in the log, on standard error, already.
+    for event in outcome.events.iter().filter(|event| !event.warning) {
+        print(&format!("{}\n", event.text))?;
+    }
+    if !outcome.interrupted {
+        print(&text(outcome))?;
+    }
+    let live = outcome
+        .pool
+        .jobs
+        .iter()
+        .filter(|job| job.state == JobState::Running);
+    for job in live {
+        logs::say(&format!(
+            "smsvmm: job {} ({}) is at {} %; it goes on when the pool is open, or now with `smsvmm job wait`",
+            job.id,
+            job.what,
+            job.percent()
+        ));
+    }
+    Ok(())
+}
+
+fn ended(outcome: &Outcome) -> String {
+    match outcome.jobs.as_slice() {
+        [] => "nothing is left to be done\n".to_owned(),
+        jobs => show::jobs(&jobs.iter().collect::<Vec<_>>()),
+    }
+}
+
+fn one_volume(pool: &PoolStatus, name: &str) -> String {
+    let volumes = pool.volumes.iter().filter(|volume| volume.name == name);
+    show::volumes(&volumes.cloned().collect::<Vec<_>>())
+}
+
+fn left(pool: &PoolStatus) -> String {
+    format!(
+        "pool {} has {} devices now:\n\n{}",
+        pool.name,
+        pool.devices.len(),
+        lines_of(pool)
+    )
+}
+
+fn lines_of(pool: &PoolStatus) -> String {
+    let devices: Vec<String> = pool.devices.iter().map(|device| device.name.clone()).collect();
+    select::lines(&devices)
+}

@@ -1,0 +1,81 @@
+//! Which pool a command is about: devices on the command line, or in a file.
+
+use std::path::Path;
+
+use anyhow::Context;
+use serde::Deserialize;
+use storage_manager::DevicePaths;
+
+use super::arguments::Which;
+use crate::exit::UsageError;
+
+/// Largest file that is read, in bytes.
+const MAX_FILE: u64 = 1 << 20;
+
+/// What of a configuration matters here; the rest is not looked at.
+#[derive(Deserialize)]
+struct File {
+    pool: Option<Pool>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Pool {
+    devices: Vec<String>,
+}
+
+/// The devices of the pool.
+pub(crate) fn devices(which: &Which) -> anyhow::Result<DevicePaths> {
+    let devices = match (&which.config, which.devices.as_slice()) {
+        (Some(path), []) => from_file(path)?,
+        (None, devices) if !devices.is_empty() => devices.to_vec(),
+        _ => {
+            return Err(
+                UsageError::new("name the pool either by --config FILE or by --devices DEVICE,...").into(),
+            );
+        }
+    };
+    let empty = devices.iter().any(String::is_empty);
+    if devices.is_empty() || empty {
+        return Err(UsageError::new("a pool has at least one device, and each has a path").into());
+    }
+    Ok(devices)
+}
+
+fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
+    let shown = path.display();
+    let length = std::fs::metadata(path).map(|metadata| metadata.len());
+    if length.is_ok_and(|length| length > MAX_FILE) {
+        return Err(UsageError::new(format!("{shown} is too large for a configuration")).into());
+    }
+    let text = std::fs::read_to_string(path).map_err(UsageError::new);
+    let text = text.with_context(|| format!("cannot read {shown}"))?;
+    let file: File = toml::from_str(&text).map_err(|error| {
+        let start = error.span().map_or(0, |span| span.start);
+        let line = text
+            .get(..start)
+            .map_or(1, |before| before.matches('\n').count() + 1);
+        UsageError::new(format!("{shown}:{line}: {}", error.message().replace('\n', ", ")))
+    })?;
+    let Some(pool) = file.pool else {
+        return Err(UsageError::new(format!(
+            "{shown} has no pool; add [pool] with devices = [\"...\"], which `smsvmm pool create` prints"
+        ))
+        .into());
+    };
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let place = |device: String| match device.contains("://") || device.is_empty() {
+        true => device,
+        false => folder.join(device).to_string_lossy().into_owned(),
+    };
+    Ok(pool.devices.into_iter().map(place).collect())
+}
+
+/// The lines for vm.toml that name these devices.
+pub(crate) fn lines(devices: &[String]) -> String {
+    let quoted: Vec<String> = devices
+        .iter()
+        .map(|device| toml::Value::from(device.as_str()).to_string())
+        .collect();
+    format!("[pool]\ndevices = [{}]\n", quoted.join(", "))
+}

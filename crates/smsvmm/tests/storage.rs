@@ -1,0 +1,264 @@
+//! Pools from the command line: what is printed, with which status it ends, what the JSON looks like.
+#![allow(clippy::unwrap_used)]
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// A folder with empty files to put pools on, and the program run in it.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new(files: &[&str]) -> Self {
+        let place = Self(tempfile::tempdir().unwrap());
+        for name in files {
+            place.file(name);
+        }
+        place
+    }
+
+    /// As [`Self::new`], with a pool on these files, and a file `vm.toml` that names it.
+    fn with_pool(files: &[&str]) -> Self {
+        let place = Self::new(files);
+        let made = place.good(&[&["pool", "create", "demo"], files].concat());
+        let (_, lines) = made.split_once("\n\n").unwrap();
+        fs::write(place.path("vm.toml"), lines).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn file(&self, name: &str) {
+        File::create(self.path(name)).unwrap().set_len(64 << 20).unwrap();
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        smsvmm(self.0.path(), arguments)
+    }
+
+    /// What a command prints that succeeds.
+    fn good(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let (out, err) = text(&output);
+        assert!(output.status.success(), "{arguments:?}: {out}{err}");
+        out
+    }
+
+    /// The error of a command that fails with `status`.
+    fn bad(&self, status: i32, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let (out, err) = text(&output);
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {out}{err}");
+        err
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let text = self.good(&[arguments, &["--json", "--config", "vm.toml"]].concat());
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// A command on the pool of vm.toml.
+    fn pool(&self, arguments: &[&str]) -> String {
+        self.good(&[arguments, &["--config", "vm.toml"]].concat())
+    }
+}
+
+fn smsvmm(folder: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_smsvmm"))
+        .args(arguments)
+        .current_dir(folder)
+        .env_remove("SMSVMM_LOG")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn text(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn a_pool_is_made_and_shown() {
+    let place = Place::with_pool(&["d0.img", "d1.img", "d2.img", "d3.img"]);
+    let lines = fs::read_to_string(place.path("vm.toml")).unwrap();
+    assert_eq!(
+        lines,
+        "[pool]\ndevices = [\"d0.img\", \"d1.img\", \"d2.img\", \"d3.img\"]\n"
+    );
+    let made = place.pool(&["volume", "create", "data", "--size", "8M", "--layout", "mirror"]);
+    assert!(made.contains("data    healthy    8M"), "{made}");
+    assert!(place.pool(&["volume", "list"]).contains("mirror of 2"));
+    let status = place.pool(&["pool", "status"]);
+    assert!(status.starts_with("pool demo: healthy, 16"), "{status}");
+
+    let status = place.json(&["pool", "status"]);
+    assert_eq!(status["name"], "demo");
+    assert_eq!(status["state"], "healthy");
+    assert_eq!(status["devices"][3]["name"], "d3.img");
+    assert_eq!(status["devices"][3]["state"], "active");
+    assert_eq!(status["volumes"][0]["size"], 8 << 20);
+    assert_eq!(status["volumes"][0]["shape"]["layout"], "mirror");
+    assert_eq!(status["volumes"][0]["members"].as_array().unwrap().len(), 2);
+    let again = place.json(&["pool", "status"]);
+    assert_eq!(status, again, "looking changes nothing");
+}
+
+#[test]
+fn a_lost_device_degrades_a_mirror_which_heals_when_it_is_back() {
+    let place = Place::with_pool(&["d0.img", "d1.img", "d2.img"]);
+    place.pool(&["volume", "create", "data", "--size", "8M", "--layout", "mirror"]);
+    fs::rename(place.path("d0.img"), place.path("away")).unwrap();
+    let status = place.json(&["pool", "status"]);
+    assert_eq!(status["state"], "degraded");
+    assert_eq!(status["devices"][0]["state"], "missing");
+    assert_eq!(status["volumes"][0]["state"], "degraded");
+    assert_eq!(status["volumes"][0]["members"][0]["state"], "missing");
+    let shown = place.pool(&["pool", "status"]);
+    assert!(shown.contains("missing: d0.img; attach it again"), "{shown}");
+
+    // The pool changes without it.
+    place.pool(&["volume", "create", "more", "--size", "4M", "--layout", "concat"]);
+    fs::rename(place.path("away"), place.path("d0.img")).unwrap();
+    let status = place.json(&["pool", "status"]);
+    assert_eq!(status["devices"][0]["state"], "returned");
+    assert_eq!(status["volumes"][0]["state"], "resyncing");
+
+    let healed = place.json(&["job", "wait"]);
+    assert_eq!(healed["interrupted"], false);
+    assert_eq!(healed["pool"]["state"], "healthy", "{healed:#}");
+    let shown = place.pool(&["pool", "status"]);
+    assert!(shown.starts_with("pool demo: healthy"), "{shown}");
+}
+
+#[test]
+fn nothing_known_is_destroyed_unasked() {
+    let place = Place::with_pool(&["d0.img"]);
+    let error = place.bad(1, &["pool", "create", "other", "d0.img"]);
+    assert!(
+        error.contains("d0.img carries the label of pool \"demo\"") && error.contains("--force"),
+        "{error}"
+    );
+    let mut boot = vec![0; 64 << 20];
+    boot[510..512].copy_from_slice(b"\x55\xaa");
+    fs::write(place.path("disk.img"), boot).unwrap();
+    let error = place.bad(1, &["pool", "create", "other", "disk.img"]);
+    assert!(
+        error.contains("disk.img carries a partition table (MBR)"),
+        "{error}"
+    );
+    let error = place.bad(1, &["device", "add", "disk.img", "--config", "vm.toml"]);
+    assert!(
+        error.contains("disk.img carries a partition table (MBR)"),
+        "{error}"
+    );
+    place.good(&["pool", "create", "other", "disk.img", "--force"]);
+    let status = place.good(&["pool", "status", "--devices", "disk.img"]);
+    assert!(status.starts_with("pool other: healthy"), "{status}");
+}
+
+#[test]
+fn wrong_usage_ends_with_2_and_failures_with_1() {
+    let place = Place::with_pool(&["d0.img", "d1.img"]);
+    fs::write(place.path("none.toml"), "name = \"x\"\n").unwrap();
+    fs::write(place.path("bad.toml"), "\n[pool]\ndevice = []\n").unwrap();
+    let cases: &[(i32, &[&str], &str)] = &[
+        (2, &["pool", "status"], "either by --config FILE or by --devices"),
+        (
+            2,
+            &["pool", "status", "--config", "none.toml"],
+            "none.toml has no pool; add [pool]",
+        ),
+        (
+            2,
+            &["pool", "status", "--config", "bad.toml"],
+            "bad.toml:3: unknown field `device`",
+        ),
+        (
+            2,
+            &["pool", "status", "--config", "gone.toml"],
+            "cannot read gone.toml: No such file",
+        ),
+        (2, &["pool", "create", "x"], "<DEVICE>"),
+        (
+            2,
+            &[
+                "volume",
+                "create",
+                "v",
+                "--size",
+                "1X",
+                "--layout",
+                "mirror",
+                "--devices",
+                "d0.img",
+            ],
+            "`1X` is not a size",
+        ),
+        (
+            2,
+            &[
+                "volume",
+                "create",
+                "v",
+                "--size",
+                "1M",
+                "--layout",
+                "mirror",
+                "--columns",
+                "2",
+                "--devices",
+                "d0.img",
+            ],
+            "--columns has no meaning for this layout",
+        ),
+        (
+            1,
+            &["pool", "create", "x", "gone.img"],
+            "cannot open gone.img: No such file",
+        ),
+        (1, &["pool", "create", "x", "gone.img"], "truncate -s"),
+        (
+            1,
+            &["pool", "status", "--devices", "gone.img"],
+            "cannot open gone.img",
+        ),
+        (
+            1,
+            &[
+                "volume", "create", "v", "--size", "1G", "--layout", "mirror", "--config", "vm.toml",
+            ],
+            "mirror of 2 needs 2 devices with 1 GiB free each",
+        ),
+        (
+            1,
+            &[
+                "volume", "create", "v", "--size", "1M", "--layout", "raid6", "--config", "vm.toml",
+            ],
+            "raid6 2+2 needs 4 devices",
+        ),
+        (
+            1,
+            &["volume", "delete", "v", "--config", "vm.toml"],
+            "there is no volume v in this pool; `smsvmm volume list`",
+        ),
+        (
+            1,
+            &["job", "pause", "7", "--config", "vm.toml"],
+            "the pool has no job 7",
+        ),
+        (
+            1,
+            &["device", "evacuate", "d9", "--config", "vm.toml"],
+            "the pool has no device d9",
+        ),
+    ];
+    for (status, arguments, expected) in cases {
+        let error = place.bad(*status, arguments);
+        assert!(error.contains(expected), "{arguments:?}: {error}");
+    }
+}

@@ -1,0 +1,331 @@
+//! Pools that nobody has open: their devices are opened under a lock, something is done, they are closed.
+//!
+//! ```text
+//!   caller's thread                          worker
+//!     execute ──────────── task ───────────►  open devices, open pool, begin the operation
+//!     notify(Progress) ◄── every 100 ms ────  wait for its jobs
+//!     Flow::Stop ───────── flag ───────────►  stop waiting; what is not done goes on at the next open
+//!     result ◄───────────────────────────────  close the pool
+//! ```
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+use api::storage::{JobStatus, NewDevice, Operation, Outcome, PoolStatus};
+use api::{Problem, ProblemKind};
+use block_io::{Clock, Worker, WorkerClock, WorkerOptions, spawn_local};
+use volume_manager::model::{JobId, JobState};
+use volume_manager::store::{self, Standing};
+use volume_manager::{OpenOptions, PoolError};
+
+use crate::device::{self, Access, Device, DevicePaths};
+use crate::operation::{self, Pool, described};
+use crate::problem::of_pool;
+use crate::random;
+use crate::view::{self, Presence};
+
+/// Between two looks at jobs and at whether the caller wants to stop.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What the caller is told while an operation goes on.
+#[derive(Debug)]
+pub enum Notice<'a> {
+    /// The jobs that are waited for.
+    Progress(&'a [JobStatus]),
+    /// Nothing new.
+    Tick,
+}
+
+/// Whether the caller goes on waiting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flow {
+    /// Yes.
+    GoOn,
+    /// No: the pool is to be closed. Jobs go on when it is opened next.
+    Stop,
+}
+
+/// What may be done against the rules when a pool is opened.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Force {
+    /// Nothing.
+    #[default]
+    No,
+    /// To go on without a majority of the devices.
+    WithoutMajority,
+    /// To keep, of several histories, the one that this device has.
+    Prefer(String),
+}
+
+enum Message<T> {
+    Progress(Vec<JobStatus>),
+    Done(Result<T, Problem>),
+}
+
+/// The worker's side of the conversation.
+struct Reporter<T> {
+    sender: mpsc::Sender<Message<T>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl<T> Reporter<T> {
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn progress(&self, jobs: Vec<JobStatus>) {
+        // The caller waits for the end of the task.
+        drop(self.sender.send(Message::Progress(jobs)));
+    }
+}
+
+fn on_worker<T, M, F>(notify: &mut dyn FnMut(Notice<'_>) -> Flow, make: M) -> Result<T, Problem>
+where
+    T: Send + 'static,
+    M: FnOnce(Reporter<T>) -> F + Send + 'static,
+    F: Future<Output = Result<T, Problem>> + 'static,
+{
+    let worker = Worker::start("storage", WorkerOptions::default())
+        .map_err(|error| Problem::new(ProblemKind::Host, crate::problem::chain(&error)))?;
+    let (sender, receiver) = mpsc::channel();
+    let stop = Arc::new(AtomicBool::new(false));
+    let reporter = Reporter {
+        sender: sender.clone(),
+        stop: Arc::clone(&stop),
+    };
+    worker.spawn(move || async move {
+        let done = make(reporter).await;
+        drop(sender.send(Message::Done(done)));
+    });
+    loop {
+        let flow = match receiver.recv_timeout(TICK) {
+            Ok(Message::Done(result)) => return result,
+            Ok(Message::Progress(jobs)) => notify(Notice::Progress(&jobs)),
+            Err(RecvTimeoutError::Timeout) => notify(Notice::Tick),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Problem::new(
+                    ProblemKind::Host,
+                    "the storage worker ended unexpectedly",
+                ));
+            }
+        };
+        if flow == Flow::Stop {
+            stop.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Makes a pool on devices, whose content is lost.
+///
+/// # Errors
+/// A device cannot be opened, is too small, or carries something and the destruction of it was not allowed.
+pub fn create(
+    name: &str,
+    devices: Vec<NewDevice>,
+    notify: &mut dyn FnMut(Notice<'_>) -> Flow,
+) -> Result<PoolStatus, Problem> {
+    let name = name.to_owned();
+    on_worker(notify, |_| async move {
+        let opened = device::open_new(&devices).await?;
+        let devices = devices.into_iter().zip(&opened);
+        let devices = devices.map(|(new, device)| described(new, device));
+        let devices = devices.collect::<Result<Vec<_>, _>>()?;
+        let options = options(store::Force::No)?;
+        let failed = |error| of_pool(&name, error);
+        let pool = Pool::create(&name, random::uuid()?, devices, &options, WorkerClock::new());
+        let pool = pool.await.map_err(failed)?;
+        let status = view_open(&pool, Vec::new());
+        pool.close().await.map_err(failed)?;
+        Ok(status)
+    })
+}
+
+/// How a pool is, by what its devices say. Only reads, and changes nothing: devices that are missing or came back are taken notice
+/// of when it is opened next.
+///
+/// # Errors
+/// The devices do not make a pool, or one is in use.
+pub fn status(paths: DevicePaths, notify: &mut dyn FnMut(Notice<'_>) -> Flow) -> Result<PoolStatus, Problem> {
+    on_worker(notify, |_| async move {
+        let opened = device::open_all(&paths, Access::Read)?;
+        let mut notes: Vec<String> = opened
+            .absent
+            .iter()
+            .map(|(_, problem)| problem.detail.clone())
+            .collect();
+        let scan = store::scan(&opened.devices).await;
+        notes.extend(
+            scan.problems()
+                .iter()
+                .map(|problem| crate::problem::chain(problem)),
+        );
+        let choice = scan.choose(None, &store::Force::No);
+        let choice = choice.map_err(|error| of_pool("pool", error.into()))?;
+        let mut config = choice.configuration().clone();
+        let mut presence = Presence::default();
+        for there in choice.present() {
+            if let Some(device) = config.devices.iter_mut().find(|device| device.id == there.id) {
+                device.name.clone_from(&there.path);
+            }
+            match there.standing {
+                Standing::Current | Standing::Lagging | Standing::New => &mut presence.in_service,
+                Standing::Stale | Standing::Faulty => &mut presence.returned,
+            }
+            .insert(there.id);
+        }
+        Ok(view::pool(&config, &presence, &config.jobs, notes))
+    })
+}
+
+/// Opens the pool, does `operation`, waits for the jobs that belong to it, and closes the pool.
+///
+/// # Errors
+/// The pool cannot be opened, or the operation is refused or fails. That a job fails is no error: see [`Outcome::jobs`].
+pub fn execute(
+    paths: DevicePaths,
+    force: Force,
+    operation: Operation,
+    notify: &mut dyn FnMut(Notice<'_>) -> Flow,
+) -> Result<Outcome, Problem> {
+    on_worker(notify, |reporter| async move {
+        let (pool, notes) = open(&paths, &force).await?;
+        let mut events = Vec::new();
+        let done = perform(&pool, operation, &reporter).await;
+        events.extend(pool.take_events().iter().map(view::event));
+        let status = view_open(&pool, notes);
+        let closed = pool.close().await.map_err(|error| of_pool(&status.name, error));
+        let (jobs, interrupted) = done?;
+        closed?;
+        Ok(Outcome {
+            jobs,
+            events,
+            interrupted,
+            pool: status,
+        })
+    })
+}
+
+fn options(force: store::Force) -> Result<OpenOptions, Problem> {
+    Ok(OpenOptions {
+        incarnation: random::uuid()?,
+        pool: None,
+        force,
+        limits: volume_manager::logs::hot::Limits::default(),
+    })
+}
+
+async fn open(paths: &[String], force: &Force) -> Result<(Pool, Vec<String>), Problem> {
+    let opened = device::open_all(paths, Access::Write)?;
+    let notes = opened.absent.iter().map(|(_, problem)| problem.detail.clone());
+    let notes: Vec<String> = notes.collect();
+    let devices = opened.devices;
+    let force = match force {
+        Force::No => store::Force::No,
+        Force::WithoutMajority => store::Force::WithoutMajority,
+        Force::Prefer(path) => side_of(path, &devices).await?,
+    };
+    let pool = Pool::open(devices, &options(force)?, WorkerClock::new()).await;
+    Ok((pool.map_err(|error| of_pool("pool", error))?, notes))
+}
+
+/// The devices that have the same history as the one at `path`.
+async fn side_of(path: &str, devices: &[(String, Rc<Device>)]) -> Result<store::Force, Problem> {
+    let sides = match store::scan(devices).await.choose(None, &store::Force::No) {
+        Err(store::OpenError::SplitBrain(sides)) => sides,
+        Err(error) => return Err(of_pool("pool", PoolError::Open(error))),
+        // There is nothing to choose.
+        Ok(_) => return Ok(store::Force::No),
+    };
+    let side = sides
+        .into_iter()
+        .find(|side| side.devices.iter().any(|(name, _)| name == path));
+    match side {
+        Some(side) => Ok(store::Force::Side(
+            side.devices.into_iter().map(|(_, uuid)| uuid).collect(),
+        )),
+        None => Err(Problem::new(
+            ProblemKind::Invalid,
+            format!("{path} is not among the devices that have a history of their own"),
+        )
+        .about(path)),
+    }
+}
+
+fn view_open(pool: &Pool, notes: Vec<String>) -> PoolStatus {
+    let config = pool.configuration();
+    let in_service: BTreeSet<_> = config
+        .devices
+        .iter()
+        .map(|device| device.id)
+        .filter(|id| pool.is_in_service(*id))
+        .collect();
+    let errors: BTreeMap<_, _> = pool
+        .device_statistics()
+        .into_iter()
+        .map(|(id, all)| (id, all.reads.errors + all.writes.errors + all.flushes.errors))
+        .collect();
+    let presence = Presence {
+        in_service,
+        errors,
+        ..Presence::default()
+    };
+    view::pool(&config, &presence, &pool.jobs(), notes)
+}
+
+/// Does the operation and waits for its jobs; tells whether the wait was broken off.
+async fn perform(
+    pool: &Pool,
+    operation: Operation,
+    reporter: &Reporter<Outcome>,
+) -> Result<(Vec<JobStatus>, bool), Problem> {
+    let started = operation::begin(pool, operation).await?;
+    let mut wanted = started.jobs;
+    let clock = WorkerClock::new();
+    let ended = Rc::new(RefCell::new(BTreeMap::new()));
+    for id in &wanted {
+        let (pool, ended, id) = (pool.clone(), Rc::clone(&ended), *id);
+        let waiting = spawn_local(async move {
+            let result = pool.wait(id).await.map_err(|error| error.to_string());
+            ended.borrow_mut().insert(id, result);
+        });
+        // This is a worker.
+        drop(waiting);
+    }
+    let look = |ids: &[JobId]| -> Vec<JobStatus> {
+        let config = pool.configuration();
+        let jobs = ids.iter().filter_map(|id| pool.job(*id));
+        jobs.map(|job| view::view_job(&config, &job)).collect()
+    };
+    let mut pause = Duration::from_millis(5);
+    loop {
+        // Another one may have been told to pause it.
+        wanted.retain(|id| pool.job(*id).is_none_or(|job| job.state != JobState::Paused));
+        if wanted.iter().all(|id| ended.borrow().contains_key(id)) {
+            break;
+        }
+        reporter.progress(look(&wanted));
+        if reporter.stopped() {
+            return Ok((look(&wanted), true));
+        }
+        clock.sleep(pause).await;
+        pause = (pause * 2).min(TICK);
+    }
+    let jobs = look(&wanted);
+    // The pool itself may have given up: then the job has not ended, and will not.
+    if let Some(job) = jobs.iter().find(|job| job.is_live()) {
+        let ended = ended.borrow();
+        let reason = ended.get(&JobId(job.id)).and_then(|result| result.as_ref().err());
+        let reason = reason.map_or("it stopped", String::as_str);
+        return Err(Problem::new(
+            ProblemKind::Host,
+            format!("job {} stopped: {reason}", job.id),
+        ));
+    }
+    Ok((jobs, false))
+}
