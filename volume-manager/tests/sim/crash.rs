@@ -2,11 +2,11 @@
 //! as the layout tolerates.
 
 use block_io::Durability;
-use block_io::sim::{ExploreOptions, Failure, Numbers, Scenario, Shared, Sim, World, explore};
+use block_io::sim::{Failure, Numbers, Scenario, Shared, Sim, World, explore};
 use volume_manager::Event;
 use volume_manager::model::{JobKind, Layout};
 
-use crate::harness::{self, Promise, create, failed, flush, new_volume, open, verify, write};
+use crate::harness::{self, Promise, create, depth, failed, flush, new_volume, open, verify, write};
 
 #[derive(Debug, Clone, Copy)]
 enum Script {
@@ -127,12 +127,7 @@ fn run(layout: Layout, script: Script, missing: Option<usize>) -> Numbers {
         script,
         missing,
     };
-    let options = ExploreOptions {
-        states: 64,
-        nesting: 0,
-        nested_states: 2,
-        schedules: 1,
-    };
+    let options = depth(64);
     let numbers = explore(&case, &options)
         .unwrap_or_else(|failure| panic!("{layout}, {script:?}, missing {missing:?}: {failure}"));
     println!("{layout}, {script:?}, missing {missing:?}: {numbers}");

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use block_io::sim::{DiskOptions, Failure, SectorModel, Sim, SimClock, SimDisk, World};
+use block_io::sim::{DiskOptions, ExploreOptions, Failure, SectorModel, Sim, SimClock, SimDisk, World};
 use block_io::{AlignedBuffer, BlockDevice, Durability, IoBuf, IoError};
 use volume_manager::logs::hot::Limits;
 use volume_manager::model::{Attributes, Layout, Uuid};
@@ -14,6 +14,20 @@ pub(crate) type SimPool = Pool<SimDisk, SimClock>;
 
 pub(crate) const DISK: u64 = 8 << 20;
 pub(crate) const UNIT: u64 = 4096;
+
+/// How far the exhaustive tests go; `SMSVMM_SIM_DEPTH` multiplies it for longer runs.
+pub(crate) fn depth(states: u64) -> ExploreOptions {
+    let depth: u64 = std::env::var("SMSVMM_SIM_DEPTH")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(1);
+    ExploreOptions {
+        states: states.saturating_mul(depth),
+        nesting: u32::from(depth > 1),
+        nested_states: depth,
+        schedules: depth,
+    }
+}
 
 /// What the user of the pool was promised.
 #[derive(Clone, Default)]

@@ -1,14 +1,14 @@
 //! The exhaustive level for what changes a pool: every operation is crashed at every event, the pool is opened again, the work
 //! goes on by itself, and at the end everything is as it was asked for, with the guest's data in it.
 
-use block_io::sim::{ExploreOptions, Failure, Numbers, Scenario, Shared, Sim, World, explore};
+use block_io::sim::{Failure, Numbers, Scenario, Shared, Sim, World, explore};
 use block_io::{BlockDevice, Durability};
 use volume_manager::Event;
 use volume_manager::model::{DeviceId, JobKind, Layout};
 
 use crate::harness::{
-    self, Promise, SimPool, attributes, create, failed, flush, new_device, new_volume, open, settle, verify,
-    write,
+    self, Promise, SimPool, attributes, create, depth, failed, flush, new_device, new_volume, open, settle,
+    verify, write,
 };
 
 /// What is being done when the power goes.
@@ -236,12 +236,7 @@ impl Scenario for Case {
 
 fn run(layout: Layout, act: Act) -> Numbers {
     let case = Case { layout, act };
-    let options = ExploreOptions {
-        states: 6,
-        nesting: 0,
-        nested_states: 2,
-        schedules: 1,
-    };
+    let options = depth(6);
     let numbers = explore(&case, &options).unwrap_or_else(|failure| panic!("{layout}, {act:?}: {failure}"));
     println!("{layout}, {act:?}: {numbers}");
     numbers
