@@ -82,7 +82,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
                 recorded = cursor;
             }
         }
-        self.flush_member(member).await?;
+        self.flush_copy().await?;
         let id = self.volume.id;
         let changed = self.core.change(|config| {
             let faulty: Vec<_> = config
@@ -201,22 +201,18 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
             .is_none_or(|bitmap| regions.clone().any(|region| bitmap.is_set(region)))
     }
 
-    async fn flush_member(&self, member: MemberId) -> Result<(), Stop> {
-        let map = self.volume.map();
-        let member = map.members().find(|other| other.id == member);
-        let disks: Vec<_> = member.into_iter().flat_map(MemberMap::disks).cloned().collect();
-        drop(map);
-        for disk in disks {
-            if let Err(error) = disk.flush(self.clock()).await {
-                self.core.fail(&[disk]).await?;
-                return Err(Stop::because("cannot flush the device that was filled", &error));
-            }
+    /// Makes durable what was copied, and also what it was copied from: a power cut must not take from the source what the copy
+    /// has.
+    async fn flush_copy(&self) -> Result<(), Stop> {
+        if let Err(error) = self.core.flush_members(self.volume.id).await {
+            self.core.fail(&[]).await?;
+            return Err(Stop::because("cannot flush what was copied", &error));
         }
         Ok(())
     }
 
     async fn record_cursor(&self, member: MemberId, at: u64) -> Result<(), Stop> {
-        self.flush_member(member).await?;
+        self.flush_copy().await?;
         let id = self.volume.id;
         let changed = self.core.change(|config| {
             let volume = config.volume_mut(id);

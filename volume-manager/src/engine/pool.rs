@@ -504,6 +504,14 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             .collect()
     }
 
+    /// Whether no region is in doubt since a crash.
+    pub fn is_clean(&self) -> bool {
+        self.0
+            .volumes()
+            .iter()
+            .all(|volume| volume.unclean.borrow().is_empty())
+    }
+
     /// Whether a device is in service.
     pub fn is_in_service(&self, device: DeviceId) -> bool {
         self.0.disk(device).is_alive()

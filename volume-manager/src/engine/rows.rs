@@ -448,7 +448,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         if self.volume.is_unclean(start, end - start) {
             cover!("rows: a reconstruction that cannot be trusted is refused");
             return Err(failed(
-                "a crash left this row's parity in doubt, and a device of it is missing: bring the device back, or write the row anew",
+                "a crash left this row's parity in doubt, and a device of it is missing: bring the device back",
             ));
         }
         let length = data.first().map_or(0, |buffer| buffer.as_slice().len());

@@ -186,6 +186,27 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         claimed
     }
 
+    /// Makes copies and parity equal in regions that a crash left in doubt, before the first read of them: what was read once
+    /// must not change when the leg that answered fails.
+    #[cold]
+    async fn settle_regions(&self, offset: u64, length: u64) {
+        cover!("volume: a region in doubt is read");
+        for region in self.volume.regions(offset, length) {
+            for _ in 0..3 {
+                if !self.volume.unclean.borrow().contains_key(&region) {
+                    break;
+                }
+                match self.resync_region(region).await {
+                    Ok(true) => drop(self.volume.unclean.borrow_mut().remove(&region)),
+                    // What is there is all that there is.
+                    Ok(false) => break,
+                    // A device failed under it: the next attempt does without.
+                    Err(_) => cover!("volume: a device fails while a region in doubt is read"),
+                }
+            }
+        }
+    }
+
     /// Cuts a part of a section without parity into columns: column, first byte of the member, memory.
     fn columns(section: &SectionMap<D>, offset: u64, buffers: &[IoBuf]) -> Parts {
         let mut parts: Parts = Vec::new();
@@ -691,6 +712,9 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> BlockDevice for Volum
     async fn read(&self, offset: u64, buffers: &[IoBuf]) -> Result<(), IoError> {
         let (length, since) = (list::length(buffers), self.clock().now());
         self.check(Operation::Read, offset, length)?;
+        if self.volume.is_unclean(offset, length) {
+            self.settle_regions(offset, length).await;
+        }
         let map = self.volume.map();
         let mut result = self.read_map(&map, offset, buffers, false).await;
         drop(map);

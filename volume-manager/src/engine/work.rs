@@ -326,6 +326,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
 
     async fn relayout(&self, id: VolumeId, target: &Attributes, control: &Control) -> Result<(), Stop> {
         let volume = self.volume_by(id)?;
+        volume.resync(control).await?;
         let done = self.relayout_steps(&volume, target, control).await;
         self.complete(id).await?;
         done
@@ -362,6 +363,8 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         control: &Control,
     ) -> Result<(), Stop> {
         let volume = self.volume_by(id)?;
+        // A leg in doubt is not the one to go.
+        volume.resync(control).await?;
         loop {
             self.0.go_on()?;
             let config = self.0.config();

@@ -176,13 +176,18 @@ pub(crate) async fn flush(volume: &impl BlockDevice, model: &Model) -> Result<()
     Ok(())
 }
 
-/// Reads all of the volume and compares it with what was promised; from then on that is what it holds.
-pub(crate) async fn verify(volume: &impl BlockDevice, model: &Model) -> Result<(), Failure> {
+/// Reads all of the volume and compares it with what was promised.
+pub(crate) async fn check(volume: &impl BlockDevice, model: &Model) -> Result<Vec<u8>, Failure> {
     let ticket = model.borrow_mut().sectors.read_begins();
     let size = usize::try_from(volume.size()).unwrap();
     let bytes = read_bytes(volume, 0, size).await.map_err(failed)?;
-    let mut model = model.borrow_mut();
-    model.sectors.check(ticket, 0, &bytes)?;
-    model.sectors.settle(0, &bytes);
+    model.borrow_mut().sectors.check(ticket, 0, &bytes)?;
+    Ok(bytes)
+}
+
+/// As [`check`], after a crash: from then on that is what it holds.
+pub(crate) async fn verify(volume: &impl BlockDevice, model: &Model) -> Result<(), Failure> {
+    let bytes = check(volume, model).await?;
+    model.borrow_mut().sectors.settle(0, &bytes);
     Ok(())
 }
