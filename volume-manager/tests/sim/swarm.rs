@@ -6,12 +6,13 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::Duration;
 
 use block_io::sim::{
     AtMostDevices, Ended, Failure, FaultPlan, FaultPolicy, FaultRates, Rng, RunOptions, Sim, SwarmOptions,
     Workload, World, swarm,
 };
-use block_io::{BlockDevice, Durability};
+use block_io::{BlockDevice, Clock, Durability};
 use volume_manager::model::{DeviceId, DeviceState, JobKind, Layout};
 
 use crate::harness::{
@@ -156,6 +157,10 @@ async fn heal(sim: &Sim, pool: &SimPool, policy: &Rc<RefCell<AtMostDevices>>) ->
     for job in pool.jobs() {
         // Those that a fault stops are started again by the next heal.
         drop(pool.wait(job.id).await);
+    }
+    // Repairs that were begun before may still find out about a fault.
+    for _ in 0..20 {
+        sim.clock().sleep(Duration::from_millis(5)).await;
     }
     let config = pool.configuration();
     let whole = config
