@@ -127,7 +127,7 @@ fn run(layout: Layout, script: Script, missing: Option<usize>) -> Numbers {
         script,
         missing,
     };
-    let options = depth(64);
+    let options = depth(256);
     let numbers = explore(&case, &options)
         .unwrap_or_else(|failure| panic!("{layout}, {script:?}, missing {missing:?}: {failure}"));
     println!("{layout}, {script:?}, missing {missing:?}: {numbers}");

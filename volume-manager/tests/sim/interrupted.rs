@@ -236,7 +236,7 @@ impl Scenario for Case {
 
 fn run(layout: Layout, act: Act) -> Numbers {
     let case = Case { layout, act };
-    let options = depth(6);
+    let options = depth(16);
     let numbers = explore(&case, &options).unwrap_or_else(|failure| panic!("{layout}, {act:?}: {failure}"));
     println!("{layout}, {act:?}: {numbers}");
     numbers

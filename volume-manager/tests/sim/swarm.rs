@@ -12,7 +12,7 @@ use block_io::sim::{
     AtMostDevices, Ended, Failure, FaultPlan, FaultPolicy, FaultRates, Rng, RunOptions, Sim, SwarmOptions,
     Workload, World, swarm,
 };
-use block_io::{BlockDevice, Clock, Durability};
+use block_io::{Clock, Durability};
 use volume_manager::model::{DeviceId, DeviceState, JobKind, Layout};
 
 use crate::harness::{
