@@ -14,10 +14,10 @@ use super::core::{Core, Refused};
 use super::event::Event;
 use super::job::{Control, Stop};
 use super::pool::{Pool, PoolError};
-use super::relayout::allowed;
+use super::relayout::{allowed, fits};
 use super::volume::Volume;
 use crate::model::{
-    Attributes, Configuration, Device, DeviceId, DeviceState, Job, JobId, JobKind, JobState, Member,
+    Attributes, Configuration, Device, DeviceId, DeviceState, Job, JobId, JobKind, JobState, Layout, Member,
     MemberId, MemberState, Volume as VolumeModel, VolumeId,
 };
 use crate::place;
@@ -327,9 +327,120 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
     async fn relayout(&self, id: VolumeId, target: &Attributes, control: &Control) -> Result<(), Stop> {
         let volume = self.volume_by(id)?;
         volume.resync(control).await?;
-        let done = self.relayout_steps(&volume, target, control).await;
+        let legs = self.add_legs(&volume, target, control).await;
+        let done = match legs {
+            Ok(()) => self.relayout_steps(&volume, target, control).await,
+            stop => stop,
+        };
+        let done = match done {
+            Ok(()) => self.drop_legs(&volume, target).await,
+            stop => stop,
+        };
         self.complete(id).await?;
         done
+    }
+
+    /// Where only the number of legs is too small, nothing has to move: legs are added.
+    async fn add_legs(
+        &self,
+        volume: &Volume<D, C>,
+        target: &Attributes,
+        control: &Control,
+    ) -> Result<(), Stop> {
+        let legs = target.layout.legs() as usize;
+        let unmirrored = Attributes {
+            layout: match target.layout {
+                Layout::Mirror { .. } => Layout::Concat,
+                Layout::StripeMirror { columns, .. } => Layout::Stripe { columns },
+                _ => return Ok(()),
+            },
+            ..target.clone()
+        };
+        loop {
+            self.0.go_on()?;
+            let config = self.0.config();
+            let Some(model) = config.volume(volume.volume.id) else {
+                return Ok(());
+            };
+            let lacking = model.sections.iter().enumerate().find_map(|(index, section)| {
+                let column = section
+                    .columns
+                    .iter()
+                    .position(|column| column.members.len() < legs)?;
+                fits(&config, section, model.block, &unmirrored).then_some((index, column))
+            });
+            let unfilled = model
+                .sections
+                .iter()
+                .flat_map(|section| &section.columns)
+                .flat_map(|column| &column.members);
+            let unfilled = unfilled.filter(|member| member.state != MemberState::InSync);
+            let healthy = |member: &&Member| {
+                member
+                    .extents
+                    .iter()
+                    .all(|extent| self.is_in_service(extent.device))
+            };
+            let begun = unfilled.into_iter().find(healthy).map(|member| member.id);
+            let member = match (begun, lacking) {
+                (Some(begun), _) => begun,
+                (None, Some((section, column))) => {
+                    cover!("work: a leg is added");
+                    self.successor(model, section, column, None, None).await?
+                }
+                (None, None) => return Ok(()),
+            };
+            volume.fill_member(control, member, |_| ()).await?;
+        }
+    }
+
+    /// Takes away the legs that are more than is wanted.
+    async fn drop_legs(&self, volume: &Volume<D, C>, target: &Attributes) -> Result<(), Stop> {
+        let (id, legs) = (volume.volume.id, target.layout.legs() as usize);
+        let surplus = |volume: &VolumeModel| {
+            let mut columns = volume.sections.iter().flat_map(|section| &section.columns);
+            columns.any(|column| column.members.len() > legs)
+        };
+        if !self.0.config().volume(id).is_some_and(surplus) {
+            return Ok(());
+        }
+        cover!("work: legs are taken away");
+        let changed = self.0.change(|config| {
+            let healthy: BTreeSet<DeviceId> = config
+                .devices
+                .iter()
+                .filter(|device| device.is_holder())
+                .map(|device| device.id)
+                .collect();
+            let Some(volume) = config.volume_mut(id) else {
+                return Ok(());
+            };
+            for column in volume
+                .sections
+                .iter_mut()
+                .flat_map(|section| &mut section.columns)
+            {
+                // The good ones first.
+                column.members.sort_by_key(|member| {
+                    let there = member
+                        .extents
+                        .iter()
+                        .all(|extent| healthy.contains(&extent.device));
+                    (member.state != MemberState::InSync || !there, member.id)
+                });
+                column.members.truncate(legs.max(1));
+            }
+            Ok::<(), Stop>(())
+        });
+        let (_, old) = changed.await?;
+        let freed = self
+            .0
+            .reserve(old.iter().flat_map(|map| map.volume.extents().copied()).collect());
+        for map in old {
+            self.0.drained(map).await;
+        }
+        drop(freed);
+        Ok(())
     }
 
     async fn relayout_steps(
@@ -380,7 +491,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             let Some((section, column, old)) = find_member(model, leaving) else {
                 break;
             };
-            let successor = self.successor(model, section, column, old, to).await?;
+            let successor = self.successor(model, section, column, Some(old), to).await?;
             volume
                 .fill_member(control, successor, |volume| {
                     for column in volume
@@ -405,7 +516,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         model: &VolumeModel,
         section: usize,
         column: usize,
-        old: MemberId,
+        old: Option<MemberId>,
         to: Option<DeviceId>,
     ) -> Result<MemberId, Stop> {
         let config = self.0.config();
@@ -425,7 +536,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             .unwrap_or_default();
         let begun = members
             .iter()
-            .filter(|member| member.id != old && member.state != MemberState::InSync)
+            .filter(|member| Some(member.id) != old && member.state != MemberState::InSync)
             .find(healthy);
         if let (Some(begun), true) = (begun, members.len() > legs) {
             cover!("work: a move goes on where it was");
@@ -435,7 +546,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             volume: model.id,
             section,
             column,
-            replaces: Some(old),
+            replaces: old,
             to,
             excluded: &[],
             use_spares: true,
@@ -471,7 +582,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                 .get_mut(section)
                 .and_then(|section| section.columns.get_mut(column))
                 .ok_or_else(gone)?;
-            if !column.members.iter().any(|member| member.id == old) {
+            if old.is_some_and(|old| !column.members.iter().any(|member| member.id == old)) {
                 return Err(gone());
             }
             column.members.push(Member {

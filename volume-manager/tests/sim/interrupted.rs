@@ -280,6 +280,15 @@ fn a_layout_changes() {
         run(from, Act::Relayout(ALL[(index + 1) % ALL.len()]));
         run(from, Act::Relayout(ALL[(index + 3) % ALL.len()]));
     }
+    run(
+        Layout::Mirror { legs: 2 },
+        Act::Relayout(Layout::Mirror { legs: 3 }),
+    );
+    run(
+        Layout::Mirror { legs: 3 },
+        Act::Relayout(Layout::Mirror { legs: 2 }),
+    );
+    run(Layout::Concat, Act::Relayout(Layout::Mirror { legs: 2 }));
 }
 
 #[test]

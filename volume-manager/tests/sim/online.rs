@@ -402,3 +402,48 @@ fn a_device_that_fails_takes_nothing_along_whatever_is_under_way() {
         }
     }
 }
+
+#[test]
+fn legs_come_and_go_without_moving_data() {
+    let cases = [
+        (Layout::Mirror { legs: 2 }, Layout::Mirror { legs: 3 }),
+        (Layout::Mirror { legs: 3 }, Layout::Mirror { legs: 2 }),
+        (Layout::Concat, Layout::Mirror { legs: 2 }),
+        (
+            Layout::Stripe { columns: 2 },
+            Layout::StripeMirror { columns: 2, legs: 2 },
+        ),
+        (
+            Layout::StripeMirror { columns: 2, legs: 2 },
+            Layout::Stripe { columns: 2 },
+        ),
+    ];
+    for (from, to) in cases {
+        with_guest("legs", 7, from, 6, async move |_, pool| {
+            let first =
+                |pool: &SimPool| pool.configuration().volumes[0].sections[0].columns[0].members[0].extents[0];
+            let before = first(&pool);
+            let volume = volume_id(&pool);
+            run(
+                &pool,
+                JobKind::Relayout {
+                    volume,
+                    target: attributes(to),
+                },
+            )
+            .await?;
+            let config = pool.configuration();
+            let columns = &config.volumes[0].sections[0].columns;
+            let right = columns.len() == to.columns() as usize
+                && columns
+                    .iter()
+                    .all(|column| column.members.len() == to.legs() as usize);
+            if !right || first(&pool) != before {
+                return Err(format!("{from} did not become {to} in its place: {columns:?}")
+                    .as_str()
+                    .into());
+            }
+            Ok(())
+        });
+    }
+}
