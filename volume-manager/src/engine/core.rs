@@ -454,7 +454,8 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
         volume: &Rc<VolumeCore<D>>,
         regions: BTreeSet<u32>,
     ) -> Result<(), Refused> {
-        let regions: Vec<u32> = regions.into_iter().collect();
+        let end = self::regions(&volume.map().volume);
+        let regions: Vec<u32> = regions.into_iter().take_while(|region| *region < end).collect();
         self.mark_changed(volume, &regions).await
     }
 
@@ -748,7 +749,9 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
                 regions.extend(volume.regions(section.start + row * bytes, bytes));
             }
         }
-        regions.into_iter().collect()
+        // A volume that was cut leaves hot regions behind its end.
+        let end = self::regions(&map.volume);
+        regions.into_iter().take_while(|region| *region < end).collect()
     }
 
     /// Makes durable that detached members miss what is written to some regions from now on.
@@ -881,15 +884,19 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Release for Releasing
         };
         match self.0.bitmap_of(&core) {
             None => Ok(()),
-            Some(bitmap) => bitmap.set(regions).await.map_err(|error| {
-                IoError::new(
-                    &core.name,
-                    Operation::Write,
-                    0,
-                    0,
-                    Refused::because("bitmap", &error),
-                )
-            }),
+            Some(bitmap) => {
+                let end = self::regions(&core.map().volume);
+                let regions: Vec<u32> = regions.iter().copied().filter(|region| *region < end).collect();
+                bitmap.set(&regions).await.map_err(|error| {
+                    IoError::new(
+                        &core.name,
+                        Operation::Write,
+                        0,
+                        0,
+                        Refused::because("bitmap", &error),
+                    )
+                })
+            }
         }
     }
 }

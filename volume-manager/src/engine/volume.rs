@@ -101,10 +101,11 @@ impl<D> VolumeCore<D> {
         self.map.replace(Rc::new(map))
     }
 
-    /// The regions that a range touches.
+    /// The regions that a range touches. Rows of parity may reach beyond the end of the volume, where there are none.
     pub(crate) fn regions(&self, offset: u64, length: u64) -> std::ops::RangeInclusive<u32> {
         let index = |byte: u64| u32::try_from(byte / self.region).unwrap_or(u32::MAX);
-        index(offset)..=index((offset + length).saturating_sub(1).max(offset))
+        let end = (offset + length).min(self.map.borrow().volume.size);
+        index(offset)..=index(end.saturating_sub(1).max(offset))
     }
 
     /// Whether copies or parity of the range may differ since a crash.

@@ -5,4 +5,5 @@ mod crash;
 mod harness;
 mod interrupted;
 mod online;
+mod partial;
 mod swarm;
