@@ -6,29 +6,23 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::ops::RangeInclusive;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use block_io::{BlockDevice, Clock, IoCause, IoError, Operation, cover};
 
-use super::degrade::{degrade, log_devices};
+use super::degrade::degrade;
 use super::disk::Disk;
 use super::event::Event;
 use super::fill::settle;
 use super::job::Control;
-use super::join::{self, Boxed};
+use super::keep::Releasing;
 use super::map::Map;
 use super::ranges::Ranges;
 use super::volume::VolumeCore;
-use crate::logs::activity::ActivityLog;
-use crate::logs::bitmap::Bitmap;
-use crate::logs::hot::{Guard, HotRegions, Release};
-use crate::logs::parity::{ParityLog, Piece, Ticket};
-use crate::logs::{LogCopy, LogError, bitmap};
-use crate::model::{BLOCK, Configuration, DeviceId, Extent, JobId, MemberState, VolumeId};
-use crate::place::{place_bitmap, volume_log_devices};
+use crate::logs::hot::HotRegions;
+use crate::model::{Configuration, DeviceId, Extent, JobId, VolumeId};
 use crate::store::{Store, format_device};
 
 /// Why a pool takes no writes or changes.
@@ -70,7 +64,7 @@ pub(crate) struct Core<D, C> {
     pub(crate) hot: HotRegions<D>,
     store: RefCell<Option<Store<D>>>,
     /// Held by who changes the configuration.
-    changing: Ranges,
+    pub(super) changing: Ranges,
     /// Why nothing may be written any more.
     stopped: RefCell<Option<Refused>>,
     /// Extents that belong to nobody by the configuration, but are in use still or already.
@@ -279,7 +273,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
     }
 
     /// Makes `next` durable and publishes it. The turn is held.
-    async fn commit(&self, next: Configuration) -> Result<Vec<Rc<Map<D>>>, Refused> {
+    pub(super) async fn commit(&self, next: Configuration) -> Result<Vec<Rc<Map<D>>>, Refused> {
         let Some(mut store) = self.store.borrow_mut().take() else {
             return Err(Refused::new("the pool is closed"));
         };
@@ -341,7 +335,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
     }
 
     /// Devices that are dead but not faulty by the configuration.
-    fn newly_dead(&self) -> BTreeSet<DeviceId> {
+    pub(super) fn newly_dead(&self) -> BTreeSet<DeviceId> {
         let config = self.config();
         let holders = config.devices.iter().filter(|device| device.is_holder());
         holders
@@ -351,7 +345,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
     }
 
     /// Brings the configuration in line with the devices that are dead. The turn is held.
-    async fn reconcile(&self) -> Result<(), Refused> {
+    pub(super) async fn reconcile(&self) -> Result<(), Refused> {
         loop {
             self.check()?;
             let dead = self.newly_dead();
@@ -404,21 +398,6 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
         }
     }
 
-    /// Has the logs of a volume do without a device that the configuration does not name any more.
-    fn drop_copies(&self, volume: &VolumeCore<D>, device: DeviceId) {
-        if let Some(bitmap) = volume.bitmap.borrow().as_ref() {
-            bitmap.remove_copy(device);
-        }
-        let map = volume.map();
-        for section in &map.volume.sections {
-            if section.log.iter().all(|copy| copy.device != device)
-                && let Some(log) = volume.logs.borrow().get(&section.id)
-            {
-                log.remove_copy(device);
-            }
-        }
-    }
-
     /// Publishes the first configuration of a new incarnation.
     pub(crate) async fn begin(&self, next: Configuration) -> Result<(), Refused> {
         let _turn = self.changing.hold(0, 1).await;
@@ -446,17 +425,6 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             }
         }
         Ok(())
-    }
-
-    /// After an open: what the replayed rows say is missed by detached members, too, and what their bitmaps say is known.
-    pub(crate) async fn note_replayed(
-        &self,
-        volume: &Rc<VolumeCore<D>>,
-        regions: BTreeSet<u32>,
-    ) -> Result<(), Refused> {
-        let end = self::regions(&volume.map().volume);
-        let regions: Vec<u32> = regions.into_iter().take_while(|region| *region < end).collect();
-        self.mark_changed(volume, &regions).await
     }
 
     /// The configuration as placement has to see it: with everything that is reserved.
@@ -488,35 +456,6 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             });
         }
         config
-    }
-
-    /// Moves the tail of a parity log as far as it goes.
-    pub(crate) async fn advance(&self, volume: VolumeId, log: &ParityLog<D>) -> Result<(), Refused> {
-        loop {
-            match log.advance(&async || self.flush_members(volume).await).await {
-                Ok(()) => return Ok(()),
-                Err(error) => self.log_failed(error).await?,
-            }
-        }
-    }
-
-    /// Lets regions leave the activity logs that nobody has written lately.
-    pub(crate) async fn clean_idle(&self) -> Result<(), Refused> {
-        loop {
-            match self.hot.clean_idle(&Releasing(self)).await {
-                Ok(_) => return Ok(()),
-                Err(error) => self.log_failed(error).await?,
-            }
-        }
-    }
-
-    /// Gives a device an empty activity log.
-    pub(crate) async fn format_activity_log(&self, disk: &Disk<D>) -> Result<(), LogError> {
-        let Some(io) = disk.io() else { return Ok(()) };
-        let place = crate::format::LOG_OFFSET;
-        let log = ActivityLog::format(disk.id, Rc::clone(io), place, self.config().pool).await?;
-        self.hot.add_log(log);
-        Ok(())
     }
 
     /// Uses the store while no configuration is being committed.
@@ -561,342 +500,6 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
         for volume in self.volumes() {
             let model = volume.map().volume.clone();
             drop(volume.set_map(self.map_of(&model)));
-        }
-    }
-
-    /// Uses the best devices for a volume's logs again, after a member came into sync.
-    pub(crate) async fn adopt_log_devices(self: &Rc<Self>, id: VolumeId) -> Result<(), Refused> {
-        let _turn = self.changing.hold(0, 1).await;
-        self.reconcile().await?;
-        let config = self.config();
-        let Some(volume) = config.volume(id) else {
-            return Ok(());
-        };
-        let faulty: BTreeSet<DeviceId> = config
-            .devices
-            .iter()
-            .filter(|device| !device.is_holder())
-            .map(|device| device.id)
-            .collect();
-        let best = volume_log_devices(volume);
-        let wanted = if best.iter().any(|device| faulty.contains(device)) {
-            log_devices(volume, &faulty)
-        } else {
-            best
-        };
-        let length = bitmap_length(volume);
-        let fits = volume.bitmap.len() == wanted.len()
-            && wanted.iter().all(|id| {
-                volume
-                    .bitmap
-                    .iter()
-                    .any(|copy| copy.device == *id && copy.length >= length)
-            });
-        let moves_bitmap = volume.bitmap_generation == 0 && !fits;
-        if wanted == volume.log_devices && !moves_bitmap {
-            return Ok(());
-        }
-        self.use_log_devices(volume, wanted, moves_bitmap).await
-    }
-
-    /// Before a volume without redundancy gets some: devices for its logs. The volume does not need them yet.
-    pub(crate) async fn first_log_devices(
-        self: &Rc<Self>,
-        id: VolumeId,
-        wanted: Vec<DeviceId>,
-    ) -> Result<(), Refused> {
-        let _turn = self.changing.hold(0, 1).await;
-        self.reconcile().await?;
-        let config = self.config();
-        let Some(volume) = config.volume(id) else {
-            return Ok(());
-        };
-        self.use_log_devices(volume, wanted, true).await
-    }
-
-    /// The turn is held.
-    async fn use_log_devices(
-        &self,
-        volume: &crate::model::Volume,
-        wanted: Vec<DeviceId>,
-        moves_bitmap: bool,
-    ) -> Result<(), Refused> {
-        cover!("core: other log devices for a volume");
-        let id = volume.id;
-        let both: Vec<DeviceId> = volume.log_devices.iter().chain(&wanted).copied().collect();
-        if !self.hot.knows(id) {
-            drop(self.hot.add_volume(id, &wanted));
-        } else if !both.is_empty()
-            && self
-                .hot
-                .set_log_devices(id, &both, &Releasing(self))
-                .await
-                .is_err()
-        {
-            // They are an improvement, no need: what failed shows itself where it matters.
-            return Ok(());
-        }
-        let mut bitmap = wanted.is_empty().then(Vec::new);
-        if moves_bitmap && !wanted.is_empty() {
-            let length = bitmap_length(volume);
-            // Without a bitmap, who is detached starts from nothing.
-            let placed = place_bitmap(&self.placing(), &[], &wanted, length).unwrap_or_default();
-            bitmap = Some(placed);
-        }
-        let made = match &bitmap {
-            Some(copies) if !copies.is_empty() => self.make_bitmap(volume, copies).await,
-            _ => None,
-        };
-        if made.is_none()
-            && let Some(copies) = &mut bitmap
-        {
-            copies.clear();
-        }
-        let mut next = Configuration::clone(&self.config());
-        next.epoch += 1;
-        let bitmap_moves = bitmap.is_some();
-        if let Some(volume) = next.volume_mut(id) {
-            volume.log_devices.clone_from(&wanted);
-            volume.bitmap = bitmap.unwrap_or_else(|| std::mem::take(&mut volume.bitmap));
-        }
-        let moved = bitmap_moves;
-        self.commit(next).await?;
-        if let (true, Some(runtime)) = (moved, self.volume(id)) {
-            *runtime.bitmap.borrow_mut() = made;
-            runtime.generation.set(0);
-        }
-        if !wanted.is_empty() {
-            drop(self.hot.set_log_devices(id, &wanted, &Releasing(self)).await);
-        }
-        self.reconcile().await
-    }
-
-    /// Empty copies of a bitmap; none if a device fails.
-    async fn make_bitmap(&self, volume: &crate::model::Volume, copies: &[Extent]) -> Option<Rc<Bitmap<D>>> {
-        let there = self.copies(copies);
-        let length = copies.iter().map(|copy| copy.length).min()?;
-        let made = Bitmap::format(there, length, regions(volume)).await;
-        made.map_err(|error| tracing::warn!(%error, volume = volume.name, "no bitmap for the volume"))
-            .ok()
-            .map(Rc::new)
-    }
-
-    /// Copies of a log or bitmap, as far as their devices are in service.
-    pub(crate) fn copies(&self, extents: &[Extent]) -> Vec<LogCopy<D>> {
-        let there = extents.iter().filter_map(|extent| {
-            let disk = self.disk(extent.device);
-            let device = Rc::clone(disk.io().filter(|_| disk.is_alive())?);
-            Some(LogCopy {
-                id: extent.device,
-                device,
-                start: extent.start,
-            })
-        });
-        there.collect()
-    }
-
-    fn kill_log(&self, error: &LogError) {
-        if let LogError::Device { device, .. } = error {
-            self.disk(*device).kill();
-        }
-    }
-
-    /// Volumes whose first member was detached just now: what is hot counts as changed since. The turn is held.
-    async fn cover_detached(&self) -> Result<(), Refused> {
-        for volume in self.volumes() {
-            let map = volume.map();
-            let model = &map.volume;
-            if model.bitmap_generation == 0 {
-                continue;
-            }
-            if volume.covered.get() == model.bitmap_generation {
-                continue;
-            }
-            let Some(bitmap) = self.bitmap_of(&volume) else {
-                continue;
-            };
-            let regions = self.uncertain(&volume, &map);
-            let generation = model.bitmap_generation;
-            drop(map);
-            match bitmap.set(&regions).await {
-                Ok(()) => volume.covered.set(generation),
-                // It is taken out of the configuration in the next round.
-                Err(LogError::Device { device, .. }) => self.disk(device).kill(),
-                Err(error) => return Err(Refused::because("cannot note what detached members miss", &error)),
-            }
-        }
-        Ok(())
-    }
-
-    /// The bitmap of a volume with detached members.
-    fn bitmap_of(&self, volume: &VolumeCore<D>) -> Option<Rc<Bitmap<D>>> {
-        let generation = volume.map().volume.bitmap_generation;
-        let bitmap = volume.bitmap.borrow().clone().filter(|_| generation != 0)?;
-        if volume.generation.replace(generation) != generation {
-            bitmap.begin(generation);
-        }
-        Some(bitmap)
-    }
-
-    /// Regions in which a device that is lost now may lack what was acknowledged.
-    fn uncertain(&self, volume: &VolumeCore<D>, map: &Map<D>) -> Vec<u32> {
-        let mut regions: BTreeSet<u32> = self.hot.regions(volume.id).into_iter().collect();
-        regions.extend(volume.unclean.borrow().keys());
-        for section in &map.sections {
-            let log = volume.logs.borrow().get(&section.id).cloned();
-            for row in log.iter().flat_map(|log| log.live_rows()) {
-                let bytes = section.shape.row_bytes();
-                regions.extend(volume.regions(section.start + row * bytes, bytes));
-            }
-        }
-        // A volume that was cut leaves hot regions behind its end.
-        let end = self::regions(&map.volume);
-        regions.into_iter().take_while(|region| *region < end).collect()
-    }
-
-    /// Makes durable that detached members miss what is written to some regions from now on.
-    pub(crate) async fn mark_changed(
-        &self,
-        volume: &Rc<VolumeCore<D>>,
-        regions: &[u32],
-    ) -> Result<(), Refused> {
-        loop {
-            let Some(bitmap) = self.bitmap_of(volume) else {
-                return Ok(());
-            };
-            match bitmap.set(regions).await {
-                Ok(()) => return Ok(()),
-                Err(error) => self.log_failed(error).await?,
-            }
-        }
-    }
-
-    /// A log failed: takes its device out of service; then what needed it may be tried again.
-    async fn log_failed(&self, error: LogError) -> Result<(), Refused> {
-        match error {
-            LogError::Device { device, .. } => {
-                cover!("core: a log device failed");
-                self.fail(&[self.disk(device)]).await
-            }
-            _ if !self.newly_dead().is_empty() => {
-                cover!("core: a device failed when regions were to leave the log");
-                self.fail(&[]).await
-            }
-            other => Err(Refused::because("the logs of the pool do not work", &other)),
-        }
-    }
-
-    /// Waits until the regions are hot.
-    pub(crate) async fn acquire(
-        &self,
-        volume: VolumeId,
-        regions: RangeInclusive<u32>,
-    ) -> Result<Guard, Refused> {
-        if let Some(guard) = self.hot.try_acquire(volume, regions.clone()) {
-            return Ok(guard);
-        }
-        loop {
-            match self.hot.acquire(volume, regions.clone(), &Releasing(self)).await {
-                Ok(guard) => return Ok(guard),
-                Err(error) => self.log_failed(error).await?,
-            }
-        }
-    }
-
-    /// Appends to a parity log; makes room in it if it must.
-    pub(crate) async fn append(
-        &self,
-        volume: &Rc<VolumeCore<D>>,
-        log: &ParityLog<D>,
-        row: u64,
-        pieces: &[Piece<'_>],
-    ) -> Result<Ticket, Refused> {
-        loop {
-            match log
-                .append(row, pieces, &async || self.flush_members(volume.id).await)
-                .await
-            {
-                Ok(ticket) => return Ok(ticket),
-                Err(error) => self.log_failed(error).await?,
-            }
-            self.check()?;
-        }
-    }
-
-    /// Flushes the devices of a volume's members that are in sync. An error means that one of them has to be taken out of
-    /// service first.
-    pub(crate) async fn flush_members(&self, volume: VolumeId) -> Result<(), IoError> {
-        let Some(volume) = self.volume(volume) else {
-            return Ok(());
-        };
-        let map = volume.map();
-        let mut disks: Vec<Rc<Disk<D>>> = Vec::new();
-        for member in map
-            .members()
-            .filter(|member| member.state == MemberState::InSync || member.is_alive())
-        {
-            for disk in member.disks() {
-                let known = disks.iter().any(|other| other.id == disk.id);
-                let faulty = self
-                    .config()
-                    .device(disk.id)
-                    .is_none_or(|device| !device.is_holder());
-                if !known && !faulty {
-                    disks.push(Rc::clone(disk));
-                }
-            }
-        }
-        drop(map);
-        let flushes = disks.iter().map(|disk| -> Boxed<'_, Result<(), IoError>> {
-            Box::pin(async move {
-                if !disk.is_alive() {
-                    return Err(disk.gone(Operation::Flush, 0, 0));
-                }
-                let flushed = disk.flush(&self.clock).await;
-                if flushed.is_err() {
-                    disk.kill();
-                }
-                flushed
-            })
-        });
-        join::all(flushes.collect()).await.into_iter().collect()
-    }
-}
-
-/// Regions of a volume.
-pub(crate) fn regions(volume: &crate::model::Volume) -> u32 {
-    u32::try_from(volume.size.div_ceil(volume.region)).unwrap_or(u32::MAX)
-}
-
-/// Bytes of a copy of a volume's bitmap.
-pub(crate) fn bitmap_length(volume: &crate::model::Volume) -> u64 {
-    bitmap::length(regions(volume)).next_multiple_of(BLOCK)
-}
-
-/// What has to happen before the logs forget something.
-pub(crate) struct Releasing<'a, D, C>(pub(crate) &'a Core<D, C>);
-
-impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Release for Releasing<'_, D, C> {
-    async fn release(&self, volume: VolumeId, regions: &[u32]) -> Result<(), IoError> {
-        self.0.flush_members(volume).await?;
-        let Some(core) = self.0.volume(volume) else {
-            return Ok(());
-        };
-        match self.0.bitmap_of(&core) {
-            None => Ok(()),
-            Some(bitmap) => {
-                let end = self::regions(&core.map().volume);
-                let regions: Vec<u32> = regions.iter().copied().filter(|region| *region < end).collect();
-                bitmap.set(&regions).await.map_err(|error| {
-                    IoError::new(
-                        &core.name,
-                        Operation::Write,
-                        0,
-                        0,
-                        Refused::because("bitmap", &error),
-                    )
-                })
-            }
         }
     }
 }

@@ -1,12 +1,14 @@
 //! An open pool at work: I/O, failures, jobs.
 //!
 //! ```text
-//!   pool      create, open, close; volumes and devices come and go
-//!   jobs      long operations: what to do next follows from the configuration, so they go on after any crash
-//!   volume    requests → sections → columns          rows   sections with parity
-//!   fill      copying into members                   relayout  replacing sections piece by piece
-//!   core      the configuration and who may change it; failing devices
-//!   map, disk, ranges, geometry, join, list          what all of them use
+//!   pool, admin     made; volumes and devices come and go; sizes change
+//!   open            opened with recovery, kept in order, closed
+//!   work, tasks     jobs: started, steered, waited for; what each kind does, read from the configuration step by step
+//!   volume, rows    requests → sections → columns; rows with parity
+//!   fill, relayout  copying into members; replacing sections piece by piece; scrub: comparing
+//!   core, degrade   the configuration and who may change it; what the failure of a device changes
+//!   keep            the pool's logs
+//!   map, disk, ranges, geometry, join, list, counters, event, job     what all of them use
 //! ```
 
 pub(crate) mod admin;
@@ -19,12 +21,15 @@ pub(crate) mod fill;
 pub(crate) mod geometry;
 pub(crate) mod job;
 pub(crate) mod join;
+pub(crate) mod keep;
 pub(crate) mod list;
 pub(crate) mod map;
+pub(crate) mod open;
 pub(crate) mod pool;
 pub(crate) mod ranges;
 pub(crate) mod relayout;
 pub(crate) mod rows;
 pub(crate) mod scrub;
+pub(crate) mod tasks;
 pub(crate) mod volume;
 pub(crate) mod work;
