@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
-use block_io::{BlockDevice, Clock, spawn_local};
+use block_io::{BlockDevice, Clock, cover, spawn_local};
 
 use super::core::{Core, Refused};
 use super::event::Event;
@@ -194,17 +194,21 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         }
     }
 
+    /// Has a job go on in the background, if it does not yet: when a device was taken in at an open, its resync runs already.
     fn run(&self, job: &Job) {
+        if self.0.control(job.id).is_some() {
+            cover!("work: a job runs already");
+            return;
+        }
         let control = Rc::new(Control::new(job.done, job.total, job.throttle, job.state.clone()));
         self.0.add_control(job.id, Rc::clone(&control));
         let (pool, job, busy) = (self.clone(), job.clone(), self.0.busy());
         let spawned = spawn_local(async move {
             let _busy = busy;
             let ended = pool.work(&job, &control).await;
-            pool.0.remove_control(job.id);
             let state = match ended {
                 Ok(()) => JobState::Done,
-                Err(Stop::Closing) => return,
+                Err(Stop::Closing) => return pool.0.remove_control(job.id),
                 Err(Stop::Cancelled) => JobState::Cancelled,
                 Err(Stop::Failed(reason)) => JobState::Failed(reason),
             };
@@ -227,7 +231,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                 }
                 Ok::<(), Refused>(())
             });
-            if changed.await.is_ok() {
+            let changed = changed.await;
+            // Not before, so that nobody takes it for one that waits to be run.
+            pool.0.remove_control(job.id);
+            if changed.is_ok() {
                 pool.0.tell(Event::JobEnded {
                     job: job.id.0,
                     failed,

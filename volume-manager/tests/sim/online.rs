@@ -250,6 +250,34 @@ fn a_device_fails_and_comes_back() {
 }
 
 #[test]
+fn a_device_that_is_back_at_the_next_open_is_filled_once() {
+    let mut world = harness::world(3);
+    let ran = world.run(&RunOptions::random(1), |sim| async move {
+        let model = Model::default();
+        let pool = create(&sim, &model, 3).await?;
+        pool.create_volume(new_volume(Layout::Mirror { legs: 2 }, SIZE))
+            .await
+            .map_err(failed)?;
+        let leg = pool.configuration().volumes[0].sections[0].columns[0].members[0].extents[0].device;
+        pool.close().await.map_err(failed)?;
+        let pool = open(&sim, &model, |index| index != disk_of(leg))
+            .await
+            .map_err(failed)?;
+        pool.close().await.map_err(failed)?;
+        let pool = open(&sim, &model, |_| true).await.map_err(failed)?;
+        settle(&pool).await?;
+        sim.clock().sleep(Duration::from_millis(100)).await;
+        let events = pool.take_events();
+        let ended = |event: &&Event| matches!(event, Event::JobEnded { .. });
+        assert_eq!(events.iter().filter(ended).count(), 1, "{events:?}");
+        assert!(all_in_sync(&pool));
+        pool.close().await.map_err(failed)
+    });
+    let ended = ran.unwrap_or_else(|failure| panic!("{failure}")).ended;
+    assert!(matches!(ended, Ended::Done(Ok(()))), "{ended:?}");
+}
+
+#[test]
 fn a_spare_takes_the_place_of_a_device_that_fails() {
     for layout in ALL.into_iter().filter(|layout| layout.tolerates() > 0) {
         with_guest("spare", 8, layout, 1, async move |sim, pool| {
