@@ -19,8 +19,11 @@ pub enum Operation {
         /// At most so many bytes per second; 0 for no limit.
         throttle: u64,
     },
-    /// Add a device, whose content is lost.
-    AddDevice(NewDevice),
+    /// Add devices, whose content is lost.
+    AddDevices {
+        /// Which.
+        devices: Vec<NewDevice>,
+    },
     /// Take an empty device out.
     RemoveDevice {
         /// Its name, number or identity.
@@ -364,14 +367,46 @@ impl JobStatus {
     }
 }
 
+/// What can happen to a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PoolEventKind {
+    /// A device is out of service.
+    DeviceFailed,
+    /// A device is in service again, or new.
+    DeviceAdded,
+    /// A device has left the pool.
+    DeviceRemoved,
+    /// A volume has all its copies and parity again.
+    VolumeHealthy,
+    /// A volume misses copies or parity.
+    VolumeDegraded,
+    /// A job has ended.
+    JobEnded,
+    /// A job has failed.
+    JobFailed,
+    /// A scrub found a difference, and repaired it.
+    Repaired,
+}
+
+impl PoolEventKind {
+    /// Whether it is bad news.
+    pub fn is_warning(self) -> bool {
+        matches!(
+            self,
+            Self::DeviceFailed | Self::VolumeDegraded | Self::JobFailed | Self::Repaired
+        )
+    }
+}
+
 /// Something that happened to a pool while an operation was done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct PoolEvent {
+    /// What.
+    pub kind: PoolEventKind,
     /// What, for people.
     pub text: String,
-    /// Whether it is bad news.
-    pub warning: bool,
 }
 
 /// What came of an operation.

@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -159,6 +161,106 @@ fn nothing_known_is_destroyed_unasked() {
     place.good(&["pool", "create", "other", "disk.img", "--force"]);
     let status = place.good(&["pool", "status", "--devices", "disk.img"]);
     assert!(status.starts_with("pool other: healthy"), "{status}");
+}
+
+#[test]
+fn a_job_that_is_broken_off_goes_on_and_can_be_paused_and_cancelled() {
+    let place = Place::with_pool(&["d0.img", "d1.img"]);
+    place.pool(&["volume", "create", "data", "--size", "16M", "--layout", "mirror"]);
+    let mut scrub = Command::new(env!("CARGO_BIN_EXE_smsvmm"))
+        .args(["pool", "scrub", "--throttle", "1M", "--config", "vm.toml"])
+        .current_dir(place.0.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let limit = Instant::now() + Duration::from_secs(20);
+    let error = loop {
+        let error = text(&place.run(&["pool", "status", "--config", "vm.toml"])).1;
+        if error.contains("in use") || Instant::now() > limit {
+            break error;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let holder = format!("smsvmm (pid {})", scrub.id());
+    assert!(
+        error.contains("is in use by") && error.contains(&holder),
+        "{error}"
+    );
+    // The job is in the pool's configuration shortly after the devices are locked.
+    std::thread::sleep(Duration::from_millis(500));
+    let pid = rustix::process::Pid::from_child(&scrub);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    assert_eq!(scrub.wait().unwrap().code(), Some(1));
+    let mut said = String::new();
+    scrub.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(
+        said.contains("SIGINT: closing the pool") && said.contains("it goes on when"),
+        "{said}"
+    );
+
+    assert!(place.pool(&["job", "list"]).contains("scrub  unfinished"));
+    place.pool(&["job", "pause", "1"]);
+    assert_eq!(place.json(&["job", "show", "1"])["state"], "paused");
+    assert!(place.pool(&["job", "wait"]).contains("job 1 is paused"));
+    let error = place.bad(1, &["job", "wait", "1", "--config", "vm.toml"]);
+    assert!(error.contains("`smsvmm job resume 1`"), "{error}");
+    assert!(place.pool(&["job", "cancel", "1"]).contains("cancelled"));
+    assert!(place.pool(&["job", "list"]).contains("no unfinished jobs"));
+}
+
+#[test]
+fn devices_and_layouts_change_while_data_stay_whole() {
+    let place = Place::with_pool(&["d0.img", "d1.img", "d2.img"]);
+    place.pool(&["volume", "create", "data", "--size", "8M", "--layout", "mirror"]);
+    place.pool(&["volume", "set-layout", "data", "--layout", "raid5"]);
+    assert!(place.pool(&["volume", "list"]).contains("raid5 2+1"));
+    place.pool(&["volume", "resize", "data", "--size", "12M"]);
+    let error = place.bad(
+        1,
+        &["volume", "resize", "data", "--size", "4M", "--config", "vm.toml"],
+    );
+    assert!(error.contains("--shrink"), "{error}");
+    let shrunk = place.pool(&["volume", "resize", "data", "--size", "4M", "--shrink"]);
+    assert!(shrunk.contains("healthy    4M"), "{shrunk}");
+
+    place.file("new.img");
+    let left = place.pool(&["device", "replace", "d1.img", "new.img"]);
+    let (_, lines) = left.split_once("\n\n").unwrap();
+    assert_eq!(lines, "[pool]\ndevices = [\"d0.img\", \"d2.img\", \"new.img\"]\n");
+    let error = place.bad(1, &["volume", "delete", "data", "--config", "vm.toml"]);
+    assert!(
+        error.contains("new.img belongs to pool demo, is there, and is not named"),
+        "{error}"
+    );
+    fs::write(place.path("vm.toml"), lines).unwrap();
+
+    let error = place.bad(1, &["device", "remove", "d0.img", "--config", "vm.toml"]);
+    assert!(
+        error.contains("`smsvmm device evacuate d0.img` empties it"),
+        "{error}"
+    );
+    place.file("more.img");
+    let left = place.pool(&["device", "add", "more.img", "--class", "ssd"]);
+    let (_, lines) = left.split_once("\n\n").unwrap();
+    fs::write(place.path("vm.toml"), lines).unwrap();
+    assert_eq!(place.json(&["device", "list"])[3]["class"], "ssd");
+    place.pool(&["device", "evacuate", "d0.img"]);
+    place.pool(&["device", "remove", "d0.img"]);
+    assert_eq!(place.json(&["device", "list"]).as_array().unwrap().len(), 3);
+
+    let closed = place.pool(&["pool", "export"]);
+    assert!(
+        closed.contains("its devices can be moved: d2.img, new.img, more.img"),
+        "{closed}"
+    );
+    let elsewhere = place.good(&["pool", "import", "more.img", "new.img", "d2.img"]);
+    assert!(elsewhere.contains("pool demo: healthy"), "{elsewhere}");
+    let error = place.bad(1, &["pool", "import", "more.img"]);
+    assert!(
+        error.contains("d2.img, new.img") || error.contains("not enough"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::rc::Rc;
+use std::time::Duration;
 
 use api::storage::NewDevice;
 use api::{Problem, ProblemKind};
@@ -40,10 +41,20 @@ pub(crate) fn open(path: &str, access: Access) -> Result<Rc<Device>, Problem> {
         read_only: access == Access::Read,
         ..OpenOptions::default()
     };
-    Device::open(path, &options)
-        .map(Rc::new)
-        .map_err(|error| describe(path, &error))
+    let mut tries = PATIENCE;
+    loop {
+        match Device::open(path, &options) {
+            Ok(device) => return Ok(Rc::new(device)),
+            Err(OpenError::InUse { .. }) if tries > 0 => tries -= 1,
+            Err(error) => return Err(describe(path, &error)),
+        }
+        std::thread::sleep(PAUSE);
+    }
 }
+
+/// So often, and so far apart, is tried to open a device that is in use: a command that only looks is done in a moment.
+const PATIENCE: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(25);
 
 /// Opens all devices that are there. One that exists and cannot be had is an error: with the pool open without it, it would miss
 /// what is written, only because somebody else is using it, or because of a permission.
@@ -76,12 +87,10 @@ pub(crate) fn open_all(paths: &[String], access: Access) -> Result<Opened, Probl
 }
 
 fn describe(path: &str, error: &OpenError) -> Problem {
+    let make = format!("attach the device, or make the file, for example with `truncate -s 10G {path}`");
     let (kind, remedy) = match error {
         OpenError::InUse { .. } => (ProblemKind::Conflict, "stop that first: a pool is open only once"),
-        OpenError::Open { source, .. } if is_absence(source) => (
-            ProblemKind::NotFound,
-            "attach the device, or make the file, for example with `truncate -s 10G`",
-        ),
+        OpenError::Open { source, .. } if is_absence(source) => (ProblemKind::NotFound, make.as_str()),
         OpenError::Open { .. } => (ProblemKind::Host, "see that this user may use it"),
         OpenError::NotWritable { .. } => (ProblemKind::Host, "let this user write to it"),
         OpenError::WrongKind { .. } => (ProblemKind::Invalid, "give a regular file or a block device"),
@@ -113,7 +122,12 @@ fn is_absence(error: &io::Error) -> bool {
 pub(crate) async fn open_new(new: &[NewDevice]) -> Result<Vec<Rc<Device>>, Problem> {
     let mut devices = Vec::new();
     let mut found = Vec::new();
-    for one in new {
+    for (index, one) in new.iter().enumerate() {
+        if new.iter().take(index).any(|other| other.path == one.path) {
+            return Err(
+                Problem::new(ProblemKind::Invalid, format!("{} is given twice", one.path)).about(&one.path),
+            );
+        }
         let device = open(&one.path, Access::Write)?;
         let content = inspect(&*device).await.map_err(|error| of_io(&error))?;
         if content != Content::Blank && !one.force {

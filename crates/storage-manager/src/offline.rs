@@ -20,7 +20,7 @@ use std::time::Duration;
 use api::storage::{JobStatus, NewDevice, Operation, Outcome, PoolStatus};
 use api::{Problem, ProblemKind};
 use block_io::{Clock, Worker, WorkerClock, WorkerOptions, spawn_local};
-use volume_manager::model::{JobId, JobState};
+use volume_manager::model::{Configuration, DeviceId, JobId, JobState};
 use volume_manager::store::{self, Standing};
 use volume_manager::{OpenOptions, PoolError};
 
@@ -179,6 +179,10 @@ pub fn status(paths: DevicePaths, notify: &mut dyn FnMut(Notice<'_>) -> Flow) ->
             }
             .insert(there.id);
         }
+        let found = unnamed(&config, choice.absent(), &paths).await.join(", ");
+        if !found.is_empty() {
+            notes.push(unnamed_text(&config, &found));
+        }
         Ok(view::pool(&config, &presence, &config.jobs, notes))
     })
 }
@@ -230,8 +234,56 @@ async fn open(paths: &[String], force: &Force) -> Result<(Pool, Vec<String>), Pr
         Force::WithoutMajority => store::Force::WithoutMajority,
         Force::Prefer(path) => side_of(path, &devices).await?,
     };
+    if force == store::Force::No {
+        see_that_all_are_named(paths, &devices).await?;
+    }
     let pool = Pool::open(devices, &options(force)?, WorkerClock::new()).await;
     Ok((pool.map_err(|error| of_pool("pool", error))?, notes))
+}
+
+/// Devices of a pool that are absent because they are not named: they are where they were when the pool was last open.
+async fn unnamed(config: &Configuration, absent: &[DeviceId], paths: &[String]) -> Vec<String> {
+    let mut found = Vec::new();
+    for id in absent {
+        let Some(name) = config.device(*id).map(|device| device.name.clone()) else {
+            continue;
+        };
+        if paths.contains(&name) {
+            continue;
+        }
+        // There may be something else now, or nothing.
+        let Ok(device) = device::open(&name, Access::Read) else {
+            continue;
+        };
+        let content = store::inspect(&*device).await;
+        if matches!(content, Ok(store::Content::Pool { pool, .. }) if pool == config.pool) {
+            found.push(name);
+        }
+    }
+    found
+}
+
+/// Refuses to open a pool without a device that is there and was only not named: it would miss what is written.
+async fn see_that_all_are_named(paths: &[String], devices: &[(String, Rc<Device>)]) -> Result<(), Problem> {
+    let Ok(choice) = store::scan(devices).await.choose(None, &store::Force::No) else {
+        // Opening says why.
+        return Ok(());
+    };
+    let config = choice.configuration();
+    let found = unnamed(config, choice.absent(), paths).await.join(", ");
+    if found.is_empty() {
+        return Ok(());
+    }
+    Err(Problem::new(ProblemKind::Invalid, unnamed_text(config, &found))
+        .about(found)
+        .remedy("add that to the pool's devices (in vm.toml, or after --devices)"))
+}
+
+fn unnamed_text(config: &Configuration, found: &str) -> String {
+    format!(
+        "{found} belongs to pool {}, is there, and is not named",
+        config.name
+    )
 }
 
 /// The devices that have the same history as the one at `path`.
@@ -284,6 +336,8 @@ async fn perform(
     operation: Operation,
     reporter: &Reporter<Outcome>,
 ) -> Result<(Vec<JobStatus>, bool), Problem> {
+    // A paused job that is cancelled counts as paused until it has ended.
+    let cancels = matches!(operation, Operation::CancelJob { .. });
     let started = operation::begin(pool, operation).await?;
     let mut wanted = started.jobs;
     let clock = WorkerClock::new();
@@ -305,7 +359,7 @@ async fn perform(
     let mut pause = Duration::from_millis(5);
     loop {
         // Another one may have been told to pause it.
-        wanted.retain(|id| pool.job(*id).is_none_or(|job| job.state != JobState::Paused));
+        wanted.retain(|id| cancels || pool.job(*id).is_none_or(|job| job.state != JobState::Paused));
         if wanted.iter().all(|id| ended.borrow().contains_key(id)) {
             break;
         }

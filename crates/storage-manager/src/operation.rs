@@ -44,7 +44,7 @@ pub(crate) async fn begin(pool: &Pool, operation: Operation) -> Result<Started, 
             let volume = volume.map(|name| find_volume(pool, &name)).transpose()?;
             start(pool, "scrub", JobKind::Scrub { volume }, throttle).await
         }
-        Operation::AddDevice(new) => add_device(pool, new).await.map(|_| Started::default()),
+        Operation::AddDevices { devices } => add_devices(pool, devices).await.map(|_| Started::default()),
         Operation::RemoveDevice { device } => {
             let id = find_device(&pool.configuration(), &device)?;
             let removed = pool.remove_device(id).await;
@@ -152,14 +152,16 @@ fn running(pool: &Pool, wanted: impl Fn(&JobKind) -> bool) -> Started {
     }
 }
 
-async fn add_device(pool: &Pool, new: NewDeviceArguments) -> Result<DeviceId, Problem> {
-    let opened = device::open_new(std::slice::from_ref(&new)).await?;
-    let [device] = opened.as_slice() else {
-        return Err(Problem::new(ProblemKind::Invalid, "no device is given"));
-    };
-    let path = new.path.clone();
-    let added = pool.add_device(described(new, device)?).await;
-    added.map_err(|error| of_pool(&path, error))
+/// Adds all, or none if one of them is not to be had.
+async fn add_devices(pool: &Pool, new: Vec<NewDeviceArguments>) -> Result<Vec<DeviceId>, Problem> {
+    let opened = device::open_new(&new).await?;
+    let mut added = Vec::new();
+    for (new, device) in new.into_iter().zip(&opened) {
+        let path = new.path.clone();
+        let id = pool.add_device(described(new, device)?).await;
+        added.push(id.map_err(|error| of_pool(&path, error))?);
+    }
+    Ok(added)
 }
 
 /// A device with a fresh identity.
@@ -188,10 +190,10 @@ async fn replace(pool: &Pool, name: &str, by: NewDeviceArguments, throttle: u64)
         enclosure: inherit(by.enclosure, old.map(|old| &old.enclosure)),
         ..by
     };
-    let new = add_device(pool, by).await?;
+    let added = add_devices(pool, vec![by]).await?;
     let kind = JobKind::Evacuate {
         device: id,
-        to: Some(new),
+        to: added.first().copied(),
         remove: true,
     };
     start(pool, name, kind, throttle).await

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use api::storage::{
     Health, JobState, JobStatus, LayoutKind, MemberHealth, MemberStatus, PoolDevice, PoolDeviceState,
-    PoolEvent, PoolStatus, Shape, VolumeStatus,
+    PoolEvent, PoolEventKind, PoolStatus, Shape, VolumeStatus,
 };
 use volume_manager::Event;
 use volume_manager::model::{
@@ -300,14 +300,17 @@ pub(crate) fn view_job(config: &Configuration, job: &Job) -> JobStatus {
 
 pub(crate) fn event(event: &Event) -> PoolEvent {
     PoolEvent {
+        kind: match event {
+            Event::DeviceFailed { .. } => PoolEventKind::DeviceFailed,
+            Event::DeviceAdded { .. } => PoolEventKind::DeviceAdded,
+            Event::DeviceRemoved { .. } => PoolEventKind::DeviceRemoved,
+            Event::VolumeHealthy { .. } => PoolEventKind::VolumeHealthy,
+            Event::VolumeDegraded { .. } => PoolEventKind::VolumeDegraded,
+            Event::JobEnded { failed: None, .. } => PoolEventKind::JobEnded,
+            Event::JobEnded { failed: Some(_), .. } => PoolEventKind::JobFailed,
+            Event::Repaired { .. } => PoolEventKind::Repaired,
+        },
         text: event.to_string(),
-        warning: matches!(
-            event,
-            Event::DeviceFailed { .. }
-                | Event::VolumeDegraded { .. }
-                | Event::Repaired { .. }
-                | Event::JobEnded { failed: Some(_), .. }
-        ),
     }
 }
 

@@ -9,7 +9,7 @@ mod show;
 mod watch;
 
 use anyhow::bail;
-use api::storage::{JobState, NewDevice, Operation, Outcome, PoolStatus};
+use api::storage::{JobState, NewDevice, Operation, Outcome, PoolEventKind, PoolStatus};
 use api::{Problem, ProblemKind};
 use storage_manager::{DevicePaths, Force};
 
@@ -56,7 +56,7 @@ pub(crate) fn pool(arguments: PoolArguments) -> anyhow::Result<Exit> {
                 let repaired = outcome
                     .events
                     .iter()
-                    .filter(|event| event.text.contains("repaired"))
+                    .filter(|event| event.kind == PoolEventKind::Repaired)
                     .count();
                 match repaired {
                     0 => "everything was read; copies and parity agree\n".to_owned(),
@@ -87,31 +87,17 @@ pub(crate) fn device(arguments: DeviceArguments) -> anyhow::Result<Exit> {
         }),
         DeviceCommand::Add { paths, new } => {
             let mut devices = select::devices(&which)?;
-            for path in &paths {
-                // It may stand in the file already.
-                devices.retain(|device| device != path);
-            }
+            // They may stand in the file already.
+            devices.retain(|device| !paths.contains(device));
             if devices.is_empty() {
                 return Err(UsageError::new("name the pool's present devices, too").into());
             }
-            let mut exit = Exit::Success;
-            for path in paths {
-                exit = run(
-                    &which,
-                    devices.clone(),
-                    Force::No,
-                    Operation::AddDevice(new.device(&path)),
-                    |outcome| {
-                        format!(
-                            "{path} is in pool {}\n{}",
-                            outcome.pool.name,
-                            lines_of(&outcome.pool)
-                        )
-                    },
-                )?;
-                devices.push(path);
-            }
-            Ok(exit)
+            let operation = Operation::AddDevices {
+                devices: paths.iter().map(|path| new.device(path)).collect(),
+            };
+            run(&which, devices, Force::No, operation, |outcome| {
+                left(&outcome.pool)
+            })
         }
         DeviceCommand::Remove { device } => {
             let operation = Operation::RemoveDevice { device };
@@ -347,7 +333,7 @@ fn run(
 
 fn tell(outcome: &Outcome, text: impl FnOnce(&Outcome) -> String) -> anyhow::Result<()> {
     // Bad news are in the log, on standard error, already.
-    for event in outcome.events.iter().filter(|event| !event.warning) {
+    for event in outcome.events.iter().filter(|event| !event.kind.is_warning()) {
         print(&format!("{}\n", event.text))?;
     }
     if !outcome.interrupted {
@@ -371,7 +357,13 @@ fn tell(outcome: &Outcome, text: impl FnOnce(&Outcome) -> String) -> anyhow::Res
 
 fn ended(outcome: &Outcome) -> String {
     match outcome.jobs.as_slice() {
-        [] => "nothing is left to be done\n".to_owned(),
+        [] => match outcome.pool.jobs.iter().find(|job| job.state == JobState::Paused) {
+            Some(job) => format!(
+                "job {0} is paused; `smsvmm job resume {0}` has it go on\n",
+                job.id
+            ),
+            None => "nothing is left to be done\n".to_owned(),
+        },
         jobs => show::jobs(&jobs.iter().collect::<Vec<_>>()),
     }
 }

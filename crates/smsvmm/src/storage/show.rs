@@ -138,8 +138,19 @@ pub(crate) fn pool(status: &PoolStatus) -> String {
 /// What a person should know and do.
 fn advice(status: &PoolStatus) -> String {
     let mut text = String::new();
+    let names = |state: PoolDeviceState| -> Vec<&str> {
+        let devices = status.devices.iter().filter(|device| device.state == state);
+        devices.map(|device| device.name.as_str()).collect()
+    };
     let mut say = |line: String| text += &format!("{line}\n");
-    for note in &status.notes {
+    let missing: Vec<&str> = names(PoolDeviceState::Missing);
+    // What is missing has a line of its own.
+    let said = |note: &&String| {
+        missing
+            .iter()
+            .any(|name| note.starts_with(&format!("cannot open {name}:")))
+    };
+    for note in status.notes.iter().filter(|note| !said(note)) {
         say(format!("note: {note}"));
     }
     let of = |state: PoolDeviceState| {
@@ -155,7 +166,7 @@ fn advice(status: &PoolStatus) -> String {
             "missing: {missing}; attach it again, or put another in its place with `smsvmm device replace`"
         ));
     }
-    let returned = of(PoolDeviceState::Returned);
+    let returned = names(PoolDeviceState::Returned).join(", ");
     if !returned.is_empty() {
         say(format!(
             "returned: {returned}; it catches up when the pool is open, or now with `smsvmm job wait`"
