@@ -40,7 +40,7 @@ pub(crate) enum Command {
     Vm(VmArguments),
     /// Pools of devices: make one, look at it, check it, move it between hosts.
     ///
-    /// Which pool: --config FILE with [pool] devices = [...], or --devices d0,d1,... While a virtual machine has a pool open, its
+    /// Which pool: --config FILE with `[pool]` devices = [...], or --devices d0,d1,... While a virtual machine has a pool open, its
     /// devices are locked and these commands say so.
     Pool(PoolArguments),
     /// The devices of a pool.

@@ -232,9 +232,17 @@ async fn set_layout(pool: &Pool, name: &str, shape: &Shape, throttle: u64) -> Re
     let config = pool.configuration();
     let mut target = attributes(&config, shape)?;
     let block = config.volume(id).map_or(4096, |volume| volume.block);
+    // A section is replaced by a successor of its whole length.
+    let sections = config
+        .volume(id)
+        .map(|volume| volume.sections.as_slice())
+        .unwrap_or_default();
     let mut request = place::SectionRequest {
-        // It is replaced piece by piece, so one piece must find its place.
-        length: BLOCK,
+        length: sections
+            .iter()
+            .map(|section| section.length)
+            .max()
+            .unwrap_or(BLOCK),
         attributes: &target,
         block,
         excluded: &[],
@@ -250,8 +258,15 @@ async fn set_layout(pool: &Pool, name: &str, shape: &Shape, throttle: u64) -> Re
         ..target.clone()
     };
     request.attributes = &resolved;
-    // Devices that are missing or too few are told now, not by a job that fails.
-    place::place_section(&config, &request).map_err(|error| of_pool(name, error.into()))?;
+    // Devices that are missing or too few are told now, not by a job that fails. Legs that come or go need no successor.
+    let same = |section: &volume_manager::model::Section| {
+        section.parity == layout.parity()
+            && section.columns.len() == layout.columns() as usize
+            && layout.parity() == 0
+    };
+    if !sections.iter().all(same) {
+        place::place_section(&config, &request).map_err(|error| of_pool(name, error.into()))?;
+    }
     target.layout = layout;
     start(pool, name, JobKind::Relayout { volume: id, target }, throttle).await
 }

@@ -11,7 +11,7 @@ use crate::exit::UsageError;
 /// Which pool.
 #[derive(Debug, Args)]
 pub(crate) struct Which {
-    /// A file that names the pool's devices: vm.toml, or any with [pool] and devices = [...].
+    /// A file that names the pool's devices: vm.toml, or any with `[pool]` and devices = [...].
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 
