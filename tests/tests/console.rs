@@ -286,7 +286,7 @@ fn a_pseudo_terminal_serves_the_serial_port() {
 }
 
 #[test]
-#[ignore = "takes a quarter of an hour in the lab; the same is a unit test of the port (platform::serial_flow)"]
+#[ignore = "long in the lab, where 64 KiB took 16 s; a Linux-like driver does the same in a unit test of the port (platform::serial_flow)"]
 fn a_mebibyte_each_way_passes_the_serial_port() {
     let limit = Duration::from_secs(3600);
     Story::default()
