@@ -4,3 +4,17 @@
 //! worker in production, and in the simulator in tests. See `docs/src/filesys.md` for pictures, `docs/src/formats/filesys.md` for the
 //! media.
 
+mod checksum;
+mod entry;
+mod tree;
+mod units;
+
+pub use units::{CLUSTER, FileId, Location, MAX_FILE, MAX_NAME, MAX_VOLUMES, SUB_CLUSTER, VolumeIndex};
+mod file_core;
+mod gate;
+mod hash;
+mod inode;
+mod record;
+mod state;
+mod volume;
+mod wire;

@@ -1,0 +1,416 @@
+//! All metadata, as the records so far have made them.
+//!
+//! [`State`] is changed by [`State::apply`] alone, when something happens and when the journal is replayed, so what a replay makes is what
+//! there was. Nothing here waits: a look into a page that is not in memory gives [`Stop::Missing`], and who asked loads it and asks
+//! again. [`State::prepare`] looks at everything that `apply` will need, so that a transaction of several records is made wholly or
+//! not at all.
+//!
+//! ```text
+//!   object table ──┬─ inodes       table: number → inode
+//!                  ├─ volumes      table: number → volume
+//!                  ├─ orphans      table: files that are being made, deleted, absorbed, or wait for it
+//!                  ├─ pins         table
+//!                  ├─ a directory  table: name → number
+//!                  ├─ a file       map
+//!                  └─ a volume's   bitmap, checksums
+//! ```
+
+mod apply;
+mod layers;
+mod space;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use crate::file_core::FileCore;
+use crate::hash::siphash;
+use crate::inode::{Inode, Kind};
+use crate::record::{PinRecord, VolumeRecord};
+use crate::tree::codec::Kind as TreeKind;
+use crate::tree::node::{Body, FANOUT, Missing, Pages, Root};
+use crate::tree::radix::{Look, Tree};
+use crate::tree::table::Table;
+use crate::units::{FileId, Location, VolumeIndex};
+use crate::volume::VolumeCore;
+use crate::wire::{Malformed, Reader, Writer};
+
+/// Objects with a fixed number.
+const INODES: u64 = 1;
+const VOLUMES: u64 = 2;
+const ORPHANS: u64 = 3;
+const PINS: u64 = 4;
+/// The root directory.
+pub(crate) const ROOT: FileId = FileId(16);
+/// The first number that is given to something new.
+const FIRST: u64 = 17;
+/// Numbers of objects are below this.
+const MAX_ID: u64 = 1 << 40;
+
+/// Metadata contradict each other, or are not what they should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{object}: {problem}")]
+pub struct Damage {
+    /// What is damaged.
+    pub object: String,
+    /// How.
+    pub problem: String,
+}
+
+impl Damage {
+    pub(crate) fn new(object: impl ToString, problem: impl ToString) -> Self {
+        Self {
+            object: object.to_string(),
+            problem: problem.to_string(),
+        }
+    }
+}
+
+/// Why something could not be done at once.
+#[derive(Debug, Clone)]
+pub(crate) enum Stop {
+    /// A page is not in memory.
+    Missing(Missing),
+    /// It cannot be done.
+    Damaged(Damage),
+}
+
+impl From<Missing> for Stop {
+    fn from(missing: Missing) -> Self {
+        Self::Missing(missing)
+    }
+}
+
+impl From<Damage> for Stop {
+    fn from(damage: Damage) -> Self {
+        Self::Damaged(damage)
+    }
+}
+
+/// What applying records leads to beside the state itself.
+#[derive(Debug, Default)]
+pub(crate) struct Effects {
+    /// Runs of clusters that no map has any more.
+    pub(crate) freed: Vec<(Location, u64)>,
+    /// There may be something to do in the background: files to reap or to absorb.
+    pub(crate) orphans: bool,
+}
+
+impl Effects {
+    fn freed(&mut self, at: Location) {
+        if let Some((first, count)) = self.freed.last_mut()
+            && first.plus(*count) == at
+        {
+            *count += 1;
+            return;
+        }
+        self.freed.push((at, 1));
+    }
+}
+
+/// All metadata.
+#[derive(Debug)]
+pub(crate) struct State<V> {
+    pub(crate) pages: Pages,
+    pub(crate) objects: Tree,
+    pub(crate) inodes: Table,
+    volume_table: Table,
+    pub(crate) orphans: Table,
+    pin_table: Table,
+    pub(crate) volumes: RefCell<BTreeMap<VolumeIndex, Rc<VolumeCore<V>>>>,
+    pub(crate) pins: RefCell<BTreeMap<u64, PinRecord>>,
+    pub(crate) files: RefCell<BTreeMap<FileId, Rc<FileCore>>>,
+    next_id: Cell<u64>,
+    /// Keys the hashes of names.
+    pub(crate) seed: u64,
+    /// Devices of volumes, by identity, as the opener gave them.
+    given: BTreeMap<[u8; 16], Rc<V>>,
+}
+
+/// The key of an inode in its table.
+pub(crate) fn inode_key(id: FileId) -> u64 {
+    id.0.swap_bytes()
+}
+
+impl<V> State<V> {
+    /// An empty file system.
+    pub(crate) fn blank(seed: u64, given: BTreeMap<[u8; 16], Rc<V>>) -> Self {
+        let state = Self::from_roots(Tree::new(TreeKind::Objects), |_| None, FIRST, seed, given);
+        let root = FileCore::new(Inode::new(ROOT, Kind::Directory, ROOT, ""), None);
+        root.dirty.set(true);
+        state.files.borrow_mut().insert(ROOT, Rc::new(root));
+        state
+    }
+
+    fn from_roots(
+        objects: Tree,
+        root: impl Fn(u64) -> Option<Root>,
+        next_id: u64,
+        seed: u64,
+        given: BTreeMap<[u8; 16], Rc<V>>,
+    ) -> Self {
+        let table = |id| root(id).map_or_else(Table::new, Table::from_root);
+        Self {
+            pages: Pages::default(),
+            inodes: table(INODES),
+            volume_table: table(VOLUMES),
+            orphans: table(ORPHANS),
+            pin_table: table(PINS),
+            objects,
+            volumes: RefCell::default(),
+            pins: RefCell::default(),
+            files: RefCell::default(),
+            next_id: Cell::new(next_id),
+            seed,
+            given,
+        }
+    }
+
+    /// The state of a checkpoint: with `objects`, and what [`Self::load_tables`] still has to load.
+    pub(crate) fn of_checkpoint(
+        objects: Root,
+        next_id: u64,
+        seed: u64,
+        given: BTreeMap<[u8; 16], Rc<V>>,
+    ) -> Result<Self, Stop> {
+        let objects = Tree::from_root(objects);
+        let roots = object_roots(&objects, 0)?;
+        let root = |id: u64| roots.get(usize::try_from(id).ok()?)?.clone();
+        Ok(Self::from_roots(objects, root, next_id, seed, given))
+    }
+
+    /// Volumes and pins, which are always in memory.
+    pub(crate) fn load_tables(&self) -> Result<(), Stop> {
+        let mut from = Some(0);
+        while let Some(key) = from {
+            let (items, next) = self.volume_table.scan(key)?;
+            for item in items {
+                let record = read_item(&item.data, VolumeRecord::decode, "the table of volumes")?;
+                self.load_volume(record)?;
+            }
+            from = next;
+        }
+        from = Some(0);
+        while let Some(key) = from {
+            let (items, next) = self.pin_table.scan(key)?;
+            for item in items {
+                let pin = read_item(&item.data, PinRecord::decode, "the table of pins")?;
+                self.pins.borrow_mut().insert(pin.pin, pin);
+            }
+            from = next;
+        }
+        Ok(())
+    }
+
+    fn load_volume(&self, record: VolumeRecord) -> Result<(), Stop> {
+        if self.volumes.borrow().contains_key(&record.index) {
+            return Ok(());
+        }
+        let tree = |id, kind| -> Result<Tree, Stop> {
+            Ok(self
+                .object(id)?
+                .filter(|root| root.kind == kind)
+                .map_or_else(|| Tree::new(kind), Tree::from_root))
+        };
+        let bitmap = tree(record.bitmap, TreeKind::Bits)?;
+        let sums = tree(record.sums, TreeKind::Sums)?;
+        let device = self.device_of(&record)?;
+        let volume = VolumeCore::new(record, device, bitmap, sums);
+        volume.count_free()?;
+        self.volumes.borrow_mut().insert(volume.index, Rc::new(volume));
+        Ok(())
+    }
+
+    fn device_of(&self, record: &VolumeRecord) -> Result<Rc<V>, Damage> {
+        let device = self.given.get(&record.uuid).map(Rc::clone);
+        device.ok_or_else(|| {
+            Damage::new(
+                format!("volume {}", record.name),
+                "is part of the file system and was not given: open with all its volumes",
+            )
+        })
+    }
+
+    /// The slot of an object.
+    pub(crate) fn object(&self, id: u64) -> Result<Option<Root>, Missing> {
+        let slot = usize::try_from(id % FANOUT as u64).unwrap_or(0);
+        Ok(object_roots(&self.objects, id)?.get(slot).cloned().flatten())
+    }
+
+    /// Puts the slot of an object.
+    pub(crate) fn set_object(&self, id: u64, root: Option<Root>) -> Result<(), Missing> {
+        let slot = usize::try_from(id % FANOUT as u64).unwrap_or(0);
+        self.objects.change(&self.pages, id, |body| {
+            if let Body::Objects(roots) = body {
+                roots[slot] = root;
+            }
+        })
+    }
+
+    /// A number for something new.
+    pub(crate) fn new_id(&self) -> Result<u64, Damage> {
+        let id = self.next_id.get();
+        if id >= MAX_ID {
+            return Err(Damage::new("the file system", "has no numbers for files left"));
+        }
+        self.next_id.set(id + 1);
+        Ok(id)
+    }
+
+    pub(crate) fn next_id(&self) -> u64 {
+        self.next_id.get()
+    }
+
+    fn note_id(&self, id: u64) {
+        self.next_id.set(self.next_id.get().max(id.saturating_add(1)));
+    }
+
+    /// The file or directory of this number.
+    pub(crate) fn file(&self, id: FileId) -> Result<Rc<FileCore>, Stop> {
+        if let Some(file) = self.files.borrow().get(&id) {
+            return Ok(Rc::clone(file));
+        }
+        let data = self.inodes.get(inode_key(id), |_| true)?;
+        let data = data.ok_or_else(|| Damage::new(id, "is named, and there is no such inode"))?;
+        let inode = Inode::from_bytes(&data).map_err(|error| Damage::new(id, error))?;
+        if inode.id != id {
+            return Err(Damage::new(id, "its inode is another file's").into());
+        }
+        let file = Rc::new(FileCore::new(inode, self.object(id.0)?));
+        self.files.borrow_mut().insert(id, Rc::clone(&file));
+        Ok(file)
+    }
+
+    /// As [`Self::file`], if there is one.
+    pub(crate) fn find_file(&self, id: FileId) -> Result<Option<Rc<FileCore>>, Stop> {
+        if !self.files.borrow().contains_key(&id) && self.inodes.get(inode_key(id), |_| true)?.is_none() {
+            return Ok(None);
+        }
+        self.file(id).map(Some)
+    }
+
+    pub(crate) fn volume(&self, index: VolumeIndex) -> Result<Rc<VolumeCore<V>>, Damage> {
+        let volume = self.volumes.borrow().get(&index).map(Rc::clone);
+        volume.ok_or_else(|| Damage::new(index, "is in a map, and there is no such volume"))
+    }
+
+    /// The key of a name.
+    pub(crate) fn name_key(&self, name: &str) -> u64 {
+        siphash([self.seed, !self.seed], name.as_bytes())
+    }
+
+    /// The number that a name of a directory stands for.
+    pub(crate) fn lookup(&self, directory: &FileCore, name: &str) -> Result<Option<FileId>, Stop> {
+        let Some(names) = directory.names() else {
+            return Err(Damage::new(directory.id, "is taken for a directory and is a file").into());
+        };
+        let found = names.get(self.name_key(name), |data| is_name(data, name))?;
+        match found {
+            Some(data) => {
+                let (id, _) = read_name(&data).map_err(|error| Damage::new(directory.id, error))?;
+                Ok(Some(id))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Puts what files in memory know into the tables: everything that a checkpoint is to have. All of it, or nothing but a page that
+    /// is missing.
+    pub(crate) fn gather(&self) -> Result<(), Missing> {
+        let dirty: Vec<Rc<FileCore>> = {
+            let files = self.files.borrow();
+            files.values().filter(|file| file.dirty.get()).map(Rc::clone).collect()
+        };
+        for file in &dirty {
+            self.inodes.ensure(inode_key(file.id))?;
+            self.objects.look(file.id.0)?;
+        }
+        self.objects.look(0)?;
+        for volume in self.volumes.borrow().values() {
+            let record = volume.record();
+            self.objects.look(record.bitmap)?;
+            self.objects.look(record.sums)?;
+        }
+        for file in dirty {
+            let bytes = file.inode.borrow().to_bytes();
+            // A key of this table has one item, so it cannot be full.
+            let _one = self.inodes.put(&self.pages, inode_key(file.id), &bytes, |_| true)?;
+            self.set_object(file.id.0, Some(file.to_root()))?;
+            file.dirty.set(false);
+        }
+        for volume in self.volumes.borrow().values() {
+            let record = volume.record();
+            self.set_object(record.bitmap, Some(volume.bitmap.to_root()))?;
+            self.set_object(record.sums, Some(volume.sums.to_root()))?;
+        }
+        for (id, table) in self.tables() {
+            self.set_object(id, Some(table.to_root()))?;
+        }
+        Ok(())
+    }
+
+    fn tables(&self) -> [(u64, &Table); 4] {
+        [
+            (INODES, &self.inodes),
+            (VOLUMES, &self.volume_table),
+            (ORPHANS, &self.orphans),
+            (PINS, &self.pin_table),
+        ]
+    }
+
+    /// Numbers of orphans.
+    pub(crate) fn orphan_ids(&self) -> Result<Vec<FileId>, Missing> {
+        let mut ids = Vec::new();
+        let mut from = Some(0);
+        while let Some(key) = from {
+            let (items, next) = self.orphans.scan(key)?;
+            ids.extend(items.iter().map(|item| FileId(item.key.swap_bytes())));
+            from = next;
+        }
+        Ok(ids)
+    }
+}
+
+/// All roots of the page of the object table with this object.
+fn object_roots(objects: &Tree, id: u64) -> Result<Vec<Option<Root>>, Missing> {
+    Ok(match objects.look(id)? {
+        Look::Leaf(node) => match &*node.body.borrow() {
+            Body::Objects(roots) => roots.to_vec(),
+            _ => Vec::new(),
+        },
+        Look::Empty | Look::Run(_) => Vec::new(),
+    })
+}
+
+fn read_item<T>(
+    data: &[u8],
+    decode: impl FnOnce(&mut Reader<'_>) -> Result<T, Malformed>,
+    object: &str,
+) -> Result<T, Damage> {
+    decode(&mut Reader(data)).map_err(|error| Damage::new(object, error))
+}
+
+/// An item of a directory.
+pub(crate) fn write_name(id: FileId, kind: Kind, name: &str) -> Vec<u8> {
+    let mut writer = Writer::default();
+    writer.u64(id.0);
+    writer.u8(match kind {
+        Kind::File => 1,
+        Kind::Directory => 2,
+    });
+    writer.bytes(name.as_bytes());
+    writer.0
+}
+
+/// Number and name of an item of a directory.
+pub(crate) fn read_name(data: &[u8]) -> Result<(FileId, &str), Malformed> {
+    let mut reader = Reader(data);
+    let id = FileId(reader.u64()?);
+    reader.u8()?;
+    let name = std::str::from_utf8(reader.0).map_err(|_| Malformed("a name is not UTF-8"))?;
+    Ok((id, name))
+}
+
+fn is_name(data: &[u8], name: &str) -> bool {
+    data.get(9..) == Some(name.as_bytes())
+}
