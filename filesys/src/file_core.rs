@@ -27,6 +27,8 @@ pub(crate) struct Pending {
     pub(crate) location: Location,
     /// Writes that are under way into it.
     pub(crate) writers: u32,
+    /// The map has it.
+    pub(crate) mapped: bool,
 }
 
 /// A file or directory in memory.
@@ -41,6 +43,8 @@ pub(crate) struct FileCore {
     pub(crate) pending: RefCell<BTreeMap<u32, Pending>>,
     /// Handles that are open.
     pub(crate) opens: Cell<u32>,
+    /// Handles that write.
+    pub(crate) writers: Cell<u32>,
     /// The journal group with the last change of it.
     pub(crate) group: Cell<u64>,
     /// For each volume that was written to: how many writes it had seen then.
@@ -66,6 +70,7 @@ impl FileCore {
             gate: Gate::default(),
             pending: RefCell::default(),
             opens: Cell::new(0),
+            writers: Cell::new(0),
             group: Cell::new(0),
             written: RefCell::default(),
         }

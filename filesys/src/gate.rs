@@ -159,3 +159,22 @@ pub(crate) async fn all<'a, T>(mut futures: Vec<Boxed<'a, T>>) -> Vec<T> {
     .await;
     results.into_iter().flatten().collect()
 }
+
+/// Which of two ended first.
+#[derive(Debug)]
+pub(crate) enum Either<A, B> {
+    First(A),
+    Second(B),
+}
+
+/// Runs both until one ends; the other is dropped.
+pub(crate) async fn first<A: Future, B: Future>(one: A, other: B) -> Either<A::Output, B::Output> {
+    let (mut one, mut other) = (std::pin::pin!(one), std::pin::pin!(other));
+    poll_fn(|context| {
+        if let Poll::Ready(output) = one.as_mut().poll(context) {
+            return Poll::Ready(Either::First(output));
+        }
+        other.as_mut().poll(context).map(Either::Second)
+    })
+    .await
+}

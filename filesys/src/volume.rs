@@ -54,6 +54,8 @@ pub(crate) struct VolumeCore<V> {
     pub(crate) flushed: Cell<u64>,
     /// A flush is under way that covers so many writes.
     pub(crate) flushing: Cell<Option<u64>>,
+    /// A flush failed, so nobody knows what is on it: it takes no more writes.
+    pub(crate) failed: Cell<bool>,
     /// What was said about the space last.
     pub(crate) is_low: Cell<bool>,
 }
@@ -76,6 +78,7 @@ impl<V> VolumeCore<V> {
             written: Cell::new(0),
             flushed: Cell::new(0),
             flushing: Cell::new(None),
+            failed: Cell::new(false),
             is_low: Cell::new(false),
         }
     }

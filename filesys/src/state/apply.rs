@@ -385,7 +385,7 @@ impl<V> State<V> {
 }
 
 /// Sub-clusters `first..end` cut at clusters: cluster and mask.
-pub(super) fn clusters_of(first: u64, end: u64) -> impl Iterator<Item = (u64, SubMask)> {
+pub(crate) fn clusters_of(first: u64, end: u64) -> impl Iterator<Item = (u64, SubMask)> {
     let subs = u64::from(SUBS);
     (first / subs..end.div_ceil(subs)).map(move |cluster| {
         let start = first.saturating_sub(cluster * subs) * SUB_CLUSTER;

@@ -19,6 +19,9 @@ mod apply;
 mod layers;
 mod space;
 
+pub(crate) use apply::clusters_of;
+pub(crate) use layers::{absorb_copies, absorb_entry};
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;

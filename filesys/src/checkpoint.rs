@@ -1,0 +1,338 @@
+//! Commits and checkpoints: what makes changes durable.
+//!
+//! # A checkpoint
+//! ```text
+//!   in one moment    what files in memory know goes into the tables; the open group is closed: replay will begin behind it;
+//!                    the roots are taken
+//!   then, while      1  that group is committed, so what the checkpoint has is durable data
+//!   files are        2  dirty pages get blocks that no checkpoint uses, children before parents, and are written
+//!   written          3  the bitmap of the metadata volume is written to its other place; all is flushed
+//!                    4  the superblock says that this checkpoint counts
+//!                    5  the journal is free up to the position, and blocks that only the last checkpoint used are free
+//! ```
+//! A crash before 4 is done finds the last checkpoint with the journal behind it; nothing that these need was touched.
+
+use std::future::Future;
+use std::rc::Rc;
+
+use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoError, spawn_local};
+
+use crate::checksum::crc32c;
+use crate::core::Core;
+use crate::error::{FsError, Refusal};
+use crate::file_core::FileCore;
+use crate::file::whole;
+use crate::gate::{self, Boxed, Either};
+use crate::journal::{BeforeWrite, Position};
+use crate::superblock::{self, Superblock};
+use crate::tree::codec::{self, PAGE};
+use crate::tree::node::{Body, Child, Node, Ptr, Root};
+use crate::units::SUB_CLUSTER;
+
+/// Pages that one request writes, at most.
+const RUN: usize = 64;
+/// Requests at once.
+const AT_ONCE: usize = 8;
+
+/// What a checkpoint is of.
+struct Cut {
+    root: Root,
+    position: Position,
+    freed: Vec<u64>,
+    next_object: u64,
+}
+
+/// Flushes volumes before a group is written.
+pub(crate) struct Before<'a, V, C>(pub(crate) &'a Core<V, C>);
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> BeforeWrite for Before<'_, V, C> {
+    async fn prepare(&self, group: u64) -> Result<(), IoError> {
+        self.0.flush_for(group).await;
+        Ok(())
+    }
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
+    /// Returns when a group of the journal is durable.
+    pub(crate) async fn commit(&self, group: u64) -> Result<(), FsError> {
+        if group <= self.journal.durable_group() {
+            return Ok(());
+        }
+        let committed = self.journal.commit(group).await;
+        self.release_freed();
+        committed.map_err(|error| self.fail(&error))
+    }
+
+    /// Everything that was written to a file before is durable afterwards.
+    pub(crate) async fn flush_file(&self, file: &FileCore) -> Result<(), FsError> {
+        let group = file.group.get();
+        let written: Vec<_> = {
+            let written = file.written.borrow();
+            written.iter().map(|(volume, stamp)| (*volume, *stamp)).collect()
+        };
+        let mut volumes = Vec::with_capacity(written.len());
+        for (index, stamp) in written {
+            volumes.push((self.state.volume(index)?, stamp));
+        }
+        let flushes = volumes
+            .iter()
+            .map(|(volume, stamp)| -> Boxed<'_, _> { Box::pin(self.flush_volume(volume, *stamp)) });
+        gate::all(flushes.collect()).await.into_iter().collect::<Result<(), _>>()?;
+        if volumes.iter().any(|(volume, _)| volume.failed.get()) {
+            return Err(FsError::State {
+                object: format!("the volume of {}", file.inode.borrow().name),
+                problem: "an earlier flush failed, so written data may be lost: check the volume, then open the file system again".into(),
+            });
+        }
+        self.commit(group).await
+    }
+
+    /// After a change: starts a checkpoint when there is much to write. (The journal's filling up is watched by a task.)
+    pub(crate) fn after_change(&self) {
+        if self.has_many_dirty() || self.housekeeping.get() {
+            self.changed.notify();
+        }
+    }
+
+    fn has_many_dirty(&self) -> bool {
+        self.state.pages.dirtied() > self.options.dirty_pages
+    }
+
+    /// Makes a checkpoint, or waits for the one that runs and makes another one.
+    pub(crate) async fn checkpoint_now(&self) -> Result<(), FsError> {
+        self.checkpoint_as(false).await
+    }
+
+    /// As [`Self::checkpoint_now`]; `clean` says that it is the last one.
+    pub(crate) async fn checkpoint_as(&self, clean: bool) -> Result<(), FsError> {
+        self.check()?;
+        self.changed
+            .until(|| (!self.checkpointing.replace(true)).then_some(()))
+            .await;
+        let running = Checkpointing(self);
+        let done = self.checkpoint(clean).await;
+        drop(running);
+        if let Err(error) = &done {
+            self.fail(error);
+        }
+        done
+    }
+
+    async fn checkpoint(&self, clean: bool) -> Result<(), FsError> {
+        let cut = self.cut().await?;
+        self.commit(cut.position.group - 1).await?;
+        let mut dirty = Vec::new();
+        collect(&cut.root.child, &mut dirty);
+        let mut blocks = Vec::with_capacity(dirty.len());
+        if !self.space.allocate(dirty.len() as u64, &mut blocks) {
+            return Err(FsError::NoSpace {
+                what: "the metadata volume".into(),
+                remedy: "grow it",
+            });
+        }
+        self.write_pages(&dirty, &blocks).await?;
+        drop(dirty);
+        self.space.free(&cut.freed).map_err(|error| self.fail(&error))?;
+        let space = self.space.store().await.map_err(|error| self.fail(&error))?;
+        self.meta.flush().await?;
+        let sequence = self.superblock.borrow().sequence + 1;
+        let superblock = Superblock {
+            sequence,
+            replay: cut.position,
+            space,
+            root: superblock::Root {
+                slot: codec::encode_root(&cut.root),
+                level: cut.root.level,
+            },
+            next_object: cut.next_object,
+            clean,
+            ..*self.superblock.borrow()
+        };
+        superblock::write(&*self.meta, &superblock).await.map_err(|error| self.fail(&error))?;
+        self.superblock.replace(superblock);
+        self.space.committed();
+        self.journal.release(&cut.position);
+        drop(cut);
+        self.unshare();
+        self.trim_files();
+        self.state.pages.evict(self.options.cached_pages);
+        Ok(())
+    }
+
+    /// What the checkpoint is of: all in one moment.
+    async fn cut(&self) -> Result<Cut, FsError> {
+        loop {
+            match self.state.gather() {
+                Ok(()) => break,
+                Err(missing) => self.resolve(Refusal::from(missing)).await?,
+            }
+        }
+        let position = self.journal.close_group();
+        self.begin_checked_again()?;
+        Ok(Cut {
+            root: self.state.objects.to_root(),
+            position,
+            freed: self.state.pages.begin_checkpoint(),
+            next_object: self.state.next_id(),
+        })
+    }
+
+    /// Writes dirty pages to blocks, in order: children come before their parents.
+    async fn write_pages(&self, dirty: &[Rc<Node>], blocks: &[u64]) -> Result<(), FsError> {
+        let mut rest = dirty.iter().zip(blocks).peekable();
+        while rest.peek().is_some() {
+            let mut writes: Vec<Boxed<'_, Result<(), IoError>>> = Vec::new();
+            while writes.len() < AT_ONCE {
+                let Some((node, first)) = rest.next() else { break };
+                let mut run = vec![node];
+                while run.len() < RUN
+                    && let Some((node, _)) = rest.next_if(|(_, block)| **block == first + run.len() as u64)
+                {
+                    run.push(node);
+                }
+                let mut buffer = AlignedBuffer::new(run.len() * PAGE);
+                for ((node, page), block) in run.iter().zip(buffer.as_mut_slice().chunks_mut(PAGE)).zip(*first..) {
+                    codec::encode(node, page);
+                    node.ptr.set(Some(Ptr {
+                        block,
+                        crc: crc32c(page),
+                        aux: codec::aux_of(&node.body.borrow()),
+                        level: node.level,
+                    }));
+                }
+                writes.push(Box::pin(async move {
+                    let memory = whole(&buffer);
+                    self.meta.write(first * SUB_CLUSTER, &memory, Durability::Volatile).await
+                }));
+            }
+            gate::all(writes).await.into_iter().collect::<Result<(), _>>()?;
+        }
+        Ok(())
+    }
+
+    /// The table of objects forgets the pages in memory that are on media now, so that who changes one later does not find it shared.
+    fn unshare(&self) {
+        let root = self.state.objects.to_root();
+        unshare(&root.child);
+    }
+
+    /// Forgets files that nobody has open.
+    fn trim_files(&self) {
+        let mut files = self.state.files.borrow_mut();
+        if files.len() > self.options.cached_files {
+            files.retain(|_, file| file.dirty.get() || file.opens.get() > 0 || Rc::strong_count(file) > 1);
+        }
+    }
+
+    /// Starts what runs beside requests: writes groups of the journal, makes checkpoints, settles orphans.
+    pub(crate) fn start(self: &Rc<Self>) {
+        let core = Rc::clone(self);
+        self.spawn(async move {
+            if let Err(error) = core.journal.run(&Before(&core)).await {
+                core.fail(&error);
+            }
+        });
+        let core = Rc::clone(self);
+        self.spawn(async move { core.keep_journal_short().await });
+        let core = Rc::clone(self);
+        self.spawn(async move { core.keep_house().await });
+    }
+
+    fn spawn(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) {
+        self.running.set(self.running.get() + 1);
+        let core = Rc::clone(self);
+        spawn_local(async move {
+            task.await;
+            core.running.set(core.running.get() - 1);
+            core.changed.notify();
+        });
+    }
+
+    /// A checkpoint whenever half of the journal is full, or somebody waits for room in it.
+    async fn keep_journal_short(&self) {
+        let half = self.journal.capacity() / 2;
+        loop {
+            let end = self.changed.until(|| (self.closing.get() || self.check().is_err()).then_some(()));
+            match gate::first(self.journal.pressure(half), end).await {
+                Either::First(Ok(())) => {}
+                Either::First(Err(_)) | Either::Second(()) => return,
+            }
+            if let Err(error) = self.checkpoint_now().await {
+                tracing::warn!(%error, "no checkpoint");
+            }
+        }
+    }
+
+    async fn keep_house(self: &Rc<Self>) {
+        loop {
+            let work = self.changed.until(|| self.next_work()).await;
+            let done = match work {
+                Work::Checkpoint => self.checkpoint_now().await,
+                Work::Orphans => {
+                    self.housekeeping.set(false);
+                    self.settle_orphans().await
+                }
+                Work::End => return,
+            };
+            if let Err(error) = done {
+                tracing::warn!(%error, "housekeeping of the file system");
+            }
+        }
+    }
+
+    fn next_work(&self) -> Option<Work> {
+        if self.closing.get() || self.check().is_err() {
+            return Some(Work::End);
+        }
+        if self.has_many_dirty() && !self.checkpointing.get() {
+            return Some(Work::Checkpoint);
+        }
+        self.housekeeping.get().then_some(Work::Orphans)
+    }
+}
+
+enum Work {
+    Checkpoint,
+    Orphans,
+    End,
+}
+
+struct Checkpointing<'a, V, C>(&'a Core<V, C>);
+
+impl<V, C> Drop for Checkpointing<'_, V, C> {
+    fn drop(&mut self) {
+        self.0.checkpointing.set(false);
+        self.0.changed.notify();
+    }
+}
+
+/// Dirty pages, children before parents. Above a dirty page all are dirty.
+fn collect(child: &Child, dirty: &mut Vec<Rc<Node>>) {
+    let Child::Loaded(node) = child else { return };
+    if !node.is_dirty() {
+        return;
+    }
+    match &*node.body.borrow() {
+        Body::Inner(children) => children.iter().for_each(|child| collect(child, dirty)),
+        Body::Objects(roots) => roots.iter().flatten().for_each(|root| collect(&root.child, dirty)),
+        Body::Map(_) | Body::Bits(_) | Body::Sums(_) | Body::Table(_) => {}
+    }
+    dirty.push(Rc::clone(node));
+}
+
+fn unshare(child: &Child) {
+    let Child::Loaded(node) = child else { return };
+    match &mut *node.body.borrow_mut() {
+        Body::Inner(children) => children.iter().for_each(unshare),
+        Body::Objects(roots) => {
+            for root in roots.iter_mut().flatten() {
+                if let Child::Loaded(node) = &root.child
+                    && let Some(ptr) = node.ptr.get()
+                {
+                    root.child = Child::Media(ptr);
+                }
+            }
+        }
+        Body::Map(_) | Body::Bits(_) | Body::Sums(_) | Body::Table(_) => {}
+    }
+}

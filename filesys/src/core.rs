@@ -1,0 +1,434 @@
+//! The file system at work: what everything in it shares.
+//!
+//! # Life of a change
+//! 1. A *plan* is made from the state: which records. It waits for nothing; where a page is missing, the page is loaded and the plan
+//!    is made anew ([`Core::transact`]).
+//! 2. In the same moment the records are applied to the state and appended to the open group of the journal.
+//! 3. Who needs it durable waits for the group ([`Core::commit`]): first the volumes are flushed whose data the group's records speak
+//!    of, then the group is written. One group serves all that wait.
+//!
+//! # Life of a freed cluster
+//! Its bit is cleared with the record that frees it. It stays *busy* until that record is durable and no request is left that began
+//! before ([`Core::release_freed`]); then it can be taken.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block_io::{AlignedBuffer, BlockDevice, Clock, IoError};
+
+use crate::epochs::Epochs;
+use crate::error::{FsError, Refusal};
+use crate::event::Event;
+use crate::file_core::{Chain, FileCore};
+use crate::gate::{self, Boxed, Signal};
+use crate::journal::{Journal, Ticket};
+use crate::meta_space::MetaSpace;
+use crate::open::OpenOptions;
+use crate::record::Record;
+use crate::state::{Damage, Effects, State, Stop};
+use crate::superblock::Superblock;
+use crate::tree::codec::{self, PAGE};
+use crate::tree::node::{Child, Missing, Place};
+use crate::units::{FileId, Location, SUB_CLUSTER, VolumeIndex};
+use crate::volume::VolumeCore;
+use crate::wire::Writer;
+
+/// Pages of the metadata volume that deletions may still use when nothing else may.
+const RESERVED_PAGES: u64 = 64;
+
+/// Clusters that were freed.
+#[derive(Debug)]
+struct Freed {
+    group: u64,
+    epoch: u64,
+    first: Location,
+    count: u64,
+}
+
+/// What everything in a file system shares.
+pub(crate) struct Core<V, C> {
+    pub(crate) state: State<V>,
+    pub(crate) meta: Rc<V>,
+    pub(crate) journal: Journal<V>,
+    pub(crate) space: MetaSpace<V>,
+    pub(crate) superblock: RefCell<Superblock>,
+    pub(crate) clock: C,
+    pub(crate) options: OpenOptions,
+    pub(crate) epochs: Epochs,
+    freed: RefCell<VecDeque<Freed>>,
+    /// For each group that is not durable: volumes with data that its records speak of.
+    needs: RefCell<BTreeMap<u64, BTreeSet<VolumeIndex>>>,
+    loading: RefCell<BTreeSet<u64>>,
+    /// Something of all that is waited for has changed.
+    pub(crate) changed: Signal,
+    pub(crate) checkpointing: Cell<bool>,
+    pub(crate) housekeeping: Cell<bool>,
+    /// Tasks that run.
+    pub(crate) running: Cell<u32>,
+    pub(crate) closing: Cell<bool>,
+    failure: RefCell<Option<Arc<str>>>,
+    /// Grows when parents or children change.
+    pub(crate) chains: Cell<u64>,
+    /// Grows when layers below others change their content.
+    pub(crate) layers: Cell<u64>,
+    events: RefCell<Vec<Event>>,
+}
+
+/// What a transaction may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// All but the reserve.
+    Ordinary,
+    /// The reserve, too: it gives space back.
+    Freeing,
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
+    #[expect(clippy::too_many_arguments, reason = "the parts of a file system, called in one place")]
+    pub(crate) fn new(
+        state: State<V>,
+        meta: Rc<V>,
+        journal: Journal<V>,
+        space: MetaSpace<V>,
+        superblock: Superblock,
+        clock: C,
+        options: OpenOptions,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            state,
+            meta,
+            journal,
+            space,
+            superblock: RefCell::new(superblock),
+            clock,
+            options,
+            epochs: Epochs::default(),
+            freed: RefCell::default(),
+            needs: RefCell::default(),
+            loading: RefCell::default(),
+            changed: Signal::default(),
+            checkpointing: Cell::new(false),
+            housekeeping: Cell::new(false),
+            running: Cell::new(0),
+            closing: Cell::new(false),
+            failure: RefCell::new(None),
+            chains: Cell::new(0),
+            layers: Cell::new(0),
+            events: RefCell::default(),
+        })
+    }
+
+    pub(crate) fn event(&self, event: Event) {
+        self.events.borrow_mut().push(event);
+    }
+
+    pub(crate) fn take_events(&self) -> Vec<Event> {
+        self.events.take()
+    }
+
+    /// Something failed that must not: nothing is changed from now on.
+    pub(crate) fn fail(&self, error: &dyn std::error::Error) -> FsError {
+        let mut reason = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            reason = format!("{reason}: {cause}");
+            source = cause.source();
+        }
+        let reason: Arc<str> = reason.into();
+        if self.failure.borrow().is_none() {
+            tracing::error!(%reason, "the file system takes no more changes");
+            self.event(Event::Failed {
+                reason: reason.to_string(),
+            });
+            self.failure.replace(Some(reason));
+        }
+        self.changed.notify();
+        self.failed()
+    }
+
+    fn failed(&self) -> FsError {
+        let reason = self.failure.borrow().as_ref().map_or_else(String::new, |reason| reason.to_string());
+        FsError::Failed { reason }
+    }
+
+    /// Whether changes are possible.
+    pub(crate) fn check(&self) -> Result<(), FsError> {
+        if self.options.read_only {
+            return Err(FsError::ReadOnly);
+        }
+        if self.failure.borrow().is_some() {
+            return Err(self.failed());
+        }
+        Ok(())
+    }
+
+    /// Loads a page and puts it in its place.
+    pub(crate) async fn load(&self, missing: Missing) -> Result<(), FsError> {
+        let block = missing.ptr.block;
+        if self.loading.borrow().contains(&block) {
+            self.changed
+                .until(|| (!self.loading.borrow().contains(&block)).then_some(()))
+                .await;
+            return Ok(());
+        }
+        self.loading.borrow_mut().insert(block);
+        let _loading = Loading { core: self, block };
+        let buffer = AlignedBuffer::new(PAGE);
+        // SAFETY: the buffer lives until the read has ended, and is not used before.
+        let memory = [unsafe { buffer.io(0, PAGE) }];
+        self.meta.read(block.saturating_mul(SUB_CLUSTER), &memory).await?;
+        let node = codec::decode(missing.ptr, missing.kind, buffer.as_slice())
+            .map_err(|error| Damage::new("the metadata volume", error))?;
+        let node = Rc::new(node);
+        let there = missing.place.with(|child| {
+            let wanted = matches!(child, Child::Media(ptr) if *ptr == missing.ptr);
+            if wanted {
+                *child = Child::Loaded(node);
+            }
+            wanted
+        });
+        if there == Some(true)
+            && let Place::Inner(parent, index) = &missing.place
+            && parent.level == 1
+        {
+            self.state.pages.now_resident(parent, *index);
+        }
+        if self.state.pages.resident() > self.options.cached_pages && !self.checkpointing.get() {
+            self.state.pages.evict(self.options.cached_pages);
+        }
+        Ok(())
+    }
+
+    /// Asks until everything is in memory.
+    pub(crate) async fn look<T>(&self, mut look: impl FnMut(&State<V>) -> Result<T, Refusal>) -> Result<T, FsError> {
+        loop {
+            match look(&self.state) {
+                Ok(found) => return Ok(found),
+                Err(refusal) => self.resolve(refusal).await?,
+            }
+        }
+    }
+
+    /// Loads what is missing; everything else is an error.
+    pub(crate) async fn resolve(&self, refusal: Refusal) -> Result<(), FsError> {
+        match refusal {
+            Refusal::Stop(Stop::Missing(missing)) => self.load(missing).await,
+            Refusal::Stop(Stop::Damaged(damage)) => Err(damage.into()),
+            Refusal::Error(error) => Err(error),
+        }
+    }
+
+    /// Waits for room in the journal and on the metadata volume.
+    pub(crate) async fn admit(&self, bytes: usize, need: Need) -> Result<Ticket, FsError>
+    where
+        Self: 'static,
+    {
+        self.check()?;
+        let reserve = match need {
+            Need::Ordinary => RESERVED_PAGES.min(self.superblock.borrow().layout.size_blocks / 8),
+            Need::Freeing => 4,
+        };
+        // What is dirty is written before what it replaces is free. One more change makes a path of each of a few trees dirty.
+        let room = || self.space.free_count() > self.state.pages.dirtied() + reserve + 16;
+        if !room() {
+            self.checkpoint_now().await?;
+            if !room() {
+                return Err(FsError::NoSpace {
+                    what: "the metadata volume".into(),
+                    remedy: "grow it, or delete files",
+                });
+            }
+        }
+        self.journal.admit(bytes).await.map_err(|error| self.fail(&error))
+    }
+
+    /// Makes a plan and carries it out in one moment. The plan is made again whenever a page was missing.
+    pub(crate) async fn transact<R>(
+        &self,
+        bytes: usize,
+        need: Need,
+        plan: impl FnMut(&State<V>) -> Result<(Vec<Record>, R), Refusal>,
+    ) -> Result<(u64, R), FsError> {
+        let ticket = self.admit(bytes, need).await?;
+        self.transact_admitted(&ticket, plan).await
+    }
+
+    /// As [`Self::transact`], with room that was waited for before.
+    pub(crate) async fn transact_admitted<R>(
+        &self,
+        _ticket: &Ticket,
+        mut plan: impl FnMut(&State<V>) -> Result<(Vec<Record>, R), Refusal>,
+    ) -> Result<(u64, R), FsError> {
+        loop {
+            let done = plan(&self.state).and_then(|(records, result)| {
+                let group = self.execute(&records)?;
+                Ok((group, result))
+            });
+            match done {
+                Ok(done) => return Ok(done),
+                Err(refusal) => self.resolve(refusal).await?,
+            }
+        }
+    }
+
+    /// Applies records and appends them to the journal: all of them, or none.
+    pub(crate) fn execute(&self, records: &[Record]) -> Result<u64, Refusal> {
+        for record in records {
+            self.state.prepare(record)?;
+        }
+        self.check()?;
+        let mut effects = Effects::default();
+        let mut writer = Writer::default();
+        for record in records {
+            match self.state.apply(record, &mut effects) {
+                Ok(()) => record.encode(&mut writer),
+                // Some may be applied and others not, so what is in memory is not to be used any more.
+                Err(Stop::Damaged(damage)) => return Err(self.fail(&damage).into()),
+                Err(Stop::Missing(_)) => {
+                    let damage = Damage::new("the file system", format!("{record:?} was not prepared"));
+                    return Err(self.fail(&damage).into());
+                }
+            }
+        }
+        if records.is_empty() {
+            return Ok(self.journal.durable_group());
+        }
+        let group = match self.journal.append(&writer.0) {
+            Ok(group) => group,
+            Err(error) => return Err(self.fail(&error).into()),
+        };
+        self.take_effects(effects, group);
+        self.after_change();
+        Ok(group)
+    }
+
+    fn take_effects(&self, effects: Effects, group: u64) {
+        if !effects.freed.is_empty() {
+            let epoch = self.epochs.turn();
+            let mut freed = self.freed.borrow_mut();
+            for (first, count) in effects.freed {
+                if let Ok(volume) = self.state.volume(first.volume) {
+                    (first.cluster..first.cluster + count).for_each(|cluster| {
+                        volume.hold(cluster);
+                    });
+                }
+                freed.push_back(Freed {
+                    group,
+                    epoch,
+                    first,
+                    count,
+                });
+            }
+        }
+        if effects.orphans {
+            self.chains.set(self.chains.get() + 1);
+            self.housekeeping.set(true);
+        }
+    }
+
+    /// The records of a group speak of data on this volume that a flush must make durable first.
+    pub(crate) fn needs_flush(&self, group: u64, volume: VolumeIndex) {
+        self.needs.borrow_mut().entry(group).or_default().insert(volume);
+    }
+
+    /// Gives clusters back that nobody can be reading any more.
+    pub(crate) fn release_freed(&self) {
+        let durable = self.journal.durable_group();
+        let mut freed = self.freed.borrow_mut();
+        while let Some(next) = freed.front() {
+            if next.group > durable || !self.epochs.is_over(next.epoch) {
+                return;
+            }
+            let next = freed.pop_front();
+            if let Some(next) = next
+                && let Ok(volume) = self.state.volume(next.first.volume)
+            {
+                (next.first.cluster..next.first.cluster + next.count).for_each(|cluster| volume.release(cluster));
+            }
+        }
+    }
+
+    /// Whether clusters wait to be used again.
+    pub(crate) fn has_freed(&self) -> bool {
+        !self.freed.borrow().is_empty()
+    }
+
+    /// Makes data durable that were written to a volume before it had seen `written` writes.
+    pub(crate) async fn flush_volume(&self, volume: &VolumeCore<V>, written: u64) -> Result<(), IoError> {
+        loop {
+            if volume.flushed.get() >= written {
+                return Ok(());
+            }
+            if volume.flushing.get().is_some() {
+                self.changed
+                    .until(|| volume.flushing.get().is_none().then_some(()))
+                    .await;
+                continue;
+            }
+            let covers = volume.written.get();
+            volume.flushing.set(Some(covers));
+            let _flushing = Flushing { core: self, volume };
+            volume.device.flush().await?;
+            volume.flushed.set(volume.flushed.get().max(covers));
+        }
+    }
+
+    /// What a group's records speak of becomes durable. A volume that cannot do that takes no more writes, and who flushes files on it
+    /// gets the error; the others go on.
+    pub(crate) async fn flush_for(&self, group: u64) {
+        let needed: BTreeSet<VolumeIndex> = {
+            let mut needs = self.needs.borrow_mut();
+            let later = needs.split_off(&(group + 1));
+            std::mem::replace(&mut *needs, later).into_values().flatten().collect()
+        };
+        let volumes: Vec<_> = needed.iter().filter_map(|index| self.state.volume(*index).ok()).collect();
+        let flushes = volumes.iter().map(|volume| -> Boxed<'_, _> {
+            Box::pin(self.flush_volume(volume, volume.written.get()))
+        });
+        for (volume, result) in volumes.iter().zip(gate::all(flushes.collect()).await) {
+            if let Err(error) = result {
+                block_io::cover!("filesys: a volume failed under a commit");
+                tracing::error!(volume = volume.record().name, %error, "a volume takes no more writes: its flush failed");
+                volume.failed.set(true);
+            }
+        }
+    }
+
+    /// The file and its ancestors.
+    pub(crate) fn chain(&self, file: FileId) -> Result<Chain, Stop> {
+        let mut chain: Vec<Rc<FileCore>> = vec![self.state.file(file)?];
+        while let Some(parent) = chain.last().and_then(|file| file.parent()) {
+            if chain.len() > 10_000 {
+                return Err(Damage::new(file, "has itself among its parents").into());
+            }
+            chain.push(self.state.file(parent)?);
+        }
+        Ok(chain.into())
+    }
+}
+
+struct Loading<'a, V, C> {
+    core: &'a Core<V, C>,
+    block: u64,
+}
+
+impl<V, C> Drop for Loading<'_, V, C> {
+    fn drop(&mut self) {
+        self.core.loading.borrow_mut().remove(&self.block);
+        self.core.changed.notify();
+    }
+}
+
+struct Flushing<'a, V, C> {
+    core: &'a Core<V, C>,
+    volume: &'a VolumeCore<V>,
+}
+
+impl<V, C> Drop for Flushing<'_, V, C> {
+    fn drop(&mut self) {
+        self.volume.flushing.set(None);
+        self.core.changed.notify();
+    }
+}

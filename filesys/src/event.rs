@@ -1,0 +1,46 @@
+//! What the file system tells its owner.
+
+use crate::units::{FileId, VolumeIndex};
+
+/// Something that an administrator should know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// A volume has less than 6 % free.
+    LowSpace {
+        /// Which volume.
+        volume: VolumeIndex,
+        /// Its name.
+        name: String,
+        /// Bytes that are free.
+        free: u64,
+        /// Bytes of the volume.
+        size: u64,
+    },
+    /// A volume has 6 % free again.
+    SpaceAgain {
+        /// Which volume.
+        volume: VolumeIndex,
+        /// Its name.
+        name: String,
+    },
+    /// The file system takes no changes any more.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+    /// Data were not what was written, and could not be repaired.
+    Corrupt {
+        /// Which file.
+        file: FileId,
+        /// Byte offset in it.
+        offset: u64,
+    },
+    /// Data were not what was written, and were repaired from another copy.
+    Repaired {
+        /// Which file.
+        file: FileId,
+        /// Byte offset in it.
+        offset: u64,
+    },
+}

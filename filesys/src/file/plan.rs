@@ -1,0 +1,236 @@
+//! Where the bytes of a range are.
+
+use std::rc::Rc;
+
+use block_io::{BlockDevice, Clock};
+
+use super::handle::File;
+use super::layer_cache::Answers;
+use crate::entry::Entry;
+use crate::file_core::{Chain, FileCore};
+use crate::state::{Damage, State, Stop};
+use crate::tree::node::Missing;
+use crate::units::{CLUSTER, Location, SUB_CLUSTER, SubMask};
+use crate::volume::VolumeCore;
+
+/// Where bytes come from.
+#[derive(Debug)]
+pub(super) enum Source<V> {
+    /// They are zero.
+    Zero,
+    /// From this byte of a volume on.
+    Data {
+        volume: Rc<VolumeCore<V>>,
+        offset: u64,
+        /// Their sub-clusters have checksums.
+        checked: bool,
+    },
+}
+
+/// Bytes of a range that come from one place.
+#[derive(Debug)]
+pub(super) struct Piece<V> {
+    pub(super) source: Source<V>,
+    pub(super) length: u64,
+}
+
+/// The bytes of one cluster, or of a part of it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Part {
+    pub(super) cluster: u64,
+    /// Bytes within the cluster.
+    pub(super) start: u64,
+    pub(super) end: u64,
+}
+
+impl Part {
+    pub(super) fn touched(self) -> SubMask {
+        SubMask::touched(self.start, self.end)
+    }
+
+    /// The file's cluster number as maps have it.
+    pub(super) fn index(self) -> u32 {
+        u32::try_from(self.cluster).unwrap_or(u32::MAX)
+    }
+}
+
+/// Cuts a range at clusters.
+pub(super) fn parts(offset: u64, length: u64) -> impl Iterator<Item = Part> {
+    let end = offset + length;
+    (offset / CLUSTER..end.div_ceil(CLUSTER)).map(move |cluster| Part {
+        cluster,
+        start: offset.saturating_sub(cluster * CLUSTER),
+        end: (end - cluster * CLUSTER).min(CLUSTER),
+    })
+}
+
+/// Who has each sub-cluster of one cluster.
+struct Owners {
+    /// Sub-clusters that nobody was found for yet.
+    rest: u16,
+    /// Each with what it has.
+    found: Vec<(u16, Location, bool)>,
+}
+
+impl Owners {
+    fn take(&mut self, entry: Entry) {
+        let valid = entry.valid() & self.rest;
+        if valid != 0
+            && let Some(at) = entry.location()
+        {
+            self.found.push((valid, at, entry.is_checked()));
+        }
+        self.rest &= entry.holes();
+    }
+}
+
+fn entry(file: &FileCore, cluster: u64) -> Result<Entry, Missing> {
+    file.map().map_or(Ok(Entry::HOLE), |map| map.entry(cluster))
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
+    /// Where the bytes of a range are.
+    pub(super) fn plan_read(
+        &self,
+        state: &State<V>,
+        chain: &Chain,
+        offset: u64,
+        length: u64,
+    ) -> Result<Vec<Piece<V>>, Stop> {
+        let mut pieces = Vec::with_capacity(1);
+        for part in parts(offset, length) {
+            let head = entry(&chain[0], part.cluster)?;
+            let mask = part.touched().0;
+            let from = part.cluster * CLUSTER + part.start;
+            if head.valid() & mask == mask
+                && let Some(at) = head.location()
+            {
+                push(state, &mut pieces, Some((at, head.is_checked())), part.start, part.end)?;
+            } else if head.zero() & mask == mask || (chain.len() == 1 && head.valid() & mask == 0) {
+                push(state, &mut pieces, None, part.start, part.end)?;
+            } else {
+                let owners = self.owners(chain, part.cluster, head, mask)?;
+                push_mixed(state, &mut pieces, &owners, part)?;
+            }
+            debug_assert!(from < offset + length);
+        }
+        Ok(pieces)
+    }
+
+    /// Asks the ancestors for what the head does not have.
+    fn owners(&self, chain: &Chain, cluster: u64, head: Entry, mask: u16) -> Result<Owners, Stop> {
+        let mut owners = Owners {
+            rest: mask,
+            found: Vec::with_capacity(2),
+        };
+        owners.take(head);
+        if owners.rest == 0 || chain.len() == 1 {
+            return Ok(owners);
+        }
+        let answers = self.layers.borrow().get(cluster);
+        match answers {
+            Answers::Nobody => {}
+            Answers::Only(number) => {
+                if let Some(file) = chain.len().checked_sub(number + 1).and_then(|index| chain.get(index)) {
+                    owners.take(entry(file, cluster)?);
+                }
+            }
+            Answers::Mixed => {
+                for file in &chain[1..] {
+                    owners.take(entry(file, cluster)?);
+                    if owners.rest == 0 {
+                        break;
+                    }
+                }
+            }
+            Answers::Unknown => {
+                let found = self.ask_all(chain, cluster, &mut owners)?;
+                self.layers.borrow_mut().put(cluster, found);
+            }
+        }
+        Ok(owners)
+    }
+
+    fn ask_all(&self, chain: &Chain, cluster: u64, owners: &mut Owners) -> Result<Answers, Stop> {
+        let mut answers = Answers::Nobody;
+        let mut rest = u16::MAX;
+        for (index, file) in chain.iter().enumerate().skip(1) {
+            let entry = entry(file, cluster)?;
+            owners.take(entry);
+            if entry.holes() != u16::MAX {
+                answers = match answers {
+                    Answers::Nobody => Answers::Only(chain.len() - 1 - index),
+                    _ => Answers::Mixed,
+                };
+            }
+            rest &= entry.holes();
+            if rest == 0 {
+                break;
+            }
+        }
+        Ok(answers)
+    }
+}
+
+fn push_mixed<V>(state: &State<V>, pieces: &mut Vec<Piece<V>>, owners: &Owners, part: Part) -> Result<(), Damage> {
+    let mut at = part.start;
+    while at < part.end {
+        let sub = u32::try_from(at / SUB_CLUSTER).unwrap_or(0);
+        let end = ((u64::from(sub) + 1) * SUB_CLUSTER).min(part.end);
+        let owner = owners
+            .found
+            .iter()
+            .find(|(mask, ..)| SubMask(*mask).contains(sub))
+            .map(|(_, location, checked)| (*location, *checked));
+        push(state, pieces, owner, at, end)?;
+        at = end;
+    }
+    Ok(())
+}
+
+/// Bytes `start..end` of a cluster, joined with what is before if they follow it.
+fn push<V>(
+    state: &State<V>,
+    pieces: &mut Vec<Piece<V>>,
+    owner: Option<(Location, bool)>,
+    start: u64,
+    end: u64,
+) -> Result<(), Damage> {
+    let length = end - start;
+    match (pieces.last_mut(), owner) {
+        (
+            Some(Piece {
+                source: Source::Zero,
+                length: before,
+            }),
+            None,
+        ) => *before += length,
+        (
+            Some(Piece {
+                source:
+                    Source::Data {
+                        volume,
+                        offset,
+                        checked: was,
+                    },
+                length: before,
+            }),
+            Some((at, checked)),
+        ) if volume.index == at.volume && *offset + *before == at.offset() + start && *was == checked => {
+            *before += length;
+        }
+        (_, None) => pieces.push(Piece {
+            source: Source::Zero,
+            length,
+        }),
+        (_, Some((at, checked))) => pieces.push(Piece {
+            source: Source::Data {
+                volume: state.volume(at.volume)?,
+                offset: at.offset() + start,
+                checked,
+            },
+            length,
+        }),
+    }
+    Ok(())
+}

@@ -1,0 +1,399 @@
+//! A file system is made, opened, closed.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use block_io::{BlockDevice, Clock};
+
+use crate::core::Core;
+use crate::error::{FsError, Refusal};
+use crate::event::Event;
+use crate::inode::MAX_CLASS;
+use crate::journal::{self, Journal, Position, Ring};
+use crate::meta_space::MetaSpace;
+use crate::record::{Record, VolumeRecord};
+use crate::state::{Effects, State, Stop};
+use crate::superblock::{self, LayoutOptions, Superblock};
+use crate::tree::codec;
+use crate::tree::node::{Child, Missing, Root};
+use crate::units::{CLUSTER, MAX_NAME, MAX_VOLUMES, SUB_CLUSTER, VolumeIndex};
+use crate::wire::Reader;
+
+/// A volume that is given to a file system.
+#[derive(Debug)]
+pub struct GivenVolume<V> {
+    /// Identity, by which it is known again.
+    pub uuid: [u8; 16],
+    /// For people.
+    pub name: String,
+    /// Storage class; empty for none.
+    pub class: String,
+    /// Itself.
+    pub device: Rc<V>,
+}
+
+/// How a file system is made.
+#[derive(Debug, Clone)]
+pub struct FormatOptions {
+    /// Identity, drawn at random.
+    pub uuid: [u8; 16],
+    /// Drawn at random; keys the hashes of names.
+    pub seed: u64,
+    /// Blocks of 4 KiB of the journal; by default an eighth of the metadata volume, at least 256 KiB, at most 64 MiB.
+    pub journal_blocks: Option<u64>,
+    /// Largest size in bytes to which the metadata volume can grow later.
+    pub grow_to: u64,
+}
+
+/// How a file system is opened.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Nothing is written.
+    pub read_only: bool,
+    /// Pages of metadata that are kept in memory while they are not needed, about; 4 KiB each.
+    pub cached_pages: usize,
+    /// Files that are kept in memory while nobody has them open, about.
+    pub cached_files: usize,
+    /// Pages that may be dirty before a checkpoint begins.
+    pub dirty_pages: u64,
+    /// Orphans are settled and layers absorbed in the background; tests want to say when.
+    pub background: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            cached_pages: 16384,
+            cached_files: 1024,
+            dirty_pages: 16384,
+            background: true,
+        }
+    }
+}
+
+/// An open file system. Copies are the same one. It works as long as a copy is there; [`Self::close`] ends it in order, and ending it
+/// otherwise is like a crash, which loses nothing that was acknowledged.
+pub struct FileSystem<V: BlockDevice + 'static, C: Clock + Clone + 'static>(pub(crate) Rc<Owner<V, C>>);
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Clone for FileSystem<V, C> {
+    fn clone(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+}
+
+/// Ends the tasks when the last copy is gone.
+pub(crate) struct Owner<V: BlockDevice + 'static, C: Clock + Clone + 'static>(pub(crate) Rc<Core<V, C>>);
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Drop for Owner<V, C> {
+    fn drop(&mut self) {
+        self.0.closing.set(true);
+        self.0.journal.stop();
+        self.0.changed.notify();
+    }
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
+    pub(crate) fn core(&self) -> &Rc<Core<V, C>> {
+        &self.0.0
+    }
+
+    /// Makes a file system: metadata on one volume, data on the others. What they held is lost.
+    ///
+    /// # Errors
+    /// A volume is too small, is given twice, has an impossible name, or fails.
+    pub async fn format(
+        meta: GivenVolume<V>,
+        volumes: Vec<GivenVolume<V>>,
+        options: &FormatOptions,
+        open: OpenOptions,
+        clock: C,
+    ) -> Result<Self, FsError> {
+        let size_blocks = meta.device.size() / SUB_CLUSTER;
+        let layout = superblock::layout(
+            size_blocks,
+            &LayoutOptions {
+                journal_blocks: options.journal_blocks,
+                grow_to_blocks: (options.grow_to / SUB_CLUSTER).max(size_blocks),
+            },
+        )
+        .map_err(|error| FsError::Open(error.to_string()))?;
+        for volume in &volumes {
+            check_volume(volume)?;
+        }
+        let given = devices_of(&volumes);
+        if given.len() != volumes.len() || given.contains_key(&meta.uuid) {
+            return Err(FsError::Open("a volume is given twice".into()));
+        }
+        let state = State::blank(options.seed, given);
+        let start = Position {
+            group: 1,
+            block: 0,
+            previous: 0,
+        };
+        let space = MetaSpace::format(Rc::clone(&meta.device), layout, options.uuid);
+        let superblock = Superblock {
+            uuid: options.uuid,
+            incarnation: 1,
+            layout,
+            replay: start,
+            name_hash_seed: options.seed,
+            ..Superblock::default()
+        };
+        let ring = Ring {
+            region: layout.journal,
+            uuid: options.uuid,
+        };
+        let journal = Journal::new(Rc::clone(&meta.device), ring, &start, start, 1);
+        let core = Core::new(state, meta.device, journal, space, superblock, clock, open);
+        for volume in volumes {
+            core.add_volume_now(&volume)?;
+        }
+        let fs = Self(Rc::new(Owner(Rc::clone(&core))));
+        core.start();
+        core.checkpoint_now().await?;
+        Ok(fs)
+    }
+
+    /// Opens the file system whose metadata are on `meta`. All its data volumes must be given, in any order; others are ignored.
+    ///
+    /// # Errors
+    /// There is none, a volume is missing, metadata are damaged, or a volume fails.
+    pub async fn open(
+        meta: Rc<V>,
+        volumes: Vec<GivenVolume<V>>,
+        options: OpenOptions,
+        clock: C,
+    ) -> Result<Self, FsError> {
+        let read_only = options.read_only;
+        let opened = superblock::open(&*meta)
+            .await
+            .map_err(|error| FsError::Open(error.to_string()))?;
+        let mut superblock = opened.superblock;
+        if opened.unknown_read_only != 0 && !read_only {
+            return Err(FsError::Open(format!(
+                "the file system uses features that this program can only read (bits {:#x}): open it read-only, or use a newer one",
+                opened.unknown_read_only
+            )));
+        }
+        let space = MetaSpace::load(Rc::clone(&meta), superblock.layout, superblock.uuid, superblock.space)
+            .await
+            .map_err(|error| FsError::Open(error.to_string()))?;
+        let state = load_state(&*meta, &superblock, devices_of(&volumes)).await?;
+        let ring = Ring {
+            region: superblock.layout.journal,
+            uuid: superblock.uuid,
+        };
+        let position = replay(&*meta, &state, &ring, &superblock).await?;
+        state.replaying.set(false);
+        superblock.next_object = superblock.next_object.max(state.next_id());
+        if !read_only {
+            // What was read may be in a cache only; from now on others build on it.
+            meta.flush().await?;
+            let data: Vec<_> = state.volumes.borrow().values().map(Rc::clone).collect();
+            for volume in data {
+                volume.device.flush().await?;
+            }
+            superblock.sequence = opened.next_sequence;
+            superblock.incarnation += 1;
+            superblock.clean = false;
+            superblock::write(&*meta, &superblock)
+                .await
+                .map_err(|error| FsError::Open(error.to_string()))?;
+        }
+        let journal = Journal::new(
+            Rc::clone(&meta),
+            ring,
+            &superblock.replay,
+            position,
+            superblock.incarnation,
+        );
+        let core = Core::new(state, meta, journal, space, superblock, clock, options);
+        if !read_only {
+            core.housekeeping.set(core.options.background);
+            core.start();
+        }
+        Ok(Self(Rc::new(Owner(core))))
+    }
+
+    /// Makes everything durable, and ends. Files that are still open fail from then on.
+    ///
+    /// # Errors
+    /// Something could not be written; nothing that was acknowledged is lost by that.
+    pub async fn close(&self) -> Result<(), FsError> {
+        let core = self.core();
+        if core.options.read_only {
+            return Ok(());
+        }
+        let done = if core.closing.get() {
+            Ok(())
+        } else {
+            core.closing.set(true);
+            core.changed.notify();
+            core.changed.until(|| (core.running.get() <= 1).then_some(())).await;
+            core.checkpoint_as(true).await
+        };
+        core.journal.stop();
+        core.changed.until(|| (core.running.get() == 0).then_some(())).await;
+        done
+    }
+
+    /// What happened since this was asked last.
+    pub fn take_events(&self) -> Vec<Event> {
+        self.core().take_events()
+    }
+
+    /// Everything that was written to any file before is durable afterwards.
+    ///
+    /// # Errors
+    /// A volume failed.
+    pub async fn sync(&self) -> Result<(), FsError> {
+        let core = self.core();
+        core.check()?;
+        let volumes: Vec<_> = core.state.volumes.borrow().values().map(Rc::clone).collect();
+        for volume in volumes {
+            core.flush_volume(&volume, volume.written.get()).await?;
+        }
+        core.commit(core.journal.open_group()).await
+    }
+}
+
+fn devices_of<V>(volumes: &[GivenVolume<V>]) -> BTreeMap<[u8; 16], Rc<V>> {
+    volumes
+        .iter()
+        .map(|volume| (volume.uuid, Rc::clone(&volume.device)))
+        .collect()
+}
+
+pub(crate) fn check_volume<V: BlockDevice>(volume: &GivenVolume<V>) -> Result<(), FsError> {
+    let problem = if volume.device.size() < CLUSTER {
+        "it is smaller than 64 KiB"
+    } else if volume.name.len() > MAX_NAME || volume.class.len() > MAX_CLASS {
+        "its name or its class is too long"
+    } else if u64::from(volume.device.geometry().logical_block) > SUB_CLUSTER {
+        "its blocks are larger than 4 KiB"
+    } else {
+        return Ok(());
+    };
+    Err(FsError::State {
+        object: format!("volume {}", volume.name),
+        problem: format!("cannot be part of a file system: {problem}"),
+    })
+}
+
+/// The state of the last checkpoint.
+async fn load_state<V: BlockDevice>(
+    meta: &V,
+    superblock: &Superblock,
+    given: BTreeMap<[u8; 16], Rc<V>>,
+) -> Result<State<V>, FsError> {
+    let root = codec::decode_root(&superblock.root.slot)
+        .map_err(|problem| FsError::Open(format!("the superblock's root: {problem}")))?
+        .unwrap_or(Root {
+            child: Child::Empty,
+            level: 0,
+            kind: codec::Kind::Objects,
+        });
+    let objects = crate::tree::radix::Tree::from_root(root);
+    let state = loop {
+        match State::of_checkpoint(&objects, superblock.next_object, superblock.name_hash_seed, given.clone()) {
+            Ok(state) => break state,
+            Err(stop) => load(meta, stop).await?,
+        }
+    };
+    while let Err(stop) = state.load_tables() {
+        load(meta, stop).await?;
+    }
+    Ok(state)
+}
+
+/// Loads a page while nothing else runs.
+async fn load<V: BlockDevice>(meta: &V, stop: Stop) -> Result<(), FsError> {
+    let Missing { ptr, kind, place } = match stop {
+        Stop::Missing(missing) => missing,
+        Stop::Damaged(damage) => return Err(damage.into()),
+    };
+    let page = crate::core::read_page(meta, ptr.block).await?;
+    let node = codec::decode(ptr, kind, page.as_slice())
+        .map_err(|error| crate::state::Damage::new("the metadata volume", error))?;
+    place.with(|child| *child = Child::Loaded(Rc::new(node)));
+    Ok(())
+}
+
+/// Makes the changes of the journal again.
+async fn replay<V: BlockDevice>(
+    meta: &V,
+    state: &State<V>,
+    ring: &Ring,
+    superblock: &Superblock,
+) -> Result<Position, FsError> {
+    state.replaying.set(true);
+    let each = async |bytes: &[u8]| -> Result<(), FsError> {
+        block_io::cover!("filesys: a group was replayed");
+        let mut reader = Reader(bytes);
+        while !reader.is_empty() {
+            let record = Record::decode(&mut reader)
+                .map_err(|error| crate::state::Damage::new("the journal", error))?;
+            while let Err(stop) = state.prepare(&record) {
+                load(meta, stop).await?;
+            }
+            // What it frees can be used at once: nobody reads yet.
+            while let Err(stop) = state.apply(&record, &mut Effects::default()) {
+                load(meta, stop).await?;
+            }
+        }
+        Ok(())
+    };
+    journal::replay(meta, ring, superblock.replay, superblock.incarnation, each)
+        .await
+        .map_err(|error| match error {
+            journal::ReplayError::Apply { source, .. } => source,
+            other => FsError::Open(other.to_string()),
+        })
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
+    /// The record of a volume that is new.
+    pub(crate) fn volume_record(&self, volume: &GivenVolume<V>) -> Result<VolumeRecord, Refusal> {
+        check_volume(volume)?;
+        let volumes = self.state.volumes.borrow();
+        if volumes.values().any(|known| known.record().uuid == volume.uuid) {
+            return Err(FsError::Exists {
+                path: format!("volume {}", volume.name),
+            }
+            .into());
+        }
+        let next = volumes.keys().last().map_or(0, |last| last.0 + 1);
+        if usize::from(next) >= MAX_VOLUMES {
+            return Err(FsError::State {
+                object: "the file system".into(),
+                problem: format!("has {MAX_VOLUMES} volumes, which is the most"),
+            }
+            .into());
+        }
+        Ok(VolumeRecord {
+            index: VolumeIndex(next),
+            uuid: volume.uuid,
+            name: volume.name.clone(),
+            class: volume.class.clone(),
+            clusters: (volume.device.size() / CLUSTER).min(crate::units::MAX_CLUSTERS - 1),
+            bitmap: self.state.new_id()?,
+            sums: self.state.new_id()?,
+            draining: false,
+        })
+    }
+
+    /// Adds a volume while the file system is being made: nothing is missing then.
+    fn add_volume_now(&self, volume: &GivenVolume<V>) -> Result<(), FsError> {
+        let added = self.volume_record(volume).and_then(|record| {
+            let record = Record::Volume(record);
+            self.state.prepare(&record)?;
+            Ok(self.state.apply(&record, &mut Effects::default())?)
+        });
+        added.map_err(|refusal| match refusal {
+            Refusal::Error(error) => error,
+            Refusal::Stop(Stop::Damaged(damage)) => damage.into(),
+            Refusal::Stop(Stop::Missing(_)) => FsError::Open("a new file system needs a page".into()),
+        })
+    }
+}
