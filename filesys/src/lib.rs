@@ -4,3 +4,11 @@
 //! worker in production, and in the simulator in tests. See `docs/src/filesys.md` for pictures, `docs/src/formats/filesys.md` for the
 //! media.
 
+#[allow(dead_code, unused_imports)]
+mod journal;
+#[allow(dead_code, unused_imports)]
+mod meta_io;
+#[allow(dead_code, unused_imports)]
+mod meta_space;
+#[allow(dead_code, unused_imports)]
+mod superblock;
