@@ -30,7 +30,9 @@ use crate::record::Record;
 use crate::state::{Damage, Effects, State, Stop};
 use crate::superblock::Superblock;
 use crate::tree::codec::{self, PAGE};
-use crate::tree::node::{Child, Missing, Place};
+use crate::tree::node::{Missing, Node};
+use crate::file::whole;
+use crate::sums::Unchecked;
 use crate::units::{FileId, Location, SUB_CLUSTER, VolumeIndex};
 use crate::volume::VolumeCore;
 use crate::wire::Writer;
@@ -73,6 +75,7 @@ pub(crate) struct Core<V, C> {
     pub(crate) chains: Cell<u64>,
     /// Grows when layers below others change their content.
     pub(crate) layers: Cell<u64>,
+    pub(crate) unchecked: RefCell<Unchecked>,
     events: RefCell<Vec<Event>>,
 }
 
@@ -116,6 +119,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             failure: RefCell::new(None),
             chains: Cell::new(0),
             layers: Cell::new(0),
+            unchecked: RefCell::default(),
             events: RefCell::default(),
         })
     }
@@ -175,26 +179,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         self.loading.borrow_mut().insert(block);
         let _loading = Loading { core: self, block };
-        let buffer = AlignedBuffer::new(PAGE);
-        // SAFETY: the buffer lives until the read has ended, and is not used before.
-        let memory = [unsafe { buffer.io(0, PAGE) }];
-        self.meta.read(block.saturating_mul(SUB_CLUSTER), &memory).await?;
-        let node = codec::decode(missing.ptr, missing.kind, buffer.as_slice())
-            .map_err(|error| Damage::new("the metadata volume", error))?;
-        let node = Rc::new(node);
-        let there = missing.place.with(|child| {
-            let wanted = matches!(child, Child::Media(ptr) if *ptr == missing.ptr);
-            if wanted {
-                *child = Child::Loaded(node);
-            }
-            wanted
-        });
-        if there == Some(true)
-            && let Place::Inner(parent, index) = &missing.place
-            && parent.level == 1
-        {
-            self.state.pages.now_resident(parent, *index);
-        }
+        load_page(&*self.meta, &self.state, &missing).await?;
         if self.state.pages.resident() > self.options.cached_pages && !self.checkpointing.get() {
             self.state.pages.evict(self.options.cached_pages);
         }
@@ -407,6 +392,22 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         Ok(chain.into())
     }
+}
+
+/// Reads a page of the metadata volume and puts it in its place, if it still belongs there.
+pub(crate) async fn load_page<V: BlockDevice>(meta: &V, state: &State<V>, missing: &Missing) -> Result<(), FsError> {
+    let node = read_page(meta, missing).await?;
+    state.pages.install(missing, Rc::new(node));
+    Ok(())
+}
+
+/// Reads a page of the metadata volume.
+pub(crate) async fn read_page<V: BlockDevice>(meta: &V, missing: &Missing) -> Result<Node, FsError> {
+    let buffer = AlignedBuffer::new(PAGE);
+    let offset = missing.ptr.block.saturating_mul(SUB_CLUSTER);
+    meta.read(offset, &whole(&buffer)).await?;
+    let node = codec::decode(missing.ptr, missing.kind, buffer.as_slice());
+    Ok(node.map_err(|error| Damage::new("the metadata volume", error))?)
 }
 
 struct Loading<'a, V, C> {

@@ -3,18 +3,57 @@
 //! The code is plain `async fn` over [`BlockDevice`](block_io::BlockDevice) and [`Clock`](block_io::Clock); it runs on the pool's
 //! worker in production, and in the simulator in tests. See `docs/src/filesys.md` for pictures, `docs/src/formats/filesys.md` for the
 //! media.
+//!
+//! ```text
+//!   FileSystem   File (a BlockDevice)          namespace, layers, file: what users call
+//!        │            │
+//!        └── core ────┘                        plans from the state, executes records, shares everything
+//!              │
+//!        state: apply(record)                  all metadata in memory, as trees of pages (tree), with volumes (volume) and files
+//!         │            │
+//!      journal     checkpoint                  records that are durable; trees that are durable (meta_space, superblock)
+//!         └─────┬──────┘
+//!        metadata volume                       data volumes: only data
+//! ```
 
+mod checkpoint;
 mod checksum;
+mod core;
 mod entry;
-mod tree;
-mod units;
-
-pub use units::{CLUSTER, FileId, Location, MAX_FILE, MAX_NAME, MAX_VOLUMES, SUB_CLUSTER, VolumeIndex};
+mod epochs;
+mod error;
+mod event;
+mod file;
 mod file_core;
 mod gate;
 mod hash;
 mod inode;
+#[allow(dead_code, unused_imports)]
+mod journal;
+mod layers;
+#[allow(dead_code, unused_imports)]
+mod meta_io;
+#[allow(dead_code, unused_imports)]
+mod meta_space;
+mod namespace;
+mod open;
+mod orphans;
 mod record;
 mod state;
+mod sums;
+#[allow(dead_code, unused_imports)]
+mod superblock;
+mod tree;
+mod units;
 mod volume;
 mod wire;
+
+pub use error::FsError;
+pub use event::Event;
+pub use file::{Access, File};
+pub use inode::{Attributes, Kind, Target};
+pub use layers::Snapshot;
+pub use namespace::{DirectoryEntry, NewFile, Stat};
+pub use open::{FileSystem, FormatOptions, GivenVolume, OpenOptions};
+pub use state::Damage;
+pub use units::{CLUSTER, FileId, Location, MAX_FILE, MAX_NAME, MAX_VOLUMES, SUB_CLUSTER, VolumeIndex};

@@ -5,17 +5,18 @@ use std::rc::Rc;
 
 use block_io::{BlockDevice, Clock};
 
-use crate::core::Core;
+use crate::core::{self, Core};
 use crate::error::{FsError, Refusal};
 use crate::event::Event;
 use crate::inode::MAX_CLASS;
 use crate::journal::{self, Journal, Position, Ring};
 use crate::meta_space::MetaSpace;
 use crate::record::{Record, VolumeRecord};
-use crate::state::{Effects, State, Stop};
+use crate::state::{Damage, Effects, State, Stop};
 use crate::superblock::{self, LayoutOptions, Superblock};
 use crate::tree::codec;
-use crate::tree::node::{Child, Missing, Root};
+use crate::tree::node::{Child, Root};
+use crate::tree::radix::Tree;
 use crate::units::{CLUSTER, MAX_NAME, MAX_VOLUMES, SUB_CLUSTER, VolumeIndex};
 use crate::wire::Reader;
 
@@ -294,30 +295,29 @@ async fn load_state<V: BlockDevice>(
             level: 0,
             kind: codec::Kind::Objects,
         });
-    let objects = crate::tree::radix::Tree::from_root(root);
+    let objects = Tree::from_root(root);
     let state = loop {
         match State::of_checkpoint(&objects, superblock.next_object, superblock.name_hash_seed, given.clone()) {
             Ok(state) => break state,
-            Err(stop) => load(meta, stop).await?,
+            Err(Stop::Missing(missing)) => {
+                let node = Rc::new(core::read_page(meta, &missing).await?);
+                missing.place.with(|child| *child = Child::Loaded(node));
+            }
+            Err(Stop::Damaged(damage)) => return Err(damage.into()),
         }
     };
     while let Err(stop) = state.load_tables() {
-        load(meta, stop).await?;
+        load(meta, &state, stop).await?;
     }
     Ok(state)
 }
 
 /// Loads a page while nothing else runs.
-async fn load<V: BlockDevice>(meta: &V, stop: Stop) -> Result<(), FsError> {
-    let Missing { ptr, kind, place } = match stop {
-        Stop::Missing(missing) => missing,
-        Stop::Damaged(damage) => return Err(damage.into()),
-    };
-    let page = crate::core::read_page(meta, ptr.block).await?;
-    let node = codec::decode(ptr, kind, page.as_slice())
-        .map_err(|error| crate::state::Damage::new("the metadata volume", error))?;
-    place.with(|child| *child = Child::Loaded(Rc::new(node)));
-    Ok(())
+async fn load<V: BlockDevice>(meta: &V, state: &State<V>, stop: Stop) -> Result<(), FsError> {
+    match stop {
+        Stop::Missing(missing) => core::load_page(meta, state, &missing).await,
+        Stop::Damaged(damage) => Err(damage.into()),
+    }
 }
 
 /// Makes the changes of the journal again.
@@ -333,13 +333,13 @@ async fn replay<V: BlockDevice>(
         let mut reader = Reader(bytes);
         while !reader.is_empty() {
             let record = Record::decode(&mut reader)
-                .map_err(|error| crate::state::Damage::new("the journal", error))?;
+                .map_err(|error| Damage::new("the journal", error))?;
             while let Err(stop) = state.prepare(&record) {
-                load(meta, stop).await?;
+                load(meta, state, stop).await?;
             }
             // What it frees can be used at once: nobody reads yet.
             while let Err(stop) = state.apply(&record, &mut Effects::default()) {
-                load(meta, stop).await?;
+                load(meta, state, stop).await?;
             }
         }
         Ok(())

@@ -6,7 +6,6 @@ use std::rc::Rc;
 
 use block_io::{BlockDevice, Clock};
 
-use super::handle::File;
 use crate::core::Core;
 use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
@@ -242,25 +241,26 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 }
 
-impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// As [`Core::place`], with what is missing loaded.
-    pub(super) async fn place(
+    pub(crate) async fn place_loaded(
         &self,
         file: &FileCore,
         places: &mut Places<'_, V>,
         cluster: u32,
+        careful: bool,
     ) -> Result<Location, FsError> {
         let mut tried = false;
         loop {
-            match self.core.place(file, places, cluster, self.careful.get()) {
+            match self.place(file, places, cluster, careful) {
                 Ok(location) => return Ok(location),
-                Err(Refusal::Error(FsError::NoSpace { .. })) if !tried && self.core.has_freed() => {
+                Err(Refusal::Error(FsError::NoSpace { .. })) if !tried && self.has_freed() => {
                     // What was freed can be used once the record that says so is durable.
                     block_io::cover!("filesys: an allocation waits for freed clusters");
                     tried = true;
-                    self.core.commit(self.core.journal.open_group()).await?;
+                    self.commit(self.journal.open_group()).await?;
                 }
-                Err(refusal) => self.core.resolve(refusal).await?,
+                Err(refusal) => self.resolve(refusal).await?,
             }
         }
     }

@@ -21,4 +21,7 @@ mod write;
 mod zero;
 
 pub use handle::{Access, File};
-pub(crate) use memory::{gather, length, part, scatter};
+pub(crate) use memory::whole;
+pub(crate) use plan::Part;
+pub(crate) use read::{data_sum, sum_of};
+pub(crate) use write::note_written;

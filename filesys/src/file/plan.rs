@@ -36,11 +36,11 @@ pub(super) struct Piece<V> {
 
 /// The bytes of one cluster, or of a part of it.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Part {
+pub(crate) struct Part {
     pub(super) cluster: u64,
     /// Bytes within the cluster.
-    pub(super) start: u64,
-    pub(super) end: u64,
+    pub(crate) start: u64,
+    pub(crate) end: u64,
 }
 
 impl Part {

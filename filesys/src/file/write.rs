@@ -191,7 +191,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         let mut places = self.core.places(file);
         let mut located: Vec<(Part, Location)> = Vec::with_capacity(count);
         for part in parts(offset, length) {
-            let at = self.place(file, &mut places, part.index()).await?;
+            let careful = self.careful.get();
+            let at = self.core.place_loaded(file, &mut places, part.index(), careful).await?;
             located.push((part, at));
         }
         let checking = if sums.is_empty() {

@@ -127,7 +127,9 @@ pub(crate) struct State<V> {
     /// Keys the hashes of names.
     pub(crate) seed: u64,
     /// Devices of volumes, by identity, as the opener gave them.
-    given: BTreeMap<[u8; 16], Rc<V>>,
+    pub(crate) given: RefCell<BTreeMap<[u8; 16], Rc<V>>>,
+    /// Records are applied that were applied before.
+    pub(crate) replaying: Cell<bool>,
 }
 
 /// The key of an inode in its table.
@@ -165,21 +167,21 @@ impl<V> State<V> {
             files: RefCell::default(),
             next_id: Cell::new(next_id),
             seed,
-            given,
+            given: RefCell::new(given),
+            replaying: Cell::new(false),
         }
     }
 
     /// The state of a checkpoint: with `objects`, and what [`Self::load_tables`] still has to load.
     pub(crate) fn of_checkpoint(
-        objects: Root,
+        objects: &Tree,
         next_id: u64,
         seed: u64,
         given: BTreeMap<[u8; 16], Rc<V>>,
     ) -> Result<Self, Stop> {
-        let objects = Tree::from_root(objects);
-        let roots = object_roots(&objects, 0)?;
+        let roots = object_roots(objects, 0)?;
         let root = |id: u64| roots.get(usize::try_from(id).ok()?)?.clone();
-        Ok(Self::from_roots(objects, root, next_id, seed, given))
+        Ok(Self::from_roots(Tree::from_root(objects.to_root()), root, next_id, seed, given))
     }
 
     /// Volumes and pins, which are always in memory.
@@ -225,7 +227,7 @@ impl<V> State<V> {
     }
 
     fn device_of(&self, record: &VolumeRecord) -> Result<Rc<V>, Damage> {
-        let device = self.given.get(&record.uuid).map(Rc::clone);
+        let device = self.given.borrow().get(&record.uuid).map(Rc::clone);
         device.ok_or_else(|| {
             Damage::new(
                 format!("volume {}", record.name),

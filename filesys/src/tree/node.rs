@@ -261,6 +261,23 @@ impl Pages {
         self.resident.borrow_mut().push_back(Resident { parent, index });
     }
 
+    /// Puts a page that was loaded in its place, if that still waits for it.
+    pub(crate) fn install(&self, missing: &Missing, node: Rc<Node>) {
+        let there = missing.place.with(|child| {
+            let wanted = matches!(child, Child::Media(ptr) if *ptr == missing.ptr);
+            if wanted {
+                *child = Child::Loaded(node);
+            }
+            wanted
+        });
+        if there == Some(true)
+            && let Place::Inner(parent, index) = &missing.place
+            && parent.level == 1
+        {
+            self.now_resident(parent, *index);
+        }
+    }
+
     /// Leaves in memory, about.
     pub(crate) fn resident(&self) -> usize {
         self.resident.borrow().len()

@@ -1,0 +1,381 @@
+//! Layers: a file that starts as what another one is, and from then on is its own.
+//!
+//! # The life of a snapshot
+//! 1. Writers of all files that are to be frozen are let out, and none is let in ([`Gate::all`](crate::gate::Gate::all)).
+//! 2. In one transaction each file gets a child, and so is frozen. Open handles go on with the children.
+//! 3. Writers are let in again; they write to the children. The transaction is committed. Nothing was copied.
+//!
+//! # Absorbing
+//! All that takes layers away is one operation: a child takes over what its parent has, where it has nothing itself, and the parent goes.
+//! Places move from map to map, whole pages of a map at once; data are copied only where both have parts of one cluster. The child
+//! may be written meanwhile, and after a crash it goes on where it was.
+//!
+//! ```text
+//!   commit        base ◄── layer              the layer absorbs the base and gets its name
+//!   delete        base ◄── middle ◄── head    the head absorbs the middle
+//!   discard       base ◄── layer              the layer is deleted; nobody absorbs
+//! ```
+
+use std::rc::Rc;
+
+use block_io::{AlignedBuffer, BlockDevice, Clock, Durability};
+
+use crate::core::{Core, Need};
+use crate::entry::Entry;
+use crate::error::{FsError, Refusal};
+use crate::file::{File, note_written, whole};
+use crate::file_core::FileCore;
+use crate::gate::Pass;
+use crate::inode::{Flags, Kind};
+use crate::namespace::check_size;
+use crate::open::FileSystem;
+use crate::record::{LARGEST, Record};
+use crate::state::{Damage, absorb_copies};
+use crate::tree::node::{Body, Child, FANOUT};
+use crate::tree::radix::Look;
+use crate::units::{FileId, Location, SUB_CLUSTER, SUBS, SubMask};
+
+const PAGE: u64 = FANOUT as u64;
+
+/// A layer that is to be put on a file.
+#[derive(Debug)]
+pub struct Snapshot<'a, V: BlockDevice + 'static, C: Clock + Clone + 'static> {
+    /// The file that is frozen.
+    pub path: &'a str,
+    /// The layer that is written from then on.
+    pub layer: &'a str,
+    /// An open handle of the file, which goes on with the layer.
+    pub handle: Option<&'a File<V, C>>,
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
+    /// Freezes files and puts a layer on each, all at one moment and all or none.
+    ///
+    /// # Errors
+    /// A file does not exist or is open without its handle being given, a name is taken or impossible.
+    pub async fn snapshot(&self, snapshots: &[Snapshot<'_, V, C>], now: u64) -> Result<Vec<FileId>, FsError> {
+        let core = self.core();
+        let mut ids = Vec::with_capacity(snapshots.len());
+        for _ in snapshots {
+            ids.push(FileId(core.state.new_id()?));
+        }
+        let ticket = core.admit(LARGEST * snapshots.len().max(1), Need::Ordinary).await?;
+        let mut files = Vec::with_capacity(snapshots.len());
+        for snapshot in snapshots {
+            files.push(core.look(|_| core.find_regular(snapshot.path)).await?);
+        }
+        // In order of numbers, so that two groups do not wait in a circle.
+        let mut order: Vec<&Rc<FileCore>> = files.iter().collect();
+        order.sort_by_key(|file| file.id);
+        order.dedup_by_key(|file| file.id);
+        if order.len() < files.len() {
+            return Err(FsError::State {
+                object: "a snapshot".into(),
+                problem: "names a file twice".into(),
+            });
+        }
+        let mut passes: Vec<Pass<'_>> = Vec::with_capacity(order.len());
+        for file in order {
+            passes.push(file.gate.all().await);
+        }
+        let (group, ()) = core
+            .transact_admitted(&ticket, |_| {
+                let mut records = Vec::with_capacity(snapshots.len());
+                for ((snapshot, file), id) in snapshots.iter().zip(&files).zip(&ids) {
+                    records.push(core.layer(snapshot, file, *id, now)?);
+                }
+                Ok((records, ()))
+            })
+            .await?;
+        core.chains.set(core.chains.get() + 1);
+        for ((snapshot, file), id) in snapshots.iter().zip(&files).zip(&ids) {
+            let layer = core.state.files.borrow().get(id).map(Rc::clone);
+            if let (Some(handle), Some(layer)) = (snapshot.handle, layer) {
+                // What was written to the file and is not durable yet is the layer's to flush as well.
+                layer.group.set(group.max(file.group.get()));
+                layer.written.borrow_mut().extend(file.written.borrow().iter());
+                handle.follow(&layer, snapshot.layer);
+            }
+        }
+        drop(passes);
+        core.commit(group).await?;
+        Ok(ids)
+    }
+
+    /// Makes a file whose content is that of a frozen one; nothing is copied.
+    ///
+    /// # Errors
+    /// There is none, it is not frozen, or the name is taken or impossible.
+    pub async fn clone_file(&self, frozen: &str, path: &str, now: u64) -> Result<FileId, FsError> {
+        let core = self.core();
+        let id = FileId(core.state.new_id()?);
+        let (group, ()) = core
+            .transact(LARGEST, Need::Ordinary, |_| {
+                let parent = core.find_regular(frozen)?;
+                if !parent.inode.borrow().is_frozen() {
+                    return Err(FsError::State {
+                        object: frozen.to_owned(),
+                        problem: "is written to: make a snapshot of it first, and clone what is frozen then".into(),
+                    }
+                    .into());
+                }
+                Ok((vec![core.layer_record(&parent, path, id, now)?], ()))
+            })
+            .await?;
+        core.chains.set(core.chains.get() + 1);
+        core.commit(group).await?;
+        Ok(id)
+    }
+
+    /// Freezes a file, or lets it be written again if no other file depends on it.
+    ///
+    /// # Errors
+    /// There is none; it is open for writing; it has children.
+    pub async fn set_frozen(&self, path: &str, frozen: bool) -> Result<(), FsError> {
+        let core = self.core();
+        let (group, ()) = core
+            .transact(LARGEST, Need::Ordinary, |_| {
+                let file = core.find_regular(path)?;
+                if file.writers.get() > 0 {
+                    return Err(FsError::Busy {
+                        object: path.to_owned(),
+                        problem: "it is open for writing".into(),
+                    }
+                    .into());
+                }
+                if !frozen && file.inode.borrow().children > 0 {
+                    return Err(FsError::Frozen { file: path.to_owned() }.into());
+                }
+                if !frozen {
+                    core.check_unused(path, &file)?;
+                }
+                Ok((vec![Record::Freeze { file: file.id, frozen }], ()))
+            })
+            .await?;
+        core.commit(group).await
+    }
+
+    /// A layer takes over what its parent has, and the parent goes. With `named`, the layer gets the parent's name (a commit of the layer
+    /// into its base); else it keeps its own (the parent, a snapshot, is deleted). The layer may be in use.
+    ///
+    /// # Errors
+    /// There is no parent, others depend on it, too, it is open or pinned, or a volume fails: then it can be called again.
+    pub async fn absorb(&self, layer: &str, named: bool) -> Result<(), FsError> {
+        let core = self.core();
+        let (_, parent) = core
+            .transact(LARGEST, Need::Freeing, |state| {
+                let child = core.find_regular(layer)?;
+                let parent = child.inode.borrow().parent.ok_or_else(|| FsError::State {
+                    object: layer.to_owned(),
+                    problem: "has no parent to absorb".into(),
+                })?;
+                let parent = state.file(parent)?;
+                core.check_absorbable(layer, &parent)?;
+                if parent.inode.borrow().flags.has(Flags::ABSORBED) {
+                    return Ok((Vec::new(), parent.id));
+                }
+                Ok((vec![Record::Absorb { parent: parent.id }], parent.id))
+            })
+            .await?;
+        core.absorb_parent(parent, named).await?;
+        core.commit(core.journal.open_group()).await
+    }
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
+    fn check_absorbable(&self, layer: &str, parent: &FileCore) -> Result<(), FsError> {
+        let (name, children) = {
+            let inode = parent.inode.borrow();
+            (inode.name.clone(), inode.children)
+        };
+        if children > 1 {
+            return Err(FsError::Busy {
+                object: name,
+                problem: format!("{} other files depend on it as well as {layer}", children - 1),
+            });
+        }
+        if parent.inode.borrow().flags.has(Flags::ABSORBED) {
+            return Ok(());
+        }
+        self.check_unused(&name, parent)
+    }
+
+    fn layer(&self, snapshot: &Snapshot<'_, V, C>, file: &Rc<FileCore>, id: FileId, now: u64) -> Result<Record, Refusal> {
+        let writers = u32::from(snapshot.handle.is_some_and(|handle| Rc::ptr_eq(&handle.head(), file)));
+        if snapshot.handle.is_some() && writers == 0 {
+            return Err(FsError::Busy {
+                object: snapshot.path.to_owned(),
+                problem: "the handle given is of another file".into(),
+            }
+            .into());
+        }
+        if file.writers.get() > writers || file.inode.borrow().flags.has(Flags::ABSORBED) {
+            return Err(FsError::Busy {
+                object: snapshot.path.to_owned(),
+                problem: "it is open for writing elsewhere, or being merged".into(),
+            }
+            .into());
+        }
+        self.layer_record(file, snapshot.layer, id, now)
+    }
+
+    fn layer_record(&self, parent: &FileCore, path: &str, id: FileId, now: u64) -> Result<Record, Refusal> {
+        let attributes = parent.inode.borrow().attributes.clone();
+        // A layer has what was written since, so it is thin.
+        let attributes = crate::inode::Attributes {
+            thick: false,
+            ..attributes
+        };
+        let size = parent.inode.borrow().size;
+        check_size(path, size)?;
+        let mut inode = self.new_inode(path, id, Kind::File, Some(&attributes))?;
+        inode.home = parent.inode.borrow().home;
+        inode.size = size;
+        inode.created = now;
+        inode.parent = Some(parent.id);
+        Ok(Record::Create {
+            inode: Box::new(inode),
+        })
+    }
+
+    /// Moves all that a parent has to its only child, and ends the parent.
+    pub(crate) async fn absorb_parent(&self, parent: FileId, named: bool) -> Result<(), FsError> {
+        let (parent, child) = self.look(|state| Ok(state.absorption(parent)?)).await?;
+        loop {
+            let next = self.look(|_| Ok(map_of(&parent)?.next(0)?.map(|span| span.start / PAGE))).await?;
+            let Some(page) = next else { break };
+            let pass = child.gate.alone(page, page).await;
+            self.absorb_page(&parent, &child, page * PAGE).await?;
+            // Others that have this child above them look in the wrong layer otherwise.
+            self.layers.set(self.layers.get() + 1);
+            drop(pass);
+        }
+        self.transact(LARGEST * 2, Need::Freeing, |_| {
+            Ok((
+                vec![Record::Absorbed {
+                    parent: parent.id,
+                    named,
+                }],
+                (),
+            ))
+        })
+        .await?;
+        self.chains.set(self.chains.get() + 1);
+        self.layers.set(self.layers.get() + 1);
+        self.changed.notify();
+        Ok(())
+    }
+
+    /// One page of the map; nobody writes to the child there.
+    async fn absorb_page(&self, parent: &Rc<FileCore>, child: &Rc<FileCore>, first: u64) -> Result<(), FsError> {
+        let number = u32::try_from(first).unwrap_or(u32::MAX);
+        let (below, above) = self
+            .look(|_| {
+                let empty = map_of(child)?.child(first, 0)?;
+                if matches!(empty, Child::Empty) {
+                    return Ok((entries(parent, first)?, None));
+                }
+                Ok((entries(parent, first)?, Some(entries(child, first)?)))
+            })
+            .await?;
+        let record = match above {
+            None => Record::AbsorbChild {
+                parent: parent.id,
+                first: number,
+            },
+            Some(above) => {
+                let keep = self.copy_parts(child, &below, &above).await?;
+                Record::AbsorbLeaf {
+                    parent: parent.id,
+                    first: number,
+                    keep,
+                }
+            }
+        };
+        let (group, ()) = self
+            .transact(LARGEST, Need::Freeing, |_| Ok((vec![record.clone()], ())))
+            .await?;
+        child.group.set(child.group.get().max(group));
+        for (volume, _) in child.written.borrow().iter() {
+            self.needs_flush(group, *volume);
+        }
+        Ok(())
+    }
+
+    /// Where both have parts of a cluster: copies the smaller part to the place of the larger, which is kept. Returns whose is.
+    async fn copy_parts(
+        &self,
+        child: &FileCore,
+        below: &[Entry; FANOUT],
+        above: &[Entry; FANOUT],
+    ) -> Result<[u8; 32], FsError> {
+        let mut keep = [0; 32];
+        for (index, (old, new)) in below.iter().zip(above).enumerate() {
+            let (Some(from_parent), Some(from_child)) = (old.location(), new.location()) else {
+                continue;
+            };
+            let parent_part = SubMask(old.valid() & new.holes());
+            let kept = parent_part.0.count_ones() > new.valid().count_ones();
+            if kept {
+                keep[index / 8] |= 1 << (index % 8);
+            }
+            let mask = absorb_copies(*new, *old, kept);
+            let (from, to) = if kept {
+                (from_child, from_parent)
+            } else {
+                (from_parent, from_child)
+            };
+            self.copy_subs(child, from, to, mask).await?;
+        }
+        Ok(keep)
+    }
+
+    /// Copies sub-clusters of one cluster to the same places of another, with their checksums.
+    pub(crate) async fn copy_subs(
+        &self,
+        file: &FileCore,
+        from: Location,
+        to: Location,
+        mask: SubMask,
+    ) -> Result<(), FsError> {
+        let (source, target) = (self.state.volume(from.volume)?, self.state.volume(to.volume)?);
+        let mut sub = 0;
+        while sub < SUBS {
+            if !mask.contains(sub) {
+                sub += 1;
+                continue;
+            }
+            let count = (sub..SUBS).take_while(|sub| mask.contains(*sub)).count() as u64;
+            let skip = u64::from(sub) * SUB_CLUSTER;
+            let buffer = AlignedBuffer::new(usize::try_from(count * SUB_CLUSTER).unwrap_or(0));
+            source.device.read(from.offset() + skip, &whole(&buffer)).await?;
+            target
+                .device
+                .write(to.offset() + skip, &whole(&buffer), Durability::Volatile)
+                .await?;
+            note_written(file, &target, Durability::Volatile);
+            self.copy_sums(&source, (from.offset() + skip) / SUB_CLUSTER, &target, (to.offset() + skip) / SUB_CLUSTER, count)
+                .await?;
+            sub += u32::try_from(count).unwrap_or(SUBS);
+        }
+        Ok(())
+    }
+}
+
+fn map_of(file: &FileCore) -> Result<&crate::tree::radix::Tree, Damage> {
+    file.map()
+        .ok_or_else(|| Damage::new(file.id, "is taken for a file and is a directory"))
+}
+
+/// The entries of a page.
+fn entries(file: &FileCore, first: u64) -> Result<[Entry; FANOUT], Refusal> {
+    Ok(match map_of(file)?.look(first)? {
+        Look::Empty => [Entry::HOLE; FANOUT],
+        Look::Run(entry) => std::array::from_fn(|number| entry.nth(number as u64)),
+        Look::Leaf(node) => match &*node.body.borrow() {
+            Body::Map(entries) => **entries,
+            _ => [Entry::HOLE; FANOUT],
+        },
+    })
+}
+

@@ -1,0 +1,137 @@
+//! What the superblock, the journal and the metadata bitmap share: blocks of 4 KiB, their reads and writes, their checksum,
+//! and several requests at once.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::ops::Range;
+use std::pin::Pin;
+use std::task::{Poll, Waker};
+
+use block_io::{AlignedBuffer, BlockDevice, Durability, IoError};
+
+/// Bytes of a block of the metadata volume.
+pub(crate) const BLOCK: usize = 4096;
+const BLOCK_BYTES: u64 = BLOCK as u64;
+/// Counters on media (sequences, groups, positions) stay below this, so that counting on from them never overflows.
+pub(crate) const MOST: u64 = 1 << 62;
+
+/// Whole blocks of a device of `size` bytes.
+pub(crate) fn blocks_of(size: u64) -> u64 {
+    size / BLOCK_BYTES
+}
+
+/// CRC-32C (Castagnoli) of `bytes`.
+pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
+    crc_fast::crc32_iscsi(bytes)
+}
+
+/// Puts a field at its place; one that does not fit is cut, which no caller with constant places has.
+pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    if let Some(place) = bytes.get_mut(at..at + value.len()) {
+        place.copy_from_slice(value);
+    } else {
+        debug_assert!(false, "a field at {at} lies outside its block");
+    }
+}
+
+/// The field at a place; zeroes outside of `bytes`, which no caller with constant places asks for.
+pub(crate) fn take<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let field = bytes.get(at..).and_then(|rest| rest.first_chunk());
+    debug_assert!(field.is_some(), "a field at {at} lies outside its block");
+    field.copied().unwrap_or([0; N])
+}
+
+/// The 64-bit number at a place.
+pub(crate) fn take_u64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(take(bytes, at))
+}
+
+/// Reads `count` blocks from block `first` on.
+///
+/// # Errors
+/// The device's.
+pub(crate) async fn read_blocks(
+    device: &impl BlockDevice,
+    first: u64,
+    count: usize,
+) -> Result<AlignedBuffer, IoError> {
+    let length = count.saturating_mul(BLOCK);
+    let buffer = AlignedBuffer::new(length);
+    // SAFETY: the buffer belongs to this future and is declared before the request, so it outlives the request even when the
+    // future is dropped half-way; nothing else uses it meanwhile.
+    let io = [unsafe { buffer.io(0, length) }];
+    device.read(first.saturating_mul(BLOCK_BYTES), &io).await?;
+    Ok(buffer)
+}
+
+/// Writes the blocks `range` of `buffer` from block `first` of the device on.
+///
+/// # Errors
+/// The device's.
+pub(crate) async fn write_blocks(
+    device: &impl BlockDevice,
+    first: u64,
+    buffer: &AlignedBuffer,
+    range: Range<usize>,
+    durability: Durability,
+) -> Result<(), IoError> {
+    let (start, length) = (
+        range.start.saturating_mul(BLOCK),
+        range.len().saturating_mul(BLOCK),
+    );
+    // SAFETY: the request only reads the buffer, which the caller's borrow keeps alive and unchanged until this future, which
+    // drives the request, has ended or is dropped.
+    let io = [unsafe { buffer.io(start, length) }];
+    device
+        .write(first.saturating_mul(BLOCK_BYTES), &io, durability)
+        .await
+}
+
+/// Drives all futures until all have ended; their results in the same order.
+pub(crate) async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
+    let mut running: Vec<Result<F::Output, Pin<Box<F>>>> =
+        futures.into_iter().map(|future| Err(Box::pin(future))).collect();
+    poll_fn(|context| {
+        let mut all = true;
+        for place in &mut running {
+            if let Err(future) = place {
+                match future.as_mut().poll(context) {
+                    Poll::Ready(output) => *place = Ok(output),
+                    Poll::Pending => all = false,
+                }
+            }
+        }
+        if all { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    running.into_iter().filter_map(Result::ok).collect()
+}
+
+/// Where futures of one thread wait until something has changed.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    waiting: RefCell<Vec<Waker>>,
+}
+
+impl Gate {
+    /// Something has changed: all that wait look again.
+    pub(crate) fn open(&self) {
+        let waiting = self.waiting.take();
+        waiting.into_iter().for_each(Waker::wake);
+    }
+
+    /// Waits until `ready` has an answer; asks now, and whenever the gate was opened.
+    pub(crate) async fn until<T>(&self, mut ready: impl FnMut() -> Option<T>) -> T {
+        poll_fn(|context| match ready() {
+            Some(value) => Poll::Ready(value),
+            None => {
+                let mut waiting = self.waiting.borrow_mut();
+                if !waiting.iter().any(|waker| waker.will_wake(context.waker())) {
+                    waiting.push(context.waker().clone());
+                }
+                Poll::Pending
+            }
+        })
+        .await
+    }
+}

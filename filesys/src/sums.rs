@@ -1,0 +1,196 @@
+//! Checksums of data: CRC-32C of each sub-cluster, by its place on the volume.
+//!
+//! Data are overwritten where they are, so data and checksum cannot change in one moment. The answer is that of a dirty-region log: before
+//! the first write to the 4 MiB that one page of checksums covers, a record says that they are not to be trusted should there be a crash. A
+//! checkpoint has the checksums, and so ends that, except for pages into which data are on their way just then: they get the record
+//! anew. So writes over the same regions cost no metadata, and what is damaged outside of regions that were written shortly before
+//! a crash is noticed.
+
+use std::collections::BTreeMap;
+
+use block_io::{BlockDevice, Clock};
+
+use crate::core::{Core, Need};
+use crate::error::{FsError, Refusal};
+use crate::file::{Part, sum_of};
+use crate::record::{LARGEST, Record};
+use crate::tree::codec::Kind;
+use crate::tree::node::Body;
+use crate::units::{Location, SUB_CLUSTER, VolumeIndex};
+use crate::volume::VolumeCore;
+
+/// Pages of checksums that writes are changing.
+#[derive(Debug, Default)]
+pub(crate) struct Unchecked {
+    /// Said to be not trusted since the last checkpoint began.
+    said: BTreeMap<(VolumeIndex, u32), u64>,
+    /// Data on their way.
+    running: BTreeMap<(VolumeIndex, u32), u32>,
+}
+
+/// Data with checksums are on their way.
+pub(crate) struct Checking<'a, V, C> {
+    core: &'a Core<V, C>,
+    pages: Vec<(VolumeIndex, u32)>,
+}
+
+impl<V, C> Drop for Checking<'_, V, C> {
+    fn drop(&mut self) {
+        let mut unchecked = self.core.unchecked.borrow_mut();
+        for page in &self.pages {
+            if let Some(count) = unchecked.running.get_mut(page) {
+                *count -= 1;
+                if *count == 0 {
+                    unchecked.running.remove(page);
+                }
+            }
+        }
+    }
+}
+
+/// Sub-cluster numbers of a volume, first and count.
+fn subs_of(part: Part, at: Location) -> (u64, u64) {
+    let first = (at.offset() + part.start) / SUB_CLUSTER;
+    let end = (at.offset() + part.end).div_ceil(SUB_CLUSTER);
+    (first, end - first)
+}
+
+fn page_of(sub: u64) -> u32 {
+    u32::try_from(sub >> Kind::Sums.leaf_bits()).unwrap_or(u32::MAX)
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
+    /// Data with checksums are about to be written to these places.
+    pub(crate) async fn begin_checked(&self, located: &[(Part, Location)]) -> Result<Checking<'_, V, C>, FsError> {
+        let mut pages: Vec<_> = located
+            .iter()
+            .flat_map(|(part, at)| {
+                let (first, count) = subs_of(*part, *at);
+                (page_of(first)..=page_of(first + count - 1)).map(|page| (at.volume, page))
+            })
+            .collect();
+        pages.dedup();
+        let ticket = self.admit(LARGEST.max(pages.len() * 32), Need::Ordinary).await?;
+        let checking = {
+            let mut unchecked = self.unchecked.borrow_mut();
+            for page in &pages {
+                *unchecked.running.entry(*page).or_default() += 1;
+            }
+            Checking { core: self, pages }
+        };
+        let (group, ()) = self
+            .transact_admitted(&ticket, |_| {
+                let unchecked = self.unchecked.borrow();
+                let new = checking.pages.iter().filter(|page| !unchecked.said.contains_key(page));
+                let records = new.map(|(volume, page)| Record::Unchecked {
+                    volume: *volume,
+                    page: *page,
+                });
+                Ok((records.collect(), ()))
+            })
+            .await?;
+        let last = {
+            let mut unchecked = self.unchecked.borrow_mut();
+            for page in &checking.pages {
+                unchecked.said.entry(*page).or_insert(group);
+            }
+            checking.pages.iter().filter_map(|page| unchecked.said.get(page)).max().copied()
+        };
+        if let Some(group) = last {
+            self.commit(group).await?;
+        }
+        Ok(checking)
+    }
+
+    /// A checkpoint begins: what was said before does not count after it.
+    pub(crate) fn begin_checked_again(&self) -> Result<(), FsError> {
+        let pages: Vec<_> = {
+            let mut unchecked = self.unchecked.borrow_mut();
+            unchecked.said.clear();
+            unchecked.running.keys().copied().collect()
+        };
+        if pages.is_empty() {
+            return Ok(());
+        }
+        block_io::cover!("filesys: a checkpoint began while data with checksums were on their way");
+        let records: Vec<_> = pages
+            .iter()
+            .map(|(volume, page)| Record::Unchecked {
+                volume: *volume,
+                page: *page,
+            })
+            .collect();
+        let group = match self.execute(&records) {
+            Ok(group) => group,
+            Err(Refusal::Error(error)) => return Err(error),
+            Err(Refusal::Stop(stop)) => {
+                return Err(FsError::State {
+                    object: "checksums".into(),
+                    problem: format!("{stop:?}"),
+                });
+            }
+        };
+        let mut unchecked = self.unchecked.borrow_mut();
+        for page in pages {
+            unchecked.said.insert(page, group);
+        }
+        Ok(())
+    }
+
+    /// The last group that says something about pages that are being written.
+    pub(crate) fn last_unchecked(&self) -> Option<u64> {
+        self.unchecked.borrow().said.values().max().copied()
+    }
+
+    /// The data are where they belong: these are their checksums, in order.
+    pub(crate) async fn put_sums(&self, located: &[(Part, Location)], sums: &[u32]) -> Result<(), FsError> {
+        let mut rest = sums;
+        for (part, at) in located {
+            let (first, count) = subs_of(*part, *at);
+            let (these, others) = rest.split_at(usize::try_from(count).unwrap_or(0).min(rest.len()));
+            rest = others;
+            self.look(|state| {
+                let volume = state.volume(at.volume)?;
+                for (index, sum) in (first..).zip(these) {
+                    volume.sums.change(&state.pages, index, |body| put_sum(body, index, *sum))?;
+                }
+                Ok(())
+            })
+            .await?;
+        }
+        Ok(())
+    }
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
+    /// Data were copied from one place to another: so are their checksums.
+    pub(crate) async fn copy_sums(
+        &self,
+        source: &VolumeCore<V>,
+        from: u64,
+        target: &VolumeCore<V>,
+        to: u64,
+        count: u64,
+    ) -> Result<(), FsError> {
+        self.look(|state| {
+            if source.sums.is_empty() && target.sums.is_empty() {
+                return Ok(());
+            }
+            for index in 0..count {
+                let sum = sum_of(source, from + index)?;
+                if sum_of(target, to + index)? != sum {
+                    target.sums.change(&state.pages, to + index, |body| put_sum(body, to + index, sum))?;
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+}
+
+fn put_sum(body: &mut Body, index: u64, sum: u32) {
+    if let Body::Sums(sums) = body {
+        let slot = usize::try_from(index % sums.len() as u64).unwrap_or(0);
+        sums[slot] = sum;
+    }
+}

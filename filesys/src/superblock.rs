@@ -1,0 +1,257 @@
+//! The superblock: the one thing that says which state of the metadata volume counts. Four copies; three to commit, two to open.
+//!
+//! ```text
+//!   write:  copies 0 and 1 (FUA, together)  →  copies 2 and 3 (FUA, together)       done when 3 of the 4 are written
+//!   open:   read all four; the highest sequence that at least 2 agree on, byte by byte
+//! ```
+//!
+//! # Why this is right
+//! - *Nothing acknowledged is lost.* A write that was acknowledged is in 3 copies. One of them may be damaged: 2 are left. If two
+//!   are damaged, the one that is left and the older fourth agree with nobody: that is an error, never the old state.
+//! - *A crash leaves the old or the new.* The body is within one sector of 512 bytes, so a copy is old or new or, at worst,
+//!   damaged. In the first step copies 2 and 3 are both old, in the second 0 and 1 are both new.
+//! - *A single newer copy is ignored*, and could come back when its neighbour can be read again. So the owner, before it
+//!   changes anything else, writes a superblock of its own with [`Opened::next_sequence`], which is above everything seen.
+//!   A sequence is never used for two contents.
+//!
+//! A write that fails leaves the old or the new state: the owner must stop writing, and open again.
+//!
+//! The places are computed in [`layout`]; `docs/src/formats/filesys-journal.md` is the specification of the bytes.
+
+mod choose;
+mod codec;
+pub(crate) mod layout;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::sync::Arc;
+
+use block_io::{AlignedBuffer, BlockDevice, Durability, IoError, cover};
+
+pub(crate) use choose::Found;
+pub(crate) use codec::VERSION;
+pub(crate) use layout::{Layout, LayoutError, LayoutOptions, Region, layout};
+
+use crate::journal::Position;
+use crate::meta_io::{self, BLOCK, MOST};
+use crate::meta_space::SpaceState;
+use layout::{COPIES, MIN_BLOCKS, copy_place};
+
+/// Features that a program must know to open the file system at all.
+pub(crate) const KNOWN_INCOMPATIBLE: u64 = 0;
+/// Features that a program must know to write to it.
+pub(crate) const KNOWN_READ_ONLY_COMPATIBLE: u64 = 0;
+
+/// What is turned on, as bits. Who does not know an incompatible one must not open the file system, who does not know a
+/// read-only compatible one must not write to it, compatible ones may be ignored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Features {
+    pub(crate) incompatible: u64,
+    pub(crate) read_only_compatible: u64,
+    pub(crate) compatible: u64,
+}
+
+/// Where the object table begins: opaque here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Root {
+    pub(crate) slot: [u8; 16],
+    pub(crate) level: u8,
+}
+
+/// The body of the superblock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Superblock {
+    pub(crate) features: Features,
+    /// Identity of the file system; also in every block of its journal and bitmap.
+    pub(crate) uuid: [u8; 16],
+    /// Counts writes of the superblock; may leave numbers out.
+    pub(crate) sequence: u64,
+    /// Counts writable openings.
+    pub(crate) incarnation: u64,
+    pub(crate) layout: Layout,
+    /// Where replay begins.
+    pub(crate) replay: Position,
+    /// Which bitmap counts.
+    pub(crate) space: SpaceState,
+    pub(crate) root: Root,
+    pub(crate) next_object: u64,
+    pub(crate) name_hash_seed: u64,
+    /// It was closed in order: the journal is empty from `replay` on.
+    pub(crate) clean: bool,
+}
+
+/// What [`open`] found.
+#[derive(Debug, Clone)]
+pub(crate) struct Opened {
+    pub(crate) superblock: Superblock,
+    /// The sequence for the next write: above all that any copy has, also those that do not count.
+    pub(crate) next_sequence: u64,
+    /// Read-only compatible features that this program does not know. If there are any, nothing may be written.
+    pub(crate) unknown_read_only: u64,
+    /// Whether each copy has just this content. If not, the next write repairs it.
+    pub(crate) agreeing: [bool; COPIES],
+}
+
+/// Why there is no superblock, or none was written.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum SuperblockError {
+    #[error(
+        "the metadata volume has {bytes} bytes; a file system needs at least 1 MiB: this is not its volume"
+    )]
+    TooSmall { bytes: u64 },
+    #[error(
+        "the volume holds no file system: none of the 4 places of its superblock has the magic number; make one, or name the right volume"
+    )]
+    NotAFileSystem,
+    #[error(
+        "the file system has format version {version}; this program knows version {VERSION}: use a newer one"
+    )]
+    ForeignVersion { version: u32 },
+    #[error(
+        "the file system uses features that this program does not know (incompatible feature bits {bits:#x}): use a newer one"
+    )]
+    UnknownFeature { bits: u64 },
+    #[error(
+        "fewer than 2 of the 4 copies of the superblock agree: {found}; restore the volume's redundancy or a backup"
+    )]
+    TooFewCopies { found: Summary },
+    #[error("no copy of the superblock is valid: {found}; restore the volume's redundancy or a backup")]
+    Damaged { found: Summary },
+    #[error(
+        "two pairs of copies of the superblock, both with sequence {sequence}, contradict each other; restore a backup"
+    )]
+    Conflict { sequence: u64 },
+    #[error(
+        "the file system has {expected} blocks of 4 KiB, but the metadata volume only {found}: it was truncated; make it as large as it was"
+    )]
+    Truncated { expected: u64, found: u64 },
+    #[error("a superblock of sequence {sequence} cannot be written")]
+    Invalid {
+        sequence: u64,
+        #[source]
+        source: LayoutError,
+    },
+    #[error(
+        "the superblock of sequence {sequence} is in fewer than 3 places, so nobody knows whether it counts: open the file system again"
+    )]
+    NotDurable {
+        sequence: u64,
+        #[source]
+        source: Arc<IoError>,
+    },
+}
+
+/// What the four places held, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Summary(pub(crate) [String; COPIES]);
+
+impl fmt::Display for Summary {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (copy, text) in self.0.iter().enumerate() {
+            let comma = if copy == 0 { "" } else { ", " };
+            write!(formatter, "{comma}copy {copy} {text}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes all four copies of `superblock`. Its sequence must be one that was never written.
+///
+/// # Errors
+/// Fewer than three are written: after a crash or a new opening, the old or the new state counts.
+pub(crate) async fn write<V: BlockDevice>(
+    device: &V,
+    superblock: &Superblock,
+) -> Result<(), SuperblockError> {
+    let sequence = superblock.sequence;
+    superblock
+        .layout
+        .check()
+        .map_err(|source| SuperblockError::Invalid { sequence, source })?;
+    let mut failed = 0;
+    for pair in [[0, 1], [2, 3]] {
+        let written = meta_io::join_all(pair.map(|copy| write_copy(device, superblock, copy))).await;
+        for source in written.into_iter().filter_map(Result::err) {
+            failed += 1;
+            if failed > 1 {
+                cover!("superblock: too few copies are written");
+                let source = Arc::new(source);
+                return Err(SuperblockError::NotDurable { sequence, source });
+            }
+            cover!("superblock: one copy cannot be written");
+            tracing::warn!(error = %source, cause = %source.cause(), "a copy of the superblock cannot be written");
+        }
+    }
+    Ok(())
+}
+
+async fn write_copy<V: BlockDevice>(device: &V, superblock: &Superblock, copy: usize) -> Result<(), IoError> {
+    let mut block = AlignedBuffer::new(BLOCK);
+    codec::encode(superblock, copy, block.as_mut_slice());
+    let place = copy_place(copy, superblock.layout.size_blocks);
+    meta_io::write_blocks(device, place, &block, 0..1, Durability::Durable).await
+}
+
+/// Finds the superblock that counts. Reads only.
+///
+/// # Errors
+/// There is none, or this program must not open the file system; see [`SuperblockError`].
+pub(crate) async fn open<V: BlockDevice>(device: &V) -> Result<Opened, SuperblockError> {
+    let bytes = device.size();
+    let size = meta_io::blocks_of(bytes);
+    if size < MIN_BLOCKS {
+        return Err(SuperblockError::TooSmall { bytes });
+    }
+    let places: [u64; COPIES] = std::array::from_fn(|copy| copy_place(copy, size));
+    let read = meta_io::join_all((0..COPIES).map(|copy| read_copy(device, copy, places[copy]))).await;
+    let mut found: [Found; COPIES] =
+        std::array::from_fn(|copy| read.get(copy).cloned().unwrap_or(Found::NoMagic));
+    // The volume may have grown since: then the last copy is where it ended before.
+    let newest = found[..COPIES - 1]
+        .iter()
+        .filter_map(Found::superblock)
+        .max_by_key(|superblock| superblock.sequence);
+    if let Some(before) = newest.map(|superblock| superblock.layout.size_blocks)
+        && before < size
+        && found[COPIES - 1].superblock().is_none()
+    {
+        cover!("superblock: the volume has grown");
+        found[COPIES - 1] = read_copy(device, COPIES - 1, copy_place(COPIES - 1, before)).await;
+    }
+    let opened = choose::choose(&found)?;
+    let expected = opened.superblock.layout.size_blocks;
+    if expected > size {
+        return Err(SuperblockError::Truncated {
+            expected,
+            found: size,
+        });
+    }
+    Ok(opened)
+}
+
+async fn read_copy<V: BlockDevice>(device: &V, copy: usize, place: u64) -> Found {
+    match meta_io::read_blocks(device, place, 1).await {
+        Ok(block) => codec::decode(block.as_slice(), copy, place),
+        Err(source) => {
+            cover!("superblock: a copy cannot be read");
+            tracing::warn!(error = %source, cause = %source.cause(), copy, "a copy of the superblock cannot be read");
+            Found::Unreadable(Arc::new(source))
+        }
+    }
+}
+
+/// Whether a decoded superblock can be counted on from.
+fn counters_are_possible(superblock: &Superblock) -> bool {
+    [
+        superblock.sequence,
+        superblock.incarnation,
+        superblock.replay.group,
+        superblock.replay.block,
+        superblock.space.number,
+        superblock.next_object,
+    ]
+    .iter()
+    .all(|counter| *counter < MOST)
+        && superblock.replay.group > 0
+}
