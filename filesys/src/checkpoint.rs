@@ -20,8 +20,8 @@ use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoError, spawn_loc
 use crate::checksum::crc32c;
 use crate::core::Core;
 use crate::error::{FsError, Refusal};
-use crate::file_core::FileCore;
 use crate::file::whole;
+use crate::file_core::FileCore;
 use crate::gate::{self, Boxed, Either};
 use crate::journal::{BeforeWrite, Position};
 use crate::superblock::{self, Superblock};
@@ -77,7 +77,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let flushes = volumes
             .iter()
             .map(|(volume, stamp)| -> Boxed<'_, _> { Box::pin(self.flush_volume(volume, *stamp)) });
-        gate::all(flushes.collect()).await.into_iter().collect::<Result<(), _>>()?;
+        gate::all(flushes.collect())
+            .await
+            .into_iter()
+            .collect::<Result<(), _>>()?;
         if volumes.iter().any(|(volume, _)| volume.failed.get()) {
             return Err(FsError::State {
                 object: format!("the volume of {}", file.inode.borrow().name),
@@ -148,7 +151,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             clean,
             ..*self.superblock.borrow()
         };
-        superblock::write(&*self.meta, &superblock).await.map_err(|error| self.fail(&error))?;
+        superblock::write(&*self.meta, &superblock)
+            .await
+            .map_err(|error| self.fail(&error))?;
         self.superblock.replace(superblock);
         self.space.committed();
         self.journal.release(&cut.position);
@@ -191,7 +196,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                     run.push(node);
                 }
                 let mut buffer = AlignedBuffer::new(run.len() * PAGE);
-                for ((node, page), block) in run.iter().zip(buffer.as_mut_slice().chunks_mut(PAGE)).zip(*first..) {
+                for ((node, page), block) in run
+                    .iter()
+                    .zip(buffer.as_mut_slice().chunks_mut(PAGE))
+                    .zip(*first..)
+                {
                     codec::encode(node, page);
                     node.ptr.set(Some(Ptr {
                         block,
@@ -202,7 +211,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 }
                 writes.push(Box::pin(async move {
                     let memory = whole(&buffer);
-                    self.meta.write(first * SUB_CLUSTER, &memory, Durability::Volatile).await
+                    self.meta
+                        .write(first * SUB_CLUSTER, &memory, Durability::Volatile)
+                        .await
                 }));
             }
             gate::all(writes).await.into_iter().collect::<Result<(), _>>()?;
@@ -241,18 +252,24 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     fn spawn(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) {
         self.running.set(self.running.get() + 1);
         let core = Rc::clone(self);
-        spawn_local(async move {
+        let spawned = spawn_local(async move {
             task.await;
             core.running.set(core.running.get() - 1);
             core.changed.notify();
         });
+        if spawned.is_err() {
+            self.running.set(self.running.get() - 1);
+            self.fail(&FsError::Open("a file system works only on a worker".into()));
+        }
     }
 
     /// A checkpoint whenever half of the journal is full, or somebody waits for room in it.
     async fn keep_journal_short(&self) {
         let half = self.journal.capacity() / 2;
         loop {
-            let end = self.changed.until(|| (self.closing.get() || self.check().is_err()).then_some(()));
+            let end = self
+                .changed
+                .until(|| (self.closing.get() || self.check().is_err()).then_some(()));
             match gate::first(self.journal.pressure(half), end).await {
                 Either::First(Ok(())) => {}
                 Either::First(Err(_)) | Either::Second(()) => return,
@@ -314,7 +331,10 @@ fn collect(child: &Child, dirty: &mut Vec<Rc<Node>>) {
     }
     match &*node.body.borrow() {
         Body::Inner(children) => children.iter().for_each(|child| collect(child, dirty)),
-        Body::Objects(roots) => roots.iter().flatten().for_each(|root| collect(&root.child, dirty)),
+        Body::Objects(roots) => roots
+            .iter()
+            .flatten()
+            .for_each(|root| collect(&root.child, dirty)),
         Body::Map(_) | Body::Bits(_) | Body::Sums(_) | Body::Table(_) => {}
     }
     dirty.push(Rc::clone(node));

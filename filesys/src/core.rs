@@ -21,6 +21,7 @@ use block_io::{AlignedBuffer, BlockDevice, Clock, IoError};
 use crate::epochs::Epochs;
 use crate::error::{FsError, Refusal};
 use crate::event::Event;
+use crate::file::whole;
 use crate::file_core::{Chain, FileCore};
 use crate::gate::{self, Boxed, Signal};
 use crate::journal::{Journal, Ticket};
@@ -28,11 +29,10 @@ use crate::meta_space::MetaSpace;
 use crate::open::OpenOptions;
 use crate::record::Record;
 use crate::state::{Damage, Effects, State, Stop};
+use crate::sums::Unchecked;
 use crate::superblock::Superblock;
 use crate::tree::codec::{self, PAGE};
 use crate::tree::node::{Missing, Node};
-use crate::file::whole;
-use crate::sums::Unchecked;
 use crate::units::{FileId, Location, SUB_CLUSTER, VolumeIndex};
 use crate::volume::VolumeCore;
 use crate::wire::Writer;
@@ -89,7 +89,10 @@ pub(crate) enum Need {
 }
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
-    #[expect(clippy::too_many_arguments, reason = "the parts of a file system, called in one place")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of a file system, called in one place"
+    )]
     pub(crate) fn new(
         state: State<V>,
         meta: Rc<V>,
@@ -153,7 +156,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     fn failed(&self) -> FsError {
-        let reason = self.failure.borrow().as_ref().map_or_else(String::new, |reason| reason.to_string());
+        let reason = self
+            .failure
+            .borrow()
+            .as_ref()
+            .map_or_else(String::new, |reason| reason.to_string());
         FsError::Failed { reason }
     }
 
@@ -187,7 +194,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     /// Asks until everything is in memory.
-    pub(crate) async fn look<T>(&self, mut look: impl FnMut(&State<V>) -> Result<T, Refusal>) -> Result<T, FsError> {
+    pub(crate) async fn look<T>(
+        &self,
+        mut look: impl FnMut(&State<V>) -> Result<T, Refusal>,
+    ) -> Result<T, FsError> {
         loop {
             match look(&self.state) {
                 Ok(found) => return Ok(found),
@@ -330,7 +340,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             if let Some(next) = next
                 && let Ok(volume) = self.state.volume(next.first.volume)
             {
-                (next.first.cluster..next.first.cluster + next.count).for_each(|cluster| volume.release(cluster));
+                (next.first.cluster..next.first.cluster + next.count)
+                    .for_each(|cluster| volume.release(cluster));
             }
         }
     }
@@ -366,12 +377,18 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let needed: BTreeSet<VolumeIndex> = {
             let mut needs = self.needs.borrow_mut();
             let later = needs.split_off(&(group + 1));
-            std::mem::replace(&mut *needs, later).into_values().flatten().collect()
+            std::mem::replace(&mut *needs, later)
+                .into_values()
+                .flatten()
+                .collect()
         };
-        let volumes: Vec<_> = needed.iter().filter_map(|index| self.state.volume(*index).ok()).collect();
-        let flushes = volumes.iter().map(|volume| -> Boxed<'_, _> {
-            Box::pin(self.flush_volume(volume, volume.written.get()))
-        });
+        let volumes: Vec<_> = needed
+            .iter()
+            .filter_map(|index| self.state.volume(*index).ok())
+            .collect();
+        let flushes = volumes
+            .iter()
+            .map(|volume| -> Boxed<'_, _> { Box::pin(self.flush_volume(volume, volume.written.get())) });
         for (volume, result) in volumes.iter().zip(gate::all(flushes.collect()).await) {
             if let Err(error) = result {
                 block_io::cover!("filesys: a volume failed under a commit");
@@ -395,7 +412,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
 }
 
 /// Reads a page of the metadata volume and puts it in its place, if it still belongs there.
-pub(crate) async fn load_page<V: BlockDevice>(meta: &V, state: &State<V>, missing: &Missing) -> Result<(), FsError> {
+pub(crate) async fn load_page<V: BlockDevice>(
+    meta: &V,
+    state: &State<V>,
+    missing: &Missing,
+) -> Result<(), FsError> {
     let node = read_page(meta, missing).await?;
     state.pages.install(missing, Rc::new(node));
     Ok(())

@@ -119,7 +119,11 @@ impl Entry {
     }
 
     fn with_flag(self, flag: u64, set: bool) -> Self {
-        let flags = if set { self.flags() | flag } else { self.flags() & !flag };
+        let flags = if set {
+            self.flags() | flag
+        } else {
+            self.flags() & !flag
+        };
         Self {
             place: self.place & (u64::MAX >> 8) | flags << 56,
             ..self
@@ -150,7 +154,8 @@ impl Entry {
     pub(crate) fn nth(self, index: u64) -> Self {
         match self.location() {
             Some(at) => Self {
-                place: self.place & !(CLUSTER_MASK << 16) | (at.cluster.wrapping_add(index) & CLUSTER_MASK) << 16,
+                place: self.place & !(CLUSTER_MASK << 16)
+                    | (at.cluster.wrapping_add(index) & CLUSTER_MASK) << 16,
                 ..self
             },
             None => self,
@@ -225,10 +230,16 @@ mod tests {
     fn the_place_goes_with_the_last_valid_sub_cluster_unless_it_is_kept() {
         let entry = Entry::at(place()).with_valid(SubMask(3));
         let half = entry.without(SubMask(1), true);
-        assert_eq!((half.valid(), half.zero(), half.location()), (2, 1, Some(place())));
+        assert_eq!(
+            (half.valid(), half.zero(), half.location()),
+            (2, 1, Some(place()))
+        );
         assert_eq!(half.without(SubMask(2), false), Entry::HOLE.with_subs(0, 1));
         let kept = entry.with_kept(true).without(SubMask(3), false);
-        assert_eq!((kept.valid(), kept.zero(), kept.location()), (0, 3, Some(place())));
+        assert_eq!(
+            (kept.valid(), kept.zero(), kept.location()),
+            (0, 3, Some(place()))
+        );
     }
 
     #[test]

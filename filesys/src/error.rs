@@ -84,7 +84,9 @@ pub enum FsError {
     #[error("the file system is open read-only")]
     ReadOnly,
     /// Something that must not fail has failed before: nothing is changed any more.
-    #[error("the file system takes no changes since an earlier failure ({reason}): check the devices, then open it again")]
+    #[error(
+        "the file system takes no changes since an earlier failure ({reason}): check the devices, then open it again"
+    )]
     Failed {
         /// What has failed.
         reason: String,
@@ -110,7 +112,13 @@ pub enum FsError {
 
 impl FsError {
     /// As an error of a disk request.
-    pub(crate) fn into_io(self, device: &Arc<str>, operation: Operation, offset: u64, length: u64) -> IoError {
+    pub(crate) fn into_io(
+        self,
+        device: &Arc<str>,
+        operation: Operation,
+        offset: u64,
+        length: u64,
+    ) -> IoError {
         let kind = match self {
             Self::Io(error) => return error,
             Self::NoSpace { .. } => io::ErrorKind::StorageFull,

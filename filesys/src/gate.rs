@@ -127,7 +127,11 @@ impl Gate {
             pass.buckets |= 1 << number;
         }
         self.changed
-            .until(|| self.of(wanted).all(|bucket| bucket.shared.get() == 0).then_some(()))
+            .until(|| {
+                self.of(wanted)
+                    .all(|bucket| bucket.shared.get() == 0)
+                    .then_some(())
+            })
             .await;
         pass
     }

@@ -59,7 +59,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         for _ in snapshots {
             ids.push(FileId(core.state.new_id()?));
         }
-        let ticket = core.admit(LARGEST * snapshots.len().max(1), Need::Ordinary).await?;
+        let ticket = core
+            .admit(LARGEST * snapshots.len().max(1), Need::Ordinary)
+            .await?;
         let mut files = Vec::with_capacity(snapshots.len());
         for snapshot in snapshots {
             files.push(core.look(|_| core.find_regular(snapshot.path)).await?);
@@ -115,7 +117,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                 if !parent.inode.borrow().is_frozen() {
                     return Err(FsError::State {
                         object: frozen.to_owned(),
-                        problem: "is written to: make a snapshot of it first, and clone what is frozen then".into(),
+                        problem: "is written to: make a snapshot of it first, and clone what is frozen then"
+                            .into(),
                     }
                     .into());
                 }
@@ -144,12 +147,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                     .into());
                 }
                 if !frozen && file.inode.borrow().children > 0 {
-                    return Err(FsError::Frozen { file: path.to_owned() }.into());
+                    return Err(FsError::Frozen {
+                        file: path.to_owned(),
+                    }
+                    .into());
                 }
                 if !frozen {
                     core.check_unused(path, &file)?;
                 }
-                Ok((vec![Record::Freeze { file: file.id, frozen }], ()))
+                Ok((
+                    vec![Record::Freeze {
+                        file: file.id,
+                        frozen,
+                    }],
+                    (),
+                ))
             })
             .await?;
         core.commit(group).await
@@ -200,8 +212,18 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         self.check_unused(&name, parent)
     }
 
-    fn layer(&self, snapshot: &Snapshot<'_, V, C>, file: &Rc<FileCore>, id: FileId, now: u64) -> Result<Record, Refusal> {
-        let writers = u32::from(snapshot.handle.is_some_and(|handle| Rc::ptr_eq(&handle.head(), file)));
+    fn layer(
+        &self,
+        snapshot: &Snapshot<'_, V, C>,
+        file: &Rc<FileCore>,
+        id: FileId,
+        now: u64,
+    ) -> Result<Record, Refusal> {
+        let writers = u32::from(
+            snapshot
+                .handle
+                .is_some_and(|handle| Rc::ptr_eq(&handle.head(), file)),
+        );
         if snapshot.handle.is_some() && writers == 0 {
             return Err(FsError::Busy {
                 object: snapshot.path.to_owned(),
@@ -242,7 +264,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     pub(crate) async fn absorb_parent(&self, parent: FileId, named: bool) -> Result<(), FsError> {
         let (parent, child) = self.look(|state| Ok(state.absorption(parent)?)).await?;
         loop {
-            let next = self.look(|_| Ok(map_of(&parent)?.next(0)?.map(|span| span.start / PAGE))).await?;
+            let next = self
+                .look(|_| Ok(map_of(&parent)?.next(0)?.map(|span| span.start / PAGE)))
+                .await?;
             let Some(page) = next else { break };
             let pass = child.gate.alone(page, page).await;
             self.absorb_page(&parent, &child, page * PAGE).await?;
@@ -267,7 +291,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     /// One page of the map; nobody writes to the child there.
-    async fn absorb_page(&self, parent: &Rc<FileCore>, child: &Rc<FileCore>, first: u64) -> Result<(), FsError> {
+    async fn absorb_page(
+        &self,
+        parent: &Rc<FileCore>,
+        child: &Rc<FileCore>,
+        first: u64,
+    ) -> Result<(), FsError> {
         let number = u32::try_from(first).unwrap_or(u32::MAX);
         let (below, above) = self
             .look(|_| {
@@ -354,8 +383,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 .write(to.offset() + skip, &whole(&buffer), Durability::Volatile)
                 .await?;
             note_written(file, &target, Durability::Volatile);
-            self.copy_sums(&source, (from.offset() + skip) / SUB_CLUSTER, &target, (to.offset() + skip) / SUB_CLUSTER, count)
-                .await?;
+            self.copy_sums(
+                &source,
+                (from.offset() + skip) / SUB_CLUSTER,
+                &target,
+                (to.offset() + skip) / SUB_CLUSTER,
+                count,
+            )
+            .await?;
             sub += u32::try_from(count).unwrap_or(SUBS);
         }
         Ok(())
@@ -378,4 +413,3 @@ fn entries(file: &FileCore, first: u64) -> Result<[Entry; FANOUT], Refusal> {
         },
     })
 }
-

@@ -69,7 +69,9 @@ fn components(path: &str) -> Result<Vec<&str>, FsError> {
         path: path.to_owned(),
         problem,
     };
-    let rest = path.strip_prefix('/').ok_or_else(|| bad("a path begins with /"))?;
+    let rest = path
+        .strip_prefix('/')
+        .ok_or_else(|| bad("a path begins with /"))?;
     let parts: Vec<&str> = rest.split('/').filter(|part| !part.is_empty()).collect();
     for part in &parts {
         if part.len() > MAX_NAME {
@@ -97,10 +99,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let mut at = self.state.file(ROOT)?;
         for part in components(path)? {
             if at.names().is_none() {
-                return Err(FsError::NotDirectory { path: path.to_owned() }.into());
+                return Err(FsError::NotDirectory {
+                    path: path.to_owned(),
+                }
+                .into());
             }
             let id = self.state.lookup(&at, part)?;
-            let id = id.ok_or_else(|| FsError::NotFound { path: path.to_owned() })?;
+            let id = id.ok_or_else(|| FsError::NotFound {
+                path: path.to_owned(),
+            })?;
             at = self.state.file(id)?;
         }
         Ok(at)
@@ -110,7 +117,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     pub(crate) fn find_regular(&self, path: &str) -> Result<Rc<FileCore>, Refusal> {
         let file = self.find(path)?;
         if file.map().is_none() {
-            return Err(FsError::IsDirectory { path: path.to_owned() }.into());
+            return Err(FsError::IsDirectory {
+                path: path.to_owned(),
+            }
+            .into());
         }
         Ok(file)
     }
@@ -119,14 +129,23 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     fn spot<'a>(&self, path: &'a str) -> Result<Spot<'a>, Refusal> {
         let parts = components(path)?;
         let Some((name, above)) = parts.split_last() else {
-            return Err(FsError::Exists { path: path.to_owned() }.into());
+            return Err(FsError::Exists {
+                path: path.to_owned(),
+            }
+            .into());
         };
         let directory = self.find(&format!("/{}", above.join("/")))?;
         if directory.names().is_none() {
-            return Err(FsError::NotDirectory { path: path.to_owned() }.into());
+            return Err(FsError::NotDirectory {
+                path: path.to_owned(),
+            }
+            .into());
         }
         if self.state.lookup(&directory, name)?.is_some() {
-            return Err(FsError::Exists { path: path.to_owned() }.into());
+            return Err(FsError::Exists {
+                path: path.to_owned(),
+            }
+            .into());
         }
         Ok(Spot { directory, name })
     }
@@ -165,7 +184,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 let location = self.place_loaded(file, &mut places, index, false).await?;
                 let new = Entry::at(location).with_kept(true).with_subs(0, u16::MAX);
                 match records.last_mut() {
-                    Some(Record::Map { count, entry, .. }) if entry.continues(new, u64::from(*count)) => *count += 1,
+                    Some(Record::Map { count, entry, .. }) if entry.continues(new, u64::from(*count)) => {
+                        *count += 1
+                    }
                     _ => records.push(Record::Map {
                         file: file.id,
                         first: index,
@@ -175,7 +196,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                     }),
                 }
             }
-            self.transact_admitted(&ticket, |_| Ok((records.clone(), ()))).await?;
+            self.transact_admitted(&ticket, |_| Ok((records.clone(), ())))
+                .await?;
             places.mapped();
             at = end;
         }
@@ -188,7 +210,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
     ///
     /// # Errors
     /// The name is taken or impossible, or its directory does not exist.
-    pub async fn make_directory(&self, path: &str, attributes: Option<Attributes>, now: u64) -> Result<FileId, FsError> {
+    pub async fn make_directory(
+        &self,
+        path: &str,
+        attributes: Option<Attributes>,
+        now: u64,
+    ) -> Result<FileId, FsError> {
         let core = self.core();
         let id = FileId(core.state.new_id()?);
         let (group, ()) = core
@@ -279,7 +306,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                     .into());
                 }
                 if file.names().is_some() && file.inode.borrow().size > 0 {
-                    return Err(FsError::NotEmpty { path: path.to_owned() }.into());
+                    return Err(FsError::NotEmpty {
+                        path: path.to_owned(),
+                    }
+                    .into());
                 }
                 Ok((vec![Record::Unlink { file: file.id }], ()))
             })
@@ -326,18 +356,25 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         let core = self.core();
         let directory = core.look(|_| core.find(path)).await?;
         let Some(names) = directory.names() else {
-            return Err(FsError::NotDirectory { path: path.to_owned() });
+            return Err(FsError::NotDirectory {
+                path: path.to_owned(),
+            });
         };
         let mut entries = Vec::new();
         let mut from = Some(0);
         while let Some(key) = from {
             let (items, next) = core.look(|_| Ok(names.scan(key)?)).await?;
             for item in items {
-                let (id, name) = read_name(&item.data).map_err(|error| crate::state::Damage::new(path, error))?;
+                let (id, name) =
+                    read_name(&item.data).map_err(|error| crate::state::Damage::new(path, error))?;
                 entries.push(DirectoryEntry {
                     name: name.to_owned(),
                     id,
-                    kind: if item.data.get(8) == Some(&2) { Kind::Directory } else { Kind::File },
+                    kind: if item.data.get(8) == Some(&2) {
+                        Kind::Directory
+                    } else {
+                        Kind::File
+                    },
                 });
             }
             from = next;
@@ -426,7 +463,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                 if access == Access::Write {
                     core.check()?;
                     if frozen {
-                        return Err(FsError::Frozen { file: path.to_owned() }.into());
+                        return Err(FsError::Frozen {
+                            file: path.to_owned(),
+                        }
+                        .into());
                     }
                     if file.writers.get() > 0 {
                         return Err(FsError::Busy {
@@ -452,7 +492,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         let file = core.look(|_| core.find_regular(path)).await?;
         let pass = file.gate.all().await;
         if file.inode.borrow().is_frozen() {
-            return Err(FsError::Frozen { file: path.to_owned() });
+            return Err(FsError::Frozen {
+                file: path.to_owned(),
+            });
         }
         let old = file.inode.borrow().size;
         if size < old && !size.is_multiple_of(SUB_CLUSTER) {
@@ -463,7 +505,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         }
         core.cut_off(&file, size.min(old), size.max(old)).await?;
         let (group, ()) = core
-            .transact(LARGEST, Need::Freeing, |_| Ok((vec![Record::Resize { file: file.id, size }], ())))
+            .transact(LARGEST, Need::Freeing, |_| {
+                Ok((vec![Record::Resize { file: file.id, size }], ()))
+            })
             .await?;
         drop(pass);
         file.group.set(file.group.get().max(group));
@@ -515,7 +559,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             return Err(busy("it is being merged".into()));
         }
         if let Some(pin) = self.state.pins.borrow().values().find(|pin| pin.file == file.id) {
-            return Err(busy(format!("pin {} keeps it until it is released or its time is over", pin.pin)));
+            return Err(busy(format!(
+                "pin {} keeps it until it is released or its time is over",
+                pin.pin
+            )));
         }
         Ok(())
     }
@@ -568,4 +615,3 @@ pub(crate) fn stat_of(file: &FileCore) -> Stat {
         absorbed: inode.flags.has(Flags::ABSORBED),
     }
 }
-

@@ -177,9 +177,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                 opened.unknown_read_only
             )));
         }
-        let space = MetaSpace::load(Rc::clone(&meta), superblock.layout, superblock.uuid, superblock.space)
-            .await
-            .map_err(|error| FsError::Open(error.to_string()))?;
+        let space = MetaSpace::load(
+            Rc::clone(&meta),
+            superblock.layout,
+            superblock.uuid,
+            superblock.space,
+        )
+        .await
+        .map_err(|error| FsError::Open(error.to_string()))?;
         let state = load_state(&*meta, &superblock, devices_of(&volumes)).await?;
         let ring = Ring {
             region: superblock.layout.journal,
@@ -231,11 +236,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         } else {
             core.closing.set(true);
             core.changed.notify();
-            core.changed.until(|| (core.running.get() <= 1).then_some(())).await;
+            core.changed
+                .until(|| (core.running.get() <= 1).then_some(()))
+                .await;
             core.checkpoint_as(true).await
         };
         core.journal.stop();
-        core.changed.until(|| (core.running.get() == 0).then_some(())).await;
+        core.changed
+            .until(|| (core.running.get() == 0).then_some(()))
+            .await;
         done
     }
 
@@ -297,7 +306,12 @@ async fn load_state<V: BlockDevice>(
         });
     let objects = Tree::from_root(root);
     let state = loop {
-        match State::of_checkpoint(&objects, superblock.next_object, superblock.name_hash_seed, given.clone()) {
+        match State::of_checkpoint(
+            &objects,
+            superblock.next_object,
+            superblock.name_hash_seed,
+            given.clone(),
+        ) {
             Ok(state) => break state,
             Err(Stop::Missing(missing)) => {
                 let node = Rc::new(core::read_page(meta, &missing).await?);
@@ -332,8 +346,7 @@ async fn replay<V: BlockDevice>(
         block_io::cover!("filesys: a group was replayed");
         let mut reader = Reader(bytes);
         while !reader.is_empty() {
-            let record = Record::decode(&mut reader)
-                .map_err(|error| Damage::new("the journal", error))?;
+            let record = Record::decode(&mut reader).map_err(|error| Damage::new("the journal", error))?;
             while let Err(stop) = state.prepare(&record) {
                 load(meta, state, stop).await?;
             }

@@ -48,8 +48,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         if flags.has(Flags::UNLINKED) && children == 1 && !flags.has(Flags::ABSORBED) {
             block_io::cover!("filesys: the last child absorbs a parent without a name");
-            self.transact(LARGEST, Need::Freeing, |_| Ok((vec![Record::Absorb { parent: file.id }], ())))
-                .await?;
+            self.transact(LARGEST, Need::Freeing, |_| {
+                Ok((vec![Record::Absorb { parent: file.id }], ()))
+            })
+            .await?;
             self.absorb_parent(file.id, false).await?;
             return Ok(true);
         }
@@ -80,8 +82,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             })
             .await?;
         }
-        self.transact(LARGEST, Need::Freeing, |_| Ok((vec![Record::Reaped { file: file.id }], ())))
-            .await?;
+        self.transact(LARGEST, Need::Freeing, |_| {
+            Ok((vec![Record::Reaped { file: file.id }], ()))
+        })
+        .await?;
         Ok(())
     }
 }

@@ -61,7 +61,10 @@ fn page_of(sub: u64) -> u32 {
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// Data with checksums are about to be written to these places.
-    pub(crate) async fn begin_checked(&self, located: &[(Part, Location)]) -> Result<Checking<'_, V, C>, FsError> {
+    pub(crate) async fn begin_checked(
+        &self,
+        located: &[(Part, Location)],
+    ) -> Result<Checking<'_, V, C>, FsError> {
         let mut pages: Vec<_> = located
             .iter()
             .flat_map(|(part, at)| {
@@ -81,7 +84,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let (group, ()) = self
             .transact_admitted(&ticket, |_| {
                 let unchecked = self.unchecked.borrow();
-                let new = checking.pages.iter().filter(|page| !unchecked.said.contains_key(page));
+                let new = checking
+                    .pages
+                    .iter()
+                    .filter(|page| !unchecked.said.contains_key(page));
                 let records = new.map(|(volume, page)| Record::Unchecked {
                     volume: *volume,
                     page: *page,
@@ -94,7 +100,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             for page in &checking.pages {
                 unchecked.said.entry(*page).or_insert(group);
             }
-            checking.pages.iter().filter_map(|page| unchecked.said.get(page)).max().copied()
+            checking
+                .pages
+                .iter()
+                .filter_map(|page| unchecked.said.get(page))
+                .max()
+                .copied()
         };
         if let Some(group) = last {
             self.commit(group).await?;
@@ -152,7 +163,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             self.look(|state| {
                 let volume = state.volume(at.volume)?;
                 for (index, sum) in (first..).zip(these) {
-                    volume.sums.change(&state.pages, index, |body| put_sum(body, index, *sum))?;
+                    volume
+                        .sums
+                        .change(&state.pages, index, |body| put_sum(body, index, *sum))?;
                 }
                 Ok(())
             })
@@ -179,7 +192,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             for index in 0..count {
                 let sum = sum_of(source, from + index)?;
                 if sum_of(target, to + index)? != sum {
-                    target.sums.change(&state.pages, to + index, |body| put_sum(body, to + index, sum))?;
+                    target
+                        .sums
+                        .change(&state.pages, to + index, |body| put_sum(body, to + index, sum))?;
                 }
             }
             Ok(())

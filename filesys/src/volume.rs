@@ -185,7 +185,8 @@ impl<V> VolumeCore<V> {
                 *free = if used { free.saturating_sub(1) } else { *free + 1 };
             }
             let total = self.total_free.get();
-            self.total_free.set(if used { total.saturating_sub(1) } else { total + 1 });
+            self.total_free
+                .set(if used { total.saturating_sub(1) } else { total + 1 });
         }
         Ok(changed)
     }
@@ -244,7 +245,11 @@ impl<V> VolumeCore<V> {
         loop {
             let page_end = ((group / GROUPS_PER_PAGE + 1) * GROUPS_PER_PAGE).min(groups);
             // Of the page where the search began, the part before comes last.
-            let end = if group < begin { page_end.min(begin) } else { page_end };
+            let end = if group < begin {
+                page_end.min(begin)
+            } else {
+                page_end
+            };
             if let Some(found) = self.find_group_in(group, end)? {
                 self.next_group.set(found + 1);
                 return Ok(Some(found * GROUP));
@@ -259,7 +264,12 @@ impl<V> VolumeCore<V> {
 
     fn find_group_in(&self, first: u64, end: u64) -> Result<Option<u64>, Missing> {
         let page = usize::try_from(first / GROUPS_PER_PAGE).unwrap_or(0);
-        if self.free.borrow().get(page).is_none_or(|free| u64::from(*free) < GROUP) {
+        if self
+            .free
+            .borrow()
+            .get(page)
+            .is_none_or(|free| u64::from(*free) < GROUP)
+        {
             return Ok(None);
         }
         let look = self.bitmap.look(first * GROUP)?;
@@ -291,7 +301,11 @@ impl<V> VolumeCore<V> {
         // The page where it begins comes twice: its end first, its beginning last.
         for step in 0..=pages {
             let page = (begin / BITS + step) % pages;
-            let free = self.free.borrow().get(usize::try_from(page).unwrap_or(0)).copied();
+            let free = self
+                .free
+                .borrow()
+                .get(usize::try_from(page).unwrap_or(0))
+                .copied();
             if free.unwrap_or(0) == 0 {
                 continue;
             }

@@ -146,7 +146,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 Look::Run(entry) => entry.location().and_then(|at| base(0, at)),
                 Look::Leaf(node) => match &*node.body.borrow() {
                     Body::Map(entries) => {
-                        let placed = |(index, entry): (usize, &Entry)| entry.location().and_then(|at| base(index, at));
+                        let placed =
+                            |(index, entry): (usize, &Entry)| entry.location().and_then(|at| base(index, at));
                         entries.iter().enumerate().find_map(placed)
                     }
                     _ => None,
@@ -162,7 +163,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         );
         let pending = file.pending.borrow();
         let found = pending.range(first..=last).next();
-        Ok(found.and_then(|(cluster, place)| base(usize::try_from(cluster - first).unwrap_or(0), place.location)))
+        Ok(found
+            .and_then(|(cluster, place)| base(usize::try_from(cluster - first).unwrap_or(0), place.location)))
     }
 
     fn may_use(&self, volume: &VolumeCore<V>, target: &Target, careful: bool) -> bool {
@@ -206,10 +208,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     fn no_space(&self, home: VolumeIndex, target: &Target) -> FsError {
         let what = match target {
             Target::Any => "all volumes".to_owned(),
-            Target::Volume(index) => self
-                .state
-                .volume(*index)
-                .map_or_else(|_| index.to_string(), |volume| format!("volume {}", volume.record().name)),
+            Target::Volume(index) => self.state.volume(*index).map_or_else(
+                |_| index.to_string(),
+                |volume| format!("volume {}", volume.record().name),
+            ),
             Target::Class(class) => format!("volumes of class {class}"),
         };
         tracing::debug!(%what, home = home.0, "no space");
@@ -228,7 +230,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         let (volume, name) = (volume.index, volume.record().name);
         self.event(if low {
-            tracing::warn!(volume = name, free = free * CLUSTER, "less than 6 % of a volume are free");
+            tracing::warn!(
+                volume = name,
+                free = free * CLUSTER,
+                "less than 6 % of a volume are free"
+            );
             Event::LowSpace {
                 volume,
                 name,

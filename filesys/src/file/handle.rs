@@ -41,7 +41,10 @@ pub struct File<V: BlockDevice + 'static, C: Clock + Clone + 'static> {
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> std::fmt::Debug for File<V, C> {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let name = self.name.borrow();
-        formatter.debug_struct("File").field("name", &name).finish_non_exhaustive()
+        formatter
+            .debug_struct("File")
+            .field("name", &name)
+            .finish_non_exhaustive()
     }
 }
 
@@ -135,12 +138,20 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             .collect();
         self.chain.replace(chain);
         self.name.replace(name.into());
+        // What was the head answers as an ancestor now.
+        self.layers.borrow_mut().clear();
         // Whatever else changes the chains is seen by the comparison with what was seen before.
         self.chain_seen.set(self.chain_seen.get().wrapping_sub(1));
     }
 
     #[cold]
-    pub(super) fn error(&self, operation: Operation, offset: u64, length: u64, cause: impl Into<IoCause>) -> IoError {
+    pub(super) fn error(
+        &self,
+        operation: Operation,
+        offset: u64,
+        length: u64,
+        cause: impl Into<IoCause>,
+    ) -> IoError {
         IoError::new(&self.name.borrow(), operation, offset, length, cause)
     }
 

@@ -1,8 +1,8 @@
 //! Which ancestor answers for a cluster: so that a read costs the same below one layer and below thirty.
 //!
-//! One byte for each cluster that was asked for: the number of the only ancestor that has something of it, counted from the base, so that
-//! a new layer on top changes nothing. Ancestors are frozen, so what was found stays true; whoever moves content between them (a
-//! layer is absorbed) has the caches forgotten.
+//! One byte for each cluster that was asked for: the number of the only ancestor that has something of it, counted from the base.
+//! Ancestors are frozen, so what was found stays true until there are others: a new layer on top makes the head an ancestor, and when a
+//! layer is absorbed content moves between them. Then all is forgotten, and found anew when it is asked for.
 
 use std::collections::BTreeMap;
 

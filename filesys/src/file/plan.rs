@@ -105,7 +105,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             if head.valid() & mask == mask
                 && let Some(at) = head.location()
             {
-                push(state, &mut pieces, Some((at, head.is_checked())), part.start, part.end)?;
+                push(
+                    state,
+                    &mut pieces,
+                    Some((at, head.is_checked())),
+                    part.start,
+                    part.end,
+                )?;
             } else if head.zero() & mask == mask || (chain.len() == 1 && head.valid() & mask == 0) {
                 push(state, &mut pieces, None, part.start, part.end)?;
             } else {
@@ -131,7 +137,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         match answers {
             Answers::Nobody => {}
             Answers::Only(number) => {
-                if let Some(file) = chain.len().checked_sub(number + 1).and_then(|index| chain.get(index)) {
+                if let Some(file) = chain
+                    .len()
+                    .checked_sub(number + 1)
+                    .and_then(|index| chain.get(index))
+                {
                     owners.take(entry(file, cluster)?);
                 }
             }
@@ -172,7 +182,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
     }
 }
 
-fn push_mixed<V>(state: &State<V>, pieces: &mut Vec<Piece<V>>, owners: &Owners, part: Part) -> Result<(), Damage> {
+fn push_mixed<V>(
+    state: &State<V>,
+    pieces: &mut Vec<Piece<V>>,
+    owners: &Owners,
+    part: Part,
+) -> Result<(), Damage> {
     let mut at = part.start;
     while at < part.end {
         let sub = u32::try_from(at / SUB_CLUSTER).unwrap_or(0);

@@ -16,7 +16,12 @@ use crate::units::{SUB_CLUSTER, SUBS};
 use crate::volume::VolumeCore;
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
-    pub(super) async fn read_range(&self, offset: u64, length: u64, buffers: &[IoBuf]) -> Result<(), FsError> {
+    pub(super) async fn read_range(
+        &self,
+        offset: u64,
+        length: u64,
+        buffers: &[IoBuf],
+    ) -> Result<(), FsError> {
         if length == 0 {
             return Ok(());
         }
@@ -73,7 +78,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
                         if !checked && is_aligned(volume, *offset, piece.length) {
                             return Ok(volume.device.read(*offset, &memory).await?);
                         }
-                        self.read_whole(volume, at, *offset, piece.length, *checked, &memory).await
+                        self.read_whole(volume, at, *offset, piece.length, *checked, &memory)
+                            .await
                     }));
                 }
             }
@@ -96,7 +102,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         let buffer = AlignedBuffer::new(usize::try_from(end - start).unwrap_or(0));
         volume.device.read(start, &whole(&buffer)).await?;
         if checked {
-            self.verify(volume, at - (offset - start).min(at), start, buffer.as_slice()).await?;
+            self.verify(volume, at - (offset - start).min(at), start, buffer.as_slice())
+                .await?;
         }
         let skip = usize::try_from(offset - start).unwrap_or(0);
         let wanted = skip..skip + usize::try_from(length).unwrap_or(0);
@@ -145,4 +152,3 @@ pub(crate) fn data_sum(bytes: &[u8]) -> u32 {
 }
 
 const _: () = assert!(SUBS == 16);
-

@@ -60,10 +60,16 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             }
             self.check_thawed(&file)?;
             let _running = self.core.epochs.begin();
-            match self.core.look(|state| Ok(way(state, &file, offset, length)?)).await? {
+            match self
+                .core
+                .look(|state| Ok(way(state, &file, offset, length)?))
+                .await?
+            {
                 Way::Over(pieces) => return self.write_over(&file, &pieces, buffers, durability).await,
                 Way::Places => {
-                    return self.write_places(&file, &pass, offset, length, buffers, durability).await;
+                    return self
+                        .write_places(&file, &pass, offset, length, buffers, durability)
+                        .await;
                 }
                 Way::Merge => {}
             }
@@ -71,7 +77,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             let pass = file.gate.alone(first, last).await;
             if Rc::ptr_eq(&file, &self.head()) {
                 self.check_thawed(&file)?;
-                return self.write_merged(&file, &pass, offset, length, buffers, durability).await;
+                return self
+                    .write_merged(&file, &pass, offset, length, buffers, durability)
+                    .await;
             }
         }
     }
@@ -159,7 +167,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             Vec::new()
         };
         let memory = whole(&buffer);
-        self.write_whole(file, pass, start, end - start, &memory, durability, &sums).await
+        self.write_whole(file, pass, start, end - start, &memory, durability, &sums)
+            .await
     }
 
     async fn write_places(
@@ -171,11 +180,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         buffers: &[IoBuf],
         durability: Durability,
     ) -> Result<(), FsError> {
-        self.write_whole(file, pass, offset, length, buffers, durability, &[]).await
+        self.write_whole(file, pass, offset, length, buffers, durability, &[])
+            .await
     }
 
     /// Writes to clusters that have places or get them; edges that are no whole sub-clusters are valid already.
-    #[expect(clippy::too_many_arguments, reason = "a request with its memory, split from its callers")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a request with its memory, split from its callers"
+    )]
     async fn write_whole(
         &self,
         file: &Rc<FileCore>,
@@ -186,13 +199,20 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         durability: Durability,
         sums: &[u32],
     ) -> Result<(), FsError> {
-        let count = usize::try_from((offset + length).div_ceil(CLUSTER) - offset / CLUSTER).unwrap_or(usize::MAX);
-        let ticket = self.core.admit(count.saturating_mul(MAP_BYTES), Need::Ordinary).await?;
+        let count =
+            usize::try_from((offset + length).div_ceil(CLUSTER) - offset / CLUSTER).unwrap_or(usize::MAX);
+        let ticket = self
+            .core
+            .admit(count.saturating_mul(MAP_BYTES), Need::Ordinary)
+            .await?;
         let mut places = self.core.places(file);
         let mut located: Vec<(Part, Location)> = Vec::with_capacity(count);
         for part in parts(offset, length) {
             let careful = self.careful.get();
-            let at = self.core.place_loaded(file, &mut places, part.index(), careful).await?;
+            let at = self
+                .core
+                .place_loaded(file, &mut places, part.index(), careful)
+                .await?;
             located.push((part, at));
         }
         let checking = if sums.is_empty() {
@@ -207,7 +227,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         drop(checking);
         let (group, ()) = self
             .core
-            .transact_admitted(&ticket, |state| Ok((map_records(state, file, &located, !sums.is_empty())?, ())))
+            .transact_admitted(&ticket, |state| {
+                Ok((map_records(state, file, &located, !sums.is_empty())?, ()))
+            })
             .await?;
         places.mapped();
         drop(places);
@@ -353,7 +375,9 @@ fn map_records<V>(
         } else {
             Entry::at(*at).with_subs(0, old.zero())
         };
-        let new = base.with_valid(part.touched()).with_checked(checked || base.is_checked());
+        let new = base
+            .with_valid(part.touched())
+            .with_checked(checked || base.is_checked());
         if new == old {
             continue;
         }

@@ -50,7 +50,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             return Ok(());
         }
         let buffer = AlignedBuffer::new(usize::try_from(end - start).unwrap_or(0));
-        self.write_range(start, end - start, &whole(&buffer), Durability::Volatile).await
+        self.write_range(start, end - start, &whole(&buffer), Durability::Volatile)
+            .await
     }
 
     async fn clear(&self, start: u64, end: u64, mode: ZeroMode) -> Result<(), FsError> {
@@ -70,7 +71,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             } else {
                 page
             };
-            let stop = ((last_page + 1) * PAGE_BYTES).min(end).min(if next > at { next } else { u64::MAX });
+            let stop = ((last_page + 1) * PAGE_BYTES)
+                .min(end)
+                .min(if next > at { next } else { u64::MAX });
             let pass = file.gate.alone(page, last_page).await;
             if !Rc::ptr_eq(&file, &self.head()) {
                 continue;

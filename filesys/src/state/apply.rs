@@ -30,7 +30,9 @@ impl<V> State<V> {
                 entry,
                 ..
             } => self.prepare_map(*file, u64::from(*first), u64::from(*count), *entry),
-            Record::Clear { file, first, count, .. } => {
+            Record::Clear {
+                file, first, count, ..
+            } => {
                 let file = self.file(*file)?;
                 let end = first.saturating_add(*count).div_ceil(SUBS.into());
                 self.prepare_free(&file, first / u64::from(SUBS), end)
@@ -288,7 +290,12 @@ impl<V> State<V> {
         }
         let kind = file.inode.borrow().kind;
         if let Some(names) = home.names() {
-            let put = names.put(&self.pages, self.name_key(name), &write_name(file.id, kind, name), |_| false)?;
+            let put = names.put(
+                &self.pages,
+                self.name_key(name),
+                &write_name(file.id, kind, name),
+                |_| false,
+            )?;
             if put.is_err() {
                 return Err(Damage::new(directory, "has too many names with one hash").into());
             }
@@ -309,7 +316,9 @@ impl<V> State<V> {
         };
         let home = self.file(directory)?;
         let removed = match home.names() {
-            Some(names) => names.remove(&self.pages, self.name_key(&name), |data| super::is_name(data, &name))?,
+            Some(names) => names.remove(&self.pages, self.name_key(&name), |data| {
+                super::is_name(data, &name)
+            })?,
             None => false,
         };
         if !removed {
@@ -420,8 +429,15 @@ pub(super) fn check_range(file: FileId, first: u64, end: u64) -> Result<(), Dama
 /// Puts entries as a whole leaf: a page only if they are not uniform.
 pub(super) fn leaf_child<V>(state: &State<V>, entries: &[Entry; FANOUT]) -> Child {
     let first = entries[0];
-    if (0_u64..).zip(entries).all(|(number, entry)| first.continues(*entry, number)) {
-        return if first.is_hole() { Child::Empty } else { Child::Run(first) };
+    if (0_u64..)
+        .zip(entries)
+        .all(|(number, entry)| first.continues(*entry, number))
+    {
+        return if first.is_hole() {
+            Child::Empty
+        } else {
+            Child::Run(first)
+        };
     }
     Child::Loaded(state.pages.created(0, Body::Map(Box::new(*entries))))
 }

@@ -16,7 +16,11 @@ impl<V> State<V> {
         let parent = self.file(parent)?;
         let (child, children, absorbed) = {
             let inode = parent.inode.borrow();
-            (inode.first_child, inode.children, inode.flags.has(Flags::ABSORBED))
+            (
+                inode.first_child,
+                inode.children,
+                inode.flags.has(Flags::ABSORBED),
+            )
         };
         match (child, children, absorbed) {
             (Some(child), 1, true) => Ok((parent, self.file(child)?)),
@@ -28,7 +32,8 @@ impl<V> State<V> {
     pub(super) fn adopt(&self, parent: &FileCore, child: &FileCore) -> Result<(), Stop> {
         let first = parent.inode.borrow().first_child;
         if let Some(first) = first {
-            self.file(first)?.change(|inode| inode.previous_sibling = Some(child.id));
+            self.file(first)?
+                .change(|inode| inode.previous_sibling = Some(child.id));
         }
         child.change(|inode| {
             inode.parent = Some(parent.id);
@@ -279,5 +284,9 @@ pub(crate) fn absorb_copies(child: Entry, parent: Entry, keep: bool) -> SubMask 
     if child.location().is_none() || parent.location().is_none() {
         return SubMask::NONE;
     }
-    SubMask(if keep { child.valid() } else { parent.valid() & child.holes() })
+    SubMask(if keep {
+        child.valid()
+    } else {
+        parent.valid() & child.holes()
+    })
 }

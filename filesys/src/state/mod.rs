@@ -181,7 +181,13 @@ impl<V> State<V> {
     ) -> Result<Self, Stop> {
         let roots = object_roots(objects, 0)?;
         let root = |id: u64| roots.get(usize::try_from(id).ok()?)?.clone();
-        Ok(Self::from_roots(Tree::from_root(objects.to_root()), root, next_id, seed, given))
+        Ok(Self::from_roots(
+            Tree::from_root(objects.to_root()),
+            root,
+            next_id,
+            seed,
+            given,
+        ))
     }
 
     /// Volumes and pins, which are always in memory.
@@ -324,7 +330,11 @@ impl<V> State<V> {
     pub(crate) fn gather(&self) -> Result<(), Missing> {
         let dirty: Vec<Rc<FileCore>> = {
             let files = self.files.borrow();
-            files.values().filter(|file| file.dirty.get()).map(Rc::clone).collect()
+            files
+                .values()
+                .filter(|file| file.dirty.get())
+                .map(Rc::clone)
+                .collect()
         };
         for file in &dirty {
             self.inodes.ensure(inode_key(file.id))?;
@@ -339,7 +349,9 @@ impl<V> State<V> {
         for file in dirty {
             let bytes = file.inode.borrow().to_bytes();
             // A key of this table has one item, so it cannot be full.
-            let _one = self.inodes.put(&self.pages, inode_key(file.id), &bytes, |_| true)?;
+            let _one = self
+                .inodes
+                .put(&self.pages, inode_key(file.id), &bytes, |_| true)?;
             self.set_object(file.id.0, Some(file.to_root()))?;
             file.dirty.set(false);
         }

@@ -55,7 +55,10 @@ impl<V> State<V> {
     fn gain(&self, file: &FileCore, at: Location) -> Result<(), Stop> {
         let volume = self.volume(at.volume)?;
         if !volume.mark(&self.pages, at.cluster, true)? {
-            let problem = format!("gets cluster {} of volume {}, which is in use", at.cluster, at.volume.0);
+            let problem = format!(
+                "gets cluster {} of volume {}, which is in use",
+                at.cluster, at.volume.0
+            );
             return Err(Damage::new(file.id, problem).into());
         }
         volume.release(at.cluster);
@@ -67,7 +70,10 @@ impl<V> State<V> {
     pub(super) fn lose(&self, file: &FileCore, at: Location, effects: &mut Effects) -> Result<(), Stop> {
         let volume: Rc<VolumeCore<V>> = self.volume(at.volume)?;
         if !volume.mark(&self.pages, at.cluster, false)? {
-            let problem = format!("frees cluster {} of volume {}, which is free", at.cluster, at.volume.0);
+            let problem = format!(
+                "frees cluster {} of volume {}, which is free",
+                at.cluster, at.volume.0
+            );
             return Err(Damage::new(file.id, problem).into());
         }
         effects.freed(at);
@@ -90,7 +96,10 @@ impl<V> State<V> {
         let map = Self::map_of(file)?;
         file.dirty.set(true);
         for number in 0..count {
-            let (old, new) = (map.entry(first + number)?.location(), entry.nth(number).location());
+            let (old, new) = (
+                map.entry(first + number)?.location(),
+                entry.nth(number).location(),
+            );
             if old == new {
                 continue;
             }
@@ -132,7 +141,9 @@ impl<V> State<V> {
         effects: &mut Effects,
     ) -> Result<(), Stop> {
         check_range(file.id, first / u64::from(SUBS), end.div_ceil(SUBS.into()))?;
-        self.rewrite(file, first, end, zero, effects, |entry, mask| entry.without(mask, zero))
+        self.rewrite(file, first, end, zero, effects, |entry, mask| {
+            entry.without(mask, zero)
+        })
     }
 
     /// Clusters of a dying file are freed, kept ones, too.

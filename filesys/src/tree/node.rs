@@ -251,7 +251,12 @@ impl Pages {
         self.dirtied.set(0);
         let mut freed = self.freed.take();
         let superseded = self.superseded.take();
-        freed.extend(superseded.iter().filter_map(|node| node.ptr.get()).map(|ptr| ptr.block));
+        freed.extend(
+            superseded
+                .iter()
+                .filter_map(|node| node.ptr.get())
+                .map(|ptr| ptr.block),
+        );
         freed
     }
 

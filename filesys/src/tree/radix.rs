@@ -203,20 +203,21 @@ impl Tree {
             collapse(child, self.kind, 0);
         };
         let mut root = self.root.borrow_mut();
-        self.descend(pages, &mut root, self.level.get(), index, Target::Leaf, &mut at_leaf);
+        self.descend(
+            pages,
+            &mut root,
+            self.level.get(),
+            index,
+            Target::Leaf,
+            &mut at_leaf,
+        );
         // The path was looked at above, so the leaf was reached.
         result.ok_or_else(|| unreachable_leaf(self))
     }
 
     /// Puts `new` in place of the child of level `level` (0: a leaf) that has the element, and gives what was there. `new` comes
     /// from the same place of a tree of the same kind, or has no page.
-    pub(crate) fn replace(
-        &self,
-        pages: &Pages,
-        index: u64,
-        level: u8,
-        new: Child,
-    ) -> Result<Child, Missing> {
+    pub(crate) fn replace(&self, pages: &Pages, index: u64, level: u8, new: Child) -> Result<Child, Missing> {
         self.look_above(index, level)?;
         self.grow(pages, index.max(self.elements(level).saturating_sub(1)));
         let mut new = Some(new);
@@ -227,7 +228,14 @@ impl Tree {
             }
         };
         let mut root = self.root.borrow_mut();
-        self.descend(pages, &mut root, self.level.get(), index, Target::Child(level), &mut at_child);
+        self.descend(
+            pages,
+            &mut root,
+            self.level.get(),
+            index,
+            Target::Child(level),
+            &mut at_child,
+        );
         Ok(old)
     }
 
@@ -460,11 +468,17 @@ fn uniform_map(entries: &[Entry; FANOUT]) -> Option<Child> {
     let first = entries[0];
     let all = first.continues(entries[255], 255)
         && first.continues(entries[127], 127)
-        && (0_u64..).zip(entries).all(|(number, entry)| first.continues(*entry, number));
+        && (0_u64..)
+            .zip(entries)
+            .all(|(number, entry)| first.continues(*entry, number));
     if !all {
         return None;
     }
-    Some(if first.is_hole() { Child::Empty } else { Child::Run(first) })
+    Some(if first.is_hole() {
+        Child::Empty
+    } else {
+        Child::Run(first)
+    })
 }
 
 fn uniform_bits(words: &[u64]) -> Option<Child> {
@@ -484,11 +498,11 @@ fn uniform_children(children: &[Child; FANOUT], kind: Kind, level: u8) -> Option
         Child::Empty => children.iter().all(Child::is_empty).then_some(Child::Empty),
         Child::Run(first) => {
             let below = 1_u64 << (kind.leaf_bits() + STEP * u32::from(level - 1));
-            let continues = |number: u64, child: &Child| {
-                matches!(child, Child::Run(run) if kind == Kind::Bits || first.continues(*run, number * below))
-            };
+            let continues = |number: u64, child: &Child| matches!(child, Child::Run(run) if kind == Kind::Bits || first.continues(*run, number * below));
             let all = continues(255, &children[255])
-                && (0..).zip(children).all(|(number, child)| continues(number, child));
+                && (0..)
+                    .zip(children)
+                    .all(|(number, child)| continues(number, child));
             all.then_some(Child::Run(*first))
         }
         _ => None,

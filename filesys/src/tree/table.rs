@@ -242,7 +242,10 @@ fn put_into(
         }
         Body::Table(items) => {
             let before = items.clone();
-            if let Some(old) = items.iter_mut().find(|old| old.key == item.key && meant(&old.data)) {
+            if let Some(old) = items
+                .iter_mut()
+                .find(|old| old.key == item.key && meant(&old.data))
+            {
                 *old = item;
             } else {
                 let place = items.partition_point(|old| old.key <= item.key);
@@ -378,17 +381,27 @@ mod tests {
         let mut state = 1_u64;
         for round in 0..20_000_u64 {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let key = if round % 3 == 0 { state >> 40 } else { state.rotate_left(17) };
+            let key = if round % 3 == 0 {
+                state >> 40
+            } else {
+                state.rotate_left(17)
+            };
             let data = vec![u8::try_from(round % 251).unwrap(); usize::try_from(state >> 50).unwrap() % 200];
             if round % 4 == 3 {
                 let known = model.keys().next().copied().unwrap_or(key);
-                assert_eq!(table.remove(&pages, known, |_| true).unwrap(), model.remove(&known).is_some());
+                assert_eq!(
+                    table.remove(&pages, known, |_| true).unwrap(),
+                    model.remove(&known).is_some()
+                );
             } else {
                 table.put(&pages, key, &data, |_| true).unwrap().unwrap();
                 model.insert(key, data);
             }
         }
-        let items: Vec<_> = all(&table).into_iter().map(|item| (item.key, item.data.to_vec())).collect();
+        let items: Vec<_> = all(&table)
+            .into_iter()
+            .map(|item| (item.key, item.data.to_vec()))
+            .collect();
         assert_eq!(items, model.clone().into_iter().collect::<Vec<_>>());
         for key in model.keys() {
             assert!(table.remove(&pages, *key, |_| true).unwrap());
@@ -400,7 +413,11 @@ mod tests {
     fn one_key_has_room_for_a_page_of_items() {
         let (table, pages) = (Table::new(), Pages::default());
         let mut put = 0_u32;
-        while table.put(&pages, 7, &put.to_le_bytes(), |_| false).unwrap().is_ok() {
+        while table
+            .put(&pages, 7, &put.to_le_bytes(), |_| false)
+            .unwrap()
+            .is_ok()
+        {
             put += 1;
         }
         assert_eq!(put, 292);

@@ -1,0 +1,4 @@
+//! The file system in the simulator.
+
+mod harness;
+mod smoke;
