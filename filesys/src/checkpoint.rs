@@ -124,6 +124,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     async fn checkpoint(&self, clean: bool) -> Result<(), FsError> {
         let cut = self.cut().await?;
         self.commit(cut.position.group - 1).await?;
+        self.flush_checked().await?;
         let mut dirty = Vec::new();
         collect(&cut.root.child, &mut dirty);
         let mut blocks = Vec::with_capacity(dirty.len());

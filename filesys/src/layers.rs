@@ -30,9 +30,8 @@ use crate::inode::{Flags, Kind};
 use crate::namespace::check_size;
 use crate::open::FileSystem;
 use crate::record::{LARGEST, Record};
-use crate::state::{Damage, absorb_copies};
-use crate::tree::node::{Body, Child, FANOUT};
-use crate::tree::radix::Look;
+use crate::state::{Damage, absorb_copies, entries_of};
+use crate::tree::node::{Child, FANOUT};
 use crate::units::{FileId, Location, SUB_CLUSTER, SUBS, SubMask};
 
 const PAGE: u64 = FANOUT as u64;
@@ -183,6 +182,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                 })?;
                 let parent = state.file(parent)?;
                 core.check_absorbable(layer, &parent)?;
+                core.check_unpinned(layer, &child)?;
+                core.check_unpinned(layer, &parent)?;
                 if parent.inode.borrow().flags.has(Flags::ABSORBED) {
                     return Ok((Vec::new(), parent.id));
                 }
@@ -376,21 +377,22 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             }
             let count = (sub..SUBS).take_while(|sub| mask.contains(*sub)).count() as u64;
             let skip = u64::from(sub) * SUB_CLUSTER;
+            let (first, to_first) = (
+                (from.offset() + skip) / SUB_CLUSTER,
+                (to.offset() + skip) / SUB_CLUSTER,
+            );
+            let checking = self.begin_copy(&source, &target, to_first, count).await?;
             let buffer = AlignedBuffer::new(usize::try_from(count * SUB_CLUSTER).unwrap_or(0));
             source.device.read(from.offset() + skip, &whole(&buffer)).await?;
-            target
+            let memory = whole(&buffer);
+            let write = target
                 .device
-                .write(to.offset() + skip, &whole(&buffer), Durability::Volatile)
-                .await?;
+                .write(to.offset() + skip, &memory, Durability::Volatile);
+            write.await?;
             note_written(file, &target, Durability::Volatile);
-            self.copy_sums(
-                &source,
-                (from.offset() + skip) / SUB_CLUSTER,
-                &target,
-                (to.offset() + skip) / SUB_CLUSTER,
-                count,
-            )
-            .await?;
+            if checking.is_some() {
+                self.copy_sums(&source, first, &target, to_first, count).await?;
+            }
             sub += u32::try_from(count).unwrap_or(SUBS);
         }
         Ok(())
@@ -404,12 +406,5 @@ fn map_of(file: &FileCore) -> Result<&crate::tree::radix::Tree, Damage> {
 
 /// The entries of a page.
 fn entries(file: &FileCore, first: u64) -> Result<[Entry; FANOUT], Refusal> {
-    Ok(match map_of(file)?.look(first)? {
-        Look::Empty => [Entry::HOLE; FANOUT],
-        Look::Run(entry) => std::array::from_fn(|number| entry.nth(number as u64)),
-        Look::Leaf(node) => match &*node.body.borrow() {
-            Body::Map(entries) => **entries,
-            _ => [Entry::HOLE; FANOUT],
-        },
-    })
+    Ok(entries_of(map_of(file)?, first)?)
 }

@@ -38,7 +38,10 @@ mod meta_space;
 mod namespace;
 mod open;
 mod orphans;
+mod pins;
 mod record;
+mod relocate;
+mod report;
 mod state;
 mod sums;
 #[allow(dead_code, unused_imports)]
@@ -46,6 +49,7 @@ mod superblock;
 mod tree;
 mod units;
 mod volume;
+mod volumes;
 mod wire;
 
 pub use error::FsError;
@@ -55,5 +59,9 @@ pub use inode::{Attributes, Kind, Target};
 pub use layers::Snapshot;
 pub use namespace::{DirectoryEntry, NewFile, Stat};
 pub use open::{FileSystem, FormatOptions, GivenVolume, OpenOptions};
+pub use pins::Pin;
+pub use relocate::{Relocation, RelocationProgress};
+pub use report::{ExtentReport, FileExtent, PhysicalExtent, Place, Placed, Range, RangeKind, Usage};
 pub use state::Damage;
 pub use units::{CLUSTER, FileId, Location, MAX_FILE, MAX_NAME, MAX_VOLUMES, SUB_CLUSTER, VolumeIndex};
+pub use volumes::{MetadataStat, VolumeStat};

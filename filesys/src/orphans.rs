@@ -47,6 +47,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             return Ok(true);
         }
         if flags.has(Flags::UNLINKED) && children == 1 && !flags.has(Flags::ABSORBED) {
+            let pinned = self.look(|_| Ok(self.pin_of(file)?)).await?;
+            if pinned.is_some() {
+                return Ok(false);
+            }
             block_io::cover!("filesys: the last child absorbs a parent without a name");
             self.transact(LARGEST, Need::Freeing, |_| {
                 Ok((vec![Record::Absorb { parent: file.id }], ()))

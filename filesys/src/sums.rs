@@ -7,6 +7,7 @@
 //! a crash is noticed.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use block_io::{BlockDevice, Clock};
 
@@ -65,13 +66,24 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         &self,
         located: &[(Part, Location)],
     ) -> Result<Checking<'_, V, C>, FsError> {
-        let mut pages: Vec<_> = located
-            .iter()
-            .flat_map(|(part, at)| {
-                let (first, count) = subs_of(*part, *at);
-                (page_of(first)..=page_of(first + count - 1)).map(|page| (at.volume, page))
+        let subs = located.iter().map(|(part, at)| {
+            let (first, count) = subs_of(*part, *at);
+            (at.volume, first, count)
+        });
+        self.begin_checked_subs(subs).await
+    }
+
+    /// As [`Self::begin_checked`], for runs of sub-clusters: volume, first, count.
+    async fn begin_checked_subs(
+        &self,
+        subs: impl Iterator<Item = (VolumeIndex, u64, u64)>,
+    ) -> Result<Checking<'_, V, C>, FsError> {
+        let mut pages: Vec<_> = subs
+            .flat_map(|(volume, first, count)| {
+                (page_of(first)..=page_of(first + count.max(1) - 1)).map(move |page| (volume, page))
             })
             .collect();
+        pages.sort_unstable();
         pages.dedup();
         let ticket = self.admit(LARGEST.max(pages.len() * 32), Need::Ordinary).await?;
         let checking = {
@@ -148,11 +160,6 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         Ok(())
     }
 
-    /// The last group that says something about pages that are being written.
-    pub(crate) fn last_unchecked(&self) -> Option<u64> {
-        self.unchecked.borrow().said.values().max().copied()
-    }
-
     /// The data are where they belong: these are their checksums, in order.
     pub(crate) async fn put_sums(&self, located: &[(Part, Location)], sums: &[u32]) -> Result<(), FsError> {
         let mut rest = sums;
@@ -176,7 +183,22 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
 }
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
-    /// Data were copied from one place to another: so are their checksums.
+    /// Data are about to be copied from one place to another, with their checksums.
+    pub(crate) async fn begin_copy(
+        &self,
+        source: &VolumeCore<V>,
+        target: &VolumeCore<V>,
+        to: u64,
+        count: u64,
+    ) -> Result<Option<Checking<'_, V, C>>, FsError> {
+        if source.sums.is_empty() && target.sums.is_empty() {
+            return Ok(None);
+        }
+        let run = std::iter::once((target.index, to, count));
+        Ok(Some(self.begin_checked_subs(run).await?))
+    }
+
+    /// Data were copied: so are their checksums.
     pub(crate) async fn copy_sums(
         &self,
         source: &VolumeCore<V>,
@@ -186,9 +208,6 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         count: u64,
     ) -> Result<(), FsError> {
         self.look(|state| {
-            if source.sums.is_empty() && target.sums.is_empty() {
-                return Ok(());
-            }
             for index in 0..count {
                 let sum = sum_of(source, from + index)?;
                 if sum_of(target, to + index)? != sum {
@@ -200,6 +219,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             Ok(())
         })
         .await
+    }
+
+    /// What checksums speak of is durable before they are.
+    pub(crate) async fn flush_checked(&self) -> Result<(), FsError> {
+        let volumes: Vec<_> = self.state.volumes.borrow().values().map(Rc::clone).collect();
+        for volume in volumes {
+            if !volume.sums.is_empty() && !volume.failed.get() {
+                self.flush_volume(&volume, volume.written.get()).await?;
+            }
+        }
+        let said = self.unchecked.borrow().said.values().max().copied();
+        match said {
+            Some(group) => self.commit(group).await,
+            None => Ok(()),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ pub const CLUSTER: u64 = 64 << 10;
 /// Bytes of a *sub-cluster*, the unit in which a map knows what is valid. Also the size of a metadata page.
 pub const SUB_CLUSTER: u64 = 4 << 10;
 /// Sub-clusters of a cluster.
-pub const SUBS: u32 = 16;
+pub(crate) const SUBS: u32 = 16;
 /// The largest file, in bytes.
 pub const MAX_FILE: u64 = 64 << 40;
 /// The longest name of a file or directory, in bytes of UTF-8.
@@ -66,7 +66,6 @@ impl Location {
 pub(crate) struct SubMask(pub(crate) u16);
 
 impl SubMask {
-    pub(crate) const ALL: Self = Self(u16::MAX);
     pub(crate) const NONE: Self = Self(0);
 
     /// The sub-clusters from number `first` on, `count` of them.
@@ -104,11 +103,11 @@ mod tests {
 
     #[test]
     fn masks_of_byte_ranges() {
-        assert_eq!(SubMask::touched(0, 65536), SubMask::ALL);
+        assert_eq!(SubMask::touched(0, 65536), SubMask(u16::MAX));
         assert_eq!(SubMask::touched(512, 1024), SubMask(1));
         assert_eq!(SubMask::touched(4095, 4097), SubMask(3));
         assert_eq!(SubMask::inside(4095, 8191), SubMask::NONE);
         assert_eq!(SubMask::inside(4096, 12289), SubMask(0b110));
-        assert_eq!(SubMask::inside(0, 65536), SubMask::ALL);
+        assert_eq!(SubMask::inside(0, 65536), SubMask(u16::MAX));
     }
 }

@@ -27,6 +27,11 @@ pub(crate) struct Places<'a, V> {
 }
 
 impl<V> Places<'_, V> {
+    /// A cluster is reserved as well.
+    pub(crate) fn add(&mut self, cluster: u32) {
+        self.clusters.push(cluster);
+    }
+
     /// The map has the places now.
     pub(crate) fn mapped(&self) {
         let mut pending = self.file.pending.borrow_mut();
@@ -119,7 +124,26 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         {
             return Ok(volume.location(base + index));
         }
-        for volume in self.candidates(home, &target, careful) {
+        self.choose_on(home, &target, index, careful)
+    }
+
+    /// Reserves a place for a cluster away from what its page has.
+    pub(crate) fn choose_elsewhere(&self, file: &FileCore, cluster: u64) -> Result<Location, Refusal> {
+        let (home, target) = {
+            let inode = file.inode.borrow();
+            (inode.home, inode.attributes.target.clone())
+        };
+        self.choose_on(home, &target, cluster % PAGE, false)
+    }
+
+    fn choose_on(
+        &self,
+        home: VolumeIndex,
+        target: &Target,
+        index: u64,
+        careful: bool,
+    ) -> Result<Location, Refusal> {
+        for volume in self.candidates(home, target, careful) {
             if let Some(group) = volume.find_group()?
                 && volume.take(group + index)?
             {
@@ -131,7 +155,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 return Ok(volume.location(cluster));
             }
         }
-        Err(self.no_space(home, &target).into())
+        Err(self.no_space(home, target).into())
     }
 
     /// Volume and place of cluster 0 of a page of the map, if the page lies in order.

@@ -20,8 +20,9 @@ mod read;
 mod write;
 mod zero;
 
+pub(crate) use allocate::Places;
 pub use handle::{Access, File};
 pub(crate) use memory::whole;
 pub(crate) use plan::Part;
-pub(crate) use read::{data_sum, sum_of};
+pub(crate) use read::sum_of;
 pub(crate) use write::note_written;

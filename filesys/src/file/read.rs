@@ -1,10 +1,11 @@
 //! Reads.
 
-use block_io::{AlignedBuffer, BlockDevice, Clock, IoBuf, IoError};
+use block_io::{AlignedBuffer, BlockDevice, Clock, IoBuf};
 
 use super::handle::File;
 use super::memory::{self, whole};
 use super::plan::{Piece, Source};
+use super::write::PAGE_BYTES;
 use crate::checksum::crc32c;
 use crate::error::{FsError, Refusal};
 use crate::event::Event;
@@ -22,6 +23,37 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         length: u64,
         buffers: &[IoBuf],
     ) -> Result<(), FsError> {
+        let read = self.read_once(offset, length, buffers).await;
+        let Err(FsError::Checksum { .. }) = read else {
+            return read;
+        };
+        // A write may have been between its data and their checksum.
+        block_io::cover!("filesys: a checksum differs at first sight");
+        let (first, last) = (offset / PAGE_BYTES, (offset + length - 1) / PAGE_BYTES);
+        let file = self.head();
+        let _alone = file.gate.alone(first, last).await;
+        self.read_alone(offset, length, buffers).await
+    }
+
+    /// As [`Self::read_range`], where nobody writes meanwhile.
+    pub(super) async fn read_alone(
+        &self,
+        offset: u64,
+        length: u64,
+        buffers: &[IoBuf],
+    ) -> Result<(), FsError> {
+        let read = self.read_once(offset, length, buffers).await;
+        if let Err(FsError::Checksum { file, offset }) = &read {
+            tracing::error!(%file, offset, "data are not what was written");
+            self.core.event(Event::Corrupt {
+                file: *file,
+                offset: *offset,
+            });
+        }
+        read
+    }
+
+    async fn read_once(&self, offset: u64, length: u64, buffers: &[IoBuf]) -> Result<(), FsError> {
         if length == 0 {
             return Ok(());
         }
@@ -121,8 +153,6 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             }
             let offset = at + number * SUB_CLUSTER;
             let file = self.id();
-            tracing::error!(%file, offset, "data are not what was written");
-            self.core.event(Event::Corrupt { file, offset });
             return Err(FsError::Checksum { file, offset });
         }
         Ok(())

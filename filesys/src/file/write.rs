@@ -149,7 +149,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         let memory = memory::part(&whole(&buffer), 0, readable);
         let inside = offset.is_multiple_of(SUB_CLUSTER) && (offset + length).is_multiple_of(SUB_CLUSTER);
         if !inside {
-            self.read_range(start, readable, &memory).await?;
+            self.read_alone(start, readable, &memory).await?;
         }
         let skip = usize::try_from(offset - start).unwrap_or(0);
         let wanted = skip..skip + usize::try_from(length).unwrap_or(0);

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use super::{Damage, Effects, Missing, State, Stop, inode_key, write_name};
 use crate::entry::Entry;
 use crate::file_core::FileCore;
-use crate::inode::{Flags, Inode, Kind};
+use crate::inode::{Flags, Inode};
 use crate::record::{PinRecord, Record, VolumeRecord};
 use crate::tree::codec::Kind as TreeKind;
 use crate::tree::node::{Body, Child, FANOUT};
@@ -408,7 +408,7 @@ pub(crate) fn clusters_of(first: u64, end: u64) -> impl Iterator<Item = (u64, Su
 }
 
 /// The leaf with this cluster as entries; none if it has no page and is not needed.
-pub(super) fn entries_of(map: &Tree, first: u64) -> Result<[Entry; FANOUT], Missing> {
+pub(crate) fn entries_of(map: &Tree, first: u64) -> Result<[Entry; FANOUT], Missing> {
     Ok(match map.look(first)? {
         Look::Empty => [Entry::HOLE; FANOUT],
         Look::Run(entry) => std::array::from_fn(|number| entry.nth(number as u64)),

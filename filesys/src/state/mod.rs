@@ -19,8 +19,8 @@ mod apply;
 mod layers;
 mod space;
 
-pub(crate) use apply::clusters_of;
-pub(crate) use layers::{absorb_copies, absorb_entry};
+pub(crate) use apply::{clusters_of, entries_of};
+pub(crate) use layers::absorb_copies;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;

@@ -100,11 +100,6 @@ impl Tree {
         self.root.borrow().is_empty()
     }
 
-    /// The number of the root's level.
-    pub(crate) fn level(&self) -> u8 {
-        self.level.get()
-    }
-
     /// Elements under a child of a page of this level.
     pub(crate) fn elements(&self, level: u8) -> u64 {
         1_u64

@@ -343,6 +343,12 @@ impl<D: BlockDevice> MemberMap<D> {
     }
 
     /// The runs that a range touches: run, first byte on its device, first byte within the range, length.
+    /// Where a range of the member is: device, first byte on it, bytes.
+    pub(super) fn places(&self, offset: u64, length: u64) -> impl Iterator<Item = (DeviceId, u64, u64)> {
+        self.runs(offset, length)
+            .map(|(run, start, _, part)| (run.disk.id, start, part))
+    }
+
     fn runs(&self, offset: u64, length: u64) -> impl Iterator<Item = (&Run<D>, u64, u64, u64)> {
         let end = offset.saturating_add(length);
         let first = self.extents.partition_point(|run| run.at + run.length <= offset);

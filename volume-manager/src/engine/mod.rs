@@ -8,6 +8,7 @@
 //!   fill, relayout  copying into members; replacing sections piece by piece; scrub: comparing
 //!   core, degrade   the configuration and who may change it; what the failure of a device changes
 //!   keep            the pool's logs
+//!   physical        where bytes are on devices, for who reads them there
 //!   map, disk, ranges, geometry, join, list, counters, event, job     what all of them use
 //! ```
 
@@ -25,6 +26,7 @@ pub(crate) mod keep;
 pub(crate) mod list;
 pub(crate) mod map;
 pub(crate) mod open;
+pub(crate) mod physical;
 pub(crate) mod pool;
 pub(crate) mod ranges;
 pub(crate) mod reading;
