@@ -21,7 +21,6 @@ use crate::record::{LARGEST, MAP_BYTES, Record};
 use crate::state::entries_of;
 use crate::tree::node::FANOUT;
 use crate::units::{CLUSTER, FileId, Location, SUB_CLUSTER, SUBS, SubMask};
-use crate::volume::VolumeCore;
 
 const PAGE: u64 = FANOUT as u64;
 /// Clusters that one request copies, at most.
@@ -155,16 +154,6 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         };
         let placed = entries.iter().enumerate().filter(|(_, entry)| misplaced(entry));
         placed.map(|(index, _)| index).collect()
-    }
-
-    /// Whether a volume is one where a file's data shall be.
-    fn wants(&self, volume: &VolumeCore<V>, target: &Target) -> bool {
-        let fits = match target {
-            Target::Any => true,
-            Target::Volume(index) => volume.index == *index,
-            Target::Class(class) => volume.record().class == *class,
-        };
-        fits && !volume.is_draining()
     }
 
     /// Reserves new places. What finds none stays.

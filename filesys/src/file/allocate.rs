@@ -191,15 +191,20 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             .and_then(|(cluster, place)| base(usize::try_from(cluster - first).unwrap_or(0), place.location)))
     }
 
-    fn may_use(&self, volume: &VolumeCore<V>, target: &Target, careful: bool) -> bool {
+    /// Whether a volume is one where a file's data shall be.
+    pub(crate) fn wants(&self, volume: &VolumeCore<V>, target: &Target) -> bool {
         let fits = match target {
             Target::Any => true,
             Target::Volume(index) => volume.index == *index,
             Target::Class(class) => volume.record().class == *class,
         };
+        fits && !volume.is_draining()
+    }
+
+    fn may_use(&self, volume: &VolumeCore<V>, target: &Target, careful: bool) -> bool {
         // The last twentieth is for those who would fail without.
         let reserve = if careful { volume.clusters() / 20 } else { 0 };
-        fits && !volume.is_draining() && !volume.failed.get() && volume.available() > reserve
+        self.wants(volume, target) && !volume.failed.get() && volume.available() > reserve
     }
 
     /// Volumes that a file may use: its home first, then those with the most space.
@@ -219,14 +224,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         usable
     }
 
-    /// The volume on which a new file begins.
+    /// The volume on which a new file begins: the one with the most space, full ones if there are no others.
     pub(crate) fn home_for(&self, target: &Target) -> Result<VolumeIndex, FsError> {
-        let nowhere = VolumeIndex(u16::MAX);
-        let usable = self.candidates(nowhere, target, false);
-        match usable.first() {
-            Some(volume) => Ok(volume.index),
-            None => Err(self.no_space(nowhere, target)),
-        }
+        let volumes = self.state.volumes.borrow();
+        let usable = volumes
+            .values()
+            .filter(|volume| self.wants(volume, target) && !volume.failed.get());
+        let most = usable.max_by_key(|volume| (volume.available(), std::cmp::Reverse(volume.index)));
+        most.map(|volume| volume.index)
+            .ok_or_else(|| self.no_space(VolumeIndex(u16::MAX), target))
     }
 
     fn no_space(&self, home: VolumeIndex, target: &Target) -> FsError {

@@ -1,4 +1,5 @@
 //! The file system in the simulator.
 
+mod features;
 mod harness;
 mod smoke;
