@@ -191,6 +191,7 @@ fn who_waits_for_room_gets_it_from_a_checkpoint_in_order() {
             });
             assert!(spawned.is_ok());
         }
+        sim_pause(&sim).await;
         // Somebody gives up.
         {
             let mut gone = std::pin::pin!(journal.admit(PAYLOAD));
