@@ -3,6 +3,7 @@
 mod crash;
 mod hostile;
 mod stories;
+mod swarm;
 mod table;
 
 use std::cell::Cell;

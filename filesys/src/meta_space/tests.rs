@@ -9,6 +9,7 @@ use block_io::sim::{
 use block_io::{BlockDevice, Operation};
 
 use super::*;
+use crate::meta_io::demand;
 use crate::superblock::{self, Holders, LayoutOptions, Superblock, layout};
 
 const UUID: [u8; 16] = *b"the file system!";
@@ -83,6 +84,8 @@ fn blocks_come_in_one_run_where_there_is_one() {
         let rest = space.free_count();
         let scattered = take(&space, rest);
         assert_eq!(scattered.len() as u64, rest);
+        assert!(!space.allocate(1, &mut Vec::new()));
+        demand(&["metadata space: scattered blocks", "metadata space: no room"]);
     });
 }
 
@@ -157,7 +160,7 @@ fn damage_and_lost_writes_are_noticed() {
         let mut before = vec![0; 8192];
         for _ in 0..4 {
             take(&space, 1);
-            let area = large().bitmaps[usize::from(space.current().number % 2 == 0)].first * 4096;
+            let area = large().bitmaps[usize::from(space.current().number.is_multiple_of(2))].first * 4096;
             sim.with_medium(0, |medium| medium.peek(area, &mut before));
             states.push(space.store().await.unwrap());
             space.committed();
@@ -201,6 +204,10 @@ fn damage_and_lost_writes_are_noticed() {
             reload(&sim, large(), state).await,
             Err(MetaSpaceError::Device(_))
         ));
+        demand(&[
+            "metadata space: a stale bitmap is refused",
+            "metadata space: a damaged page is refused",
+        ]);
     });
 }
 
@@ -225,6 +232,7 @@ fn a_store_that_fails_or_is_dropped_is_repeated_in_full() {
         assert_eq!(state.number, 3);
         let loaded = reload(&sim, large(), state).await.unwrap();
         assert_eq!(loaded.free_count(), space.free_count());
+        demand(&["metadata space: a bitmap cannot be written"]);
     });
 }
 
@@ -252,7 +260,11 @@ async fn checkpoint(
     let mut blocks = Vec::new();
     let mut used = promise.borrow().used.last().cloned().unwrap_or_default().1;
     // Blocks in both pages.
-    space.state.borrow_mut().cursor = if superblock.sequence % 2 == 0 { 50 } else { 35_000 };
+    space.state.borrow_mut().cursor = if superblock.sequence.is_multiple_of(2) {
+        50
+    } else {
+        35_000
+    };
     if !space.allocate(3, &mut blocks) {
         return Err("no room".into());
     }
@@ -347,7 +359,7 @@ impl Scenario for Checkpoints {
 fn a_crash_in_a_checkpoint_leaves_a_bitmap_and_its_superblock() {
     let options = ExploreOptions {
         nesting: 1,
-        nested_states: 16,
+        nested_states: 3,
         ..ExploreOptions::default()
     };
     let numbers = explore(&Checkpoints, &options).unwrap_or_else(|failure| panic!("{failure}"));

@@ -16,7 +16,7 @@ use crate::superblock::{self, Features, LayoutOptions, Opened, Superblock, layou
 const BLOCKS: u64 = 256;
 
 #[derive(Debug, Clone, Copy)]
-enum Step {
+pub(super) enum Step {
     /// Appends a record of so many bytes.
     Append(usize),
     /// Waits for everything.
@@ -26,20 +26,20 @@ enum Step {
 use Step::{Append, Checkpoint, Commit};
 
 #[derive(Debug)]
-struct Script {
-    steps: &'static [Step],
-    ring: u64,
-    sector: u32,
+pub(super) struct Script {
+    pub(super) steps: &'static [Step],
+    pub(super) ring: u64,
+    pub(super) sector: u32,
     /// The write of the metadata disk that fails.
-    fails: Option<u64>,
+    pub(super) fails: Option<u64>,
 }
 
 #[derive(Debug, Clone, Default)]
-struct Promise {
+pub(super) struct Promise {
     /// Records in the order in which they were appended.
-    appended: Vec<Vec<u8>>,
+    pub(super) appended: Vec<Vec<u8>>,
     /// So many must be there.
-    acknowledged: usize,
+    pub(super) acknowledged: usize,
 }
 
 fn record(incarnation: u64, number: usize, length: usize) -> Vec<u8> {
@@ -58,7 +58,7 @@ impl BeforeWrite for FlushData {
     }
 }
 
-struct Open {
+pub(super) struct Open {
     journal: Rc<Journal<SimDisk>>,
     opened: Opened,
     incarnation: u64,
@@ -67,7 +67,7 @@ struct Open {
     promise: Shared<Promise>,
 }
 
-type Done = std::result::Result<(), Failure>;
+pub(super) type Done = std::result::Result<(), Failure>;
 
 fn failed(error: impl std::fmt::Display) -> Failure {
     error.to_string().into()
@@ -123,7 +123,7 @@ async fn check(
 
 impl Open {
     /// Opens as the module comment of the journal demands.
-    async fn open(sim: &Sim, promise: &Shared<Promise>) -> std::result::Result<Self, Failure> {
+    pub(super) async fn open(sim: &Sim, promise: &Shared<Promise>) -> std::result::Result<Self, Failure> {
         let (meta, data) = (sim.disk(0), sim.disk(1));
         let mut opened = superblock::open(&meta).await.map_err(failed)?;
         let (count, end) = check(sim, &opened.superblock, promise).await?;
@@ -170,7 +170,7 @@ impl Open {
         })
     }
 
-    async fn step(&mut self, step: Step) -> Done {
+    pub(super) async fn step(&mut self, step: Step) -> Done {
         match step {
             Append(length) => {
                 let Some(ticket) = self.journal.reserve(length.max(8)) else {
@@ -284,7 +284,8 @@ impl Scenario for Script {
     }
 }
 
-const LONG: usize = PAYLOAD + 1000;
+/// Eight sectors and two.
+const LONG: usize = PAYLOAD + 600;
 const SCRIPTS: [&[Step]; 6] = [
     &[Append(10), Commit],
     &[Append(10), Append(20), Commit, Append(30), Commit],
@@ -313,7 +314,11 @@ const SCRIPTS: [&[Step]; 6] = [
 
 fn explored(script: &Script, options: &ExploreOptions) -> Numbers {
     let numbers = explore(script, options).unwrap_or_else(|failure| panic!("{script:?}: {failure}"));
-    assert_eq!(numbers.sampled_points, 0, "{script:?}: {numbers}");
+    // Only crashes within recovery are sampled.
+    assert!(
+        options.nesting > 0 || numbers.sampled_points == 0,
+        "{script:?}: {numbers}"
+    );
     numbers
 }
 
@@ -332,7 +337,7 @@ fn every_crash_leaves_a_prefix_with_all_that_was_acknowledged() {
             };
             let options = ExploreOptions {
                 nesting,
-                nested_states: 64,
+                nested_states: 16,
                 ..ExploreOptions::default()
             };
             let some = explored(&script, &options);

@@ -4,7 +4,7 @@ use block_io::sim::Rng;
 
 use super::*;
 use crate::journal::ring::{HEADER, PAYLOAD};
-use crate::meta_io::crc32c;
+use crate::meta_io::{crc32c, demand};
 
 const LAP: u64 = 8;
 
@@ -70,6 +70,7 @@ fn blocks_of_another_file_system_do_not_count() {
     });
     let (groups, end) = ran.unwrap().ended.done().unwrap().unwrap();
     assert!(groups.is_empty() && end == BEGIN);
+    demand(&["journal: a block of another file system"]);
 }
 
 #[test]

@@ -4,6 +4,7 @@ use block_io::sim::{Fault, FaultRule};
 
 use super::*;
 use crate::journal::ring::PAYLOAD;
+use crate::meta_io::demand;
 
 #[test]
 fn what_is_committed_is_replayed_group_by_group() {
@@ -119,6 +120,7 @@ fn a_failed_write_ends_the_journal_for_everybody() {
         journal.commit(1).await.unwrap();
         assert_eq!((flushes.calls.get(), journal.durable_group()), (2, 1));
     });
+    demand(&["journal: it has failed"]);
 }
 
 #[test]
@@ -171,6 +173,7 @@ fn room_is_promised_and_given_back() {
         ));
         assert_eq!((journal.used_blocks(), journal.capacity()), (8, 8));
     });
+    demand(&["journal: the ring is full"]);
 }
 
 #[test]
@@ -211,6 +214,7 @@ fn who_waits_for_room_gets_it_from_a_checkpoint_in_order() {
         assert_eq!(*order.borrow(), [0, 1, 2]);
         assert!(checkpoints <= 3);
     });
+    demand(&["journal: somebody waits for room"]);
 }
 
 /// Lets the others run.
@@ -228,7 +232,7 @@ fn the_ring_goes_round_and_old_laps_do_not_count() {
         let mut content = Vec::new();
         for number in 0..100_u8 {
             let ticket = journal.admit(PAYLOAD * 2).await.unwrap();
-            let bytes = vec![number; 1 + usize::from(number) * 37 % (PAYLOAD * 2)];
+            let bytes = vec![number; 1 + usize::from(number) * 137 % (PAYLOAD * 2)];
             let group = journal.append(&bytes).unwrap();
             drop(ticket);
             content.push(bytes);
@@ -243,6 +247,7 @@ fn the_ring_goes_round_and_old_laps_do_not_count() {
             }
         }
     });
+    demand(&["journal: a group goes across the ring's end"]);
 }
 
 #[test]
@@ -260,6 +265,7 @@ fn a_group_grows_no_larger_than_its_count_can_say() {
             (2, large.len(), 19_000)
         );
     });
+    demand(&["journal: a group is as large as can be"]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::journal::ring::{self as blocks, HEADER, Header};
+use crate::meta_io::demand;
 
 /// A block of a ring, as a test writes it down.
 #[derive(Debug, Clone, Copy)]
@@ -245,6 +246,10 @@ fn ends_and_damage_are_told_apart() {
         lap.resize(8, None);
         assert_eq!(result(&lap), expected, "{name}");
     }
+    demand(&[
+        "journal: a group is missing that had been durable",
+        "journal: newer than the superblock",
+    ]);
 }
 
 /// All rings of five blocks whose groups have one block: replay is judged by the definition.
