@@ -135,3 +135,12 @@ impl Gate {
         .await
     }
 }
+
+/// Demands that this test has reached the marks.
+#[cfg(test)]
+pub(crate) fn demand(marks: &[&str]) {
+    let mut numbers = block_io::sim::Numbers::default();
+    numbers.collect();
+    let missing = numbers.missing(marks);
+    assert!(missing.is_empty(), "{missing:?} were not reached");
+}

@@ -1,15 +1,18 @@
 //! The superblock: the one thing that says which state of the metadata volume counts. Four copies; three to commit, two to open.
 //!
 //! ```text
-//!   write:  copies 0 and 1 (FUA, together)  →  copies 2 and 3 (FUA, together)       done when 3 of the 4 are written
+//!   write:  two copies (FUA, together)  →  the other two (FUA, together)        done when 3 of the 4 are written
+//!           first those that do not hold the present state
 //!   open:   read all four; the highest sequence that at least 2 agree on, byte by byte
 //! ```
 //!
 //! # Why this is right
 //! - *Nothing acknowledged is lost.* A write that was acknowledged is in 3 copies. One of them may be damaged: 2 are left. If two
 //!   are damaged, the one that is left and the older fourth agree with nobody: that is an error, never the old state.
-//! - *A crash leaves the old or the new.* The body is within one sector of 512 bytes, so a copy is old or new or, at worst,
-//!   damaged. In the first step copies 2 and 3 are both old, in the second 0 and 1 are both new.
+//! - *A crash leaves the old or the new.* The body is within one sector of 512 bytes, so a copy is old or new. In the first step
+//!   two copies of the old state are not touched, and in the second step two of the new one, or (if a copy could not be written)
+//!   one of the new and two that are each old or new: some two always agree. That is why the order matters: after several
+//!   crashes only two copies may hold the present state, and writing over one of them first would leave four that differ.
 //! - *A single newer copy is ignored*, and could come back when its neighbour can be read again. So the owner, before it
 //!   changes anything else, writes a superblock of its own with [`Opened::next_sequence`], which is above everything seen.
 //!   A sequence is never used for two contents.
@@ -81,6 +84,25 @@ pub(crate) struct Superblock {
     pub(crate) clean: bool,
 }
 
+/// Which copies hold the present state: none when a file system is made, then what [`open`] found and [`write`] left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Holders(pub(crate) [bool; COPIES]);
+
+impl Holders {
+    /// Two steps of two copies each: first those that hold something else.
+    fn steps(self) -> [[usize; 2]; 2] {
+        let mut order: [usize; COPIES] = std::array::from_fn(|copy| copy);
+        order.sort_by_key(|copy| self.0[*copy]);
+        let [a, b, c, d] = order;
+        [[a, b], [c, d]]
+    }
+
+    /// The volume has another size now: the last copy goes to another place.
+    pub(crate) fn resized(&mut self) {
+        self.0[COPIES - 1] = false;
+    }
+}
+
 /// What [`open`] found.
 #[derive(Debug, Clone)]
 pub(crate) struct Opened {
@@ -89,8 +111,8 @@ pub(crate) struct Opened {
     pub(crate) next_sequence: u64,
     /// Read-only compatible features that this program does not know. If there are any, nothing may be written.
     pub(crate) unknown_read_only: u64,
-    /// Whether each copy has just this content. If not, the next write repairs it.
-    pub(crate) agreeing: [bool; COPIES],
+    /// Which copies hold it: for [`write`], which repairs the others.
+    pub(crate) holders: Holders,
 }
 
 /// Why there is no superblock, or none was written.
@@ -156,31 +178,34 @@ impl fmt::Display for Summary {
     }
 }
 
-/// Writes all four copies of `superblock`. Its sequence must be one that was never written.
+/// Writes all four copies of `superblock`. Its sequence must be one that was never written. `holders` are those of the state
+/// before, and then of this one.
 ///
 /// # Errors
 /// Fewer than three are written: after a crash or a new opening, the old or the new state counts.
 pub(crate) async fn write<V: BlockDevice>(
     device: &V,
     superblock: &Superblock,
+    holders: &mut Holders,
 ) -> Result<(), SuperblockError> {
     let sequence = superblock.sequence;
-    superblock
-        .layout
-        .check()
-        .map_err(|source| SuperblockError::Invalid { sequence, source })?;
-    let mut failed = 0;
-    for pair in [[0, 1], [2, 3]] {
+    let checked = superblock.layout.check();
+    checked.map_err(|source| SuperblockError::Invalid { sequence, source })?;
+    let steps = holders.steps();
+    let mut missing = 0;
+    for pair in steps {
         let written = meta_io::join_all(pair.map(|copy| write_copy(device, superblock, copy))).await;
-        for source in written.into_iter().filter_map(Result::err) {
-            failed += 1;
-            if failed > 1 {
+        for (copy, result) in pair.into_iter().zip(written) {
+            holders.0[copy] = result.is_ok();
+            let Err(source) = result else { continue };
+            missing += 1;
+            if missing > 1 {
                 cover!("superblock: too few copies are written");
                 let source = Arc::new(source);
                 return Err(SuperblockError::NotDurable { sequence, source });
             }
             cover!("superblock: one copy cannot be written");
-            tracing::warn!(error = %source, cause = %source.cause(), "a copy of the superblock cannot be written");
+            tracing::warn!(error = %source, cause = %source.cause(), copy, "a copy of the superblock cannot be written");
         }
     }
     Ok(())

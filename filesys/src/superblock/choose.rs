@@ -15,7 +15,9 @@ use block_io::{IoError, cover};
 
 use super::codec::BODY;
 use super::layout::COPIES;
-use super::{KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE, Opened, Summary, Superblock, SuperblockError};
+use super::{
+    Holders, KNOWN_INCOMPATIBLE, KNOWN_READ_ONLY_COMPATIBLE, Opened, Summary, Superblock, SuperblockError,
+};
 
 /// What is in the place of a copy.
 #[derive(Debug, Clone)]
@@ -87,7 +89,7 @@ pub(super) fn choose(found: &[Found; COPIES]) -> Result<Opened, SuperblockError>
         superblock,
         next_sequence: highest + 1,
         unknown_read_only: superblock.features.read_only_compatible & !KNOWN_READ_ONLY_COMPATIBLE,
-        agreeing: std::array::from_fn(|copy| found[copy].agrees_with(chosen)),
+        holders: Holders(std::array::from_fn(|copy| found[copy].agrees_with(chosen))),
     })
 }
 
