@@ -152,9 +152,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             clean,
             ..*self.superblock.borrow()
         };
-        superblock::write(&*self.meta, &superblock)
-            .await
-            .map_err(|error| self.fail(&error))?;
+        let mut holders = *self.holders.borrow();
+        let written = superblock::write(&*self.meta, &superblock, &mut holders).await;
+        self.holders.replace(holders);
+        written.map_err(|error| self.fail(&error))?;
         self.superblock.replace(superblock);
         self.space.committed();
         self.journal.release(&cut.position);

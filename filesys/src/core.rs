@@ -30,7 +30,7 @@ use crate::open::OpenOptions;
 use crate::record::Record;
 use crate::state::{Damage, Effects, State, Stop};
 use crate::sums::Unchecked;
-use crate::superblock::Superblock;
+use crate::superblock::{Holders, Superblock};
 use crate::tree::codec::{self, PAGE};
 use crate::tree::node::{Missing, Node};
 use crate::units::{FileId, Location, SUB_CLUSTER, VolumeIndex};
@@ -56,6 +56,8 @@ pub(crate) struct Core<V, C> {
     pub(crate) journal: Journal<V>,
     pub(crate) space: MetaSpace<V>,
     pub(crate) superblock: RefCell<Superblock>,
+    /// Which copies of the superblock have the present state.
+    pub(crate) holders: RefCell<Holders>,
     pub(crate) clock: C,
     pub(crate) options: OpenOptions,
     pub(crate) epochs: Epochs,
@@ -99,6 +101,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         journal: Journal<V>,
         space: MetaSpace<V>,
         superblock: Superblock,
+        holders: Holders,
         clock: C,
         options: OpenOptions,
     ) -> Rc<Self> {
@@ -108,6 +111,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             journal,
             space,
             superblock: RefCell::new(superblock),
+            holders: RefCell::new(holders),
             clock,
             options,
             epochs: Epochs::default(),

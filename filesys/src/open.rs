@@ -146,7 +146,16 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             uuid: options.uuid,
         };
         let journal = Journal::new(Rc::clone(&meta.device), ring, &start, start, 1);
-        let core = Core::new(state, meta.device, journal, space, superblock, clock, open);
+        let core = Core::new(
+            state,
+            meta.device,
+            journal,
+            space,
+            superblock,
+            superblock::Holders::default(),
+            clock,
+            open,
+        );
         for volume in volumes {
             core.add_volume_now(&volume)?;
         }
@@ -171,6 +180,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .await
             .map_err(|error| FsError::Open(error.to_string()))?;
         let mut superblock = opened.superblock;
+        let mut holders = opened.holders;
         if opened.unknown_read_only != 0 && !read_only {
             return Err(FsError::Open(format!(
                 "the file system uses features that this program can only read (bits {:#x}): open it read-only, or use a newer one",
@@ -203,7 +213,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             superblock.sequence = opened.next_sequence;
             superblock.incarnation += 1;
             superblock.clean = false;
-            superblock::write(&*meta, &superblock)
+            superblock::write(&*meta, &superblock, &mut holders)
                 .await
                 .map_err(|error| FsError::Open(error.to_string()))?;
         }
@@ -214,7 +224,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             position,
             superblock.incarnation,
         );
-        let core = Core::new(state, meta, journal, space, superblock, clock, options);
+        let core = Core::new(state, meta, journal, space, superblock, holders, clock, options);
         if !read_only {
             core.housekeeping.set(core.options.background);
             core.start();
