@@ -1,7 +1,7 @@
 //! Regular files and block devices of the host.
 
 mod identity;
-mod lock;
+pub(crate) mod lock;
 mod open;
 mod range_lock;
 mod transfer;
