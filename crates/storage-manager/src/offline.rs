@@ -136,12 +136,17 @@ pub fn create(
         let devices = devices.into_iter().zip(&opened);
         let devices = devices.map(|(new, device)| described(new, device));
         let devices = devices.collect::<Result<Vec<_>, _>>()?;
+        let labelled: Vec<_> = devices
+            .iter()
+            .map(|new| (new.name.clone(), new.uuid, Rc::clone(&new.device)))
+            .collect();
         let options = options(store::Force::No)?;
         let failed = |error| of_pool(&name, error);
         let pool = Pool::create(&name, random::uuid()?, devices, &options, WorkerClock::new());
         let pool = pool.await.map_err(failed)?;
         let status = view_open(&pool, Vec::new());
         pool.close().await.map_err(failed)?;
+        device::see_that_they_differ(&labelled).await?;
         Ok(status)
     })
 }
@@ -153,7 +158,7 @@ pub fn create(
 /// The devices do not make a pool, or one is in use.
 pub fn status(paths: DevicePaths, notify: &mut dyn FnMut(Notice<'_>) -> Flow) -> Result<PoolStatus, Problem> {
     on_worker(notify, |_| async move {
-        let opened = device::open_all(&paths, Access::Read)?;
+        let opened = device::open_all(&paths, Access::Read).await?;
         let mut notes: Vec<String> = opened
             .absent
             .iter()
@@ -225,7 +230,7 @@ fn options(force: store::Force) -> Result<OpenOptions, Problem> {
 }
 
 async fn open(paths: &[String], force: &Force) -> Result<(Pool, Vec<String>), Problem> {
-    let opened = device::open_all(paths, Access::Write)?;
+    let opened = device::open_all(paths, Access::Write).await?;
     let notes = opened.absent.iter().map(|(_, problem)| problem.detail.clone());
     let notes: Vec<String> = notes.collect();
     let devices = opened.devices;
@@ -252,7 +257,7 @@ async fn unnamed(config: &Configuration, absent: &[DeviceId], paths: &[String]) 
             continue;
         }
         // There may be something else now, or nothing.
-        let Ok(device) = device::open(&name, Access::Read) else {
+        let Ok(device) = device::open(&name, Access::Read).await else {
             continue;
         };
         let content = store::inspect(&*device).await;
