@@ -196,20 +196,30 @@ fn open_paths<'a>(
     )?)))
 }
 
-/// Implements [`BlockDevice`] for an enum by asking what is inside.
+/// Implements [`BlockDevice`] for an enum by asking what is inside. Requests to other kinds than files and block devices are
+/// boxed: they cost far more than an allocation, and requests to files stay as small as they are, through all layers above.
 macro_rules! dispatch {
-    ($kind:ident, $($variant:ident),+) => {
+    ($kind:ident, $($boxed:ident),+) => {
         impl BlockDevice for $kind {
             fn geometry(&self) -> Geometry {
-                match self { $(Self::$variant(device) => device.geometry()),+ }
+                match self {
+                    Self::Host(device) => device.geometry(),
+                    $(Self::$boxed(device) => device.geometry()),+
+                }
             }
 
             fn size(&self) -> u64 {
-                match self { $(Self::$variant(device) => device.size()),+ }
+                match self {
+                    Self::Host(device) => device.size(),
+                    $(Self::$boxed(device) => device.size()),+
+                }
             }
 
             async fn read(&self, offset: u64, buffers: &[IoBuf]) -> Result<(), IoError> {
-                match self { $(Self::$variant(device) => device.read(offset, buffers).await),+ }
+                match self {
+                    Self::Host(device) => device.read(offset, buffers).await,
+                    $(Self::$boxed(device) => Box::pin(device.read(offset, buffers)).await),+
+                }
             }
 
             async fn write(
@@ -218,43 +228,64 @@ macro_rules! dispatch {
                 buffers: &[IoBuf],
                 durability: Durability,
             ) -> Result<(), IoError> {
-                match self { $(Self::$variant(device) => device.write(offset, buffers, durability).await),+ }
+                match self {
+                    Self::Host(device) => device.write(offset, buffers, durability).await,
+                    $(Self::$boxed(device) => Box::pin(device.write(offset, buffers, durability)).await),+
+                }
             }
 
             async fn flush(&self) -> Result<(), IoError> {
-                match self { $(Self::$variant(device) => device.flush().await),+ }
+                match self {
+                    Self::Host(device) => device.flush().await,
+                    $(Self::$boxed(device) => Box::pin(device.flush()).await),+
+                }
             }
 
             async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {
-                match self { $(Self::$variant(device) => device.discard(offset, length).await),+ }
+                match self {
+                    Self::Host(device) => device.discard(offset, length).await,
+                    $(Self::$boxed(device) => Box::pin(device.discard(offset, length)).await),+
+                }
             }
 
             async fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), IoError> {
-                match self { $(Self::$variant(device) => device.write_zeroes(offset, length, mode).await),+ }
+                match self {
+                    Self::Host(device) => device.write_zeroes(offset, length, mode).await,
+                    $(Self::$boxed(device) => Box::pin(device.write_zeroes(offset, length, mode)).await),+
+                }
             }
         }
 
         impl $kind {
             /// What it was opened with, for messages.
             pub fn name(&self) -> &str {
-                match self { $(Self::$variant(device) => device.name()),+ }
+                match self {
+                    Self::Host(device) => device.name(),
+                    $(Self::$boxed(device) => device.name()),+
+                }
             }
 
             /// Whether a flush failed, so that flushes and durable writes are refused.
             pub fn flush_has_failed(&self) -> bool {
-                match self { $(Self::$variant(device) => device.flush_has_failed()),+ }
+                match self {
+                    Self::Host(device) => device.flush_has_failed(),
+                    $(Self::$boxed(device) => device.flush_has_failed()),+
+                }
             }
 
             /// An administrator knows of the failed flush and wants to go on.
             pub fn acknowledge_flush_failure(&self) {
-                match self { $(Self::$variant(device) => device.acknowledge_flush_failure()),+ }
+                match self {
+                    Self::Host(device) => device.acknowledge_flush_failure(),
+                    $(Self::$boxed(device) => device.acknowledge_flush_failure()),+
+                }
             }
         }
     };
 }
 
-dispatch!(Device, Host, Nbd, Paths);
-dispatch!(SinglePath, Host, Nbd);
+dispatch!(Device, Nbd, Paths);
+dispatch!(SinglePath, Nbd);
 
 impl MultiPath<SinglePath> {
     /// Whether a flush failed, here or below.
@@ -267,6 +298,33 @@ impl MultiPath<SinglePath> {
         self.acknowledge_own_flush_failure();
         for (device, _) in self.paths() {
             device.acknowledge_flush_failure();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_hardly_larger_than_that_of_a_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_str().unwrap();
+        let device = Device::open(path, &DeviceOptions::default()).unwrap();
+        let Device::Host(inner) = &device else {
+            panic!("not a file")
+        };
+        for (all, file) in [
+            (
+                size_of_val(&device.read(0, &[])),
+                size_of_val(&inner.read(0, &[])),
+            ),
+            (
+                size_of_val(&device.write(0, &[], Durability::Volatile)),
+                size_of_val(&inner.write(0, &[], Durability::Volatile)),
+            ),
+        ] {
+            assert!(all <= file + 64, "{all} and {file} bytes");
         }
     }
 }

@@ -48,8 +48,9 @@ use local::{Local, Shared};
 use pool::PoolEngine;
 use uring::UringEngine;
 
-/// Stack of a worker's thread. Tasks live on the heap, and nothing recurses.
-const STACK_SIZE: usize = 256 << 10;
+/// Stack of a worker's thread. Tasks live on the heap, and nothing recurses; but futures of many layers are large, and builds
+/// without optimisation move them over the stack when they are made. What is not touched costs nothing.
+const STACK_SIZE: usize = 1 << 20;
 /// Forces an engine for every worker of the process: `threads` or `uring`.
 const ENGINE_VARIABLE: &str = "SMSVMM_IO_ENGINE";
 
