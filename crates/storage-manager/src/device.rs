@@ -3,7 +3,7 @@
 //! The only place that knows of what kinds devices are.
 
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::storage::NewDevice;
 use api::{Problem, ProblemKind};
@@ -40,8 +40,8 @@ pub(crate) struct Opened {
 /// A server that is gone, or silent, for so long has failed: together less than the half minute after which guests lose
 /// patience with their disks.
 const SERVER_PATIENCE: Duration = Duration::from_secs(10);
-/// So often, and so far apart, is tried to open a device that is in use: a command that only looks is done in a moment.
-const TRIES: u32 = 20;
+/// For so long, with pauses, is tried to open a device that is in use: a command that only looks is done in a moment.
+const USE_PATIENCE: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_millis(25);
 
 type Opening = std::io::Result<Blocking<Result<Device, Problem>>>;
@@ -74,11 +74,11 @@ fn open_now(name: &str, access: Access) -> Result<Device, Problem> {
         patience: SERVER_PATIENCE,
         silence: SERVER_PATIENCE,
     };
-    let mut tries = TRIES;
+    let begun = Instant::now();
     let device = loop {
         match Device::open(name, &options) {
             Ok(device) => break device,
-            Err(error) if tries > 0 && use_of(&error).is_some() => tries -= 1,
+            Err(error) if begun.elapsed() < USE_PATIENCE && use_of(&error).is_some() => {}
             Err(error) => return Err(describe(name, &error)),
         }
         std::thread::sleep(PAUSE);

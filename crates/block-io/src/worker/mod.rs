@@ -21,6 +21,7 @@
 
 mod engine;
 mod events;
+mod files;
 mod local;
 mod ops;
 mod pool;
@@ -38,6 +39,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use engine::EngineKind;
 pub(crate) use engine::{Call, Request};
 pub use events::{EventSignal, EventWatch};
+pub(crate) use files::FileNumber;
 pub use local::spawn_local;
 pub(crate) use ops::Operation;
 pub use pool::prepare_pool;
