@@ -118,7 +118,7 @@ pub enum Operation {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct NewDevice {
-    /// Its path.
+    /// Its path, or another text that `block_io::Device::open` understands.
     pub path: String,
     /// Kept for devices that fail.
     #[serde(default)]
@@ -234,7 +234,7 @@ pub enum PoolDeviceState {
 pub struct PoolDevice {
     /// Its number within the pool: `d0`, `d1`, ...
     pub id: String,
-    /// The path under which it was last opened.
+    /// The path or address under which it was last opened.
     pub name: String,
     /// Its identity.
     pub uuid: String,

@@ -1,10 +1,10 @@
 //! What the engine costs beside fio's io_uring engine on the same file, in the same run.
 //!
 //! ```text
-//! cargo bench -p block-io --bench engine -- [FILE OR DIRECTORY]... [--seconds N] [--rounds N] [--fio-batched]
+//! cargo bench -p block-io --bench engine -- [FILE OR DIRECTORY]... [--seconds N] [--rounds N] [--fio-batched] [--only TEXT]
 //! ```
 //! For every place: IOPS, CPU time per I/O (user and system, all threads), context switches per I/O, and the ratios to fio.
-//! By default fio submits requests one by one; `--fio-batched` has it do what we do.
+//! `--only "1M write"` runs the loads whose name begins so. By default fio submits requests one by one; `--fio-batched` has it do what we do.
 //! Machines are noisy: rounds of both alternate, and the medians count.
 
 #![allow(
@@ -93,13 +93,14 @@ struct Figures {
 
 fn main() {
     let mut places = Vec::new();
-    let (mut seconds, mut rounds, mut batched) = (2.0, 3, false);
+    let (mut seconds, mut rounds, mut batched, mut only) = (2.0, 3, false, String::new());
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--bench" => {}
             "--seconds" => seconds = arguments.next().unwrap().parse().unwrap(),
             "--fio-batched" => batched = true,
+            "--only" => only = arguments.next().unwrap(),
             "--rounds" => rounds = arguments.next().unwrap().parse().unwrap(),
             place => places.push(PathBuf::from(place)),
         }
@@ -118,7 +119,7 @@ fn main() {
         println!(
             "                   |        ours: IOPS  CPU µs  sw/IO |         fio: IOPS  CPU µs  sw/IO | IOPS ratio  CPU ratio"
         );
-        for load in LOADS {
+        for load in LOADS.into_iter().filter(|load| load.name.starts_with(&only)) {
             let mut ours = Vec::new();
             let mut theirs = Vec::new();
             for _ in 0..rounds {

@@ -1,6 +1,5 @@
 //! The kinds of devices that production code opens, as one type, and the text that says which.
 
-use std::io;
 use std::time::Duration;
 
 use crate::buffer::IoBuf;
@@ -10,9 +9,8 @@ use crate::error::IoError;
 use crate::host::{HostDevice, OpenError, OpenOptions};
 use crate::multipath::{DevicePath, MultiPath, MultiPathError, MultiPathOptions};
 use crate::nbd::{NbdAddress, NbdAddressError, NbdDevice, NbdError, NbdOptions};
+use crate::spec;
 
-/// Begins the text for several paths.
-const MULTIPATH: &str = "multipath:";
 /// A path over NBD that is silent for so long is given up for another one.
 const PATH_SILENCE: Duration = Duration::from_secs(10);
 
@@ -39,10 +37,12 @@ pub enum SinglePath {
 /// How to open a [`Device`].
 #[derive(Debug, Clone)]
 pub struct DeviceOptions {
-    /// For files and block devices; `read_only` is for all kinds.
+    /// For files and block devices; `read_only` and `lock` are for all kinds.
     pub host: OpenOptions,
     /// How long requests wait for a server that is gone, or when all paths are down.
     pub patience: Duration,
+    /// How long a server may take for an answer before it counts as gone; less where there are several paths.
+    pub silence: Duration,
 }
 
 impl Default for DeviceOptions {
@@ -50,6 +50,7 @@ impl Default for DeviceOptions {
         Self {
             host: OpenOptions::default(),
             patience: Duration::from_secs(30),
+            silence: Duration::from_secs(30),
         }
     }
 }
@@ -78,16 +79,14 @@ pub enum DeviceError {
 }
 
 impl DeviceError {
-    /// Whether the way to the device is gone and not the device: another path may work.
-    fn is_unreachable(&self) -> bool {
+    /// Whether the device, or the way to it, is not there: another path may work, and the device may come back.
+    pub fn is_absence(&self) -> bool {
         match self {
-            Self::Host(OpenError::Open { source, .. }) => {
-                source.kind() == io::ErrorKind::NotFound
-                    || matches!(source.raw_os_error(), Some(libc::ENXIO | libc::ENODEV))
-            }
-            Self::Nbd { source, .. } => {
-                matches!(source, NbdError::Connect(_) | NbdError::Io(_) | NbdError::Closed)
-            }
+            Self::Host(OpenError::Open { source, .. }) => matches!(
+                source.raw_os_error(),
+                Some(libc::ENOENT | libc::ENOTDIR | libc::ENXIO | libc::ENODEV)
+            ),
+            Self::Nbd { source, .. } => source.is_absence(),
             _ => false,
         }
     }
@@ -106,12 +105,14 @@ impl Device {
     /// # Errors
     /// The text is no address, or the device cannot be opened.
     pub fn open(spec: &str, options: &DeviceOptions) -> Result<Self, DeviceError> {
-        if let Some(list) = spec.strip_prefix(MULTIPATH) {
-            return open_paths(list, options);
+        if let Some(paths) = spec::several(spec) {
+            return open_paths(paths, options);
         }
         let nbd = NbdOptions {
             read_only: options.host.read_only,
             patience: options.patience,
+            silence: options.silence,
+            lock: options.host.lock,
             ..NbdOptions::default()
         };
         Ok(match SinglePath::open(spec, options, &nbd)? {
@@ -123,10 +124,7 @@ impl Device {
 
 impl SinglePath {
     fn open(spec: &str, options: &DeviceOptions, nbd: &NbdOptions) -> Result<Self, DeviceError> {
-        if !["nbd:", "nbd+unix:", "nbds:", "nbds+unix:"]
-            .iter()
-            .any(|scheme| spec.starts_with(scheme))
-        {
+        if !spec::is_nbd(spec) {
             return Ok(Self::Host(HostDevice::open(spec, &options.host)?));
         }
         let address: NbdAddress = spec.parse()?;
@@ -145,24 +143,35 @@ impl SinglePath {
     }
 }
 
-fn open_paths(list: &str, options: &DeviceOptions) -> Result<Device, DeviceError> {
+fn open_paths<'a>(
+    specs: impl Iterator<Item = &'a str>,
+    options: &DeviceOptions,
+) -> Result<Device, DeviceError> {
     // Failures are for the paths' owner to deal with, at once; it also remembers what is not flushed.
     let nbd = NbdOptions {
         read_only: options.host.read_only,
         patience: Duration::ZERO,
-        silence: PATH_SILENCE,
+        silence: options.silence.min(PATH_SILENCE),
         unflushed_limit: 0,
+        lock: options.host.lock,
     };
     let mut paths = Vec::new();
     let mut unreachable = None;
-    for spec in list.split(',').filter(|spec| !spec.is_empty()) {
+    let mut seen: Vec<&str> = Vec::new();
+    for spec in specs {
+        // The same address may be given twice, for two connections.
+        let nbd = NbdOptions {
+            lock: nbd.lock && !seen.contains(&spec),
+            ..nbd.clone()
+        };
+        seen.push(spec);
         match SinglePath::open(spec, options, &nbd) {
             Ok(device) => paths.push(DevicePath {
                 identity: device.identity(),
                 device,
                 name: spec.to_owned(),
             }),
-            Err(error) if error.is_unreachable() => {
+            Err(error) if error.is_absence() => {
                 tracing::warn!(path = spec, %error, "a path cannot be opened and is left out");
                 unreachable = Some(error);
             }
@@ -187,20 +196,30 @@ fn open_paths(list: &str, options: &DeviceOptions) -> Result<Device, DeviceError
     )?)))
 }
 
-/// Implements [`BlockDevice`] for an enum by asking what is inside.
+/// Implements [`BlockDevice`] for an enum by asking what is inside. Requests to other kinds than files and block devices are
+/// boxed: they cost far more than an allocation, and requests to files stay as small as they are, through all layers above.
 macro_rules! dispatch {
-    ($kind:ident, $($variant:ident),+) => {
+    ($kind:ident, $($boxed:ident),+) => {
         impl BlockDevice for $kind {
             fn geometry(&self) -> Geometry {
-                match self { $(Self::$variant(device) => device.geometry()),+ }
+                match self {
+                    Self::Host(device) => device.geometry(),
+                    $(Self::$boxed(device) => device.geometry()),+
+                }
             }
 
             fn size(&self) -> u64 {
-                match self { $(Self::$variant(device) => device.size()),+ }
+                match self {
+                    Self::Host(device) => device.size(),
+                    $(Self::$boxed(device) => device.size()),+
+                }
             }
 
             async fn read(&self, offset: u64, buffers: &[IoBuf]) -> Result<(), IoError> {
-                match self { $(Self::$variant(device) => device.read(offset, buffers).await),+ }
+                match self {
+                    Self::Host(device) => device.read(offset, buffers).await,
+                    $(Self::$boxed(device) => Box::pin(device.read(offset, buffers)).await),+
+                }
             }
 
             async fn write(
@@ -209,43 +228,64 @@ macro_rules! dispatch {
                 buffers: &[IoBuf],
                 durability: Durability,
             ) -> Result<(), IoError> {
-                match self { $(Self::$variant(device) => device.write(offset, buffers, durability).await),+ }
+                match self {
+                    Self::Host(device) => device.write(offset, buffers, durability).await,
+                    $(Self::$boxed(device) => Box::pin(device.write(offset, buffers, durability)).await),+
+                }
             }
 
             async fn flush(&self) -> Result<(), IoError> {
-                match self { $(Self::$variant(device) => device.flush().await),+ }
+                match self {
+                    Self::Host(device) => device.flush().await,
+                    $(Self::$boxed(device) => Box::pin(device.flush()).await),+
+                }
             }
 
             async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {
-                match self { $(Self::$variant(device) => device.discard(offset, length).await),+ }
+                match self {
+                    Self::Host(device) => device.discard(offset, length).await,
+                    $(Self::$boxed(device) => Box::pin(device.discard(offset, length)).await),+
+                }
             }
 
             async fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), IoError> {
-                match self { $(Self::$variant(device) => device.write_zeroes(offset, length, mode).await),+ }
+                match self {
+                    Self::Host(device) => device.write_zeroes(offset, length, mode).await,
+                    $(Self::$boxed(device) => Box::pin(device.write_zeroes(offset, length, mode)).await),+
+                }
             }
         }
 
         impl $kind {
             /// What it was opened with, for messages.
             pub fn name(&self) -> &str {
-                match self { $(Self::$variant(device) => device.name()),+ }
+                match self {
+                    Self::Host(device) => device.name(),
+                    $(Self::$boxed(device) => device.name()),+
+                }
             }
 
             /// Whether a flush failed, so that flushes and durable writes are refused.
             pub fn flush_has_failed(&self) -> bool {
-                match self { $(Self::$variant(device) => device.flush_has_failed()),+ }
+                match self {
+                    Self::Host(device) => device.flush_has_failed(),
+                    $(Self::$boxed(device) => device.flush_has_failed()),+
+                }
             }
 
             /// An administrator knows of the failed flush and wants to go on.
             pub fn acknowledge_flush_failure(&self) {
-                match self { $(Self::$variant(device) => device.acknowledge_flush_failure()),+ }
+                match self {
+                    Self::Host(device) => device.acknowledge_flush_failure(),
+                    $(Self::$boxed(device) => device.acknowledge_flush_failure()),+
+                }
             }
         }
     };
 }
 
-dispatch!(Device, Host, Nbd, Paths);
-dispatch!(SinglePath, Host, Nbd);
+dispatch!(Device, Nbd, Paths);
+dispatch!(SinglePath, Nbd);
 
 impl MultiPath<SinglePath> {
     /// Whether a flush failed, here or below.
@@ -258,6 +298,33 @@ impl MultiPath<SinglePath> {
         self.acknowledge_own_flush_failure();
         for (device, _) in self.paths() {
             device.acknowledge_flush_failure();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_hardly_larger_than_that_of_a_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_str().unwrap();
+        let device = Device::open(path, &DeviceOptions::default()).unwrap();
+        let Device::Host(inner) = &device else {
+            panic!("not a file")
+        };
+        for (all, file) in [
+            (
+                size_of_val(&device.read(0, &[])),
+                size_of_val(&inner.read(0, &[])),
+            ),
+            (
+                size_of_val(&device.write(0, &[], Durability::Volatile)),
+                size_of_val(&inner.write(0, &[], Durability::Volatile)),
+            ),
+        ] {
+            assert!(all <= file + 64, "{all} and {file} bytes");
         }
     }
 }

@@ -44,6 +44,7 @@ mod multipath;
 mod nbd;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod spec;
 mod unflushed;
 mod worker;
 
@@ -55,6 +56,7 @@ pub use host::{Cache, HostDevice, OpenError, OpenOptions};
 pub use kinds::{Device, DeviceError, DeviceOptions, SinglePath};
 pub use multipath::{DevicePath, MultiPath, MultiPathError, MultiPathOptions};
 pub use nbd::{NbdAddress, NbdAddressError, NbdDevice, NbdError, NbdOptions, NbdServer};
+pub use spec::relative_to;
 pub use worker::{
     EngineKind, EventSignal, EventWatch, PollSource, Worker, WorkerError, WorkerHandle, WorkerOptions,
     add_poll_source, prepare_pool, spawn_local,

@@ -197,3 +197,87 @@ fn a_task_sleeps_as_long_as_it_asked_to_and_others_run_meanwhile() {
         assert!(slept >= Duration::from_millis(50), "{slept:?}");
     }
 }
+
+/// Writes a byte of its own to each device, and reads it again.
+async fn fill(device: &HostDevice, byte: u8) {
+    let mut buffer = AlignedBuffer::new(4096);
+    buffer.as_mut_slice().fill(byte);
+    for _ in 0..3 {
+        // SAFETY: the buffer outlives both requests, which are awaited one by one.
+        let piece = [unsafe { buffer.io(0, 4096) }];
+        device
+            .write(0, &piece, block_io::Durability::Volatile)
+            .await
+            .unwrap();
+        device.read(0, &piece).await.unwrap();
+    }
+}
+
+#[test]
+fn descriptors_that_are_closed_and_given_to_other_files_never_lead_to_the_wrong_one() {
+    for worker in workers() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |index: usize| folder.path().join(index.to_string());
+        let mut open: Vec<(usize, Arc<HostDevice>)> = Vec::new();
+        for round in 0..300_usize {
+            std::fs::File::create(path(round)).unwrap().set_len(8192).unwrap();
+            let device = Arc::new(HostDevice::open(path(round), &OpenOptions::default()).unwrap());
+            open.push((round, device));
+            // More than a ring has places for, and descriptors that come and go.
+            if open.len() > 80 {
+                drop(open.remove(round * 7 % 80));
+            }
+            let now = [open.len() - 1, round * 13 % open.len()].map(|at| open[at].clone());
+            worker.run(move || async move {
+                for (number, device) in &now {
+                    fill(device, *number as u8).await;
+                }
+            });
+        }
+        drop(open);
+        for round in 0..300_usize {
+            let bytes = std::fs::read(path(round)).unwrap();
+            assert_eq!(bytes[..4096], [round as u8; 4096], "file {round}");
+        }
+    }
+}
+
+#[test]
+fn a_closed_device_is_let_go_by_workers_that_live_on() {
+    let workers = workers();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    std::fs::File::create(&path).unwrap().set_len(8192).unwrap();
+    let device = Arc::new(HostDevice::open(&path, &OpenOptions::default()).unwrap());
+    for worker in &workers {
+        let device = Arc::clone(&device);
+        worker.run(move || async move { fill(&device, 1).await });
+    }
+    drop(device);
+    // A lease for writing is given only to one who is alone.
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    let end = std::time::Instant::now() + Duration::from_secs(5);
+    loop {
+        // SAFETY: no memory is involved.
+        let got = unsafe {
+            libc::fcntl(
+                std::os::fd::AsRawFd::as_raw_fd(&file),
+                libc::F_SETLEASE,
+                libc::F_WRLCK,
+            )
+        };
+        if got == 0 {
+            break;
+        }
+        assert!(
+            std::time::Instant::now() < end,
+            "{}",
+            std::io::Error::last_os_error()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,9 +1,9 @@
-//! Pools put together from the paths of their devices, and the operations of people on them.
+//! Pools put together from the names of their devices, and the operations of people on them.
 //!
 //! ```text
 //!   command line ──Operation──► offline   opens the devices under a lock, does it, waits for its jobs, closes
 //!                                  │
-//!                 device           │      paths → devices; what may be destroyed
+//!                 device, opening  │      names → devices; what may be destroyed
 //!                 operation        │      Operation → calls of volume_manager::Pool
 //!                 view             │      Configuration → api::storage types
 //!                 problem          ▼      errors → problems with object, reason, remedy
@@ -14,6 +14,7 @@
 
 mod device;
 mod offline;
+mod opening;
 mod operation;
 mod problem;
 mod random;

@@ -136,12 +136,17 @@ pub fn create(
         let devices = devices.into_iter().zip(&opened);
         let devices = devices.map(|(new, device)| described(new, device));
         let devices = devices.collect::<Result<Vec<_>, _>>()?;
+        let labelled: Vec<_> = devices
+            .iter()
+            .map(|new| (new.name.clone(), new.uuid, Rc::clone(&new.device)))
+            .collect();
         let options = options(store::Force::No)?;
         let failed = |error| of_pool(&name, error);
         let pool = Pool::create(&name, random::uuid()?, devices, &options, WorkerClock::new());
         let pool = pool.await.map_err(failed)?;
         let status = view_open(&pool, Vec::new());
         pool.close().await.map_err(failed)?;
+        device::see_that_they_differ(&labelled).await?;
         Ok(status)
     })
 }
@@ -153,7 +158,7 @@ pub fn create(
 /// The devices do not make a pool, or one is in use.
 pub fn status(paths: DevicePaths, notify: &mut dyn FnMut(Notice<'_>) -> Flow) -> Result<PoolStatus, Problem> {
     on_worker(notify, |_| async move {
-        let opened = device::open_all(&paths, Access::Read)?;
+        let opened = device::open_all(&paths, Access::Read).await?;
         let mut notes: Vec<String> = opened
             .absent
             .iter()
@@ -198,7 +203,7 @@ pub fn execute(
     notify: &mut dyn FnMut(Notice<'_>) -> Flow,
 ) -> Result<Outcome, Problem> {
     on_worker(notify, |reporter| async move {
-        let (pool, notes) = open(&paths, &force).await?;
+        let (pool, notes) = open(&paths, &force, replaced_by(&operation)).await?;
         let mut events = Vec::new();
         let done = perform(&pool, operation, &reporter).await;
         events.extend(pool.take_events().iter().map(view::event));
@@ -224,18 +229,40 @@ fn options(force: store::Force) -> Result<OpenOptions, Problem> {
     })
 }
 
-async fn open(paths: &[String], force: &Force) -> Result<(Pool, Vec<String>), Problem> {
-    let opened = device::open_all(paths, Access::Write)?;
+/// Devices whose content an operation may destroy: that of the pool itself, too, if they have a history of their own.
+fn replaced_by(operation: &Operation) -> Vec<String> {
+    let new: Vec<&NewDevice> = match operation {
+        Operation::AddDevices { devices } => devices.iter().collect(),
+        Operation::ReplaceDevice { by, .. } => vec![by],
+        _ => Vec::new(),
+    };
+    let forced = new.into_iter().filter(|new| new.force);
+    forced.map(|new| new.path.clone()).collect()
+}
+
+/// Opens the pool; `besides` are devices that are not named and need not be.
+async fn open(paths: &[String], force: &Force, besides: Vec<String>) -> Result<(Pool, Vec<String>), Problem> {
+    let opened = device::open_all(paths, Access::Write).await?;
     let notes = opened.absent.iter().map(|(_, problem)| problem.detail.clone());
-    let notes: Vec<String> = notes.collect();
+    let mut notes: Vec<String> = notes.collect();
     let devices = opened.devices;
     let force = match force {
         Force::No => store::Force::No,
         Force::WithoutMajority => store::Force::WithoutMajority,
-        Force::Prefer(path) => side_of(path, &devices).await?,
+        Force::Prefer(path) => {
+            let (side, others) = side_of(path, &devices).await?;
+            notes.extend(others.iter().map(|other| {
+                format!(
+                    "{other} has a history of its own and is left out; `smsvmm device replace {other} {other} --force` \
+                     destroys that, and takes it in anew"
+                )
+            }));
+            side
+        }
     };
     if force == store::Force::No {
-        see_that_all_are_named(paths, &devices).await?;
+        let named = [paths, &besides].concat();
+        see_that_all_are_named(&named, &devices).await?;
     }
     let pool = Pool::open(devices, &options(force)?, WorkerClock::new()).await;
     Ok((pool.map_err(|error| of_pool("pool", error))?, notes))
@@ -252,7 +279,7 @@ async fn unnamed(config: &Configuration, absent: &[DeviceId], paths: &[String]) 
             continue;
         }
         // There may be something else now, or nothing.
-        let Ok(device) = device::open(&name, Access::Read) else {
+        let Ok(device) = device::open(&name, Access::Read).await else {
             continue;
         };
         let content = store::inspect(&*device).await;
@@ -286,27 +313,29 @@ fn unnamed_text(config: &Configuration, found: &str) -> String {
     )
 }
 
-/// The devices that have the same history as the one at `path`.
-async fn side_of(path: &str, devices: &[(String, Rc<Device>)]) -> Result<store::Force, Problem> {
+/// The devices that have the same history as the one at `path`, and the paths of those that have another one.
+async fn side_of(
+    path: &str,
+    devices: &[(String, Rc<Device>)],
+) -> Result<(store::Force, Vec<String>), Problem> {
     let sides = match store::scan(devices).await.choose(None, &store::Force::No) {
         Err(store::OpenError::SplitBrain(sides)) => sides,
         Err(error) => return Err(of_pool("pool", PoolError::Open(error))),
         // There is nothing to choose.
-        Ok(_) => return Ok(store::Force::No),
+        Ok(_) => return Ok((store::Force::No, Vec::new())),
     };
-    let side = sides
-        .into_iter()
-        .find(|side| side.devices.iter().any(|(name, _)| name == path));
-    match side {
-        Some(side) => Ok(store::Force::Side(
-            side.devices.into_iter().map(|(_, uuid)| uuid).collect(),
-        )),
-        None => Err(Problem::new(
+    let has = |side: &&store::Side| side.devices.iter().any(|(name, _)| name == path);
+    let Some(side) = sides.iter().find(has) else {
+        return Err(Problem::new(
             ProblemKind::Invalid,
             format!("{path} is not among the devices that have a history of their own"),
         )
-        .about(path)),
-    }
+        .about(path));
+    };
+    let others = sides.iter().filter(|side| !has(side));
+    let others = others.flat_map(|side| side.devices.iter().map(|(name, _)| name.clone()));
+    let force = store::Force::Side(side.devices.iter().map(|(_, uuid)| *uuid).collect());
+    Ok((force, others.collect()))
 }
 
 fn view_open(pool: &Pool, notes: Vec<String>) -> PoolStatus {

@@ -158,6 +158,7 @@ async fn add_devices(pool: &Pool, new: Vec<NewDeviceArguments>) -> Result<Vec<De
     let mut added = Vec::new();
     for (new, device) in new.into_iter().zip(&opened) {
         let path = new.path.clone();
+        device::see_that_it_is_none_of(pool, &path, device).await?;
         let id = pool.add_device(described(new, device)?).await;
         added.push(id.map_err(|error| of_pool(&path, error))?);
     }

@@ -87,6 +87,18 @@ pub async fn inspect<D: BlockDevice>(device: &D) -> Result<Content, IoError> {
     Ok(recognise(start.as_slice()))
 }
 
+/// The pool that `device` is of, and its identity; none if it has no good label. Reads only.
+///
+/// # Errors
+/// The device fails.
+pub async fn identity<D: BlockDevice>(device: &D) -> Result<Option<(Uuid, Uuid)>, IoError> {
+    match read_labels(device).await {
+        Ok((label, _)) => Ok(Some((label.pool, label.device))),
+        Err(MediaError::Io(error)) => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
 /// What the first bytes of a device say.
 fn recognise(start: &[u8]) -> Content {
     let has = |offset: usize, bytes: &[u8]| start.get(offset..).is_some_and(|rest| rest.starts_with(bytes));

@@ -29,7 +29,7 @@ mod together;
 
 pub use choose::{Choice, Force, OpenError, Opened, Present, Side, Standing};
 pub use commit::{CommitError, Committed, Store};
-pub use inspect::{Content, inspect};
+pub use inspect::{Content, identity, inspect};
 pub use media::{FormatError, MediaError, format_device};
 pub use readmit::ReadmitError;
 pub use scan::{Problem, ProblemKind, Scan, scan};

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// Gives the lock back. Closing the file does so, too, but only when the kernel has forgotten the last request on it, a
 /// moment after that has ended.
-pub(super) fn unlock(file: &File) {
+pub(crate) fn unlock(file: &File) {
     // What cannot be unlocked was never locked.
     let _ = set_lock(file, libc::F_UNLCK);
 }
@@ -28,7 +28,7 @@ fn set_lock(file: &File, kind: libc::c_int) -> io::Result<()> {
 }
 
 /// Locks all of `file`, for readers or for one writer; `false` if somebody holds a lock that excludes this one.
-pub(super) fn try_lock(file: &File, shared: bool) -> io::Result<bool> {
+pub(crate) fn try_lock(file: &File, shared: bool) -> io::Result<bool> {
     let Err(error) = set_lock(file, if shared { libc::F_RDLCK } else { libc::F_WRLCK }) else {
         return Ok(true);
     };
@@ -47,7 +47,7 @@ pub(super) fn try_lock(file: &File, shared: bool) -> io::Result<bool> {
 ///
 /// The kernel does not say who holds an open file description lock, so this looks which process has the file open with a
 /// lock.
-pub(super) fn holder(metadata: &Metadata) -> Option<String> {
+pub(crate) fn holder(metadata: &Metadata) -> Option<String> {
     find_process(|process, descriptor| {
         let open = fs::metadata(process.join("fd").join(descriptor)).ok()?;
         if (open.dev(), open.ino()) != (metadata.dev(), metadata.ino()) {

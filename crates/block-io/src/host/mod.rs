@@ -1,7 +1,7 @@
 //! Regular files and block devices of the host.
 
 mod identity;
-mod lock;
+pub(crate) mod lock;
 mod open;
 mod range_lock;
 mod transfer;
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::buffer::{IoBuf, list};
 use crate::device::{BlockDevice, Durability, Geometry, ZeroMode};
 use crate::error::{IoCause, IoError, Operation};
-use crate::worker::{Call, Request};
+use crate::worker::{Call, FileNumber, Request};
 
 pub use open::{Cache, OpenError, OpenOptions};
 
@@ -29,6 +29,8 @@ use range_lock::RangeLock;
 /// Can be shared by workers. Requests are made by tasks of a [`crate::Worker`].
 #[derive(Debug)]
 pub struct HostDevice {
+    /// Dropped before the file.
+    number: FileNumber,
     file: File,
     name: Arc<str>,
     kind: Kind,
@@ -59,6 +61,7 @@ impl HostDevice {
             geometry,
         } = open::open(path, options)?;
         Ok(Self {
+            number: FileNumber::new(),
             file,
             name: path.to_string_lossy().into(),
             kind,
@@ -134,6 +137,7 @@ impl HostDevice {
     fn request(&self, call: Call) -> Request {
         Request {
             file: self.file.as_raw_fd(),
+            number: Some(self.number.get()),
             call,
         }
     }

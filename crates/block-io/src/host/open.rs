@@ -125,8 +125,9 @@ pub(super) struct Opened {
     pub(super) geometry: Geometry,
 }
 
-/// How often, and how long apart, a busy block device is tried.
-const BUSY_TRIES: u32 = 5;
+/// How often, and how long apart, a device that is in use is tried: the kernel lets go of one a moment after its last user
+/// closed it or was killed, when its requests have ended and its ring is gone (some 35 ms).
+const BUSY_TRIES: u32 = 20;
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
 /// The unit in which guests see image files, whatever the host's file system prefers: images hold partition tables that
@@ -173,7 +174,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Opened, OpenErr
             path: path.to_owned(),
         });
     }
-    if options.lock && !lock::try_lock(&opened, options.read_only).map_err(examine_error)? {
+    if options.lock && !lock_patiently(&opened, options.read_only).map_err(examine_error)? {
         return Err(OpenError::InUse {
             path: path.to_owned(),
             holder: lock::holder(&metadata),
@@ -190,7 +191,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Opened, OpenErr
                 direct = false;
                 file = open_file(path, options, kind, false);
                 opened = file.map_err(open_error)?;
-                if options.lock && !lock::try_lock(&opened, options.read_only).map_err(examine_error)? {
+                if options.lock && !lock_patiently(&opened, options.read_only).map_err(examine_error)? {
                     return Err(OpenError::InUse {
                         path: path.to_owned(),
                         holder: lock::holder(&metadata),
@@ -224,7 +225,16 @@ fn kind_of(path: &Path, metadata: &std::fs::Metadata) -> Result<Kind, OpenError>
     }
 }
 
-/// The kernel lets go of a block device a moment after its last user closed it: requests that have ended still hold it.
+fn lock_patiently(file: &File, shared: bool) -> io::Result<bool> {
+    for _ in 0..BUSY_TRIES {
+        if lock::try_lock(file, shared)? {
+            return Ok(true);
+        }
+        std::thread::sleep(BUSY_PAUSE);
+    }
+    lock::try_lock(file, shared)
+}
+
 fn open_patiently(path: &Path, options: &OpenOptions, kind: Kind, direct: bool) -> io::Result<File> {
     for _ in 0..BUSY_TRIES {
         match open_file(path, options, kind, direct) {

@@ -77,6 +77,7 @@ impl Drop for Served {
 
 async fn ready(socket: &OwnedFd, events: libc::c_short) -> Result<(), NbdError> {
     let request = Request {
+        number: None,
         file: socket.as_raw_fd(),
         call: Call::Poll {
             events: u32::from(events.unsigned_abs()),

@@ -216,30 +216,27 @@ fn go(wire: &Wire<'_>, name: &str) -> Result<Export, NbdError> {
 }
 
 fn refusal(name: &str, reply: &OptionReply) -> NbdError {
-    let reason = match reply.kind & !REPLY_ERROR {
-        1 => return NbdError::TooOld("no NBD_OPT_GO"),
-        2 => "its policy forbids it",
-        5 => "it demands TLS, which is not supported",
-        6 => "it has no such export",
-        7 => "it is shutting down",
-        8 => "it wants another block size",
-        _ => "it gives no reason that is known",
-    };
+    let export = name.to_owned();
     let said = String::from_utf8_lossy(&reply.data);
     let said: String = said
         .chars()
         .filter(|letter| !letter.is_control())
         .take(200)
         .collect();
-    NbdError::Refused {
-        export: name.to_owned(),
-        reason,
-        said: if said.is_empty() {
-            said
-        } else {
-            format!(" ({said})")
-        },
-    }
+    let said = match said.is_empty() {
+        true => said,
+        false => format!(" ({said})"),
+    };
+    let reason = match reply.kind & !REPLY_ERROR {
+        1 => return NbdError::TooOld("no NBD_OPT_GO"),
+        2 => "its policy forbids it",
+        5 => "it demands TLS, which is not supported",
+        6 => return NbdError::NoExport { export, said },
+        7 => return NbdError::ShuttingDown,
+        8 => "it wants another block size",
+        _ => "it gives no reason that is known",
+    };
+    NbdError::Refused { export, reason, said }
 }
 
 fn check(export: Export) -> Result<Export, NbdError> {

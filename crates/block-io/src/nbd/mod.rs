@@ -40,6 +40,7 @@ mod driver;
 mod exchange;
 mod handshake;
 mod link;
+mod lock;
 mod proto;
 mod ranges;
 mod receive;
@@ -78,6 +79,9 @@ pub struct NbdOptions {
     /// themselves, as [`crate::MultiPath`]. Requests then do not outlive the connection, and if one with unflushed writes
     /// is lost, at least one request fails, so that the owner knows.
     pub unflushed_limit: u64,
+    /// Take a lock, shared if read-only and else exclusive, so that no two processes of a user on this host use an address by
+    /// mistake. The protocol has no locks: others are not noticed.
+    pub lock: bool,
 }
 
 impl Default for NbdOptions {
@@ -87,6 +91,7 @@ impl Default for NbdOptions {
             patience: Duration::from_secs(30),
             silence: Duration::from_secs(30),
             unflushed_limit: 8 << 20,
+            lock: true,
         }
     }
 }
@@ -95,6 +100,12 @@ impl Default for NbdOptions {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NbdError {
+    /// Another process of this user has the export.
+    #[error("it is in use{}", .holder.as_ref().map(|holder| format!(" by {holder}")).unwrap_or_default())]
+    InUse {
+        /// Who, where that can be found.
+        holder: Option<String>,
+    },
     /// There is no connection to be had.
     #[error("cannot connect to the server")]
     Connect(#[source] io::Error),
@@ -116,6 +127,14 @@ pub enum NbdError {
     /// The server lacks something.
     #[error("the server is too old: {0}")]
     TooOld(&'static str),
+    /// The server does not have the export.
+    #[error("the server has no such export as {export:?}{said}")]
+    NoExport {
+        /// Name of the export.
+        export: String,
+        /// What it said, in brackets.
+        said: String,
+    },
     /// The server does not give the export.
     #[error("the server refuses the export {export:?}: {reason}{said}")]
     Refused {
@@ -148,6 +167,7 @@ pub enum NbdError {
 pub struct NbdDevice {
     link: Arc<Link>,
     flags: u16,
+    _lock: Option<lock::Lock>,
 }
 
 impl std::fmt::Debug for NbdDevice {
@@ -163,8 +183,12 @@ impl NbdDevice {
     /// Connects to the server and opens the export. Blocks: for tools and set-up, not for tasks.
     ///
     /// # Errors
-    /// There is no server, or it does not give the export.
+    /// There is no server, it does not give the export, or another process has it.
     pub fn open(address: &NbdAddress, options: &NbdOptions) -> Result<Self, NbdError> {
+        let lock = match options.lock {
+            true => lock::take(address, options.read_only)?,
+            false => None,
+        };
         let patience = options
             .patience
             .clamp(Duration::from_secs(1), Duration::from_secs(10));
@@ -186,6 +210,7 @@ impl NbdDevice {
         Ok(Self {
             link,
             flags: export.flags,
+            _lock: lock,
         })
     }
 
@@ -373,6 +398,20 @@ fn part(buffers: &[IoBuf], start: u64, length: u64) -> Vec<IoBuf> {
     }
     pieces.retain(|piece| !piece.is_empty());
     pieces
+}
+
+impl NbdError {
+    /// Whether the server, or the export, is not there.
+    pub fn is_absence(&self) -> bool {
+        match self {
+            Self::Connect(error) => !matches!(
+                error.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput
+            ),
+            Self::Io(_) | Self::Closed | Self::ShuttingDown | Self::Silent(_) | Self::NoExport { .. } => true,
+            _ => false,
+        }
+    }
 }
 
 impl Drop for NbdDevice {

@@ -1,6 +1,7 @@
 //! The two ways to have a request done: the kernel's ring, or threads that block in system calls.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
@@ -15,6 +16,8 @@ use super::uring::UringEngine;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Request {
     pub(crate) file: RawFd,
+    /// That of the file's [`super::FileNumber`], for files that are used often.
+    pub(crate) number: Option<NonZeroU64>,
     pub(crate) call: Call,
 }
 
@@ -88,7 +91,15 @@ impl Engine {
             (Self::Threads(_), _) | (_, Call::DiscardBlocks { .. }) => {
                 super::pool::submit(index, *request, Arc::clone(shared));
             }
-            (Self::Uring(engine), _) => engine.submit(index, request),
+            (Self::Uring(engine), _) => engine.submit(index, request, shared),
+        }
+    }
+
+    /// A file with a number is about to be closed.
+    pub(super) fn forget_file(&self, number: NonZeroU64) {
+        match self {
+            Self::Uring(engine) => engine.forget_file(number),
+            Self::Threads(_) => {}
         }
     }
 

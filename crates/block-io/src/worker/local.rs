@@ -7,9 +7,10 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
+use std::num::NonZeroU64;
 use std::pin::Pin;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::task::{Context, RawWaker, RawWakerVTable, Waker};
 use std::time::Duration;
@@ -18,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::engine::{Completion, Engine};
 use super::events::Events;
+use super::files::{SLOTS, place_of};
 use super::ops::Ops;
 use super::rest::Rest;
 
@@ -39,6 +41,8 @@ pub(super) struct Shared {
     /// The inbox has something, and the eventfd was written since the worker last looked.
     notified: AtomicBool,
     wake: EventFd,
+    /// Numbers of the files that the ring has, or had, by their places: who closes one need not wake other workers.
+    files: [AtomicU64; SLOTS as usize],
 }
 
 #[derive(Default)]
@@ -46,6 +50,8 @@ struct Inbox {
     spawns: Vec<Spawn>,
     wakes: Vec<u32>,
     completions: Vec<Completion>,
+    /// Files that are about to be closed.
+    forgotten: Vec<NonZeroU64>,
     stop: bool,
     /// The worker has ended and takes nothing more.
     closed: bool,
@@ -65,12 +71,18 @@ impl Shared {
             inbox: Mutex::default(),
             notified: AtomicBool::new(false),
             wake,
+            files: [const { AtomicU64::new(0) }; SLOTS as usize],
         });
         match workers.get_mut(id) {
             Some(slot) => *slot = Arc::downgrade(&shared),
             None => workers.push(Arc::downgrade(&shared)),
         }
         shared
+    }
+
+    /// Notes that the ring gets the file with `number`.
+    pub(super) fn keep_file(&self, number: NonZeroU64) {
+        self.files[place_of(number.get())].store(number.get(), Ordering::Release);
     }
 
     fn put(&self, change: impl FnOnce(&mut Inbox)) {
@@ -132,6 +144,20 @@ pub(super) struct Local {
     pub(super) engine: Engine,
     pub(super) rest: Rest,
     stop: Cell<bool>,
+}
+
+/// Has workers let go of a file that is about to be closed, with no request in flight.
+pub(super) fn forget_file(number: NonZeroU64) {
+    let workers: Vec<_> = {
+        let workers = WORKERS.read().unwrap_or_else(PoisonError::into_inner);
+        let keeps = |worker: &Arc<Shared>| {
+            worker.files[place_of(number.get())].load(Ordering::Acquire) == number.get()
+        };
+        workers.iter().filter_map(Weak::upgrade).filter(keeps).collect()
+    };
+    for worker in workers {
+        worker.put(|inbox| inbox.forgotten.push(number));
+    }
 }
 
 /// Calls `use_it` with the worker of this thread, if this thread is one.
@@ -254,6 +280,9 @@ impl Local {
         }
         for index in inbox.wakes {
             self.wake(index);
+        }
+        for number in inbox.forgotten {
+            self.engine.forget_file(number);
         }
         self.spawns.borrow_mut().extend(inbox.spawns);
         if inbox.stop {

@@ -21,6 +21,7 @@
 
 mod engine;
 mod events;
+mod files;
 mod local;
 mod ops;
 mod pool;
@@ -38,6 +39,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use engine::EngineKind;
 pub(crate) use engine::{Call, Request};
 pub use events::{EventSignal, EventWatch};
+pub(crate) use files::FileNumber;
 pub use local::spawn_local;
 pub(crate) use ops::Operation;
 pub use pool::prepare_pool;
@@ -48,8 +50,9 @@ use local::{Local, Shared};
 use pool::PoolEngine;
 use uring::UringEngine;
 
-/// Stack of a worker's thread. Tasks live on the heap, and nothing recurses.
-const STACK_SIZE: usize = 256 << 10;
+/// Stack of a worker's thread. Tasks live on the heap, and nothing recurses; but futures of many layers are large, and builds
+/// without optimisation move them over the stack when they are made. What is not touched costs nothing.
+const STACK_SIZE: usize = 1 << 20;
 /// Forces an engine for every worker of the process: `threads` or `uring`.
 const ENGINE_VARIABLE: &str = "SMSVMM_IO_ENGINE";
 

@@ -5,10 +5,13 @@
 //!
 //! Requests in a ring do not pass the thread's system call filter. So a ring takes, from kernel 5.10 on, no others than those
 //! that are used here: it is made disabled, restricted, and then enabled.
+//!
+//! Files that are used again and again are registered with the ring: see `files`.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::RawFd;
 
 use io_uring::squeue::{Entry, Flags};
@@ -16,6 +19,8 @@ use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, cqueue, opcode, register::Restriction};
 
 use super::engine::{Call, Completion, Request};
+use super::files::Files;
+use super::local::Shared;
 
 /// Entries of the submission queue: requests that go to the kernel with one call.
 const SUBMISSIONS: u32 = 128;
@@ -28,6 +33,7 @@ const MAX_TRANSFER: usize = 0x7fff_f000;
 const OPERATION: u64 = 0;
 const EVENT: u64 = 1 << 32;
 const SILENT: u64 = 2 << 32;
+const FILES: u64 = 3 << 32;
 const KIND: u64 = !0 << 32;
 
 /// What is written to eventfds.
@@ -37,6 +43,8 @@ const GETEVENTS: u32 = 1;
 
 pub(super) struct UringEngine {
     ring: RefCell<IoUring>,
+    /// Absent where the kernel refuses.
+    files: Option<Files>,
     /// Entries that found the submission queue full while the kernel took nothing.
     backlog: RefCell<VecDeque<Entry>>,
     /// Watches stay armed when they fire (kernel 5.13).
@@ -70,22 +78,26 @@ impl UringEngine {
         if !needed.iter().all(|code| probe.is_supported(*code)) {
             return Err(io::ErrorKind::Unsupported.into());
         }
+        let files = Files::new(&ring, &probe);
         if disabled {
             let mut restrictions: Vec<_> = needed.into_iter().map(Restriction::sqe_op).collect();
-            restrictions.push(Restriction::sqe_flags_allowed(Flags::SKIP_SUCCESS.bits()));
+            restrictions.push(Restriction::sqe_op(opcode::FilesUpdate::CODE));
+            let flags = Flags::SKIP_SUCCESS | Flags::FIXED_FILE;
+            restrictions.push(Restriction::sqe_flags_allowed(flags.bits()));
             ring.submitter().register_restrictions(&mut restrictions)?;
             ring.submitter().register_enable_rings()?;
         }
         Ok(Self {
             skip_success: ring.params().is_feature_skip_cqe_on_success(),
             ring: RefCell::new(ring),
+            files,
             backlog: RefCell::default(),
             multishot: Cell::new(true),
         })
     }
 
-    pub(super) fn submit(&self, index: u32, request: &Request) {
-        let file = Fd(request.file);
+    pub(super) fn submit(&self, index: u32, request: &Request, shared: &Shared) {
+        let (file, flags) = self.file(request, shared);
         let entry = match request.call {
             Call::Read {
                 offset,
@@ -129,7 +141,35 @@ impl UringEngine {
             Call::Poll { events } => opcode::PollAdd::new(file, events).build(),
             Call::DiscardBlocks { .. } => opcode::Nop::new().build(),
         };
-        self.push(entry.user_data(OPERATION | u64::from(index)));
+        self.push(entry.flags(flags).user_data(OPERATION | u64::from(index)));
+    }
+
+    /// What the ring is to call the request's file.
+    #[inline]
+    fn file(&self, request: &Request, shared: &Shared) -> (Fd, Flags) {
+        if let (Some(files), Some(number)) = (&self.files, request.number) {
+            match files.find(number, request.file) {
+                Ok(slot) => return (Fd(slot), Flags::FIXED_FILE),
+                Err(Some(update)) => {
+                    shared.keep_file(number);
+                    self.push_update(update);
+                }
+                Err(None) => {}
+            }
+        }
+        (Fd(request.file), Flags::empty())
+    }
+
+    /// The file with `number` is about to be closed: the ring lets go of it.
+    pub(super) fn forget_file(&self, number: NonZeroU64) {
+        if let Some(update) = self.files.as_ref().and_then(|files| files.forget(number)) {
+            self.push_update(update);
+        }
+    }
+
+    fn push_update(&self, update: Entry) {
+        let slot = update.get_user_data();
+        self.push(update.user_data(FILES | slot));
     }
 
     pub(super) fn cancel_poll(&self, index: u32) {
@@ -173,8 +213,8 @@ impl UringEngine {
     }
 
     fn try_push(&self, entry: &Entry) -> bool {
-        // SAFETY: what the entry points to stays valid until its completion: `ONE` is static, and for requests the one
-        // who awaits them keeps it (contract of `IoBuf::new`; `Operation` waits when it is dropped).
+        // SAFETY: what the entry points to stays valid until its completion: `ONE` is static, the descriptors of `files` live
+        // as long as the ring and are left alone until it has answered, and for requests the one who awaits them keeps it (contract of `IoBuf::new`; `Operation` waits when it is dropped).
         unsafe { self.ring.borrow_mut().submission().push(entry) }.is_ok()
     }
 
@@ -237,6 +277,12 @@ impl UringEngine {
                 EVENT => {
                     let armed = cqueue::more(entry.flags());
                     return Some(Completion::Event { index, result, armed });
+                }
+                FILES => {
+                    let files = self.files.as_ref();
+                    if let Some(update) = files.and_then(|files| files.answered(index, result)) {
+                        self.push_update(update);
+                    }
                 }
                 // The end of a watch that had just fired is not found; everything else should work.
                 _ if result < 0 && result != -libc::ENOENT && result != -libc::EALREADY => {
@@ -337,5 +383,42 @@ mod tests {
             8,
         );
         assert_eq!(answer(&engine, &write.build()), 8);
+    }
+    #[test]
+    fn a_file_joins_at_its_first_request_and_leaves_when_it_is_closed() {
+        let engine = match UringEngine::new() {
+            Ok(engine) => engine,
+            Err(error) => return eprintln!("skipped: this machine has no io_uring: {error}"),
+        };
+        if engine.files.is_none() {
+            return eprintln!("skipped: no table of files here");
+        }
+        let shared = Shared::new(vmm_sys_util::eventfd::EventFd::new(0).unwrap());
+        let sync = |file: &std::fs::File| {
+            let request = Request {
+                file: std::os::fd::AsRawFd::as_raw_fd(file),
+                number: NonZeroU64::new(5),
+                call: Call::Sync,
+            };
+            let how = engine.file(&request, &shared);
+            engine.submit(9, &request, &shared);
+            loop {
+                engine.enter(true);
+                if let Some(Completion::Operation { index: 9, result }) = engine.next_completion() {
+                    return (how, result);
+                }
+            }
+        };
+        let file = tempfile::tempfile().unwrap();
+        let ((_, flags), result) = sync(&file);
+        assert_eq!((flags, result), (Flags::empty(), 0));
+        let ((slot, flags), result) = sync(&file);
+        assert_eq!((slot.0, flags, result), (5, Flags::FIXED_FILE, 0));
+        engine.forget_file(NonZeroU64::new(5).unwrap());
+        engine.enter(true);
+        assert!(engine.next_completion().is_none());
+        // The slot is empty: who used it would be told.
+        let entry = opcode::Fsync::new(Fd(5)).build().flags(Flags::FIXED_FILE);
+        assert_eq!(answer(&engine, &entry), -libc::EBADF);
     }
 }

@@ -108,6 +108,11 @@ pub(crate) struct Request {
 }
 
 pub(crate) fn request(stream: &mut UnixStream) -> std::io::Result<Request> {
+    Ok(any_request(stream)?.0)
+}
+
+/// A request, and the length that it asks for.
+pub(crate) fn any_request(stream: &mut UnixStream) -> std::io::Result<(Request, u32)> {
     let mut head = [0; 28];
     stream.read_exact(&mut head)?;
     assert_eq!(head[..4], 0x2560_9513_u32.to_be_bytes());
@@ -115,12 +120,13 @@ pub(crate) fn request(stream: &mut UnixStream) -> std::io::Result<Request> {
     let length = u32::from_be_bytes(*head[24..].first_chunk().unwrap());
     let mut data = vec![0; if command == WRITE { length as usize } else { 0 }];
     stream.read_exact(&mut data)?;
-    Ok(Request {
+    let request = Request {
         command,
         cookie: u64::from_be_bytes(*head[8..].first_chunk().unwrap()),
         offset: u64::from_be_bytes(*head[16..].first_chunk().unwrap()),
         data,
-    })
+    };
+    Ok((request, length))
 }
 
 pub(crate) fn simple(error: u32, cookie: u64) -> Vec<u8> {

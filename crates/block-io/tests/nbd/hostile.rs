@@ -86,7 +86,7 @@ fn a_server_that_breaks_the_handshake_is_refused_with_the_reason() {
             structured(stream)?;
             answer_option(stream, 7, 1 << 31 | 5, &[])
         }),
-        ("no such export (not here)", |stream| {
+        ("no such export as \"\" (not here)", |stream| {
             structured(stream)?;
             answer_option(stream, 7, 1 << 31 | 6, b"not\n here")
         }),

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use block_io::{BlockDevice, Device, DeviceError, DeviceOptions, Durability, OpenError};
+use block_io::{BlockDevice, Device, DeviceError, DeviceOptions, Durability, NbdError, OpenError};
 
 use super::servers::Server;
 use super::{pattern, read, together, worker, workers, write};
@@ -33,6 +33,13 @@ fn a_text_says_which_kind_of_device_it_is() {
     };
     let device = Device::open(&uri(&server), &options).unwrap();
     assert!(matches!(device, Device::Nbd(_)));
+    let error = Device::open(&uri(&server), &options).unwrap_err();
+    let in_use = |source: &NbdError| matches!(source, NbdError::InUse { holder: Some(_) });
+    assert!(
+        matches!(&error, DeviceError::Nbd { source, .. } if in_use(source)),
+        "{error}"
+    );
+    drop(device);
     let spec = format!("multipath:{},{}", uri(&server), uri(&server));
     let device = Device::open(&spec, &options).unwrap();
     assert!(matches!(&device, Device::Paths(paths) if paths.paths().len() == 2));

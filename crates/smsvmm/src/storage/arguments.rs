@@ -15,8 +15,11 @@ pub(crate) struct Which {
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 
-    /// The pool's devices, in any order.
-    #[arg(long, global = true, value_name = "DEVICE,...", value_delimiter = ',')]
+    /// The pool's devices, in any order; may be given several times.
+    ///
+    /// A device is a path, nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH, or multipath:DEVICE,... with several ways
+    /// to one device, which needs a --devices of its own.
+    #[arg(long, global = true, value_name = "DEVICE,...")]
     pub(crate) devices: Vec<String>,
 
     /// Print JSON.
@@ -36,6 +39,9 @@ pub(crate) struct PoolArguments {
 #[derive(Debug, Subcommand)]
 pub(crate) enum PoolCommand {
     /// Make a pool on devices: block devices, or regular files (`truncate -s 10G d0.img`). Prints the lines for vm.toml.
+    ///
+    /// Exports of NBD servers (nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH) and devices with several paths
+    /// (multipath:DEVICE,DEVICE) are devices, too.
     ///
     /// A device that carries a pool's label, a partition table or a known file system is refused without --force.
     Create {
@@ -103,12 +109,12 @@ pub(crate) enum DeviceCommand {
     },
     /// Take an empty device out of the pool; `device evacuate` empties it.
     Remove {
-        /// Its path, or number, or identity.
+        /// Its path or address, or number, or identity.
         device: String,
     },
     /// Move everything off a device while the volumes stay in use.
     Evacuate {
-        /// Its path, or number, or identity.
+        /// Its path or address, or number, or identity.
         device: String,
         /// Only to this device.
         #[arg(long, value_name = "DEVICE")]
@@ -118,7 +124,7 @@ pub(crate) enum DeviceCommand {
     },
     /// Put a new device in the place of one that is in use, has failed or is missing, and take that one out.
     Replace {
-        /// Path, number or identity of the one that leaves.
+        /// Path, address, number or identity of the one that leaves.
         device: String,
         /// The new one, whose content is lost.
         by: String,

@@ -28,7 +28,10 @@ struct Pool {
 pub(crate) fn devices(which: &Which) -> anyhow::Result<DevicePaths> {
     let devices = match (&which.config, which.devices.as_slice()) {
         (Some(path), []) => from_file(path)?,
-        (None, devices) if !devices.is_empty() => devices.to_vec(),
+        (None, values) if !values.is_empty() => {
+            let lists: Result<Vec<_>, _> = values.iter().map(|value| split(value)).collect();
+            lists?.concat()
+        }
         _ => {
             return Err(
                 UsageError::new("name the pool either by --config FILE or by --devices DEVICE,...").into(),
@@ -37,7 +40,23 @@ pub(crate) fn devices(which: &Which) -> anyhow::Result<DevicePaths> {
     };
     let empty = devices.iter().any(String::is_empty);
     if devices.is_empty() || empty {
-        return Err(UsageError::new("a pool has at least one device, and each has a path").into());
+        return Err(
+            UsageError::new("a pool has at least one device, and each has a path or an address").into(),
+        );
+    }
+    Ok(devices)
+}
+
+/// The devices in a value of --devices. The paths of one that has several are separated by commas, too.
+fn split(value: &str) -> Result<Vec<String>, UsageError> {
+    if value.starts_with("multipath:") {
+        return Ok(vec![value.to_owned()]);
+    }
+    let devices: Vec<String> = value.split(',').map(str::to_owned).collect();
+    if devices.iter().any(|device| device.starts_with("multipath:")) {
+        return Err(UsageError::new(
+            "a device with several paths is given by a --devices of its own: --devices d0.img --devices multipath:A,B",
+        ));
     }
     Ok(devices)
 }
@@ -64,9 +83,9 @@ fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
         .into());
     };
     let folder = path.parent().unwrap_or(Path::new(""));
-    let place = |device: String| match device.contains("://") || device.is_empty() {
+    let place = |device: String| match device.is_empty() {
         true => device,
-        false => folder.join(device).to_string_lossy().into_owned(),
+        false => block_io::relative_to(&device, folder),
     };
     Ok(pool.devices.into_iter().map(place).collect())
 }
