@@ -248,6 +248,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let core = Rc::clone(self);
         self.spawn(async move { core.keep_journal_short().await });
         let core = Rc::clone(self);
+        self.spawn(async move { core.commit_lately().await });
+        let core = Rc::clone(self);
         self.spawn(async move { core.keep_house().await });
     }
 
@@ -278,6 +280,25 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             }
             if let Err(error) = self.checkpoint_now().await {
                 tracing::warn!(%error, "no checkpoint");
+            }
+        }
+    }
+
+    /// Commits what nobody asks for, some time later.
+    async fn commit_lately(&self) {
+        let is_over = || self.closing.get() || self.check().is_err();
+        loop {
+            self.changed
+                .until(|| (is_over() || self.lingering.get()).then_some(()))
+                .await;
+            let end = self.changed.until(|| is_over().then_some(()));
+            let pause = self.clock.sleep(self.options.commit_after);
+            if is_over() || matches!(gate::first(end, pause).await, Either::First(())) {
+                return;
+            }
+            self.lingering.set(false);
+            if let Err(error) = self.commit(self.journal.open_group()).await {
+                tracing::warn!(%error, "no commit");
             }
         }
     }

@@ -72,6 +72,8 @@ pub(crate) struct Core<V, C> {
     /// Tasks that run.
     pub(crate) running: Cell<u32>,
     pub(crate) closing: Cell<bool>,
+    /// Records wait that nobody may ask to be durable.
+    pub(crate) lingering: Cell<bool>,
     failure: RefCell<Option<Arc<str>>>,
     /// Grows when parents or children change.
     pub(crate) chains: Cell<u64>,
@@ -123,6 +125,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             housekeeping: Cell::new(false),
             running: Cell::new(0),
             closing: Cell::new(false),
+            lingering: Cell::new(false),
             failure: RefCell::new(None),
             chains: Cell::new(0),
             layers: Cell::new(0),
@@ -299,6 +302,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             Err(error) => return Err(self.fail(&error).into()),
         };
         self.take_effects(effects, group);
+        if !self.lingering.replace(true) {
+            self.changed.notify();
+        }
         self.after_change();
         Ok(group)
     }

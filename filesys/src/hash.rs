@@ -15,7 +15,7 @@ pub(crate) fn siphash(key: [u64; 2], bytes: &[u8]) -> u64 {
     }
     let mut last = [0; 8];
     last[..rest.len()].copy_from_slice(rest);
-    last[7] = (bytes.len() % 256) as u8;
+    last[7] = u8::try_from(bytes.len() % 256).unwrap_or(0);
     absorb(&mut v, u64::from_le_bytes(last));
     v[2] ^= 0xff;
     for _ in 0..4 {

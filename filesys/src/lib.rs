@@ -28,12 +28,9 @@ mod file_core;
 mod gate;
 mod hash;
 mod inode;
-#[allow(dead_code, unused_imports)]
 mod journal;
 mod layers;
-#[allow(dead_code, unused_imports)]
 mod meta_io;
-#[allow(dead_code, unused_imports)]
 mod meta_space;
 mod namespace;
 mod open;
@@ -44,7 +41,6 @@ mod relocate;
 mod report;
 mod state;
 mod sums;
-#[allow(dead_code, unused_imports)]
 mod superblock;
 mod tree;
 mod units;

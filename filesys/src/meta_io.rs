@@ -1,11 +1,10 @@
 //! What the superblock, the journal and the metadata bitmap share: blocks of 4 KiB, their reads and writes, their checksum,
 //! and several requests at once.
 
-use std::cell::RefCell;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::Pin;
-use std::task::{Poll, Waker};
+use std::task::Poll;
 
 use block_io::{AlignedBuffer, BlockDevice, Durability, IoError};
 
@@ -18,11 +17,6 @@ pub(crate) const MOST: u64 = 1 << 62;
 /// Whole blocks of a device of `size` bytes.
 pub(crate) fn blocks_of(size: u64) -> u64 {
     size / BLOCK_BYTES
-}
-
-/// CRC-32C (Castagnoli) of `bytes`.
-pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
-    crc_fast::crc32_iscsi(bytes)
 }
 
 /// Puts a field at its place; one that does not fit is cut, which no caller with constant places has.
@@ -105,35 +99,6 @@ pub(crate) async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) ->
     })
     .await;
     running.into_iter().filter_map(Result::ok).collect()
-}
-
-/// Where futures of one thread wait until something has changed.
-#[derive(Debug, Default)]
-pub(crate) struct Gate {
-    waiting: RefCell<Vec<Waker>>,
-}
-
-impl Gate {
-    /// Something has changed: all that wait look again.
-    pub(crate) fn open(&self) {
-        let waiting = self.waiting.take();
-        waiting.into_iter().for_each(Waker::wake);
-    }
-
-    /// Waits until `ready` has an answer; asks now, and whenever the gate was opened.
-    pub(crate) async fn until<T>(&self, mut ready: impl FnMut() -> Option<T>) -> T {
-        poll_fn(|context| match ready() {
-            Some(value) => Poll::Ready(value),
-            None => {
-                let mut waiting = self.waiting.borrow_mut();
-                if !waiting.iter().any(|waker| waker.will_wake(context.waker())) {
-                    waiting.push(context.waker().clone());
-                }
-                Poll::Pending
-            }
-        })
-        .await
-    }
 }
 
 /// Demands that this test has reached the marks.

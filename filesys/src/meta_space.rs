@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use block_io::IoError;
 
-use crate::superblock::layout::bitmap_pages;
+use crate::superblock::layout::{BITS_PER_PAGE, COPIES, bitmap_pages, copy_place};
 use crate::superblock::{Layout, Region};
 
 /// Which bitmap counts.
@@ -123,6 +123,45 @@ fn blank(layout: &Layout) -> Vec<u64> {
         (region.first..region.end()).for_each(|block| set(&mut words, block, true));
     }
     words
+}
+
+impl<V> MetaSpace<V> {
+    /// How much of a volume of this size can be used: as far as the places of the bitmaps reach.
+    pub(crate) fn reach(&self, size_blocks: u64) -> u64 {
+        let reach = self.layout.bitmaps[0].blocks.saturating_mul(BITS_PER_PAGE);
+        size_blocks.min(reach).max(self.layout.size_blocks)
+    }
+
+    /// The space of a volume that has grown. Counts from the next [`Self::store`] and the superblock that names it on.
+    pub(crate) fn grown(self, size_blocks: u64) -> Self {
+        let old = self.layout;
+        let layout = Layout {
+            size_blocks: self.reach(size_blocks),
+            ..old
+        };
+        let state = self.state.into_inner();
+        let mut image = blank(&layout);
+        let gone = copy_place(COPIES - 1, old.size_blocks);
+        for block in (0..old.size_blocks).filter(|block| *block != gone) {
+            if is_set(&state.image, block) {
+                set(&mut image, block, true);
+            }
+        }
+        block_io::cover!("metadata space: it has grown");
+        let pages = image.len() / WORDS_PER_PAGE;
+        let differs = [vec![true; pages], vec![true; pages]];
+        Self {
+            device: self.device,
+            layout,
+            uuid: self.uuid,
+            state: RefCell::new(State::new(image, differs, state.current)),
+        }
+    }
+
+    /// Where everything is.
+    pub(crate) fn layout(&self) -> Layout {
+        self.layout
+    }
 }
 
 impl State {

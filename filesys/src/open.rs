@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::time::Duration;
 
 use block_io::{BlockDevice, Clock};
 
@@ -57,6 +58,8 @@ pub struct OpenOptions {
     pub cached_files: usize,
     /// Pages that may be dirty before a checkpoint begins.
     pub dirty_pages: u64,
+    /// Changes that nobody asks to be durable are made so after this time.
+    pub commit_after: Duration,
     /// Orphans are settled and layers absorbed in the background; tests want to say when.
     pub background: bool,
 }
@@ -68,6 +71,7 @@ impl Default for OpenOptions {
             cached_pages: 16384,
             cached_files: 1024,
             dirty_pages: 16384,
+            commit_after: Duration::from_secs(5),
             background: true,
         }
     }
@@ -203,6 +207,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         let position = replay(&*meta, &state, &ring, &superblock).await?;
         state.replaying.set(false);
         superblock.next_object = superblock.next_object.max(state.next_id());
+        let mut space = space;
         if !read_only {
             // What was read may be in a cache only; from now on others build on it.
             meta.flush().await?;
@@ -210,12 +215,24 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             for volume in data {
                 volume.device.flush().await?;
             }
+            let size = meta.size() / SUB_CLUSTER;
+            if space.reach(size) > superblock.layout.size_blocks {
+                space = space.grown(size);
+                superblock.layout = space.layout();
+                superblock.space = space
+                    .store()
+                    .await
+                    .map_err(|error| FsError::Open(error.to_string()))?;
+                meta.flush().await?;
+                holders.resized();
+            }
             superblock.sequence = opened.next_sequence;
             superblock.incarnation += 1;
             superblock.clean = false;
             superblock::write(&*meta, &superblock, &mut holders)
                 .await
                 .map_err(|error| FsError::Open(error.to_string()))?;
+            space.committed();
         }
         let journal = Journal::new(
             Rc::clone(&meta),

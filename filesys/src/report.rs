@@ -271,7 +271,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             let Some(next) = next.filter(|next| next * PAGE * CLUSTER < end) else {
                 return Ok(extents);
             };
-            let found = core.look(|_| Ok(extents_of_page(&chain, next)?)).await?;
+            let found = core.look(|_| extents_of_page(&chain, next)).await?;
             for extent in found {
                 let start = extent.offset.max(offset);
                 let stop = (extent.offset + extent.length).min(end);

@@ -6,7 +6,8 @@
 
 use std::collections::BTreeMap;
 
-const CLUSTERS: u64 = 256;
+/// Clusters of a page of the cache.
+const CLUSTERS: usize = 256;
 /// Not asked for yet.
 const UNKNOWN: u8 = 0;
 /// Several ancestors have something, or it is not worth knowing.
@@ -32,12 +33,12 @@ pub(super) enum Answers {
 /// The cache of one open file.
 #[derive(Debug, Default)]
 pub(super) struct LayerCache {
-    pages: BTreeMap<u64, Box<[u8; CLUSTERS as usize]>>,
+    pages: BTreeMap<u64, Box<[u8; CLUSTERS]>>,
 }
 
 impl LayerCache {
     pub(super) fn get(&self, cluster: u64) -> Answers {
-        let page = self.pages.get(&(cluster / CLUSTERS));
+        let page = self.pages.get(&(cluster / CLUSTERS as u64));
         match page.map_or(UNKNOWN, |page| page[slot(cluster)]) {
             UNKNOWN => Answers::Unknown,
             MIXED => Answers::Mixed,
@@ -55,8 +56,8 @@ impl LayerCache {
         };
         let page = self
             .pages
-            .entry(cluster / CLUSTERS)
-            .or_insert_with(|| Box::new([UNKNOWN; CLUSTERS as usize]));
+            .entry(cluster / CLUSTERS as u64)
+            .or_insert_with(|| Box::new([UNKNOWN; CLUSTERS]));
         page[slot(cluster)] = value;
     }
 
@@ -66,5 +67,5 @@ impl LayerCache {
 }
 
 fn slot(cluster: u64) -> usize {
-    usize::try_from(cluster % CLUSTERS).unwrap_or(0)
+    usize::try_from(cluster % CLUSTERS as u64).unwrap_or(0)
 }

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use super::error::JournalError;
 use super::ring::{PAYLOAD, Ring, blocks_for};
 use super::runtime::State;
-use crate::meta_io::Gate;
+use crate::gate::Signal;
 
 /// What the tasks of a journal share.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub(super) struct Shared {
     pub(super) ring: Ring,
     pub(super) state: RefCell<State>,
     /// Opened whenever something has changed that somebody may wait for.
-    pub(super) gate: Gate,
+    pub(super) gate: Signal,
 }
 
 /// Who waits for room, in order.
@@ -48,7 +48,7 @@ pub(crate) struct Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         self.shared.state.borrow_mut().room.held -= self.blocks;
-        self.shared.gate.open();
+        self.shared.gate.notify();
     }
 }
 
@@ -66,7 +66,7 @@ impl Drop for Waiting<'_> {
             .room
             .queue
             .retain(|number| *number != self.number);
-        self.shared.gate.open();
+        self.shared.gate.notify();
     }
 }
 
@@ -131,7 +131,7 @@ impl Shared {
         };
         let shared: &Rc<Self> = self;
         let waiting = Waiting { shared, number };
-        shared.gate.open();
+        shared.gate.notify();
         let ticket = shared
             .gate
             .until(|| {

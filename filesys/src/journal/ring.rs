@@ -3,7 +3,8 @@
 //! Positions count blocks as if the journal were endless; the block at position `p` lies in block `p mod length` of the ring.
 //! So a block that is left from an older lap has another position and is never taken for a new one.
 
-use crate::meta_io::{BLOCK, MOST, crc32c, put, take, take_u64};
+use crate::checksum::crc32c;
+use crate::meta_io::{BLOCK, MOST, put, take, take_u64};
 use crate::superblock::Region;
 use crate::superblock::layout::{MAX_JOURNAL, MIN_JOURNAL};
 

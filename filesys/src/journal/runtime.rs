@@ -15,7 +15,8 @@ use super::admission::{Room, Shared, Ticket};
 use super::error::JournalError;
 use super::group::Group;
 use super::ring::{PAYLOAD, Position, Ring, blocks_for};
-use crate::meta_io::{Gate, MOST};
+use crate::gate::Signal;
+use crate::meta_io::MOST;
 
 /// What must be durable before a group is.
 pub(crate) trait BeforeWrite {
@@ -97,7 +98,7 @@ impl<V: BlockDevice> Journal<V> {
         let shared = Shared {
             ring,
             state: RefCell::new(state),
-            gate: Gate::default(),
+            gate: Signal::default(),
         };
         Self {
             device,
@@ -210,7 +211,7 @@ impl<V: BlockDevice> Journal<V> {
         self.close(&mut state);
         let position = state.next;
         drop(state);
-        self.shared.gate.open();
+        self.shared.gate.notify();
         position
     }
 
@@ -233,7 +234,7 @@ impl<V: BlockDevice> Journal<V> {
         );
         state.released = state.released.max(position.block.min(state.next.block));
         drop(state);
-        self.shared.gate.open();
+        self.shared.gate.notify();
     }
 
     /// Returns when `group` and all groups before it are durable. A group without records is.
@@ -249,7 +250,7 @@ impl<V: BlockDevice> Journal<V> {
             target
         };
         if target > self.durable_group() {
-            shared.gate.open();
+            shared.gate.notify();
         }
         shared
             .gate
@@ -266,7 +267,7 @@ impl<V: BlockDevice> Journal<V> {
     /// Lets [`Self::run`] end when everything that is closed or waited for is durable. After that, nothing is taken any more.
     pub(crate) fn stop(&self) {
         self.shared.state.borrow_mut().stopping = true;
-        self.shared.gate.open();
+        self.shared.gate.notify();
     }
 
     /// Writes groups, one at a time, until [`Self::stop`]. The owner spawns it once; without it, nobody who waits in
@@ -297,7 +298,7 @@ impl<V: BlockDevice> Journal<V> {
         let ended = self.shared.state.borrow().check();
         if ended.is_ok() {
             self.shared.state.borrow_mut().failure = Some(JournalError::Stopped);
-            self.shared.gate.open();
+            self.shared.gate.notify();
         }
         ended
     }
@@ -331,7 +332,7 @@ impl<V: BlockDevice> Journal<V> {
             }
         }
         drop(state);
-        self.shared.gate.open();
+        self.shared.gate.notify();
     }
 }
 

@@ -1,6 +1,7 @@
 //! A page of the bitmap on the volume: 32 bytes that identify it, and the bits of 32,512 blocks.
 
-use crate::meta_io::{crc32c, put, take, take_u64};
+use crate::checksum::crc32c;
+use crate::meta_io::{put, take, take_u64};
 
 use super::WORDS_PER_PAGE;
 

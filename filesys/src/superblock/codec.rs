@@ -5,8 +5,9 @@ use block_io::cover;
 use super::choose::Found;
 use super::layout::{COPIES, Layout, Region, copy_place};
 use super::{Features, Root, Superblock, counters_are_possible};
+use crate::checksum::crc32c;
 use crate::journal::Position;
-use crate::meta_io::{crc32c, put, take, take_u64};
+use crate::meta_io::{put, take, take_u64};
 use crate::meta_space::SpaceState;
 
 /// Bytes that count. A power cut leaves a sector whole, so they are old or new.

@@ -496,7 +496,7 @@ fn random_blocks_are_no_superblock_and_nothing_panics() {
                 *byte = rng.next_u64().to_le_bytes()[0];
             }
         });
-        let checksum = meta_io::crc32c(&fixed[16..BODY]);
+        let checksum = crate::checksum::crc32c(&fixed[16..BODY]);
         fixed[8..12].copy_from_slice(&checksum.to_le_bytes());
         fixed[16..20].copy_from_slice(&1_u32.to_le_bytes());
         for bytes in [bytes, fixed] {

@@ -8,7 +8,7 @@ use crate::entry::Entry;
 use crate::units::SUB_CLUSTER;
 
 /// Bytes of a page.
-pub(crate) const PAGE: usize = SUB_CLUSTER as usize;
+pub(crate) const PAGE: usize = 4096;
 const SLOT: usize = 16;
 /// Levels above a leaf: enough for numbers of 64 bits.
 pub(crate) const MAX_LEVEL: u8 = 8;
@@ -251,4 +251,4 @@ fn decode_leaf(kind: Kind, page: &[u8]) -> Result<Body, &'static str> {
     Ok(body)
 }
 
-const _: () = assert!(FANOUT * SLOT == PAGE);
+const _: () = assert!(FANOUT * SLOT == PAGE && PAGE as u64 == SUB_CLUSTER);

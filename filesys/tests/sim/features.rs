@@ -284,3 +284,27 @@ fn thick_files_have_their_space_and_a_full_volume_says_so() {
         fs.close().await.map_err(failed)
     });
 }
+
+#[test]
+fn the_metadata_volume_can_grow() {
+    let mut small = world(1, 8 << 20);
+    run_world(&mut small, async |sim: Sim| {
+        let fs = format(&sim, 1).await.map_err(failed)?;
+        filled(&fs, "/a", 1 << 20, 1).await?;
+        fs.close().await.map_err(failed)
+    });
+    small.media[0].grow(2 * META);
+    run_world(&mut small, async |sim: Sim| {
+        for round in 0..2 {
+            let fs = open(&sim).await.map_err(failed)?;
+            assert_eq!(fs.metadata().size, 2 * META);
+            assert!(fs.metadata().free > META);
+            let file = fs.open_file("/a", Access::Read).await.map_err(failed)?;
+            holds(&file, 1 << 20, 1).await?;
+            drop(file);
+            filled(&fs, &format!("/b{round}"), 65536, 2).await?;
+            fs.close().await.map_err(failed)?;
+        }
+        Ok(())
+    });
+}

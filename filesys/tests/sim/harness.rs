@@ -98,6 +98,14 @@ pub(crate) fn pattern(offset: u64, length: usize, fill: u8) -> Vec<u8> {
 
 /// Runs a story once, without crashes.
 pub(crate) fn run<F: Future<Output = Result<(), Failure>>>(mut world: World, story: impl FnOnce(Sim) -> F) {
+    run_world(&mut world, story);
+}
+
+/// As [`run`], on a world that goes on afterwards.
+pub(crate) fn run_world<F: Future<Output = Result<(), Failure>>>(
+    world: &mut World,
+    story: impl FnOnce(Sim) -> F,
+) {
     let ran = world
         .run(&block_io::sim::RunOptions::in_order(), story)
         .unwrap_or_else(|failure| panic!("{failure}"));

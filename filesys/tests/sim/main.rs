@@ -1,5 +1,7 @@
 //! The file system in the simulator.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod features;
 mod harness;
 mod smoke;

@@ -178,6 +178,12 @@ impl Medium {
         self.volatile.len()
     }
 
+    /// Makes it larger.
+    pub fn grow(&mut self, size: u64) {
+        let geometry = &mut self.options.geometry;
+        geometry.size = geometry.size.max(size);
+    }
+
     /// Reads the present content, past all faults.
     pub fn peek(&self, offset: u64, target: &mut [u8]) {
         self.visible.read(offset, target);

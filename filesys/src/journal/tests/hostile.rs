@@ -3,8 +3,9 @@
 use block_io::sim::Rng;
 
 use super::*;
+use crate::checksum::crc32c;
 use crate::journal::ring::{HEADER, PAYLOAD};
-use crate::meta_io::{crc32c, demand};
+use crate::meta_io::demand;
 
 const LAP: u64 = 8;
 
