@@ -4,7 +4,8 @@
 //!   pool, admin     made; volumes and devices come and go; sizes change
 //!   open            opened with recovery, kept in order, closed
 //!   work, tasks     jobs: started, steered, waited for; what each kind does, read from the configuration step by step
-//!   volume, reading, rows    requests → sections → columns; reads and repairs; rows with parity
+//!   volume, reading     requests → sections → columns; reads and repairs
+//!   rows, reconstruct   writes to rows with parity; what is computed from the others, and parity made anew
 //!   fill, relayout  copying into members; replacing sections piece by piece; scrub: comparing
 //!   core, degrade   the configuration and who may change it; what the failure of a device changes
 //!   keep            the pool's logs
@@ -28,6 +29,7 @@ pub(crate) mod open;
 pub(crate) mod pool;
 pub(crate) mod ranges;
 pub(crate) mod reading;
+pub(crate) mod reconstruct;
 pub(crate) mod relayout;
 pub(crate) mod rows;
 pub(crate) mod scrub;
