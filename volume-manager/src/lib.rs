@@ -29,4 +29,5 @@ pub use engine::core::Refused;
 pub use engine::counters::{CLASSES, Count, Histogram, Statistics};
 pub use engine::event::Event;
 pub use engine::pool::{NewDevice, NewVolume, OpenOptions, Pool, PoolError};
+pub use engine::usage::Usage;
 pub use engine::volume::Volume;

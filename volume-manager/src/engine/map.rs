@@ -175,6 +175,12 @@ impl<D: BlockDevice> SectionMap<D> {
 
     /// The range of the volume whose rows hold `from..to` of the members.
     pub(crate) fn volume_range(&self, from: u64, to: u64) -> (u64, u64) {
+        if self.shape.columns == 1 {
+            return (
+                self.start + from.min(self.length),
+                self.start + to.min(self.length),
+            );
+        }
         let (unit, row) = (self.shape.unit, self.shape.row_bytes());
         let first = (from / unit).saturating_mul(row);
         let last = to.div_ceil(unit).saturating_mul(row).min(self.length);

@@ -7,6 +7,7 @@
 //!   volume, reading     requests → sections → columns; reads and repairs
 //!   rows, reconstruct   writes to rows with parity; what is computed from the others, and parity made anew
 //!   fill, relayout  copying into members; replacing sections piece by piece; scrub: comparing
+//!   usage           what the layer above uses of a volume: the rest is not copied
 //!   core, degrade   the configuration and who may change it; what the failure of a device changes
 //!   keep            the pool's logs
 //!   map, disk, ranges, geometry, join, list, counters, event, job     what all of them use
@@ -34,5 +35,6 @@ pub(crate) mod relayout;
 pub(crate) mod rows;
 pub(crate) mod scrub;
 pub(crate) mod tasks;
+pub(crate) mod usage;
 pub(crate) mod volume;
 pub(crate) mod work;

@@ -26,6 +26,7 @@ use super::list;
 use super::map::{Map, Payload, SectionMap};
 use super::ranges::{Held, Ranges};
 use super::relayout::Touched;
+use super::usage::Usage;
 use crate::logs::bitmap::Bitmap;
 use crate::logs::hot::Guard;
 use crate::logs::parity::ParityLog;
@@ -52,6 +53,8 @@ pub(crate) struct VolumeCore<D> {
     pub(crate) logs: RefCell<BTreeMap<u32, Rc<ParityLog<D>>>>,
     /// The piece that is being moved elsewhere: it must know what is written meanwhile.
     pub(crate) shadow: RefCell<Option<Rc<Touched>>>,
+    /// Who knows what of the volume is in use.
+    pub(crate) usage: RefCell<Option<Rc<dyn Usage>>>,
     pub(crate) counters: Counters,
 }
 
@@ -85,6 +88,7 @@ impl<D> VolumeCore<D> {
             covered: Cell::new(0),
             logs: RefCell::default(),
             shadow: RefCell::default(),
+            usage: RefCell::default(),
             counters: Counters::default(),
         }
     }

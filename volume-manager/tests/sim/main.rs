@@ -7,3 +7,4 @@ mod interrupted;
 mod online;
 mod partial;
 mod swarm;
+mod usage;
