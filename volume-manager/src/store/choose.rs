@@ -1,6 +1,7 @@
 //! Chooses a configuration among those found, says which devices stand how to it, and claims it for a new opening.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::fmt;
 
 use block_io::{BlockDevice, IoError, cover};
@@ -519,12 +520,12 @@ impl<D: BlockDevice> Choice<D> {
         Ok(Opened {
             store: Store::opened(
                 devices,
-                self.held.configuration.clone(),
+                Configuration::clone(&self.held.configuration),
                 self.term,
                 self.forced,
                 gone,
             ),
-            configuration: self.held.configuration,
+            configuration: Rc::unwrap_or_clone(self.held.configuration),
             present: self.present,
             absent: self.absent,
             failed,
