@@ -300,7 +300,7 @@ fn history(layout: Layout, seed: u64) {
         schedule: Schedule::Random,
         ..RunOptions::random(rng.next_u64())
     };
-    if seed % 3 != 0 {
+    if !seed.is_multiple_of(3) {
         options = options.crash_after(rng.below(1500));
     }
     let crashed = run(&mut world, &options, &what, async |sim| {
