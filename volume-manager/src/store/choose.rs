@@ -1,8 +1,8 @@
 //! Chooses a configuration among those found, says which devices stand how to it, and claims it for a new opening.
 
 use std::collections::BTreeMap;
-use std::rc::Rc;
 use std::fmt;
+use std::rc::Rc;
 
 use block_io::{BlockDevice, IoError, cover};
 
