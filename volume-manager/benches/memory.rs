@@ -169,6 +169,7 @@ async fn create(paths: &[PathBuf], layout: Layout, size: u64) {
             devices: Vec::new(),
         },
         block: 512,
+        read_policy: volume_manager::model::ReadPolicy::Balanced,
         region: 0,
     };
     drop(pool.create_volume(volume).await.unwrap());

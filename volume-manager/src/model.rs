@@ -229,6 +229,16 @@ pub struct Attributes {
     pub devices: Vec<DeviceId>,
 }
 
+/// Which legs answer a read, where there are several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ReadPolicy {
+    /// The one with the least to do.
+    #[default]
+    Balanced,
+    /// Two are asked, and the first good answer counts: for devices whose latency has outliers, at twice the load.
+    FirstAnswer,
+}
+
 /// An address space with attributes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Volume {
@@ -260,6 +270,8 @@ pub struct Volume {
     pub next_member: u32,
     /// For the next section.
     pub next_section: u32,
+    /// Which legs answer reads.
+    pub read_policy: ReadPolicy,
 }
 
 /// A piece of a volume's address space with one layout.
@@ -382,6 +394,11 @@ pub enum JobKind {
         /// Which volume; all if none.
         volume: Option<VolumeId>,
     },
+    /// Moves what makes the load off devices that have more of it than others, by jobs of kind `Move`, until no move would help.
+    AutoTune {
+        /// So many milliseconds are looked at before each decision.
+        window: u32,
+    },
 }
 
 /// Whether a job goes on.
@@ -488,7 +505,7 @@ impl JobKind {
     pub fn concerns(&self, id: VolumeId) -> bool {
         match self {
             Self::Relayout { volume, .. } | Self::Move { volume, .. } => *volume == id,
-            Self::Resync { .. } | Self::Evacuate { .. } | Self::Scrub { .. } => false,
+            Self::Resync { .. } | Self::Evacuate { .. } | Self::Scrub { .. } | Self::AutoTune { .. } => false,
         }
     }
 }

@@ -57,6 +57,23 @@ pub enum Operation {
         block: u32,
         /// How it is laid out.
         shape: Shape,
+        /// Which copies answer reads.
+        #[serde(default)]
+        read_policy: ReadPolicy,
+    },
+    /// Change which copies of a volume answer reads.
+    SetReadPolicy {
+        /// Its name.
+        name: String,
+        /// Which.
+        read_policy: ReadPolicy,
+    },
+    /// Move what makes the load off devices that have more of it than others, until no move would help.
+    AutoTune {
+        /// So many milliseconds of load are looked at before each decision.
+        window_ms: u32,
+        /// Each move at most so many bytes per second; 0 for no limit.
+        throttle: u64,
     },
     /// Change a volume's size.
     ResizeVolume {
@@ -170,6 +187,17 @@ pub struct Shape {
     pub devices: Vec<String>,
 }
 
+/// Which copies answer a read, where there are several.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReadPolicy {
+    /// The one whose device has the least to do.
+    #[default]
+    Balanced,
+    /// Two are asked, and the first good answer counts.
+    FirstAnswer,
+}
+
 /// How well a volume, or a pool as a whole, is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -275,6 +303,9 @@ pub struct VolumeStatus {
     pub shape: Shape,
     /// So many devices may fail at once, whichever they are, when all is well.
     pub tolerates: u32,
+    /// Which copies answer reads.
+    #[serde(default)]
+    pub read_policy: ReadPolicy,
     /// What is where.
     pub members: Vec<MemberStatus>,
 }
@@ -331,7 +362,7 @@ pub enum JobState {
 pub struct JobStatus {
     /// Its number.
     pub id: u32,
-    /// `resync`, `set-layout`, `move`, `evacuate` or `scrub`.
+    /// `resync`, `set-layout`, `move`, `evacuate`, `scrub` or `auto-tune`.
     pub kind: String,
     /// What it does to what, in words.
     pub what: String,
@@ -365,6 +396,68 @@ impl JobStatus {
             }
         }
     }
+}
+
+/// What was done of one kind within a window.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RequestLoad {
+    /// Requests that ended.
+    pub requests: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Those of them that failed.
+    pub errors: u64,
+    /// Half of them took no longer, in microseconds, rounded up to a power of two.
+    pub p50_us: u64,
+    /// 99 % of them took no longer.
+    pub p99_us: u64,
+}
+
+/// What a volume has on one device, and how much of the device's load it made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LegLoad {
+    /// Name of the volume.
+    pub volume: String,
+    /// Piece of the volume's address space.
+    pub section: u32,
+    /// Column within it, from 0.
+    pub column: u32,
+    /// Its part of the time that requests on the device took, in thousandths.
+    pub share: u32,
+    /// What was read.
+    pub reads: RequestLoad,
+    /// What was written.
+    pub writes: RequestLoad,
+}
+
+/// The load of a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DeviceLoad {
+    /// Name of the device.
+    pub device: String,
+    /// How long something was in flight, in thousandths of the window.
+    pub busy: u32,
+    /// How many requests were in flight on average, in thousandths.
+    pub depth: u64,
+    /// What was read.
+    pub reads: RequestLoad,
+    /// What was written.
+    pub writes: RequestLoad,
+    /// What made the load, the most first.
+    pub legs: Vec<LegLoad>,
+}
+
+/// The load of an open pool within a window, the busiest device first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct HotSpots {
+    /// Length of the window in milliseconds.
+    pub window_ms: u64,
+    /// The devices.
+    pub devices: Vec<DeviceLoad>,
 }
 
 /// What can happen to a pool.

@@ -13,6 +13,7 @@
 //! A pool lives on one worker of block-io, so everything here that touches one is a task of that worker.
 
 mod device;
+mod load;
 mod offline;
 mod opening;
 mod operation;
@@ -21,4 +22,5 @@ mod random;
 mod view;
 
 pub use device::{Device, DevicePaths};
+pub use load::hot_spots;
 pub use offline::{Flow, Force, Notice, create, execute, status};

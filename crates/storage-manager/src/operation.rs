@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use api::storage::{LayoutKind, NewDevice as NewDeviceArguments, Operation, Shape};
+use api::storage::{LayoutKind, NewDevice as NewDeviceArguments, Operation, ReadPolicy, Shape};
 use api::{Problem, ProblemKind};
 use block_io::WorkerClock;
 use volume_manager::model::{
@@ -68,6 +68,7 @@ pub(crate) async fn begin(pool: &Pool, operation: Operation) -> Result<Started, 
             size,
             block,
             shape,
+            read_policy,
         } => {
             let attributes = attributes(&pool.configuration(), &shape)?;
             let new = NewVolume {
@@ -75,6 +76,7 @@ pub(crate) async fn begin(pool: &Pool, operation: Operation) -> Result<Started, 
                 size: check_size(&name, size)?,
                 attributes,
                 block,
+                read_policy: policy(read_policy),
                 region: 0,
                 name: name.clone(),
             };
@@ -82,6 +84,16 @@ pub(crate) async fn begin(pool: &Pool, operation: Operation) -> Result<Started, 
                 .await
                 .map_err(|error| of_pool(&name, error))?;
             Ok(Started::default())
+        }
+        Operation::SetReadPolicy { name, read_policy } => {
+            find_volume(pool, &name)?;
+            let set = pool.set_read_policy(&name, policy(read_policy)).await;
+            set.map_err(|error| of_pool(&name, error))?;
+            Ok(Started::default())
+        }
+        Operation::AutoTune { window_ms, throttle } => {
+            let kind = JobKind::AutoTune { window: window_ms };
+            start(pool, "pool", kind, throttle).await
         }
         Operation::ResizeVolume { name, size, shrink } => resize(pool, &name, size, shrink).await,
         Operation::SetLayout {
@@ -297,6 +309,13 @@ fn attributes(config: &Configuration, shape: &Shape) -> Result<Attributes, Probl
         class: shape.class.clone(),
         devices: devices.collect::<Result<_, _>>()?,
     })
+}
+
+fn policy(asked: ReadPolicy) -> volume_manager::model::ReadPolicy {
+    match asked {
+        ReadPolicy::Balanced => volume_manager::model::ReadPolicy::Balanced,
+        ReadPolicy::FirstAnswer => volume_manager::model::ReadPolicy::FirstAnswer,
+    }
 }
 
 fn find_volume(pool: &Pool, name: &str) -> Result<VolumeId, Problem> {

@@ -9,7 +9,7 @@ use api::storage::{
 use volume_manager::Event;
 use volume_manager::model::{
     Attributes, Column, Configuration, Device, DeviceId, DeviceState, Job, JobKind, JobState as ModelState,
-    Layout, Member, MemberState, Section, Volume, VolumeId,
+    Layout, Member, MemberState, ReadPolicy, Section, Volume, VolumeId,
 };
 
 /// Which devices do their part.
@@ -116,6 +116,10 @@ fn view_volume(config: &Configuration, volume: &Volume, presence: &Presence) -> 
         block: volume.block,
         shape: shape(config, &volume.attributes),
         tolerates: volume.attributes.layout.tolerates(),
+        read_policy: match volume.read_policy {
+            ReadPolicy::Balanced => api::storage::ReadPolicy::Balanced,
+            ReadPolicy::FirstAnswer => api::storage::ReadPolicy::FirstAnswer,
+        },
         members,
     }
 }
@@ -278,6 +282,7 @@ pub(crate) fn view_job(config: &Configuration, job: &Job) -> JobStatus {
         }
         JobKind::Scrub { volume: Some(id) } => ("scrub", format!("check {}", volume(*id))),
         JobKind::Scrub { volume: None } => ("scrub", "check all volumes".to_owned()),
+        JobKind::AutoTune { .. } => ("auto-tune", "move load off busy devices".to_owned()),
     };
     let (state, reason) = match &job.state {
         ModelState::Running => (JobState::Running, None),

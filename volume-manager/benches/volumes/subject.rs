@@ -177,6 +177,7 @@ fn new_volume(number: u64, layout: Layout, size: u64) -> NewVolume {
             devices: Vec::new(),
         },
         block: 512,
+        read_policy: volume_manager::model::ReadPolicy::Balanced,
         region: 0,
     }
 }

@@ -11,7 +11,9 @@ use super::job::Stop;
 use super::map::SectionMap;
 use super::pool::{NewDevice, Pool, PoolError, describe};
 use super::volume::Volume;
-use crate::model::{self, BLOCK, DeviceId, DeviceState, Extent, JobKind, JobState, MemberState, Section};
+use crate::model::{
+    self, BLOCK, DeviceId, DeviceState, Extent, JobKind, JobState, MemberState, ReadPolicy, Section,
+};
 use crate::place;
 
 impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
@@ -138,6 +140,23 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             })
             .await?;
         self.heal().await
+    }
+
+    /// Changes which legs of a volume answer reads. Without several legs it has no meaning, until there are some.
+    ///
+    /// # Errors
+    /// There is no such volume; the pool takes no changes.
+    pub async fn set_read_policy(&self, name: &str, policy: ReadPolicy) -> Result<(), PoolError> {
+        let id = self.volume(name)?.volume.id;
+        let unknown = || PoolError::Unknown(format!("volume {name}"));
+        self.0
+            .change(|config| {
+                let volume = config.volume_mut(id).ok_or_else(unknown)?;
+                volume.read_policy = policy;
+                Ok(())
+            })
+            .await
+            .map(drop)
     }
 
     /// Changes the size of a volume; what is new reads as zeroes. Shrinking loses what lies behind the new end: `used` says up to where

@@ -453,6 +453,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
                 sections: Vec::new(),
                 next_member: 0,
                 next_section: 0,
+                read_policy: crate::model::ReadPolicy::Balanced,
             });
         }
         config

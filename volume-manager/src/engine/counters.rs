@@ -33,6 +33,14 @@ impl Histogram {
         Duration::ZERO
     }
 
+    fn since(&self, earlier: &Self) -> Self {
+        let mut difference = *self;
+        for (class, before) in difference.0.iter_mut().zip(&earlier.0) {
+            *class = class.saturating_sub(*before);
+        }
+        difference
+    }
+
     fn class(took: Duration) -> usize {
         let micros = took.as_micros();
         let bits = 128 - micros.leading_zeros();
@@ -51,6 +59,8 @@ pub struct Count {
     pub errors: u64,
     /// How long they took.
     pub latency: Histogram,
+    /// How long they took together.
+    pub time: Duration,
 }
 
 impl Count {
@@ -59,6 +69,17 @@ impl Count {
         self.bytes += bytes;
         self.errors += u64::from(!good);
         self.latency.0[Histogram::class(took)] += 1;
+        self.time = self.time.saturating_add(took);
+    }
+
+    fn since(&self, earlier: &Self) -> Self {
+        Self {
+            requests: self.requests.saturating_sub(earlier.requests),
+            bytes: self.bytes.saturating_sub(earlier.bytes),
+            errors: self.errors.saturating_sub(earlier.errors),
+            latency: self.latency.since(&earlier.latency),
+            time: self.time.saturating_sub(earlier.time),
+        }
     }
 }
 
@@ -71,6 +92,22 @@ pub struct Statistics {
     pub writes: Count,
     /// Flushes.
     pub flushes: Count,
+}
+
+impl Statistics {
+    /// What was done after `earlier`.
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self {
+            reads: self.reads.since(&earlier.reads),
+            writes: self.writes.since(&earlier.writes),
+            flushes: self.flushes.since(&earlier.flushes),
+        }
+    }
+
+    /// How long all requests took together: over a window, that divided by its length is how many were in flight on average.
+    pub fn time(&self) -> Duration {
+        self.reads.time + self.writes.time + self.flushes.time
+    }
 }
 
 /// Counts as long as the pool is open.

@@ -203,6 +203,7 @@ mod tests {
             sections: vec![section],
             next_member: 100,
             next_section: 1,
+            read_policy: crate::model::ReadPolicy::Balanced,
         };
         volume.log_devices = log_devices(&volume, &BTreeSet::new());
         Configuration {

@@ -26,6 +26,9 @@ pub(crate) struct Disk<D> {
     written: Cell<u64>,
     flushed: Cell<u64>,
     pub(crate) counters: Counters,
+    /// How long something was in flight, up to when nothing was, and since when something is.
+    busy: Cell<Duration>,
+    busy_since: Cell<Duration>,
 }
 
 struct InFlight<'a, D>(&'a Disk<D>);
@@ -47,6 +50,8 @@ impl<D: BlockDevice> Disk<D> {
             written: Cell::new(0),
             flushed: Cell::new(0),
             counters: Counters::default(),
+            busy: Cell::new(Duration::ZERO),
+            busy_since: Cell::new(Duration::ZERO),
         }
     }
 
@@ -83,7 +88,19 @@ impl<D: BlockDevice> Disk<D> {
         self.in_flight.get()
     }
 
-    fn begin(&self) -> InFlight<'_, D> {
+    /// How long something was in flight so far.
+    pub(crate) fn busy(&self, now: Duration) -> Duration {
+        let present = match self.in_flight.get() {
+            0 => Duration::ZERO,
+            _ => now.saturating_sub(self.busy_since.get()),
+        };
+        self.busy.get() + present
+    }
+
+    fn begin(&self, now: Duration) -> InFlight<'_, D> {
+        if self.in_flight.get() == 0 {
+            self.busy_since.set(now);
+        }
         self.in_flight.set(self.in_flight.get() + 1);
         InFlight(self)
     }
@@ -96,8 +113,13 @@ impl<D: BlockDevice> Disk<D> {
         length: u64,
         result: &Result<T, IoError>,
     ) {
-        let took = clock.now().saturating_sub(since);
-        self.counters.count(operation, length, took, result.is_ok());
+        let now = clock.now();
+        if self.in_flight.get() == 1 {
+            self.busy.set(self.busy(now));
+            self.busy_since.set(now);
+        }
+        self.counters
+            .count(operation, length, now.saturating_sub(since), result.is_ok());
     }
 
     fn volatile(&self, durability: Durability) {
@@ -112,7 +134,8 @@ impl<D: BlockDevice> Disk<D> {
         offset: u64,
         buffers: &[IoBuf],
     ) -> Result<(), IoError> {
-        let (_flight, since) = (self.begin(), clock.now());
+        let since = clock.now();
+        let _flight = self.begin(since);
         let result = self
             .there(Operation::Read, offset, list::length(buffers))?
             .read(offset, buffers)
@@ -128,7 +151,8 @@ impl<D: BlockDevice> Disk<D> {
         buffers: &[IoBuf],
         durability: Durability,
     ) -> Result<(), IoError> {
-        let (_flight, since) = (self.begin(), clock.now());
+        let since = clock.now();
+        let _flight = self.begin(since);
         let result = self
             .there(Operation::Write, offset, list::length(buffers))?
             .write(offset, buffers, durability)
@@ -145,7 +169,8 @@ impl<D: BlockDevice> Disk<D> {
         length: u64,
         mode: ZeroMode,
     ) -> Result<(), IoError> {
-        let (_flight, since) = (self.begin(), clock.now());
+        let since = clock.now();
+        let _flight = self.begin(since);
         let result = self
             .there(Operation::WriteZeroes, offset, length)?
             .write_zeroes(offset, length, mode)
@@ -156,7 +181,8 @@ impl<D: BlockDevice> Disk<D> {
     }
 
     pub(crate) async fn discard(&self, clock: &impl Clock, offset: u64, length: u64) -> Result<(), IoError> {
-        let (_flight, since) = (self.begin(), clock.now());
+        let since = clock.now();
+        let _flight = self.begin(since);
         let result = self
             .there(Operation::Discard, offset, length)?
             .discard(offset, length)
@@ -172,7 +198,8 @@ impl<D: BlockDevice> Disk<D> {
         if self.flushed.get() >= covers {
             return Ok(());
         }
-        let (_flight, since) = (self.begin(), clock.now());
+        let since = clock.now();
+        let _flight = self.begin(since);
         let result = self.there(Operation::Flush, 0, 0)?.flush().await;
         self.ended(clock, since, Operation::Flush, 0, &result);
         if result.is_ok() {

@@ -71,9 +71,19 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         if catching_up {
             cover!("fill: a detached member catches up");
         }
-        while cursor < length {
+        loop {
+            let used = self.used_of_member(section, column, cursor, length);
+            let (from, to) = used.unwrap_or((length, length));
+            if from > cursor {
+                cover!("fill: what is not in use is not copied");
+                control.skip(from - cursor);
+                cursor = from;
+            }
+            if cursor >= length {
+                break;
+            }
             let step = self
-                .fill_window(section, column, member, cursor, catching_up)
+                .fill_window(section, column, member, (cursor, to), catching_up)
                 .await?;
             cursor += step;
             control.progress(&self.core.clock, step).await?;
@@ -128,13 +138,13 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         None
     }
 
-    /// Copies one window; gives its length.
+    /// Copies one window, or as much of it as lies before `until`; gives its length.
     async fn fill_window(
         &self,
         section: u32,
         column: usize,
         member: MemberId,
-        cursor: u64,
+        (cursor, until): (u64, u64),
         catching_up: bool,
     ) -> Result<u64, Stop> {
         let range = |map: &Map<D>| {
@@ -146,7 +156,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
                 .iter()
                 .find(|other| other.id == member)?;
             let window = window(section);
-            let end = ((cursor / window + 1) * window).min(target.length());
+            let end = ((cursor / window + 1) * window).min(target.length()).min(until);
             Some((section.volume_range(cursor, end), end - cursor))
         };
         let gone = || Stop::Failed("the volume was changed while a member of it was being filled".into());
@@ -292,19 +302,35 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
                 if others.is_empty() {
                     continue;
                 }
-                let buffer = AlignedBuffer::new(usize::try_from(last - first).unwrap_or(0));
-                let content = memory(&buffer);
-                let read = self.read_column(section, index, first, &content).await;
-                read.map_err(|error| Stop::because("cannot read what is to be resynced", &error))?;
-                for other in others {
-                    let payload = Payload::Data(&content, Durability::Volatile);
-                    if let Err((device, _)) = other.write(self.clock(), first, last - first, payload).await {
-                        self.core.fail(&[device]).await?;
-                    }
+                let mut at = first;
+                while let Some((from, to)) = self.volume.next_used_of_column(section, index, at, last) {
+                    self.copy_members(section, index, (from, to), &others).await?;
+                    at = to;
                 }
             }
         }
         Ok(true)
+    }
+
+    /// Copies a range of a column to some of its members. It is claimed.
+    async fn copy_members(
+        &self,
+        section: &SectionMap<D>,
+        column: usize,
+        (from, to): (u64, u64),
+        targets: &[&MemberMap<D>],
+    ) -> Result<(), Stop> {
+        let buffer = AlignedBuffer::new(usize::try_from(to - from).unwrap_or(0));
+        let content = memory(&buffer);
+        let read = self.read_column(section, column, from, &content).await;
+        read.map_err(|error| Stop::because("cannot read what is to be resynced", &error))?;
+        for target in targets {
+            let payload = Payload::Data(&content, Durability::Volatile);
+            if let Err((device, _)) = target.write(self.clock(), from, to - from, payload).await {
+                self.core.fail(&[device]).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Computes the parity of rows anew.

@@ -68,6 +68,11 @@ impl Control {
         self.closing.set(true);
     }
 
+    /// Counts `bytes` that need no work.
+    pub(crate) fn skip(&self, bytes: u64) {
+        self.done.set(self.done.get().saturating_add(bytes));
+    }
+
     /// Counts `bytes` of work, and waits as long as the job is paused or faster than it may be.
     pub(crate) async fn progress(&self, clock: &impl Clock, bytes: u64) -> Result<(), Stop> {
         self.done.set(self.done.get().saturating_add(bytes));

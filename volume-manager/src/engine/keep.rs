@@ -82,37 +82,25 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
 
     /// Uses the best devices for a volume's logs again, after a member came into sync.
     pub(crate) async fn adopt_log_devices(self: &Rc<Self>, id: VolumeId) -> Result<(), Refused> {
+        // Most volumes of a large pool need nothing, and should not cost a look at all others.
+        self.check()?;
+        let config = self.config();
+        if config
+            .volume(id)
+            .is_none_or(|volume| better_log_devices(&config, volume).is_none())
+        {
+            return Ok(());
+        }
         let _turn = self.changing.hold(0, 1).await;
         self.reconcile().await?;
         let config = self.config();
         let Some(volume) = config.volume(id) else {
             return Ok(());
         };
-        let faulty: BTreeSet<DeviceId> = config
-            .devices
-            .iter()
-            .filter(|device| !device.is_holder())
-            .map(|device| device.id)
-            .collect();
-        let best = volume_log_devices(volume);
-        let wanted = if best.iter().any(|device| faulty.contains(device)) {
-            log_devices(volume, &faulty)
-        } else {
-            best
-        };
-        let length = bitmap_length(volume);
-        let fits = volume.bitmap.len() == wanted.len()
-            && wanted.iter().all(|id| {
-                volume
-                    .bitmap
-                    .iter()
-                    .any(|copy| copy.device == *id && copy.length >= length)
-            });
-        let moves_bitmap = volume.bitmap_generation == 0 && !fits;
-        if wanted == volume.log_devices && !moves_bitmap {
-            return Ok(());
+        match better_log_devices(&config, volume) {
+            Some((wanted, moves_bitmap)) => self.use_log_devices(volume, wanted, moves_bitmap).await,
+            None => Ok(()),
         }
-        self.use_log_devices(volume, wanted, moves_bitmap).await
     }
 
     /// Before a volume without redundancy gets some: devices for its logs. The volume does not need them yet.
@@ -415,4 +403,32 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Release for Releasing
             }
         }
     }
+}
+
+/// The devices that a volume's logs should be on, and whether its bitmap has to move; none if all is as it should be.
+fn better_log_devices(
+    config: &Configuration,
+    volume: &crate::model::Volume,
+) -> Option<(Vec<DeviceId>, bool)> {
+    let is_faulty = |id: &DeviceId| config.device(*id).is_some_and(|device| !device.is_holder());
+    let best = volume_log_devices(volume);
+    let wanted = if best.iter().any(is_faulty) {
+        let faulty: BTreeSet<DeviceId> = config
+            .devices
+            .iter()
+            .filter(|device| !device.is_holder())
+            .map(|device| device.id)
+            .collect();
+        log_devices(volume, &faulty)
+    } else {
+        best
+    };
+    let length = bitmap_length(volume);
+    let fits = volume.bitmap.len() == wanted.len()
+        && wanted.iter().all(|id| {
+            let mut copies = volume.bitmap.iter();
+            copies.any(|copy| copy.device == *id && copy.length >= length)
+        });
+    let moves_bitmap = volume.bitmap_generation == 0 && !fits;
+    (wanted != volume.log_devices || moves_bitmap).then_some((wanted, moves_bitmap))
 }

@@ -3,10 +3,12 @@
 //! A request takes the map when it begins and keeps it until it has ended; who has replaced a map and must know that nobody
 //! uses the old one any more waits until it is the only one that holds it.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use block_io::{BlockDevice, Clock, Durability, IoBuf, IoError, Operation, ZeroMode};
 
+use super::counters::Counters;
 use super::disk::Disk;
 use super::geometry::Shape;
 use super::join::{self, Boxed};
@@ -42,6 +44,23 @@ pub(crate) struct MemberMap<D> {
     pub(crate) id: MemberId,
     pub(crate) state: MemberState,
     extents: Vec<Run<D>>,
+    /// What it has done; lives on in the maps that replace this one.
+    pub(crate) counters: Rc<Counters>,
+}
+
+impl<D> Clone for MemberMap<D> {
+    fn clone(&self) -> Self {
+        let extents = self.extents.iter().map(|run| Run {
+            disk: Rc::clone(&run.disk),
+            ..*run
+        });
+        Self {
+            id: self.id,
+            state: self.state,
+            extents: extents.collect(),
+            counters: Rc::clone(&self.counters),
+        }
+    }
 }
 
 struct Run<D> {
@@ -106,6 +125,20 @@ impl<D: BlockDevice> Map<D> {
     /// Whether the loss of some device can be made good in some section.
     pub(crate) fn redundant(&self) -> bool {
         self.sections.iter().any(|section| section.redundant)
+    }
+
+    /// Members go on counting where those of the map that this one replaces were.
+    pub(super) fn go_on_counting(&mut self, old: &Self) {
+        let known: BTreeMap<MemberId, &Rc<Counters>> = old
+            .members()
+            .map(|member| (member.id, &member.counters))
+            .collect();
+        let columns = self.sections.iter_mut().flat_map(|section| &mut section.columns);
+        for member in columns.flat_map(|column| &mut column.members) {
+            if let Some(counters) = known.get(&member.id) {
+                member.counters = Rc::clone(counters);
+            }
+        }
     }
 
     pub(crate) fn members(&self) -> impl Iterator<Item = &MemberMap<D>> {
@@ -175,6 +208,12 @@ impl<D: BlockDevice> SectionMap<D> {
 
     /// The range of the volume whose rows hold `from..to` of the members.
     pub(crate) fn volume_range(&self, from: u64, to: u64) -> (u64, u64) {
+        if self.shape.columns == 1 {
+            return (
+                self.start + from.min(self.length),
+                self.start + to.min(self.length),
+            );
+        }
         let (unit, row) = (self.shape.unit, self.shape.row_bytes());
         let first = (from / unit).saturating_mul(row);
         let last = to.div_ceil(unit).saturating_mul(row).min(self.length);
@@ -319,6 +358,7 @@ impl<D: BlockDevice> MemberMap<D> {
             id: member.id,
             state: member.state,
             extents: extents.collect(),
+            counters: Rc::default(),
         }
     }
 
@@ -369,7 +409,20 @@ impl<D: BlockDevice> MemberMap<D> {
         offset: u64,
         buffers: &[IoBuf],
     ) -> Result<(), (Rc<Disk<D>>, IoError)> {
-        let length = list::length(buffers);
+        let (length, since) = (list::length(buffers), clock.now());
+        let read = self.read_runs(clock, offset, length, buffers).await;
+        let took = clock.now().saturating_sub(since);
+        self.counters.count(Operation::Read, length, took, read.is_ok());
+        read
+    }
+
+    async fn read_runs(
+        &self,
+        clock: &impl Clock,
+        offset: u64,
+        length: u64,
+        buffers: &[IoBuf],
+    ) -> Result<(), (Rc<Disk<D>>, IoError)> {
         for (run, start, skip, part) in self.runs(offset, length) {
             let done = if part == length {
                 run.disk.read(clock, start, buffers).await
@@ -385,6 +438,21 @@ impl<D: BlockDevice> MemberMap<D> {
 
     /// Puts `payload` into a range; an error names the device.
     pub(crate) async fn write(
+        &self,
+        clock: &impl Clock,
+        offset: u64,
+        length: u64,
+        payload: Payload<'_>,
+    ) -> Result<(), (Rc<Disk<D>>, IoError)> {
+        let since = clock.now();
+        let written = self.write_runs(clock, offset, length, payload).await;
+        let took = clock.now().saturating_sub(since);
+        self.counters
+            .count(Operation::Write, length, took, written.is_ok());
+        written
+    }
+
+    async fn write_runs(
         &self,
         clock: &impl Clock,
         offset: u64,

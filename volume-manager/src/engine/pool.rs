@@ -1,24 +1,23 @@
 //! Pools: made, opened, closed; volumes come and go.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use block_io::{BlockDevice, Clock, IoError, ZeroMode};
+use block_io::{BlockDevice, Clock, IoError};
 
 use super::core::{Core, Refused};
 use super::counters::Statistics;
 use super::disk::Disk;
 use super::event::Event;
 use super::volume::{Volume, VolumeCore};
-use crate::logs::bitmap::Bitmap;
+use crate::logs::LogError;
 use crate::logs::hot::{HotRegions, Limits};
 use crate::logs::parity::{Identity, ParityLog, Shape};
-use crate::logs::{LogError, bitmap};
 use crate::model::{
-    self, Attributes, BLOCK, Configuration, Device, DeviceId, DeviceState, Extent, Incarnation, JobKind,
-    JobState, MAX_COLUMNS, MemberState, Uuid, VolumeId,
+    self, Attributes, BLOCK, Configuration, Device, DeviceId, DeviceState, Incarnation, JobKind, JobState,
+    MAX_COLUMNS, Uuid,
 };
-use crate::place::{self, PlaceError};
+use crate::place::PlaceError;
 use crate::store::{self, OpenError, Store};
 
 /// Why something could not be done with a pool.
@@ -101,6 +100,8 @@ pub struct NewVolume {
     pub block: u32,
     /// Bytes per region of the dirty-region log: a power of two; 0 chooses by size.
     pub region: u64,
+    /// Which legs answer reads.
+    pub read_policy: model::ReadPolicy,
 }
 
 /// An open pool. Copies are the same pool.
@@ -227,138 +228,6 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         self.0.disk(device).is_alive()
     }
 
-    /// Makes a volume, which reads as zeroes.
-    ///
-    /// # Errors
-    /// The name is in use, or there is no place: the error says what is missing.
-    pub async fn create_volume(&self, new: NewVolume) -> Result<Volume<D, C>, PoolError> {
-        check_name("volume", &new.name)?;
-        if !matches!(new.block, 512 | 4096) {
-            return Err(PoolError::State(format!(
-                "a logical block of {} bytes: only 512 and 4096 are possible",
-                new.block
-            )));
-        }
-        let size = new.size.next_multiple_of(BLOCK);
-        let taken = |config: &Configuration| config.volumes.iter().any(|volume| volume.name == new.name);
-        if taken(&self.0.config()) {
-            return Err(PoolError::Name(format!("a volume {} exists already", new.name)));
-        }
-        let region = if new.region == 0 {
-            region_for(size)
-        } else {
-            new.region
-        };
-        let regions = u32::try_from(size.div_ceil(region)).unwrap_or(u32::MAX);
-        let bitmap_length = bitmap::length(regions).next_multiple_of(BLOCK);
-        let config = self.0.placing();
-        let mut attributes = new.attributes.clone();
-        let mut request = place::SectionRequest {
-            length: size,
-            attributes: &new.attributes,
-            block: new.block,
-            excluded: &[],
-            use_spares: false,
-            bitmap: bitmap_length,
-            state: MemberState::InSync,
-            number: 0,
-            first_member: 0,
-        };
-        attributes.layout = place::resolve_layout(&config, &request);
-        request.attributes = &attributes;
-        let placed = place::place_volume(&config, &request)?;
-        let mut volume = model::Volume {
-            id: VolumeId(0),
-            uuid: new.uuid,
-            name: new.name.clone(),
-            size,
-            block: new.block,
-            attributes: attributes.clone(),
-            region,
-            log_devices: placed.log_devices,
-            bitmap: placed.bitmap,
-            bitmap_generation: 0,
-            sections: placed.sections,
-            next_member: placed.next_member,
-            next_section: placed.next_section,
-        };
-        let _kept = self.0.reserve(volume.extents().copied().collect());
-        // Old content must not show through, and copies and parity must agree from the beginning.
-        self.zero(&volume).await?;
-        let mut logs = BTreeMap::new();
-        for section in &volume.sections {
-            if section.parity > 0 {
-                logs.insert(section.id, self.0.new_parity_log(volume.uuid, section).await?);
-            }
-        }
-        let bitmap = match volume.bitmap.as_slice() {
-            [] => None,
-            copies => Some(Bitmap::format(self.0.copies(copies), bitmap_length, regions).await?),
-        };
-        let (volume, _) = self
-            .0
-            .change(|config| {
-                if taken(config) {
-                    return Err(PoolError::Name(format!("a volume {} exists already", new.name)));
-                }
-                if config.volumes.len() >= model::MAX_VOLUMES {
-                    return Err(PoolError::State(format!(
-                        "the pool has {} volumes, which is the most",
-                        model::MAX_VOLUMES
-                    )));
-                }
-                for device in volume.extents().map(|extent| extent.device) {
-                    if !config.device(device).is_some_and(Device::is_holder) {
-                        return Err(PoolError::State(
-                            "a device failed while the volume was being made: try again".into(),
-                        ));
-                    }
-                }
-                volume.id = VolumeId(config.next_volume);
-                config.next_volume += 1;
-                // Before it is in the configuration, so that the logs know it when it can be written.
-                if !volume.log_devices.is_empty() {
-                    drop(self.0.hot.add_volume(volume.id, &volume.log_devices));
-                }
-                config.volumes.push(volume.clone());
-                Ok(volume)
-            })
-            .await?;
-        // What failed during the change is no longer in the configuration's volume.
-        let config = self.0.config();
-        let current = config.volume(volume.id).unwrap_or(&volume);
-        let runtime = VolumeCore::new(self.0.map_of(current));
-        *runtime.logs.borrow_mut() = logs;
-        *runtime.bitmap.borrow_mut() = bitmap.map(Rc::new);
-        let runtime = self.0.add_volume(runtime);
-        self.0.fail(&[]).await?;
-        Ok(self.volume_of(runtime))
-    }
-
-    async fn zero(&self, volume: &model::Volume) -> Result<(), PoolError> {
-        /// At once, so that others get their turn.
-        const PIECE: u64 = 1 << 30;
-        let columns = volume.sections.iter().flat_map(|section| &section.columns);
-        let members = columns.flat_map(|column| &column.members);
-        let extents: Vec<Extent> = members.flat_map(|member| &member.extents).copied().collect();
-        let mut devices = BTreeSet::new();
-        for extent in extents {
-            let disk = self.0.disk(extent.device);
-            devices.insert(extent.device);
-            let mut at = extent.start;
-            let end = extent.start + extent.length;
-            while at < end {
-                let length = PIECE.min(end - at);
-                disk.zero(&self.0.clock, at, length, ZeroMode::MayUnmap).await?;
-                at += length;
-            }
-        }
-        for device in devices {
-            self.0.disk(device).flush(&self.0.clock).await?;
-        }
-        Ok(())
-    }
-
     /// Deletes a volume and its data. Nobody may be using it.
     ///
     /// # Errors
@@ -420,13 +289,13 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
 }
 
 /// Bytes per region: the log covers about a thousand of them.
-fn region_for(size: u64) -> u64 {
+pub(super) fn region_for(size: u64) -> u64 {
     /// So many regions would make a volume's bitmap 128 KiB.
     const MOST: u64 = 1 << 20;
     (size / MOST).next_power_of_two().max(1 << 20)
 }
 
-fn check_name(what: &str, name: &str) -> Result<(), PoolError> {
+pub(super) fn check_name(what: &str, name: &str) -> Result<(), PoolError> {
     let good = !name.is_empty()
         && name.len() <= model::MAX_NAME
         && !name.contains(|letter: char| letter.is_control() || letter == '/')

@@ -10,7 +10,7 @@ use super::join::{self, Boxed};
 use super::list;
 use super::map::{ColumnMap, Map, Payload, SectionMap};
 use super::volume::Volume;
-use crate::model::MemberId;
+use crate::model::{MemberId, ReadPolicy};
 
 impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
     /// Makes copies and parity equal in regions that a crash left in doubt, before the first read of them: what was read once
@@ -133,7 +133,13 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
             // Until it is resynced, one leg is the truth.
             0
         } else {
-            Self::preferred(map, at)
+            let first = Self::preferred(map, at);
+            if self.volume.read_policy.get() == ReadPolicy::FirstAnswer
+                && self.read_first_answer(section, column, first, at, buffers).await
+            {
+                return Ok(());
+            }
+            first
         };
         let mut failed: Vec<(MemberId, Rc<Disk<D>>)> = Vec::new();
         let mut error = None;
@@ -154,7 +160,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
                 Ok(()) => {
                     for (member, device) in failed {
                         cover!("volume: a failed read is answered by another leg");
-                        self.repair_later(section, column, member, device, at, length);
+                        self.repair_later(section.id, column, member, device, at, length);
                     }
                     return Ok(());
                 }
@@ -166,7 +172,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         }
         if section.shape.parity > 0 {
             for (member, device) in failed {
-                self.repair_later(section, column, member, device, at, length);
+                self.repair_later(section.id, column, member, device, at, length);
             }
         }
         Err(error.unwrap_or_else(|| {
@@ -196,20 +202,20 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
     }
 
     /// Writes what a member could not read over with what it should hold; if that fails, its device is out of service.
-    fn repair_later(
+    pub(super) fn repair_later(
         &self,
-        section: &SectionMap<D>,
+        section: u32,
         column: usize,
         member: MemberId,
         disk: Rc<Disk<D>>,
         at: u64,
         length: u64,
     ) {
-        let (this, id) = (self.clone(), section.id);
+        let this = self.clone();
         let busy = self.core.busy();
         let spawned = spawn_local(async move {
             let _busy = busy;
-            if this.repair(id, column, member, at, length).await.is_err() {
+            if this.repair(section, column, member, at, length).await.is_err() {
                 cover!("volume: a member that cannot be repaired is given up");
                 // What fails here fails for whoever writes next, too.
                 let _ = this.core.fail(&[disk]).await;

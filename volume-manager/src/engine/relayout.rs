@@ -23,10 +23,12 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoBuf, cover};
+use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoBuf, ZeroMode, cover};
 
 use super::core::Refused;
+use super::disk::Disk;
 use super::job::{Control, Stop};
+use super::list;
 use super::map::{Payload, SectionMap};
 use super::volume::Volume;
 use crate::logs::parity::ParityLog;
@@ -314,9 +316,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
                 let (from, to) = touched.range(index);
                 let _held = self.volume.ranges.hold(from, to).await;
                 touched.windows.borrow_mut().remove(&index);
-                self.copy_window(target, from, to).await?;
+                let copied = self.copy_window(target, from, to).await?;
                 if round == 0 {
-                    control.progress(&self.core.clock, to - from).await?;
+                    control.skip(to - from - copied);
+                    control.progress(&self.core.clock, copied).await?;
                 }
             }
         }
@@ -380,19 +383,29 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         Ok(())
     }
 
-    /// Copies a window of the volume into the new section. It is claimed.
-    async fn copy_window(&self, target: &SectionMap<D>, from: u64, to: u64) -> Result<(), Stop> {
+    /// Copies a window of the volume into the new section, which becomes zero where nothing is in use; gives the bytes that
+    /// were copied. The window is claimed.
+    async fn copy_window(&self, target: &SectionMap<D>, from: u64, to: u64) -> Result<u64, Stop> {
         let length = to - from;
         let buffer = AlignedBuffer::new(usize::try_from(length).unwrap_or(0));
         // SAFETY: the buffer outlives the requests below, which are all that uses it.
         let memory: [IoBuf; 1] = [unsafe { buffer.io(0, buffer.as_slice().len()) }];
-        let map = self.volume.map();
-        let read = self.read_map(&map, from, &memory, true).await;
-        drop(map);
-        read.map_err(|error| Stop::because("cannot read what is to be moved", &error))?;
+        let (mut at, mut copied) = (from, 0);
+        while let Some((start, end)) = self.volume.next_used(at, to) {
+            let map = self.volume.map();
+            let part = list::part(&memory, start - from, end - start);
+            let read = self.read_map(&map, start, &part, true).await;
+            drop(map);
+            read.map_err(|error| Stop::because("cannot read what is to be moved", &error))?;
+            copied += end - start;
+            at = end;
+        }
         let within = from - target.start;
         let mut failed = Vec::new();
-        if target.shape.parity > 0 {
+        if copied == 0 {
+            cover!("relayout: what is not in use becomes zero");
+            failed.extend(self.zero_rows(target, within, length).await);
+        } else if target.shape.parity > 0 {
             failed.extend(self.put_rows(target, within, &buffer).await);
         } else {
             let payload = Payload::Data(&memory, Durability::Volatile);
@@ -400,12 +413,34 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
             failed.extend(written.into_iter().flat_map(|written| written.failed));
         }
         if failed.is_empty() {
-            return Ok(());
+            return Ok(copied);
         }
         self.core.fail(&failed).await?;
         Err(Stop::Failed(
             "a device of the new layout failed: try again".into(),
         ))
+    }
+
+    /// Makes a part of a section zero that nobody reads yet, whole rows, the last one perhaps short; gives the devices that failed.
+    async fn zero_rows(&self, target: &SectionMap<D>, from: u64, length: u64) -> Vec<Rc<Disk<D>>> {
+        let (payload, shape) = (Payload::Zero(ZeroMode::MayUnmap), &target.shape);
+        if shape.parity == 0 {
+            let written = self.put_columns(target, from, length, payload).await;
+            return written.into_iter().flat_map(|written| written.failed).collect();
+        }
+        let row = shape.row_bytes();
+        let (first, last) = (
+            from / row * shape.unit,
+            (from + length).div_ceil(row) * shape.unit,
+        );
+        let mut failed = Vec::new();
+        for column in &target.columns {
+            let written = column
+                .write(self.clock(), first, last - first, payload, true)
+                .await;
+            failed.extend(written.failed);
+        }
+        failed
     }
 }
 

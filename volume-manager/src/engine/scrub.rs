@@ -24,6 +24,13 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
     pub(crate) async fn scrub(&self, control: &Control) -> Result<(), Stop> {
         let mut at = 0;
         loop {
+            let size = self.volume.map().volume.size;
+            let used = self.volume.next_used(at, size).map_or(size, |(from, _)| from);
+            if used > at {
+                cover!("scrub: what is not in use is not read");
+                control.skip(used - at);
+                at = used;
+            }
             let step = {
                 let map = self.volume.map();
                 let Some((section, from, part)) = map.parts(at, u64::MAX - at).next() else {
@@ -59,8 +66,12 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
                 (from / row * shape.unit, (from + part).div_ceil(row) * shape.unit)
             };
             let mut repaired = 0;
-            for column in &section.columns {
-                repaired += self.compare_members(column, first, last).await?;
+            for (index, column) in section.columns.iter().enumerate() {
+                let mut at = first;
+                while let Some((from, to)) = self.volume.next_used_of_column(section, index, at, last) {
+                    repaired += self.compare_members(column, from, to).await?;
+                    at = to;
+                }
             }
             if shape.parity > 0 {
                 repaired += self.compare_parity(section, first, last).await?;

@@ -26,10 +26,11 @@ use super::list;
 use super::map::{Map, Payload, SectionMap};
 use super::ranges::{Held, Ranges};
 use super::relayout::Touched;
+use super::usage::Usage;
 use crate::logs::bitmap::Bitmap;
 use crate::logs::hot::Guard;
 use crate::logs::parity::ParityLog;
-use crate::model::VolumeId;
+use crate::model::{ReadPolicy, VolumeId};
 
 /// What an open pool knows of one of its volumes.
 pub(crate) struct VolumeCore<D> {
@@ -37,6 +38,8 @@ pub(crate) struct VolumeCore<D> {
     pub(crate) name: Arc<str>,
     pub(crate) region: u64,
     map: RefCell<Rc<Map<D>>>,
+    /// That of the present map.
+    pub(crate) read_policy: Cell<ReadPolicy>,
     pub(crate) ranges: Ranges,
     /// Jobs that copy at present: writes claim their ranges although there is no redundancy.
     pub(crate) copying: Cell<u32>,
@@ -52,6 +55,8 @@ pub(crate) struct VolumeCore<D> {
     pub(crate) logs: RefCell<BTreeMap<u32, Rc<ParityLog<D>>>>,
     /// The piece that is being moved elsewhere: it must know what is written meanwhile.
     pub(crate) shadow: RefCell<Option<Rc<Touched>>>,
+    /// Who knows what of the volume is in use.
+    pub(crate) usage: RefCell<Option<Rc<dyn Usage>>>,
     pub(crate) counters: Counters,
 }
 
@@ -76,6 +81,7 @@ impl<D> VolumeCore<D> {
             id: map.volume.id,
             name: map.volume.name.as_str().into(),
             region: map.volume.region,
+            read_policy: Cell::new(map.volume.read_policy),
             map: RefCell::new(Rc::new(map)),
             ranges: Ranges::default(),
             copying: Cell::new(0),
@@ -85,6 +91,7 @@ impl<D> VolumeCore<D> {
             covered: Cell::new(0),
             logs: RefCell::default(),
             shadow: RefCell::default(),
+            usage: RefCell::default(),
             counters: Counters::default(),
         }
     }
@@ -95,7 +102,12 @@ impl<D> VolumeCore<D> {
     }
 
     /// Replaces the map; gives the old one.
-    pub(crate) fn set_map(&self, map: Map<D>) -> Rc<Map<D>> {
+    pub(crate) fn set_map(&self, mut map: Map<D>) -> Rc<Map<D>>
+    where
+        D: BlockDevice,
+    {
+        map.go_on_counting(&self.map.borrow());
+        self.read_policy.set(map.volume.read_policy);
         self.map.replace(Rc::new(map))
     }
 

@@ -47,6 +47,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
     /// # Errors
     /// The pool takes no changes.
     pub async fn heal(&self) -> Result<(), PoolError> {
+        self.0.fail(&[]).await?;
         for volume in self.0.volumes() {
             self.complete(volume.id).await?;
         }
@@ -256,6 +257,8 @@ pub(super) fn volumes_of(config: &Configuration, kind: &JobKind) -> BTreeSet<Vol
         JobKind::Evacuate { .. } | JobKind::Scrub { volume: None } => {
             config.volumes.iter().map(|volume| volume.id).collect()
         }
+        // The moves that it has done are jobs of their own.
+        JobKind::AutoTune { .. } => BTreeSet::new(),
     }
 }
 
@@ -282,6 +285,15 @@ fn check(config: &Configuration, kind: &JobKind) -> Result<(), PoolError> {
             }
         }
         JobKind::Scrub { volume: id } => id.iter().try_for_each(volume)?,
+        JobKind::AutoTune { .. } => {
+            let tunes = |job: &&Job| job.is_live() && matches!(job.kind, JobKind::AutoTune { .. });
+            if let Some(job) = config.jobs.iter().find(tunes) {
+                return Err(PoolError::State(format!(
+                    "job {} tunes the pool already",
+                    job.id.0
+                )));
+            }
+        }
     }
     if let JobKind::Relayout { volume: id, .. } = kind {
         let other = config.jobs.iter().find(|job| {
@@ -326,6 +338,7 @@ fn work_of(config: &Configuration, kind: &JobKind) -> u64 {
             .map(|volume| members(volume, &on(*device)))
             .sum(),
         JobKind::Scrub { volume: None } => config.volumes.iter().map(|volume| volume.size).sum(),
+        JobKind::AutoTune { .. } => 0,
     }
 }
 

@@ -454,6 +454,7 @@ fn check_job(configuration: &Configuration, job: &Job) -> Checked {
         }
         JobKind::Evacuate { device, .. } => (None, Some(*device)),
         JobKind::Scrub { volume } => (*volume, None),
+        JobKind::AutoTune { .. } => (None, None),
     };
     demand(
         volume.is_none_or(|id| configuration.volume(id).is_some()),

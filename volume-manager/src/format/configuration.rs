@@ -9,7 +9,7 @@ use super::wire::{MAY_BE_SKIPPED, Reader, Writer};
 use crate::model::{
     Attributes, Column, Configuration, Device, DeviceId, DeviceState, Extent, Incarnation, Job, JobId,
     JobKind, JobState, Layout, MAX_COLUMNS, MAX_DEVICES, MAX_INCARNATIONS, MAX_MEMBERS, MAX_NAME,
-    MAX_VOLUMES, Member, MemberId, MemberState, Section, Volume, VolumeId,
+    MAX_VOLUMES, Member, MemberId, MemberState, ReadPolicy, Section, Volume, VolumeId,
 };
 
 /// Most extents of one member, log or bitmap.
@@ -26,8 +26,10 @@ const INCARNATION: u16 = 2;
 const DEVICE: u16 = 3;
 const VOLUME: u16 = 4;
 const JOB: u16 = 5;
-/// The version of every record so far.
+/// The version of every record, but for volumes that need the next one.
 const VERSION: u16 = 1;
+/// Of a volume that has a read policy other than the first: the policy follows at the end.
+const WITH_READ_POLICY: u16 = 2;
 
 /// Why bytes are no configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -81,7 +83,17 @@ pub fn encode(configuration: &Configuration) -> Result<Vec<u8>, CheckError> {
         writer.record(DEVICE, VERSION, |body| write_device(body, device));
     }
     for volume in &configuration.volumes {
-        writer.record(VOLUME, VERSION, |body| write_volume(body, volume));
+        // Who knows only version 1 can read the pool as long as nothing of it needs more.
+        let version = match volume.read_policy {
+            ReadPolicy::Balanced => VERSION,
+            ReadPolicy::FirstAnswer => WITH_READ_POLICY,
+        };
+        writer.record(VOLUME, version, |body| {
+            write_volume(body, volume);
+            if version == WITH_READ_POLICY {
+                body.u8(1);
+            }
+        });
     }
     for job in &configuration.jobs {
         writer.record(JOB, VERSION, |body| write_job(body, job));
@@ -100,7 +112,8 @@ pub fn decode(bytes: &[u8]) -> Result<Configuration, DecodeError> {
     while !reader.is_empty() {
         let (kind, version, length) = (reader.u16()?, reader.u16()?, reader.u32()?);
         let body = reader.bytes(usize::try_from(length).unwrap_or(usize::MAX))?;
-        if !(POOL..=JOB).contains(&kind) || version != VERSION {
+        let known = version == VERSION || (kind == VOLUME && version == WITH_READ_POLICY);
+        if !(POOL..=JOB).contains(&kind) || !known {
             if kind & MAY_BE_SKIPPED != 0 {
                 continue;
             }
@@ -114,7 +127,7 @@ pub fn decode(bytes: &[u8]) -> Result<Configuration, DecodeError> {
             decoded = Some(read_pool(body)?);
             continue;
         };
-        read_record(configuration, kind, body)?;
+        read_record(configuration, kind, version, body)?;
     }
     let configuration = decoded.ok_or_else(|| reader.error("it has no record of the pool"))?;
     check(&configuration)?;
@@ -141,7 +154,12 @@ fn read_pool(body: &[u8]) -> Result<Configuration, DecodeError> {
     })
 }
 
-fn read_record(configuration: &mut Configuration, kind: u16, body: &[u8]) -> Result<(), DecodeError> {
+fn read_record(
+    configuration: &mut Configuration,
+    kind: u16,
+    version: u16,
+    body: &[u8],
+) -> Result<(), DecodeError> {
     let mut body = Reader::new(body, "an object");
     let (object, full) = match kind {
         INCARNATION => (
@@ -163,7 +181,7 @@ fn read_record(configuration: &mut Configuration, kind: u16, body: &[u8]) -> Res
             forced: read_flag(&mut body)?,
         }),
         DEVICE => configuration.devices.push(read_device(&mut body)?),
-        VOLUME => configuration.volumes.push(read_volume(&mut body)?),
+        VOLUME => configuration.volumes.push(read_volume(&mut body, version)?),
         _ => configuration.jobs.push(read_job(&mut body)?),
     }
     body.end()
@@ -305,7 +323,7 @@ fn write_volume(body: &mut Writer, volume: &Volume) {
         .for_each(|section| write_section(body, section));
 }
 
-fn read_volume(body: &mut Reader<'_>) -> Result<Volume, DecodeError> {
+fn read_volume(body: &mut Reader<'_>, version: u16) -> Result<Volume, DecodeError> {
     let id = VolumeId(body.u32()?);
     body.rename(format!("volume {}", id.0));
     let uuid = body.uuid()?;
@@ -324,7 +342,20 @@ fn read_volume(body: &mut Reader<'_>) -> Result<Volume, DecodeError> {
         next_member: body.u32()?,
         next_section: body.u32()?,
         sections: body.list(MAX_SECTIONS, read_section)?,
+        read_policy: if version == WITH_READ_POLICY {
+            read_policy(body)?
+        } else {
+            ReadPolicy::Balanced
+        },
     })
+}
+
+fn read_policy(body: &mut Reader<'_>) -> Result<ReadPolicy, DecodeError> {
+    match body.u8()? {
+        0 => Ok(ReadPolicy::Balanced),
+        1 => Ok(ReadPolicy::FirstAnswer),
+        _ => Err(body.error("its read policy is unknown")),
+    }
 }
 
 fn write_section(body: &mut Writer, section: &Section) {
@@ -434,6 +465,10 @@ fn write_job(body: &mut Writer, job: &Job) {
             body.u8(4);
             write_option(body, volume.map(|id| id.0));
         }
+        JobKind::AutoTune { window } => {
+            body.u8(5);
+            body.u32(*window);
+        }
     }
 }
 
@@ -471,6 +506,7 @@ fn read_job(body: &mut Reader<'_>) -> Result<Job, DecodeError> {
         4 => JobKind::Scrub {
             volume: read_option(body)?.map(VolumeId),
         },
+        5 => JobKind::AutoTune { window: body.u32()? },
         _ => return Err(body.error("its kind is unknown")),
     };
     Ok(Job {

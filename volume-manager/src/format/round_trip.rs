@@ -179,6 +179,11 @@ fn build(name: String, (mut devices, volumes, jobs, incarnations): Parts) -> Con
                 sections: Vec::new(),
                 next_member: 0,
                 next_section: 0,
+                read_policy: if number % 2 == 0 {
+                    ReadPolicy::Balanced
+                } else {
+                    ReadPolicy::FirstAnswer
+                },
             };
             for shape in shapes {
                 let section = section(&mut volume, &mut space, shape);
@@ -230,6 +235,7 @@ fn job(number: u32, choice: u8, target: Attributes, text: String) -> Job {
             to: Some(device),
             remove: true,
         },
+        4 => JobKind::AutoTune { window: 10_000 },
         _ => JobKind::Scrub { volume: None },
     };
     // Only jobs that have ended may name what is gone.

@@ -101,6 +101,7 @@ pub(super) fn create_in(
         sections: placed.sections,
         next_member: placed.next_member,
         next_section: placed.next_section,
+        read_policy: crate::model::ReadPolicy::Balanced,
     });
     Ok(id)
 }

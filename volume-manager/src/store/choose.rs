@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::rc::Rc;
 
 use block_io::{BlockDevice, IoError, cover};
 
@@ -519,12 +520,12 @@ impl<D: BlockDevice> Choice<D> {
         Ok(Opened {
             store: Store::opened(
                 devices,
-                self.held.configuration.clone(),
+                Configuration::clone(&self.held.configuration),
                 self.term,
                 self.forced,
                 gone,
             ),
-            configuration: self.held.configuration,
+            configuration: Rc::unwrap_or_clone(self.held.configuration),
             present: self.present,
             absent: self.absent,
             failed,

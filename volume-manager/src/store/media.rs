@@ -1,5 +1,7 @@
 //! One device: its label and its two slots, read and written.
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 use block_io::{AlignedBuffer, BlockDevice, Durability, IoError, ZeroMode};
@@ -36,7 +38,31 @@ impl<D> Clone for Media<D> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Held {
     pub(crate) header: Header,
-    pub(crate) configuration: Configuration,
+    /// Shared by all devices that hold the same one.
+    pub(crate) configuration: Rc<Configuration>,
+}
+
+/// Configurations that were read from other devices: nearly all devices of a pool hold the same one, so it is decoded, checked
+/// and kept once.
+#[derive(Debug, Default)]
+pub(crate) struct Known(RefCell<VecDeque<(Vec<u8>, Rc<Configuration>)>>);
+
+impl Known {
+    /// The present one, the one before, and some more for devices that are behind.
+    const MOST: usize = 8;
+
+    fn decode(&self, bytes: &[u8]) -> Result<Rc<Configuration>, DecodeError> {
+        let mut known = self.0.borrow_mut();
+        if let Some((_, same)) = known.iter().find(|(other, _)| other == bytes) {
+            return Ok(Rc::clone(same));
+        }
+        let decoded = Rc::new(decode(bytes)?);
+        if known.len() >= Self::MOST {
+            known.pop_front();
+        }
+        known.push_back((bytes.to_vec(), Rc::clone(&decoded)));
+        Ok(decoded)
+    }
 }
 
 /// Which copies of the label are damaged, or missing.
@@ -112,6 +138,7 @@ async fn read_slot<D: BlockDevice>(
     device: &D,
     label: &Label,
     number: usize,
+    known: &Known,
 ) -> Result<Option<Held>, MediaError> {
     let offset = label.slot_offset(number);
     let start = bytes::read(device, offset, LABEL_SIZE).await?;
@@ -133,7 +160,7 @@ async fn read_slot<D: BlockDevice>(
     if header.device != label.device {
         return Err(MediaError::Copied);
     }
-    let configuration = decode(configuration)?;
+    let configuration = known.decode(configuration)?;
     let same = configuration.pool == header.pool
         && configuration.epoch == header.epoch
         && configuration.incarnations.last().map(|last| last.id) == Some(header.incarnation);
@@ -152,12 +179,12 @@ async fn read_slot<D: BlockDevice>(
 pub(crate) type Opened<D> = (Media<D>, LabelCopies, Option<Held>);
 
 /// Reads label and slots; writes nothing.
-pub(crate) async fn open<D: BlockDevice>(device: &Rc<D>) -> Result<Opened<D>, MediaError> {
+pub(crate) async fn open<D: BlockDevice>(device: &Rc<D>, known: &Known) -> Result<Opened<D>, MediaError> {
     let (label, copies) = read_labels(&**device).await?;
     let mut newest: Option<(usize, Held)> = None;
     let mut failed = None;
     for number in [0, 1] {
-        match read_slot(&**device, &label, number).await {
+        match read_slot(&**device, &label, number, known).await {
             Ok(Some(held)) => {
                 let newer = newest
                     .as_ref()

@@ -6,7 +6,7 @@ use block_io::{BlockDevice, cover};
 
 use super::commit::Store;
 use super::history::{Relation, relation};
-use super::media::{MediaError, open};
+use super::media::{Known, MediaError, open};
 use crate::model::{DeviceId, Uuid};
 
 /// Why a device cannot come back.
@@ -42,7 +42,7 @@ impl<D: BlockDevice> Store<D> {
         if self.is_holder(id) {
             return Err(ReadmitError::InService);
         }
-        let (media, copies, held) = open(device).await?;
+        let (media, copies, held) = open(device, &Known::default()).await?;
         let Some(current) = self.configuration() else {
             return Err(ReadmitError::InService);
         };

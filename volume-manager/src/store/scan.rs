@@ -6,7 +6,7 @@ use std::rc::Rc;
 use block_io::{BlockDevice, IoError};
 
 use super::inspect::{Content, inspect};
-use super::media::{Held, LabelCopies, Media, MediaError, open};
+use super::media::{Held, Known, LabelCopies, Media, MediaError, open};
 use super::together;
 use crate::format::LabelError;
 use crate::model::Uuid;
@@ -68,8 +68,8 @@ impl<D> Scan<D> {
     }
 }
 
-async fn look<D: BlockDevice>(path: &str, device: &Rc<D>) -> Result<Found<D>, Problem> {
-    let kind = match open(device).await {
+async fn look<D: BlockDevice>(path: &str, device: &Rc<D>, known: &Known) -> Result<Found<D>, Problem> {
+    let kind = match open(device, known).await {
         Ok((media, copies, held)) => {
             let path = path.to_owned();
             return Ok(Found {
@@ -92,7 +92,8 @@ async fn look<D: BlockDevice>(path: &str, device: &Rc<D>) -> Result<Found<D>, Pr
 
 /// Reads labels and configurations of `devices`, all at once.
 pub async fn scan<D: BlockDevice>(devices: &[(String, Rc<D>)]) -> Scan<D> {
-    let looks = devices.iter().map(|(path, device)| look(path, device));
+    let known = Known::default();
+    let looks = devices.iter().map(|(path, device)| look(path, device, &known));
     let mut scan = Scan {
         found: Vec::new(),
         problems: Vec::new(),

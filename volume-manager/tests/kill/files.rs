@@ -77,6 +77,7 @@ pub(crate) async fn create(directory: &Path, layout: Layout) {
         size: SECTORS * SECTOR as u64,
         attributes: attributes(layout),
         block: 512,
+        read_policy: volume_manager::model::ReadPolicy::Balanced,
         region: 64 << 10,
     };
     drop(pool.create_volume(volume).await.unwrap());

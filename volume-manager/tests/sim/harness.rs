@@ -84,6 +84,7 @@ pub(crate) fn new_volume(layout: Layout, size: u64) -> NewVolume {
             devices: Vec::new(),
         },
         block: 512,
+        read_policy: volume_manager::model::ReadPolicy::Balanced,
         region: 16384,
     }
 }

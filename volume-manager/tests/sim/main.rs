@@ -4,6 +4,9 @@
 mod crash;
 mod harness;
 mod interrupted;
+mod load;
 mod online;
 mod partial;
+mod scale;
 mod swarm;
+mod usage;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use api::ByteSize;
-use api::storage::{LayoutKind, NewDevice, Shape};
+use api::storage::{LayoutKind, NewDevice, ReadPolicy, Shape};
 use clap::{Args, Subcommand, ValueEnum};
 
 use crate::exit::UsageError;
@@ -201,6 +201,9 @@ pub(crate) enum VolumeCommand {
         /// Its logical block size.
         #[arg(long, default_value_t = 4096, value_name = "BYTES")]
         block: u32,
+        /// Which copies answer reads.
+        #[arg(long, default_value = "balanced")]
+        read_policy: ReadPolicyName,
     },
     /// Show the volumes. Only reads.
     List,
@@ -229,6 +232,14 @@ pub(crate) enum VolumeCommand {
         #[command(flatten)]
         speed: Speed,
     },
+    /// Change which of its copies answer reads.
+    SetReadPolicy {
+        /// Its name.
+        name: String,
+        /// Which copies answer reads.
+        #[arg(long)]
+        read_policy: ReadPolicyName,
+    },
     /// Move its data from one device to others while it stays in use.
     Move {
         /// Its name.
@@ -247,6 +258,23 @@ pub(crate) enum VolumeCommand {
         /// Its name.
         name: String,
     },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ReadPolicyName {
+    /// The one whose device has the least to do.
+    Balanced,
+    /// Two are asked, and the first good answer counts: twice the load, fewer slow reads.
+    FirstAnswer,
+}
+
+impl From<ReadPolicyName> for ReadPolicy {
+    fn from(name: ReadPolicyName) -> Self {
+        match name {
+            ReadPolicyName::Balanced => Self::Balanced,
+            ReadPolicyName::FirstAnswer => Self::FirstAnswer,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

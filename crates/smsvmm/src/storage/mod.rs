@@ -138,6 +138,7 @@ pub(crate) fn volume(arguments: VolumeArguments) -> anyhow::Result<Exit> {
             size,
             layout,
             block,
+            read_policy,
         } => {
             let shown = name.clone();
             let operation = Operation::CreateVolume {
@@ -145,8 +146,17 @@ pub(crate) fn volume(arguments: VolumeArguments) -> anyhow::Result<Exit> {
                 size: size.bytes(),
                 block,
                 shape: layout.shape()?,
+                read_policy: read_policy.into(),
             };
             perform(&which, operation, |outcome| one_volume(&outcome.pool, &shown))
+        }
+        VolumeCommand::SetReadPolicy { name, read_policy } => {
+            let (shown, read_policy) = (name.clone(), read_policy.into());
+            perform(
+                &which,
+                Operation::SetReadPolicy { name, read_policy },
+                |outcome| one_volume(&outcome.pool, &shown),
+            )
         }
         VolumeCommand::List => look(&which, |status| {
             let table = match status.volumes.is_empty() {

@@ -1,8 +1,8 @@
 //! Pools, devices, volumes and jobs as tables for people.
 
 use api::storage::{
-    Health, JobState, JobStatus, LayoutKind, MemberHealth, PoolDevice, PoolDeviceState, PoolStatus, Shape,
-    VolumeStatus,
+    Health, JobState, JobStatus, LayoutKind, MemberHealth, PoolDevice, PoolDeviceState, PoolStatus,
+    ReadPolicy, Shape, VolumeStatus,
 };
 
 /// Rows of cells under a heading, in columns as wide as need be.
@@ -250,6 +250,9 @@ pub(crate) fn volume(volume: &VolumeStatus) -> String {
         volume.block,
         size(volume.used)
     );
+    if volume.read_policy == ReadPolicy::FirstAnswer {
+        text += "     the first answer of two copies counts\n";
+    }
     if !shape.class.is_empty() {
         text += &format!("     only on devices of class {}\n", shape.class);
     }

@@ -7,7 +7,7 @@ use volume_manager::format::slot::Header;
 use volume_manager::format::{Label, decode, encode};
 use volume_manager::model::{
     Attributes, BLOCK, Column, Configuration, Device, DeviceId, DeviceState, Extent, Incarnation, Job, JobId,
-    JobKind, JobState, Layout, Member, MemberId, MemberState, Section, Uuid, Volume, VolumeId,
+    JobKind, JobState, Layout, Member, MemberId, MemberState, ReadPolicy, Section, Uuid, Volume, VolumeId,
 };
 
 const SIZE: u64 = 64 << 20;
@@ -191,6 +191,7 @@ fn sample(input: &mut Unstructured<'_>) -> arbitrary::Result<Configuration> {
         sections: vec![section],
         next_member: columns * legs,
         next_section: 1,
+        read_policy: ReadPolicy::FirstAnswer,
     };
     let job = Job {
         id: JobId(0),
