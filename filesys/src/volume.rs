@@ -13,13 +13,16 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::rc::Rc;
+
+use volume_manager::Usage;
 
 use crate::record::VolumeRecord;
 use crate::tree::codec::Kind;
 use crate::tree::node::{BITS, Body, Child, Missing, Pages};
 use crate::tree::radix::{Look, Tree};
-use crate::units::{Location, VolumeIndex};
+use crate::units::{CLUSTER, Location, VolumeIndex};
 
 /// Clusters of a group.
 pub(crate) const GROUP: u64 = 256;
@@ -346,12 +349,70 @@ impl<V> VolumeCore<V> {
         Ok(None)
     }
 
+    /// The first run of clusters from `first` on, before `end`, that are set or busy. Pages that are not in memory count as a whole,
+    /// unless they are known to be clear.
+    fn next_used_clusters(&self, first: u64, end: u64) -> Option<(u64, u64)> {
+        let mut at = first;
+        while at < end {
+            let page_end = (at / BITS + 1) * BITS;
+            let stop = page_end.min(end);
+            let child = match self.bitmap.child(at, 0) {
+                Ok(child) => child,
+                Err(_) => return Some((at, page_end)),
+            };
+            let found = match &child {
+                Child::Run(_) => Some((at, page_end)),
+                Child::Media(ptr) if u64::from(ptr.aux) < BITS => Some((at, page_end)),
+                Child::Loaded(node) => match &*node.body.borrow() {
+                    Body::Bits(words) => self.next_used_word(Some(&words[..]), at, stop),
+                    _ => Some((at, page_end)),
+                },
+                Child::Empty | Child::Media(_) => self.next_used_word(None, at, stop),
+            };
+            if found.is_some() {
+                return found;
+            }
+            at = stop;
+        }
+        None
+    }
+
+    /// In one page: the first word with a bit that is set or busy, from that bit on.
+    fn next_used_word(&self, words: Option<&[u64]>, first: u64, end: u64) -> Option<(u64, u64)> {
+        let busy = self.busy.borrow();
+        let mut at = first;
+        while at < end {
+            let set = words.and_then(|words| words.get(word(at))).copied().unwrap_or(0);
+            let busy = busy.get(&(at / GROUP)).map_or(0, |bits| bits[group_word(at)]);
+            let used = (set | busy) & (u64::MAX << (at % 64));
+            let start = at - at % 64;
+            if used != 0 {
+                let from = start + u64::from(used.trailing_zeros());
+                let run = (used >> (from % 64)).trailing_ones();
+                return (from < end).then_some((from, from + u64::from(run)));
+            }
+            at = start + 64;
+        }
+        None
+    }
+
     /// The place of a cluster of this volume.
     pub(crate) fn location(&self, cluster: u64) -> Location {
         Location {
             volume: self.index,
             cluster,
         }
+    }
+}
+
+/// What a copy of the volume may leave out: clusters that no map has and nobody writes or may still read.
+impl<V> Usage for VolumeCore<V> {
+    fn next_used(&self, offset: u64, end: u64) -> Option<Range<u64>> {
+        let clusters = self.clusters();
+        let last = end.div_ceil(CLUSTER).min(clusters);
+        // What lies behind the last cluster is nobody's.
+        let (from, to) = self.next_used_clusters(offset / CLUSTER, last)?;
+        Some(from * CLUSTER..to * CLUSTER)
     }
 }
 
@@ -398,6 +459,24 @@ mod tests {
         assert!(volume.mark(&pages, 2 * GROUP + 3, false).unwrap());
         volume.no_group_until.set(0);
         assert_eq!(volume.find_group().unwrap(), Some(2 * GROUP));
+    }
+
+    #[test]
+    fn what_is_set_or_busy_is_in_use() {
+        let (volume, pages) = (volume(70_000), Pages::default());
+        assert_eq!(volume.next_used(0, 70_000 * CLUSTER), None);
+        assert!(volume.hold(3) && volume.hold(40_000));
+        assert!(volume.mark(&pages, 4, true).unwrap() && volume.mark(&pages, 200, true).unwrap());
+        let from = |cluster: u64| {
+            let used = volume.next_used(cluster * CLUSTER, 70_000 * CLUSTER);
+            used.map(|range| (range.start / CLUSTER, range.end / CLUSTER))
+        };
+        assert_eq!(
+            (from(0), from(4), from(5)),
+            (Some((3, 5)), Some((4, 5)), Some((200, 201)))
+        );
+        assert_eq!((from(201), from(40_001)), (Some((40_000, 40_001)), None));
+        assert_eq!(volume.next_used(5 * CLUSTER, 200 * CLUSTER), None);
     }
 
     #[test]

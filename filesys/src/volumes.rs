@@ -56,6 +56,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         volumes.values().map(|volume| stat_of(volume)).collect()
     }
 
+    /// Tells the volume manager what of a data volume is in use, so that copies of it leave out the rest. To be taken back
+    /// ([`volume_manager::Volume::set_usage`] with none) before the file system is closed or dropped.
+    pub fn usage_of_volume(&self, uuid: [u8; 16]) -> Option<Rc<dyn volume_manager::Usage>> {
+        let volumes = self.core().state.volumes.borrow();
+        let volume = volumes.values().find(|volume| volume.record().uuid == uuid)?;
+        Some(Rc::clone(volume) as Rc<dyn volume_manager::Usage>)
+    }
+
     /// The metadata volume.
     pub fn metadata(&self) -> MetadataStat {
         let core = self.core();

@@ -1,5 +1,6 @@
 //! What tasks see of the journal.
 
+use crate::journal::error::JournalError;
 use block_io::sim::{Fault, FaultRule};
 
 use super::*;
