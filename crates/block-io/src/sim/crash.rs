@@ -143,14 +143,12 @@ fn sites_of(disk: usize, medium: &Medium, changes: &mut usize, sites: &mut Vec<S
             offset += step;
         }
     }
-    let mut old = vec![0; medium.options.sector as usize];
-    let zeroes = old.clone();
+    let zeroes = vec![0; medium.options.sector as usize];
     for (offset, mut options) in by_sector {
-        medium.durable.read(offset, &mut old);
         // Contents that are there already, or offered by a later change, make no state of their own. Those of several
         // changes stay, so that "keep the last" keeps its meaning.
         if let [(_, only)] = options.as_slice()
-            && only.bytes().unwrap_or(&zeroes) == old.as_slice()
+            && medium.durable.holds(offset, only.bytes().unwrap_or(&zeroes))
         {
             options.clear();
         }
