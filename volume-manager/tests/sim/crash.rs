@@ -35,6 +35,10 @@ impl Case {
 impl Scenario for Case {
     type Model = Promise;
 
+    fn fingerprint(&self, model: &Promise) -> Option<u64> {
+        Some(model.fingerprint())
+    }
+
     fn world(&self) -> World {
         harness::world(self.disks as u64)
     }

@@ -37,6 +37,13 @@ pub(crate) struct Promise {
     pub(crate) openings: u128,
 }
 
+impl Promise {
+    /// All of it that a recovery can notice.
+    pub(crate) fn fingerprint(&self) -> u64 {
+        block_io::sim::fingerprint(&(self.sectors.fingerprint(), self.openings))
+    }
+}
+
 pub(crate) type Model = Rc<RefCell<Promise>>;
 
 pub(crate) fn failed(error: impl std::error::Error) -> Failure {

@@ -57,6 +57,10 @@ async fn writes(pool: &SimPool, model: &Shared<Promise>, fill: u8) -> Result<(),
 impl Scenario for Case {
     type Model = Promise;
 
+    fn fingerprint(&self, model: &Promise) -> Option<u64> {
+        Some(model.fingerprint())
+    }
+
     fn world(&self) -> World {
         harness::world(self.disks() as u64)
     }

@@ -178,9 +178,7 @@ impl Image {
 
     /// What writing `bytes`, zeroes if there are none, over a range of whole sectors adds to the digest.
     pub(super) fn difference(&self, offset: u64, length: u64, bytes: Option<&[u8]>) -> u64 {
-        let old = self
-            .view(offset, usize::try_from(length).unwrap_or(0))
-            .digest();
+        let old = self.view(offset, usize::try_from(length).unwrap_or(0)).digest();
         bytes.map_or(0, |bytes| digest(offset, bytes)).wrapping_sub(old)
     }
 

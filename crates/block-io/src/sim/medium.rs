@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::fault::FaultRule;
 use super::image::{Image, View};
-use super::rng::Rng;
+use super::rng::{Rng, hash_bytes, mix};
 use crate::{Geometry, Operation};
 
 /// Ranges up to so many bytes are zeroed and discarded sector by sector.
@@ -387,6 +387,22 @@ impl Medium {
             order: 0,
             version: 0,
         }
+    }
+
+    /// Of what is durable, and of all that decides how it answers after a crash.
+    pub(super) fn digest(&self) -> u64 {
+        let Self {
+            durable,
+            rules,
+            dropped,
+            slow,
+            ..
+        } = self;
+        let rules = rules.iter().fold(0, |digest, rule| {
+            mix(digest ^ hash_bytes(format!("{rule:?}").as_bytes()))
+        });
+        let condition = mix(rules ^ mix(slow << 1 | u64::from(*dropped)));
+        durable.digest().wrapping_add(condition)
     }
 
     /// What a crash may keep: volatile changes, then those in flight.

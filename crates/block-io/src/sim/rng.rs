@@ -1,4 +1,6 @@
-//! The one source of randomness: a generator whose whole state is its seed (SplitMix64).
+//! The one source of randomness: a generator whose whole state is its seed (SplitMix64). And hashes, the same in every run.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// A small, fast, seeded generator. Not for secrets.
 #[derive(Debug, Clone)]
@@ -81,4 +83,12 @@ pub(super) fn hash_bytes(bytes: &[u8]) -> u64 {
         hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
     }
     mix(hash)
+}
+
+/// A hash of `value`, equal for equal values, in any process: for [`Scenario::fingerprint`](super::Scenario::fingerprint).
+pub fn fingerprint(value: &impl Hash) -> u64 {
+    // `new` always takes the same keys.
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
 }
