@@ -12,7 +12,7 @@ use volume_manager::{NewDevice, NewVolume, OpenOptions, Pool, PoolError};
 
 pub(crate) type SimPool = Pool<SimDisk, SimClock>;
 
-pub(crate) const DISK: u64 = 8 << 20;
+pub(crate) const DISK: u64 = 5 << 20;
 pub(crate) const UNIT: u64 = 4096;
 
 /// How far the exhaustive tests go; `SMSVMM_SIM_DEPTH` multiplies it for longer runs.

@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::crash::CrashStates;
 use super::executor::{Schedule, Sim};
+use super::memory;
 use super::report::{Counts, Failure, Numbers};
 use super::rng::mix;
 use super::swarm::number_in;
@@ -233,6 +234,7 @@ impl<'a, S: Scenario> Explorer<'a, S> {
     }
 
     fn run(mut self) -> Explored {
+        memory::keep();
         // What was counted before is not ours.
         Numbers::default().collect();
         self.claimed = self.work.claim();

@@ -45,6 +45,7 @@ mod explore;
 mod fault;
 mod image;
 mod medium;
+mod memory;
 mod oracle;
 mod path;
 mod report;
