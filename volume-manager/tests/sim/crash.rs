@@ -2,7 +2,7 @@
 //! as the layout tolerates.
 
 use block_io::Durability;
-use block_io::sim::{Failure, Numbers, Scenario, Shared, Sim, World, explore};
+use block_io::sim::{Failure, Numbers, Scenario, Shared, Sim, World, explore_parallel, threads};
 use volume_manager::Event;
 use volume_manager::model::{JobKind, Layout};
 
@@ -132,7 +132,7 @@ fn run(layout: Layout, script: Script, missing: Option<usize>) -> Numbers {
         missing,
     };
     let options = depth(256);
-    let numbers = explore(&case, &options)
+    let numbers = explore_parallel(&case, &options, threads())
         .unwrap_or_else(|failure| panic!("{layout}, {script:?}, missing {missing:?}: {failure}"));
     println!("{layout}, {script:?}, missing {missing:?}: {numbers}");
     numbers

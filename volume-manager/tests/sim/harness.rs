@@ -17,15 +17,18 @@ pub(crate) const UNIT: u64 = 4096;
 
 /// How far the exhaustive tests go; `SMSVMM_SIM_DEPTH` multiplies it for longer runs.
 pub(crate) fn depth(states: u64) -> ExploreOptions {
-    let depth: u64 = std::env::var("SMSVMM_SIM_DEPTH")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(1);
+    let get = |name: &str, or: u64| {
+        std::env::var(name)
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(or)
+    };
     ExploreOptions {
-        states: states.saturating_mul(depth),
-        nesting: u32::from(depth > 1),
-        nested_states: depth,
-        schedules: depth,
+        states: get("T_STATES", states),
+        nesting: 1,
+        nested_states: get("T_NESTED", 3),
+        nested_one_in: get("T_ONE", 8),
+        schedules: get("T_SCHED", 1),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The exhaustive level for what changes a pool: every operation is crashed at every event, the pool is opened again, the work
 //! goes on by itself, and at the end everything is as it was asked for, with the guest's data in it.
 
-use block_io::sim::{Failure, Numbers, Scenario, Shared, Sim, World, explore};
+use block_io::sim::{Failure, Numbers, Scenario, Shared, Sim, World, explore_parallel, threads};
 use block_io::{BlockDevice, Durability};
 use volume_manager::Event;
 use volume_manager::model::{DeviceId, JobKind, Layout};
@@ -241,7 +241,8 @@ impl Scenario for Case {
 fn run(layout: Layout, act: Act) -> Numbers {
     let case = Case { layout, act };
     let options = depth(16);
-    let numbers = explore(&case, &options).unwrap_or_else(|failure| panic!("{layout}, {act:?}: {failure}"));
+    let numbers = explore_parallel(&case, &options, threads())
+        .unwrap_or_else(|failure| panic!("{layout}, {act:?}: {failure}"));
     println!("{layout}, {act:?}: {numbers}");
     numbers
 }

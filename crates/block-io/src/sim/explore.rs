@@ -68,6 +68,9 @@ pub struct ExploreOptions {
     pub nesting: u32,
     /// States tried per crash of a recovery.
     pub nested_states: u64,
+    /// Of the moments of a recovery at which a crash could notice something new, one in so many is tried: which, is drawn for
+    /// each recovery anew. 1 for all.
+    pub nested_one_in: u64,
     /// Orders tried: first come, first served, and so many minus one from seeds.
     pub schedules: u64,
 }
@@ -78,6 +81,7 @@ impl Default for ExploreOptions {
             states: 4096,
             nesting: 1,
             nested_states: 16,
+            nested_one_in: 1,
             schedules: 1,
         }
     }
@@ -189,7 +193,7 @@ struct Explorer<'a, S> {
     unit: u64,
     claimed: u64,
     tried: Tried,
-    /// States of recoveries within this state of the script, and how many came up.
+    /// States of recoveries within this state of the script, and how many crashes of them came up.
     nested_tried: Tried,
     nested: u64,
 }
@@ -359,16 +363,21 @@ impl<'a, S: Scenario> Explorer<'a, S> {
         ControlFlow::Continue(())
     }
 
-    /// Tries all crashes of a recovery at this moment.
+    /// Tries all crashes of a recovery at this moment, unless they are left out.
     fn crash_recovery(&mut self, sim: &Sim, model: &S::Model, depth: u32) -> Result<(), Failure> {
+        self.nested += 1;
+        let draw = mix(mix(self.unit) ^ self.nested);
+        if !draw.is_multiple_of(self.options.nested_one_in.max(1)) {
+            self.numbers.left_out_points += 1;
+            return Ok(());
+        }
         let states = sim.look(CrashStates::new);
         let limit = self.options.nested_states;
         let fingerprint = self.scenario.fingerprint(model);
         let known = fingerprint.map(|fingerprint| (mix(fingerprint ^ u64::from(depth)), states.digests()));
         self.numbers.crash_point(&states, limit);
         for index in 0..states.count(limit) {
-            self.nested += 1;
-            let choices = states.choose(index, limit, mix(mix(self.unit) ^ self.nested));
+            let choices = states.choose(index, limit, draw);
             if let Some((fingerprint, digests)) = &known
                 && !self.nested_tried.insert(digests.of(&choices) ^ fingerprint)
             {

@@ -69,6 +69,8 @@ pub struct Numbers {
     pub equal_states: u64,
     /// Crash points with more states than the limit, which were sampled.
     pub sampled_points: u64,
+    /// Moments of recoveries at which no crash was tried, since only a share of them was asked for.
+    pub left_out_points: u64,
     /// Events of all histories and recoveries.
     pub events: u64,
     /// Faults that happened, by kind.
@@ -109,6 +111,7 @@ impl Numbers {
         self.nested_states += other.nested_states;
         self.equal_states += other.equal_states;
         self.sampled_points += other.sampled_points;
+        self.left_out_points += other.left_out_points;
         self.events += other.events;
         for (name, count) in &other.faults {
             *self.faults.entry(name).or_default() += count;
@@ -129,10 +132,11 @@ impl fmt::Display for Numbers {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             formatter,
-            "{} histories, {} crash points ({} sampled), {} crash states ({} nested), {} events",
+            "{} histories, {} crash points ({} sampled, {} left out), {} crash states ({} nested), {} events",
             self.histories,
             self.crash_points,
             self.sampled_points,
+            self.left_out_points,
             self.crash_states,
             self.nested_states,
             self.events
