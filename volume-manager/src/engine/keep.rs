@@ -47,7 +47,11 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
         regions: &BTreeSet<u32>,
     ) -> Result<(), Refused> {
         let end = self::regions(&volume.map().volume);
-        let regions: Vec<u32> = regions.iter().copied().take_while(|region| *region < end).collect();
+        let regions: Vec<u32> = regions
+            .iter()
+            .copied()
+            .take_while(|region| *region < end)
+            .collect();
         self.mark_changed(volume, &regions).await
     }
 

@@ -7,7 +7,8 @@
 //! [`Clock`](crate::Clock).
 //!
 //! ```text
-//!   explore (all crash points × all crash states, nested)        swarm (long random histories, replay, shrinking)
+//!   explore (all crash points × all crash states, nested;        swarm (long random histories, replay, shrinking)
+//!        │   on all processors, equal states once)                      │
 //!        └──────────────────────────────┬────────────────────────────┘
 //!   World: the media, survives crashes; World::run = one power-on          SectorModel: what was promised (oracle)
 //!        │
