@@ -255,7 +255,7 @@ fn run(layouts: &[Layout], acts: &[Act], states: u64, marks: &[&str]) {
             (format!("{layout}, {act:?}"), Case { layout, act })
         })
     });
-    harness::explore_all(cases, &depth(16, 2, 5), states, marks);
+    harness::explore_all(cases, &depth(16, 2, 3), states, marks);
 }
 
 #[test]
@@ -268,12 +268,12 @@ fn volumes_and_devices_come_go_and_change_their_size() {
         Act::AddDevice,
         Act::RemoveDevice,
     ];
-    run(&ALL, &acts, 50_000, &[]);
+    run(&ALL, &acts, 47_000, &[]);
 }
 
 #[test]
 fn data_are_moved_off_a_device() {
-    run(&ALL, &[Act::Evacuate], 80_000, &[]);
+    run(&ALL, &[Act::Evacuate], 110_000, &[]);
 }
 
 #[test]
@@ -290,7 +290,7 @@ fn a_layout_changes() {
         let act = Act::Relayout(to);
         (format!("{layout}, {act:?}"), Case { layout, act })
     });
-    harness::explore_all(cases, &depth(16, 2, 5), 150_000, &[]);
+    harness::explore_all(cases, &depth(16, 2, 3), 195_000, &[]);
 }
 
 #[test]
@@ -299,12 +299,12 @@ fn a_device_fails_and_comes_back() {
     run(
         &layouts,
         &[Act::Fail, Act::Return],
-        150_000,
+        190_000,
         &["pool: a parity log is replayed"],
     );
 }
 
 #[test]
 fn a_scrub_goes_on() {
-    run(&ALL, &[Act::Scrub], 30_000, &[]);
+    run(&ALL, &[Act::Scrub], 40_000, &[]);
 }
