@@ -40,7 +40,7 @@ impl Scenario for Case {
     }
 
     fn world(&self) -> World {
-        harness::world(self.disks as u64)
+        harness::short_world(self.disks as u64)
     }
 
     async fn prepare(&self, sim: Sim, model: Shared<Promise>) -> Result<(), Failure> {

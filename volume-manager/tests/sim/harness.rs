@@ -16,7 +16,9 @@ use volume_manager::{NewDevice, NewVolume, OpenOptions, Pool, PoolError};
 
 pub(crate) type SimPool = Pool<SimDisk, SimClock>;
 
-pub(crate) const DISK: u64 = 5 << 20;
+pub(crate) const DISK: u64 = 8 << 20;
+/// Of the exhaustive tests: the shorter the disks, the shorter the parity logs, which every recovery reads as a whole.
+const SHORT_DISK: u64 = 5 << 20;
 pub(crate) const UNIT: u64 = 4096;
 
 /// What `SMSVMM_SIM_DEPTH` says: 1 is what every run of the tests does, more goes deeper, 0 leaves out crashes in recovery.
@@ -103,6 +105,10 @@ pub(crate) fn options(model: &Model) -> OpenOptions {
         force: Force::No,
         limits: Limits::default(),
     }
+}
+
+pub(crate) fn short_world(disks: u64) -> World {
+    World::new((0..disks).map(|index| DiskOptions::new(&format!("d{index}"), SHORT_DISK)))
 }
 
 pub(crate) fn world(disks: u64) -> World {
