@@ -310,7 +310,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 Work::Checkpoint => self.checkpoint_now().await,
                 Work::Orphans => {
                     self.housekeeping.set(false);
-                    self.settle_orphans().await
+                    self.settling.set(true);
+                    let settled = self.settle_orphans().await;
+                    self.settling.set(false);
+                    self.changed.notify();
+                    settled
                 }
                 Work::End => return,
             };

@@ -69,6 +69,8 @@ pub(crate) struct Core<V, C> {
     pub(crate) changed: Signal,
     pub(crate) checkpointing: Cell<bool>,
     pub(crate) housekeeping: Cell<bool>,
+    /// It is being done.
+    pub(crate) settling: Cell<bool>,
     /// Tasks that run.
     pub(crate) running: Cell<u32>,
     pub(crate) closing: Cell<bool>,
@@ -123,6 +125,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             changed: Signal::default(),
             checkpointing: Cell::new(false),
             housekeeping: Cell::new(false),
+            settling: Cell::new(false),
             running: Cell::new(0),
             closing: Cell::new(false),
             lingering: Cell::new(false),

@@ -98,7 +98,8 @@ impl Model {
         self.next_change += 1;
         if let Change::Snapshot(pairs) = &change {
             let mut freezing = Freezing::default();
-            for node in pairs.iter().filter_map(|(path, _)| self.find(path)) {
+            let nodes: Vec<Node> = pairs.iter().filter_map(|(path, _)| self.find(path)).collect();
+            for node in nodes {
                 if let Some(content) = self.contents.get_mut(&node) {
                     // What has been written before is durable when the snapshot is.
                     freezing.flushes.insert(node, content.flush_begins());
