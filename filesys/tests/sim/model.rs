@@ -28,19 +28,44 @@ pub(crate) struct Entry {
 /// A change of the name space.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Change {
-    Create { path: String, size: u64, directory: bool },
-    Delete { path: String },
-    Rename { from: String, to: String },
+    Create {
+        path: String,
+        size: u64,
+        directory: bool,
+    },
+    Delete {
+        path: String,
+    },
+    Rename {
+        from: String,
+        to: String,
+    },
     /// Files and the layers that are put on them.
     Snapshot(Vec<(String, String)>),
-    Clone { frozen: String, path: String },
-    Resize { path: String, size: u64 },
-    Exempt { path: String },
-    Freeze { path: String, frozen: bool },
+    Clone {
+        frozen: String,
+        path: String,
+    },
+    Resize {
+        path: String,
+        size: u64,
+    },
+    Exempt {
+        path: String,
+    },
+    Freeze {
+        path: String,
+        frozen: bool,
+    },
     /// A layer begins to take over its parent.
-    Absorb { layer: String },
+    Absorb {
+        layer: String,
+    },
     /// The parent is gone.
-    Absorbed { layer: String, named: bool },
+    Absorbed {
+        layer: String,
+        named: bool,
+    },
 }
 
 /// Content of files that are being frozen: what the frozen file may have, while the open handle goes on.
@@ -89,7 +114,10 @@ impl Model {
     }
 
     fn children(&self, node: Node) -> usize {
-        self.tree.values().filter(|entry| entry.parent == Some(node)).count()
+        self.tree
+            .values()
+            .filter(|entry| entry.parent == Some(node))
+            .count()
     }
 
     /// A change begins. Returns its number, for [`Self::acknowledged`].
@@ -130,7 +158,11 @@ impl Model {
     /// Makes a change, if it can be made.
     fn apply(&mut self, number: u64, change: &Change, acknowledged: bool) -> bool {
         match change {
-            Change::Create { path, size, directory } => {
+            Change::Create {
+                path,
+                size,
+                directory,
+            } => {
                 if self.find(path).is_some() {
                     return false;
                 }
@@ -183,7 +215,9 @@ impl Model {
                 }
             }
             Change::Clone { frozen, path } => {
-                let Some(node) = self.find(frozen) else { return false };
+                let Some(node) = self.find(frozen) else {
+                    return false;
+                };
                 let new = self.put_layer(node, path);
                 if let Some(content) = self.contents.get(&node).cloned() {
                     self.contents.insert(new, content);
@@ -262,11 +296,15 @@ impl Model {
     }
 
     fn absorb(&mut self, layer: &str, named: bool) -> bool {
-        let Some(node) = self.find(layer) else { return false };
+        let Some(node) = self.find(layer) else {
+            return false;
+        };
         let Some(parent) = self.tree.get(&node).and_then(|entry| entry.parent) else {
             return false;
         };
-        let Some(gone) = self.tree.remove(&parent) else { return false };
+        let Some(gone) = self.tree.remove(&parent) else {
+            return false;
+        };
         self.contents.remove(&parent);
         if let Some(entry) = self.tree.get_mut(&node) {
             entry.parent = gone.parent;
@@ -309,7 +347,13 @@ impl Model {
     }
 
     /// A write through a handle that writes to `node` begins.
-    pub(crate) fn write_begins(&mut self, node: Node, offset: u64, bytes: &[u8], how: Durability) -> Option<Ticket> {
+    pub(crate) fn write_begins(
+        &mut self,
+        node: Node,
+        offset: u64,
+        bytes: &[u8],
+        how: Durability,
+    ) -> Option<Ticket> {
         for freezing in self.freezing.values_mut() {
             if let Some(content) = freezing.nodes.get_mut(&node) {
                 // It may or may not be part of what is frozen.
@@ -350,7 +394,12 @@ impl Model {
         let freezing: Vec<_> = self
             .freezing
             .iter()
-            .flat_map(|(number, freezing)| freezing.nodes.iter().map(move |(node, content)| (*number, *node, content)))
+            .flat_map(|(number, freezing)| {
+                freezing
+                    .nodes
+                    .iter()
+                    .map(move |(node, content)| (*number, *node, content))
+            })
             .map(|(number, node, content)| (number, node, content.fingerprint()))
             .collect();
         fingerprint(&(&self.tree, &self.pending, contents, freezing))
@@ -365,7 +414,9 @@ fn permutations(count: usize) -> Vec<Vec<usize>> {
         let longer: Vec<Vec<usize>> = last
             .iter()
             .flat_map(|some| (0..count).map(move |next| (some, next)))
-            .filter(|(some, next)| !some.contains(next) && (count <= 4 || some.last().is_none_or(|last| last < next)))
+            .filter(|(some, next)| {
+                !some.contains(next) && (count <= 4 || some.last().is_none_or(|last| last < next))
+            })
             .map(|(some, next)| some.iter().copied().chain([next]).collect())
             .collect();
         all.extend(longer.iter().cloned());
