@@ -291,7 +291,14 @@ pub(crate) async fn verify(
             content
                 .check(ticket, start, &bytes)
                 .map_err(|error| Failure::from(error).context(&path))?;
-            content.settle(start, &bytes);
+            let written: Vec<u64> = content
+                .written()
+                .filter(|offset| (start..end).contains(offset))
+                .collect();
+            for offset in written {
+                let at = usize::try_from(offset - start).unwrap();
+                content.settle(offset, &bytes[at..at + 512]);
+            }
         }
     }
     *promise.borrow_mut() = model;

@@ -27,9 +27,11 @@ use crate::machine::{Handle, Promise, absorb, adds_up, change, verify};
 use crate::model::{Change, Model};
 
 const KIB: u64 = 1024;
-const SIZE: u64 = 96 * KIB;
+const SIZE: u64 = 64 * KIB;
+/// Of `/a`.
+const LARGE: u64 = 160 * KIB;
 /// What operations touch of each cluster.
-const WINDOW: u64 = 36 * KIB;
+const WINDOW: u64 = 16 * KIB;
 
 /// An operation of a script.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -274,13 +276,13 @@ impl Machine {
         match op {
             Op::WriteNew => self.a.write(&promise, 64 * KIB, 8 * KIB, volatile).await?,
             Op::Overwrite => self.a.write(&promise, 4 * KIB, 4 * KIB, volatile).await?,
-            Op::Partial => self.a.write(&promise, 20 * KIB + 512, 512, volatile).await?,
+            Op::Partial => self.a.write(&promise, 8 * KIB + 512, 512, volatile).await?,
             _ if self.top.is_none() && op.needs_layer() => {}
-            Op::PartialLayer => self.top()?.write(&promise, 8 * KIB + 1024, 512, volatile).await?,
-            Op::WriteLayer => self.top()?.write(&promise, 12 * KIB, 8 * KIB, volatile).await?,
-            Op::WriteChecked => self.s.write(&promise, 2 * KIB, 8 * KIB, volatile).await?,
+            Op::PartialLayer => self.top()?.write(&promise, 1024, 512, volatile).await?,
+            Op::WriteLayer => self.top()?.write(&promise, 8 * KIB, 8 * KIB, volatile).await?,
+            Op::WriteChecked => self.s.write(&promise, 2 * KIB, 4 * KIB, volatile).await?,
             Op::Discard => self.a.discard(&promise, 0, 64 * KIB).await?,
-            Op::DiscardLayer => self.top()?.discard(&promise, 4 * KIB, 12 * KIB).await?,
+            Op::DiscardLayer => self.top()?.discard(&promise, 4 * KIB, 8 * KIB).await?,
             Op::Zeroes => {
                 self.a
                     .zero(&promise, 2 * KIB, 8 * KIB, ZeroMode::MayUnmap)
@@ -325,8 +327,8 @@ impl Machine {
                 change(&promise, what, self.fs.clone_file("/mid", &path, 1)).await?;
             }
             Op::Grow => self.resize("/c", SIZE + 64 * KIB).await?,
-            Op::Shrink => self.resize("/c", 8 * KIB).await?,
-            Op::GrowThick => self.resize("/k", 128 * KIB).await?,
+            Op::Shrink => self.resize("/c", 4 * KIB).await?,
+            Op::GrowThick => self.resize("/k", 96 * KIB).await?,
             Op::Rename => self.rename("/c", "/x").await?,
             Op::RenameInto => self.rename("/c", "/d/c").await?,
             Op::Delete => self.delete("/c").await?,
@@ -392,12 +394,14 @@ async fn prepare(sim: &Sim, promise: &Promise) -> Result<(), Failure> {
     );
     let fs = fs.await.map_err(failed)?;
     let volatile = Durability::Volatile;
-    for path in ["/a", "/base", "/c"] {
-        create(&fs, promise, path, SIZE, Attributes::default()).await?;
+    for (path, size) in [("/a", LARGE), ("/base", SIZE), ("/c", SIZE)] {
+        create(&fs, promise, path, size, Attributes::default()).await?;
         let file = handle(&fs, promise, path).await?;
-        // Two places that are not in order, for the defragmentation.
-        file.write(promise, 80 * KIB, 4 * KIB, volatile).await?;
-        file.write(promise, 0, 16 * KIB, volatile).await?;
+        if size == LARGE {
+            // Two places that are not in order, for the defragmentation.
+            file.write(promise, 132 * KIB, 4 * KIB, volatile).await?;
+        }
+        file.write(promise, 0, 8 * KIB, volatile).await?;
         file.flush(promise).await?;
     }
     let thick = Attributes {
@@ -406,7 +410,7 @@ async fn prepare(sim: &Sim, promise: &Promise) -> Result<(), Failure> {
     };
     create(&fs, promise, "/k", SIZE, thick).await?;
     let k = handle(&fs, promise, "/k").await?;
-    k.write(promise, 0, 8 * KIB, volatile).await?;
+    k.write(promise, 0, 4 * KIB, volatile).await?;
     k.flush(promise).await?;
     drop(k);
     let checked = Attributes {
@@ -415,10 +419,10 @@ async fn prepare(sim: &Sim, promise: &Promise) -> Result<(), Failure> {
     };
     create(&fs, promise, "/s", SIZE, checked).await?;
     let s = handle(&fs, promise, "/s").await?;
-    s.write(promise, 0, 8 * KIB, volatile).await?;
+    s.write(promise, 0, 4 * KIB, volatile).await?;
     s.flush(promise).await?;
     drop(s);
-    for (below, layer, offset) in [("/base", "/mid", 8 * KIB), ("/mid", "/top", 10 * KIB)] {
+    for (below, layer, offset) in [("/base", "/mid", 4 * KIB), ("/mid", "/top", 6 * KIB)] {
         let snapshot = Snapshot {
             path: below,
             layer,
@@ -436,6 +440,7 @@ async fn prepare(sim: &Sim, promise: &Promise) -> Result<(), Failure> {
         directory: true,
     };
     change(promise, what, fs.make_directory("/d", None, 1)).await?;
+    verify(&fs, promise, WINDOW).await?;
     fs.close().await.map_err(failed)
 }
 
