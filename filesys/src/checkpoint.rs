@@ -233,7 +233,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     fn trim_files(&self) {
         let mut files = self.state.files.borrow_mut();
         if files.len() > self.options.cached_files {
-            files.retain(|_, file| file.dirty.get() || file.opens.get() > 0 || Rc::strong_count(file) > 1);
+            files.retain(|_, file| {
+                // Who opens it again and flushes it wants to have all of it flushed.
+                let unflushed = self.is_unflushed(file);
+                unflushed || file.dirty.get() || file.opens.get() > 0 || Rc::strong_count(file) > 1
+            });
         }
     }
 
@@ -310,7 +314,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 Work::Checkpoint => self.checkpoint_now().await,
                 Work::Orphans => {
                     self.housekeeping.set(false);
-                    self.settle_orphans().await
+                    self.settling.set(true);
+                    let settled = self.settle_orphans().await;
+                    self.settling.set(false);
+                    self.changed.notify();
+                    settled
                 }
                 Work::End => return,
             };

@@ -24,7 +24,7 @@ use crate::event::Event;
 use crate::file::whole;
 use crate::file_core::{Chain, FileCore};
 use crate::gate::{self, Boxed, Signal};
-use crate::journal::{Journal, Ticket};
+use crate::journal::{Journal, JournalError, Ticket};
 use crate::meta_space::MetaSpace;
 use crate::open::OpenOptions;
 use crate::record::Record;
@@ -69,6 +69,8 @@ pub(crate) struct Core<V, C> {
     pub(crate) changed: Signal,
     pub(crate) checkpointing: Cell<bool>,
     pub(crate) housekeeping: Cell<bool>,
+    /// It is being done.
+    pub(crate) settling: Cell<bool>,
     /// Tasks that run.
     pub(crate) running: Cell<u32>,
     pub(crate) closing: Cell<bool>,
@@ -123,6 +125,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             changed: Signal::default(),
             checkpointing: Cell::new(false),
             housekeeping: Cell::new(false),
+            settling: Cell::new(false),
             running: Cell::new(0),
             closing: Cell::new(false),
             lingering: Cell::new(false),
@@ -243,7 +246,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 });
             }
         }
-        self.journal.admit(bytes).await.map_err(|error| self.fail(&error))
+        self.journal.admit(bytes).await.map_err(|error| match error {
+            JournalError::TooLarge { .. } => FsError::State {
+                object: "the file system".into(),
+                problem: error.to_string(),
+            },
+            error => self.fail(&error),
+        })
     }
 
     /// Makes a plan and carries it out in one moment. The plan is made again whenever a page was missing.
@@ -336,6 +345,27 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// The records of a group speak of data on this volume that a flush must make durable first.
     pub(crate) fn needs_flush(&self, group: u64, volume: VolumeIndex) {
         self.needs.borrow_mut().entry(group).or_default().insert(volume);
+    }
+
+    /// A group that is durable makes all durable that was written to a file before.
+    pub(crate) fn needs_unflushed(&self, group: u64, file: &FileCore) {
+        for (index, stamp) in file.written.borrow().iter() {
+            if let Ok(volume) = self.state.volume(*index)
+                && volume.flushed.get() < *stamp
+            {
+                self.needs_flush(group, *index);
+            }
+        }
+    }
+
+    /// Whether something was written to a file that no flush has made durable.
+    pub(crate) fn is_unflushed(&self, file: &FileCore) -> bool {
+        file.group.get() > self.journal.durable_group()
+            || file.written.borrow().iter().any(|(index, stamp)| {
+                self.state
+                    .volume(*index)
+                    .is_ok_and(|volume| volume.flushed.get() < *stamp)
+            })
     }
 
     /// Gives clusters back that nobody can be reading any more.

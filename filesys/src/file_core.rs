@@ -45,6 +45,8 @@ pub(crate) struct FileCore {
     pub(crate) opens: Cell<u32>,
     /// Handles that write.
     pub(crate) writers: Cell<u32>,
+    /// Its child is absorbing it just now.
+    pub(crate) absorbing: Cell<bool>,
     /// The journal group with the last change of it.
     pub(crate) group: Cell<u64>,
     /// For each volume that was written to: how many writes it had seen then.
@@ -71,6 +73,7 @@ impl FileCore {
             pending: RefCell::default(),
             opens: Cell::new(0),
             writers: Cell::new(0),
+            absorbing: Cell::new(false),
             group: Cell::new(0),
             written: RefCell::default(),
         }
@@ -107,6 +110,37 @@ impl FileCore {
             Content::Map(map) => map.to_root(),
             Content::Names(names) => names.to_root(),
         }
+    }
+}
+
+/// Keeps a file from being deleted, as an open handle does.
+pub(crate) struct Kept(Rc<FileCore>);
+
+impl Kept {
+    pub(crate) fn new(file: &Rc<FileCore>) -> Self {
+        file.opens.set(file.opens.get() + 1);
+        Self(Rc::clone(file))
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.0.opens.set(self.0.opens.get() - 1);
+    }
+}
+
+/// The right to absorb a file: one at a time has it.
+pub(crate) struct Absorbing(Rc<FileCore>);
+
+impl Absorbing {
+    pub(crate) fn begin(parent: &Rc<FileCore>) -> Option<Self> {
+        (!parent.absorbing.replace(true)).then(|| Self(Rc::clone(parent)))
+    }
+}
+
+impl Drop for Absorbing {
+    fn drop(&mut self) {
+        self.0.absorbing.set(false);
     }
 }
 

@@ -42,7 +42,7 @@ mod runtime;
 mod tests;
 
 pub(crate) use admission::Ticket;
-pub(crate) use error::ReplayError;
+pub(crate) use error::{JournalError, ReplayError};
 pub(crate) use replay::replay;
 pub(crate) use ring::{Position, Ring};
 pub(crate) use runtime::{BeforeWrite, Journal};

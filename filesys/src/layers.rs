@@ -24,7 +24,7 @@ use crate::core::{Core, Need};
 use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
 use crate::file::{File, note_written, whole};
-use crate::file_core::FileCore;
+use crate::file_core::{Absorbing, FileCore};
 use crate::gate::Pass;
 use crate::inode::{Flags, Kind};
 use crate::namespace::check_size;
@@ -85,9 +85,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                 for ((snapshot, file), id) in snapshots.iter().zip(&files).zip(&ids) {
                     records.push(core.layer(snapshot, file, *id, now)?);
                 }
+                check_names_differ(&records)?;
                 Ok((records, ()))
             })
             .await?;
+        // What a frozen file shows must not change any more, by a crash neither.
+        for file in &files {
+            core.needs_unflushed(group, file);
+        }
         core.chains.set(core.chains.get() + 1);
         for ((snapshot, file), id) in snapshots.iter().zip(&files).zip(&ids) {
             let layer = core.state.files.borrow().get(id).map(Rc::clone);
@@ -113,6 +118,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         let (group, ()) = core
             .transact(LARGEST, Need::Ordinary, |_| {
                 let parent = core.find_regular(frozen)?;
+                if parent.inode.borrow().flags.has(Flags::ABSORBED) {
+                    return Err(FsError::Busy {
+                        object: frozen.to_owned(),
+                        problem: "it is being merged".into(),
+                    }
+                    .into());
+                }
                 if !parent.inode.borrow().is_frozen() {
                     return Err(FsError::State {
                         object: frozen.to_owned(),
@@ -135,7 +147,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
     /// There is none; it is open for writing; it has children.
     pub async fn set_frozen(&self, path: &str, frozen: bool) -> Result<(), FsError> {
         let core = self.core();
-        let (group, ()) = core
+        let (group, file) = core
             .transact(LARGEST, Need::Ordinary, |_| {
                 let file = core.find_regular(path)?;
                 if file.writers.get() > 0 {
@@ -159,10 +171,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                         file: file.id,
                         frozen,
                     }],
-                    (),
+                    file,
                 ))
             })
             .await?;
+        core.needs_unflushed(group, &file);
         core.commit(group).await
     }
 
@@ -173,7 +186,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
     /// There is no parent, others depend on it, too, it is open or pinned, or a volume fails: then it can be called again.
     pub async fn absorb(&self, layer: &str, named: bool) -> Result<(), FsError> {
         let core = self.core();
-        let (_, parent) = core
+        let (group, (parent, _absorbing)) = core
             .transact(LARGEST, Need::Freeing, |state| {
                 let child = core.find_regular(layer)?;
                 let parent = child.inode.borrow().parent.ok_or_else(|| FsError::State {
@@ -184,12 +197,20 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                 core.check_absorbable(layer, &parent)?;
                 core.check_unpinned(layer, &child)?;
                 core.check_unpinned(layer, &parent)?;
+                core.check_apart(layer, &child, &parent)?;
+                let absorbing = Absorbing::begin(&parent).ok_or_else(|| FsError::Busy {
+                    object: layer.to_owned(),
+                    problem: "it absorbs its parent already".into(),
+                })?;
                 if parent.inode.borrow().flags.has(Flags::ABSORBED) {
-                    return Ok((Vec::new(), parent.id));
+                    block_io::cover!("filesys: an absorption goes on");
+                    return Ok((Vec::new(), (parent.id, absorbing)));
                 }
-                Ok((vec![Record::Absorb { parent: parent.id }], parent.id))
+                Ok((vec![Record::Absorb { parent: parent.id }], (parent.id, absorbing)))
             })
             .await?;
+        // Places of the parent may be written to from now on: after a crash it must not be taken for an image of what was.
+        core.commit(group).await?;
         core.absorb_parent(parent, named).await?;
         core.commit(core.journal.open_group()).await
     }
@@ -211,6 +232,25 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             return Ok(());
         }
         self.check_unused(&name, parent)
+    }
+
+    /// Content moves between two neighbours of a chain at a time.
+    pub(crate) fn check_apart(&self, name: &str, child: &FileCore, parent: &FileCore) -> Result<(), Refusal> {
+        let grand = parent.parent();
+        let above = child.inode.borrow().flags.has(Flags::ABSORBED);
+        let below = match grand {
+            Some(grand) => self.state.file(grand)?.inode.borrow().flags.has(Flags::ABSORBED),
+            None => false,
+        };
+        if above || below {
+            block_io::cover!("filesys: a neighbour in the chain is absorbed just now");
+            return Err(FsError::Busy {
+                object: name.to_owned(),
+                problem: "a neighbour of it is being merged: wait until that has ended".into(),
+            }
+            .into());
+        }
+        Ok(())
     }
 
     fn layer(
@@ -269,11 +309,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 .look(|_| Ok(map_of(&parent)?.next(0)?.map(|span| span.start / PAGE)))
                 .await?;
             let Some(page) = next else { break };
+            // Neither is written to there, or relocated. In order of numbers: a parent is older than its child.
+            let below = parent.gate.alone(page, page).await;
             let pass = child.gate.alone(page, page).await;
             self.absorb_page(&parent, &child, page * PAGE).await?;
             // Others that have this child above them look in the wrong layer otherwise.
             self.layers.set(self.layers.get() + 1);
             drop(pass);
+            drop(below);
         }
         self.transact(LARGEST * 2, Need::Freeing, |_| {
             Ok((
@@ -397,6 +440,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         Ok(())
     }
+}
+
+/// Layers that are made together get different names.
+fn check_names_differ(records: &[Record]) -> Result<(), FsError> {
+    let mut names = std::collections::BTreeSet::new();
+    for record in records {
+        if let Record::Create { inode } = record
+            && !names.insert((inode.directory, inode.name.as_str()))
+        {
+            return Err(FsError::Exists {
+                path: inode.name.clone(),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn map_of(file: &FileCore) -> Result<&crate::tree::radix::Tree, Damage> {

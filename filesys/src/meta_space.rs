@@ -120,7 +120,15 @@ fn blank(layout: &Layout) -> Vec<u64> {
         blocks: end.saturating_sub(layout.size_blocks),
     };
     for region in layout.reserved().chain([beyond]) {
-        (region.first..region.end()).for_each(|block| set(&mut words, block, true));
+        // Whole words at once: most of a small volume's bitmap is beyond its end.
+        let first = region.first.next_multiple_of(64).min(region.end());
+        let last = (region.end() / 64 * 64).max(first);
+        if let Some(words) = words.get_mut(index_of(first)..index_of(last)) {
+            words.fill(u64::MAX);
+        }
+        (region.first..first)
+            .chain(last..region.end())
+            .for_each(|block| set(&mut words, block, true));
     }
     words
 }

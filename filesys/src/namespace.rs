@@ -8,7 +8,7 @@ use crate::core::{Core, Need};
 use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
 use crate::file::{Access, File};
-use crate::file_core::{Chain, FileCore};
+use crate::file_core::{Chain, FileCore, Kept};
 use crate::inode::{Attributes, Flags, Inode, Kind};
 use crate::open::FileSystem;
 use crate::record::{LARGEST, Record};
@@ -170,10 +170,32 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         Ok(inode)
     }
 
-    /// Space for all of a file.
-    async fn fill(&self, file: &Rc<FileCore>, size: u64) -> Result<(), FsError> {
+    /// A thick file gets its space, then its name. Until then it is kept from being taken for one that is dying.
+    async fn fill_and_link(&self, path: &str, id: FileId, size: u64) -> Result<u64, FsError> {
+        let file = self.look(|state| Ok(state.file(id)?)).await?;
+        let _kept = Kept::new(&file);
+        self.fill(&file, 0, size).await?;
+        let (group, ()) = self
+            .transact(LARGEST, Need::Ordinary, |_| {
+                let spot = self.spot(path)?;
+                Ok((
+                    vec![Record::Link {
+                        file: id,
+                        directory: spot.directory.id,
+                        name: spot.name.to_owned(),
+                    }],
+                    (),
+                ))
+            })
+            .await?;
+        Ok(group)
+    }
+
+    /// Space for clusters `from..` of a file, of which nobody writes to any meanwhile. Those that have places keep them, and what is in
+    /// them.
+    async fn fill(&self, file: &Rc<FileCore>, from: u64, size: u64) -> Result<(), FsError> {
         let clusters = size.div_ceil(CLUSTER);
-        let mut at = 0;
+        let mut at = from;
         while at < clusters {
             let end = (at + FANOUT as u64).min(clusters);
             let ticket = self.admit(LARGEST.max(40 * FANOUT), Need::Ordinary).await?;
@@ -181,8 +203,22 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             let mut records: Vec<Record> = Vec::new();
             for cluster in at..end {
                 let index = u32::try_from(cluster).unwrap_or(u32::MAX);
+                let old = self
+                    .look(|_| file.map().map_or(Ok(Entry::HOLE), |map| Ok(map.entry(cluster)?)))
+                    .await?;
                 let location = self.place_loaded(file, &mut places, index, false).await?;
-                let new = Entry::at(location).with_kept(true).with_subs(0, u16::MAX);
+                // Without a parent, what is neither valid nor zero reads as zeroes as well.
+                let zero = if file.parent().is_some() {
+                    old.zero()
+                } else {
+                    !old.valid()
+                };
+                let base = if old.location().is_some() {
+                    old
+                } else {
+                    Entry::at(location)
+                };
+                let new = base.with_kept(true).with_subs(old.valid(), zero);
                 match records.last_mut() {
                     Some(Record::Map { count, entry, .. }) if entry.continues(new, u64::from(*count)) => {
                         *count += 1
@@ -196,8 +232,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                     }),
                 }
             }
-            self.transact_admitted(&ticket, |_| Ok((records.clone(), ())))
+            let (group, ()) = self
+                .transact_admitted(&ticket, |_| Ok((records.clone(), ())))
                 .await?;
+            file.group.set(file.group.get().max(group));
             places.mapped();
             at = end;
         }
@@ -262,29 +300,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             core.commit(group).await?;
             return Ok(id);
         }
-        let file = core.look(|state| Ok(state.file(id)?)).await?;
-        file.opens.set(file.opens.get() + 1);
-        let filled = core.fill(&file, new.size).await;
-        file.opens.set(file.opens.get() - 1);
-        if let Err(error) = filled {
+        let linked = core.fill_and_link(path, id, new.size).await;
+        if linked.is_err() {
             core.housekeeping.set(true);
             core.changed.notify();
-            return Err(error);
         }
-        let (group, ()) = core
-            .transact(LARGEST, Need::Ordinary, |_| {
-                let spot = core.spot(path)?;
-                Ok((
-                    vec![Record::Link {
-                        file: id,
-                        directory: spot.directory.id,
-                        name: spot.name.to_owned(),
-                    }],
-                    (),
-                ))
-            })
-            .await?;
-        core.commit(group).await?;
+        core.commit(linked?).await?;
         Ok(id)
     }
 
@@ -490,59 +511,80 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         let core = self.core();
         check_size(path, size)?;
         let file = core.look(|_| core.find_regular(path)).await?;
-        let pass = file.gate.all().await;
-        if file.inode.borrow().is_frozen() {
+        let _kept = Kept::new(&file);
+        let _alone = file.gate.all().await;
+        let (frozen, linked, old) = {
+            let inode = file.inode.borrow();
+            (inode.is_frozen(), inode.is_linked(), inode.size)
+        };
+        if frozen || !linked {
             return Err(FsError::Frozen {
                 file: path.to_owned(),
             });
         }
-        let old = file.inode.borrow().size;
         if size < old && !size.is_multiple_of(SUB_CLUSTER) {
             return Err(FsError::Path {
                 path: path.to_owned(),
                 problem: "the size of a file that shrinks becomes a multiple of 4 KiB",
             });
         }
-        core.cut_off(&file, size.min(old), size.max(old)).await?;
-        let (group, ()) = core
-            .transact(LARGEST, Need::Freeing, |_| {
-                Ok((vec![Record::Resize { file: file.id, size }], ()))
-            })
-            .await?;
-        drop(pass);
-        file.group.set(file.group.get().max(group));
-        let thick = file.inode.borrow().attributes.thick;
-        if thick && size > old {
-            core.fill(&file, size).await?;
+        if size < old {
+            core.shrink(&file, size, old).await?;
+        } else {
+            core.grow(&file, size, old).await?;
         }
         core.commit(core.journal.open_group()).await
     }
 }
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
-    /// The range loses its content, and ancestors must not show through; the caller has the file alone.
-    async fn cut_off(&self, file: &Rc<FileCore>, start: u64, end: u64) -> Result<(), FsError> {
-        let hidden = file.parent().is_some();
-        let first = start.div_ceil(SUB_CLUSTER);
-        let last = end.div_ceil(SUB_CLUSTER);
-        let step = FANOUT as u64 * u64::from(SUBS) * 16;
-        let mut at = first;
-        while at < last {
-            let stop = (at + step).min(last);
-            self.transact(LARGEST, Need::Freeing, |_| {
-                Ok((
-                    vec![Record::Clear {
-                        file: file.id,
-                        first: at,
-                        count: stop - at,
-                        zero: hidden,
-                    }],
-                    (),
-                ))
-            })
-            .await?;
-            at = stop;
+    /// The size comes first: after a crash, what is behind it is nobody's concern until the file grows, which clears it once more. The
+    /// caller has the file alone.
+    async fn shrink(&self, file: &Rc<FileCore>, size: u64, old: u64) -> Result<(), FsError> {
+        // With a parent, what goes has to be hidden. Without one, the space goes as well, that of thick files, too.
+        let whole = if file.parent().is_some() {
+            old
+        } else {
+            size.next_multiple_of(CLUSTER).min(old)
+        };
+        let mut records = vec![Record::Resize { file: file.id, size }];
+        for record in
+            cleared(file, size, whole).chain(reaped(file, whole.div_ceil(CLUSTER), old.div_ceil(CLUSTER)))
+        {
+            records.push(record);
+            // The size and what is near it go in one moment.
+            if records.len() >= 3 {
+                let some = std::mem::take(&mut records);
+                self.transact(LARGEST, Need::Freeing, |_| Ok((some.clone(), ())))
+                    .await?;
+            }
         }
+        self.transact(LARGEST, Need::Freeing, |_| Ok((records.clone(), ())))
+            .await?;
+        Ok(())
+    }
+
+    /// Whatever is behind the end goes, or is hidden, and the size comes last. The caller has the file alone.
+    async fn grow(&self, file: &Rc<FileCore>, size: u64, old: u64) -> Result<(), FsError> {
+        for clear in cleared(file, old, size) {
+            self.transact(LARGEST, Need::Freeing, |_| Ok((vec![clear.clone()], ())))
+                .await?;
+        }
+        if file.inode.borrow().attributes.thick {
+            let filled = self.fill(file, old / CLUSTER, size).await;
+            if filled.is_err() {
+                block_io::cover!("filesys: a thick file found no space to grow");
+                for reap in reaped(file, old.div_ceil(CLUSTER), size.div_ceil(CLUSTER)) {
+                    self.transact(LARGEST, Need::Freeing, |_| Ok((vec![reap.clone()], ())))
+                        .await?;
+                }
+            }
+            filled?;
+        }
+        self.transact(LARGEST, Need::Freeing, |_| {
+            Ok((vec![Record::Resize { file: file.id, size }], ()))
+        })
+        .await?;
         Ok(())
     }
 
@@ -584,6 +626,32 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             at = self.state.file(above)?;
         }
     }
+}
+
+/// Records that take the content of a range; ancestors must not show through.
+fn cleared(file: &FileCore, start: u64, end: u64) -> impl Iterator<Item = Record> + use<> {
+    const STEP: u64 = FANOUT as u64 * SUBS as u64 * 16;
+    let (file, zero) = (file.id, file.parent().is_some());
+    let (first, last) = (start.div_ceil(SUB_CLUSTER), end.div_ceil(SUB_CLUSTER));
+    (first..last)
+        .step_by(usize::try_from(STEP).unwrap_or(usize::MAX))
+        .map(move |first| Record::Clear {
+            file,
+            first,
+            count: (last - first).min(STEP),
+            zero,
+        })
+}
+
+/// Records that take whole clusters away, kept ones, too.
+fn reaped(file: &FileCore, first: u64, last: u64) -> impl Iterator<Item = Record> + use<> {
+    const STEP: usize = FANOUT * 16;
+    let file = file.id;
+    (first..last).step_by(STEP).map(move |first| Record::Reap {
+        file,
+        first: u32::try_from(first).unwrap_or(u32::MAX),
+        count: u32::try_from((last - first).min(STEP as u64)).unwrap_or(u32::MAX),
+    })
 }
 
 pub(crate) fn check_size(path: &str, size: u64) -> Result<(), FsError> {

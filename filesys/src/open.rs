@@ -275,6 +275,20 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         done
     }
 
+    /// Makes a checkpoint: for tests.
+    #[doc(hidden)]
+    pub async fn checkpoint(&self) -> Result<(), FsError> {
+        self.core().checkpoint_now().await
+    }
+
+    /// Returns when nothing is left to do in the background: for tests.
+    #[doc(hidden)]
+    pub async fn settled(&self) {
+        let core = self.core();
+        let idle = || !core.housekeeping.get() && !core.settling.get() || core.check().is_err();
+        core.changed.until(|| idle().then_some(())).await;
+    }
+
     /// What happened since this was asked last.
     pub fn take_events(&self) -> Vec<Event> {
         self.core().take_events()

@@ -6,8 +6,8 @@ use std::rc::Rc;
 use block_io::{BlockDevice, Clock};
 
 use crate::core::{Core, Need};
-use crate::error::FsError;
-use crate::file_core::FileCore;
+use crate::error::{FsError, Refusal};
+use crate::file_core::{Absorbing, FileCore};
 use crate::inode::Flags;
 use crate::record::{LARGEST, Record};
 use crate::tree::node::FANOUT;
@@ -46,24 +46,54 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             self.reap(file).await?;
             return Ok(true);
         }
-        if flags.has(Flags::UNLINKED) && children == 1 && !flags.has(Flags::ABSORBED) {
-            let pinned = self.look(|_| Ok(self.pin_of(file)?)).await?;
-            if pinned.is_some() {
-                return Ok(false);
-            }
-            block_io::cover!("filesys: the last child absorbs a parent without a name");
-            self.transact(LARGEST, Need::Freeing, |_| {
-                Ok((vec![Record::Absorb { parent: file.id }], ()))
+        if !flags.has(Flags::UNLINKED) || children != 1 {
+            return Ok(false);
+        }
+        let pinned = self.look(|_| Ok(self.pin_of(file)?)).await?;
+        if pinned.is_some() {
+            return Ok(false);
+        }
+        self.settle_parent(file).await
+    }
+
+    /// The last child absorbs a parent that has no name any more.
+    async fn settle_parent(&self, file: &Rc<FileCore>) -> Result<bool, FsError> {
+        let (group, begun) = self
+            .transact(LARGEST, Need::Freeing, |state| {
+                let (flags, children, child) = {
+                    let inode = file.inode.borrow();
+                    (inode.flags, inode.children, inode.first_child)
+                };
+                let (Some(child), 1, true) = (child, children, flags.has(Flags::UNLINKED)) else {
+                    return Ok((Vec::new(), None));
+                };
+                match self.check_apart("", &*state.file(child)?, file) {
+                    // Its end makes us look again.
+                    Err(Refusal::Error(FsError::Busy { .. })) => return Ok((Vec::new(), None)),
+                    other => other?,
+                }
+                let Some(absorbing) = Absorbing::begin(file) else {
+                    return Ok((Vec::new(), None));
+                };
+                if flags.has(Flags::ABSORBED) {
+                    block_io::cover!("filesys: an absorption that a crash has interrupted goes on");
+                    return Ok((Vec::new(), Some(absorbing)));
+                }
+                block_io::cover!("filesys: the last child absorbs a parent without a name");
+                Ok((vec![Record::Absorb { parent: file.id }], Some(absorbing)))
             })
             .await?;
-            self.absorb_parent(file.id, false).await?;
-            return Ok(true);
-        }
-        Ok(false)
+        let Some(_absorbing) = begun else { return Ok(false) };
+        // Other children must be gone for good before their parent's places are written to.
+        self.commit(group).await?;
+        self.absorb_parent(file.id, false).await?;
+        Ok(true)
     }
 
     /// Frees all that a file has, and forgets it.
     async fn reap(&self, file: &Rc<FileCore>) -> Result<(), FsError> {
+        // Whoever relocates it notices that it is dying.
+        let _alone = file.gate.all().await;
         loop {
             let next = self
                 .look(|_| match file.map() {

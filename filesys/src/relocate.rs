@@ -15,7 +15,7 @@ use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
 use crate::file::{Places, note_written, whole};
 use crate::file_core::{FileCore, Pending};
-use crate::inode::Target;
+use crate::inode::{Flags, Target};
 use crate::open::FileSystem;
 use crate::record::{LARGEST, MAP_BYTES, Record};
 use crate::state::entries_of;
@@ -87,6 +87,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                 return Ok(done);
             };
             let pass = file.gate.alone(next, next).await;
+            if file.inode.borrow().flags.has(Flags::DYING) {
+                block_io::cover!("filesys: a file was deleted while it was relocated");
+                return Ok(done);
+            }
             core.relocate_page(&file, next * PAGE, what, &mut done).await?;
             drop(pass);
             page = next + 1;

@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use block_io::sim::{ExploreOptions, Numbers, explore};
+use block_io::sim::{ExploreOptions, Failure, Numbers, explore, explore_parallel, threads};
 
 #[path = "../tests/sim/superblock.rs"]
 #[allow(
@@ -23,6 +23,7 @@ fn main() {
     let scenario = Updates {
         build: Build::Right,
         count: 3,
+        once: false,
     };
     let options = ExploreOptions {
         nesting: 2,
@@ -30,10 +31,17 @@ fn main() {
         schedules: 20,
         ..ExploreOptions::default()
     };
+    measure("one thread", || explore(&scenario, &options));
+    let threads = threads();
+    let title = format!("{threads} threads");
+    measure(&title, || explore_parallel(&scenario, &options, threads));
+}
+
+fn measure(title: &str, explore: impl Fn() -> Result<Numbers, Failure>) {
     let start = Instant::now();
     let mut numbers = Numbers::default();
     while numbers.crash_states < STATES {
-        match explore(&scenario, &options) {
+        match explore() {
             Ok(more) => numbers.add(&more),
             Err(failure) => {
                 eprintln!("{failure}");
@@ -42,8 +50,8 @@ fn main() {
         }
     }
     let seconds = start.elapsed().as_secs_f64();
-    println!("{numbers}");
+    println!("{title}: {numbers}");
     #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
     let rate = numbers.crash_states as f64 / seconds;
-    println!("{rate:.0} crash states per second, {seconds:.1} s");
+    println!("{title}: {rate:.0} crash states per second, {seconds:.1} s");
 }

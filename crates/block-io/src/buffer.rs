@@ -103,24 +103,24 @@ pub(crate) mod list {
         buffers.iter().map(|buffer| buffer.len() as u64).sum()
     }
 
+    /// What follows the first `skip` bytes.
+    fn tail(buffers: &[IoBuf], skip: u64) -> impl Iterator<Item = IoBuf> {
+        let mut skip = usize::try_from(skip).unwrap_or(usize::MAX);
+        buffers.iter().filter_map(move |buffer| {
+            let here = skip.min(buffer.len());
+            skip -= here;
+            (here < buffer.len()).then(|| buffer.slice(here, usize::MAX))
+        })
+    }
+
     /// Copies of what follows the first `skip` bytes.
     pub(crate) fn after(buffers: &[IoBuf], skip: u64) -> Vec<IoBuf> {
-        let mut skip = usize::try_from(skip).unwrap_or(usize::MAX);
-        let mut rest = Vec::with_capacity(buffers.len());
-        for buffer in buffers {
-            if skip >= buffer.len() {
-                skip -= buffer.len();
-            } else {
-                rest.push(buffer.slice(skip, usize::MAX));
-                skip = 0;
-            }
-        }
-        rest
+        tail(buffers, skip).collect()
     }
 
     /// Copies `source` into the list, from byte `start` of the list on.
     pub(crate) fn scatter(buffers: &[IoBuf], start: u64, mut source: &[u8]) {
-        for buffer in after(buffers, start) {
+        for buffer in tail(buffers, start) {
             if source.is_empty() {
                 break;
             }
@@ -131,7 +131,7 @@ pub(crate) mod list {
 
     /// Copies bytes of the list, from byte `start` on, into `target`.
     pub(crate) fn gather(buffers: &[IoBuf], start: u64, mut target: &mut [u8]) {
-        for buffer in after(buffers, start) {
+        for buffer in tail(buffers, start) {
             if target.is_empty() {
                 break;
             }
@@ -143,7 +143,7 @@ pub(crate) mod list {
 
     /// Zeroes the list from byte `start` on.
     pub(crate) fn zero_from(buffers: &[IoBuf], start: u64) {
-        for buffer in after(buffers, start) {
+        for buffer in tail(buffers, start) {
             buffer.fill(0);
         }
     }

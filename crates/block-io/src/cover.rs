@@ -23,14 +23,17 @@ pub fn reached(name: &'static str) {
     let _ = name;
 }
 
+/// Marks reached, and how often.
+#[cfg(feature = "sim")]
+pub(crate) type Marks = std::collections::BTreeMap<&'static str, u64>;
+
 #[cfg(feature = "sim")]
 thread_local! {
-    static MARKS: std::cell::RefCell<std::collections::BTreeMap<&'static str, u64>> =
-        const { std::cell::RefCell::new(std::collections::BTreeMap::new()) };
+    static MARKS: std::cell::RefCell<Marks> = const { std::cell::RefCell::new(Marks::new()) };
 }
 
-/// The marks reached on this thread since this was called last.
+/// The marks reached on this thread since this was called last; it goes on counting in `marks`.
 #[cfg(feature = "sim")]
-pub(crate) fn take() -> std::collections::BTreeMap<&'static str, u64> {
-    MARKS.take()
+pub(crate) fn replace(marks: Marks) -> Marks {
+    MARKS.replace(marks)
 }

@@ -110,7 +110,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         {
             volume.device.write(*offset, buffers, durability).await?;
             note_written(file, volume, durability);
-            return Ok(());
+            return self.commit_durable(file, durability).await;
         }
         let mut writes: Vec<Boxed<'_, Result<(), IoError>>> = Vec::new();
         let mut done = 0;
@@ -126,7 +126,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             }
         }
         gate::all(writes).await.into_iter().collect::<Result<(), _>>()?;
-        Ok(())
+        self.commit_durable(file, durability).await
+    }
+
+    /// Data that are durable are worth nothing before the map that says where they are is.
+    async fn commit_durable(&self, file: &FileCore, durability: Durability) -> Result<(), FsError> {
+        match durability {
+            Durability::Durable => self.core.commit(file.group.get()).await,
+            Durability::Volatile => Ok(()),
+        }
     }
 
     /// Parts of sub-clusters: whole ones, with what they had before, through memory of our own.
@@ -235,7 +243,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         drop(places);
         file.group.set(file.group.get().max(group));
         if durability == Durability::Durable {
-            return self.core.commit(group).await;
+            return self.core.commit(file.group.get()).await;
         }
         for volume in volumes {
             self.core.needs_flush(group, volume);

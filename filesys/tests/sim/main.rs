@@ -4,4 +4,7 @@
 
 mod features;
 mod harness;
+mod machine;
+mod model;
+mod scripts;
 mod smoke;

@@ -40,14 +40,18 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
         }
     }
 
-    /// After an open: what the replayed rows say is missed by detached members, too, and what their bitmaps say is known.
+    /// While a pool is being opened: what was replayed is missed by detached members, too.
     pub(crate) async fn note_replayed(
         &self,
         volume: &Rc<VolumeCore<D>>,
-        regions: BTreeSet<u32>,
+        regions: &BTreeSet<u32>,
     ) -> Result<(), Refused> {
         let end = self::regions(&volume.map().volume);
-        let regions: Vec<u32> = regions.into_iter().take_while(|region| *region < end).collect();
+        let regions: Vec<u32> = regions
+            .iter()
+            .copied()
+            .take_while(|region| *region < end)
+            .collect();
         self.mark_changed(volume, &regions).await
     }
 

@@ -129,8 +129,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         let pool = Self(core);
         for volume in pool.0.volumes() {
             pool.load_bitmap(&volume).await?;
-            let rows = pool.recover_volume(&volume).await?;
-            pool.0.note_replayed(&volume, rows).await?;
+            pool.recover_volume(&volume).await?;
         }
         pool.0.fail(&[]).await?;
         for (id, name, device) in returned {
@@ -166,32 +165,31 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         }
     }
 
-    /// Replays the parity logs of a volume; gives the regions that were replayed.
-    async fn recover_volume(&self, volume: &Rc<VolumeCore<D>>) -> Result<BTreeSet<u32>, PoolError> {
+    /// Replays the parity logs of a volume.
+    async fn recover_volume(&self, volume: &Rc<VolumeCore<D>>) -> Result<(), PoolError> {
         let map = volume.map();
-        let mut replayed = BTreeSet::new();
         for (section, model) in map.sections.iter().zip(&map.volume.sections) {
             if model.parity == 0 {
                 continue;
             }
-            let Some(log) = self.replay(volume, section, model, &mut replayed).await? else {
+            let Some(log) = self.replay(volume, section, model).await? else {
                 continue;
             };
             volume.logs.borrow_mut().insert(section.id, Rc::new(log));
         }
-        Ok(replayed)
+        Ok(())
     }
 
     /// Replays one section's log; none if all its copies are lost.
     async fn replay(
         &self,
-        volume: &VolumeCore<D>,
+        volume: &Rc<VolumeCore<D>>,
         section: &SectionMap<D>,
         model: &model::Section,
-        replayed: &mut BTreeSet<u32>,
     ) -> Result<Option<ParityLog<D>>, PoolError> {
         let core = &self.0;
         let bytes = section.shape.row_bytes();
+        let mut replayed = BTreeSet::new();
         loop {
             let recovery = match ParityLog::open(
                 log_shape(volume.map().volume.uuid, model),
@@ -242,6 +240,8 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                 continue;
             }
             done?;
+            // Detached members miss these rows. That must be known before the log forgets them, as the next crash may come between.
+            core.note_replayed(volume, &replayed).await?;
             match recovery.restart().await {
                 Ok(log) => return Ok(Some(log)),
                 Err(LogError::Device { device, .. }) => core.fail(&[core.disk(device)]).await?,

@@ -141,6 +141,7 @@ fn each_copy_says_what_was_acknowledged_after_every_crash() {
         states: 1024,
         nesting: 1,
         nested_states: 16,
+        nested_one_in: 1,
         schedules: 4,
     };
     let numbers = explore(&Sets, &options).unwrap_or_else(|failure| panic!("{failure}"));

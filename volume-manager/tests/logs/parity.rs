@@ -363,6 +363,7 @@ const WIDE: ExploreOptions = ExploreOptions {
     states: 24,
     nesting: 0,
     nested_states: 1,
+    nested_one_in: 1,
     schedules: 2,
 };
 
@@ -371,6 +372,7 @@ const DEEP: ExploreOptions = ExploreOptions {
     states: 2,
     nesting: 1,
     nested_states: 1,
+    nested_one_in: 1,
     schedules: 1,
 };
 

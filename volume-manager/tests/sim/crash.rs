@@ -1,8 +1,8 @@
 //! The exhaustive level: every layout × operation, crashed at every event, opened again with all devices and with as many missing
-//! as the layout tolerates.
+//! as the layout tolerates; and crashed again while it is being opened, at a share of the events.
 
 use block_io::Durability;
-use block_io::sim::{Failure, Numbers, Scenario, Shared, Sim, World, explore};
+use block_io::sim::{Failure, Scenario, Shared, Sim, World};
 use volume_manager::Event;
 use volume_manager::model::{JobKind, Layout};
 
@@ -35,8 +35,12 @@ impl Case {
 impl Scenario for Case {
     type Model = Promise;
 
+    fn fingerprint(&self, model: &Promise) -> Option<u64> {
+        Some(model.fingerprint())
+    }
+
     fn world(&self) -> World {
-        harness::world(self.disks as u64)
+        harness::short_world(self.disks as u64)
     }
 
     async fn prepare(&self, sim: Sim, model: Shared<Promise>) -> Result<(), Failure> {
@@ -119,55 +123,53 @@ impl Scenario for Case {
     }
 }
 
-fn run(layout: Layout, script: Script, missing: Option<usize>) -> Numbers {
-    let disks = usize::try_from(layout.columns() * layout.legs()).unwrap().max(3);
+const SCRIPTS: [Script; 3] = [Script::Overwrite, Script::Rows, Script::Fua];
+
+fn case(layout: Layout, script: Script, missing: Option<usize>) -> (String, Case) {
     let case = Case {
         layout,
-        disks,
+        disks: usize::try_from(layout.columns() * layout.legs()).unwrap().max(3),
         script,
         missing,
     };
-    let options = depth(256);
-    let numbers = explore(&case, &options)
-        .unwrap_or_else(|failure| panic!("{layout}, {script:?}, missing {missing:?}: {failure}"));
-    println!("{layout}, {script:?}, missing {missing:?}: {numbers}");
-    numbers
+    (format!("{layout}, {script:?}, missing {missing:?}"), case)
+}
+
+fn cases(layouts: &[Layout], missing: &[Option<usize>]) -> Vec<(String, Case)> {
+    let scripts = |layout: Layout| {
+        SCRIPTS.map(|script| missing.iter().map(move |missing| case(layout, script, *missing)))
+    };
+    let cases = layouts.iter().flat_map(|layout| scripts(*layout));
+    cases.flatten().collect()
 }
 
 #[test]
 fn unredundant_layouts_keep_what_they_promised_through_every_crash() {
-    for layout in [Layout::Concat, Layout::Stripe { columns: 3 }] {
-        for script in [Script::Overwrite, Script::Rows, Script::Fua] {
-            run(layout, script, None);
-        }
-    }
+    let cases = cases(&[Layout::Concat, Layout::Stripe { columns: 3 }], &[None]);
+    harness::explore_all(cases, &depth(1024, 2, 4), 80_000, &[]);
 }
 
 #[test]
 fn mirrors_keep_what_they_promised_through_every_crash_with_a_leg_missing_too() {
-    for layout in [
+    let layouts = [
         Layout::Mirror { legs: 2 },
         Layout::StripeMirror { columns: 2, legs: 2 },
-    ] {
-        for script in [Script::Overwrite, Script::Rows, Script::Fua] {
-            for missing in [None, Some(0), Some(1)] {
-                run(layout, script, missing);
-            }
-        }
-    }
+    ];
+    let cases = cases(&layouts, &[None, Some(0), Some(1)]);
+    harness::explore_all(cases, &depth(256, 1, 8), 200_000, &[]);
 }
 
 #[test]
 fn parity_keeps_what_it_promised_through_every_crash_with_a_device_missing_too() {
-    for layout in [Layout::Raid5 { columns: 3 }, Layout::Raid6 { columns: 4 }] {
-        for script in [Script::Overwrite, Script::Rows, Script::Fua] {
-            for missing in [None, Some(0), Some(2)] {
-                // A row that is written whole while all devices are there is not logged: what a device held of it that is lost
-                // in the very same crash is lost, and that is said.
-                if missing.is_none() || !matches!(script, Script::Rows) {
-                    run(layout, script, missing);
-                }
-            }
-        }
-    }
+    let layouts = [Layout::Raid5 { columns: 3 }, Layout::Raid6 { columns: 4 }];
+    let mut cases = cases(&layouts, &[None, Some(0), Some(2)]);
+    // A row that is written whole while all devices are there is not logged: what a device held of it that is lost in the very
+    // same crash is lost, and that is said.
+    cases.retain(|(_, case)| case.missing.is_none() || !matches!(case.script, Script::Rows));
+    harness::explore_all(
+        cases,
+        &depth(256, 1, 8),
+        180_000,
+        &["pool: a parity log is replayed"],
+    );
 }

@@ -2,8 +2,12 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::Instant;
 
-use block_io::sim::{DiskOptions, ExploreOptions, Failure, SectorModel, Sim, SimClock, SimDisk, World};
+use block_io::sim::{
+    DiskOptions, ExploreOptions, Failure, Numbers, Scenario, SectorModel, Sim, SimClock, SimDisk, World,
+    explore_parallel, threads,
+};
 use block_io::{AlignedBuffer, BlockDevice, Durability, IoBuf, IoError};
 use volume_manager::logs::hot::Limits;
 use volume_manager::model::{Attributes, Layout, Uuid};
@@ -13,19 +17,55 @@ use volume_manager::{NewDevice, NewVolume, OpenOptions, Pool, PoolError};
 pub(crate) type SimPool = Pool<SimDisk, SimClock>;
 
 pub(crate) const DISK: u64 = 8 << 20;
+/// Of the exhaustive tests: the shorter the disks, the shorter the parity logs, which every recovery reads as a whole.
+const SHORT_DISK: u64 = 5 << 20;
 pub(crate) const UNIT: u64 = 4096;
 
-/// How far the exhaustive tests go; `SMSVMM_SIM_DEPTH` multiplies it for longer runs.
-pub(crate) fn depth(states: u64) -> ExploreOptions {
-    let depth: u64 = std::env::var("SMSVMM_SIM_DEPTH")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(1);
+/// What `SMSVMM_SIM_DEPTH` says: 1 is what every run of the tests does, more goes deeper, 0 leaves out crashes in recovery.
+fn factor() -> u64 {
+    let text = std::env::var("SMSVMM_SIM_DEPTH").ok();
+    text.and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+/// How far an exhaustive test goes: states of each crash of the script, orders in which it runs, and one in how many crashes of
+/// each recovery.
+pub(crate) fn depth(states: u64, schedules: u64, one_in: u64) -> ExploreOptions {
+    let factor = factor();
     ExploreOptions {
-        states: states.saturating_mul(depth),
-        nesting: u32::from(depth > 1),
-        nested_states: depth,
-        schedules: depth,
+        states: states.saturating_mul(factor.max(1)),
+        nesting: u32::from(factor > 0),
+        nested_states: 2 + factor,
+        nested_one_in: (one_in / factor.max(1)).max(1),
+        schedules: schedules.saturating_mul(factor),
+    }
+}
+
+/// Explores every case on all processors, prints the numbers of each and of all, and demands that there were so many states and
+/// that these marks were reached.
+pub(crate) fn explore_all<S: Scenario + Sync>(
+    cases: impl IntoIterator<Item = (String, S)>,
+    options: &ExploreOptions,
+    states: u64,
+    marks: &[&str],
+) {
+    let mut total = Numbers::default();
+    let mut count = 0;
+    let start = Instant::now();
+    for (name, case) in cases {
+        let explored = explore_parallel(&case, options, threads());
+        let numbers = explored.unwrap_or_else(|failure| panic!("{name}: {failure}"));
+        println!("{name}: {numbers}");
+        total.add(&numbers);
+        count += 1;
+    }
+    println!("all {count} cases, {:?}: {total}", start.elapsed());
+    if factor() > 0 {
+        assert!(
+            total.crash_states >= states,
+            "{states} states were asked for: {total}"
+        );
+        let missing = total.missing(marks);
+        assert!(missing.is_empty(), "{missing:?} were not reached: {total}");
     }
 }
 
@@ -35,6 +75,13 @@ pub(crate) struct Promise {
     pub(crate) sectors: SectorModel,
     /// Openings so far: each gets an identity of its own.
     pub(crate) openings: u128,
+}
+
+impl Promise {
+    /// All of it that a recovery can notice.
+    pub(crate) fn fingerprint(&self) -> u64 {
+        block_io::sim::fingerprint(&(self.sectors.fingerprint(), self.openings))
+    }
 }
 
 pub(crate) type Model = Rc<RefCell<Promise>>;
@@ -58,6 +105,10 @@ pub(crate) fn options(model: &Model) -> OpenOptions {
         force: Force::No,
         limits: Limits::default(),
     }
+}
+
+pub(crate) fn short_world(disks: u64) -> World {
+    World::new((0..disks).map(|index| DiskOptions::new(&format!("d{index}"), SHORT_DISK)))
 }
 
 pub(crate) fn world(disks: u64) -> World {

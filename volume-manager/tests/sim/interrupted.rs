@@ -1,7 +1,7 @@
-//! The exhaustive level for what changes a pool: every operation is crashed at every event, the pool is opened again, the work
-//! goes on by itself, and at the end everything is as it was asked for, with the guest's data in it.
+//! The exhaustive level for what changes a pool: every operation is crashed at every event, the pool is opened again, which is
+//! crashed in turn at a share of its events, the work goes on by itself, and at the end everything is as it was asked for, with the guest's data in it.
 
-use block_io::sim::{Failure, Numbers, Scenario, Shared, Sim, World, explore};
+use block_io::sim::{Failure, Scenario, Shared, Sim, World};
 use block_io::{BlockDevice, Durability};
 use volume_manager::Event;
 use volume_manager::model::{DeviceId, JobKind, Layout};
@@ -57,8 +57,12 @@ async fn writes(pool: &SimPool, model: &Shared<Promise>, fill: u8) -> Result<(),
 impl Scenario for Case {
     type Model = Promise;
 
+    fn fingerprint(&self, model: &Promise) -> Option<u64> {
+        Some(model.fingerprint())
+    }
+
     fn world(&self) -> World {
-        harness::world(self.disks() as u64)
+        harness::short_world(self.disks() as u64)
     }
 
     async fn prepare(&self, sim: Sim, model: Shared<Promise>) -> Result<(), Failure> {
@@ -234,14 +238,6 @@ impl Scenario for Case {
     }
 }
 
-fn run(layout: Layout, act: Act) -> Numbers {
-    let case = Case { layout, act };
-    let options = depth(16);
-    let numbers = explore(&case, &options).unwrap_or_else(|failure| panic!("{layout}, {act:?}: {failure}"));
-    println!("{layout}, {act:?}: {numbers}");
-    numbers
-}
-
 const ALL: [Layout; 6] = [
     Layout::Concat,
     Layout::Stripe { columns: 2 },
@@ -251,57 +247,64 @@ const ALL: [Layout; 6] = [
     Layout::Raid6 { columns: 4 },
 ];
 
+/// Explores every layout × act.
+fn run(layouts: &[Layout], acts: &[Act], states: u64, marks: &[&str]) {
+    let cases = layouts.iter().flat_map(|layout| {
+        acts.iter().map(|act| {
+            let (layout, act) = (*layout, *act);
+            (format!("{layout}, {act:?}"), Case { layout, act })
+        })
+    });
+    harness::explore_all(cases, &depth(16, 2, 3), states, marks);
+}
+
 #[test]
 fn volumes_and_devices_come_go_and_change_their_size() {
-    for layout in ALL {
-        for act in [
-            Act::Create,
-            Act::Delete,
-            Act::Grow,
-            Act::Shrink,
-            Act::AddDevice,
-            Act::RemoveDevice,
-        ] {
-            run(layout, act);
-        }
-    }
+    let acts = [
+        Act::Create,
+        Act::Delete,
+        Act::Grow,
+        Act::Shrink,
+        Act::AddDevice,
+        Act::RemoveDevice,
+    ];
+    run(&ALL, &acts, 31_000, &[]);
 }
 
 #[test]
 fn data_are_moved_off_a_device() {
-    for layout in ALL {
-        run(layout, Act::Evacuate);
-    }
+    run(&ALL, &[Act::Evacuate], 72_000, &[]);
 }
 
 #[test]
 fn a_layout_changes() {
-    for (index, from) in ALL.into_iter().enumerate() {
-        run(from, Act::Relayout(ALL[(index + 1) % ALL.len()]));
-        run(from, Act::Relayout(ALL[(index + 3) % ALL.len()]));
-    }
-    run(
-        Layout::Mirror { legs: 2 },
-        Act::Relayout(Layout::Mirror { legs: 3 }),
-    );
-    run(
-        Layout::Mirror { legs: 3 },
-        Act::Relayout(Layout::Mirror { legs: 2 }),
-    );
-    run(Layout::Concat, Act::Relayout(Layout::Mirror { legs: 2 }));
+    let mirror = |legs| Layout::Mirror { legs };
+    let others = [
+        (mirror(2), mirror(3)),
+        (mirror(3), mirror(2)),
+        (Layout::Concat, mirror(2)),
+    ];
+    let pairs =
+        (0..ALL.len()).flat_map(|from| [1, 3].map(|step| (ALL[from], ALL[(from + step) % ALL.len()])));
+    let cases = pairs.chain(others).map(|(layout, to)| {
+        let act = Act::Relayout(to);
+        (format!("{layout}, {act:?}"), Case { layout, act })
+    });
+    harness::explore_all(cases, &depth(16, 2, 3), 128_000, &[]);
 }
 
 #[test]
 fn a_device_fails_and_comes_back() {
-    for layout in ALL.into_iter().filter(|layout| layout.tolerates() > 0) {
-        run(layout, Act::Fail);
-        run(layout, Act::Return);
-    }
+    let layouts: Vec<Layout> = ALL.into_iter().filter(|layout| layout.tolerates() > 0).collect();
+    run(
+        &layouts,
+        &[Act::Fail, Act::Return],
+        124_000,
+        &["pool: a parity log is replayed"],
+    );
 }
 
 #[test]
 fn a_scrub_goes_on() {
-    for layout in ALL {
-        run(layout, Act::Scrub);
-    }
+    run(&ALL, &[Act::Scrub], 27_000, &[]);
 }

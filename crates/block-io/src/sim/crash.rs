@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::medium::{Change, Medium};
-use super::rng::Rng;
+use super::rng::{Rng, mix};
 
 /// Changes above so many sectors are decided in eight pieces.
 const FINE_SECTORS: u64 = 32768;
@@ -23,6 +23,31 @@ pub struct CrashStates {
     sites: Vec<Site>,
     changes: usize,
     total: Option<u64>,
+}
+
+/// One of these states: for each site the option that is kept.
+pub(super) type Choices = Vec<Option<usize>>;
+
+/// What states are known by: see [`CrashStates::digests`].
+#[derive(Debug)]
+pub(super) struct Digests {
+    /// Of each disk, if nothing is kept.
+    disks: Vec<u64>,
+    /// What each option of each site adds to that of its disk.
+    sites: Vec<(usize, Vec<u64>)>,
+}
+
+impl Digests {
+    /// Of a state: equal ones are of disks with equal contents and conditions.
+    pub(super) fn of(&self, choices: &Choices) -> u64 {
+        let mut disks = self.disks.clone();
+        for ((disk, options), choice) in self.sites.iter().zip(choices) {
+            if let Some(difference) = choice.and_then(|choice| options.get(choice)) {
+                disks[*disk] = disks[*disk].wrapping_add(*difference);
+            }
+        }
+        disks.iter().fold(0, |digest, disk| mix(digest ^ disk))
+    }
 }
 
 impl CrashStates {
@@ -61,9 +86,14 @@ impl CrashStates {
     /// State number `index` of [`Self::count`]. If there are too many for `limit`, the first ones are the telling ones
     /// (nothing kept, all kept, one change kept, one lost, prefixes), then come changes drawn from `seed`, whole and torn.
     pub fn nth(&self, index: u64, limit: u64, seed: u64) -> Vec<Medium> {
+        self.build(&self.choose(index, limit, seed))
+    }
+
+    /// What [`Self::nth`] keeps.
+    pub(super) fn choose(&self, index: u64, limit: u64, seed: u64) -> Choices {
         if self.total.is_some_and(|total| total <= limit) {
             let mut rest = index;
-            return self.state(|site| {
+            return self.each(|site| {
                 let radix = site.options.len() as u64 + 1;
                 let digit = rest % radix;
                 rest /= radix;
@@ -74,36 +104,44 @@ impl CrashStates {
         let count = self.changes as u64;
         let telling = index.checked_sub(2).map(|rest| (rest / 3, rest % 3));
         match (index, telling) {
-            (0, _) => self.state(|_| None),
-            (1, _) => self.state(|site| site.options.len().checked_sub(1)),
+            (0, _) => self.each(|_| None),
+            (1, _) => self.each(|site| site.options.len().checked_sub(1)),
             (_, Some((change, way))) if change < count => self.keep(|number| match way {
                 0 => number as u64 == change,
                 1 => number as u64 != change,
                 _ => number as u64 <= change,
             }),
-            _ => self.random_state(&mut rng),
+            _ => self.draw(&mut rng),
         }
     }
 
     /// A state drawn from `rng`: whole changes or torn ones, few or many.
     pub fn random_state(&self, rng: &mut Rng) -> Vec<Medium> {
+        self.build(&self.draw(rng))
+    }
+
+    fn draw(&self, rng: &mut Rng) -> Choices {
         let likely = 1 + rng.below(7);
         if rng.chance(1, 2) {
             let whole: Vec<bool> = (0..self.changes).map(|_| rng.chance(likely, 8)).collect();
             return self.keep(|number| whole.get(number).copied().unwrap_or(false));
         }
-        self.state(|site| rng.chance(likely, 8).then(|| rng.index(site.options.len())))
+        self.each(|site| rng.chance(likely, 8).then(|| rng.index(site.options.len())))
     }
 
     /// Keeps whole changes; of several for one sector, the last.
-    fn keep(&self, kept: impl Fn(usize) -> bool) -> Vec<Medium> {
-        self.state(|site| site.options.iter().rposition(|(number, _)| kept(*number)))
+    fn keep(&self, kept: impl Fn(usize) -> bool) -> Choices {
+        self.each(|site| site.options.iter().rposition(|(number, _)| kept(*number)))
     }
 
-    fn state(&self, mut choose: impl FnMut(&Site) -> Option<usize>) -> Vec<Medium> {
+    fn each(&self, choose: impl FnMut(&Site) -> Option<usize>) -> Choices {
+        self.sites.iter().map(choose).collect()
+    }
+
+    /// The disks in a state.
+    pub(super) fn build(&self, choices: &Choices) -> Vec<Medium> {
         let mut images: Vec<_> = self.media.iter().map(|medium| medium.durable.clone()).collect();
-        for site in &self.sites {
-            let choice = choose(site);
+        for (site, choice) in self.sites.iter().zip(choices) {
             if let Some((_, change)) = choice.and_then(|choice| site.options.get(choice)) {
                 change.apply(&mut images[site.disk]);
             }
@@ -114,6 +152,22 @@ impl CrashStates {
             .zip(images)
             .map(|(medium, image)| medium.crashed(image))
             .collect()
+    }
+
+    /// What tells its states apart.
+    pub(super) fn digests(&self) -> Digests {
+        let of_option = |site: &Site, change: &Change| {
+            let durable = &self.media[site.disk].durable;
+            durable.difference(change.offset, change.length, change.bytes())
+        };
+        let sites = self.sites.iter().map(|site| {
+            let options = site.options.iter().map(|(_, change)| of_option(site, change));
+            (site.disk, options.collect())
+        });
+        Digests {
+            disks: self.media.iter().map(Medium::digest).collect(),
+            sites: sites.collect(),
+        }
     }
 }
 
@@ -143,14 +197,12 @@ fn sites_of(disk: usize, medium: &Medium, changes: &mut usize, sites: &mut Vec<S
             offset += step;
         }
     }
-    let mut old = vec![0; medium.options.sector as usize];
-    let zeroes = old.clone();
+    let zeroes = vec![0; medium.options.sector as usize];
     for (offset, mut options) in by_sector {
-        medium.durable.read(offset, &mut old);
         // Contents that are there already, or offered by a later change, make no state of their own. Those of several
         // changes stay, so that "keep the last" keeps its meaning.
         if let [(_, only)] = options.as_slice()
-            && only.bytes().unwrap_or(&zeroes) == old.as_slice()
+            && medium.durable.holds(offset, only.bytes().unwrap_or(&zeroes))
         {
             options.clear();
         }

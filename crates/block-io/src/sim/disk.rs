@@ -2,8 +2,10 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::rc::Rc;
 
 use super::executor::{Request, Sim};
+use super::image::View;
 use super::medium::{Change, DiskOptions, Payload};
 use crate::buffer::list;
 use crate::{BlockDevice, Durability, Geometry, IoBuf, IoCause, IoError, Operation, ZeroMode};
@@ -43,10 +45,10 @@ impl SimDisk {
     /// # Errors
     /// As [`BlockDevice::read`].
     pub async fn read_bytes(&self, offset: u64, length: usize) -> Result<Vec<u8>, IoError> {
-        let bytes = self
+        let content = self
             .request(Operation::Read, offset, length as u64, false, None)
             .await?;
-        Ok(bytes.unwrap_or_default())
+        Ok(content.map_or_else(Vec::new, |content| content.to_vec()))
     }
 
     /// Writes a copy of `bytes`.
@@ -102,7 +104,7 @@ impl SimDisk {
         length: u64,
         durable: bool,
         payload: Option<Payload>,
-    ) -> Result<Option<Vec<u8>>, IoError> {
+    ) -> Result<Option<View>, IoError> {
         self.check(operation, offset, length)?;
         if length == 0 && operation != Operation::Flush {
             return Ok(None);
@@ -125,7 +127,7 @@ impl SimDisk {
         let answer = poll_fn(|context| self.sim.poll_answer(id, context)).await;
         drop(submitted);
         match answer.errno {
-            0 => Ok(answer.bytes),
+            0 => Ok(answer.content),
             errno => {
                 let cause = io::Error::from_raw_os_error(errno);
                 Err(IoError::new(&self.options.name, operation, offset, length, cause))
@@ -141,8 +143,8 @@ impl BlockDevice for SimDisk {
 
     async fn read(&self, offset: u64, buffers: &[IoBuf]) -> Result<(), IoError> {
         let length = list::total_length(buffers);
-        if let Some(bytes) = self.request(Operation::Read, offset, length, false, None).await? {
-            list::scatter(buffers, 0, &bytes);
+        if let Some(content) = self.request(Operation::Read, offset, length, false, None).await? {
+            content.scatter(buffers);
         }
         Ok(())
     }
@@ -150,12 +152,11 @@ impl BlockDevice for SimDisk {
     async fn write(&self, offset: u64, buffers: &[IoBuf], durability: Durability) -> Result<(), IoError> {
         let length = list::total_length(buffers);
         self.check(Operation::Write, offset, length)?;
-        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-        list::gather(buffers, 0, &mut bytes);
-        let payload = Payload::Bytes {
-            data: bytes.into(),
-            skip: 0,
-        };
+        let mut data: Rc<[u8]> = std::iter::repeat_n(0, usize::try_from(length).unwrap_or(0)).collect();
+        if let Some(data) = Rc::get_mut(&mut data) {
+            list::gather(buffers, 0, data);
+        }
+        let payload = Payload::Bytes { data, skip: 0 };
         let durable = durability == Durability::Durable;
         self.request(Operation::Write, offset, length, durable, Some(payload))
             .await?;

@@ -5,8 +5,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::fault::FaultRule;
-use super::image::Image;
-use super::rng::Rng;
+use super::image::{Image, View};
+use super::rng::{Rng, hash_bytes, mix};
 use crate::{Geometry, Operation};
 
 /// Ranges up to so many bytes are zeroed and discarded sector by sector.
@@ -237,7 +237,7 @@ impl Medium {
     }
 
     /// Ends a request; returns what it read.
-    pub(super) fn complete(&mut self, id: u64, rng: &mut Rng, orderly: bool) -> Option<Vec<u8>> {
+    pub(super) fn complete(&mut self, id: u64, rng: &mut Rng, orderly: bool) -> Option<View> {
         let at = self.in_flight.iter().position(|request| request.id == id)?;
         let request = self.in_flight.remove(at);
         let failed = matches!(request.effect, Effect::Fail(_));
@@ -249,9 +249,8 @@ impl Medium {
                 if !orderly {
                     self.show_parts_of_writes(request.offset, request.length, rng);
                 }
-                let mut bytes = vec![0; usize::try_from(request.length).unwrap_or(0)];
-                self.visible.read(request.offset, &mut bytes);
-                return Some(bytes);
+                let length = usize::try_from(request.length).unwrap_or(0);
+                return Some(self.visible.view(request.offset, length));
             }
             Operation::Flush => {
                 if !failed {
@@ -388,6 +387,22 @@ impl Medium {
             order: 0,
             version: 0,
         }
+    }
+
+    /// Of what is durable, and of all that decides how it answers after a crash.
+    pub(super) fn digest(&self) -> u64 {
+        let Self {
+            durable,
+            rules,
+            dropped,
+            slow,
+            ..
+        } = self;
+        let rules = rules.iter().fold(0, |digest, rule| {
+            mix(digest ^ hash_bytes(format!("{rule:?}").as_bytes()))
+        });
+        let condition = mix(rules ^ mix(slow << 1 | u64::from(*dropped)));
+        durable.digest().wrapping_add(condition)
     }
 
     /// What a crash may keep: volatile changes, then those in flight.

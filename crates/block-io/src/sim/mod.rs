@@ -7,7 +7,8 @@
 //! [`Clock`](crate::Clock).
 //!
 //! ```text
-//!   explore (all crash points × all crash states, nested)        swarm (long random histories, replay, shrinking)
+//!   explore (all crash points × all crash states, nested;        swarm (long random histories, replay, shrinking)
+//!        │   on all processors, equal states once)                      │
 //!        └──────────────────────────────┬────────────────────────────┘
 //!   World: the media, survives crashes; World::run = one power-on          SectorModel: what was promised (oracle)
 //!        │
@@ -45,6 +46,7 @@ mod explore;
 mod fault;
 mod image;
 mod medium;
+mod memory;
 mod oracle;
 mod path;
 mod report;
@@ -56,12 +58,12 @@ pub use crash::CrashStates;
 pub use disk::SimDisk;
 pub use executor::{Schedule, Sim, SimClock};
 pub(crate) use executor::{spawn_on_current, watch};
-pub use explore::{ExploreOptions, Scenario, Shared, explore};
+pub use explore::{ExploreOptions, Scenario, Shared, explore, explore_parallel, threads};
 pub use fault::{AtMostDevices, Fault, FaultPlan, FaultPolicy, FaultRates, FaultRule, Hit};
 pub use medium::{DiskOptions, Medium};
 pub use oracle::{SectorModel, Ticket};
 pub use path::SimPath;
 pub use report::{Failure, Numbers};
-pub use rng::Rng;
+pub use rng::{Rng, fingerprint};
 pub use swarm::{Shrunk, SwarmOptions, Workload, shrink, swarm};
 pub use world::{Ended, RunOptions, RunSummary, World};

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::rng::hash_bytes;
+use super::rng::{fingerprint, hash_bytes};
 use crate::Durability;
 
 /// Names something that was begun.
@@ -246,13 +246,28 @@ impl SectorModel {
         }
     }
 
+    /// Of what may be read after a crash now, for [`Scenario::fingerprint`](super::Scenario::fingerprint): equal if
+    /// [`Self::crashed`] leaves the same knowledge.
+    pub fn fingerprint(&self) -> u64 {
+        let mut after = self.clone();
+        after.crashed();
+        let sectors = after.sectors.iter().map(|(sector, versions)| {
+            let mut contents: Vec<_> = versions.iter().map(|version| version.content).collect();
+            contents.sort_unstable();
+            contents.dedup();
+            (sector, contents)
+        });
+        fingerprint(&sectors.collect::<Vec<_>>())
+    }
+
     /// The range was read after a crash: this is its durable content from now on. Call it if the system promises that
     /// what was read once does not go away in the next crash.
     pub fn settle(&mut self, offset: u64, bytes: &[u8]) {
         let size = usize::try_from(self.sector).unwrap_or(512);
         for (sector, content) in (offset / self.sector..).zip(bytes.chunks(size)) {
-            self.sectors
-                .insert(sector, vec![Self::first_version(hash_bytes(content))]);
+            let versions = self.sectors.entry(sector).or_default();
+            versions.clear();
+            versions.push(Self::first_version(hash_bytes(content)));
         }
     }
 
@@ -264,6 +279,9 @@ impl SectorModel {
 
 /// Versions that a durable one supersedes can never be seen again, but by reads that began before that one ended.
 fn forget_superseded(versions: &mut Vec<Version>, oldest_read: u64) {
+    if versions.len() < 2 {
+        return;
+    }
     let is_final = |version: &&Version| version.durable && version.end.is_some_and(|end| end < oldest_read);
     let durable: Vec<Version> = versions.iter().filter(is_final).cloned().collect();
     versions.retain(|version| !durable.iter().any(|newer| newer.supersedes(version)));
@@ -307,6 +325,40 @@ mod tests {
         assert_eq!(allowed, [2, 3, 4]);
         model.settle(0, &[3; 512]);
         assert!(allows(&mut model, 3) && !allows(&mut model, 4));
+    }
+
+    #[test]
+    fn fingerprints_are_equal_when_a_crash_leaves_the_same() {
+        let write = |model: &mut SectorModel, value| {
+            let write = model.write_begins(0, &[value; 512], Durability::Volatile);
+            model.succeeded(write);
+        };
+        let flush = |model: &mut SectorModel| {
+            let flush = model.flush_begins();
+            model.flushed(flush);
+        };
+        let mut model = SectorModel::new(512);
+        let blank = model.fingerprint();
+        write(&mut model, 1);
+        let volatile = model.fingerprint();
+        flush(&mut model);
+        let durable = model.fingerprint();
+        assert!(blank != volatile && volatile != durable && blank != durable);
+        let mut other = SectorModel::new(512);
+        for value in [2, 2, 1] {
+            write(&mut other, value);
+        }
+        assert_ne!(other.fingerprint(), volatile);
+        flush(&mut other);
+        assert_eq!(other.fingerprint(), durable);
+        // A read makes no difference, and knowing that the write has ended makes none as long as it is not durable.
+        let read = other.read_begins();
+        other.write_begins(512, &[3; 512], Durability::Volatile);
+        let begun = other.fingerprint();
+        assert!(other.check(read, 0, &[1; 512]).is_ok());
+        assert_eq!(other.fingerprint(), begun);
+        write(&mut model, 1);
+        assert_eq!(model.fingerprint(), durable);
     }
 
     #[test]

@@ -1,32 +1,57 @@
 //! What a simulation tells: numbers, and failures with the last events before them.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
 
+use super::crash::CrashStates;
 use crate::IoError;
 
 thread_local! {
-    static FAULTS: RefCell<BTreeMap<&'static str, u64>> = const { RefCell::new(BTreeMap::new()) };
-    /// Events, and crashes of worlds.
-    static COUNTS: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
+    static COUNTS: RefCell<Counts> = const { RefCell::new(Counts::new()) };
+}
+
+/// What a thread counts while its simulations run.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    events: u64,
+    /// Of worlds.
+    crashes: u64,
+    faults: BTreeMap<&'static str, u64>,
+    marks: crate::cover::Marks,
+}
+
+impl Counts {
+    const fn new() -> Self {
+        Self {
+            events: 0,
+            crashes: 0,
+            faults: BTreeMap::new(),
+            marks: crate::cover::Marks::new(),
+        }
+    }
+
+    /// Changes places with what the thread counts.
+    pub(super) fn swap(&mut self) {
+        let marks = std::mem::take(&mut self.marks);
+        COUNTS.with_borrow_mut(|counts| std::mem::swap(counts, self));
+        self.marks = crate::cover::replace(marks);
+    }
 }
 
 /// Counts a run of so many events.
 pub(super) fn count_events(count: u64) {
-    let (events, crashes) = COUNTS.get();
-    COUNTS.set((events + count, crashes));
+    COUNTS.with_borrow_mut(|counts| counts.events += count);
 }
 
 /// Counts a crash into one state.
 pub(super) fn count_crash() {
-    let (events, crashes) = COUNTS.get();
-    COUNTS.set((events, crashes + 1));
+    COUNTS.with_borrow_mut(|counts| counts.crashes += 1);
 }
 
 /// Counts a fault that happened on this thread.
 pub(super) fn count_fault(name: &'static str) {
-    FAULTS.with_borrow_mut(|faults| *faults.entry(name).or_default() += 1);
+    COUNTS.with_borrow_mut(|counts| *counts.faults.entry(name).or_default() += 1);
 }
 
 /// What was explored.
@@ -40,8 +65,12 @@ pub struct Numbers {
     pub crash_states: u64,
     /// Those of them that come from a crash during recovery.
     pub nested_states: u64,
+    /// States beside these that were not tried, since one with equal disks and an equal model was.
+    pub equal_states: u64,
     /// Crash points with more states than the limit, which were sampled.
     pub sampled_points: u64,
+    /// Moments of recoveries at which no crash was tried, since only a share of them was asked for.
+    pub left_out_points: u64,
     /// Events of all histories and recoveries.
     pub events: u64,
     /// Faults that happened, by kind.
@@ -53,15 +82,24 @@ pub struct Numbers {
 impl Numbers {
     /// Adds what this thread counted of events, crashes of worlds, faults and marks since this was called last.
     pub fn collect(&mut self) {
-        let (events, crashes) = COUNTS.take();
-        self.events += events;
-        self.crash_points += crashes;
-        self.crash_states += crashes;
-        for (name, count) in FAULTS.take() {
+        let mut counts = Counts::default();
+        counts.swap();
+        self.events += counts.events;
+        self.crash_points += counts.crashes;
+        self.crash_states += counts.crashes;
+        for (name, count) in counts.faults {
             *self.faults.entry(name).or_default() += count;
         }
-        for (name, count) in crate::cover::take() {
+        for (name, count) in counts.marks {
             *self.marks.entry(name).or_default() += count;
+        }
+    }
+
+    /// Counts a moment at which so many of these states are tried.
+    pub(super) fn crash_point(&mut self, states: &CrashStates, limit: u64) {
+        self.crash_points += 1;
+        if states.total().is_none_or(|total| total > limit) {
+            self.sampled_points += 1;
         }
     }
 
@@ -71,7 +109,9 @@ impl Numbers {
         self.crash_points += other.crash_points;
         self.crash_states += other.crash_states;
         self.nested_states += other.nested_states;
+        self.equal_states += other.equal_states;
         self.sampled_points += other.sampled_points;
+        self.left_out_points += other.left_out_points;
         self.events += other.events;
         for (name, count) in &other.faults {
             *self.faults.entry(name).or_default() += count;
@@ -92,14 +132,18 @@ impl fmt::Display for Numbers {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             formatter,
-            "{} histories, {} crash points ({} sampled), {} crash states ({} nested), {} events",
+            "{} histories, {} crash points ({} sampled, {} left out), {} crash states ({} nested), {} events",
             self.histories,
             self.crash_points,
             self.sampled_points,
+            self.left_out_points,
             self.crash_states,
             self.nested_states,
             self.events
         )?;
+        if self.equal_states > 0 {
+            write!(formatter, "; {} equal states skipped", self.equal_states)?;
+        }
         for (title, counts) in [("faults", &self.faults), ("marks", &self.marks)] {
             if !counts.is_empty() {
                 let list: Vec<String> = counts

@@ -1,4 +1,6 @@
-//! The one source of randomness: a generator whose whole state is its seed (SplitMix64).
+//! The one source of randomness: a generator whose whole state is its seed (SplitMix64). And hashes, the same in every run.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// A small, fast, seeded generator. Not for secrets.
 #[derive(Debug, Clone)]
@@ -57,16 +59,36 @@ pub(super) fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// A 64-bit hash of `bytes`, the same on every machine.
+/// A 64-bit hash of `bytes`, the same on every machine. Four words at once, since it is asked for everything that is read.
 pub(super) fn hash_bytes(bytes: &[u8]) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325 ^ (bytes.len() as u64);
+    const FACTOR: u64 = 0x9fb2_1c65_1e98_df25;
+    let add = |hash: u64, word: &[u8; 8]| {
+        let hash = (hash ^ u64::from_le_bytes(*word)).wrapping_mul(FACTOR);
+        hash ^ (hash >> 32)
+    };
+    let mut lanes = [1, 2, 3, 4_u64].map(mix);
     let (words, rest) = bytes.as_chunks::<8>();
+    let (blocks, words) = words.as_chunks::<4>();
+    for block in blocks {
+        for (lane, word) in lanes.iter_mut().zip(block) {
+            *lane = add(*lane, word);
+        }
+    }
+    let start = 0xcbf2_9ce4_8422_2325 ^ (bytes.len() as u64);
+    let mut hash = lanes.iter().fold(start, |hash, lane| mix(hash ^ lane));
     for word in words {
-        hash = (hash ^ u64::from_le_bytes(*word)).wrapping_mul(0x9fb2_1c65_1e98_df25);
-        hash ^= hash >> 32;
+        hash = add(hash, word);
     }
     for byte in rest {
         hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
     }
     mix(hash)
+}
+
+/// A hash of `value`, equal for equal values, in any process: for [`Scenario::fingerprint`](super::Scenario::fingerprint).
+pub fn fingerprint(value: &impl Hash) -> u64 {
+    // `new` always takes the same keys.
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
 }

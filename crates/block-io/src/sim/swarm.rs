@@ -98,7 +98,7 @@ pub fn swarm<W: Workload>(workload: &W, options: &SwarmOptions) -> Result<Number
     Ok(numbers)
 }
 
-fn number_in(variable: &str) -> Option<u64> {
+pub(super) fn number_in(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
     match text.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16).ok(),

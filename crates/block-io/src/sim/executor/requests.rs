@@ -3,6 +3,7 @@
 use std::task::{Context, Poll};
 
 use super::super::fault::{Fault, by_rule};
+use super::super::image::View;
 use super::super::medium::{Change, Effect, InFlight};
 use super::super::report::count_fault;
 use super::super::rng::hash_bytes;
@@ -11,7 +12,7 @@ use crate::Operation;
 
 /// How a request ended.
 pub(in crate::sim) struct Answer {
-    pub(in crate::sim) bytes: Option<Vec<u8>>,
+    pub(in crate::sim) content: Option<View>,
     pub(in crate::sim) errno: i32,
 }
 
@@ -136,7 +137,7 @@ impl Sim {
         let mut waiting = self.0.waiting.borrow_mut();
         let Some(entry) = waiting.get_mut(&id) else {
             let errno = libc::ENODEV;
-            return Poll::Ready(Answer { bytes: None, errno });
+            return Poll::Ready(Answer { content: None, errno });
         };
         if let Some(answer) = entry.done.take() {
             waiting.remove(&id);
@@ -173,17 +174,17 @@ impl Sim {
             _ => 0,
         };
         let orderly = core.schedule == Schedule::InOrder;
-        let bytes = medium.complete(id, &mut core.rng.borrow_mut(), orderly);
+        let content = medium.complete(id, &mut core.rng.borrow_mut(), orderly);
         drop(media);
-        let content = bytes.as_deref().map_or(0, hash_bytes);
+        let digest = content.as_ref().map_or(0, View::digest);
         self.record(
             3,
-            id ^ content,
+            id ^ digest,
             u64::from(errno.unsigned_abs()),
             Event::End { disk, id, errno },
         );
         if let Some(entry) = core.waiting.borrow_mut().get_mut(&id) {
-            entry.done = Some(Answer { bytes, errno });
+            entry.done = Some(Answer { content, errno });
             if let Some(waker) = entry.waker.take() {
                 waker.wake();
             }

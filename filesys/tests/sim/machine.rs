@@ -1,0 +1,337 @@
+//! A file system and the model of it, driven side by side; and the comparison of both.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io;
+use std::rc::Rc;
+
+use block_io::sim::Failure;
+use block_io::{AlignedBuffer, BlockDevice, Durability, IoCause, IoError, ZeroMode};
+use filesys::{FsError, Kind, Stat};
+
+use crate::harness::{self, SimFile, SimFs, failed};
+use crate::model::{Change, Model, Node};
+
+pub(crate) type Promise = Rc<RefCell<Model>>;
+
+/// An open file, and which file of the model it writes to.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    pub(crate) file: SimFile,
+    pub(crate) node: Cell<Node>,
+}
+
+/// What may be said instead of doing something: the model stays as it is.
+fn is_refusal(error: &FsError) -> bool {
+    !matches!(
+        error,
+        FsError::Failed { .. }
+            | FsError::Damaged(_)
+            | FsError::Checksum { .. }
+            | FsError::Open(_)
+            | FsError::Io(_)
+    )
+}
+
+/// Does a change. Returns whether it was done; an error is one that must not be.
+pub(crate) async fn change<T>(
+    promise: &Promise,
+    change: Change,
+    call: impl Future<Output = Result<T, FsError>>,
+) -> Result<Option<T>, Failure> {
+    let number = promise.borrow_mut().begins(change);
+    match call.await {
+        Ok(done) => {
+            promise.borrow_mut().acknowledged(number);
+            Ok(Some(done))
+        }
+        Err(error) if is_refusal(&error) => {
+            promise.borrow_mut().refused(number);
+            Ok(None)
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// A layer takes over its parent.
+pub(crate) async fn absorb(promise: &Promise, fs: &SimFs, layer: &str, named: bool) -> Result<bool, Failure> {
+    let (begins, ends) = {
+        let mut model = promise.borrow_mut();
+        let layer = layer.to_owned();
+        let begins = model.begins(Change::Absorb { layer: layer.clone() });
+        (begins, model.begins(Change::Absorbed { layer, named }))
+    };
+    match fs.absorb(layer, named).await {
+        Ok(()) => {
+            promise.borrow_mut().acknowledged(begins);
+            promise.borrow_mut().acknowledged(ends);
+            Ok(true)
+        }
+        Err(error) if is_refusal(&error) => {
+            promise.borrow_mut().refused(begins);
+            promise.borrow_mut().refused(ends);
+            Ok(false)
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Whether a request found no space, which is an answer and no failure.
+pub(crate) fn is_full(error: &IoError) -> bool {
+    matches!(error.cause(), IoCause::Os(error) if error.kind() == io::ErrorKind::StorageFull)
+}
+
+impl Handle {
+    pub(crate) fn new(promise: &Promise, path: &str, file: SimFile) -> Result<Self, Failure> {
+        let node = promise.borrow().find(path).ok_or("the model has no such file")?;
+        let node = Cell::new(node);
+        Ok(Self { file, node })
+    }
+
+    /// Writes sectors that tell what they are.
+    pub(crate) async fn write(
+        &self,
+        promise: &Promise,
+        offset: u64,
+        length: u64,
+        durability: Durability,
+    ) -> Result<(), IoError> {
+        let mut buffer = AlignedBuffer::new(usize::try_from(length).unwrap());
+        let ticket = {
+            let mut model = promise.borrow_mut();
+            model.stamp += 1;
+            let stamp = model.stamp;
+            for (sector, bytes) in (offset / 512..).zip(buffer.as_mut_slice().chunks_mut(512)) {
+                for word in bytes.chunks_mut(16) {
+                    word[..8].copy_from_slice(&sector.to_le_bytes());
+                    word[8..].copy_from_slice(&stamp.to_le_bytes());
+                }
+            }
+            model.write_begins(self.node.get(), offset, buffer.as_slice(), durability)
+        };
+        let written = self
+            .file
+            .write(offset, &harness::memory(&buffer), durability)
+            .await;
+        promise
+            .borrow_mut()
+            .ended(self.node.get(), ticket, written.is_ok());
+        written
+    }
+
+    pub(crate) async fn discard(&self, promise: &Promise, offset: u64, length: u64) -> Result<(), IoError> {
+        let ticket = promise.borrow_mut().clear_begins(self.node.get(), offset, length);
+        let done = self.file.discard(offset, length).await;
+        promise.borrow_mut().ended(self.node.get(), ticket, done.is_ok());
+        done
+    }
+
+    pub(crate) async fn zero(
+        &self,
+        promise: &Promise,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+    ) -> Result<(), IoError> {
+        let ticket = promise.borrow_mut().clear_begins(self.node.get(), offset, length);
+        let done = self.file.write_zeroes(offset, length, mode).await;
+        promise.borrow_mut().ended(self.node.get(), ticket, done.is_ok());
+        done
+    }
+
+    pub(crate) async fn flush(&self, promise: &Promise) -> Result<(), IoError> {
+        let node = self.node.get();
+        let ticket = promise
+            .borrow_mut()
+            .contents
+            .get_mut(&node)
+            .map(|content| content.flush_begins());
+        self.file.flush().await?;
+        // A layer that was put on the file meanwhile has all of its history.
+        let mut model = promise.borrow_mut();
+        if let (Some(content), Some(ticket)) = (model.contents.get_mut(&self.node.get()), ticket) {
+            content.flushed(ticket);
+        }
+        Ok(())
+    }
+
+    /// Reads, and compares with what may be there.
+    pub(crate) async fn check(&self, promise: &Promise, offset: u64, length: u64) -> Result<(), Failure> {
+        let with = |promise: &Promise| -> Option<block_io::sim::Ticket> {
+            let mut model = promise.borrow_mut();
+            Some(model.contents.get_mut(&self.node.get())?.read_begins())
+        };
+        let Some(ticket) = with(promise) else {
+            return Ok(());
+        };
+        let bytes = harness::read(&self.file, offset, usize::try_from(length).unwrap()).await?;
+        let mut model = promise.borrow_mut();
+        match model.contents.get_mut(&self.node.get()) {
+            Some(content) => Ok(content.check(ticket, offset, &bytes)?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Everything that has a name.
+pub(crate) async fn look(fs: &SimFs) -> Result<BTreeMap<String, Stat>, Failure> {
+    let mut seen = BTreeMap::new();
+    let mut directories = vec![String::new()];
+    while let Some(directory) = directories.pop() {
+        let path = if directory.is_empty() {
+            "/"
+        } else {
+            directory.as_str()
+        };
+        for entry in fs.list(path).await.map_err(failed)? {
+            let path = format!("{directory}/{}", entry.name);
+            let stat = fs.stat(&path).await.map_err(failed)?;
+            if stat.id != entry.id || stat.kind != entry.kind {
+                return Err(format!("{path} is something else than its entry says").into());
+            }
+            if entry.kind == Kind::Directory {
+                directories.push(path.clone());
+            }
+            seen.insert(path, stat);
+        }
+    }
+    Ok(seen)
+}
+
+impl Model {
+    /// Whether names, chains, sizes and attributes are those of the model.
+    pub(crate) fn fits(&self, seen: &BTreeMap<String, Stat>) -> Result<(), String> {
+        let named: Vec<_> = self
+            .tree
+            .values()
+            .filter_map(|entry| entry.path.as_deref())
+            .collect();
+        if named.len() != seen.len() || named.iter().any(|path| !seen.contains_key(*path)) {
+            return Err(format!(
+                "names {:?} instead of {named:?}",
+                seen.keys().collect::<Vec<_>>()
+            ));
+        }
+        let by_id: BTreeMap<_, _> = seen.iter().map(|(path, stat)| (stat.id, path.as_str())).collect();
+        for (node, entry) in &self.tree {
+            let Some((path, stat)) = entry
+                .path
+                .as_deref()
+                .and_then(|path| Some((path, seen.get(path)?)))
+            else {
+                continue;
+            };
+            let is = (
+                stat.kind == Kind::Directory,
+                stat.frozen,
+                stat.absorbed,
+                stat.attributes.exempt_from_migration,
+            );
+            let shall = (entry.directory, entry.frozen, entry.absorbed, entry.exempt);
+            if is != shall {
+                return Err(format!(
+                    "{path}: directory, frozen, absorbed, exempt are {is:?} instead of {shall:?}"
+                ));
+            }
+            if !entry.directory && stat.size != entry.size {
+                return Err(format!("{path}: size {} instead of {}", stat.size, entry.size));
+            }
+            let parent = stat.parent.map(|parent| by_id.get(&parent).copied());
+            let named = self
+                .named_parent(*node)
+                .and_then(|parent| self.tree.get(&parent)?.path.as_deref());
+            let right = match parent {
+                Some(Some(path)) => named == Some(path),
+                // It waits for being absorbed.
+                Some(None) => entry.parent.is_some(),
+                None => named.is_none(),
+            };
+            if !right {
+                return Err(format!("{path}: parent {parent:?} instead of {named:?}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Compares the file system with what was promised, after a crash or without one. From then on, the model is what was found.
+pub(crate) async fn verify(
+    fs: &SimFs,
+    promise: &Promise,
+    most: u64,
+) -> Result<BTreeMap<String, Stat>, Failure> {
+    let seen = look(fs).await?;
+    let mut reasons = Vec::new();
+    let outcomes = promise.borrow().outcomes();
+    let fitting = outcomes.into_iter().find(|outcome| match outcome.fits(&seen) {
+        Ok(()) => true,
+        Err(reason) => {
+            reasons.push(reason);
+            false
+        }
+    });
+    let Some(mut model) = fitting else {
+        reasons.dedup();
+        return Err(format!("what is there was never promised: {}", reasons.join("; or ")).into());
+    };
+    let files: Vec<_> = model
+        .tree
+        .iter()
+        .filter(|(_, entry)| !entry.directory && !entry.absorbed)
+        .filter_map(|(node, entry)| Some((*node, entry.path.clone()?, entry.size)))
+        .collect();
+    for (node, path, size) in files {
+        let file = fs.open_file(&path, filesys::Access::Read).await.map_err(failed)?;
+        let Some(content) = model.contents.get_mut(&node) else {
+            continue;
+        };
+        for (start, end) in windows(size, most) {
+            let ticket = content.read_begins();
+            let bytes = harness::read(&file, start, usize::try_from(end - start).unwrap()).await?;
+            content
+                .check(ticket, start, &bytes)
+                .map_err(|error| Failure::from(error).context(&path))?;
+            let written: Vec<u64> = content
+                .written()
+                .filter(|offset| (start..end).contains(offset))
+                .collect();
+            for offset in written {
+                let at = usize::try_from(offset - start).unwrap();
+                content.settle(offset, &bytes[at..at + 512]);
+            }
+        }
+    }
+    *promise.borrow_mut() = model;
+    Ok(seen)
+}
+
+/// The beginning of each cluster, up to `most` bytes.
+fn windows(size: u64, most: u64) -> impl Iterator<Item = (u64, u64)> {
+    (0..size.div_ceil(filesys::CLUSTER)).map(move |cluster| {
+        let start = cluster * filesys::CLUSTER;
+        (start, (start + most.min(filesys::CLUSTER)).min(size))
+    })
+}
+
+/// Space adds up: what volumes have given away is what files have. Files without names are not asked, so there must be none.
+pub(crate) async fn adds_up(fs: &SimFs, promise: &Promise) -> Result<(), Failure> {
+    let nameless = |model: &Model| {
+        model
+            .tree
+            .values()
+            .any(|entry| entry.path.is_none() || entry.absorbed)
+    };
+    if nameless(&promise.borrow()) {
+        return Ok(());
+    }
+    let files: u64 = look(fs).await?.values().map(|stat| stat.allocated).sum();
+    let given: u64 = fs.volumes().iter().map(|volume| volume.size - volume.free).sum();
+    if files != given {
+        return Err(
+            format!("volumes have given {given} bytes away, files have {files}")
+                .as_str()
+                .into(),
+        );
+    }
+    Ok(())
+}
