@@ -17,6 +17,7 @@
 //! Each page tells that it is undamaged, of this file system, and in its place; the checksum in the superblock tells that all
 //! of them are of the right time, so that a lost write is noticed as well.
 
+mod hold;
 mod page;
 mod store;
 #[cfg(test)]
@@ -27,6 +28,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use block_io::IoError;
+
+pub(crate) use hold::Hold;
 
 use crate::superblock::layout::{BITS_PER_PAGE, COPIES, bitmap_pages, copy_place};
 use crate::superblock::{Layout, Region};
@@ -84,6 +87,8 @@ struct State {
     freed: Vec<u64>,
     /// Freed before the last store, whose superblock is not durable yet.
     stored: Vec<u64>,
+    /// Free, but kept for who still reads them: see [`hold`].
+    held: hold::Held,
     /// Per area and page, whether the place holds something else than `image`.
     differs: [Vec<bool>; 2],
     /// Where the next search begins.
@@ -181,6 +186,7 @@ impl State {
             free,
             freed: Vec::new(),
             stored: Vec::new(),
+            held: hold::Held::default(),
             differs,
             cursor: 0,
             current,
@@ -232,10 +238,21 @@ impl State {
     }
 
     fn take(&mut self, block: u64) {
+        if self.held.is_wanted() {
+            self.held.note_taken(block);
+        }
         set(&mut self.busy, block, true);
         self.change(block, true);
         self.free -= 1;
         self.cursor = block + 1;
+    }
+
+    /// These may be handed out from now on.
+    fn hand_out(&mut self, blocks: &[u64]) {
+        for block in blocks {
+            set(&mut self.busy, *block, false);
+            self.free += 1;
+        }
     }
 
     fn change(&mut self, block: u64, value: bool) {
@@ -258,17 +275,20 @@ impl<V> MetaSpace<V> {
         self.state.borrow().free
     }
 
+    #[cfg(test)]
     /// Blocks that are handed out after the next commits: freed, but still referred to by the superblock.
     pub(crate) fn waiting_count(&self) -> u64 {
         let state = self.state.borrow();
         (state.freed.len() + state.stored.len()) as u64
     }
 
+    #[cfg(test)]
     /// The bitmap that was stored last.
     pub(crate) fn current(&self) -> SpaceState {
         self.state.borrow().current
     }
 
+    #[cfg(test)]
     /// Whether a block is in use, reserved ones and those beyond the end included.
     pub(crate) fn is_used(&self, block: u64) -> bool {
         is_set(&self.state.borrow().image, block)
@@ -336,9 +356,30 @@ impl<V> MetaSpace<V> {
     /// The superblock that names the bitmap stored last is durable: what was freed before it was stored may be handed out.
     pub(crate) fn committed(&self) {
         let mut state = self.state.borrow_mut();
-        for block in std::mem::take(&mut state.stored) {
-            set(&mut state.busy, block, false);
-            state.free += 1;
+        let stored = std::mem::take(&mut state.stored);
+        if state.held.is_wanted() {
+            state.held.keep(stored);
+            return;
         }
+        state.hand_out(&stored);
     }
+}
+
+/// Parses a block as a page of a bitmap, with its checksum computed, and writes it again: for fuzzing.
+pub(crate) fn survives(block: &[u8]) -> bool {
+    use crate::meta_io::{put, take_u64};
+    let mut block = block.to_vec();
+    block.resize(4096, 0);
+    let checksum = crate::checksum::crc32c(block.get(8..).unwrap_or_default());
+    put(&mut block, 4, &checksum.to_le_bytes());
+    let (number, index) = (take_u64(&block, 8), take_u64(&block, 24));
+    let mut uuid = [0; 16];
+    put(&mut uuid, 0, &take_u64(&block, 16).to_le_bytes());
+    let Ok(words) = page::decode(&block, index, number, uuid) else {
+        return false;
+    };
+    let mut again = vec![0; 4096];
+    page::encode(&mut again, index, number, uuid, &words);
+    assert_eq!(again, block);
+    true
 }

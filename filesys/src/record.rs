@@ -3,7 +3,8 @@
 
 use crate::entry::Entry;
 use crate::inode::{Attributes, Inode, MAX_CLASS};
-use crate::units::{FileId, MAX_NAME, VolumeIndex};
+use crate::tree::table::MAX_DATA;
+use crate::units::{FileId, MAX_ID, MAX_NAME, MAX_VOLUMES, VolumeIndex};
 use crate::wire::{Malformed, Reader, Writer};
 
 /// What is known of a volume.
@@ -91,6 +92,30 @@ pub(crate) enum Record {
     Unpin { pin: u64 },
     /// Checksums of this page of a volume are not to be trusted if there is a crash.
     Unchecked { volume: VolumeIndex, page: u32 },
+    /// Repair: an inode becomes this one.
+    MendInode { inode: Box<Inode> },
+    /// Repair: a file is among the orphans, or not.
+    MendOrphan { file: FileId, present: bool },
+    /// Repair: an item of a directory appears or goes.
+    MendName(NameMend),
+    /// Repair: clusters are marked in the bitmap of a volume, or not.
+    MendBits {
+        volume: VolumeIndex,
+        first: u64,
+        count: u32,
+        used: bool,
+    },
+    /// Repair: an object goes.
+    MendObject { object: u64 },
+}
+
+/// An item of a directory as it is, whatever it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NameMend {
+    pub(crate) directory: FileId,
+    pub(crate) key: u64,
+    pub(crate) data: Vec<u8>,
+    pub(crate) present: bool,
 }
 
 const MAP: u8 = 1;
@@ -114,6 +139,17 @@ const UNPIN: u8 = 18;
 const UNCHECKED: u8 = 19;
 /// The commonest one: one cluster, not moved.
 const ONE: u8 = 20;
+
+const MEND_INODE: u8 = 32;
+const MEND_ORPHAN: u8 = 33;
+const MEND_NAME: u8 = 34;
+const MEND_BITS: u8 = 35;
+const MEND_OBJECT: u8 = 36;
+
+/// Clusters that one record changes, at most.
+const MOST_CLUSTERS: u32 = 1 << 16;
+/// Sub-clusters that one record clears, at most.
+const MOST_SUBS: u64 = 1 << 20;
 
 /// Bytes of the largest record.
 pub(crate) const LARGEST: usize = 1400;
@@ -146,6 +182,13 @@ impl VolumeRecord {
         if record.clusters >= crate::units::MAX_CLUSTERS {
             return Err(Malformed("a volume larger than can be"));
         }
+        let objects = [record.bitmap, record.sums];
+        if usize::from(record.index.0) >= MAX_VOLUMES
+            || record.bitmap == record.sums
+            || objects.iter().any(|object| *object >= MAX_ID)
+        {
+            return Err(Malformed("a volume with impossible numbers"));
+        }
         Ok(record)
     }
 }
@@ -159,11 +202,24 @@ impl PinRecord {
 
     pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, Malformed> {
         Ok(Self {
-            pin: from.u64()?,
-            file: FileId(from.u64()?),
+            pin: id(from)?,
+            file: FileId(id(from)?),
             until: from.u64()?,
         })
     }
+}
+
+fn id(from: &mut Reader<'_>) -> Result<u64, Malformed> {
+    Some(from.u64()?)
+        .filter(|id| *id < MAX_ID)
+        .ok_or(Malformed("a number that is too large"))
+}
+
+/// A count that a record can have, so that no record takes long.
+fn at_most<T: PartialOrd>(count: T, most: T) -> Result<T, Malformed> {
+    Some(count)
+        .filter(|count| *count <= most)
+        .ok_or(Malformed("a record that is larger than can be"))
 }
 
 fn flag(from: &mut Reader<'_>) -> Result<bool, Malformed> {
@@ -295,13 +351,44 @@ impl Record {
                 to.u16(volume.0);
                 to.u32(*page);
             }
+            Self::MendInode { inode } => {
+                to.u8(MEND_INODE);
+                inode.encode(to);
+            }
+            Self::MendOrphan { file, present } => {
+                of(MEND_ORPHAN, file);
+                to.u8((*present).into());
+            }
+            Self::MendName(name) => {
+                of(MEND_NAME, &name.directory);
+                to.u64(name.key);
+                to.u16(u16::try_from(name.data.len()).unwrap_or(0));
+                to.bytes(&name.data);
+                to.u8(name.present.into());
+            }
+            Self::MendBits {
+                volume,
+                first,
+                count,
+                used,
+            } => {
+                to.u8(MEND_BITS);
+                to.u16(volume.0);
+                to.u64(*first);
+                to.u32(*count);
+                to.u8((*used).into());
+            }
+            Self::MendObject { object } => {
+                to.u8(MEND_OBJECT);
+                to.u64(*object);
+            }
         }
     }
 
     /// Takes one.
     pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, Malformed> {
         let code = from.u8()?;
-        let of = |from: &mut Reader<'_>| from.u64().map(FileId);
+        let of = |from: &mut Reader<'_>| id(from).map(FileId);
         Ok(match code {
             ONE => Self::Map {
                 file: of(from)?,
@@ -313,14 +400,14 @@ impl Record {
             MAP => Self::Map {
                 file: of(from)?,
                 first: from.u32()?,
-                count: from.u32()?,
+                count: at_most(from.u32()?, MOST_CLUSTERS)?,
                 entry: entry(from)?,
                 moved: flag(from)?,
             },
             CLEAR => Self::Clear {
                 file: of(from)?,
                 first: from.u64()?,
-                count: from.u64()?,
+                count: at_most(from.u64()?, MOST_SUBS)?,
                 zero: flag(from)?,
             },
             CREATE => Self::Create {
@@ -361,7 +448,7 @@ impl Record {
             REAP => Self::Reap {
                 file: of(from)?,
                 first: from.u32()?,
-                count: from.u32()?,
+                count: at_most(from.u32()?, MOST_CLUSTERS)?,
             },
             REAPED => Self::Reaped { file: of(from)? },
             VOLUME => Self::Volume(VolumeRecord::decode(from)?),
@@ -369,11 +456,37 @@ impl Record {
                 volume: VolumeIndex(from.u16()?),
             },
             PIN => Self::Pin(PinRecord::decode(from)?),
-            UNPIN => Self::Unpin { pin: from.u64()? },
+            UNPIN => Self::Unpin { pin: id(from)? },
             UNCHECKED => Self::Unchecked {
                 volume: VolumeIndex(from.u16()?),
                 page: from.u32()?,
             },
+            MEND_INODE => Self::MendInode {
+                inode: Box::new(Inode::decode(from)?),
+            },
+            MEND_ORPHAN => Self::MendOrphan {
+                file: of(from)?,
+                present: flag(from)?,
+            },
+            MEND_NAME => Self::MendName(NameMend {
+                directory: of(from)?,
+                key: from.u64()?,
+                data: {
+                    let length = usize::from(from.u16()?);
+                    if length > MAX_DATA {
+                        return Err(Malformed("an item that is too long"));
+                    }
+                    from.bytes(length)?.to_vec()
+                },
+                present: flag(from)?,
+            }),
+            MEND_BITS => Self::MendBits {
+                volume: VolumeIndex(from.u16()?),
+                first: from.u64()?,
+                count: from.u32()?,
+                used: flag(from)?,
+            },
+            MEND_OBJECT => Self::MendObject { object: id(from)? },
             _ => return Err(Malformed("a record of an unknown kind")),
         })
     }

@@ -167,11 +167,13 @@ impl<V: BlockDevice> Journal<V> {
         self.shared.ring.region.blocks
     }
 
+    #[cfg(test)]
     /// The error that ended it, if one did.
     pub(crate) fn failure(&self) -> Option<JournalError> {
         self.shared.state.borrow().failure.clone()
     }
 
+    #[cfg(test)]
     /// Room for `bytes`, if there is some at once and nobody waits for it.
     pub(crate) fn reserve(&self, bytes: usize) -> Option<Ticket> {
         self.shared.reserve(bytes)

@@ -2,6 +2,8 @@
 
 use std::rc::Rc;
 
+use block_io::BlockDevice;
+
 use super::{Damage, Effects, Missing, State, Stop, inode_key, write_name};
 use crate::entry::Entry;
 use crate::file_core::FileCore;
@@ -19,7 +21,7 @@ const PAGE: u64 = FANOUT as u64;
 /// Clusters of the largest file.
 const MAX_CLUSTERS: u64 = MAX_FILE / crate::units::CLUSTER;
 
-impl<V> State<V> {
+impl<V: BlockDevice> State<V> {
     /// Looks at everything that [`Self::apply`] needs for this record.
     pub(crate) fn prepare(&self, record: &Record) -> Result<(), Stop> {
         match record {
@@ -89,8 +91,13 @@ impl<V> State<V> {
                 self.volume_table.ensure(volume.0.into())?;
                 self.objects.look(record.bitmap)?;
                 self.objects.look(record.sums)?;
-                Ok(())
+                Ok(self.volume(*volume)?.sums.ensure_inner()?)
             }
+            Record::MendInode { .. }
+            | Record::MendOrphan { .. }
+            | Record::MendName(_)
+            | Record::MendBits { .. }
+            | Record::MendObject { .. } => self.prepare_mend(record),
             Record::Pin(PinRecord { pin, .. }) | Record::Unpin { pin } => Ok(self.pin_table.ensure(*pin)?),
             Record::Unchecked { volume, page } => {
                 let volume = self.volume(*volume)?;
@@ -169,6 +176,11 @@ impl<V> State<V> {
                 self.reap(&file, first, end, effects)
             }
             Record::Reaped { file } => self.reaped(*file),
+            Record::MendInode { .. }
+            | Record::MendOrphan { .. }
+            | Record::MendName(_)
+            | Record::MendBits { .. }
+            | Record::MendObject { .. } => self.mend(record),
             Record::Volume(record) => self.put_volume(record),
             Record::NoVolume { volume } => self.drop_volume(*volume),
             Record::Pin(pin) => {
@@ -371,9 +383,9 @@ impl<V> State<V> {
                 let device = self.device_of(record)?;
                 let volume = Rc::new(VolumeCore::blank(record.clone(), device));
                 self.volumes.borrow_mut().insert(record.index, volume);
-                self.note_id(record.bitmap.max(record.sums));
             }
         }
+        self.note_id(record.bitmap.max(record.sums));
         let mut writer = Writer::default();
         record.encode(&mut writer);
         let _one = self
@@ -388,7 +400,7 @@ impl<V> State<V> {
             return Err(Damage::new(index, "goes with clusters in use").into());
         }
         let record = volume.record();
-        self.pages.dropped(&volume.sums.to_root().child);
+        volume.sums.drop_pages(&self.pages);
         self.set_object(record.bitmap, None)?;
         self.set_object(record.sums, None)?;
         self.volume_table.remove(&self.pages, index.0.into(), |_| true)?;
@@ -427,7 +439,7 @@ pub(super) fn check_range(file: FileId, first: u64, end: u64) -> Result<(), Dama
 }
 
 /// Puts entries as a whole leaf: a page only if they are not uniform.
-pub(super) fn leaf_child<V>(state: &State<V>, entries: &[Entry; FANOUT]) -> Child {
+pub(super) fn leaf_child<V: BlockDevice>(state: &State<V>, entries: &[Entry; FANOUT]) -> Child {
     let first = entries[0];
     if (0_u64..)
         .zip(entries)

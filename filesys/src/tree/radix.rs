@@ -16,6 +16,8 @@ use super::codec::{Kind, MAX_LEVEL};
 use super::node::{Body, Child, FANOUT, Missing, Node, Pages, Place, Root};
 use crate::entry::Entry;
 
+/// Elements are numbered below this.
+const MOST_ELEMENTS: u64 = 1 << 44;
 /// Bits of a child's number within an inner page.
 const STEP: u32 = 8;
 
@@ -57,8 +59,6 @@ pub(crate) struct Span {
     pub(crate) start: u64,
     /// How many elements.
     pub(crate) count: u64,
-    /// [`Look::Leaf`] with one leaf, or [`Look::Run`], maybe larger, with the entry of the first element.
-    pub(crate) look: Look,
 }
 
 /// What a change is made to.
@@ -282,6 +282,10 @@ impl Tree {
 
     /// Makes the tree high enough for an element.
     fn grow(&self, pages: &Pages, index: u64) {
+        debug_assert!(
+            index < MOST_ELEMENTS,
+            "numbers on media are bounded when they are read"
+        );
         while !self.reaches(index) && self.level.get() < MAX_LEVEL {
             let level = self.level.get() + 1;
             let mut root = self.root.borrow_mut();
@@ -382,12 +386,11 @@ impl Tree {
         }
         let node = match child {
             Child::Empty => return Ok(None),
-            Child::Run(first) => {
+            Child::Run(_) => {
                 let skip = from.saturating_sub(start);
                 return Ok(Some(Span {
                     start: start + skip,
                     count: count - skip,
-                    look: Look::Run(first.nth(skip)),
                 }));
             }
             Child::Media(ptr) => {
@@ -401,8 +404,7 @@ impl Tree {
         };
         if level == 0 {
             node.warm.set(true);
-            let look = Look::Leaf(Rc::clone(node));
-            return Ok(Some(Span { start, count, look }));
+            return Ok(Some(Span { start, count }));
         }
         let body = node.body.borrow();
         let Body::Inner(children) = &*body else {
@@ -423,6 +425,54 @@ impl Tree {
         }
         Ok(None)
     }
+}
+
+impl Tree {
+    /// All inner pages are in memory, as [`Self::drop_pages`] needs them.
+    pub(crate) fn ensure_inner(&self) -> Result<(), Missing> {
+        self.inner(&self.root.borrow(), &|| Place::Root(Rc::clone(&self.root)))
+    }
+
+    fn inner(&self, child: &Child, place: &dyn Fn() -> Place) -> Result<(), Missing> {
+        match child {
+            Child::Media(ptr) if ptr.level > 0 => Err(Missing {
+                ptr: *ptr,
+                kind: self.kind,
+                place: place(),
+            }),
+            Child::Loaded(node) => match &*node.body.borrow() {
+                Body::Inner(children) => children
+                    .iter()
+                    .enumerate()
+                    .try_for_each(|(slot, child)| self.inner(child, &|| Place::Inner(Rc::clone(node), slot))),
+                _ => Ok(()),
+            },
+            Child::Media(_) | Child::Empty | Child::Run(_) => Ok(()),
+        }
+    }
+
+    /// The leaf with this element is written by the next checkpoint, as it is.
+    pub(crate) fn rewrite(&self, pages: &Pages, index: u64) -> Result<(), Missing> {
+        match self.look(index)? {
+            Look::Leaf(_) => self.change(pages, index, |_| ()),
+            Look::Empty | Look::Run(_) => Ok(()),
+        }
+    }
+
+    /// The tree is gone, with all its pages.
+    pub(crate) fn drop_pages(&self, pages: &Pages) {
+        let root = std::mem::replace(&mut *self.root.borrow_mut(), Child::Empty);
+        drop_child(pages, &root);
+    }
+}
+
+fn drop_child(pages: &Pages, child: &Child) {
+    if let Child::Loaded(node) = child
+        && let Body::Inner(children) = &*node.body.borrow()
+    {
+        children.iter().for_each(|child| drop_child(pages, child));
+    }
+    pages.dropped(child);
 }
 
 /// `change` looked at the whole path, so its leaf is there.
