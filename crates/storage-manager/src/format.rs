@@ -5,7 +5,7 @@ use api::storage::{LayoutKind, Shape};
 use api::{Problem, ProblemKind};
 use block_io::{AlignedBuffer, BlockDevice, WorkerClock};
 use filesys::{FormatOptions, OpenOptions};
-use volume_manager::model::{Configuration, DeviceState};
+use volume_manager::model::{Configuration, DeviceState, ReadPolicy};
 use volume_manager::store::{Content, inspect};
 use volume_manager::{NewVolume, PoolError, place};
 
@@ -170,6 +170,7 @@ async fn make_volume(
         attributes: operation::attributes(config, &shape).map_err(state)?,
         block: 4096,
         region: 0,
+        read_policy: ReadPolicy::default(),
     };
     storage.pool.create_volume(new).await.map(|_| ())
 }

@@ -33,8 +33,8 @@ mod volumes;
 
 pub use conversation::{Flow, Notice, Work};
 pub use device::{Device, DevicePaths};
-pub use load::hot_spots;
 pub use files::execute_file;
+pub use load::hot_spots;
 pub use member::{Member, Sheet};
 pub use offline::{Force, create, execute, status};
 pub use storage::{Access, File, FileSystem, Storage, Volume};

@@ -194,7 +194,11 @@ fn replaced_by(operation: &Operation) -> Vec<String> {
 }
 
 /// Opens the pool; `besides` are devices that are not named and need not be.
-pub(crate) async fn open(paths: &[String], force: &Force, besides: Vec<String>) -> Result<(Pool, Vec<String>), Problem> {
+pub(crate) async fn open(
+    paths: &[String],
+    force: &Force,
+    besides: Vec<String>,
+) -> Result<(Pool, Vec<String>), Problem> {
     let opened = device::open_all(paths, Access::Write).await?;
     let notes = opened.absent.iter().map(|(_, problem)| problem.detail.clone());
     let mut notes: Vec<String> = notes.collect();
