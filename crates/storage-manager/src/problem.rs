@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use api::{Problem, ProblemKind};
-use block_io::IoError;
+use block_io::{IoCause, IoError};
 use filesys::FsError;
 use volume_manager::PoolError;
 use volume_manager::place::PlaceError;
@@ -141,9 +141,11 @@ pub(crate) fn of_files(error: &FsError) -> Problem {
 pub(crate) fn of_file_io(error: &IoError) -> Problem {
     let mut cause: Option<&(dyn Error + 'static)> = error.source();
     while let Some(reason) = cause {
-        let inner = reason
-            .downcast_ref::<std::io::Error>()
-            .and_then(|error| error.get_ref());
+        // An error within an error of the operating system's kind is not among the causes.
+        let inner = match reason.downcast_ref::<IoCause>() {
+            Some(IoCause::Os(error)) => error.get_ref(),
+            _ => None,
+        };
         if let Some(reason) = inner.and_then(|inner| inner.downcast_ref::<FsError>()) {
             let mut problem = of_files(reason);
             problem.detail = format!("{}: {}", error.device(), problem.detail);

@@ -178,6 +178,13 @@ impl Storage {
         }
     }
 
+    /// Closes the file system, and goes on without it.
+    pub(crate) async fn end_files(&mut self) -> Result<(), Problem> {
+        self.close_files().await?;
+        self.files = None;
+        Ok(())
+    }
+
     async fn close_pool(self) -> Result<(), Problem> {
         let name = self.pool.configuration().name.clone();
         drop(self.files);

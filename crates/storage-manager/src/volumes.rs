@@ -34,7 +34,10 @@ pub(crate) async fn before(storage: &mut Storage, operation: &Operation) -> Resu
 }
 
 /// Tells the file system what was done.
-pub(crate) async fn after(storage: &Storage, operation: &Operation) -> Result<(), Problem> {
+pub(crate) async fn after(storage: &mut Storage, operation: &Operation) -> Result<(), Problem> {
+    if matches!(operation, Operation::DeleteVolume { .. }) {
+        return storage.open_files().await;
+    }
     let Ok(files) = storage.files() else { return Ok(()) };
     match operation {
         Operation::CreateVolume { name, raw: false, .. } => {
@@ -116,9 +119,15 @@ async fn delete(storage: &mut Storage, name: &str) -> Result<(), Problem> {
         };
     }
     storage.open_files().await?;
-    let Some(known) = known(storage, name)? else {
-        return Ok(());
-    };
+    if let Some(known) = known(storage, name)? {
+        leave(storage, name, &known).await?;
+    }
+    // Whoever has a volume open keeps it from being deleted; the file system has all of them.
+    storage.end_files().await
+}
+
+/// A volume leaves the file system.
+async fn leave(storage: &Storage, name: &str, known: &VolumeStat) -> Result<(), Problem> {
     let used = known.size.saturating_sub(known.free);
     if used > 0 {
         let used = api::ByteSize::from_bytes(used);

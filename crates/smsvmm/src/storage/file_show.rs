@@ -181,7 +181,8 @@ fn moved(operation: &FileOperation, moved: &Moved) -> String {
     };
     if moved.stayed > 0 {
         text += &format!(
-            "{} had to stay, as there is no space for it elsewhere: grow a volume, add one, or delete files, and do it again\n",
+            "{} had to stay: there is no space for it where its files' attributes allow it; grow a volume or add one, or let the files \
+             be elsewhere with `smsvmm file relocate`, and do it again\n",
             size(moved.stayed)
         );
     }
