@@ -39,7 +39,7 @@ pub fn execute_file(
                 force,
             };
             let mut storage = Storage::open_pool(&paths, Access::Write).await?;
-            let made = format::format(&mut storage, wishes).await;
+            let made = Box::pin(format::format(&mut storage, wishes)).await;
             return end(storage, made.map(FileAnswer::FileSystem), &reporter).await;
         }
         let access = match operation.only_reads() {
@@ -48,7 +48,7 @@ pub fn execute_file(
         };
         let storage = Storage::open(&paths, access).await?;
         let done = match storage.files() {
-            Ok(files) => perform(files, operation, &reporter).await,
+            Ok(files) => Box::pin(perform(files, operation, &reporter)).await,
             Err(problem) => Err(problem),
         };
         end(storage, done, &reporter).await
@@ -78,50 +78,59 @@ async fn perform(
 ) -> Result<FileAnswer, Problem> {
     match operation {
         FileOperation::Format { .. } => Ok(FileAnswer::FileSystem(view::file_system(files))),
-        FileOperation::List { path, recursive } => list(files, &path, recursive).await,
+        FileOperation::List { path, recursive } => Box::pin(list(files, &path, recursive)).await,
         FileOperation::MakeDirectory {
             path,
             parents,
             attributes,
-        } => make_directory(files, &path, parents, &attributes).await,
+        } => Box::pin(make_directory(files, &path, parents, &attributes)).await,
         FileOperation::Move { from, to } => {
             let to = place(files, &from, to).await?;
-            done(files.rename(&from, &to).await)
+            done(Box::pin(files.rename(&from, &to)).await)
         }
-        FileOperation::Delete { path, recursive } => delete(files, &path, recursive).await,
-        FileOperation::Stat { path } => status(files, path).await,
+        FileOperation::Delete { path, recursive } => Box::pin(delete(files, &path, recursive)).await,
+        FileOperation::Stat { path } => Box::pin(status(files, path)).await,
         FileOperation::SetAttributes { path, attributes } => {
-            set_attributes(files, &path, &attributes).await?;
-            status(files, path).await
+            Box::pin(set_attributes(files, &path, &attributes)).await?;
+            Box::pin(status(files, path)).await
         }
-        FileOperation::Extents { path } => extents(files, &path).await,
+        FileOperation::Extents { path } => Box::pin(extents(files, &path)).await,
         FileOperation::Defragment { path } => {
             let all = walk(files, &path).await?;
-            relocate(files, "put in order", &all, Relocation::Defragment, reporter).await
+            Box::pin(relocate(
+                files,
+                "put in order",
+                &all,
+                Relocation::Defragment,
+                reporter,
+            ))
+            .await
         }
         FileOperation::Relocate { path, to } => {
             let all = walk(files, &path).await?;
             if let Some(to) = to {
-                retarget(files, &path, &all, to).await?;
+                Box::pin(retarget(files, &path, &all, to)).await?;
             }
-            relocate(files, "move", &all, Relocation::ToTarget, reporter).await
+            Box::pin(relocate(files, "move", &all, Relocation::ToTarget, reporter)).await
         }
-        FileOperation::Drain { volume, end } => drain(files, &volume, end, reporter).await,
-        FileOperation::Check { repair } => crate::check::check(files, repair).await,
+        FileOperation::Drain { volume, end } => Box::pin(drain(files, &volume, end, reporter)).await,
+        FileOperation::Check { repair } => Box::pin(crate::check::check(files, repair)).await,
         FileOperation::Snapshot { path, layer } => {
             let snapshot = Snapshot {
                 path: &path,
                 layer: &layer,
                 handle: None,
             };
-            done(files.snapshot(&[snapshot], now()).await)
+            done(Box::pin(files.snapshot(&[snapshot], now())).await)
         }
         FileOperation::Merge {
             layer,
             into_parent_name,
-        } => done(files.absorb(&layer, into_parent_name).await),
-        FileOperation::Clone { frozen, path } => done(files.clone_file(&frozen, &path, now()).await),
-        FileOperation::Resize { path, size, shrink } => resize(files, &path, size, shrink).await,
+        } => done(Box::pin(files.absorb(&layer, into_parent_name)).await),
+        FileOperation::Clone { frozen, path } => {
+            done(Box::pin(files.clone_file(&frozen, &path, now())).await)
+        }
+        FileOperation::Resize { path, size, shrink } => Box::pin(resize(files, &path, size, shrink)).await,
     }
 }
 
@@ -406,7 +415,9 @@ async fn move_files(
                 false => ControlFlow::Continue(()),
             }
         };
-        let done = files.relocate(*id, how, 0, progress).await.map_err(failed)?;
+        let done = Box::pin(files.relocate(*id, how, 0, progress))
+            .await
+            .map_err(failed)?;
         moved.files += 1;
         moved.moved += done.moved;
         moved.stayed += done.stayed;

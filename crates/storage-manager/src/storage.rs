@@ -108,7 +108,8 @@ impl Storage {
             ..filesys::OpenOptions::default()
         };
         let (meta, volumes) = (self.meta_volume()?, self.data_volumes()?);
-        let opened = FileSystem::open(meta, volumes, options, WorkerClock::new()).await;
+        let opened = FileSystem::open(meta, volumes, options, WorkerClock::new());
+        let opened = Box::pin(opened).await;
         self.files = Some(opened.map_err(|error| of_files(&error))?);
         match self.access {
             Access::Read => Ok(()),
@@ -233,7 +234,7 @@ pub(crate) async fn open_covered(devices: Vec<(String, Rc<Device>)>) -> Result<P
     let devices = devices.into_iter();
     let devices = devices.map(|(path, device)| (path, Rc::new(Member::Covered(Sheet::new(device)))));
     let options = offline::options(volume_manager::store::Force::No)?;
-    let pool = Pool::open(devices.collect(), &options, WorkerClock::new()).await;
+    let pool = Box::pin(Pool::open(devices.collect(), &options, WorkerClock::new())).await;
     let pool = pool.map_err(|error| of_pool("pool", error))?;
     // Their work would fill the memory, and is for nothing.
     for job in pool.jobs() {

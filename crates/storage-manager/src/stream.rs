@@ -63,7 +63,7 @@ pub fn write_file(
     };
     on_worker(&mut notify, |reporter| async move {
         let storage = Storage::open(&paths, Access::Write).await?;
-        let done = write(&storage, request, &here, &reporter).await;
+        let done = Box::pin(write(&storage, request, &here, &reporter)).await;
         let mut events = storage.take_events();
         let closed = storage.close_with_events(&mut events).await;
         let mut written = done?;
@@ -414,7 +414,7 @@ pub fn read_file(
     let path = request.path.clone();
     let count = on_worker(&mut notify, |_| async move {
         let storage = Storage::open(&paths, Access::Read).await?;
-        read(&storage, &request, &here).await
+        Box::pin(read(&storage, &request, &here)).await
     })?;
     if stopped {
         // Nobody knows whether the sink takes anything any more.
