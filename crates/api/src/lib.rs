@@ -9,6 +9,7 @@
 mod device;
 mod disk;
 mod event;
+pub mod file;
 mod net;
 mod problem;
 pub mod storage;

@@ -4,6 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::file::FileSystemStatus;
+
 /// Something that a person wants done with a pool.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "operation")]
@@ -60,6 +62,9 @@ pub enum Operation {
         /// Which copies answer reads.
         #[serde(default)]
         read_policy: ReadPolicy,
+        /// The pool's file system does not use it.
+        #[serde(default)]
+        raw: bool,
     },
     /// Change which copies of a volume answer reads.
     SetReadPolicy {
@@ -234,6 +239,9 @@ pub struct PoolStatus {
     pub volumes: Vec<VolumeStatus>,
     /// Its jobs, ended ones too.
     pub jobs: Vec<JobStatus>,
+    /// Its file system, if it has one that can be looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files: Option<FileSystemStatus>,
     /// What else a person should know: devices that cannot be read, or are not of this pool.
     pub notes: Vec<String>,
 }
@@ -478,8 +486,16 @@ pub enum PoolEventKind {
     JobEnded,
     /// A job has failed.
     JobFailed,
-    /// A scrub found a difference, and repaired it.
+    /// A scrub, or a read of a file, found a difference, and repaired it.
     Repaired,
+    /// A volume of the file system has little space left.
+    LowSpace,
+    /// A volume of the file system has enough space again.
+    SpaceAgain,
+    /// The file system takes no changes any more.
+    FilesFailed,
+    /// Data of a file are not what was written.
+    Corrupt,
 }
 
 impl PoolEventKind {
@@ -487,7 +503,13 @@ impl PoolEventKind {
     pub fn is_warning(self) -> bool {
         matches!(
             self,
-            Self::DeviceFailed | Self::VolumeDegraded | Self::JobFailed | Self::Repaired
+            Self::DeviceFailed
+                | Self::VolumeDegraded
+                | Self::JobFailed
+                | Self::Repaired
+                | Self::LowSpace
+                | Self::FilesFailed
+                | Self::Corrupt
         )
     }
 }

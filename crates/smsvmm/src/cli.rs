@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use api::{DeviceId, DiskSerial, MacAddress, NetBackend, PortForward, QueueSize, Seconds, TapName};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use crate::storage::{DeviceArguments, JobArguments, PoolArguments, VolumeArguments};
+use crate::storage::{DeviceArguments, FileArguments, JobArguments, PoolArguments, VolumeArguments};
 
 /// A hypervisor for Linux/KVM with storage management beneath the guest.
 #[derive(Debug, Parser)]
@@ -47,6 +47,10 @@ pub(crate) enum Command {
     Device(DeviceArguments),
     /// The volumes of a pool.
     Volume(VolumeArguments),
+    /// The files of a pool: virtual disks, in a file system over its volumes.
+    ///
+    /// `file format` makes it. Paths begin with /.
+    File(FileArguments),
     /// Long operations on a pool.
     Job(JobArguments),
     /// Print a script that completes smsvmm's commands in a shell: `source <(smsvmm completions bash)`.

@@ -56,6 +56,7 @@ fn execute(command: Command) -> anyhow::Result<Exit> {
         Command::Pool(arguments) => storage::pool(arguments),
         Command::Device(arguments) => storage::device(arguments),
         Command::Volume(arguments) => storage::volume(arguments),
+        Command::File(arguments) => storage::file(arguments),
         Command::Job(arguments) => storage::job(arguments),
         Command::Completions { shell } => {
             let mut script = Vec::new();

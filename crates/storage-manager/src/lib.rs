@@ -12,15 +12,30 @@
 //!
 //! A pool lives on one worker of block-io, so everything here that touches one is a task of that worker.
 
+mod check;
+mod conversation;
 mod device;
+mod file_view;
+mod files;
+mod format;
 mod load;
+mod member;
 mod offline;
 mod opening;
 mod operation;
+mod pipe;
 mod problem;
 mod random;
+mod storage;
+mod stream;
 mod view;
+mod volumes;
 
+pub use conversation::{Flow, Notice, Work};
 pub use device::{Device, DevicePaths};
+pub use files::execute_file;
 pub use load::hot_spots;
-pub use offline::{Flow, Force, Notice, create, execute, status};
+pub use member::{Member, Sheet};
+pub use offline::{Force, create, execute, status};
+pub use storage::{Access, File, FileSystem, Storage, Volume};
+pub use stream::{read_file, write_file};

@@ -10,46 +10,26 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::future::Future;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
+use api::file::{FileSystemStatus, META_VOLUME};
 use api::storage::{JobStatus, NewDevice, Operation, Outcome, PoolStatus};
 use api::{Problem, ProblemKind};
-use block_io::{Clock, Worker, WorkerClock, WorkerOptions, spawn_local};
+use block_io::{Clock, WorkerClock, spawn_local};
 use volume_manager::model::{Configuration, DeviceId, JobId, JobState};
 use volume_manager::store::{self, Standing};
 use volume_manager::{OpenOptions, PoolError};
 
+use crate::conversation::{Flow, Notice, Reporter, TICK, on_worker};
 use crate::device::{self, Access, Device, DevicePaths};
+use crate::member::Member;
 use crate::operation::{self, Pool, described};
 use crate::problem::of_pool;
 use crate::random;
+use crate::storage::{self, Storage};
 use crate::view::{self, Presence};
-
-/// Between two looks at jobs and at whether the caller wants to stop.
-const TICK: Duration = Duration::from_millis(100);
-
-/// What the caller is told while an operation goes on.
-#[derive(Debug)]
-pub enum Notice<'a> {
-    /// The jobs that are waited for.
-    Progress(&'a [JobStatus]),
-    /// Nothing new.
-    Tick,
-}
-
-/// Whether the caller goes on waiting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flow {
-    /// Yes.
-    GoOn,
-    /// No: the pool is to be closed. Jobs go on when it is opened next.
-    Stop,
-}
+use crate::{file_view, volumes};
 
 /// What may be done against the rules when a pool is opened.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -61,64 +41,6 @@ pub enum Force {
     WithoutMajority,
     /// To keep, of several histories, the one that this device has.
     Prefer(String),
-}
-
-enum Message<T> {
-    Progress(Vec<JobStatus>),
-    Done(Result<T, Problem>),
-}
-
-/// The worker's side of the conversation.
-struct Reporter<T> {
-    sender: mpsc::Sender<Message<T>>,
-    stop: Arc<AtomicBool>,
-}
-
-impl<T> Reporter<T> {
-    fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
-    }
-
-    fn progress(&self, jobs: Vec<JobStatus>) {
-        // The caller waits for the end of the task.
-        drop(self.sender.send(Message::Progress(jobs)));
-    }
-}
-
-fn on_worker<T, M, F>(notify: &mut dyn FnMut(Notice<'_>) -> Flow, make: M) -> Result<T, Problem>
-where
-    T: Send + 'static,
-    M: FnOnce(Reporter<T>) -> F + Send + 'static,
-    F: Future<Output = Result<T, Problem>> + 'static,
-{
-    let worker = Worker::start("storage", WorkerOptions::default())
-        .map_err(|error| Problem::new(ProblemKind::Host, crate::problem::chain(&error)))?;
-    let (sender, receiver) = mpsc::channel();
-    let stop = Arc::new(AtomicBool::new(false));
-    let reporter = Reporter {
-        sender: sender.clone(),
-        stop: Arc::clone(&stop),
-    };
-    worker.spawn(move || async move {
-        let done = make(reporter).await;
-        drop(sender.send(Message::Done(done)));
-    });
-    loop {
-        let flow = match receiver.recv_timeout(TICK) {
-            Ok(Message::Done(result)) => return result,
-            Ok(Message::Progress(jobs)) => notify(Notice::Progress(&jobs)),
-            Err(RecvTimeoutError::Timeout) => notify(Notice::Tick),
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(Problem::new(
-                    ProblemKind::Host,
-                    "the storage worker ended unexpectedly",
-                ));
-            }
-        };
-        if flow == Flow::Stop {
-            stop.store(true, Ordering::Relaxed);
-        }
-    }
 }
 
 /// Makes a pool on devices, whose content is lost.
@@ -138,7 +60,8 @@ pub fn create(
         let devices = devices.collect::<Result<Vec<_>, _>>()?;
         let labelled: Vec<_> = devices
             .iter()
-            .map(|new| (new.name.clone(), new.uuid, Rc::clone(&new.device)))
+            .zip(&opened)
+            .map(|(new, device)| (new.name.clone(), new.uuid, Rc::clone(device)))
             .collect();
         let options = options(store::Force::No)?;
         let failed = |error| of_pool(&name, error);
@@ -188,8 +111,24 @@ pub fn status(paths: DevicePaths, notify: &mut dyn FnMut(Notice<'_>) -> Flow) ->
         if !found.is_empty() {
             notes.push(unnamed_text(&config, &found));
         }
-        Ok(view::pool(&config, &presence, &config.jobs, notes))
+        let mut status = view::pool(&config, &presence, &config.jobs, notes);
+        if config.volumes.iter().any(|volume| volume.name == META_VOLUME) {
+            match look_at_files(opened.devices).await {
+                Ok(files) => status.files = Some(files),
+                Err(problem) => status
+                    .notes
+                    .push(format!("the file system cannot be looked at: {problem}")),
+            }
+        }
+        Ok(status)
     })
+}
+
+async fn look_at_files(devices: Vec<(String, Rc<Device>)>) -> Result<FileSystemStatus, Problem> {
+    let pool = storage::open_covered(devices).await?;
+    let mut storage = Storage::covered(pool, Vec::new());
+    storage.open_files().await?;
+    storage.files().map(file_view::file_system)
 }
 
 /// Opens the pool, does `operation`, waits for the jobs that belong to it, and closes the pool.
@@ -204,11 +143,13 @@ pub fn execute(
 ) -> Result<Outcome, Problem> {
     on_worker(notify, |reporter| async move {
         let (pool, notes) = open(&paths, &force, replaced_by(&operation)).await?;
+        let mut storage = Storage::of(pool, notes);
         let mut events = Vec::new();
-        let done = perform(&pool, operation, &reporter).await;
-        events.extend(pool.take_events().iter().map(view::event));
-        let status = view_open(&pool, notes);
-        let closed = pool.close().await.map_err(|error| of_pool(&status.name, error));
+        let done = operate(&mut storage, operation, &reporter).await;
+        events.extend(storage.take_events());
+        let mut status = view_open(&storage.pool, storage.notes.clone());
+        status.files = storage.files().ok().map(file_view::file_system);
+        let closed = storage.close().await;
         let (jobs, interrupted) = done?;
         closed?;
         Ok(Outcome {
@@ -220,7 +161,19 @@ pub fn execute(
     })
 }
 
-fn options(force: store::Force) -> Result<OpenOptions, Problem> {
+/// Does the operation, and has the file system know of it.
+async fn operate(
+    storage: &mut Storage,
+    operation: Operation,
+    reporter: &Reporter<Outcome>,
+) -> Result<(Vec<JobStatus>, bool), Problem> {
+    volumes::before(storage, &operation).await?;
+    let done = perform(&storage.pool, operation.clone(), reporter).await?;
+    volumes::after(storage, &operation).await?;
+    Ok(done)
+}
+
+pub(crate) fn options(force: store::Force) -> Result<OpenOptions, Problem> {
     Ok(OpenOptions {
         incarnation: random::uuid()?,
         pool: None,
@@ -241,7 +194,11 @@ fn replaced_by(operation: &Operation) -> Vec<String> {
 }
 
 /// Opens the pool; `besides` are devices that are not named and need not be.
-async fn open(paths: &[String], force: &Force, besides: Vec<String>) -> Result<(Pool, Vec<String>), Problem> {
+pub(crate) async fn open(
+    paths: &[String],
+    force: &Force,
+    besides: Vec<String>,
+) -> Result<(Pool, Vec<String>), Problem> {
     let opened = device::open_all(paths, Access::Write).await?;
     let notes = opened.absent.iter().map(|(_, problem)| problem.detail.clone());
     let mut notes: Vec<String> = notes.collect();
@@ -264,7 +221,9 @@ async fn open(paths: &[String], force: &Force, besides: Vec<String>) -> Result<(
         let named = [paths, &besides].concat();
         see_that_all_are_named(&named, &devices).await?;
     }
-    let pool = Pool::open(devices, &options(force)?, WorkerClock::new()).await;
+    let members = devices.into_iter();
+    let members = members.map(|(path, device)| (path, Rc::new(Member::Direct(device))));
+    let pool = Pool::open(members.collect(), &options(force)?, WorkerClock::new()).await;
     Ok((pool.map_err(|error| of_pool("pool", error))?, notes))
 }
 

@@ -11,10 +11,11 @@ use volume_manager::model::{
 use volume_manager::{NewDevice, NewVolume, place};
 
 use crate::device::{self, Device};
+use crate::member::Member;
 use crate::problem::of_pool;
 use crate::random;
 
-pub(crate) type Pool = volume_manager::Pool<Device, WorkerClock>;
+pub(crate) type Pool = volume_manager::Pool<Member, WorkerClock>;
 
 /// What is to be waited for after an operation.
 #[derive(Debug, Default)]
@@ -69,6 +70,7 @@ pub(crate) async fn begin(pool: &Pool, operation: Operation) -> Result<Started, 
             block,
             shape,
             read_policy,
+            raw: _,
         } => {
             let attributes = attributes(&pool.configuration(), &shape)?;
             let new = NewVolume {
@@ -178,10 +180,10 @@ async fn add_devices(pool: &Pool, new: Vec<NewDeviceArguments>) -> Result<Vec<De
 }
 
 /// A device with a fresh identity.
-pub(crate) fn described(new: NewDeviceArguments, device: &Rc<Device>) -> Result<NewDevice<Device>, Problem> {
+pub(crate) fn described(new: NewDeviceArguments, device: &Rc<Device>) -> Result<NewDevice<Member>, Problem> {
     Ok(NewDevice {
         name: new.path,
-        device: Rc::clone(device),
+        device: Rc::new(Member::Direct(Rc::clone(device))),
         uuid: random::uuid()?,
         class: new.class,
         enclosure: new.enclosure,
@@ -212,7 +214,7 @@ async fn replace(pool: &Pool, name: &str, by: NewDeviceArguments, throttle: u64)
     start(pool, name, kind, throttle).await
 }
 
-fn check_size(name: &str, size: u64) -> Result<u64, Problem> {
+pub(crate) fn check_size(name: &str, size: u64) -> Result<u64, Problem> {
     // Rounded up to whole blocks further down, which must not overflow.
     if size == 0 || size.checked_next_multiple_of(BLOCK).is_none() {
         return Err(Problem::new(
@@ -284,7 +286,7 @@ async fn set_layout(pool: &Pool, name: &str, shape: &Shape, throttle: u64) -> Re
     start(pool, name, JobKind::Relayout { volume: id, target }, throttle).await
 }
 
-fn attributes(config: &Configuration, shape: &Shape) -> Result<Attributes, Problem> {
+pub(crate) fn attributes(config: &Configuration, shape: &Shape) -> Result<Attributes, Problem> {
     let (columns, legs) = (shape.columns, shape.copies);
     let layout = match shape.layout {
         LayoutKind::Concat => Layout::Concat,

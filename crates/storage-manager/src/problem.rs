@@ -3,7 +3,8 @@
 use std::error::Error;
 
 use api::{Problem, ProblemKind};
-use block_io::IoError;
+use block_io::{IoCause, IoError};
+use filesys::FsError;
 use volume_manager::PoolError;
 use volume_manager::place::PlaceError;
 use volume_manager::store::OpenError;
@@ -84,4 +85,73 @@ fn of_open(error: PoolError) -> Problem {
         Some(remedy) => problem.remedy(remedy),
         None => problem,
     }
+}
+
+/// A problem of the file system.
+pub(crate) fn of_files(error: &FsError) -> Problem {
+    let (kind, object, remedy) = match error {
+        FsError::NotFound { path } => (
+            ProblemKind::NotFound,
+            Some(path),
+            Some("`smsvmm file list -r /` shows what there is"),
+        ),
+        FsError::Exists { path } => (
+            ProblemKind::Conflict,
+            Some(path),
+            Some("take another name, or move or delete it first"),
+        ),
+        FsError::NotDirectory { path } | FsError::IsDirectory { path } | FsError::Path { path, .. } => {
+            (ProblemKind::Invalid, Some(path), None)
+        }
+        FsError::NotEmpty { path } => (
+            ProblemKind::Conflict,
+            Some(path),
+            Some("or use --recursive, which deletes all of it"),
+        ),
+        FsError::Frozen { file } => (
+            ProblemKind::Conflict,
+            Some(file),
+            Some(
+                "write to a layer of it (`smsvmm file clone FROZEN PATH`), or see `smsvmm file stat` for who depends on it",
+            ),
+        ),
+        FsError::Busy { object, .. } | FsError::State { object, .. } => {
+            (ProblemKind::Conflict, Some(object), None)
+        }
+        FsError::NoSpace { what, .. } => (
+            ProblemKind::Exhausted,
+            Some(what),
+            Some("`smsvmm volume list` shows what is free"),
+        ),
+        FsError::ReadOnly => (ProblemKind::Conflict, None, None),
+        FsError::Io(error) => return of_file_io(error),
+        _ => (ProblemKind::Host, None, None),
+    };
+    let mut problem = Problem::new(kind, chain(error));
+    if let Some(object) = object {
+        problem = problem.about(object);
+    }
+    match remedy {
+        Some(remedy) => problem.remedy(remedy),
+        None => problem,
+    }
+}
+
+/// A request to a file, or to a volume under it, that failed. The reason may be the file system's.
+pub(crate) fn of_file_io(error: &IoError) -> Problem {
+    let mut cause: Option<&(dyn Error + 'static)> = error.source();
+    while let Some(reason) = cause {
+        // An error within an error of the operating system's kind is not among the causes.
+        let inner = match reason.downcast_ref::<IoCause>() {
+            Some(IoCause::Os(error)) => error.get_ref(),
+            _ => None,
+        };
+        if let Some(reason) = inner.and_then(|inner| inner.downcast_ref::<FsError>()) {
+            let mut problem = of_files(reason);
+            problem.detail = format!("{}: {}", error.device(), problem.detail);
+            return problem;
+        }
+        cause = reason.source();
+    }
+    of_io(error)
 }

@@ -64,6 +64,7 @@ pub(crate) fn pool(
         devices,
         volumes,
         jobs: jobs.iter().map(|job| view_job(config, job)).collect(),
+        files: None,
         notes,
     }
 }

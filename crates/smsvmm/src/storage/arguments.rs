@@ -204,6 +204,9 @@ pub(crate) enum VolumeCommand {
         /// Which copies answer reads.
         #[arg(long, default_value = "balanced")]
         read_policy: ReadPolicyName,
+        /// The pool's file system does not use it.
+        #[arg(long)]
+        raw: bool,
     },
     /// Show the volumes. Only reads.
     List,

@@ -1,9 +1,12 @@
-//! `smsvmm pool | device | volume | job`: pools that nobody has open.
+//! `smsvmm pool | device | volume | job | file`: pools that nobody has open.
 //!
 //! Each command opens the pool's devices itself, under a lock (`storage_manager`), does one thing, and closes them. Commands
 //! that only show something only read.
 
 mod arguments;
+mod file_arguments;
+mod file_show;
+mod files;
 mod select;
 mod show;
 mod watch;
@@ -12,6 +15,9 @@ use anyhow::bail;
 use api::storage::{JobState, NewDevice, Operation, Outcome, PoolEventKind, PoolStatus};
 use api::{Problem, ProblemKind};
 use storage_manager::{DevicePaths, Force};
+
+pub(crate) use file_arguments::FileArguments;
+pub(crate) use files::file;
 
 pub(crate) use arguments::{DeviceArguments, JobArguments, PoolArguments, VolumeArguments};
 use arguments::{DeviceCommand, JobCommand, PoolCommand, VolumeCommand, Which};
@@ -139,6 +145,7 @@ pub(crate) fn volume(arguments: VolumeArguments) -> anyhow::Result<Exit> {
             layout,
             block,
             read_policy,
+            raw,
         } => {
             let shown = name.clone();
             let operation = Operation::CreateVolume {
@@ -147,6 +154,7 @@ pub(crate) fn volume(arguments: VolumeArguments) -> anyhow::Result<Exit> {
                 block,
                 shape: layout.shape()?,
                 read_policy: read_policy.into(),
+                raw,
             };
             perform(&which, operation, |outcome| one_volume(&outcome.pool, &shown))
         }
@@ -161,7 +169,7 @@ pub(crate) fn volume(arguments: VolumeArguments) -> anyhow::Result<Exit> {
         VolumeCommand::List => look(&which, |status| {
             let table = match status.volumes.is_empty() {
                 true => "no volumes\n".to_owned(),
-                false => show::volumes(&status.volumes),
+                false => show::volumes(&status.volumes, status.files.as_ref()),
             };
             Ok((serde_json::to_value(&status.volumes)?, table))
         }),
@@ -380,7 +388,7 @@ fn ended(outcome: &Outcome) -> String {
 
 fn one_volume(pool: &PoolStatus, name: &str) -> String {
     let volumes = pool.volumes.iter().filter(|volume| volume.name == name);
-    show::volumes(&volumes.cloned().collect::<Vec<_>>())
+    show::volumes(&volumes.cloned().collect::<Vec<_>>(), pool.files.as_ref())
 }
 
 fn left(pool: &PoolStatus) -> String {

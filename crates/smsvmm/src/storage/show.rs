@@ -1,30 +1,31 @@
 //! Pools, devices, volumes and jobs as tables for people.
 
+use api::file::{FileSystemStatus, META_VOLUME};
 use api::storage::{
     Health, JobState, JobStatus, LayoutKind, MemberHealth, PoolDevice, PoolDeviceState, PoolStatus,
     ReadPolicy, Shape, VolumeStatus,
 };
 
 /// Rows of cells under a heading, in columns as wide as need be.
-struct Table {
+pub(crate) struct Table {
     rows: Vec<Vec<String>>,
     /// Columns that hold numbers, and end at the right.
     right: &'static [usize],
 }
 
 impl Table {
-    fn new(heading: &[&str], right: &'static [usize]) -> Self {
+    pub(crate) fn new(heading: &[&str], right: &'static [usize]) -> Self {
         Self {
             rows: vec![heading.iter().map(|&cell| cell.to_owned()).collect()],
             right,
         }
     }
 
-    fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         self.rows.push(cells.into_iter().collect());
     }
 
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let columns = self.rows.first().map_or(0, Vec::len);
         let width = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column));
@@ -125,8 +126,17 @@ pub(crate) fn pool(status: &PoolStatus) -> String {
     text += &format!("\n{}", devices(&status.devices));
     text += &match status.volumes.is_empty() {
         true => "\nno volumes; `smsvmm volume create` makes one\n".to_owned(),
-        false => format!("\n{}", volumes(&status.volumes)),
+        false => format!("\n{}", volumes(&status.volumes, status.files.as_ref())),
     };
+    if let Some(files) = &status.files {
+        text += &format!(
+            "\nfiles have {} of {}, metadata {} of {}\n",
+            size(files.size - files.free),
+            size(files.size),
+            size(files.meta_size.saturating_sub(files.meta_free)),
+            size(files.meta_size)
+        );
+    }
     let live: Vec<&JobStatus> = status.jobs.iter().filter(|job| job.is_live()).collect();
     if !live.is_empty() {
         text += &format!("\n{}", jobs(&live));
@@ -213,18 +223,38 @@ pub(crate) fn devices(devices: &[PoolDevice]) -> String {
     table.text()
 }
 
-pub(crate) fn volumes(volumes: &[VolumeStatus]) -> String {
-    let mut table = Table::new(&["VOLUME", "STATE", "SIZE", "ON DEVICES", "LAYOUT"], &[2, 3]);
+pub(crate) fn volumes(volumes: &[VolumeStatus], files: Option<&FileSystemStatus>) -> String {
+    let mut heading = vec!["VOLUME", "STATE", "SIZE", "ON DEVICES", "LAYOUT"];
+    if files.is_some() {
+        heading.insert(3, "FILES");
+    }
+    let mut table = Table::new(&heading, if files.is_some() { &[2, 3, 4] } else { &[2, 3] });
     for volume in volumes {
-        table.row([
+        let mut cells = vec![
             volume.name.clone(),
             health(volume.state).to_owned(),
             size(volume.size),
             size(volume.used),
             layout(&volume.shape),
-        ]);
+        ];
+        if let Some(files) = files {
+            cells.insert(3, used_by_files(&volume.name, files));
+        }
+        table.row(cells);
     }
     table.text()
+}
+
+/// What files have of a volume; a dash for one that the file system does not use.
+fn used_by_files(name: &str, files: &FileSystemStatus) -> String {
+    if name == META_VOLUME {
+        return size(files.meta_size.saturating_sub(files.meta_free));
+    }
+    match files.volumes.iter().find(|volume| volume.name == name) {
+        Some(volume) if volume.draining => format!("{}, draining", size(volume.size - volume.free)),
+        Some(volume) => size(volume.size - volume.free),
+        None => "-".to_owned(),
+    }
 }
 
 pub(crate) fn volume(volume: &VolumeStatus) -> String {

@@ -4,8 +4,9 @@ use std::io::{self, IsTerminal, Write};
 
 use anyhow::Context;
 use api::storage::JobStatus;
-use storage_manager::{Flow, Notice};
+use storage_manager::{Flow, Notice, Work};
 
+use super::show;
 use crate::exit::Exit;
 use crate::logs;
 use crate::signals::Signals;
@@ -48,17 +49,16 @@ impl Watch {
             ));
             self.stopping = true;
         }
-        if let Notice::Progress(jobs) = notice
-            && let Some(job) = jobs.iter().find(|job| job.is_live())
-            && self.terminal
-            && !self.stopping
-        {
-            let more = match jobs.iter().filter(|job| job.is_live()).count() {
-                0 | 1 => String::new(),
-                count => format!(" and {} more", count - 1),
+        if self.terminal && !self.stopping {
+            let line = match notice {
+                Notice::Progress(jobs) => line_of_jobs(jobs),
+                Notice::Work(work) => Some(line_of_work(work)),
+                Notice::Tick => None,
             };
-            self.put(&format!("\r{}{more}\x1b[K", line(job)));
-            self.shown = true;
+            if let Some(line) = line {
+                self.put(&format!("\r{line}\x1b[K"));
+                self.shown = true;
+            }
         }
         match self.stopping {
             true => Flow::Stop,
@@ -80,12 +80,31 @@ impl Watch {
     }
 }
 
+fn line_of_jobs(jobs: &[JobStatus]) -> Option<String> {
+    let job = jobs.iter().find(|job| job.is_live())?;
+    let more = match jobs.iter().filter(|job| job.is_live()).count() {
+        0 | 1 => String::new(),
+        count => format!(" and {} more", count - 1),
+    };
+    Some(format!(
+        "{}{more}",
+        line(job.percent(), &format!("job {}: {}", job.id, job.what))
+    ))
+}
+
+/// As a job; or only how much, if nobody knows of how much.
+fn line_of_work(work: &Work) -> String {
+    match (u128::from(work.done) * 100).checked_div(u128::from(work.total)) {
+        Some(percent) => line(u64::try_from(percent).unwrap_or(100).min(100), &work.what),
+        None => format!("{}: {}", work.what, show::size(work.done)),
+    }
+}
+
 /// "[######------]  50 %  move volume a".
-fn line(job: &JobStatus) -> String {
-    let percent = job.percent();
+fn line(percent: u64, what: &str) -> String {
     let full = percent * BAR / 100;
     let bar: String = (0..BAR).map(|cell| if cell < full { '#' } else { '-' }).collect();
-    format!("[{bar}] {percent:3} %  job {}: {}", job.id, job.what)
+    format!("[{bar}] {percent:3} %  {what}")
 }
 
 #[cfg(test)]
@@ -107,8 +126,20 @@ mod tests {
             throttle: 0,
         };
         assert_eq!(
-            line(&job),
+            line_of_jobs(&[job]).unwrap(),
             "[############------------]  50 %  job 7: check all volumes"
         );
+    }
+
+    #[test]
+    fn work_of_unknown_length_is_a_size() {
+        let mut work = Work {
+            what: "write /a".to_owned(),
+            done: 3 << 20,
+            total: 0,
+        };
+        assert_eq!(line_of_work(&work), "write /a: 3M");
+        work.total = 12 << 20;
+        assert_eq!(line_of_work(&work), "[######------------------]  25 %  write /a");
     }
 }

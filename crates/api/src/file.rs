@@ -1,0 +1,457 @@
+//! Files of a pool: what can be asked of them and what they answer.
+//!
+//! Paths begin with `/`. All sizes and offsets are numbers of bytes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::storage::PoolEvent;
+
+/// The name of the volume that holds the file system's metadata.
+pub const META_VOLUME: &str = "fs-meta";
+
+/// Something that a person wants done with the files of a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "operation")]
+pub enum FileOperation {
+    /// Make a file system: a volume for metadata, and all others for data, whose content is lost.
+    Format {
+        /// Bytes of the metadata volume; by the pool's size if none.
+        #[serde(default)]
+        meta_size: Option<u64>,
+        /// Copies of the metadata; as many as there are devices, at most 3, if none.
+        #[serde(default)]
+        meta_copies: Option<u32>,
+        /// What the volumes carry, even a file system of this kind, may be destroyed.
+        #[serde(default)]
+        force: bool,
+    },
+    /// What is in a directory.
+    List {
+        /// The directory, or a file.
+        path: String,
+        /// What is in its directories, too.
+        #[serde(default)]
+        recursive: bool,
+    },
+    /// Make a directory.
+    MakeDirectory {
+        /// Its path.
+        path: String,
+        /// Make those above it, too, and do not mind if it is there.
+        #[serde(default)]
+        parents: bool,
+        /// For what is made in it.
+        #[serde(default)]
+        attributes: AttributeChanges,
+    },
+    /// Give a file or directory another name.
+    Move {
+        /// The present path.
+        from: String,
+        /// The new one; if it is a directory, into that.
+        to: String,
+    },
+    /// Delete a file or directory.
+    Delete {
+        /// Its path.
+        path: String,
+        /// With all that is in it.
+        #[serde(default)]
+        recursive: bool,
+    },
+    /// What is known of a file or directory.
+    Stat {
+        /// Its path.
+        path: String,
+    },
+    /// Change what is decided for a file, or for what is made in a directory later.
+    SetAttributes {
+        /// Its path.
+        path: String,
+        /// What changes.
+        attributes: AttributeChanges,
+    },
+    /// Where the data of a file are.
+    Extents {
+        /// Its path.
+        path: String,
+    },
+    /// Put the data of files in order, each on its volume.
+    Defragment {
+        /// A file, or a directory with all that is in it.
+        path: String,
+    },
+    /// Move the data of files to where their attributes want them.
+    Relocate {
+        /// A file, or a directory with all that is in it.
+        path: String,
+        /// Where they shall be from now on.
+        #[serde(default)]
+        to: Option<Target>,
+    },
+    /// Empty a volume: it gets nothing new, and what files have on it moves to others.
+    Drain {
+        /// Its name.
+        volume: String,
+        /// Not any more: it is used as the others.
+        #[serde(default)]
+        end: bool,
+    },
+    /// Read all metadata and see that they agree.
+    Check {
+        /// Repair what can be repaired without loss.
+        #[serde(default)]
+        repair: bool,
+    },
+    /// Freeze a file, and make a layer that is written instead.
+    Snapshot {
+        /// The file.
+        path: String,
+        /// The layer.
+        layer: String,
+    },
+    /// A layer takes over what its parent has, and the parent goes.
+    Merge {
+        /// The layer.
+        layer: String,
+        /// The layer gets the parent's name.
+        #[serde(default)]
+        into_parent_name: bool,
+    },
+    /// Make a file whose content is that of a frozen one.
+    Clone {
+        /// The frozen file.
+        frozen: String,
+        /// The new file.
+        path: String,
+    },
+    /// Change the size of a file.
+    Resize {
+        /// Its path.
+        path: String,
+        /// The new size.
+        size: u64,
+        /// What lies behind a smaller size may be lost.
+        #[serde(default)]
+        shrink: bool,
+    },
+}
+
+impl FileOperation {
+    /// Whether it changes nothing.
+    pub fn only_reads(&self) -> bool {
+        matches!(
+            self,
+            Self::List { .. } | Self::Stat { .. } | Self::Extents { .. } | Self::Check { repair: false }
+        )
+    }
+}
+
+/// Bytes that are to be written to a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct WriteRequest {
+    /// The file; it is made if it is not there.
+    pub path: String,
+    /// Where to begin. The rest of the file stays as it is; without an offset, the file becomes what is written.
+    #[serde(default)]
+    pub offset: Option<u64>,
+    /// Size of the file afterwards; by what is written if none.
+    #[serde(default)]
+    pub size: Option<u64>,
+    /// A new file gets space for all of it.
+    #[serde(default)]
+    pub thick: bool,
+    /// So much will come, as far as is known.
+    #[serde(default)]
+    pub expected: Option<u64>,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Written {
+    /// The file.
+    pub path: String,
+    /// It was made.
+    pub made: bool,
+    /// Bytes that came.
+    pub bytes: u64,
+    /// Bytes of them that were zeroes, for which nothing was written.
+    pub zeroes: u64,
+    /// Size of the file.
+    pub size: u64,
+    /// Bytes of volumes that it has.
+    pub allocated: u64,
+    /// What happened meanwhile.
+    pub events: Vec<PoolEvent>,
+}
+
+/// Bytes that are to be read from a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ReadRequest {
+    /// The file.
+    pub path: String,
+    /// Where to begin.
+    #[serde(default)]
+    pub offset: u64,
+    /// How much; all the rest if none.
+    #[serde(default)]
+    pub length: Option<u64>,
+}
+
+/// Where data shall be.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// On any volume.
+    #[default]
+    Any,
+    /// On this volume and no other.
+    Volume(String),
+    /// On volumes of this storage class.
+    Class(String),
+}
+
+/// Attributes that change; those that are none stay.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct AttributeChanges {
+    /// Where data shall be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<Target>,
+    /// Space is allocated for all of a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thick: Option<bool>,
+    /// Data have checksums.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checksums: Option<bool>,
+    /// Never migrated to cheaper storage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exempt_from_migration: Option<bool>,
+    /// The file takes no writes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen: Option<bool>,
+}
+
+impl AttributeChanges {
+    /// Whether nothing changes.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What is decided for a file, or for what is made in a directory later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FileAttributes {
+    /// Where data shall be.
+    pub target: Target,
+    /// Space is allocated for all of a file when it is made.
+    pub thick: bool,
+    /// Data have checksums, which reads verify.
+    pub checksums: bool,
+    /// Never migrated to cheaper storage.
+    pub exempt_from_migration: bool,
+}
+
+/// What an entry of a directory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FileKind {
+    /// A file.
+    File,
+    /// A directory.
+    Directory,
+}
+
+/// A file or directory in short.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FileEntry {
+    /// Its path.
+    pub path: String,
+    /// What it is.
+    pub kind: FileKind,
+    /// Bytes of a file, entries of a directory.
+    pub size: u64,
+    /// Bytes of volumes that it has, without its parents.
+    pub allocated: u64,
+    /// Seconds since 1970 when it was made.
+    pub created: u64,
+    /// It takes no writes.
+    pub frozen: bool,
+    /// It has a parent, which answers for what it does not have.
+    pub layer: bool,
+}
+
+/// A file or directory with all that is known of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FileStatus {
+    /// In short.
+    #[serde(flatten)]
+    pub entry: FileEntry,
+    /// Its number.
+    pub id: u64,
+    /// What is decided for it.
+    pub attributes: FileAttributes,
+    /// The file that answers for what it does not have: its path, or its number if it has lost its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// The files whose parent it is.
+    pub children: Vec<String>,
+    /// It is being absorbed by its child.
+    pub absorbed: bool,
+    /// Bytes that its deletion would give back.
+    pub exclusive: u64,
+    /// Bytes that its children need as well.
+    pub shared: u64,
+    /// What it has on which volume.
+    pub volumes: Vec<VolumeShare>,
+}
+
+/// What a file has on a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VolumeShare {
+    /// The volume's name.
+    pub volume: String,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// A run of a file's bytes on a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FileExtent {
+    /// First byte in the file.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// The file that has it: itself, or an ancestor.
+    pub layer: String,
+    /// The volume's name.
+    pub volume: String,
+    /// First byte on the volume.
+    pub start: u64,
+}
+
+/// What came of data being moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Moved {
+    /// Files that were looked at.
+    pub files: u64,
+    /// Bytes that were moved.
+    pub moved: u64,
+    /// Bytes that had to stay because there was no space for them elsewhere.
+    pub stayed: u64,
+}
+
+/// What a check found.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CheckReport {
+    /// What is wrong, a line each.
+    pub problems: Vec<String>,
+    /// What was repaired, a line each.
+    pub repaired: Vec<String>,
+    /// Files and directories that were looked at.
+    pub files: u64,
+    /// Bytes of volumes that they have.
+    pub allocated: u64,
+}
+
+/// A volume as the file system uses it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DataVolume {
+    /// Its name.
+    pub name: String,
+    /// Its storage class; empty for none.
+    pub class: String,
+    /// Bytes that files can have.
+    pub size: u64,
+    /// Bytes that no file has.
+    pub free: u64,
+    /// It gets nothing new.
+    pub draining: bool,
+    /// It takes no writes until the pool is opened again.
+    pub failed: bool,
+}
+
+/// How a file system is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FileSystemStatus {
+    /// Bytes that files can have.
+    pub size: u64,
+    /// Bytes that no file has.
+    pub free: u64,
+    /// Bytes of the metadata volume.
+    pub meta_size: u64,
+    /// Bytes of it that are free.
+    pub meta_free: u64,
+    /// Bytes of the journal.
+    pub journal: u64,
+    /// The volumes with data.
+    pub volumes: Vec<DataVolume>,
+}
+
+/// What an operation answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FileAnswer {
+    /// It is done; there is nothing to tell.
+    Done,
+    /// Files and directories, in order of their paths.
+    Entries(Vec<FileEntry>),
+    /// One file or directory.
+    Status(Box<FileStatus>),
+    /// Where the data of a file are, in order of the file.
+    Extents(Vec<FileExtent>),
+    /// What was moved.
+    Moved(Moved),
+    /// What was found.
+    Checked(CheckReport),
+    /// The file system.
+    FileSystem(FileSystemStatus),
+}
+
+/// What came of an operation on files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FileOutcome {
+    /// Its answer.
+    pub answer: FileAnswer,
+    /// What happened meanwhile.
+    pub events: Vec<PoolEvent>,
+    /// It was broken off; done again, it goes on.
+    pub interrupted: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_operation_needs_only_what_matters() {
+        let text =
+            r#"{"operation": "set-attributes", "path": "/a", "attributes": {"target": {"volume": "v"}}}"#;
+        let operation: FileOperation = serde_json::from_str(text).unwrap();
+        let FileOperation::SetAttributes { path, attributes } = operation else {
+            panic!("{operation:?}")
+        };
+        assert_eq!(path, "/a");
+        assert_eq!(attributes.target, Some(Target::Volume("v".into())));
+        assert_eq!(attributes.thick, None);
+    }
+
+    #[test]
+    fn what_only_reads_is_told_from_what_changes() {
+        assert!(FileOperation::Check { repair: false }.only_reads());
+        assert!(!FileOperation::Check { repair: true }.only_reads());
+    }
+}

@@ -1,0 +1,253 @@
+//! A pool that is open together with its file system.
+//!
+//! Everything lives on one worker of block-io: the devices, the pool, the file system, the open files. Who serves disks to guests
+//! opens a [`Storage`] on a worker and takes files from it; a command does the same for a moment.
+
+use std::rc::Rc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use api::file::META_VOLUME;
+use api::storage::PoolEvent;
+use api::{Problem, ProblemKind};
+use block_io::WorkerClock;
+use filesys::GivenVolume;
+use volume_manager::model::JobState;
+
+use crate::device::{self, Device, DevicePaths};
+use crate::member::{Member, Sheet};
+use crate::offline::{self, Force};
+use crate::operation::Pool;
+use crate::problem::{of_files, of_pool};
+use crate::{file_view, view, volumes};
+
+/// What files lie on.
+pub type Volume = volume_manager::Volume<Member, WorkerClock>;
+/// The file system of a pool.
+pub type FileSystem = filesys::FileSystem<Volume, WorkerClock>;
+/// An open file, which is a disk.
+pub type File = filesys::File<Volume, WorkerClock>;
+
+/// How a pool is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Nothing is changed, and others may look at the same time. What a recovery would write stays in memory.
+    Read,
+    /// Files are changed; nobody else has the pool open.
+    Write,
+}
+
+/// An open pool, with its file system if it has one. To be used by tasks of the worker on which it was opened.
+pub struct Storage {
+    pub(crate) pool: Pool,
+    access: Access,
+    files: Option<FileSystem>,
+    /// What a person should know of the devices.
+    pub(crate) notes: Vec<String>,
+}
+
+impl Storage {
+    /// Opens a pool and its file system. The caller is a task of a worker.
+    ///
+    /// # Errors
+    /// The devices do not make a pool, one is in use, or the file system cannot be opened.
+    pub async fn open(paths: &DevicePaths, access: Access) -> Result<Self, Problem> {
+        let mut storage = Self::open_pool(paths, access).await?;
+        match storage.open_files().await {
+            Ok(()) => Ok(storage),
+            Err(problem) => {
+                // What matters is why there are no files.
+                let _ = storage.pool.close().await;
+                Err(problem)
+            }
+        }
+    }
+
+    /// Opens a pool without looking for files.
+    pub(crate) async fn open_pool(paths: &DevicePaths, access: Access) -> Result<Self, Problem> {
+        match access {
+            Access::Write => {
+                let (pool, notes) = offline::open(paths, &Force::No, Vec::new()).await?;
+                Ok(Self::of(pool, notes))
+            }
+            Access::Read => {
+                let opened = device::open_all(paths, device::Access::Read).await?;
+                let notes = opened.absent.iter().map(|(_, problem)| problem.detail.clone());
+                let notes = notes.collect();
+                Ok(Self::covered(open_covered(opened.devices).await?, notes))
+            }
+        }
+    }
+
+    /// A pool that is open for changes, without files so far.
+    pub(crate) fn of(pool: Pool, notes: Vec<String>) -> Self {
+        Self {
+            pool,
+            access: Access::Write,
+            files: None,
+            notes,
+        }
+    }
+
+    /// A pool over devices that are not changed, without files so far.
+    pub(crate) fn covered(pool: Pool, notes: Vec<String>) -> Self {
+        Self {
+            pool,
+            access: Access::Read,
+            files: None,
+            notes,
+        }
+    }
+
+    /// Opens the file system, if there is one.
+    pub(crate) async fn open_files(&mut self) -> Result<(), Problem> {
+        if self.files.is_some() || !self.has_meta_volume() {
+            return Ok(());
+        }
+        let options = filesys::OpenOptions {
+            read_only: self.access == Access::Read,
+            ..filesys::OpenOptions::default()
+        };
+        let (meta, volumes) = (self.meta_volume()?, self.data_volumes()?);
+        let opened = FileSystem::open(meta, volumes, options, WorkerClock::new());
+        let opened = Box::pin(opened).await;
+        self.files = Some(opened.map_err(|error| of_files(&error))?);
+        match self.access {
+            Access::Read => Ok(()),
+            // A crash may have come between a change of a volume and its being told.
+            Access::Write => volumes::refresh(self).await,
+        }
+    }
+
+    /// The file system.
+    ///
+    /// # Errors
+    /// The pool has none.
+    pub fn files(&self) -> Result<&FileSystem, Problem> {
+        self.files.as_ref().ok_or_else(|| {
+            let name = &self.pool.configuration().name;
+            Problem::new(ProblemKind::Conflict, format!("pool {name} has no file system"))
+                .about(name)
+                .remedy("`smsvmm file format` makes one")
+        })
+    }
+
+    pub(crate) fn set_files(&mut self, files: FileSystem) {
+        self.files = Some(files);
+    }
+
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be used in this way now.
+    pub async fn file(&self, path: &str, access: filesys::Access) -> Result<File, Problem> {
+        let opened = self.files()?.open_file(path, access).await;
+        opened.map_err(|error| of_files(&error))
+    }
+
+    /// What happened since this was asked last.
+    pub fn take_events(&self) -> Vec<PoolEvent> {
+        let mut events: Vec<PoolEvent> = self.pool.take_events().iter().map(view::event).collect();
+        if let Some(files) = &self.files {
+            events.extend(files.take_events().iter().filter_map(file_view::event));
+        }
+        events
+    }
+
+    /// As [`Self::close`]; what happens meanwhile is added to `events`.
+    pub(crate) async fn close_with_events(self, events: &mut Vec<PoolEvent>) -> Result<(), Problem> {
+        if self.access == Access::Read {
+            return Ok(());
+        }
+        let closed = self.close_files().await;
+        events.extend(self.take_events());
+        let pool = self.close_pool().await;
+        closed.and(pool)
+    }
+
+    /// Closes the file system, then the pool. Files that are still open fail from then on.
+    ///
+    /// # Errors
+    /// Something could not be written. What was acknowledged is not lost by that.
+    pub async fn close(self) -> Result<(), Problem> {
+        self.close_with_events(&mut Vec::new()).await
+    }
+
+    pub(crate) async fn close_files(&self) -> Result<(), Problem> {
+        match &self.files {
+            Some(files) => files.close().await.map_err(|error| of_files(&error)),
+            None => Ok(()),
+        }
+    }
+
+    /// Closes the file system, and goes on without it.
+    pub(crate) async fn end_files(&mut self) -> Result<(), Problem> {
+        self.close_files().await?;
+        self.files = None;
+        Ok(())
+    }
+
+    async fn close_pool(self) -> Result<(), Problem> {
+        let name = self.pool.configuration().name.clone();
+        drop(self.files);
+        self.pool.close().await.map_err(|error| of_pool(&name, error))
+    }
+
+    /// Whether there is a volume for metadata.
+    pub(crate) fn has_meta_volume(&self) -> bool {
+        let config = self.pool.configuration();
+        config.volumes.iter().any(|volume| volume.name == META_VOLUME)
+    }
+
+    /// The volume for metadata.
+    pub(crate) fn meta_volume(&self) -> Result<Rc<Volume>, Problem> {
+        let volume = self.pool.volume(META_VOLUME);
+        Ok(Rc::new(volume.map_err(|error| of_pool(META_VOLUME, error))?))
+    }
+
+    /// A volume as the file system is given it.
+    pub(crate) fn given(&self, name: &str) -> Result<GivenVolume<Volume>, Problem> {
+        let failed = |error| of_pool(name, error);
+        let device = Rc::new(self.pool.volume(name).map_err(failed)?);
+        let config = self.pool.configuration();
+        let model = config.volumes.iter().find(|volume| volume.name == name);
+        let model =
+            model.ok_or_else(|| failed(volume_manager::PoolError::Unknown(format!("volume {name}"))))?;
+        Ok(GivenVolume {
+            uuid: model.uuid.0.to_be_bytes(),
+            name: name.to_owned(),
+            class: model.attributes.class.clone(),
+            device,
+        })
+    }
+
+    /// All volumes but the one for metadata.
+    pub(crate) fn data_volumes(&self) -> Result<Vec<GivenVolume<Volume>>, Problem> {
+        let config = self.pool.configuration();
+        let names = config.volumes.iter().map(|volume| volume.name.as_str());
+        let data = names.filter(|name| *name != META_VOLUME);
+        data.map(|name| self.given(name)).collect()
+    }
+}
+
+/// Opens a pool whose devices are not changed.
+pub(crate) async fn open_covered(devices: Vec<(String, Rc<Device>)>) -> Result<Pool, Problem> {
+    let devices = devices.into_iter();
+    let devices = devices.map(|(path, device)| (path, Rc::new(Member::Covered(Sheet::new(device)))));
+    let options = offline::options(volume_manager::store::Force::No)?;
+    let pool = Box::pin(Pool::open(devices.collect(), &options, WorkerClock::new())).await;
+    let pool = pool.map_err(|error| of_pool("pool", error))?;
+    // Their work would fill the memory, and is for nothing.
+    for job in pool.jobs() {
+        if job.state == JobState::Running {
+            let paused = pool.steer(job.id, JobState::Paused).await;
+            paused.map_err(|error| of_pool(&format!("job {}", job.id.0), error))?;
+        }
+    }
+    Ok(pool)
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
+}

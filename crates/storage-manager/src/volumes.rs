@@ -1,0 +1,143 @@
+//! Volumes of a pool that join its file system, grow in it, and leave it.
+//!
+//! A volume is in the file system before anything can be on it, and out of it before it is deleted: after a crash between the two, it
+//! is a volume of the pool that the file system does not use, and the command can be given again.
+
+use api::file::META_VOLUME;
+use api::storage::Operation;
+use api::{Problem, ProblemKind};
+use filesys::VolumeStat;
+
+use crate::problem::of_files;
+use crate::storage::Storage;
+
+/// Sees that the file system allows an operation on the pool, and has it prepare itself.
+pub(crate) async fn before(storage: &mut Storage, operation: &Operation) -> Result<(), Problem> {
+    match operation {
+        Operation::CreateVolume { name, raw, .. } => {
+            if name == META_VOLUME {
+                return Err(reserved("is made by `smsvmm file format`, and by nothing else"));
+            }
+            match raw {
+                true => Ok(()),
+                false => storage.open_files().await.map_err(|problem| {
+                    let remedy = "or use --raw, which makes a volume that the file system does not use";
+                    problem.remedy(remedy)
+                }),
+            }
+        }
+        Operation::ResizeVolume { name, size, .. } => resize(storage, name, *size).await,
+        Operation::DeleteVolume { name } => delete(storage, name).await,
+        Operation::SetLayout { .. } => storage.open_files().await,
+        _ => Ok(()),
+    }
+}
+
+/// Tells the file system what was done.
+pub(crate) async fn after(storage: &mut Storage, operation: &Operation) -> Result<(), Problem> {
+    if matches!(operation, Operation::DeleteVolume { .. }) {
+        return storage.open_files().await;
+    }
+    let Ok(files) = storage.files() else { return Ok(()) };
+    match operation {
+        Operation::CreateVolume { name, raw: false, .. } => {
+            let added = files.add_volume(storage.given(name)?).await;
+            if let Err(error) = added {
+                // Nothing is on it. If it stays, nobody uses it.
+                let _ = storage.pool.delete_volume(name).await;
+                return Err(of_files(&error));
+            }
+            Ok(())
+        }
+        Operation::ResizeVolume { .. } | Operation::SetLayout { .. } => refresh(storage).await,
+        _ => Ok(()),
+    }
+}
+
+/// Has the file system take notice of what volumes are like now.
+pub(crate) async fn refresh(storage: &Storage) -> Result<(), Problem> {
+    let files = storage.files()?;
+    let known = files.volumes();
+    for volume in storage.data_volumes()? {
+        let Some(known) = known.iter().find(|known| known.uuid == volume.uuid) else {
+            continue;
+        };
+        let size = block_io::BlockDevice::size(&*volume.device) / filesys::CLUSTER * filesys::CLUSTER;
+        if known.size < size || known.name != volume.name || known.class != volume.class {
+            let told = files
+                .update_volume(volume.uuid, &volume.name, &volume.class)
+                .await;
+            told.map_err(|error| of_files(&error))?;
+        }
+    }
+    Ok(())
+}
+
+fn reserved(what: &str) -> Problem {
+    Problem::new(ProblemKind::Conflict, format!("volume {META_VOLUME} {what}")).about(META_VOLUME)
+}
+
+/// What the file system knows of a volume, if it uses it.
+fn known(storage: &Storage, name: &str) -> Result<Option<VolumeStat>, Problem> {
+    let Ok(files) = storage.files() else {
+        return Ok(None);
+    };
+    let config = storage.pool.configuration();
+    let Some(volume) = config.volumes.iter().find(|volume| volume.name == name) else {
+        return Ok(None);
+    };
+    let uuid = volume.uuid.0.to_be_bytes();
+    Ok(files.volumes().into_iter().find(|known| known.uuid == uuid))
+}
+
+async fn resize(storage: &mut Storage, name: &str, size: u64) -> Result<(), Problem> {
+    storage.open_files().await?;
+    if name == META_VOLUME && storage.files().is_ok() {
+        return Err(reserved("cannot change its size yet"));
+    }
+    let Some(known) = known(storage, name)? else {
+        return Ok(());
+    };
+    if size >= known.size {
+        return Ok(());
+    }
+    let detail = format!("volume {name} is used by the file system, which cannot make it smaller");
+    Err(Problem::new(ProblemKind::Conflict, detail)
+        .about(name)
+        .remedy(format!(
+            "make another volume, move the files with `smsvmm file drain {name}`, then delete this one"
+        )))
+}
+
+async fn delete(storage: &mut Storage, name: &str) -> Result<(), Problem> {
+    if name == META_VOLUME {
+        return match storage.has_meta_volume() {
+            true => Err(reserved("holds the metadata of all files").remedy(
+                "without it they are lost; `smsvmm file format --force` makes a new, empty file system",
+            )),
+            false => Ok(()),
+        };
+    }
+    storage.open_files().await?;
+    if let Some(known) = known(storage, name)? {
+        leave(storage, name, &known).await?;
+    }
+    // Whoever has a volume open keeps it from being deleted; the file system has all of them.
+    storage.end_files().await
+}
+
+/// A volume leaves the file system.
+async fn leave(storage: &Storage, name: &str, known: &VolumeStat) -> Result<(), Problem> {
+    let used = known.size.saturating_sub(known.free);
+    if used > 0 {
+        let used = api::ByteSize::from_bytes(used);
+        let detail = format!("volume {name} cannot be deleted: files have {used} on it");
+        return Err(Problem::new(ProblemKind::Conflict, detail)
+            .about(name)
+            .remedy(format!(
+                "`smsvmm file drain {name}` moves them to other volumes, `smsvmm file relocate` single ones"
+            )));
+    }
+    let removed = storage.files()?.remove_volume(known.uuid).await;
+    removed.map_err(|error| of_files(&error))
+}
