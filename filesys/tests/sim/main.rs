@@ -8,3 +8,4 @@ mod machine;
 mod model;
 mod scripts;
 mod smoke;
+mod swarm;
