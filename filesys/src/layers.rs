@@ -83,6 +83,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .transact_admitted(&ticket, |_| {
                 let mut records = Vec::with_capacity(snapshots.len());
                 for ((snapshot, file), id) in snapshots.iter().zip(&files).zip(&ids) {
+                    if !Rc::ptr_eq(&core.find_regular(snapshot.path)?, file) {
+                        block_io::cover!("filesys: a file was deleted or renamed under a snapshot");
+                        return Err(FsError::NotFound {
+                            path: snapshot.path.to_owned(),
+                        }
+                        .into());
+                    }
                     records.push(core.layer(snapshot, file, *id, now)?);
                 }
                 check_names_differ(&records)?;
@@ -398,7 +405,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             } else {
                 (from_parent, from_child)
             };
+            let (source, target) = if kept { (new, old) } else { (old, new) };
             self.copy_subs(child, from, to, mask).await?;
+            // The cluster has checksums if one of both had; what comes from the other has none.
+            let strange = match (source.is_checked(), target.is_checked()) {
+                (true, false) => SubMask(target.valid() & !mask.0),
+                (false, true) => mask,
+                _ => SubMask::NONE,
+            };
+            if strange.0 != 0 {
+                block_io::cover!("filesys: a cluster with checksums absorbs one without");
+                let volume = self.state.volume(to.volume)?;
+                let first = to.offset() / SUB_CLUSTER;
+                let _checking = self.begin_copy(&volume, &volume, first, SUBS.into()).await?;
+                self.forget_sums(to, strange).await?;
+            }
         }
         Ok(keep)
     }

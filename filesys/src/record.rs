@@ -153,6 +153,8 @@ const MOST_SUBS: u64 = 1 << 20;
 
 /// Bytes of the largest record.
 pub(crate) const LARGEST: usize = 1400;
+/// Bytes of [`Record::Unchecked`].
+pub(crate) const UNCHECKED_BYTES: usize = 8;
 /// Bytes of [`Record::Map`].
 pub(crate) const MAP_BYTES: usize = 34;
 

@@ -122,9 +122,6 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             return Ok(());
         }
         let _running = self.epochs.begin();
-        let ticket = self
-            .admit(LARGEST.max(wrong.len() * MAP_BYTES), Need::Ordinary)
-            .await?;
         let mut places = self.places(file);
         let moves = self
             .choose_new(file, &mut places, first, &entries, &wrong, done)
@@ -134,6 +131,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         self.copy_moves(file, &moves).await?;
         let records = map_records(file.id, &moves);
+        // Only now: copying needs room of its own, and who has some must not wait for more.
+        let ticket = self
+            .admit(LARGEST.max(moves.len() * MAP_BYTES), Need::Ordinary)
+            .await?;
         let (group, ()) = self
             .transact_admitted(&ticket, |_| Ok((records.clone(), ())))
             .await?;

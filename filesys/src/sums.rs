@@ -13,11 +13,14 @@ use block_io::{BlockDevice, Clock};
 
 use crate::core::{Core, Need};
 use crate::error::{FsError, Refusal};
-use crate::file::{Part, sum_of};
-use crate::record::{LARGEST, Record};
+use crate::file::{Part, entry_of, sum_of};
+use crate::file_core::FileCore;
+use crate::journal::Ticket;
+use crate::record::{LARGEST, Record, UNCHECKED_BYTES};
+use crate::state::{State, Stop};
 use crate::tree::codec::Kind;
 use crate::tree::node::Body;
-use crate::units::{Location, SUB_CLUSTER, VolumeIndex};
+use crate::units::{Location, SUB_CLUSTER, SUBS, SubMask, VolumeIndex};
 use crate::volume::VolumeCore;
 
 /// Pages of checksums that writes are changing.
@@ -64,18 +67,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// Data with checksums are about to be written to these places.
     pub(crate) async fn begin_checked(
         &self,
+        ticket: &Ticket,
         located: &[(Part, Location)],
     ) -> Result<Checking<'_, V, C>, FsError> {
         let subs = located.iter().map(|(part, at)| {
             let (first, count) = subs_of(*part, *at);
             (at.volume, first, count)
         });
-        self.begin_checked_subs(subs).await
+        self.begin_checked_subs(Some(ticket), subs).await
     }
 
-    /// As [`Self::begin_checked`], for runs of sub-clusters: volume, first, count.
+    /// As [`Self::begin_checked`], for runs of sub-clusters: volume, first, count. Whoever has a ticket has room for this, too: with a
+    /// second one, those who wait for theirs could wait for each other.
     async fn begin_checked_subs(
         &self,
+        ticket: Option<&Ticket>,
         subs: impl Iterator<Item = (VolumeIndex, u64, u64)>,
     ) -> Result<Checking<'_, V, C>, FsError> {
         let mut pages: Vec<_> = subs
@@ -85,7 +91,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             .collect();
         pages.sort_unstable();
         pages.dedup();
-        let ticket = self.admit(LARGEST.max(pages.len() * 32), Need::Ordinary).await?;
+        let own;
+        let ticket = match ticket {
+            Some(ticket) => ticket,
+            None => {
+                let bytes = LARGEST.max(pages.len() * UNCHECKED_BYTES);
+                own = self.admit(bytes, Need::Ordinary).await?;
+                &own
+            }
+        };
         let checking = {
             let mut unchecked = self.unchecked.borrow_mut();
             for page in &pages {
@@ -94,7 +108,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             Checking { core: self, pages }
         };
         let (group, ()) = self
-            .transact_admitted(&ticket, |_| {
+            .transact_admitted(ticket, |_| {
                 let unchecked = self.unchecked.borrow();
                 let new = checking
                     .pages
@@ -161,7 +175,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     /// The data are where they belong: these are their checksums, in order.
-    pub(crate) async fn put_sums(&self, located: &[(Part, Location)], sums: &[u32]) -> Result<(), FsError> {
+    pub(crate) async fn put_sums(
+        &self,
+        file: &FileCore,
+        located: &[(Part, Location)],
+        sums: &[u32],
+    ) -> Result<(), FsError> {
         let mut rest = sums;
         for (part, at) in located {
             let (first, count) = subs_of(*part, *at);
@@ -169,6 +188,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             rest = others;
             self.look(|state| {
                 let volume = state.volume(at.volume)?;
+                if !entry_of(file, part.cluster())?.is_checked() {
+                    // What else is in the cluster has none; those that an earlier user of the place has left are not its.
+                    forget(state, &volume, *at, SubMask(!part.touched().0))?;
+                }
                 for (index, sum) in (first..).zip(these) {
                     volume
                         .sums
@@ -195,7 +218,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             return Ok(None);
         }
         let run = std::iter::once((target.index, to, count));
-        Ok(Some(self.begin_checked_subs(run).await?))
+        Ok(Some(self.begin_checked_subs(None, run).await?))
     }
 
     /// Data were copied: so are their checksums.
@@ -221,6 +244,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         .await
     }
 
+    /// These sub-clusters of a cluster have no checksums.
+    pub(crate) async fn forget_sums(&self, at: Location, mask: SubMask) -> Result<(), FsError> {
+        self.look(|state| Ok(forget(state, &*state.volume(at.volume)?, at, mask)?))
+            .await
+    }
+
     /// What checksums speak of is durable before they are.
     pub(crate) async fn flush_checked(&self) -> Result<(), FsError> {
         let volumes: Vec<_> = self.state.volumes.borrow().values().map(Rc::clone).collect();
@@ -235,6 +264,20 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             None => Ok(()),
         }
     }
+}
+
+fn forget<V>(state: &State<V>, volume: &VolumeCore<V>, at: Location, mask: SubMask) -> Result<(), Stop> {
+    let first = at.offset() / SUB_CLUSTER;
+    for sub in (0..SUBS).filter(|sub| mask.contains(*sub)) {
+        let index = first + u64::from(sub);
+        if sum_of(volume, index)? != 0 {
+            block_io::cover!("filesys: a checksum of an earlier user of a place was forgotten");
+            volume
+                .sums
+                .change(&state.pages, index, |body| put_sum(body, index, 0))?;
+        }
+    }
+    Ok(())
 }
 
 fn put_sum(body: &mut Body, index: u64, sum: u32) {

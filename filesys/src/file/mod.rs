@@ -25,4 +25,4 @@ pub use handle::{Access, File};
 pub(crate) use memory::whole;
 pub(crate) use plan::Part;
 pub(crate) use read::sum_of;
-pub(crate) use write::note_written;
+pub(crate) use write::{entry_of, note_written};

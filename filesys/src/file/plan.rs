@@ -44,7 +44,11 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    pub(super) fn touched(self) -> SubMask {
+    pub(crate) fn cluster(self) -> u64 {
+        self.cluster
+    }
+
+    pub(crate) fn touched(self) -> SubMask {
         SubMask::touched(self.start, self.end)
     }
 

@@ -20,7 +20,7 @@ use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
 use crate::file_core::FileCore;
 use crate::gate::{self, Boxed, Pass};
-use crate::record::{MAP_BYTES, Record};
+use crate::record::{MAP_BYTES, Record, UNCHECKED_BYTES};
 use crate::state::{State, Stop};
 use crate::tree::node::{FANOUT, Missing};
 use crate::units::{CLUSTER, Location, SUB_CLUSTER, SubMask, VolumeIndex};
@@ -59,6 +59,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
                 continue;
             }
             self.check_thawed(&file)?;
+            check_inside(&file, offset, length)?;
             let _running = self.core.epochs.begin();
             match self
                 .core
@@ -77,6 +78,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             let pass = file.gate.alone(first, last).await;
             if Rc::ptr_eq(&file, &self.head()) {
                 self.check_thawed(&file)?;
+                check_inside(&file, offset, length)?;
                 return self
                     .write_merged(&file, &pass, offset, length, buffers, durability)
                     .await;
@@ -164,7 +166,18 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         if let Some(target) = buffer.as_mut_slice().get_mut(wanted) {
             memory::gather(buffers, target);
         }
-        let checked = file.inode.borrow().attributes.checksums;
+        let checked = file.inode.borrow().attributes.checksums
+            || self
+                .core
+                .look(|_| {
+                    for part in parts(start, end - start) {
+                        if entry_of(file, part.cluster)?.is_checked() {
+                            return Ok(true);
+                        }
+                    }
+                    Ok(false)
+                })
+                .await?;
         let sums = if checked {
             buffer
                 .as_slice()
@@ -211,7 +224,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             usize::try_from((offset + length).div_ceil(CLUSTER) - offset / CLUSTER).unwrap_or(usize::MAX);
         let ticket = self
             .core
-            .admit(count.saturating_mul(MAP_BYTES), Need::Ordinary)
+            .admit(count.saturating_mul(MAP_BYTES + UNCHECKED_BYTES), Need::Ordinary)
             .await?;
         let mut places = self.core.places(file);
         let mut located: Vec<(Part, Location)> = Vec::with_capacity(count);
@@ -226,11 +239,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         let checking = if sums.is_empty() {
             None
         } else {
-            Some(self.core.begin_checked(&located).await?)
+            Some(self.core.begin_checked(&ticket, &located).await?)
         };
         let volumes = self.write_located(file, &located, buffers, durability).await?;
         if !sums.is_empty() {
-            self.core.put_sums(&located, sums).await?;
+            self.core.put_sums(file, &located, sums).await?;
         }
         drop(checking);
         let (group, ()) = self
@@ -298,6 +311,19 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
     }
 }
 
+/// The file may have shrunk while a write waited for its turn.
+fn check_inside(file: &FileCore, offset: u64, length: u64) -> Result<(), FsError> {
+    let inode = file.inode.borrow();
+    if offset + length > inode.size {
+        block_io::cover!("filesys: a file shrank under a write");
+        return Err(FsError::State {
+            object: inode.name.clone(),
+            problem: "it became smaller meanwhile".into(),
+        });
+    }
+    Ok(())
+}
+
 /// A write to a volume has completed.
 pub(crate) fn note_written<V>(file: &FileCore, volume: &VolumeCore<V>, durability: Durability) {
     if durability == Durability::Durable {
@@ -322,7 +348,8 @@ fn way<V: BlockDevice>(state: &State<V>, file: &FileCore, offset: u64, length: u
         let entry = map.entry(part.cluster)?;
         let touched = part.touched().0;
         let edges = touched & !SubMask::inside(part.start, part.end).0;
-        if edges & !entry.valid() != 0 || (entry.is_checked() && touched & entry.valid() != 0) {
+        // What has checksums gets new ones, whatever the attributes say now.
+        if edges & !entry.valid() != 0 || entry.is_checked() {
             return Ok(Way::Merge);
         }
         let Some(at) = entry.location() else {
@@ -410,6 +437,6 @@ fn map_records<V>(
     Ok(records)
 }
 
-fn entry_of(file: &FileCore, cluster: u64) -> Result<Entry, Missing> {
+pub(crate) fn entry_of(file: &FileCore, cluster: u64) -> Result<Entry, Missing> {
     file.map().map_or(Ok(Entry::HOLE), |map| map.entry(cluster))
 }

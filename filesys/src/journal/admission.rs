@@ -13,6 +13,9 @@ use super::ring::{PAYLOAD, Ring, blocks_for};
 use super::runtime::State;
 use crate::gate::Signal;
 
+/// Blocks that no ticket gets: a checkpoint appends a few records without one.
+const SPARE: u64 = 1;
+
 /// What the tasks of a journal share.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -75,7 +78,7 @@ impl Shared {
     fn to_hold(&self, bytes: usize) -> Result<u64, JournalError> {
         let blocks = blocks_for(bytes) + 1;
         // The last block of the largest group is left out, so that a ticket can hold one more than its bytes need.
-        let most = self.ring.most_blocks().saturating_sub(1);
+        let most = self.ring.most_blocks().saturating_sub(1 + SPARE);
         if blocks > most + 1
             || bytes
                 > usize::try_from(most)
@@ -93,7 +96,7 @@ impl Shared {
     fn hold(self: &Rc<Self>, blocks: u64) -> Option<Ticket> {
         let mut state = self.state.borrow_mut();
         let taken = state.used_blocks().saturating_add(state.room.held);
-        if taken.saturating_add(blocks) > self.ring.region.blocks {
+        if taken.saturating_add(blocks) + SPARE > self.ring.region.blocks {
             return None;
         }
         state.room.held += blocks;

@@ -10,3 +10,4 @@ mod machine;
 mod model;
 mod scripts;
 mod smoke;
+mod swarm;
