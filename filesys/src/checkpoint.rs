@@ -109,11 +109,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// As [`Self::checkpoint_now`]; `clean` says that it is the last one.
     pub(crate) async fn checkpoint_as(&self, clean: bool) -> Result<(), FsError> {
         self.check()?;
-        self.changed
-            .until(|| (!self.checkpointing.replace(true)).then_some(()))
-            .await;
-        let running = Checkpointing(self);
-        let done = self.checkpoint(clean).await;
+        let running = self.begin_checkpointing().await;
+        let done = self.checkpoint(clean, &[]).await;
         drop(running);
         if let Err(error) = &done {
             self.fail(error);
@@ -121,14 +118,34 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         done
     }
 
-    async fn checkpoint(&self, clean: bool) -> Result<(), FsError> {
+    /// A checkpoint after which these blocks of the metadata volume are free as well.
+    pub(crate) async fn checkpoint_freeing(&self, blocks: &[u64]) -> Result<(), FsError> {
+        self.check()?;
+        let running = self.begin_checkpointing().await;
+        let done = self.checkpoint(false, blocks).await;
+        drop(running);
+        done.map_err(|error| self.fail(&error))
+    }
+
+    /// No checkpoint runs while this is there.
+    pub(crate) async fn begin_checkpointing(&self) -> Checkpointing<'_, V, C> {
+        self.changed
+            .until(|| (!self.checkpointing.replace(true)).then_some(()))
+            .await;
+        Checkpointing(self)
+    }
+
+    async fn checkpoint(&self, clean: bool, free: &[u64]) -> Result<(), FsError> {
         let cut = self.cut().await?;
         self.commit(cut.position.group - 1).await?;
         self.flush_checked().await?;
         let mut dirty = Vec::new();
         collect(&cut.root.child, &mut dirty);
         let mut blocks = Vec::with_capacity(dirty.len());
-        if !self.space.allocate(dirty.len() as u64, &mut blocks) {
+        let count = dirty.len() as u64;
+        if !self.space.allocate(count, &mut blocks)
+            && !(self.space.break_holds() && self.space.allocate(count, &mut blocks))
+        {
             return Err(FsError::NoSpace {
                 what: "the metadata volume".into(),
                 remedy: "grow it",
@@ -137,6 +154,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         self.write_pages(&dirty, &blocks).await?;
         drop(dirty);
         self.space.free(&cut.freed).map_err(|error| self.fail(&error))?;
+        self.space.free(free).map_err(|error| self.fail(&error))?;
         let space = self.space.store().await.map_err(|error| self.fail(&error))?;
         self.meta.flush().await?;
         let sequence = self.superblock.borrow().sequence + 1;
@@ -335,7 +353,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         if self.has_many_dirty() && !self.checkpointing.get() {
             return Some(Work::Checkpoint);
         }
-        self.housekeeping.get().then_some(Work::Orphans)
+        (self.housekeeping.get() && self.quiet.get() == 0).then_some(Work::Orphans)
     }
 }
 
@@ -345,7 +363,8 @@ enum Work {
     End,
 }
 
-struct Checkpointing<'a, V, C>(&'a Core<V, C>);
+/// No other checkpoint runs.
+pub(crate) struct Checkpointing<'a, V, C>(&'a Core<V, C>);
 
 impl<V, C> Drop for Checkpointing<'_, V, C> {
     fn drop(&mut self) {

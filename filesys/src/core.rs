@@ -82,6 +82,10 @@ pub(crate) struct Core<V, C> {
     /// Grows when layers below others change their content.
     pub(crate) layers: Cell<u64>,
     pub(crate) unchecked: RefCell<Unchecked>,
+    /// Transactions that changed something.
+    pub(crate) changes: Cell<u64>,
+    /// How many want that nothing is done in the background.
+    pub(crate) quiet: Cell<u32>,
     events: RefCell<Vec<Event>>,
 }
 
@@ -133,6 +137,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             chains: Cell::new(0),
             layers: Cell::new(0),
             unchecked: RefCell::default(),
+            changes: Cell::new(0),
+            quiet: Cell::new(0),
             events: RefCell::default(),
         })
     }
@@ -239,7 +245,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let room = || self.space.free_count() > self.state.pages.dirtied() + reserve + 16;
         if !room() {
             self.checkpoint_now().await?;
-            if !room() {
+            if !room() && !(self.space.break_holds() && room()) {
                 return Err(FsError::NoSpace {
                     what: "the metadata volume".into(),
                     remedy: "grow it, or delete files",
@@ -290,6 +296,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             self.state.prepare(record)?;
         }
         self.check()?;
+        if !records.is_empty() {
+            self.changes.set(self.changes.get() + 1);
+        }
         let mut effects = Effects::default();
         let mut writer = Writer::default();
         for record in records {
@@ -480,6 +489,23 @@ impl<V, C> Drop for Loading<'_, V, C> {
     fn drop(&mut self) {
         self.core.loading.borrow_mut().remove(&self.block);
         self.core.changed.notify();
+    }
+}
+
+/// Nothing is done in the background while this is there.
+pub(crate) struct Quiet<'a, V, C>(&'a Core<V, C>);
+
+impl<'a, V, C> Quiet<'a, V, C> {
+    pub(crate) fn new(core: &'a Core<V, C>) -> Self {
+        core.quiet.set(core.quiet.get() + 1);
+        Self(core)
+    }
+}
+
+impl<V, C> Drop for Quiet<'_, V, C> {
+    fn drop(&mut self) {
+        self.0.quiet.set(self.0.quiet.get() - 1);
+        self.0.changed.notify();
     }
 }
 

@@ -16,6 +16,7 @@
 //!        metadata volume                       data volumes: only data
 //! ```
 
+mod check;
 mod checkpoint;
 mod checksum;
 mod core;
@@ -26,6 +27,7 @@ mod event;
 mod file;
 mod file_core;
 mod gate;
+mod harm;
 mod hash;
 mod inode;
 mod journal;
@@ -48,9 +50,12 @@ mod volume;
 mod volumes;
 mod wire;
 
+pub use check::{CheckOptions, Finding, Progress, Report, Severity};
 pub use error::FsError;
 pub use event::Event;
 pub use file::{Access, File};
+#[doc(hidden)]
+pub use harm::Harm;
 pub use inode::{Attributes, Kind, Target};
 pub use layers::Snapshot;
 pub use namespace::{DirectoryEntry, NewFile, Stat};

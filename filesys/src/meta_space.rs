@@ -17,6 +17,7 @@
 //! Each page tells that it is undamaged, of this file system, and in its place; the checksum in the superblock tells that all
 //! of them are of the right time, so that a lost write is noticed as well.
 
+mod hold;
 mod page;
 mod store;
 #[cfg(test)]
@@ -27,6 +28,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use block_io::IoError;
+
+pub(crate) use hold::Hold;
 
 use crate::superblock::layout::{BITS_PER_PAGE, COPIES, bitmap_pages, copy_place};
 use crate::superblock::{Layout, Region};
@@ -84,6 +87,8 @@ struct State {
     freed: Vec<u64>,
     /// Freed before the last store, whose superblock is not durable yet.
     stored: Vec<u64>,
+    /// Free, but kept for who still reads them: see [`hold`].
+    held: hold::Held,
     /// Per area and page, whether the place holds something else than `image`.
     differs: [Vec<bool>; 2],
     /// Where the next search begins.
@@ -181,6 +186,7 @@ impl State {
             free,
             freed: Vec::new(),
             stored: Vec::new(),
+            held: hold::Held::default(),
             differs,
             cursor: 0,
             current,
@@ -236,6 +242,14 @@ impl State {
         self.change(block, true);
         self.free -= 1;
         self.cursor = block + 1;
+    }
+
+    /// These may be handed out from now on.
+    fn hand_out(&mut self, blocks: &[u64]) {
+        for block in blocks {
+            set(&mut self.busy, *block, false);
+            self.free += 1;
+        }
     }
 
     fn change(&mut self, block: u64, value: bool) {
@@ -336,9 +350,11 @@ impl<V> MetaSpace<V> {
     /// The superblock that names the bitmap stored last is durable: what was freed before it was stored may be handed out.
     pub(crate) fn committed(&self) {
         let mut state = self.state.borrow_mut();
-        for block in std::mem::take(&mut state.stored) {
-            set(&mut state.busy, block, false);
-            state.free += 1;
+        let stored = std::mem::take(&mut state.stored);
+        if state.held.is_wanted() {
+            state.held.keep(stored);
+            return;
         }
+        state.hand_out(&stored);
     }
 }

@@ -3,6 +3,7 @@
 
 use crate::entry::Entry;
 use crate::inode::{Attributes, Inode, MAX_CLASS};
+use crate::tree::table::MAX_DATA;
 use crate::units::{FileId, MAX_NAME, VolumeIndex};
 use crate::wire::{Malformed, Reader, Writer};
 
@@ -91,6 +92,30 @@ pub(crate) enum Record {
     Unpin { pin: u64 },
     /// Checksums of this page of a volume are not to be trusted if there is a crash.
     Unchecked { volume: VolumeIndex, page: u32 },
+    /// Repair: an inode becomes this one.
+    MendInode { inode: Box<Inode> },
+    /// Repair: a file is among the orphans, or not.
+    MendOrphan { file: FileId, present: bool },
+    /// Repair: an item of a directory appears or goes.
+    MendName(NameMend),
+    /// Repair: clusters are marked in the bitmap of a volume, or not.
+    MendBits {
+        volume: VolumeIndex,
+        first: u64,
+        count: u32,
+        used: bool,
+    },
+    /// Repair: an object goes.
+    MendObject { object: u64 },
+}
+
+/// An item of a directory as it is, whatever it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NameMend {
+    pub(crate) directory: FileId,
+    pub(crate) key: u64,
+    pub(crate) data: Vec<u8>,
+    pub(crate) present: bool,
 }
 
 const MAP: u8 = 1;
@@ -114,6 +139,12 @@ const UNPIN: u8 = 18;
 const UNCHECKED: u8 = 19;
 /// The commonest one: one cluster, not moved.
 const ONE: u8 = 20;
+
+const MEND_INODE: u8 = 32;
+const MEND_ORPHAN: u8 = 33;
+const MEND_NAME: u8 = 34;
+const MEND_BITS: u8 = 35;
+const MEND_OBJECT: u8 = 36;
 
 /// Bytes of the largest record.
 pub(crate) const LARGEST: usize = 1400;
@@ -295,6 +326,37 @@ impl Record {
                 to.u16(volume.0);
                 to.u32(*page);
             }
+            Self::MendInode { inode } => {
+                to.u8(MEND_INODE);
+                inode.encode(to);
+            }
+            Self::MendOrphan { file, present } => {
+                of(MEND_ORPHAN, file);
+                to.u8((*present).into());
+            }
+            Self::MendName(name) => {
+                of(MEND_NAME, &name.directory);
+                to.u64(name.key);
+                to.u16(u16::try_from(name.data.len()).unwrap_or(0));
+                to.bytes(&name.data);
+                to.u8(name.present.into());
+            }
+            Self::MendBits {
+                volume,
+                first,
+                count,
+                used,
+            } => {
+                to.u8(MEND_BITS);
+                to.u16(volume.0);
+                to.u64(*first);
+                to.u32(*count);
+                to.u8((*used).into());
+            }
+            Self::MendObject { object } => {
+                to.u8(MEND_OBJECT);
+                to.u64(*object);
+            }
         }
     }
 
@@ -374,6 +436,32 @@ impl Record {
                 volume: VolumeIndex(from.u16()?),
                 page: from.u32()?,
             },
+            MEND_INODE => Self::MendInode {
+                inode: Box::new(Inode::decode(from)?),
+            },
+            MEND_ORPHAN => Self::MendOrphan {
+                file: of(from)?,
+                present: flag(from)?,
+            },
+            MEND_NAME => Self::MendName(NameMend {
+                directory: of(from)?,
+                key: from.u64()?,
+                data: {
+                    let length = usize::from(from.u16()?);
+                    if length > MAX_DATA {
+                        return Err(Malformed("an item that is too long"));
+                    }
+                    from.bytes(length)?.to_vec()
+                },
+                present: flag(from)?,
+            }),
+            MEND_BITS => Self::MendBits {
+                volume: VolumeIndex(from.u16()?),
+                first: from.u64()?,
+                count: from.u32()?,
+                used: flag(from)?,
+            },
+            MEND_OBJECT => Self::MendObject { object: from.u64()? },
             _ => return Err(Malformed("a record of an unknown kind")),
         })
     }

@@ -91,6 +91,11 @@ impl<V> State<V> {
                 self.objects.look(record.sums)?;
                 Ok(())
             }
+            Record::MendInode { .. }
+            | Record::MendOrphan { .. }
+            | Record::MendName(_)
+            | Record::MendBits { .. }
+            | Record::MendObject { .. } => self.prepare_mend(record),
             Record::Pin(PinRecord { pin, .. }) | Record::Unpin { pin } => Ok(self.pin_table.ensure(*pin)?),
             Record::Unchecked { volume, page } => {
                 let volume = self.volume(*volume)?;
@@ -169,6 +174,11 @@ impl<V> State<V> {
                 self.reap(&file, first, end, effects)
             }
             Record::Reaped { file } => self.reaped(*file),
+            Record::MendInode { .. }
+            | Record::MendOrphan { .. }
+            | Record::MendName(_)
+            | Record::MendBits { .. }
+            | Record::MendObject { .. } => self.mend(record),
             Record::Volume(record) => self.put_volume(record),
             Record::NoVolume { volume } => self.drop_volume(*volume),
             Record::Pin(pin) => {
@@ -371,9 +381,9 @@ impl<V> State<V> {
                 let device = self.device_of(record)?;
                 let volume = Rc::new(VolumeCore::blank(record.clone(), device));
                 self.volumes.borrow_mut().insert(record.index, volume);
-                self.note_id(record.bitmap.max(record.sums));
             }
         }
+        self.note_id(record.bitmap.max(record.sums));
         let mut writer = Writer::default();
         record.encode(&mut writer);
         let _one = self

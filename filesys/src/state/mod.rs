@@ -17,6 +17,7 @@
 
 mod apply;
 mod layers;
+mod mend;
 mod space;
 
 pub(crate) use apply::{clusters_of, entries_of};
@@ -39,10 +40,10 @@ use crate::volume::VolumeCore;
 use crate::wire::{Malformed, Reader, Writer};
 
 /// Objects with a fixed number.
-const INODES: u64 = 1;
-const VOLUMES: u64 = 2;
-const ORPHANS: u64 = 3;
-const PINS: u64 = 4;
+pub(crate) const INODES: u64 = 1;
+pub(crate) const VOLUMES: u64 = 2;
+pub(crate) const ORPHANS: u64 = 3;
+pub(crate) const PINS: u64 = 4;
 /// The root directory.
 pub(crate) const ROOT: FileId = FileId(16);
 /// The first number that is given to something new.
@@ -266,6 +267,11 @@ impl<V> State<V> {
         }
         self.next_id.set(id + 1);
         Ok(id)
+    }
+
+    /// For tests of the check alone.
+    pub(crate) fn set_next_id(&self, id: u64) {
+        self.next_id.set(id);
     }
 
     pub(crate) fn next_id(&self) -> u64 {

@@ -321,3 +321,18 @@ impl Pages {
         false
     }
 }
+
+impl Pages {
+    /// Blocks of the last checkpoint that the trees do not use any more. Not while a checkpoint runs.
+    pub(crate) fn left_blocks(&self) -> Vec<u64> {
+        let mut left = self.freed.borrow().clone();
+        let superseded = self.superseded.borrow();
+        left.extend(
+            superseded
+                .iter()
+                .filter_map(|node| node.ptr.get())
+                .map(|ptr| ptr.block),
+        );
+        left
+    }
+}
