@@ -238,6 +238,9 @@ impl State {
     }
 
     fn take(&mut self, block: u64) {
+        if self.held.is_wanted() {
+            self.held.note_taken(block);
+        }
         set(&mut self.busy, block, true);
         self.change(block, true);
         self.free -= 1;

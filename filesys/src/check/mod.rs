@@ -174,7 +174,7 @@ async fn superblocks<V: BlockDevice + 'static, C: Clock + Clone + 'static>(core:
     match superblock::open(&*core.meta).await {
         Ok(opened) => {
             let mut problems: Vec<String> = (0..)
-                .zip(opened.agreeing)
+                .zip(opened.holders.0)
                 .filter(|(_, agrees)| !agrees)
                 .map(|(copy, _): (u32, _)| format!("copy {copy} of 4 is not what the others are"))
                 .collect();

@@ -200,9 +200,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Check<'_, V, C> {
                 Child::Loaded(node) => {
                     if let Some(ptr) = node.ptr.get()
                         && walker.notes
-                        && self.page(walker, ptr).await?.is_none()
                     {
-                        continue;
+                        // It was dirty in the moment of the check, and may just be on its way to the volume.
+                        let is_new = self.view.hold.was_taken(ptr.block);
+                        if !is_new && self.page(walker, ptr).await?.is_none() {
+                            continue;
+                        }
                     }
                     node
                 }
@@ -267,7 +270,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Check<'_, V, C> {
             "is used twice; the second time it is left out"
         } else {
             // A page that was dirty may have got its block since.
-            if !is_set(&self.view.image, block) && !self.core.space.is_used(block) {
+            if !is_set(&self.view.image, block) && !self.view.hold.was_taken(block) {
                 self.findings.mendable(
                     Severity::Major,
                     &walker.name,

@@ -12,6 +12,8 @@ pub(super) struct Held {
     /// Counts how often all holds were broken.
     broken: u64,
     blocks: Vec<u64>,
+    /// Blocks that were handed out since the first of the holds began, as bits.
+    taken: Vec<u64>,
 }
 
 impl Held {
@@ -21,6 +23,17 @@ impl Held {
 
     pub(super) fn keep(&mut self, blocks: Vec<u64>) {
         self.blocks.extend(blocks);
+    }
+
+    pub(super) fn note_taken(&mut self, block: u64) {
+        super::set(&mut self.taken, block, true);
+    }
+
+    /// No hold is left. Gives what was held.
+    fn end(&mut self) -> Vec<u64> {
+        self.holders = 0;
+        self.taken = Vec::new();
+        std::mem::take(&mut self.blocks)
     }
 }
 
@@ -36,6 +49,11 @@ impl<V> Hold<'_, V> {
     pub(crate) fn lasts(&self) -> bool {
         self.space.state.borrow().held.broken == self.broken
     }
+
+    /// Whether a block may have been handed out since.
+    pub(crate) fn was_taken(&self, block: u64) -> bool {
+        !self.lasts() || super::is_set(&self.space.state.borrow().held.taken, block)
+    }
 }
 
 impl<V> Drop for Hold<'_, V> {
@@ -46,7 +64,7 @@ impl<V> Drop for Hold<'_, V> {
         let mut state = self.space.state.borrow_mut();
         state.held.holders -= 1;
         if state.held.holders == 0 {
-            let blocks = std::mem::take(&mut state.held.blocks);
+            let blocks = state.held.end();
             state.hand_out(&blocks);
         }
     }
@@ -56,6 +74,9 @@ impl<V> MetaSpace<V> {
     /// Keeps the blocks that are in use now.
     pub(crate) fn hold(&self) -> Hold<'_, V> {
         let mut state = self.state.borrow_mut();
+        if state.held.holders == 0 {
+            state.held.taken = vec![0; state.image.len()];
+        }
         state.held.holders += 1;
         Hold {
             space: self,
@@ -70,9 +91,8 @@ impl<V> MetaSpace<V> {
             return false;
         }
         block_io::cover!("metadata space: holds are broken");
-        state.held.holders = 0;
         state.held.broken += 1;
-        let blocks = std::mem::take(&mut state.held.blocks);
+        let blocks = state.held.end();
         state.hand_out(&blocks);
         !blocks.is_empty()
     }

@@ -89,7 +89,7 @@ impl<V> State<V> {
                 self.volume_table.ensure(volume.0.into())?;
                 self.objects.look(record.bitmap)?;
                 self.objects.look(record.sums)?;
-                Ok(())
+                Ok(self.volume(*volume)?.sums.ensure_inner()?)
             }
             Record::MendInode { .. }
             | Record::MendOrphan { .. }
@@ -398,7 +398,7 @@ impl<V> State<V> {
             return Err(Damage::new(index, "goes with clusters in use").into());
         }
         let record = volume.record();
-        self.pages.dropped(&volume.sums.to_root().child);
+        volume.sums.drop_pages(&self.pages);
         self.set_object(record.bitmap, None)?;
         self.set_object(record.sums, None)?;
         self.volume_table.remove(&self.pages, index.0.into(), |_| true)?;

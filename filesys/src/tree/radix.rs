@@ -425,6 +425,45 @@ impl Tree {
     }
 }
 
+impl Tree {
+    /// All inner pages are in memory, as [`Self::drop_pages`] needs them.
+    pub(crate) fn ensure_inner(&self) -> Result<(), Missing> {
+        self.inner(&self.root.borrow(), &|| Place::Root(Rc::clone(&self.root)))
+    }
+
+    fn inner(&self, child: &Child, place: &dyn Fn() -> Place) -> Result<(), Missing> {
+        match child {
+            Child::Media(ptr) if ptr.level > 0 => Err(Missing {
+                ptr: *ptr,
+                kind: self.kind,
+                place: place(),
+            }),
+            Child::Loaded(node) => match &*node.body.borrow() {
+                Body::Inner(children) => children.iter().enumerate().try_for_each(|(slot, child)| {
+                    self.inner(child, &|| Place::Inner(Rc::clone(node), slot))
+                }),
+                _ => Ok(()),
+            },
+            Child::Media(_) | Child::Empty | Child::Run(_) => Ok(()),
+        }
+    }
+
+    /// The tree is gone, with all its pages.
+    pub(crate) fn drop_pages(&self, pages: &Pages) {
+        let root = std::mem::replace(&mut *self.root.borrow_mut(), Child::Empty);
+        drop_child(pages, &root);
+    }
+}
+
+fn drop_child(pages: &Pages, child: &Child) {
+    if let Child::Loaded(node) = child
+        && let Body::Inner(children) = &*node.body.borrow()
+    {
+        children.iter().for_each(|child| drop_child(pages, child));
+    }
+    pages.dropped(child);
+}
+
 /// `change` looked at the whole path, so its leaf is there.
 #[cold]
 fn unreachable_leaf(tree: &Tree) -> Missing {

@@ -537,3 +537,71 @@ fn a_copy_of_the_superblock_that_differs_is_written_again() {
         fs.close().await.map_err(failed)
     });
 }
+
+#[test]
+fn nothing_is_left_of_a_volume_that_leaves() {
+    run(big(), async |sim| {
+        let fs = format(&sim, 2).await.map_err(failed)?;
+        let new = NewFile {
+            size: 16 << 20,
+            attributes: Some(Attributes {
+                checksums: true,
+                ..Attributes::default()
+            }),
+            now: 1,
+        };
+        fs.create("/sums", &new).await.map_err(failed)?;
+        let file = fs.open_file("/sums", Access::Write).await.map_err(failed)?;
+        for part in 0..8_u64 {
+            write(&file, part << 21, &pattern(0, 40 << 10, 1)).await.map_err(failed)?;
+        }
+        drop(file);
+        fs.checkpoint().await.map_err(failed)?;
+        fs.delete("/sums").await.map_err(failed)?;
+        fs.settle().await.map_err(failed)?;
+        fs.sync().await.map_err(failed)?;
+        fs.remove_volume([1; 16]).await.map_err(failed)?;
+        fs.checkpoint().await.map_err(failed)?;
+        clean(&check(&fs).await?)?;
+        fs.close().await.map_err(failed)
+    });
+}
+
+#[test]
+fn a_file_system_is_checked_while_it_is_used() {
+    run(big(), async |sim| {
+        let fs = everything(&sim).await?;
+        fs.create("/busy", &thin(20 << 20)).await.map_err(failed)?;
+        let done = std::rc::Rc::new(std::cell::Cell::new(false));
+        let (other, end) = (fs.clone(), std::rc::Rc::clone(&done));
+        sim.spawn("writer", async move {
+            let file = other.open_file("/busy", Access::Write).await.unwrap();
+            for round in 0..400_u64 {
+                let at = round.wrapping_mul(0x9e37_79b9) % 300 * 65536;
+                if round % 3 == 2 {
+                    file.discard(at, 65536).await.unwrap();
+                } else {
+                    write(&file, at, &pattern(at, 8192, 1)).await.unwrap();
+                }
+                let path = format!("/vm/old/n{}", round % 16);
+                if round % 32 < 16 {
+                    other.create(&path, &thin(1 << 20)).await.unwrap();
+                } else {
+                    other.delete(&path).await.unwrap();
+                }
+                if round % 7 == 0 {
+                    other.checkpoint().await.unwrap();
+                }
+            }
+            drop(file);
+            end.set(true);
+        });
+        let mut checks = 0;
+        while !done.get() {
+            clean(&check(&fs).await?)?;
+            checks += 1;
+        }
+        assert!(checks > 3, "{checks}");
+        fs.close().await.map_err(failed)
+    });
+}
