@@ -439,9 +439,10 @@ impl Tree {
                 place: place(),
             }),
             Child::Loaded(node) => match &*node.body.borrow() {
-                Body::Inner(children) => children.iter().enumerate().try_for_each(|(slot, child)| {
-                    self.inner(child, &|| Place::Inner(Rc::clone(node), slot))
-                }),
+                Body::Inner(children) => children
+                    .iter()
+                    .enumerate()
+                    .try_for_each(|(slot, child)| self.inner(child, &|| Place::Inner(Rc::clone(node), slot))),
                 _ => Ok(()),
             },
             Child::Media(_) | Child::Empty | Child::Run(_) => Ok(()),
