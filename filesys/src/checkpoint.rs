@@ -143,9 +143,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         collect(&cut.root.child, &mut dirty);
         let mut blocks = Vec::with_capacity(dirty.len());
         let count = dirty.len() as u64;
-        if !self.space.allocate(count, &mut blocks)
-            && !(self.space.break_holds() && self.space.allocate(count, &mut blocks))
-        {
+        let taken = self.space.allocate(count, &mut blocks)
+            || (self.space.break_holds() && self.space.allocate(count, &mut blocks));
+        if !taken {
             return Err(FsError::NoSpace {
                 what: "the metadata volume".into(),
                 remedy: "grow it",

@@ -245,7 +245,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let room = || self.space.free_count() > self.state.pages.dirtied() + reserve + 16;
         if !room() {
             self.checkpoint_now().await?;
-            if !room() && !(self.space.break_holds() && room()) {
+            let there_is = room() || (self.space.break_holds() && room());
+            if !there_is {
                 return Err(FsError::NoSpace {
                     what: "the metadata volume".into(),
                     remedy: "grow it, or delete files",

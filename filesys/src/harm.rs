@@ -44,6 +44,8 @@ pub enum Harm {
     Leak(u64),
     /// The root page of an object becomes unmarked.
     Unmark(u64),
+    /// The count kept for the root page of an object.
+    Count(u64, u16),
     /// Numbers begin here again.
     NextId(u64),
     /// An orphan pin or one of a file that is not frozen.
@@ -165,6 +167,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 {
                     let freed = self.space.free(&[ptr.block]);
                     debug_assert!(freed.is_ok());
+                }
+                Ok(())
+            }
+            Harm::Count(object, count) => {
+                let root = state.object(object)?;
+                if let Some(mut root) = root
+                    && let Child::Media(ptr) = &mut root.child
+                {
+                    ptr.aux = count;
+                    let volume = state.volumes.borrow().values().find_map(|volume| {
+                        (volume.record().bitmap == object).then(|| std::rc::Rc::clone(volume))
+                    });
+                    if let Some(volume) = volume {
+                        volume.bitmap.replace(&state.pages, 0, 0, root.child)?;
+                    }
                 }
                 Ok(())
             }

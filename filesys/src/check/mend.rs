@@ -7,7 +7,7 @@
 //! | a map has a cluster that is not marked | the mark comes, if no other map has it |
 //! | a metadata block is marked and not reached | it is free after the checkpoint, if everything could be read |
 //! | a metadata page is not marked | the mark comes |
-//! | numbers of clusters, names, children | counted anew |
+//! | numbers of clusters, names, children, clear bits | counted anew |
 //! | a list of children is broken | made anew from who has the parent |
 //! | a parent is not frozen | it is frozen |
 //! | an orphan has no entry, or the entry no orphan | the entry comes or goes |
@@ -93,6 +93,8 @@ pub(super) enum Mend {
     Orphan(FileId, bool),
     Name(NameMend),
     Bits(VolumeIndex, u64, u64, bool),
+    /// The page of a bitmap with this cluster is written anew, with its count.
+    Recount(VolumeIndex, u64),
     DropObject(u64),
     /// Into `/lost+found`; whether it has a name that goes.
     Lost(FileId, bool),
@@ -107,6 +109,7 @@ struct Plan {
     edits: BTreeMap<FileId, Vec<Edit>>,
     lost: Vec<(FileId, bool)>,
     used: Vec<u64>,
+    recount: Vec<(VolumeIndex, u64)>,
     free: Vec<u64>,
     count: u64,
 }
@@ -143,6 +146,7 @@ impl Plan {
                     at += some;
                 }
             }
+            Mend::Recount(volume, cluster) => self.recount.push((volume, cluster)),
             Mend::DropObject(object) => self.records.push(Record::MendObject { object }),
             Mend::Lost(file, has_name) => self.lost.push((file, has_name)),
             Mend::UseBlock(block) => self.used.push(block),
@@ -162,6 +166,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let plan = Plan::new(mends);
         for block in &plan.used {
             self.space.mark_used(*block);
+        }
+        for (volume, cluster) in &plan.recount {
+            self.look(|state| Ok(state.volume(*volume)?.bitmap.rewrite(&state.pages, *cluster)?))
+                .await?;
         }
         let mut changes = changes;
         for records in plan.records.chunks(AT_ONCE) {

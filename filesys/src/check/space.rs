@@ -132,6 +132,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Check<'_, V, C> {
 
     async fn bitmap(&mut self, index: VolumeIndex, root: &Root, name: &str) -> Result<(), FsError> {
         let mut walker = Walker::new(root, format!("the bitmap of {name}"));
+        walker.volume = Some(index);
         let mut marked = Joined {
             most: 100_000,
             ..Joined::default()

@@ -21,7 +21,7 @@ use crate::file::whole;
 use crate::meta_space::Hold;
 use crate::tree::codec::{self, Kind, PAGE};
 use crate::tree::node::{Body, Child, Node, Ptr, Root};
-use crate::units::SUB_CLUSTER;
+use crate::units::{SUB_CLUSTER, VolumeIndex};
 
 /// What is walked.
 pub(super) struct View<'a, V> {
@@ -110,6 +110,8 @@ pub(super) struct Walker {
     stack: Vec<Frame>,
     /// Pages are noted as belonging to this tree. Not so when a tree is walked for the second time.
     pub(super) notes: bool,
+    /// Whose bitmap it is.
+    pub(super) volume: Option<VolumeIndex>,
     /// Something could not be read, so the walk did not see everything.
     pub(super) broken: bool,
 }
@@ -145,6 +147,7 @@ impl Walker {
                 last,
             }],
             notes: true,
+            volume: None,
             broken: false,
         }
     }
@@ -193,7 +196,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Check<'_, V, C> {
                     let count = elements(walker.kind, level);
                     return Ok(Some(Piece::Run { start, count, entry }));
                 }
-                Child::Media(ptr) => match self.page(walker, ptr).await? {
+                Child::Media(ptr) => match self.page(walker, ptr, start).await? {
                     Some(node) => Rc::new(node),
                     None => continue,
                 },
@@ -203,7 +206,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Check<'_, V, C> {
                     {
                         // It was dirty in the moment of the check, and may just be on its way to the volume.
                         let is_new = self.view.hold.was_taken(ptr.block);
-                        if !is_new && self.page(walker, ptr).await?.is_none() {
+                        if !is_new && self.page(walker, ptr, start).await?.is_none() {
                             continue;
                         }
                     }
@@ -219,7 +222,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Check<'_, V, C> {
     }
 
     /// Reads a page and verifies that it is the one that its parent means. None: it is not, and that is a finding.
-    async fn page(&mut self, walker: &mut Walker, ptr: Ptr) -> Result<Option<Node>, FsError> {
+    async fn page(&mut self, walker: &mut Walker, ptr: Ptr, start: u64) -> Result<Option<Node>, FsError> {
         self.view.lasts()?;
         if walker.notes && !self.note(walker, ptr.block) {
             walker.broken = true;
@@ -251,7 +254,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Check<'_, V, C> {
         if walker.notes {
             self.progress.pages += 1;
             self.tell();
-            self.verify_count(walker, ptr, &node);
+            self.verify_count(walker, ptr, start, &node);
         }
         Ok(Some(node))
     }
@@ -290,7 +293,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Check<'_, V, C> {
     }
 
     /// What the parent keeps of a leaf is what the leaf has.
-    fn verify_count(&mut self, walker: &Walker, ptr: Ptr, node: &Node) {
+    fn verify_count(&mut self, walker: &Walker, ptr: Ptr, start: u64, node: &Node) {
         if node.level > 0 {
             if ptr.aux != 0 {
                 self.findings
@@ -300,14 +303,18 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Check<'_, V, C> {
         }
         let count = codec::aux_of(&node.body.borrow());
         if count != ptr.aux {
-            self.findings.add(
-                Severity::Minor,
-                &walker.name,
-                format!(
-                    "the count kept for its page in block {} is {}, and should be {count}",
-                    ptr.block, ptr.aux
-                ),
+            let problem = format!(
+                "the count kept for its page in block {} is {}, and should be {count}",
+                ptr.block, ptr.aux
             );
+            match walker.volume {
+                Some(volume) => {
+                    let mend = Mend::Recount(volume, start);
+                    self.findings
+                        .mendable(Severity::Major, &walker.name, problem, [mend]);
+                }
+                None => self.findings.add(Severity::Minor, &walker.name, problem),
+            }
         }
     }
 }

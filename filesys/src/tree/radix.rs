@@ -449,6 +449,14 @@ impl Tree {
         }
     }
 
+    /// The leaf with this element is written by the next checkpoint, as it is.
+    pub(crate) fn rewrite(&self, pages: &Pages, index: u64) -> Result<(), Missing> {
+        match self.look(index)? {
+            Look::Leaf(_) => self.change(pages, index, |_| ()),
+            Look::Empty | Look::Run(_) => Ok(()),
+        }
+    }
+
     /// The tree is gone, with all its pages.
     pub(crate) fn drop_pages(&self, pages: &Pages) {
         let root = std::mem::replace(&mut *self.root.borrow_mut(), Child::Empty);

@@ -248,6 +248,15 @@ fn a_cluster_of_a_file_that_is_not_marked_is_marked() {
 }
 
 #[test]
+fn a_count_of_clear_bits_that_is_wrong_is_counted_anew() {
+    // The objects of the first volume have the first two numbers.
+    mended(
+        |_| vec![Harm::Count(17, 99)],
+        &["bitmap of volume v1", "is 99, and should be"],
+    );
+}
+
+#[test]
 fn two_owners_of_a_cluster_are_both_named_and_nothing_is_guessed() {
     reported(
         |ids| vec![Harm::Entry(ids.sums, 5, VolumeIndex(0), 0)],
