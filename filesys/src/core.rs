@@ -22,7 +22,7 @@ use crate::epochs::Epochs;
 use crate::error::{FsError, Refusal};
 use crate::event::Event;
 use crate::file::whole;
-use crate::file_core::{Chain, FileCore};
+use crate::file_core::{Chain, FileCore, MOST_LAYERS};
 use crate::gate::{self, Boxed, Signal};
 use crate::journal::{Journal, JournalError, Ticket};
 use crate::meta_space::MetaSpace;
@@ -452,7 +452,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     pub(crate) fn chain(&self, file: FileId) -> Result<Chain, Stop> {
         let mut chain: Vec<Rc<FileCore>> = vec![self.state.file(file)?];
         while let Some(parent) = chain.last().and_then(|file| file.parent()) {
-            if chain.len() > 10_000 {
+            if chain.len() >= MOST_LAYERS {
                 return Err(Damage::new(file, "has itself among its parents").into());
             }
             chain.push(self.state.file(parent)?);

@@ -12,6 +12,9 @@ use crate::tree::radix::Tree;
 use crate::tree::table::Table;
 use crate::units::{FileId, Location, VolumeIndex};
 
+/// Files in a chain, at most. Only in a damaged file system there are more.
+pub(crate) const MOST_LAYERS: usize = 10_000;
+
 /// What an inode's object holds.
 #[derive(Debug)]
 pub(crate) enum Content {

@@ -13,7 +13,8 @@
 //! A parent that is deleted while it has children loses its name and waits ([`Flags::UNLINKED`]) until one child is left, which then
 //! absorbs it.
 
-use crate::units::{FileId, MAX_FILE, MAX_NAME, VolumeIndex};
+use crate::meta_io::MOST;
+use crate::units::{CLUSTER, FileId, MAX_FILE, MAX_ID, MAX_NAME, VolumeIndex};
 use crate::wire::{Malformed, Reader, Writer};
 
 /// The longest name of a storage class.
@@ -107,6 +108,9 @@ pub(crate) struct Inode {
     /// Clusters that its map has places for.
     pub(crate) allocated: u64,
 }
+
+/// Most children of a parent.
+const MOST_CHILDREN: u32 = u32::MAX / 2;
 
 const FILE: u8 = 1;
 const DIRECTORY: u8 = 2;
@@ -242,11 +246,29 @@ impl Inode {
             placement: from.u64()?,
             allocated: from.u64()?,
         };
-        if kind == Kind::File && inode.size > MAX_FILE {
-            return Err(Malformed("a file larger than can be"));
-        }
-        Ok(inode)
+        inode.is_possible().map(|()| inode)
     }
+
+    /// Bounds of numbers, so that counting on from them never overflows.
+    fn is_possible(&self) -> Result<(), Malformed> {
+        let links = [self.parent, self.first_child, self.next_sibling, self.previous_sibling];
+        let ids = links.into_iter().flatten().chain([self.id, self.directory]);
+        if ids.into_iter().any(|id| id.0 >= MAX_ID) {
+            return Err(Malformed("an inode with a number that is too large"));
+        }
+        let too_large = match self.kind {
+            Kind::File => self.size > MAX_FILE || !self.size.is_multiple_of(512),
+            Kind::Directory => self.size >= MAX_ID,
+        };
+        if too_large || self.allocated > MAX_FILE / CLUSTER {
+            return Err(Malformed("an inode of a size that cannot be"));
+        }
+        if self.placement >= MOST || self.children > MOST_CHILDREN {
+            return Err(Malformed("an inode with counts that cannot be"));
+        }
+        Ok(())
+    }
+
 
     /// The inode as an item of the table of inodes.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {

@@ -12,7 +12,7 @@ use crate::file_core::{Chain, FileCore, Kept};
 use crate::inode::{Attributes, Flags, Inode, Kind};
 use crate::open::FileSystem;
 use crate::record::{LARGEST, Record};
-use crate::state::{ROOT, read_name};
+use crate::state::{Damage, ROOT, read_name};
 use crate::tree::node::FANOUT;
 use crate::units::{CLUSTER, FileId, MAX_FILE, MAX_NAME, SUB_CLUSTER, SUBS};
 
@@ -431,6 +431,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                     (inode.name.clone(), inode.directory)
                 };
                 names.push(name);
+                check_depth(&at, names.len())?;
                 at = state.file(directory)?;
             }
             names.reverse();
@@ -611,7 +612,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
 
     fn check_not_above(&self, from: &str, file: &FileCore, directory: &Rc<FileCore>) -> Result<(), Refusal> {
         let mut at = Rc::clone(directory);
-        loop {
+        for depth in 0.. {
+            check_depth(&at, depth)?;
             if at.id == file.id {
                 return Err(FsError::Path {
                     path: from.to_owned(),
@@ -625,6 +627,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             let above = at.inode.borrow().directory;
             at = self.state.file(above)?;
         }
+        Ok(())
     }
 }
 
@@ -652,6 +655,16 @@ fn reaped(file: &FileCore, first: u64, last: u64) -> impl Iterator<Item = Record
         first: u32::try_from(first).unwrap_or(u32::MAX),
         count: u32::try_from((last - first).min(STEP as u64)).unwrap_or(u32::MAX),
     })
+}
+
+/// Directories in directories, at most, on the way up from one. Only in a damaged file system there are more.
+const MOST_DEPTH: usize = 65_536;
+
+fn check_depth(at: &FileCore, depth: usize) -> Result<(), Damage> {
+    if depth < MOST_DEPTH {
+        return Ok(());
+    }
+    Err(Damage::new(at.id, "lies within itself"))
 }
 
 pub(crate) fn check_size(path: &str, size: u64) -> Result<(), FsError> {

@@ -4,7 +4,7 @@
 use crate::entry::Entry;
 use crate::inode::{Attributes, Inode, MAX_CLASS};
 use crate::tree::table::MAX_DATA;
-use crate::units::{FileId, MAX_NAME, VolumeIndex};
+use crate::units::{FileId, MAX_ID, MAX_NAME, MAX_VOLUMES, VolumeIndex};
 use crate::wire::{Malformed, Reader, Writer};
 
 /// What is known of a volume.
@@ -146,6 +146,11 @@ const MEND_NAME: u8 = 34;
 const MEND_BITS: u8 = 35;
 const MEND_OBJECT: u8 = 36;
 
+/// Clusters that one record changes, at most.
+const MOST_CLUSTERS: u32 = 1 << 16;
+/// Sub-clusters that one record clears, at most.
+const MOST_SUBS: u64 = 1 << 20;
+
 /// Bytes of the largest record.
 pub(crate) const LARGEST: usize = 1400;
 /// Bytes of [`Record::Map`].
@@ -177,6 +182,13 @@ impl VolumeRecord {
         if record.clusters >= crate::units::MAX_CLUSTERS {
             return Err(Malformed("a volume larger than can be"));
         }
+        let objects = [record.bitmap, record.sums];
+        if usize::from(record.index.0) >= MAX_VOLUMES
+            || record.bitmap == record.sums
+            || objects.iter().any(|object| *object >= MAX_ID)
+        {
+            return Err(Malformed("a volume with impossible numbers"));
+        }
         Ok(record)
     }
 }
@@ -190,11 +202,24 @@ impl PinRecord {
 
     pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, Malformed> {
         Ok(Self {
-            pin: from.u64()?,
-            file: FileId(from.u64()?),
+            pin: id(from)?,
+            file: FileId(id(from)?),
             until: from.u64()?,
         })
     }
+}
+
+fn id(from: &mut Reader<'_>) -> Result<u64, Malformed> {
+    Some(from.u64()?)
+        .filter(|id| *id < MAX_ID)
+        .ok_or(Malformed("a number that is too large"))
+}
+
+/// A count that a record can have, so that no record takes long.
+fn at_most<T: PartialOrd>(count: T, most: T) -> Result<T, Malformed> {
+    Some(count)
+        .filter(|count| *count <= most)
+        .ok_or(Malformed("a record that is larger than can be"))
 }
 
 fn flag(from: &mut Reader<'_>) -> Result<bool, Malformed> {
@@ -363,7 +388,7 @@ impl Record {
     /// Takes one.
     pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, Malformed> {
         let code = from.u8()?;
-        let of = |from: &mut Reader<'_>| from.u64().map(FileId);
+        let of = |from: &mut Reader<'_>| id(from).map(FileId);
         Ok(match code {
             ONE => Self::Map {
                 file: of(from)?,
@@ -375,14 +400,14 @@ impl Record {
             MAP => Self::Map {
                 file: of(from)?,
                 first: from.u32()?,
-                count: from.u32()?,
+                count: at_most(from.u32()?, MOST_CLUSTERS)?,
                 entry: entry(from)?,
                 moved: flag(from)?,
             },
             CLEAR => Self::Clear {
                 file: of(from)?,
                 first: from.u64()?,
-                count: from.u64()?,
+                count: at_most(from.u64()?, MOST_SUBS)?,
                 zero: flag(from)?,
             },
             CREATE => Self::Create {
@@ -423,7 +448,7 @@ impl Record {
             REAP => Self::Reap {
                 file: of(from)?,
                 first: from.u32()?,
-                count: from.u32()?,
+                count: at_most(from.u32()?, MOST_CLUSTERS)?,
             },
             REAPED => Self::Reaped { file: of(from)? },
             VOLUME => Self::Volume(VolumeRecord::decode(from)?),
@@ -431,7 +456,7 @@ impl Record {
                 volume: VolumeIndex(from.u16()?),
             },
             PIN => Self::Pin(PinRecord::decode(from)?),
-            UNPIN => Self::Unpin { pin: from.u64()? },
+            UNPIN => Self::Unpin { pin: id(from)? },
             UNCHECKED => Self::Unchecked {
                 volume: VolumeIndex(from.u16()?),
                 page: from.u32()?,
@@ -461,7 +486,7 @@ impl Record {
                 count: from.u32()?,
                 used: flag(from)?,
             },
-            MEND_OBJECT => Self::MendObject { object: from.u64()? },
+            MEND_OBJECT => Self::MendObject { object: id(from)? },
             _ => return Err(Malformed("a record of an unknown kind")),
         })
     }

@@ -17,6 +17,9 @@ pub const MAX_VOLUMES: usize = 4096;
 /// Clusters of a volume are numbered with 40 bits.
 pub(crate) const MAX_CLUSTERS: u64 = 1 << 40;
 
+/// Numbers of files and of other objects are below this.
+pub(crate) const MAX_ID: u64 = 1 << 40;
+
 /// Identifies a file or directory, for ever: numbers are not used again. Below 2^40.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId(pub u64);

@@ -201,7 +201,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
     }
 }
 
-fn find<V>(state: &State<V>, uuid: [u8; 16]) -> Result<Rc<VolumeCore<V>>, Refusal> {
+fn find<V: BlockDevice>(state: &State<V>, uuid: [u8; 16]) -> Result<Rc<VolumeCore<V>>, Refusal> {
     let volumes = state.volumes.borrow();
     let found = volumes
         .values()

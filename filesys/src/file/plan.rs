@@ -182,7 +182,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
     }
 }
 
-fn push_mixed<V>(
+fn push_mixed<V: BlockDevice>(
     state: &State<V>,
     pieces: &mut Vec<Piece<V>>,
     owners: &Owners,
@@ -204,7 +204,7 @@ fn push_mixed<V>(
 }
 
 /// Bytes `start..end` of a cluster, joined with what is before if they follow it.
-fn push<V>(
+fn push<V: BlockDevice>(
     state: &State<V>,
     pieces: &mut Vec<Piece<V>>,
     owner: Option<(Location, bool)>,

@@ -2,6 +2,8 @@
 
 use std::rc::Rc;
 
+use block_io::BlockDevice;
+
 use super::{Damage, Effects, Missing, State, Stop, inode_key, write_name};
 use crate::entry::Entry;
 use crate::file_core::FileCore;
@@ -19,7 +21,7 @@ const PAGE: u64 = FANOUT as u64;
 /// Clusters of the largest file.
 const MAX_CLUSTERS: u64 = MAX_FILE / crate::units::CLUSTER;
 
-impl<V> State<V> {
+impl<V: BlockDevice> State<V> {
     /// Looks at everything that [`Self::apply`] needs for this record.
     pub(crate) fn prepare(&self, record: &Record) -> Result<(), Stop> {
         match record {
@@ -437,7 +439,7 @@ pub(super) fn check_range(file: FileId, first: u64, end: u64) -> Result<(), Dama
 }
 
 /// Puts entries as a whole leaf: a page only if they are not uniform.
-pub(super) fn leaf_child<V>(state: &State<V>, entries: &[Entry; FANOUT]) -> Child {
+pub(super) fn leaf_child<V: BlockDevice>(state: &State<V>, entries: &[Entry; FANOUT]) -> Child {
     let first = entries[0];
     if (0_u64..)
         .zip(entries)

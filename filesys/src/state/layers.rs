@@ -2,6 +2,8 @@
 
 use std::rc::Rc;
 
+use block_io::BlockDevice;
+
 use super::apply::{MAP_PAGE, entries_of, leaf_child};
 use super::{Damage, Effects, State, Stop, inode_key};
 use crate::entry::Entry;
@@ -10,7 +12,7 @@ use crate::inode::{Flags, Kind};
 use crate::tree::node::Child;
 use crate::units::{FileId, SubMask};
 
-impl<V> State<V> {
+impl<V: BlockDevice> State<V> {
     /// A file and the child that absorbs it.
     pub(crate) fn absorption(&self, parent: FileId) -> Result<(Rc<FileCore>, Rc<FileCore>), Stop> {
         let parent = self.file(parent)?;
@@ -90,12 +92,13 @@ impl<V> State<V> {
             return self.prepare_forget(id);
         }
         let mut file = file;
-        loop {
+        for _ in 0..crate::file_core::MOST_LAYERS {
             self.prepare_disown(&file)?;
             let parent = file.inode.borrow().parent;
             let Some(parent) = parent else { return Ok(()) };
             file = self.file(parent)?;
         }
+        Err(Damage::new(id, "has itself among its parents").into())
     }
 
     pub(super) fn unlink(&self, id: FileId, effects: &mut Effects) -> Result<(), Stop> {

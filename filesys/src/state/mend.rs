@@ -1,5 +1,7 @@
 //! Records of the repair: each makes one thing what it should be, whatever it was. `check/mend.rs` says which one mends what.
 
+use block_io::BlockDevice;
+
 use super::{Damage, State, Stop, inode_key};
 use crate::file_core::FileCore;
 use crate::inode::Kind;
@@ -7,7 +9,7 @@ use crate::record::{NameMend, Record};
 use crate::tree::node::BITS;
 use crate::units::MAX_CLUSTERS;
 
-impl<V> State<V> {
+impl<V: BlockDevice> State<V> {
     pub(super) fn prepare_mend(&self, record: &Record) -> Result<(), Stop> {
         match record {
             Record::MendInode { inode } => {

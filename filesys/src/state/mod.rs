@@ -27,6 +27,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use block_io::BlockDevice;
+
 use crate::file_core::FileCore;
 use crate::hash::siphash;
 use crate::inode::{Inode, Kind};
@@ -35,7 +37,7 @@ use crate::tree::codec::Kind as TreeKind;
 use crate::tree::node::{Body, FANOUT, Missing, Pages, Root};
 use crate::tree::radix::{Look, Tree};
 use crate::tree::table::Table;
-use crate::units::{FileId, Location, VolumeIndex};
+use crate::units::{CLUSTER, FileId, Location, MAX_ID, VolumeIndex};
 use crate::volume::VolumeCore;
 use crate::wire::{Malformed, Reader, Writer};
 
@@ -48,8 +50,6 @@ pub(crate) const PINS: u64 = 4;
 pub(crate) const ROOT: FileId = FileId(16);
 /// The first number that is given to something new.
 const FIRST: u64 = 17;
-/// Numbers of objects are below this.
-const MAX_ID: u64 = 1 << 40;
 
 /// Metadata contradict each other, or are not what they should be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -138,7 +138,7 @@ pub(crate) fn inode_key(id: FileId) -> u64 {
     id.0.swap_bytes()
 }
 
-impl<V> State<V> {
+impl<V: BlockDevice> State<V> {
     /// An empty file system.
     pub(crate) fn blank(seed: u64, given: BTreeMap<[u8; 16], Rc<V>>) -> Self {
         let state = Self::from_roots(Tree::new(TreeKind::Objects), |_| None, FIRST, seed, given);
@@ -219,10 +219,14 @@ impl<V> State<V> {
             return Ok(());
         }
         let tree = |id, kind| -> Result<Tree, Stop> {
-            Ok(self
-                .object(id)?
-                .filter(|root| root.kind == kind)
-                .map_or_else(|| Tree::new(kind), Tree::from_root))
+            match self.object(id)? {
+                Some(root) if root.kind == kind => Ok(Tree::from_root(root)),
+                // Taken for an empty one, everything on the volume would be free.
+                _ => {
+                    let problem = format!("object {id}, its bitmap or its checksums, is missing or another kind");
+                    Err(Damage::new(format!("volume {}", record.name), problem).into())
+                }
+            }
         };
         let bitmap = tree(record.bitmap, TreeKind::Bits)?;
         let sums = tree(record.sums, TreeKind::Sums)?;
@@ -234,13 +238,23 @@ impl<V> State<V> {
     }
 
     fn device_of(&self, record: &VolumeRecord) -> Result<Rc<V>, Damage> {
+        let damage = |problem| Damage::new(format!("volume {}", record.name), problem);
+        let volumes = self.volumes.borrow();
+        if volumes
+            .values()
+            .any(|known| known.record().uuid == record.uuid && known.index != record.index)
+        {
+            return Err(damage("is in the file system twice"));
+        }
         let device = self.given.borrow().get(&record.uuid).map(Rc::clone);
-        device.ok_or_else(|| {
-            Damage::new(
-                format!("volume {}", record.name),
-                "is part of the file system and was not given: open with all its volumes",
-            )
-        })
+        let device = device
+            .ok_or_else(|| damage("is part of the file system and was not given: open with all its volumes"))?;
+        if record.clusters > device.size() / CLUSTER {
+            return Err(damage(
+                "is smaller than what the file system uses of it: make it as large as it was",
+            ));
+        }
+        Ok(device)
     }
 
     /// The slot of an object.
@@ -293,7 +307,16 @@ impl<V> State<V> {
         if inode.id != id {
             return Err(Damage::new(id, "its inode is another file's").into());
         }
-        let file = Rc::new(FileCore::new(inode, self.object(id.0)?));
+        let root = self.object(id.0)?;
+        let wanted = match inode.kind {
+            Kind::File => TreeKind::Map,
+            Kind::Directory => TreeKind::Table,
+        };
+        // Taken for an empty one, what it has would be lost without a word.
+        if root.as_ref().is_none_or(|root| root.kind != wanted) {
+            return Err(Damage::new(id, "its map or its names are missing or another kind").into());
+        }
+        let file = Rc::new(FileCore::new(inode, root));
         self.files.borrow_mut().insert(id, Rc::clone(&file));
         Ok(file)
     }
@@ -382,7 +405,7 @@ impl<V> State<V> {
     }
 
     /// Numbers of orphans.
-    pub(crate) fn orphan_ids(&self) -> Result<Vec<FileId>, Missing> {
+    pub(crate) fn orphan_ids(&self) -> Result<Vec<FileId>, Stop> {
         let mut ids = Vec::new();
         let mut from = Some(0);
         while let Some(key) = from {

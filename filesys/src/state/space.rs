@@ -2,6 +2,8 @@
 
 use std::rc::Rc;
 
+use block_io::BlockDevice;
+
 use super::apply::{MAP_PAGE, check_range, clusters_of, entries_of, leaf_child};
 use super::{Damage, Effects, State, Stop};
 use crate::entry::Entry;
@@ -10,7 +12,7 @@ use crate::tree::node::{Body, Child};
 use crate::units::{FileId, Location, SUBS};
 use crate::volume::VolumeCore;
 
-impl<V> State<V> {
+impl<V: BlockDevice> State<V> {
     /// Looks at the bit of a place.
     pub(super) fn prepare_place(&self, at: Location) -> Result<(), Stop> {
         Ok(self.volume(at.volume)?.ensure(at.cluster)?)

@@ -40,6 +40,17 @@ impl Kind {
         }
     }
 
+    /// The highest level that a root can have: enough for all numbers that this kind of tree is asked for.
+    fn most_level(self) -> u8 {
+        match self {
+            // 2^30 clusters of a file; 2^40 clusters of a volume; 2^40 objects; 2^44 sub-clusters; keys of eight bytes.
+            Self::Map => 3,
+            Self::Bits | Self::Objects => 4,
+            Self::Sums => 5,
+            Self::Table => MAX_LEVEL,
+        }
+    }
+
     fn from_code(code: u8) -> Option<Self> {
         [Self::Map, Self::Bits, Self::Sums, Self::Table, Self::Objects]
             .into_iter()
@@ -90,7 +101,7 @@ fn decode_slot(slot: &[u8; SLOT], kind: Kind) -> Result<(Child, u8), &'static st
         u32::from_le_bytes(*word),
         u64::from_le_bytes(*long),
     );
-    if *level > MAX_LEVEL {
+    if *level > kind.most_level() {
         return Err("a slot's level is too high");
     }
     let child = match *code & 0xf {
@@ -131,6 +142,10 @@ pub(crate) fn decode_root(slot: &[u8; SLOT]) -> Result<Option<Root>, &'static st
     }
     let kind = Kind::from_code(code).ok_or("an object of an unknown kind")?;
     let (child, level) = decode_slot(slot, kind)?;
+    // Inner pages of tables take the bits of keys from the first on.
+    if kind == Kind::Table && !(level == 0 || level == MAX_LEVEL) {
+        return Err("a table of an impossible level");
+    }
     Ok(Some(Root { child, level, kind }))
 }
 
@@ -212,11 +227,15 @@ fn decode_inner(level: u8, kind: Kind, page: &[u8]) -> Result<Body, &'static str
     if let Body::Inner(children) = &mut body {
         for (child, slot) in children.iter_mut().zip(page.as_chunks::<SLOT>().0) {
             let (decoded, below) = decode_slot(slot, kind)?;
-            let right = below + 1 == level || (kind == Kind::Table && below < level);
+            let right = below + 1 == level || (kind == Kind::Table && below == 0);
             if !right || slot[0] >> 4 != 0 {
                 return Err("a child of a wrong level");
             }
             *child = decoded;
+        }
+        // Such a page is never written. With them, a few pages could pretend to be a tree that nobody gets to the end of.
+        if children.iter().all(Child::is_empty) {
+            return Err("a page without children");
         }
     }
     Ok(body)
@@ -229,6 +248,9 @@ fn decode_leaf(kind: Kind, page: &[u8]) -> Result<Body, &'static str> {
             for (entry, bytes) in entries.iter_mut().zip(page.as_chunks::<SLOT>().0) {
                 *entry = Entry::from_bytes(bytes).ok_or("an entry is none")?;
             }
+            if entries.iter().all(|entry| entry.is_hole()) {
+                return Err("a page of holes");
+            }
         }
         Body::Bits(words) => {
             for (word, bytes) in words.iter_mut().zip(page.as_chunks::<8>().0) {
@@ -240,7 +262,12 @@ fn decode_leaf(kind: Kind, page: &[u8]) -> Result<Body, &'static str> {
                 *sum = u32::from_le_bytes(*bytes);
             }
         }
-        Body::Table(items) => *items = table::decode(page)?,
+        Body::Table(items) => {
+            *items = table::decode(page)?;
+            if items.is_empty() {
+                return Err("a page without items");
+            }
+        }
         Body::Objects(roots) => {
             for (root, slot) in roots.iter_mut().zip(page.as_chunks::<SLOT>().0) {
                 *root = decode_root(slot)?;

@@ -16,6 +16,8 @@ use super::codec::{Kind, MAX_LEVEL};
 use super::node::{Body, Child, FANOUT, Missing, Node, Pages, Place, Root};
 use crate::entry::Entry;
 
+/// Elements are numbered below this.
+const MOST_ELEMENTS: u64 = 1 << 44;
 /// Bits of a child's number within an inner page.
 const STEP: u32 = 8;
 
@@ -282,6 +284,7 @@ impl Tree {
 
     /// Makes the tree high enough for an element.
     fn grow(&self, pages: &Pages, index: u64) {
+        debug_assert!(index < MOST_ELEMENTS, "numbers on media are bounded when they are read");
         while !self.reaches(index) && self.level.get() < MAX_LEVEL {
             let level = self.level.get() + 1;
             let mut root = self.root.borrow_mut();

@@ -16,6 +16,7 @@ use std::rc::Rc;
 
 use super::codec::{Kind, PAGE};
 use super::node::{Body, Child, FANOUT, Missing, Node, Pages, Place, Root};
+use crate::state::{Damage, Stop};
 
 /// Bytes of an item beside its data.
 const ITEM_HEADER: usize = 10;
@@ -165,11 +166,14 @@ impl Table {
 
     /// Items in order of their keys from `from` on: those of one leaf at least, and all with the same key together. With the key from
     /// which to go on.
-    pub(crate) fn scan(&self, from: u64) -> Result<(Vec<Item>, Option<u64>), Missing> {
+    ///
+    /// # Errors
+    /// A page is missing, or one is in a place where its keys do not belong.
+    pub(crate) fn scan(&self, from: u64) -> Result<(Vec<Item>, Option<u64>), Stop> {
         let root = self.root.borrow().clone();
         let place = Place::Root(Rc::clone(&self.root));
         let mut found = Vec::new();
-        let next = scan_in(&root, &place, 0, from, &mut found)?;
+        let next = scan_in(&root, &place, (0, u64::MAX), from, &mut found)?;
         Ok((found, next))
     }
 }
@@ -178,18 +182,18 @@ impl Table {
 fn scan_in(
     child: &Child,
     place: &Place,
-    start: u64,
+    (start, end): (u64, u64),
     from: u64,
     found: &mut Vec<Item>,
-) -> Result<Option<u64>, Missing> {
+) -> Result<Option<u64>, Stop> {
     let node = match child {
         Child::Empty | Child::Run(_) => return Ok(None),
         Child::Media(ptr) => {
-            return Err(Missing {
+            return Err(Stop::Missing(Missing {
                 ptr: *ptr,
                 kind: Kind::Table,
                 place: place.clone(),
-            });
+            }));
         }
         Child::Loaded(node) => node,
     };
@@ -198,6 +202,9 @@ fn scan_in(
         Body::Inner(children) => children,
         Body::Table(items) => {
             node.warm.set(true);
+            if items.iter().any(|item| !(start..=end).contains(&item.key)) {
+                return Err(Damage::new("a table", "has items in a page where they are not found").into());
+            }
             found.extend(items.iter().filter(|item| item.key >= from).cloned());
             return Ok(None);
         }
@@ -211,7 +218,7 @@ fn scan_in(
             continue;
         }
         let place = Place::Inner(Rc::clone(node), usize::try_from(index).unwrap_or(0));
-        let next = scan_in(child, &place, first, from, found)?;
+        let next = scan_in(child, &place, (first, last), from, found)?;
         let behind = next.or(last.checked_add(1));
         if !found.is_empty() {
             return Ok(behind);
