@@ -46,3 +46,25 @@ pub(crate) use error::{JournalError, ReplayError};
 pub(crate) use replay::replay;
 pub(crate) use ring::{Position, Ring};
 pub(crate) use runtime::{BeforeWrite, Journal};
+
+/// Parses a block as one of a ring, with its checksum computed, and writes it again: for fuzzing.
+pub(crate) fn survives(block: &[u8]) -> bool {
+    use crate::meta_io::{put, take};
+    let mut block = block.to_vec();
+    block.resize(crate::meta_io::BLOCK, 0);
+    let checksum = crate::checksum::crc32c(block.get(12..).unwrap_or_default());
+    put(&mut block, 8, &checksum.to_le_bytes());
+    let ring = Ring {
+        region: crate::superblock::Region {
+            first: 40,
+            blocks: 64,
+        },
+        uuid: take(&block, 16),
+    };
+    let Some((header, checksum)) = ring::decode(&block, &ring) else {
+        return false;
+    };
+    let mut again = block.clone();
+    assert_eq!(ring::encode(&header, ring.uuid, &mut again), checksum);
+    true
+}

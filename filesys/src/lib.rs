@@ -29,6 +29,8 @@ mod file_core;
 mod gate;
 mod harm;
 mod hash;
+#[doc(hidden)]
+pub mod hostile;
 mod inode;
 mod journal;
 mod layers;

@@ -361,3 +361,22 @@ impl<V> MetaSpace<V> {
         state.hand_out(&stored);
     }
 }
+
+/// Parses a block as a page of a bitmap, with its checksum computed, and writes it again: for fuzzing.
+pub(crate) fn survives(block: &[u8]) -> bool {
+    use crate::meta_io::{put, take_u64};
+    let mut block = block.to_vec();
+    block.resize(4096, 0);
+    let checksum = crate::checksum::crc32c(block.get(8..).unwrap_or_default());
+    put(&mut block, 4, &checksum.to_le_bytes());
+    let (number, index) = (take_u64(&block, 8), take_u64(&block, 24));
+    let mut uuid = [0; 16];
+    put(&mut uuid, 0, &take_u64(&block, 16).to_le_bytes());
+    let Ok(words) = page::decode(&block, index, number, uuid) else {
+        return false;
+    };
+    let mut again = vec![0; 4096];
+    page::encode(&mut again, index, number, uuid, &words);
+    assert_eq!(again, block);
+    true
+}

@@ -280,3 +280,24 @@ fn counters_are_possible(superblock: &Superblock) -> bool {
     .all(|counter| *counter < MOST)
         && superblock.replay.group > 0
 }
+
+/// Parses a block as a copy in its place, with its checksum computed, and writes it again: for fuzzing.
+pub(crate) fn survives(block: &[u8]) -> bool {
+    let mut block = block.to_vec();
+    block.resize(BLOCK, 0);
+    let checksum = crate::checksum::crc32c(block.get(16..512).unwrap_or_default());
+    meta_io::put(&mut block, 8, &checksum.to_le_bytes());
+    let copy = usize::from(u16::from_le_bytes(meta_io::take(&block, 12)));
+    let size = meta_io::take_u64(&block, 80);
+    if copy >= COPIES {
+        return false;
+    }
+    let Found::Valid(superblock, _) = codec::decode(&block, copy, copy_place(copy, size)) else {
+        return false;
+    };
+    let mut again = vec![0; BLOCK];
+    codec::encode(&superblock, copy, &mut again);
+    let found = codec::decode(&again, copy, copy_place(copy, size));
+    assert_eq!(found.superblock(), Some(&*superblock));
+    true
+}

@@ -26,6 +26,7 @@ pub mod random;
 mod blk;
 mod device;
 mod disk;
+mod filesys_image;
 mod patience;
 mod ring;
 mod targets;

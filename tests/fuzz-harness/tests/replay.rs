@@ -87,4 +87,6 @@ replays! {
     config: "config", 10_000;
     escape: "escape", 10_000;
     pool_device: "pool-device", 20_000;
+    filesys_media: "filesys-media", 20_000;
+    filesys_image: "filesys-image", 2_000;
 }

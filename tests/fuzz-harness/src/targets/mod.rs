@@ -5,6 +5,8 @@ mod block_request;
 mod config;
 mod console;
 mod escape;
+mod filesys_image;
+mod filesys_media;
 mod net;
 mod pci;
 mod platform;
@@ -108,6 +110,20 @@ pub const TARGETS: &[Target] = &[
         max_length: 1024,
         is_possible: always,
         body: pool_device::run,
+    },
+    Target {
+        name: "filesys-media",
+        about: "every structure of the file system's metadata",
+        max_length: 256,
+        is_possible: always,
+        body: filesys_media::run,
+    },
+    Target {
+        name: "filesys-image",
+        about: "a whole file system with damaged pages whose checksums are right",
+        max_length: 256,
+        is_possible: always,
+        body: filesys_image::run,
     },
 ];
 
