@@ -126,6 +126,9 @@ fn page(kind: u8, level: u8, bytes: &[u8]) -> bool {
         ..ptr
     };
     let twice = codec::decode(ptr, kind, &again);
-    assert!(twice.is_ok(), "a page that was read is written as one that is not");
+    assert!(
+        twice.is_ok(),
+        "a page that was read is written as one that is not"
+    );
     true
 }

@@ -251,7 +251,12 @@ impl Inode {
 
     /// Bounds of numbers, so that counting on from them never overflows.
     fn is_possible(&self) -> Result<(), Malformed> {
-        let links = [self.parent, self.first_child, self.next_sibling, self.previous_sibling];
+        let links = [
+            self.parent,
+            self.first_child,
+            self.next_sibling,
+            self.previous_sibling,
+        ];
         let ids = links.into_iter().flatten().chain([self.id, self.directory]);
         if ids.into_iter().any(|id| id.0 >= MAX_ID) {
             return Err(Malformed("an inode with a number that is too large"));
@@ -268,7 +273,6 @@ impl Inode {
         }
         Ok(())
     }
-
 
     /// The inode as an item of the table of inodes.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {

@@ -223,7 +223,8 @@ impl<V: BlockDevice> State<V> {
                 Some(root) if root.kind == kind => Ok(Tree::from_root(root)),
                 // Taken for an empty one, everything on the volume would be free.
                 _ => {
-                    let problem = format!("object {id}, its bitmap or its checksums, is missing or another kind");
+                    let problem =
+                        format!("object {id}, its bitmap or its checksums, is missing or another kind");
                     Err(Damage::new(format!("volume {}", record.name), problem).into())
                 }
             }
@@ -247,8 +248,9 @@ impl<V: BlockDevice> State<V> {
             return Err(damage("is in the file system twice"));
         }
         let device = self.given.borrow().get(&record.uuid).map(Rc::clone);
-        let device = device
-            .ok_or_else(|| damage("is part of the file system and was not given: open with all its volumes"))?;
+        let device = device.ok_or_else(|| {
+            damage("is part of the file system and was not given: open with all its volumes")
+        })?;
         if record.clusters > device.size() / CLUSTER {
             return Err(damage(
                 "is smaller than what the file system uses of it: make it as large as it was",

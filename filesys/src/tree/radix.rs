@@ -284,7 +284,10 @@ impl Tree {
 
     /// Makes the tree high enough for an element.
     fn grow(&self, pages: &Pages, index: u64) {
-        debug_assert!(index < MOST_ELEMENTS, "numbers on media are bounded when they are read");
+        debug_assert!(
+            index < MOST_ELEMENTS,
+            "numbers on media are bounded when they are read"
+        );
         while !self.reaches(index) && self.level.get() < MAX_LEVEL {
             let level = self.level.get() + 1;
             let mut root = self.root.borrow_mut();
