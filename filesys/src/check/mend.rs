@@ -163,36 +163,65 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
 
     /// Carries out what a check asks for, which saw the file system after so many changes. Gives how much was done.
     pub(super) async fn mend(&self, mends: Vec<Mend>, changes: u64) -> Result<u64, FsError> {
-        let plan = Plan::new(mends);
+        let mut plan = Plan::new(mends);
         for block in &plan.used {
             self.space.mark_used(*block);
         }
         for (volume, cluster) in &plan.recount {
-            self.look(|state| Ok(state.volume(*volume)?.bitmap.rewrite(&state.pages, *cluster)?))
-                .await?;
+            let rewritten = self
+                .look(|state| Ok(state.volume(*volume)?.bitmap.rewrite(&state.pages, *cluster)?))
+                .await;
+            self.skip_damage(rewritten)?;
         }
         let mut changes = changes;
         for records in plan.records.chunks(AT_ONCE) {
-            self.mend_now(&mut changes, |_| Ok(records.to_vec())).await?;
+            let mended = self.mend_now(&mut changes, |_| Ok(records.to_vec())).await;
+            if self.skip_damage(mended)?.is_some() {
+                continue;
+            }
+            // One of them cannot be done, so each of them is done alone.
+            for record in records {
+                let mended = self.mend_now(&mut changes, |_| Ok(vec![record.clone()])).await;
+                if self.skip_damage(mended)?.is_none() {
+                    plan.count = plan.count.saturating_sub(1);
+                }
+            }
         }
         for (id, edits) in &plan.edits {
-            self.mend_now(&mut changes, |core| {
+            let edited = self.mend_now(&mut changes, |core| {
                 let file = core.state.file(*id)?;
                 let mut inode = file.inode.borrow().clone();
                 edits.iter().cloned().for_each(|edit| edit.apply(&mut inode));
                 Ok(vec![Record::MendInode {
                     inode: Box::new(inode),
                 }])
-            })
-            .await?;
+            });
+            let edited = edited.await;
+            if self.skip_damage(edited)?.is_none() {
+                plan.count = plan.count.saturating_sub(1);
+            }
         }
         if !plan.lost.is_empty() {
-            self.find_lost(&mut changes, &plan.lost).await?;
+            let found = self.find_lost(&mut changes, &plan.lost).await;
+            self.skip_damage(found)?;
         }
-        self.recount().await?;
+        let counted = self.recount().await;
+        self.skip_damage(counted)?;
         // What is free is written with the bitmap of the first checkpoint, and given away after the second.
         self.checkpoint_freeing(&plan.free).await?;
         Ok(plan.count)
+    }
+
+    /// What cannot be mended because of other damage is left; the next check says so. None: it was left.
+    fn skip_damage<T>(&self, mended: Result<T, FsError>) -> Result<Option<T>, FsError> {
+        match mended {
+            Ok(mended) => Ok(Some(mended)),
+            Err(FsError::Damaged(damage)) if self.check().is_ok() => {
+                tracing::warn!(%damage, "something is not mended");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// One transaction of the repair; nobody else has changed anything.
@@ -231,7 +260,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             .await?;
         let directory = match there {
             Some(found) if found.names().is_some() => found.id,
-            Some(_) => return Err(FsError::NotDirectory { path }),
+            Some(_) => return Ok(()),
             None => {
                 let id = FileId(self.state.new_id()?);
                 self.mend_now(changes, |core| {
@@ -245,7 +274,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             }
         };
         for (id, has_name) in lost {
-            self.mend_now(changes, |core| {
+            let linked = self.mend_now(changes, |core| {
                 let file = core.state.file(*id)?;
                 let mut inode = file.inode.borrow().clone();
                 let home = core.state.file(directory)?;
@@ -267,8 +296,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                     name,
                 });
                 Ok(records)
-            })
-            .await?;
+            });
+            let linked = linked.await;
+            self.skip_damage(linked)?;
         }
         debug_assert_ne!(directory, ROOT);
         Ok(())

@@ -577,3 +577,18 @@ fn nothing_is_left_of_a_volume_that_leaves() {
         fs.close().await.map_err(failed)
     });
 }
+
+#[test]
+fn a_thick_file_that_shrinks_has_nothing_behind_its_end() {
+    run(big(), async |sim| {
+        let fs = everything(&sim).await?;
+        fs.resize("/thick", 96 << 10).await.map_err(failed)?;
+        clean(&check(&fs).await?)?;
+        let stat = fs.stat("/thick").await.map_err(failed)?;
+        assert_eq!((stat.size, stat.allocated), (96 << 10, 128 << 10));
+        fs.resize("/thick", 1 << 20).await.map_err(failed)?;
+        clean(&check(&fs).await?)?;
+        assert_eq!(fs.stat("/thick").await.map_err(failed)?.allocated, 1 << 20);
+        fs.close().await.map_err(failed)
+    });
+}

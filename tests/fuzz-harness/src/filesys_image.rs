@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use block_io::sim::{DiskOptions, Ended, RunOptions, Sim, SimClock, SimDisk, World};
 use block_io::{AlignedBuffer, BlockDevice, Durability};
-use filesys::{Access, Attributes, File, FileSystem, FormatOptions, GivenVolume, NewFile, OpenOptions, Snapshot};
+use filesys::{
+    Access, Attributes, File, FileSystem, FormatOptions, GivenVolume, NewFile, OpenOptions, Snapshot,
+};
 
 pub(crate) const META: u64 = 1 << 20;
 const DATA: u64 = 16 << 20;
@@ -50,13 +52,7 @@ fn options(read_only: bool) -> OpenOptions {
 
 pub(crate) async fn open(sim: &Sim, read_only: bool) -> Result<Fs, filesys::FsError> {
     let volumes = (1..sim.disks().len()).map(|index| given(sim, index)).collect();
-    FileSystem::open(
-        Rc::new(sim.disk(0)),
-        volumes,
-        options(read_only),
-        sim.clock(),
-    )
-    .await
+    FileSystem::open(Rc::new(sim.disk(0)), volumes, options(read_only), sim.clock()).await
 }
 
 /// Sectors that all say whose they are.
@@ -293,9 +289,9 @@ impl Editor {
     }
 
     /// Sets the checksums of the journal right, which is a chain: each group has that of the last block before it.
-    pub(crate) fn seal_journal(&mut self) {
+    pub(crate) fn seal_journal(&mut self, blocks: &[usize]) {
         let mut changed: Vec<([u8; 4], [u8; 4])> = Vec::new();
-        for block in self.journal() {
+        for block in blocks {
             let at = block * BLOCK;
             let previous: [u8; 4] = self.bytes[at + 12..at + 16].try_into().unwrap();
             if let Some((_, new)) = changed.iter().find(|(old, _)| *old == previous) {

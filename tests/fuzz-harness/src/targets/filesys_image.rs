@@ -17,7 +17,7 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     let closed = input.arbitrary()?;
     let mut world = image(closed);
     let mut editor = Editor::of(&world);
-    let pages = editor.pages();
+    let (pages, blocks) = (editor.pages(), editor.journal());
     let changes = input.int_in_range(1..=3_u8)?;
     let mut one = changes == 1;
     for _ in 0..changes {
@@ -25,7 +25,7 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
             0 => superblock(input, &mut editor)?,
             1..=3 if !closed => {
                 one = false;
-                journal(input, &mut editor)?;
+                journal(input, &mut editor, &blocks)?;
             }
             _ => page(input, &mut editor, &pages)?,
         }
@@ -93,7 +93,10 @@ fn damage(input: &mut Unstructured<'_>, bytes: &mut [u8]) -> arbitrary::Result<(
 
 fn page(input: &mut Unstructured<'_>, editor: &mut Editor, pages: &[Page]) -> arbitrary::Result<()> {
     let page = input.choose(pages)?;
-    damage(input, &mut editor.bytes[page.block * 4096..(page.block + 1) * 4096])?;
+    damage(
+        input,
+        &mut editor.bytes[page.block * 4096..(page.block + 1) * 4096],
+    )?;
     editor.seal(page);
     Ok(())
 }
@@ -105,21 +108,22 @@ fn superblock(input: &mut Unstructured<'_>, editor: &mut Editor) -> arbitrary::R
     Ok(())
 }
 
-fn journal(input: &mut Unstructured<'_>, editor: &mut Editor) -> arbitrary::Result<()> {
-    let blocks = editor.journal();
+fn journal(input: &mut Unstructured<'_>, editor: &mut Editor, blocks: &[usize]) -> arbitrary::Result<()> {
     if blocks.is_empty() {
         return Ok(());
     }
-    let block = *input.choose(&blocks)?;
+    let block = *input.choose(blocks)?;
     let start = if input.ratio(1, 4)? { 16 } else { 64 };
     damage(input, &mut editor.bytes[block * 4096 + start..(block + 1) * 4096])?;
-    editor.seal_journal();
+    editor.seal_journal(blocks);
     Ok(())
 }
 
 /// Uses everything.
 async fn live(sim: Sim, read_only: bool, writes: bool, one: bool) {
-    let Ok(fs) = open(&sim, read_only).await else { return };
+    let Ok(fs) = open(&sim, read_only).await else {
+        return;
+    };
     let sound = match fs.check(CheckOptions::default()).await {
         Ok(report) => {
             assert!(report.findings.iter().all(|finding| !finding.problem.is_empty()));
@@ -146,7 +150,9 @@ async fn names(fs: &Fs) {
     let mut directories = vec!["/".to_owned()];
     let mut seen = 0;
     while let Some(directory) = directories.pop() {
-        let Ok(entries) = fs.list(&directory).await else { continue };
+        let Ok(entries) = fs.list(&directory).await else {
+            continue;
+        };
         for entry in entries {
             seen += 1;
             if seen > MOST_NAMES {
@@ -171,7 +177,9 @@ async fn contents(fs: &Fs, sound: bool) {
         let size = file.size().min(size);
         for at in (0..size).step_by(256 << 10) {
             let length = (256 << 10).min(size - at) as usize;
-            let Some(bytes) = read(&file, at, length).await else { continue };
+            let Some(bytes) = read(&file, at, length).await else {
+                continue;
+            };
             if sound {
                 let strange = bytes.iter().position(|byte| *byte != 0 && !tags.contains(byte));
                 assert_eq!(
@@ -187,7 +195,9 @@ async fn change(fs: &Fs) {
     for (path, ..) in FILES {
         if let Ok(file) = fs.open_file(path, Access::Write).await {
             let _ = file.discard(65536, 1 << 18).await;
-            let _ = file.write_zeroes(0, 65536, block_io::ZeroMode::KeepAllocated).await;
+            let _ = file
+                .write_zeroes(0, 65536, block_io::ZeroMode::KeepAllocated)
+                .await;
             let _ = file.flush().await;
         }
     }

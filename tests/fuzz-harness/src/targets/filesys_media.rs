@@ -60,7 +60,8 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
             0 => bytes.truncate(place),
             1 => bytes.insert(place, input.arbitrary()?),
             2 => {
-                let wide: u64 = *input.choose(&[0, 1, 255, 0xffff, 0xffff_ffff, u64::MAX, 1 << 40, 1 << 63])?;
+                let wide: u64 =
+                    *input.choose(&[0, 1, 255, 0xffff, 0xffff_ffff, u64::MAX, 1 << 40, 1 << 63])?;
                 for (byte, new) in bytes.iter_mut().skip(place).zip(wide.to_le_bytes()) {
                     *byte = new;
                 }
