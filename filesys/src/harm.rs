@@ -62,12 +62,6 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         core.look(|state| Ok(core.harm(state, harm)?)).await
     }
 
-    /// A checkpoint, now.
-    #[doc(hidden)]
-    pub async fn checkpoint(&self) -> Result<(), FsError> {
-        self.core().checkpoint_now().await
-    }
-
     /// The block with the root page of an object, and the bytes of the page behind it that a test may change.
     #[doc(hidden)]
     pub fn block_of(&self, object: u64) -> Option<u64> {
