@@ -112,6 +112,7 @@ fn a_repair_that_is_crashed_can_be_repeated() {
         nesting: 0,
         nested_states: 1,
         schedules: 1,
+        ..ExploreOptions::default()
     };
     let numbers = explore(&Repair, &options).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{numbers}");
