@@ -10,7 +10,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use block_io::{AlignedBuffer, BlockDevice, Worker, WorkerOptions};
-use filesys::Access;
+use filesys::{Access, CheckOptions};
 
 use crate::blocks::{SECTOR, SECTORS, Write, mix, number_of};
 use crate::child::{LARGEST, ORDER, Order};
@@ -208,6 +208,8 @@ impl Story {
         worker().run(move || async move {
             let (pool, fs) = place::open(&directory, incarnation, missing).await;
             let found = look_at(&fs).await;
+            let report = fs.check(CheckOptions::default()).await.unwrap();
+            assert!(report.is_clean(), "{:#?}", report.findings);
             fs.close().await.unwrap();
             drop(fs);
             pool.close().await.unwrap();
