@@ -350,18 +350,62 @@ pub struct Moved {
     pub stayed: u64,
 }
 
+/// How bad something is that a check found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Severity {
+    /// Space is lost, or a number is wrong.
+    Minor,
+    /// Metadata contradict each other: going on may damage data.
+    Major,
+    /// Something is damaged or lost already.
+    Loss,
+}
+
+/// Something that a check found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CheckFinding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// What it is about.
+    pub object: String,
+    /// What is wrong.
+    pub problem: String,
+    /// A repair mends it.
+    pub repairable: bool,
+}
+
 /// What a check found.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct CheckReport {
-    /// What is wrong, a line each.
-    pub problems: Vec<String>,
-    /// What was repaired, a line each.
-    pub repaired: Vec<String>,
-    /// Files and directories that were looked at.
+    /// What was wrong, before anything was repaired.
+    pub findings: Vec<CheckFinding>,
+    /// So much more was wrong.
+    pub unlisted: u64,
+    /// A repair was wanted: [`Self::left`] says what is still wrong.
+    pub repair: bool,
+    /// Changes that the repair made.
+    pub repaired: u64,
+    /// What is still wrong after the repair.
+    pub left: Vec<CheckFinding>,
+    /// Files that were looked at.
     pub files: u64,
-    /// Bytes of volumes that they have.
+    /// Directories that were looked at.
+    pub directories: u64,
+    /// Bytes of metadata that were read.
+    pub metadata: u64,
+    /// Bytes of volumes that files have.
     pub allocated: u64,
+}
+
+impl CheckReport {
+    /// Whether nothing is wrong, or nothing any more.
+    pub fn is_well(&self) -> bool {
+        let left = if self.repair { &self.left } else { &self.findings };
+        left.is_empty() && self.unlisted == 0
+    }
 }
 
 /// A volume as the file system uses it.

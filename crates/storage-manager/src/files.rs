@@ -114,7 +114,7 @@ async fn perform(
             Box::pin(relocate(files, "move", &all, Relocation::ToTarget, reporter)).await
         }
         FileOperation::Drain { volume, end } => Box::pin(drain(files, &volume, end, reporter)).await,
-        FileOperation::Check { repair } => Box::pin(crate::check::check(files, repair)).await,
+        FileOperation::Check { repair } => Box::pin(crate::check::check(files, repair, reporter)).await,
         FileOperation::Snapshot { path, layer } => {
             let snapshot = Snapshot {
                 path: &path,

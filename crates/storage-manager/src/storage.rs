@@ -114,7 +114,10 @@ impl Storage {
         match self.access {
             Access::Read => Ok(()),
             // A crash may have come between a change of a volume and its being told.
-            Access::Write => volumes::refresh(self).await,
+            Access::Write => {
+                volumes::refresh(self).await?;
+                self.tell_usage(true)
+            }
         }
     }
 
@@ -172,7 +175,18 @@ impl Storage {
         self.close_with_events(&mut Vec::new()).await
     }
 
+    /// Has the pool know what of its volumes is in use, so that it copies no more than that; or forget it.
+    pub(crate) fn tell_usage(&self, tell: bool) -> Result<(), Problem> {
+        let Some(files) = &self.files else { return Ok(()) };
+        for volume in self.data_volumes()? {
+            let usage = files.usage_of_volume(volume.uuid).filter(|_| tell);
+            volume.device.set_usage(usage);
+        }
+        Ok(())
+    }
+
     pub(crate) async fn close_files(&self) -> Result<(), Problem> {
+        self.tell_usage(false)?;
         match &self.files {
             Some(files) => files.close().await.map_err(|error| of_files(&error)),
             None => Ok(()),

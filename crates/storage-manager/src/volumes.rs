@@ -6,6 +6,7 @@
 use api::file::META_VOLUME;
 use api::storage::Operation;
 use api::{Problem, ProblemKind};
+use block_io::BlockDevice;
 use filesys::VolumeStat;
 
 use crate::problem::of_files;
@@ -29,7 +30,13 @@ pub(crate) async fn before(storage: &mut Storage, operation: &Operation) -> Resu
         Operation::ResizeVolume { name, size, .. } => resize(storage, name, *size).await,
         Operation::DeleteVolume { name } => delete(storage, name).await,
         Operation::SetLayout { .. } => storage.open_files().await,
-        _ => Ok(()),
+        _ => {
+            // With the files open, the pool knows what of its volumes is in use. It gets on without.
+            if let Err(problem) = storage.open_files().await {
+                tracing::warn!("the file system is not open meanwhile: {problem}");
+            }
+            Ok(())
+        }
     }
 }
 
@@ -38,16 +45,23 @@ pub(crate) async fn after(storage: &mut Storage, operation: &Operation) -> Resul
     if matches!(operation, Operation::DeleteVolume { .. }) {
         return storage.open_files().await;
     }
-    let Ok(files) = storage.files() else { return Ok(()) };
+    if storage.files().is_err() {
+        return Ok(());
+    }
     match operation {
         Operation::CreateVolume { name, raw: false, .. } => {
-            let added = files.add_volume(storage.given(name)?).await;
+            let added = storage.files()?.add_volume(storage.given(name)?).await;
             if let Err(error) = added {
                 // Nothing is on it. If it stays, nobody uses it.
                 let _ = storage.pool.delete_volume(name).await;
                 return Err(of_files(&error));
             }
-            Ok(())
+            storage.tell_usage(true)
+        }
+        Operation::ResizeVolume { name, .. } if name == META_VOLUME => {
+            // It takes notice when it is opened.
+            storage.end_files().await?;
+            storage.open_files().await
         }
         Operation::ResizeVolume { .. } | Operation::SetLayout { .. } => refresh(storage).await,
         _ => Ok(()),
@@ -62,7 +76,7 @@ pub(crate) async fn refresh(storage: &Storage) -> Result<(), Problem> {
         let Some(known) = known.iter().find(|known| known.uuid == volume.uuid) else {
             continue;
         };
-        let size = block_io::BlockDevice::size(&*volume.device) / filesys::CLUSTER * filesys::CLUSTER;
+        let size = volume.device.size() / filesys::CLUSTER * filesys::CLUSTER;
         if known.size < size || known.name != volume.name || known.class != volume.class {
             let told = files
                 .update_volume(volume.uuid, &volume.name, &volume.class)
@@ -93,7 +107,10 @@ fn known(storage: &Storage, name: &str) -> Result<Option<VolumeStat>, Problem> {
 async fn resize(storage: &mut Storage, name: &str, size: u64) -> Result<(), Problem> {
     storage.open_files().await?;
     if name == META_VOLUME && storage.files().is_ok() {
-        return Err(reserved("cannot change its size yet"));
+        return match size >= storage.meta_volume()?.size() {
+            true => Ok(()),
+            false => Err(reserved("cannot become smaller")),
+        };
     }
     let Some(known) = known(storage, name)? else {
         return Ok(());

@@ -1,8 +1,8 @@
 //! Files and the file system as text for people.
 
 use api::file::{
-    CheckReport, FileAnswer, FileEntry, FileExtent, FileKind, FileOperation, FileStatus, FileSystemStatus,
-    Moved, Target, Written,
+    CheckFinding, CheckReport, FileAnswer, FileEntry, FileExtent, FileKind, FileOperation, FileStatus,
+    FileSystemStatus, Moved, Severity, Target, Written,
 };
 
 use super::show::{Table, size};
@@ -198,23 +198,40 @@ fn moved(operation: &FileOperation, moved: &Moved) -> String {
 }
 
 fn checked(report: &CheckReport) -> String {
-    let mut text = String::new();
-    for line in &report.repaired {
-        text += &format!("repaired: {line}\n");
-    }
-    for line in &report.problems {
-        text += &format!("problem: {line}\n");
+    let line = |found: &CheckFinding| {
+        let severity = match found.severity {
+            Severity::Minor => "minor",
+            Severity::Major => "major",
+            Severity::Loss => "loss",
+        };
+        format!("{severity}: {}: {}\n", found.object, found.problem)
+    };
+    let mut text: String = report.findings.iter().map(line).collect();
+    if report.unlisted > 0 {
+        text += &format!("and {} more\n", report.unlisted);
     }
     text += &format!(
-        "{} files and directories, {} allocated: {}\n",
+        "{} files and {} directories, {} allocated, {} of metadata: ",
         report.files,
+        report.directories,
         size(report.allocated),
-        match report.problems.len() {
-            0 => "all is well".to_owned(),
-            1 => "1 problem".to_owned(),
-            count => format!("{count} problems"),
-        }
+        size(report.metadata)
     );
+    let found = report.findings.len() as u64 + report.unlisted;
+    text += &match (found, report.repair) {
+        (0, _) => "all is well\n".to_owned(),
+        (_, true) if report.is_well() => format!("all of {found} findings is repaired\n"),
+        (_, true) => format!("{} of {found} findings are left:\n", report.left.len()),
+        (_, false) if report.findings.iter().any(|found| found.repairable) => {
+            format!(
+                "{found} findings; `smsvmm file check --repair` mends what can be mended without guessing\n"
+            )
+        }
+        (_, false) => format!("{found} findings\n"),
+    };
+    if report.repair && !report.is_well() {
+        text.extend(report.left.iter().map(line));
+    }
     text
 }
 

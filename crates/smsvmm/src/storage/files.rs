@@ -66,7 +66,7 @@ fn operate(which: &Which, command: FileCommand) -> anyhow::Result<Exit> {
     } else {
         print_json(&outcome)?;
     }
-    let found = matches!(&outcome.answer, FileAnswer::Checked(report) if !report.problems.is_empty());
+    let found = matches!(&outcome.answer, FileAnswer::Checked(report) if !report.is_well());
     if outcome.interrupted {
         logs::say("smsvmm: it was broken off; done again, it goes on");
     }

@@ -19,6 +19,14 @@ fn metadata_are_on_three_devices_and_their_volume_is_kept() {
     ];
     let error = place.bad(1, &[&made[..], &["--config", "vm.toml"]].concat());
     assert!(error.contains("`smsvmm file format`"), "{error}");
+    place.pool(&["volume", "resize", "fs-meta", "--size", "24M"]);
+    let files = place.json(&["pool", "status"])["files"].clone();
+    assert_eq!(files["meta-size"], 24 << 20);
+    let shrink = [
+        "volume", "resize", "fs-meta", "--size", "16M", "--shrink", "--config", "vm.toml",
+    ];
+    assert!(place.bad(1, &shrink).contains("fs-meta cannot become smaller"));
+    assert!(place.pool(&["file", "check"]).contains("all is well"));
     let status = place.pool(&["pool", "status"]);
     assert!(status.contains("files have 0 of 48M, metadata"), "{status}");
     assert!(place.pool(&["volume", "list"]).contains("FILES"));
