@@ -371,3 +371,12 @@ pub(crate) async fn adds_up(fs: &SimFs, promise: &Promise) -> Result<(), Failure
     }
     Ok(())
 }
+
+/// Every invariant of the metadata holds.
+pub(crate) async fn is_sound(fs: &SimFs) -> Result<(), Failure> {
+    let report = fs.check(filesys::CheckOptions::default()).await.map_err(failed)?;
+    match report.findings.first() {
+        None => Ok(()),
+        Some(first) => Err(format!("{} findings, the first: {first:?}", report.findings.len()).into()),
+    }
+}

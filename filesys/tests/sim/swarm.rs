@@ -17,7 +17,7 @@ use filesys::{
 };
 
 use crate::harness::{SimFs, failed, given};
-use crate::machine::{Handle, Promise, absorb, adds_up, change, is_full, look, verify};
+use crate::machine::{Handle, Promise, absorb, adds_up, change, is_full, is_sound, look, verify};
 use crate::model::Change;
 
 const SUB: u64 = 4096;
@@ -706,11 +706,13 @@ impl Machines {
         let fs = self.open(sim).await.map_err(failed)?;
         if self.racy {
             fs.settled().await;
+            is_sound(&fs).await?;
             return fs.close().await.map_err(failed);
         }
         verify(&fs, promise, CLUSTER).await?;
         fs.settled().await;
         adds_up(&fs, promise).await?;
+        is_sound(&fs).await?;
         fs.close().await.map_err(failed)
     }
 }
