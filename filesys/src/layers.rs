@@ -325,6 +325,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             drop(pass);
             drop(below);
         }
+        self.cut_behind_end(&child).await?;
         self.transact(LARGEST * 2, Need::Freeing, |_| {
             Ok((
                 vec![Record::Absorbed {
@@ -339,6 +340,34 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         self.layers.set(self.layers.get() + 1);
         self.changed.notify();
         Ok(())
+    }
+
+    /// A child that is smaller than its parent was does not keep what it got behind its end. (Growing hides what ancestors have there.)
+    async fn cut_behind_end(&self, child: &Rc<FileCore>) -> Result<(), FsError> {
+        let _alone = child.gate.all().await;
+        let mut at = child.inode.borrow().size.div_ceil(crate::units::CLUSTER);
+        loop {
+            // A page has something somewhere, not just behind the end.
+            let next = self
+                .look(|_| Ok(map_of(child)?.next(at)?.map(|span| span.start.max(at))))
+                .await?;
+            let Some(first) = next else { return Ok(()) };
+            let page = self.look(|_| entries(child, first / PAGE * PAGE)).await?;
+            at = (first / PAGE + 1) * PAGE;
+            let behind = usize::try_from(first % PAGE).unwrap_or(0);
+            if page.iter().skip(behind).all(|entry| entry.is_hole()) {
+                continue;
+            }
+            block_io::cover!("filesys: clusters behind the end of a child that absorbs");
+            let count = (first / PAGE + 1) * PAGE - first;
+            let reap = Record::Reap {
+                file: child.id,
+                first: u32::try_from(first).unwrap_or(u32::MAX),
+                count: u32::try_from(count).unwrap_or(0),
+            };
+            self.transact(LARGEST, Need::Freeing, |_| Ok((vec![reap.clone()], ())))
+                .await?;
+        }
     }
 
     /// One page of the map; nobody writes to the child there.

@@ -326,6 +326,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                     }
                     .into());
                 }
+                core.check_absorbs_nothing(path, &file)?;
                 if file.names().is_some() && file.inode.borrow().size > 0 {
                     return Err(FsError::NotEmpty {
                         path: path.to_owned(),
@@ -606,6 +607,32 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 "pin {} keeps it until it is released or its time is over",
                 pin.pin
             )));
+        }
+        Ok(())
+    }
+
+    /// A layer that takes over its parent has parts of it already, so it cannot go now.
+    fn check_absorbs_nothing(&self, path: &str, file: &FileCore) -> Result<(), Refusal> {
+        let (parent, children) = {
+            let inode = file.inode.borrow();
+            (inode.parent, inode.children)
+        };
+        let (Some(parent), 0) = (parent, children) else {
+            return Ok(());
+        };
+        let parent = self.state.file(parent)?;
+        let (absorbed, linked) = {
+            let inode = parent.inode.borrow();
+            (inode.flags.has(Flags::ABSORBED), inode.is_linked())
+        };
+        // Without a name, nobody wants the parent any more: both go, unless data are being copied just now.
+        if absorbed && (linked || parent.absorbing.get()) {
+            block_io::cover!("filesys: a layer that absorbs its parent was not deleted");
+            return Err(FsError::Busy {
+                object: path.to_owned(),
+                problem: "it is being merged with its parent".into(),
+            }
+            .into());
         }
         Ok(())
     }

@@ -241,7 +241,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         } else {
             Some(self.core.begin_checked(&ticket, &located).await?)
         };
-        let volumes = self.write_located(file, &located, buffers, durability).await?;
+        let written = self.write_located(file, &located, buffers, durability).await;
+        if written.is_err() && !sums.is_empty() {
+            block_io::cover!("filesys: a write of data with checksums failed");
+            // Nobody knows what is there.
+            self.core.put_sums(file, &located, &vec![0; sums.len()]).await?;
+        }
+        let volumes = written?;
         if !sums.is_empty() {
             self.core.put_sums(file, &located, sums).await?;
         }

@@ -72,6 +72,24 @@ pub(crate) async fn absorb(promise: &Promise, fs: &SimFs, layer: &str, named: bo
             promise.borrow_mut().refused(ends);
             Ok(false)
         }
+        Err(FsError::Io(_)) => {
+            // It can be called again, and goes on where it was.
+            block_io::cover!("machine: an absorption failed half-way");
+            let parent = {
+                let model = promise.borrow();
+                let parent = model
+                    .entry(layer)
+                    .and_then(|entry| model.tree.get(&entry.parent?));
+                parent.and_then(|parent| parent.path.clone()).unwrap_or_default()
+            };
+            promise.borrow_mut().refused(ends);
+            if fs.stat(&parent).await.map_err(failed)?.absorbed {
+                promise.borrow_mut().acknowledged(begins);
+            } else {
+                promise.borrow_mut().refused(begins);
+            }
+            Ok(false)
+        }
         Err(error) => Err(failed(error)),
     }
 }
@@ -290,7 +308,7 @@ pub(crate) async fn verify(
             let bytes = harness::read(&file, start, usize::try_from(end - start).unwrap()).await?;
             content
                 .check(ticket, start, &bytes)
-                .map_err(|error| Failure::from(error).context(&path))?;
+                .map_err(|error| Failure::from(describe(&error, start, &bytes)).context(&path))?;
             let written: Vec<u64> = content
                 .written()
                 .filter(|offset| (start..end).contains(offset))
@@ -303,6 +321,24 @@ pub(crate) async fn verify(
     }
     *promise.borrow_mut() = model;
     Ok(seen)
+}
+
+/// What a sector that is wrong says it is.
+fn describe(error: &str, start: u64, bytes: &[u8]) -> String {
+    let sector = error
+        .split(&[' ', ','][..])
+        .nth(1)
+        .and_then(|number| number.parse::<u64>().ok());
+    let at = sector.and_then(|sector| usize::try_from((sector * 512).checked_sub(start)?).ok());
+    let Some(words) = at.and_then(|at| bytes.get(at..at + 16)) else {
+        return error.to_owned();
+    };
+    let word = |at: usize| u64::from_le_bytes(words[at..at + 8].try_into().unwrap());
+    format!(
+        "{error}: it says that it is sector {} of write {}",
+        word(0),
+        word(8)
+    )
 }
 
 /// The beginning of each cluster, up to `most` bytes.
@@ -334,4 +370,13 @@ pub(crate) async fn adds_up(fs: &SimFs, promise: &Promise) -> Result<(), Failure
         );
     }
     Ok(())
+}
+
+/// Every invariant of the metadata holds.
+pub(crate) async fn is_sound(fs: &SimFs) -> Result<(), Failure> {
+    let report = fs.check(filesys::CheckOptions::default()).await.map_err(failed)?;
+    match report.findings.first() {
+        None => Ok(()),
+        Some(first) => Err(format!("{} findings, the first: {first:?}", report.findings.len()).into()),
+    }
 }

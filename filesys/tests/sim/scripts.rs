@@ -23,7 +23,7 @@ use filesys::{
 };
 
 use crate::harness::{SimFs, failed, given};
-use crate::machine::{Handle, Promise, absorb, adds_up, change, verify};
+use crate::machine::{Handle, Promise, absorb, adds_up, change, is_sound, verify};
 use crate::model::{Change, Model};
 
 const KIB: u64 = 1024;
@@ -475,6 +475,9 @@ impl Scenario for Script {
         verify(&fs, &model, WINDOW).await?;
         fs.settled().await;
         adds_up(&fs, &model).await?;
+        if self.0.len() == 1 {
+            is_sound(&fs).await?;
+        }
         drop(fs);
         Ok(())
     }

@@ -17,7 +17,7 @@ use filesys::{
 };
 
 use crate::harness::{SimFs, failed, given};
-use crate::machine::{Handle, Promise, absorb, adds_up, change, is_full, look, verify};
+use crate::machine::{Handle, Promise, absorb, adds_up, change, is_full, is_sound, look, verify};
 use crate::model::Change;
 
 const SUB: u64 = 4096;
@@ -124,7 +124,6 @@ struct Session {
     open: RefCell<Vec<Rc<Handle>>>,
     faults: bool,
     racy: bool,
-    made: Cell<u64>,
     /// A request failed, as was wished.
     failed: Cell<bool>,
     /// Names that are being changed; the model wants to know in which order.
@@ -198,7 +197,6 @@ impl Session {
             open: RefCell::default(),
             faults: machines.faults,
             racy: machines.racy,
-            made: Cell::new(0),
             failed: Cell::new(false),
             busy: RefCell::default(),
             still: RefCell::default(),
@@ -545,9 +543,10 @@ impl Session {
         let pairs: Vec<_> = paths
             .iter()
             .map(|path| {
-                self.made.set(self.made.get() + 1);
-                let number = self.promise.borrow().stamp * 100 + self.made.get();
-                (path.clone(), format!("/s{number}"))
+                // A name that was never used, so that a crash leaves no doubt about what is there.
+                let mut model = self.promise.borrow_mut();
+                model.stamp += 1;
+                (path.clone(), format!("/s{}", model.stamp))
             })
             .collect();
         let snapshots: Vec<_> = pairs
@@ -707,11 +706,13 @@ impl Machines {
         let fs = self.open(sim).await.map_err(failed)?;
         if self.racy {
             fs.settled().await;
+            is_sound(&fs).await?;
             return fs.close().await.map_err(failed);
         }
         verify(&fs, promise, CLUSTER).await?;
         fs.settled().await;
         adds_up(&fs, promise).await?;
+        is_sound(&fs).await?;
         fs.close().await.map_err(failed)
     }
 }
