@@ -29,6 +29,7 @@ mod file_core;
 mod gate;
 mod harm;
 mod hash;
+mod heal;
 #[doc(hidden)]
 pub mod hostile;
 mod inode;
@@ -58,6 +59,7 @@ pub use event::Event;
 pub use file::{Access, File};
 #[doc(hidden)]
 pub use harm::Harm;
+pub use heal::{Copies, Redundancy};
 pub use inode::{Attributes, Kind, Target};
 pub use layers::Snapshot;
 pub use namespace::{DirectoryEntry, NewFile, Stat};

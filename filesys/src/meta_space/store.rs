@@ -7,6 +7,7 @@ use std::sync::Arc;
 use block_io::{AlignedBuffer, BlockDevice, Durability, cover};
 
 use super::{MetaSpace, MetaSpaceError, SpaceState, State, WORDS_PER_PAGE, blank, page};
+use crate::heal::Healer;
 use crate::meta_io::{self, BLOCK, MOST};
 use crate::superblock::layout::bitmap_pages;
 use crate::superblock::{Layout, Region};
@@ -66,10 +67,29 @@ impl<V: BlockDevice> MetaSpace<V> {
         uuid: [u8; 16],
         current: SpaceState,
     ) -> Result<Self, MetaSpaceError> {
+        Self::load_healed(device, layout, uuid, current, &Healer::default()).await
+    }
+
+    /// As [`Self::load`]. Where pages are damaged, or writes to them were lost, the newest valid copy of each that the volume has is
+    /// taken, and put right.
+    ///
+    /// # Errors
+    /// Those of [`Self::load`].
+    pub(crate) async fn load_healed(
+        device: Rc<V>,
+        layout: Layout,
+        uuid: [u8; 16],
+        current: SpaceState,
+        healer: &Healer,
+    ) -> Result<Self, MetaSpaceError> {
         let number = current.number;
         let (live, region) = area(&layout, number);
+        let mut found = read_area(&*device, &layout, region, number, uuid).await?;
+        if !is_current(&found, current) {
+            heal_area(&mut found, region, number, uuid, healer).await;
+        }
         let mut image = Vec::new();
-        for page in read_area(&*device, &layout, region, number, uuid).await? {
+        for page in found {
             image.extend(page?);
         }
         check_reserved(&image, &layout, region)?;
@@ -227,6 +247,40 @@ async fn read_area<V: BlockDevice>(
         }
     }
     Ok(found)
+}
+
+/// Whether these are just the pages that the superblock names.
+fn is_current(found: &[Page], current: SpaceState) -> bool {
+    let words: Vec<u64> = found.iter().flatten().flatten().copied().collect();
+    found.iter().all(Result::is_ok) && checksum(&words) == current.checksum
+}
+
+/// Takes the newest copy of each page: the last write to a place was acknowledged before the superblock named the bitmap.
+async fn heal_area(found: &mut [Page], region: Region, number: u64, uuid: [u8; 16], healer: &Healer) {
+    for (page, place) in (0_u64..).zip(found) {
+        let block = region.first + page;
+        let mut newest: Option<(u64, Vec<u64>, AlignedBuffer)> = None;
+        let mut differ = false;
+        for copy in 0..healer.copies(block) {
+            let Some(bytes) = healer.read(copy, block).await else {
+                continue;
+            };
+            let Ok(words) = page::decode(bytes.as_slice(), page, number, uuid) else {
+                differ = true;
+                continue;
+            };
+            let written = page::number(bytes.as_slice());
+            differ |= newest.as_ref().is_some_and(|(before, ..)| *before != written);
+            if newest.as_ref().is_none_or(|(before, ..)| *before < written) {
+                newest = Some((written, words, bytes));
+            }
+        }
+        if let Some((_, words, bytes)) = newest.filter(|_| differ) {
+            cover!("metadata space: a page is taken from another copy");
+            healer.repair(block, &bytes).await;
+            *place = Ok(words);
+        }
+    }
 }
 
 /// Reserved blocks, and those beyond the end, are in use.
