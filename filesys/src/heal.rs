@@ -28,6 +28,11 @@ pub trait Copies {
     /// In how many ways the bytes of a range can be had.
     fn copies(&self, offset: u64, length: u64) -> usize;
 
+    /// So many of them, the first ones, show whatever is damaged in any. The others are only other ways to compute the same.
+    fn telling(&self, offset: u64, length: u64) -> usize {
+        self.copies(offset, length)
+    }
+
     /// Reads one copy of a range, and no other.
     fn read_copy<'a>(
         &'a self,
@@ -43,6 +48,10 @@ pub trait Copies {
 impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Copies for volume_manager::Volume<D, C> {
     fn copies(&self, offset: u64, length: u64) -> usize {
         Self::copies(self, offset, length)
+    }
+
+    fn telling(&self, offset: u64, length: u64) -> usize {
+        Self::telling_copies(self, offset, length)
     }
 
     fn read_copy<'a>(
@@ -130,6 +139,12 @@ impl Healer {
     pub(crate) fn copies(&self, block: u64) -> usize {
         self.meta()
             .map_or(0, |meta| meta.copies(block.saturating_mul(SUB_CLUSTER), SUB_CLUSTER))
+    }
+
+    /// See [`Copies::telling`].
+    pub(crate) fn telling(&self, block: u64) -> usize {
+        self.meta()
+            .map_or(0, |meta| meta.telling(block.saturating_mul(SUB_CLUSTER), SUB_CLUSTER))
     }
 
     /// One copy of a block.

@@ -212,6 +212,11 @@ pub(crate) async fn write<V: BlockDevice>(
     Ok(())
 }
 
+/// Whether a block is this copy of a superblock.
+pub(crate) fn is_copy_of(block: &[u8], copy: usize, place: u64, superblock: &Superblock) -> bool {
+    codec::decode(block, copy, place).superblock() == Some(superblock)
+}
+
 async fn write_copy<V: BlockDevice>(device: &V, superblock: &Superblock, copy: usize) -> Result<(), IoError> {
     let mut block = AlignedBuffer::new(BLOCK);
     codec::encode(superblock, copy, block.as_mut_slice());

@@ -28,6 +28,7 @@ use crate::meta_io::{self, BLOCK};
 /// Blocks per request: 1 MiB.
 const AT_ONCE: u64 = 256;
 
+#[cfg(test)]
 /// Reads the log from `from` on, and gives the bytes of each whole group to `each`, in order. Returns where the next group
 /// begins. Blocks of incarnations above `limit`, that of the superblock, do not count.
 ///
@@ -61,6 +62,7 @@ pub(crate) async fn replay_healed<V: BlockDevice, E>(
         return Err(ReplayError::Impossible);
     }
     let lap = ring.region.blocks;
+    let has_copies = healer.copies(ring.region.first) > 0;
     let mut log = Log::new(*ring, from, limit);
     let mut done = 0;
     while done < lap {
@@ -72,7 +74,7 @@ pub(crate) async fn replay_healed<V: BlockDevice, E>(
         let read = read.map_err(|source| ReplayError::Device(Arc::new(source)))?;
         for (position, block) in (position..).zip(read.as_slice().chunks(BLOCK)) {
             let place = ring.place(position);
-            let other = if log.goes_on(position, block) {
+            let other = if !has_copies || log.goes_on(position, block) {
                 None
             } else {
                 healer.find(place, |block| log.goes_on(position, block)).await

@@ -151,6 +151,18 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         sections.map(copies_of_section).max().unwrap_or(1)
     }
 
+    /// So many of the copies, the first ones, show whatever is damaged in any column: of rows with parity, what is stored and what is
+    /// computed from each parity alone.
+    pub fn telling_copies(&self, offset: u64, length: u64) -> usize {
+        let map = self.volume.map();
+        let sections = map.parts(offset, length).map(|(section, ..)| section);
+        let telling = sections.map(|section| match section.shape.parity {
+            0 => copies_of_section(section),
+            parity => 1 + parity,
+        });
+        telling.max().unwrap_or(1)
+    }
+
     /// Reads one copy of a range, [`Self::copies`] long counted from 0. Where parts of the range have fewer copies, the last one they have.
     /// Nothing else answers if that copy cannot be read.
     ///
