@@ -151,6 +151,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 remedy: "grow it",
             });
         }
+        // What is repaired is in use; a block that was given up meanwhile is used again here at the earliest.
+        self.mended().await;
         self.write_pages(&dirty, &blocks).await?;
         drop(dirty);
         self.space.free(&cut.freed).map_err(|error| self.fail(&error))?;

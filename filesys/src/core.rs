@@ -24,6 +24,7 @@ use crate::event::Event;
 use crate::file::whole;
 use crate::file_core::{Chain, FileCore, MOST_LAYERS};
 use crate::gate::{self, Boxed, Signal};
+use crate::heal::Healer;
 use crate::journal::{Journal, JournalError, Ticket};
 use crate::meta_space::MetaSpace;
 use crate::open::OpenOptions;
@@ -32,7 +33,7 @@ use crate::state::{Damage, Effects, State, Stop};
 use crate::sums::Unchecked;
 use crate::superblock::{Holders, Superblock};
 use crate::tree::codec::{self, PAGE};
-use crate::tree::node::{Missing, Node};
+use crate::tree::node::{Child, Missing, Node};
 use crate::units::{FileId, Location, SUB_CLUSTER, VolumeIndex};
 use crate::volume::VolumeCore;
 use crate::wire::Writer;
@@ -82,6 +83,9 @@ pub(crate) struct Core<V, C> {
     /// Grows when layers below others change their content.
     pub(crate) layers: Cell<u64>,
     pub(crate) unchecked: RefCell<Unchecked>,
+    pub(crate) healer: Healer,
+    /// Blocks of metadata that are being repaired while checkpoints may run.
+    pub(crate) mendings: Cell<u32>,
     /// Transactions that changed something.
     pub(crate) changes: Cell<u64>,
     /// How many want that nothing is done in the background.
@@ -113,6 +117,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         clock: C,
         options: OpenOptions,
     ) -> Rc<Self> {
+        let healer = Healer::new(&options.redundancy, !options.read_only);
         Rc::new(Self {
             state,
             meta,
@@ -137,6 +142,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             chains: Cell::new(0),
             layers: Cell::new(0),
             unchecked: RefCell::default(),
+            healer,
+            mendings: Cell::new(0),
             changes: Cell::new(0),
             quiet: Cell::new(0),
             events: RefCell::default(),
@@ -148,7 +155,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     pub(crate) fn take_events(&self) -> Vec<Event> {
-        self.events.take()
+        let mut events = self.events.take();
+        events.extend(self.healer.take_events());
+        events
     }
 
     /// Something failed that must not: nothing is changed from now on.
@@ -202,10 +211,35 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         self.loading.borrow_mut().insert(block);
         let _loading = Loading { core: self, block };
-        load_page(&*self.meta, &self.state, &missing).await?;
+        self.load_page(&missing).await?;
         if self.state.pages.resident() > self.options.cached_pages && !self.checkpointing.get() {
             self.state.pages.evict(self.options.cached_pages);
         }
+        Ok(())
+    }
+
+    /// A page that is not what its parent says is looked for in other copies. The copy is written back only if the page still belongs
+    /// there: then its block is not used for another one before a checkpoint that waits for this.
+    async fn load_page(&self, missing: &Missing) -> Result<(), FsError> {
+        let node = match read_page(&*self.meta, missing).await {
+            Err(FsError::Damaged(damage)) => {
+                let wanted = |child: &mut Child| matches!(child, Child::Media(ptr) if *ptr == missing.ptr);
+                if missing.place.with(wanted) != Some(true) {
+                    return Ok(());
+                }
+                let _mending = self.mending();
+                match heal_page(missing, &self.healer).await {
+                    Some(node) => node,
+                    None => {
+                        let block = missing.ptr.block;
+                        self.event(Event::MetadataCorrupt { block });
+                        return Err(damage.into());
+                    }
+                }
+            }
+            read => read?,
+        };
+        self.state.pages.install(missing, Rc::new(node));
         Ok(())
     }
 
@@ -461,13 +495,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 }
 
-/// Reads a page of the metadata volume and puts it in its place, if it still belongs there.
+/// Reads a page of the metadata volume and puts it in its place, while nothing else runs.
 pub(crate) async fn load_page<V: BlockDevice>(
     meta: &V,
     state: &State<V>,
     missing: &Missing,
+    healer: &Healer,
 ) -> Result<(), FsError> {
-    let node = read_page(meta, missing).await?;
+    let node = read_page_healed(meta, missing, healer).await?;
     state.pages.install(missing, Rc::new(node));
     Ok(())
 }
@@ -479,6 +514,29 @@ pub(crate) async fn read_page<V: BlockDevice>(meta: &V, missing: &Missing) -> Re
     meta.read(offset, &whole(&buffer)).await?;
     let node = codec::decode(missing.ptr, missing.kind, buffer.as_slice());
     Ok(node.map_err(|error| Damage::new("the metadata volume", error))?)
+}
+
+/// As [`read_page`], from another copy if need be, while nothing else runs.
+pub(crate) async fn read_page_healed<V: BlockDevice>(
+    meta: &V,
+    missing: &Missing,
+    healer: &Healer,
+) -> Result<Node, FsError> {
+    match read_page(meta, missing).await {
+        Err(FsError::Damaged(damage)) => {
+            let healed = heal_page(missing, healer).await;
+            healed.ok_or_else(|| damage.into())
+        }
+        read => read,
+    }
+}
+
+async fn heal_page(missing: &Missing, healer: &Healer) -> Option<Node> {
+    let decode = |bytes: &[u8]| codec::decode(missing.ptr, missing.kind, bytes);
+    let good = |bytes: &[u8]| decode(bytes).is_ok();
+    let found = healer.find(missing.ptr.block, good).await?;
+    healer.repair(missing.ptr.block, &found).await;
+    decode(found.as_slice()).ok()
 }
 
 struct Loading<'a, V, C> {

@@ -43,4 +43,14 @@ pub enum Event {
         /// Byte offset in it.
         offset: u64,
     },
+    /// A block of metadata was not what was written, and was repaired from another copy.
+    MetadataRepaired {
+        /// Its number on the metadata volume.
+        block: u64,
+    },
+    /// A block of metadata is not what was written, and no copy of it is.
+    MetadataCorrupt {
+        /// Its number on the metadata volume.
+        block: u64,
+    },
 }

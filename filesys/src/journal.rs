@@ -16,12 +16,12 @@
 //! - A *group* is replayed as a whole or not at all, and only after all groups before it. What was appended by one call is
 //!   never split over two groups. So what is replayed is a prefix of what was appended, at an append.
 //! - One group is in flight at a time, and is written with FUA. So whoever sees a valid block of group `n + 1` knows that group
-//!   `n` had been durable: a group that is not valid then is damage, not the end of the log ([`replay`]).
+//!   `n` had been durable: a group that is not valid then is damage, not the end of the log ([`replay`](replay_healed)).
 //! - A group that [`Journal::commit`] has acknowledged is found by [`replay`].
 //! - After an error nothing is written any more: the error stays, and every later call returns it.
 //!
 //! # What the owner does when it opens
-//! 1. [`superblock::open`](crate::superblock::open), [`replay`] from the position and up to the incarnation that it names.
+//! 1. [`superblock::open`](crate::superblock::open), [`replay`](replay_healed) from the position and up to the incarnation that it names.
 //! 2. Flush the metadata volume and all data volumes: what was replayed may have been read from a volatile cache, and the data
 //!    that it refers to may be in one. Nothing is acknowledged before that.
 //! 3. Write a superblock with the incarnation plus one. Only then does a new group carry a new incarnation, so that the rest of a
@@ -43,7 +43,9 @@ mod tests;
 
 pub(crate) use admission::Ticket;
 pub(crate) use error::{JournalError, ReplayError};
+#[cfg(test)]
 pub(crate) use replay::replay;
+pub(crate) use replay::replay_healed;
 pub(crate) use ring::{Position, Ring};
 pub(crate) use runtime::{BeforeWrite, Journal};
 

@@ -9,6 +9,7 @@ use block_io::{BlockDevice, Clock};
 use crate::core::{self, Core};
 use crate::error::{FsError, Refusal};
 use crate::event::Event;
+use crate::heal::{Healer, Redundancy};
 use crate::inode::MAX_CLASS;
 use crate::journal::{self, Journal, Position, Ring};
 use crate::meta_space::MetaSpace;
@@ -60,6 +61,8 @@ pub struct OpenOptions {
     pub dirty_pages: u64,
     /// Changes that nobody asks to be durable are made so after this time.
     pub commit_after: Duration,
+    /// Which volumes have copies from which what is damaged can be repaired.
+    pub redundancy: Redundancy,
     /// Orphans are settled and layers absorbed in the background; tests want to say when.
     pub background: bool,
 }
@@ -72,6 +75,7 @@ impl Default for OpenOptions {
             cached_files: 1024,
             dirty_pages: 16384,
             commit_after: Duration::from_secs(5),
+            redundancy: Redundancy::default(),
             background: true,
         }
     }
@@ -180,7 +184,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         clock: C,
     ) -> Result<Self, FsError> {
         let read_only = options.read_only;
-        let opened = superblock::open(&*meta)
+        let healer = Healer::new(&options.redundancy, !read_only);
+        let opened = superblock::open_healed(&*meta, &healer)
             .await
             .map_err(|error| FsError::Open(error.to_string()))?;
         let mut superblock = opened.superblock;
@@ -191,20 +196,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                 opened.unknown_read_only
             )));
         }
-        let space = MetaSpace::load(
+        let space = MetaSpace::load_healed(
             Rc::clone(&meta),
             superblock.layout,
             superblock.uuid,
             superblock.space,
+            &healer,
         )
         .await
         .map_err(|error| FsError::Open(error.to_string()))?;
-        let state = load_state(&*meta, &superblock, devices_of(&volumes)).await?;
+        let state = load_state(&*meta, &superblock, devices_of(&volumes), &healer).await?;
         let ring = Ring {
             region: superblock.layout.journal,
             uuid: superblock.uuid,
         };
-        let position = replay(&*meta, &state, &ring, &superblock).await?;
+        let position = replay(&*meta, &state, &ring, &superblock, &healer).await?;
         state.replaying.set(false);
         superblock.next_object = superblock.next_object.max(state.next_id());
         let mut space = space;
@@ -242,6 +248,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             superblock.incarnation,
         );
         let core = Core::new(state, meta, journal, space, superblock, holders, clock, options);
+        healer.take_events().into_iter().for_each(|event| core.event(event));
         if !read_only {
             core.housekeeping.set(core.options.background);
             core.start();
@@ -337,6 +344,7 @@ async fn load_state<V: BlockDevice>(
     meta: &V,
     superblock: &Superblock,
     given: BTreeMap<[u8; 16], Rc<V>>,
+    healer: &Healer,
 ) -> Result<State<V>, FsError> {
     let root = codec::decode_root(&superblock.root.slot)
         .map_err(|problem| FsError::Open(format!("the superblock's root: {problem}")))?
@@ -355,22 +363,27 @@ async fn load_state<V: BlockDevice>(
         ) {
             Ok(state) => break state,
             Err(Stop::Missing(missing)) => {
-                let node = Rc::new(core::read_page(meta, &missing).await?);
+                let node = Rc::new(core::read_page_healed(meta, &missing, healer).await?);
                 missing.place.with(|child| *child = Child::Loaded(node));
             }
             Err(Stop::Damaged(damage)) => return Err(damage.into()),
         }
     };
     while let Err(stop) = state.load_tables() {
-        load(meta, &state, stop).await?;
+        load(meta, &state, stop, healer).await?;
     }
     Ok(state)
 }
 
 /// Loads a page while nothing else runs.
-async fn load<V: BlockDevice>(meta: &V, state: &State<V>, stop: Stop) -> Result<(), FsError> {
+async fn load<V: BlockDevice>(
+    meta: &V,
+    state: &State<V>,
+    stop: Stop,
+    healer: &Healer,
+) -> Result<(), FsError> {
     match stop {
-        Stop::Missing(missing) => core::load_page(meta, state, &missing).await,
+        Stop::Missing(missing) => core::load_page(meta, state, &missing, healer).await,
         Stop::Damaged(damage) => Err(damage.into()),
     }
 }
@@ -381,6 +394,7 @@ async fn replay<V: BlockDevice>(
     state: &State<V>,
     ring: &Ring,
     superblock: &Superblock,
+    healer: &Healer,
 ) -> Result<Position, FsError> {
     state.replaying.set(true);
     let each = async |bytes: &[u8]| -> Result<(), FsError> {
@@ -389,16 +403,23 @@ async fn replay<V: BlockDevice>(
         while !reader.is_empty() {
             let record = Record::decode(&mut reader).map_err(|error| Damage::new("the journal", error))?;
             while let Err(stop) = state.prepare(&record) {
-                load(meta, state, stop).await?;
+                load(meta, state, stop, healer).await?;
             }
             // What it frees can be used at once: nobody reads yet.
             while let Err(stop) = state.apply(&record, &mut Effects::default()) {
-                load(meta, state, stop).await?;
+                load(meta, state, stop, healer).await?;
             }
         }
         Ok(())
     };
-    journal::replay(meta, ring, superblock.replay, superblock.incarnation, each)
+    journal::replay_healed(
+        meta,
+        ring,
+        superblock.replay,
+        superblock.incarnation,
+        healer,
+        each,
+    )
         .await
         .map_err(|error| match error {
             journal::ReplayError::Apply { source, .. } => source,

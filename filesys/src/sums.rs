@@ -139,6 +139,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         Ok(checking)
     }
 
+    /// Data whose checksums are not known have these: number of the sub-cluster, checksum. Nobody writes there.
+    pub(crate) async fn fill_sums(&self, volume: &VolumeCore<V>, sums: &[(u64, u32)]) -> Result<(), FsError> {
+        let subs = sums.iter().map(|(sub, _)| (volume.index, *sub, 1));
+        let _checking = self.begin_checked_subs(None, subs).await?;
+        self.look(|state| {
+            for (index, sum) in sums {
+                volume
+                    .sums
+                    .change(&state.pages, *index, |body| put_sum(body, *index, *sum))?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
     /// A checkpoint begins: what was said before does not count after it.
     pub(crate) fn begin_checked_again(&self) -> Result<(), FsError> {
         let pages: Vec<_> = {

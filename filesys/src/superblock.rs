@@ -36,6 +36,7 @@ pub(crate) use choose::Found;
 pub(crate) use codec::VERSION;
 pub(crate) use layout::{Layout, LayoutError, LayoutOptions, Region, layout};
 
+use crate::heal::Healer;
 use crate::journal::Position;
 use crate::meta_io::{self, BLOCK, MOST};
 use crate::meta_space::SpaceState;
@@ -211,6 +212,11 @@ pub(crate) async fn write<V: BlockDevice>(
     Ok(())
 }
 
+/// Whether a block is this copy of a superblock.
+pub(crate) fn is_copy_of(block: &[u8], copy: usize, place: u64, superblock: &Superblock) -> bool {
+    codec::decode(block, copy, place).superblock() == Some(superblock)
+}
+
 async fn write_copy<V: BlockDevice>(device: &V, superblock: &Superblock, copy: usize) -> Result<(), IoError> {
     let mut block = AlignedBuffer::new(BLOCK);
     codec::encode(superblock, copy, block.as_mut_slice());
@@ -223,13 +229,25 @@ async fn write_copy<V: BlockDevice>(device: &V, superblock: &Superblock, copy: u
 /// # Errors
 /// There is none, or this program must not open the file system; see [`SuperblockError`].
 pub(crate) async fn open<V: BlockDevice>(device: &V) -> Result<Opened, SuperblockError> {
+    open_healed(device, &Healer::default()).await
+}
+
+/// As [`open`]. Of each of the four, the newest valid one is taken that any copy which the volume keeps of it holds.
+///
+/// # Errors
+/// Those of [`open`].
+pub(crate) async fn open_healed<V: BlockDevice>(
+    device: &V,
+    healer: &Healer,
+) -> Result<Opened, SuperblockError> {
     let bytes = device.size();
     let size = meta_io::blocks_of(bytes);
     if size < MIN_BLOCKS {
         return Err(SuperblockError::TooSmall { bytes });
     }
     let places: [u64; COPIES] = std::array::from_fn(|copy| copy_place(copy, size));
-    let read = meta_io::join_all((0..COPIES).map(|copy| read_copy(device, copy, places[copy]))).await;
+    let reads = (0..COPIES).map(|copy| read_newest(device, copy, places[copy], healer));
+    let read = meta_io::join_all(reads).await;
     let mut found: [Found; COPIES] =
         std::array::from_fn(|copy| read.get(copy).cloned().unwrap_or(Found::NoMagic));
     // The volume may have grown since: then the last copy is where it ended before.
@@ -242,7 +260,7 @@ pub(crate) async fn open<V: BlockDevice>(device: &V) -> Result<Opened, Superbloc
         && found[COPIES - 1].superblock().is_none()
     {
         cover!("superblock: the volume has grown");
-        found[COPIES - 1] = read_copy(device, COPIES - 1, copy_place(COPIES - 1, before)).await;
+        found[COPIES - 1] = read_newest(device, COPIES - 1, copy_place(COPIES - 1, before), healer).await;
     }
     let opened = choose::choose(&found)?;
     let expected = opened.superblock.layout.size_blocks;
@@ -253,6 +271,23 @@ pub(crate) async fn open<V: BlockDevice>(device: &V) -> Result<Opened, Superbloc
         });
     }
     Ok(opened)
+}
+
+/// What counts of all that the volume has in one of the four places. Who opens the file system for writing writes all four anew.
+async fn read_newest<V: BlockDevice>(device: &V, copy: usize, place: u64, healer: &Healer) -> Found {
+    let mut newest = read_copy(device, copy, place).await;
+    for other in 0..healer.copies(place) {
+        let Some(block) = healer.read(other, place).await else {
+            continue;
+        };
+        let found = codec::decode(block.as_slice(), copy, place);
+        let sequence = |found: &Found| found.superblock().map(|superblock| superblock.sequence);
+        if sequence(&found) > sequence(&newest) {
+            cover!("superblock: another leg has a newer or a valid one");
+            newest = found;
+        }
+    }
+    newest
 }
 
 async fn read_copy<V: BlockDevice>(device: &V, copy: usize, place: u64) -> Found {

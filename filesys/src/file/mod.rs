@@ -24,5 +24,5 @@ pub(crate) use allocate::Places;
 pub use handle::{Access, File};
 pub(crate) use memory::whole;
 pub(crate) use plan::Part;
-pub(crate) use read::sum_of;
+pub(crate) use read::{data_sum, sum_of};
 pub(crate) use write::{entry_of, note_written};

@@ -16,6 +16,15 @@ use crate::tree::radix::Look;
 use crate::units::{SUB_CLUSTER, SUBS};
 use crate::volume::VolumeCore;
 
+/// What to do when data differ from their checksum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mismatch {
+    /// It is an error: a write may be between its data and their checksum.
+    Tell,
+    /// Nobody writes there: the other copies are asked.
+    Heal,
+}
+
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
     pub(super) async fn read_range(
         &self,
@@ -23,7 +32,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         length: u64,
         buffers: &[IoBuf],
     ) -> Result<(), FsError> {
-        let read = self.read_once(offset, length, buffers).await;
+        let read = self.read_once(offset, length, buffers, Mismatch::Tell).await;
         let Err(FsError::Checksum { .. }) = read else {
             return read;
         };
@@ -35,14 +44,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         self.read_alone(offset, length, buffers).await
     }
 
-    /// As [`Self::read_range`], where nobody writes meanwhile.
+    /// As [`Self::read_range`], where nobody writes meanwhile: what differs is looked for in other copies.
     pub(super) async fn read_alone(
         &self,
         offset: u64,
         length: u64,
         buffers: &[IoBuf],
     ) -> Result<(), FsError> {
-        let read = self.read_once(offset, length, buffers).await;
+        let read = self.read_once(offset, length, buffers, Mismatch::Heal).await;
         if let Err(FsError::Checksum { file, offset }) = &read {
             tracing::error!(%file, offset, "data are not what was written");
             self.core.event(Event::Corrupt {
@@ -53,7 +62,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         read
     }
 
-    async fn read_once(&self, offset: u64, length: u64, buffers: &[IoBuf]) -> Result<(), FsError> {
+    async fn read_once(
+        &self,
+        offset: u64,
+        length: u64,
+        buffers: &[IoBuf],
+        mismatch: Mismatch,
+    ) -> Result<(), FsError> {
         if length == 0 {
             return Ok(());
         }
@@ -75,7 +90,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         {
             return Ok(volume.device.read(*from, buffers).await?);
         }
-        self.read_pieces(offset, &pieces, buffers).await
+        self.read_pieces(offset, &pieces, buffers, mismatch).await
     }
 
     async fn read_plan(&self, offset: u64, length: u64) -> Result<Vec<Piece<V>>, FsError> {
@@ -92,7 +107,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         }
     }
 
-    async fn read_pieces(&self, offset: u64, pieces: &[Piece<V>], buffers: &[IoBuf]) -> Result<(), FsError> {
+    async fn read_pieces(
+        &self,
+        offset: u64,
+        pieces: &[Piece<V>],
+        buffers: &[IoBuf],
+        mismatch: Mismatch,
+    ) -> Result<(), FsError> {
         let mut reads: Vec<Boxed<'_, Result<(), FsError>>> = Vec::new();
         let mut done = 0;
         for piece in pieces {
@@ -110,7 +131,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
                         if !checked && is_aligned(volume, *offset, piece.length) {
                             return Ok(volume.device.read(*offset, &memory).await?);
                         }
-                        self.read_whole(volume, at, *offset, piece.length, *checked, &memory)
+                        let checked = checked.then_some(mismatch);
+                        self.read_whole(volume, at, *offset, piece.length, checked, &memory)
                             .await
                     }));
                 }
@@ -126,16 +148,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         at: u64,
         offset: u64,
         length: u64,
-        checked: bool,
+        checked: Option<Mismatch>,
         buffers: &[IoBuf],
     ) -> Result<(), FsError> {
         let start = offset - offset % SUB_CLUSTER;
         let end = (offset + length).next_multiple_of(SUB_CLUSTER);
-        let buffer = AlignedBuffer::new(usize::try_from(end - start).unwrap_or(0));
+        let mut buffer = AlignedBuffer::new(usize::try_from(end - start).unwrap_or(0));
         volume.device.read(start, &whole(&buffer)).await?;
-        if checked {
-            self.verify(volume, at - (offset - start).min(at), start, buffer.as_slice())
-                .await?;
+        let from = at - (offset - start).min(at);
+        match checked {
+            None => {}
+            Some(Mismatch::Tell) => self.verify(volume, from, start, buffer.as_slice()).await?,
+            Some(Mismatch::Heal) => {
+                let healed = self.core.heal_data(volume, start, buffer.as_mut_slice()).await?;
+                self.core.tell_healed(self.id(), from, &healed)?;
+            }
         }
         let skip = usize::try_from(offset - start).unwrap_or(0);
         let wanted = skip..skip + usize::try_from(length).unwrap_or(0);

@@ -18,15 +18,17 @@
 
 use std::sync::Arc;
 
-use block_io::{BlockDevice, cover};
+use block_io::{AlignedBuffer, BlockDevice, cover};
 
 use super::error::ReplayError;
 use super::ring::{self, HEADER, Header, Position, Ring};
+use crate::heal::Healer;
 use crate::meta_io::{self, BLOCK};
 
 /// Blocks per request: 1 MiB.
 const AT_ONCE: u64 = 256;
 
+#[cfg(test)]
 /// Reads the log from `from` on, and gives the bytes of each whole group to `each`, in order. Returns where the next group
 /// begins. Blocks of incarnations above `limit`, that of the superblock, do not count.
 ///
@@ -39,12 +41,28 @@ pub(crate) async fn replay<V: BlockDevice, E>(
     ring: &Ring,
     from: Position,
     limit: u64,
+    each: impl AsyncFnMut(&[u8]) -> Result<(), E>,
+) -> Result<Position, ReplayError<E>> {
+    replay_healed(device, ring, from, limit, &Healer::default(), each).await
+}
+
+/// As [`replay`]. Before the log is taken to end, the block that should go on is looked for in the other copies, too, and put right.
+///
+/// A group that a crash tore can be in one copy as a whole and in another in part. Whoever keeps the copies makes them equal before
+/// their first read after a crash, whichever it takes; so here they differ only where one of them is damaged.
+pub(crate) async fn replay_healed<V: BlockDevice, E>(
+    device: &V,
+    ring: &Ring,
+    from: Position,
+    limit: u64,
+    healer: &Healer,
     mut each: impl AsyncFnMut(&[u8]) -> Result<(), E>,
 ) -> Result<Position, ReplayError<E>> {
     if !ring.is_possible(&from) {
         return Err(ReplayError::Impossible);
     }
     let lap = ring.region.blocks;
+    let has_copies = healer.copies(ring.region.first) > 0;
     let mut log = Log::new(*ring, from, limit);
     let mut done = 0;
     while done < lap {
@@ -55,6 +73,17 @@ pub(crate) async fn replay<V: BlockDevice, E>(
         let read = meta_io::read_blocks(device, ring.place(position), length).await;
         let read = read.map_err(|source| ReplayError::Device(Arc::new(source)))?;
         for (position, block) in (position..).zip(read.as_slice().chunks(BLOCK)) {
+            let place = ring.place(position);
+            let other = if !has_copies || log.goes_on(position, block) {
+                None
+            } else {
+                healer.find(place, |block| log.goes_on(position, block)).await
+            };
+            if let Some(good) = &other {
+                cover!("journal: a block is taken from another copy");
+                healer.repair(place, good).await;
+            }
+            let block = other.as_ref().map_or(block, AlignedBuffer::as_slice);
             match log.look(position, block) {
                 Seen::Nothing => {}
                 Seen::Group => {
@@ -145,6 +174,13 @@ impl Log {
             self.bytes = Vec::new();
         }
         decoded.map_or(Seen::Nothing, |(header, _)| self.judge(&header))
+    }
+
+    /// Whether the block goes on with the log, or the log has ended before.
+    fn goes_on(&self, position: u64, block: &[u8]) -> bool {
+        self.ended
+            || ring::decode(block, &self.ring)
+                .is_some_and(|(header, _)| header.position == position && self.continues(&header))
     }
 
     /// Whether it is the next block of the next group.

@@ -162,6 +162,24 @@ impl<V: BlockDevice> Journal<V> {
         self.shared.state.borrow().used_blocks()
     }
 
+    /// The position behind the last group that is durable.
+    pub(crate) fn durable_end(&self) -> u64 {
+        let state = self.shared.state.borrow();
+        let unwritten = state.closed.front().map(|group| group.start.block);
+        unwritten.unwrap_or(state.next.block)
+    }
+
+    /// The block of the volume at a position.
+    pub(crate) fn place(&self, position: u64) -> u64 {
+        self.shared.ring.place(position)
+    }
+
+    /// Whether a block is a whole one of this journal, at its position.
+    pub(crate) fn is_at(&self, position: u64, block: &[u8]) -> bool {
+        let decoded = super::ring::decode(block, &self.shared.ring);
+        decoded.is_some_and(|(header, _)| header.position == position)
+    }
+
     /// Blocks of the ring.
     pub(crate) fn capacity(&self) -> u64 {
         self.shared.ring.region.blocks

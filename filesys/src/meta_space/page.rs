@@ -49,6 +49,11 @@ pub(super) fn decode(
     Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
 }
 
+/// The number of the bitmap with which a valid page was written.
+pub(super) fn number(block: &[u8]) -> u64 {
+    take_u64(block, 8)
+}
+
 /// The identity of the file system, folded into 8 bytes: its two halves, exclusive or.
 fn identity(uuid: [u8; 16]) -> u64 {
     take_u64(&uuid, 0) ^ take_u64(&uuid, 8)

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use block_io::{AlignedBuffer, BlockDevice, Durability, cover};
 
 use super::{MetaSpace, MetaSpaceError, SpaceState, State, WORDS_PER_PAGE, blank, page};
+use crate::heal::Healer;
 use crate::meta_io::{self, BLOCK, MOST};
 use crate::superblock::layout::bitmap_pages;
 use crate::superblock::{Layout, Region};
@@ -56,6 +57,7 @@ impl<V: BlockDevice> MetaSpace<V> {
         }
     }
 
+    #[cfg(test)]
     /// Loads the bitmap that the superblock names.
     ///
     /// # Errors
@@ -66,10 +68,29 @@ impl<V: BlockDevice> MetaSpace<V> {
         uuid: [u8; 16],
         current: SpaceState,
     ) -> Result<Self, MetaSpaceError> {
+        Self::load_healed(device, layout, uuid, current, &Healer::default()).await
+    }
+
+    /// As [`Self::load`]. Where pages are damaged, or writes to them were lost, the newest valid copy of each that the volume has is
+    /// taken, and put right.
+    ///
+    /// # Errors
+    /// Those of [`Self::load`].
+    pub(crate) async fn load_healed(
+        device: Rc<V>,
+        layout: Layout,
+        uuid: [u8; 16],
+        current: SpaceState,
+        healer: &Healer,
+    ) -> Result<Self, MetaSpaceError> {
         let number = current.number;
         let (live, region) = area(&layout, number);
+        let mut found = read_area(&*device, &layout, region, number, uuid).await?;
+        if !is_current(&found, current) {
+            heal_area(&mut found, region, number, uuid, healer).await;
+        }
         let mut image = Vec::new();
-        for page in read_area(&*device, &layout, region, number, uuid).await? {
+        for page in found {
             image.extend(page?);
         }
         check_reserved(&image, &layout, region)?;
@@ -96,6 +117,41 @@ impl<V: BlockDevice> MetaSpace<V> {
             uuid,
             State::new(image, differs, current),
         ))
+    }
+
+    /// Reads the bitmap that was stored last, and repairs it from other copies. Gives blocks and content, and how many were repaired; nothing
+    /// if it is damaged. No checkpoint runs.
+    pub(crate) async fn verify(
+        &self,
+        healer: &Healer,
+    ) -> Result<(Option<Vec<(u64, AlignedBuffer)>>, u64), MetaSpaceError> {
+        let current = self.state.borrow().current;
+        let (_, region) = area(&self.layout, current.number);
+        let mut found = read_stored(&*self.device, &self.layout, region, current.number, self.uuid, healer).await?;
+        let mut repaired = 0;
+        if !is_current(&found, current) {
+            repaired = heal_area(&mut found, region, current.number, self.uuid, healer).await;
+        }
+        if !is_current(&found, current) {
+            return Ok((None, repaired));
+        }
+        let mut blocks = Vec::new();
+        for block in (region.first..).take(found.len()) {
+            let bytes = match healer.copies(block) {
+                0 => None,
+                _ => healer.read(0, block).await,
+            };
+            if let Some(bytes) = bytes {
+                blocks.push((block, bytes));
+            }
+        }
+        Ok((Some(blocks), repaired))
+    }
+
+    /// Nobody knows what the places on the volume hold: the next bitmaps are written in full.
+    pub(crate) fn forget_stored(&self) {
+        let mut state = self.state.borrow_mut();
+        state.differs.iter_mut().flatten().for_each(|differs| *differs = true);
     }
 
     /// Writes the next bitmap: what is in use now. Volatile: flush the metadata volume before the superblock that names the
@@ -227,6 +283,72 @@ async fn read_area<V: BlockDevice>(
         }
     }
     Ok(found)
+}
+
+/// As [`read_area`], of the copies that are stored.
+async fn read_stored<V: BlockDevice>(
+    device: &V,
+    layout: &Layout,
+    region: Region,
+    number: u64,
+    uuid: [u8; 16],
+    healer: &Healer,
+) -> Result<Vec<Page>, MetaSpaceError> {
+    let mut found = read_area(device, layout, region, number, uuid).await?;
+    for (page, place) in (0_u64..).zip(&mut found) {
+        let block = region.first + page;
+        if healer.copies(block) == 0 {
+            break;
+        }
+        let damaged = |problem| MetaSpaceError::Damaged { page, block, problem };
+        *place = match healer.read(0, block).await {
+            Some(bytes) => page::decode(bytes.as_slice(), page, number, uuid).map_err(damaged),
+            None => continue,
+        };
+    }
+    Ok(found)
+}
+
+/// Whether these are just the pages that the superblock names.
+fn is_current(found: &[Page], current: SpaceState) -> bool {
+    let words: Vec<u64> = found.iter().flatten().flatten().copied().collect();
+    found.iter().all(Result::is_ok) && checksum(&words) == current.checksum
+}
+
+/// Takes the newest copy of each page: the last write to a place was acknowledged before the superblock named the bitmap.
+async fn heal_area(
+    found: &mut [Page],
+    region: Region,
+    number: u64,
+    uuid: [u8; 16],
+    healer: &Healer,
+) -> u64 {
+    let mut repaired = 0;
+    for (page, place) in (0_u64..).zip(found) {
+        let block = region.first + page;
+        let mut newest: Option<(u64, Vec<u64>, AlignedBuffer)> = None;
+        let mut differ = false;
+        for copy in 0..healer.copies(block) {
+            let Some(bytes) = healer.read(copy, block).await else {
+                continue;
+            };
+            let Ok(words) = page::decode(bytes.as_slice(), page, number, uuid) else {
+                differ = true;
+                continue;
+            };
+            let written = page::number(bytes.as_slice());
+            differ |= newest.as_ref().is_some_and(|(before, ..)| *before != written);
+            if newest.as_ref().is_none_or(|(before, ..)| *before < written) {
+                newest = Some((written, words, bytes));
+            }
+        }
+        if let Some((_, words, bytes)) = newest.filter(|_| differ) {
+            cover!("metadata space: a page is taken from another copy");
+            repaired += u64::from(healer.repair(block, &bytes).await);
+            *place = Ok(words);
+        }
+    }
+    repaired
 }
 
 /// Reserved blocks, and those beyond the end, are in use.

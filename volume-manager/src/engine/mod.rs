@@ -7,6 +7,7 @@
 //!   volume, reading     requests → sections → columns; reads and repairs
 //!   rows, reconstruct   writes to rows with parity; what is computed from the others, and parity made anew
 //!   fill, relayout  copying into members; replacing sections piece by piece; scrub: comparing
+//!   copies          each copy by itself, and repairs by who knows what is right
 //!   first           reads that the first answer of two legs ends
 //!   hot, tune       which devices have how much load, and from which volumes; moving it
 //!   usage           what the layer above uses of a volume: the rest is not copied
@@ -17,6 +18,7 @@
 //! ```
 
 pub(crate) mod admin;
+pub(crate) mod copies;
 pub(crate) mod core;
 pub(crate) mod counters;
 pub(crate) mod create;

@@ -144,7 +144,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         IoError::new(&self.volume.name, operation, offset, length, cause)
     }
 
-    fn check(&self, operation: Operation, offset: u64, length: u64) -> Result<(), IoError> {
+    pub(super) fn check(&self, operation: Operation, offset: u64, length: u64) -> Result<(), IoError> {
         let (size, block) = {
             let map = self.volume.map.borrow();
             (map.volume.size, map.volume.block)
