@@ -64,6 +64,8 @@ pub(crate) struct Core<V, C> {
     freed: RefCell<VecDeque<Freed>>,
     /// For each group that is not durable: volumes with data that its records speak of.
     needs: RefCell<BTreeMap<u64, BTreeSet<VolumeIndex>>>,
+    /// Empty memory for records on their way to the journal.
+    bytes: RefCell<Vec<u8>>,
     loading: RefCell<BTreeSet<u64>>,
     /// Something of all that is waited for has changed.
     pub(crate) changed: Signal,
@@ -117,6 +119,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             epochs: Epochs::default(),
             freed: RefCell::default(),
             needs: RefCell::default(),
+            bytes: RefCell::default(),
             loading: RefCell::default(),
             changed: Signal::default(),
             checkpointing: Cell::new(false),
@@ -279,7 +282,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         self.check()?;
         let mut effects = Effects::default();
-        let mut writer = Writer::default();
+        let mut writer = Writer(self.bytes.take());
         for record in records {
             match self.state.apply(record, &mut effects) {
                 Ok(()) => record.encode(&mut writer),
@@ -298,6 +301,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             Ok(group) => group,
             Err(error) => return Err(self.fail(&error).into()),
         };
+        writer.0.clear();
+        self.bytes.replace(writer.0);
         self.take_effects(effects, group);
         self.after_change();
         Ok(group)
