@@ -91,7 +91,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         }
     }
 
-    async fn read_pieces(&self, offset: u64, pieces: &Few<Piece<V>>, buffers: &[IoBuf]) -> Result<(), FsError> {
+    async fn read_pieces(
+        &self,
+        offset: u64,
+        pieces: &Few<Piece<V>>,
+        buffers: &[IoBuf],
+    ) -> Result<(), FsError> {
         let mut reads: Vec<Boxed<'_, Result<(), FsError>>> = Vec::new();
         let mut done = 0;
         for piece in pieces.iter() {
