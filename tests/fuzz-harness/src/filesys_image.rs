@@ -45,8 +45,7 @@ fn options(read_only: bool) -> OpenOptions {
         cached_pages: 64,
         cached_files: 8,
         dirty_pages: 64,
-        commit_after: Duration::from_secs(5),
-        background: true,
+        ..OpenOptions::default()
     }
 }
 
