@@ -3,7 +3,6 @@
 
 use std::cell::OnceCell;
 use std::rc::Rc;
-use std::time::Duration;
 
 use block_io::sim::{DiskOptions, Ended, RunOptions, Sim, SimClock, SimDisk, World};
 use block_io::{AlignedBuffer, BlockDevice, Durability};
