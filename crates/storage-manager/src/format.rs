@@ -199,6 +199,6 @@ mod tests {
         assert_eq!(meta_size(4 * (64 << 20)), 16 << 20);
         assert_eq!(meta_size(100 << 30), 59 << 20);
         assert_eq!(meta_size(1 << 40), (512 << 20) + (64 << 20));
-        assert_eq!(meta_size(100 << 40), (100 * 512 << 20) + (64 << 20));
+        assert_eq!(meta_size(100 << 40), ((100 * 512) << 20) + (64 << 20));
     }
 }

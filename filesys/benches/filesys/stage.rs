@@ -52,6 +52,7 @@ fn new_volume(name: &str, number: u128, size: u64) -> NewVolume {
         },
         block: 512,
         region: 0,
+        read_policy: volume_manager::model::ReadPolicy::default(),
     }
 }
 

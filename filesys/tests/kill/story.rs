@@ -105,7 +105,7 @@ pub(crate) fn play(seed: u64, rounds: usize) -> Numbers {
         story.round();
         let draw = mix(seed, 100 + u64::from(story.generation));
         // Names that may have changed twice are more than this remembers.
-        let checked = draw % 4 > 0 || last || story.pending.is_some();
+        let checked = !draw.is_multiple_of(4) || last || story.pending.is_some();
         if checked {
             let missing = draw
                 .is_multiple_of(3)

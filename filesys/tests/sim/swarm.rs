@@ -613,7 +613,8 @@ impl Session {
     async fn round(self: &Rc<Self>, sim: &Sim, steps: &[Step]) -> Result<(), Failure> {
         let left = Rc::new(Cell::new(steps.len()));
         let failure: Rc<RefCell<Option<Failure>>> = Rc::default();
-        for step in steps.iter().cloned() {
+        for step in steps {
+            let step = step.clone();
             let (session, left, failure) = (Rc::clone(self), Rc::clone(&left), Rc::clone(&failure));
             sim.spawn(&format!("{step:?}"), async move {
                 if let Err(error) = session.step(&step).await {
