@@ -25,6 +25,7 @@ const PIECE: usize = 1 << 20;
 const PIECES: usize = 4;
 /// Offsets and sizes of requests to files are multiples of this.
 const SECTOR: u64 = 512;
+const SECTOR_BYTES: usize = 512;
 /// A file whose size is not known grows by what it has, within these limits.
 const STEPS: Range<u64> = 16 << 20..1 << 30;
 
@@ -167,7 +168,7 @@ async fn make(storage: &Storage, request: &WriteRequest) -> Result<bool, Problem
             let detail = format!("{path} exists, and --thick is for new files");
             Err(Problem::new(ProblemKind::Invalid, detail)
                 .about(path)
-                .remedy(format!("delete it first, or leave --thick out")))
+                .remedy("delete it first, or leave --thick out"))
         }
         Ok(_) => Ok(false),
         Err(FsError::NotFound { .. }) => {
@@ -321,7 +322,7 @@ impl FileTarget<'_> {
     /// Writes a piece; tells how much of it were zeroes that needed no data.
     async fn put(&self, at: u64, mut piece: Piece) -> Result<u64, Problem> {
         let failed = |error| of_file_io(&error);
-        let end = piece.length.next_multiple_of(SECTOR as usize);
+        let end = piece.length.next_multiple_of(SECTOR_BYTES);
         if end > piece.length {
             self.complete(at, &mut piece, end).await?;
         }
@@ -345,9 +346,9 @@ impl FileTarget<'_> {
 
     /// The last sector is not all new: its end stays as it was.
     async fn complete(&self, at: u64, piece: &mut Piece, end: usize) -> Result<(), Problem> {
-        let sector = AlignedBuffer::new(SECTOR as usize);
-        let start = end - SECTOR as usize;
-        let memory = memory(&sector, 0..SECTOR as usize);
+        let sector = AlignedBuffer::new(SECTOR_BYTES);
+        let start = end - SECTOR_BYTES;
+        let memory = memory(&sector, 0..SECTOR_BYTES);
         let read = self.file.read(at + start as u64, &memory).await;
         read.map_err(|error| of_file_io(&error))?;
         let old = sector.as_slice().get(piece.length - start..).unwrap_or_default();
@@ -483,7 +484,7 @@ mod tests {
 
     #[test]
     fn runs_are_zeroes_only_in_whole_clusters() {
-        let cluster = CLUSTER as usize;
+        let cluster = usize::try_from(CLUSTER).unwrap();
         let mut bytes = vec![0; 4 * cluster];
         bytes[cluster + 5] = 1;
         let found = runs(&bytes, 0);
