@@ -154,7 +154,7 @@ mod tests {
     fn all_items_arrive_in_order_and_the_end_is_seen() {
         let worker = Worker::start("test", WorkerOptions::default()).unwrap();
         let (there, here) = pipe(2);
-        let (answers, answered) = pipe(2);
+        let (answers, answered) = pipe(1000);
         let thread = std::thread::spawn(move || {
             for number in 0..1000 {
                 there.put(number).unwrap();

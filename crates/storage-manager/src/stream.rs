@@ -27,6 +27,7 @@ const PIECES: usize = 4;
 const SECTOR: u64 = 512;
 /// The same, for memory.
 const SECTOR_BYTES: usize = 512;
+const SECTOR_BYTES: usize = 512;
 /// A file whose size is not known grows by what it has, within these limits.
 const STEPS: Range<u64> = 16 << 20..1 << 30;
 
@@ -169,7 +170,7 @@ async fn make(storage: &Storage, request: &WriteRequest) -> Result<bool, Problem
             let detail = format!("{path} exists, and --thick is for new files");
             Err(Problem::new(ProblemKind::Invalid, detail)
                 .about(path)
-                .remedy("delete it first, or leave --thick out".to_owned()))
+                .remedy("delete it first, or leave --thick out"))
         }
         Ok(_) => Ok(false),
         Err(FsError::NotFound { .. }) => {

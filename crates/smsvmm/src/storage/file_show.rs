@@ -171,10 +171,7 @@ fn extents(extents: &[FileExtent]) -> String {
 }
 
 fn moved(operation: &FileOperation, moved: &Moved) -> String {
-    let files = match moved.files {
-        1 => "1 file".to_owned(),
-        count => format!("{count} files"),
-    };
+    let files = count(moved.files, "file", "files");
     let mut text = match moved.moved {
         0 => format!("{files}: nothing had to be moved\n"),
         bytes => format!("{files}: {} moved\n", size(bytes)),
@@ -197,6 +194,13 @@ fn moved(operation: &FileOperation, moved: &Moved) -> String {
     text
 }
 
+fn count(number: u64, one: &str, several: &str) -> String {
+    match number {
+        1 => format!("1 {one}"),
+        _ => format!("{number} {several}"),
+    }
+}
+
 fn checked(report: &CheckReport) -> String {
     let line = |found: &CheckFinding| {
         let severity = match found.severity {
@@ -211,9 +215,9 @@ fn checked(report: &CheckReport) -> String {
         text += &format!("and {} more\n", report.unlisted);
     }
     text += &format!(
-        "{} files and {} directories, {} allocated, {} of metadata: ",
-        report.files,
-        report.directories,
+        "{} and {}, {} allocated, {} of metadata: ",
+        count(report.files, "file", "files"),
+        count(report.directories, "directory", "directories"),
         size(report.allocated),
         size(report.metadata)
     );
