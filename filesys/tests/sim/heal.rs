@@ -3,7 +3,9 @@
 
 use std::rc::Rc;
 
-use block_io::sim::{DiskOptions, Failure, Fault, FaultRule, Numbers, RunOptions, Sim, SimClock, SimDisk, World};
+use block_io::sim::{
+    DiskOptions, Failure, Fault, FaultRule, Numbers, RunOptions, Sim, SimClock, SimDisk, World,
+};
 use block_io::{AlignedBuffer, BlockDevice, Durability, Operation};
 use filesys::{
     Access, Attributes, Copies, Event, File, FileSystem, FormatOptions, FsError, GivenVolume, NewFile,
@@ -181,7 +183,9 @@ fn rot_all(sim: &Sim, disk: usize, bytes: &[u8]) -> usize {
 }
 
 async fn scrub(fs: &HealFs) -> Result<ScrubReport, Failure> {
-    fs.scrub(ScrubOptions::default(), |_| Pace::Go).await.map_err(failed)
+    fs.scrub(ScrubOptions::default(), |_| Pace::Go)
+        .await
+        .map_err(failed)
 }
 
 async fn is_whole(fs: &HealFs) -> Result<(), Failure> {
@@ -200,7 +204,9 @@ fn numbers<F: Future<Output = Result<(), Failure>>>(
     let ran = world
         .run(&RunOptions::in_order(), story)
         .unwrap_or_else(|failure| panic!("{failure}"));
-    ran.ended.done().expect("no crash")
+    ran.ended
+        .done()
+        .expect("no crash")
         .unwrap_or_else(|failure| panic!("{failure}"));
     numbers.collect();
     numbers
@@ -268,12 +274,13 @@ fn rot_of_all_copies_is_an_error_that_names_file_and_offset() {
                 }
             }
             let error = read(&file, 5 * SUB, SUB).await.unwrap_err().to_string();
-            assert!(error.contains("checksum") && error.contains(&(5 * SUB).to_string()), "{error}");
+            assert!(
+                error.contains("checksum") && error.contains(&(5 * SUB).to_string()),
+                "{error}"
+            );
             let report = scrub(&fs).await?;
             assert_eq!(report.lost, SIZE / SUB);
-            let named = |finding: &ScrubFinding| {
-                matches!(finding, ScrubFinding::Data { file, name, offset } if *file == id && name.contains('a') && *offset == 5 * SUB)
-            };
+            let named = |finding: &ScrubFinding| matches!(finding, ScrubFinding::Data { file, name, offset } if *file == id && name.contains('a') && *offset == 5 * SUB);
             assert!(report.findings.iter().any(named), "{:?}", report.findings);
             Ok(())
         });
@@ -315,7 +322,9 @@ fn lost_and_misdirected_writes_are_noticed_and_repaired() {
 async fn some_files(sim: &Sim, rig: &Rig) -> Result<Vec<u8>, Failure> {
     let fs = format(sim, rig).await?;
     for number in 0..12 {
-        fs.create(&format!("/f{number}"), &checked()).await.map_err(failed)?;
+        fs.create(&format!("/f{number}"), &checked())
+            .await
+            .map_err(failed)?;
     }
     let file = fs.open_file("/f3", Access::Write).await.map_err(failed)?;
     let content = pattern(0, 262_144, 9);
@@ -325,7 +334,9 @@ async fn some_files(sim: &Sim, rig: &Rig) -> Result<Vec<u8>, Failure> {
     write(&file, 524_288, &content).await?;
     file.flush().await.map_err(failed)?;
     for number in 12..20 {
-        fs.create(&format!("/f{number}"), &checked()).await.map_err(failed)?;
+        fs.create(&format!("/f{number}"), &checked())
+            .await
+            .map_err(failed)?;
     }
     fs.sync().await.map_err(failed)?;
     Ok(content)
@@ -347,8 +358,17 @@ async fn files_are_there(fs: &HealFs, content: &[u8]) -> Result<(), Failure> {
 fn rot_metadata(sim: &Sim, rig: &Rig, bad: usize) -> u64 {
     let config = rig.pool.configuration();
     let name = format!("d{bad}");
-    let device = config.devices.iter().find(|device| device.name == name).unwrap().id;
-    let volume = config.volumes.iter().find(|volume| volume.name == "meta").unwrap();
+    let device = config
+        .devices
+        .iter()
+        .find(|device| device.name == name)
+        .unwrap()
+        .id;
+    let volume = config
+        .volumes
+        .iter()
+        .find(|volume| volume.name == "meta")
+        .unwrap();
     let mut rotten = 0;
     for extent in volume.extents().filter(|extent| extent.device == device) {
         for block in (extent.start..extent.start + extent.length).step_by(4096) {
@@ -378,7 +398,9 @@ fn rot_of_all_metadata_on_any_one_disk_is_healed_at_opening_and_by_a_scrub() {
                 let first = scrub(&fs).await?;
                 assert_eq!(first.lost, 0, "{first:?}");
                 let events = fs.take_events();
-                let told = events.iter().any(|event| matches!(event, Event::MetadataRepaired { .. }));
+                let told = events
+                    .iter()
+                    .any(|event| matches!(event, Event::MetadataRepaired { .. }));
                 assert!(told || first.blocks_repaired > 0, "{events:?} {first:?}");
                 is_whole(&fs).await?;
                 files_are_there(&fs, &content).await?;
@@ -451,7 +473,11 @@ fn without_redundancy_a_damaged_block_is_told() {
         }
         assert!(read(&file, 0, 4096).await.is_err());
         let events = fs.take_events();
-        assert!(events.iter().any(|event| matches!(event, Event::Corrupt { offset: 0, .. })));
+        assert!(
+            events
+                .iter()
+                .any(|event| matches!(event, Event::Corrupt { offset: 0, .. }))
+        );
         same(&read(&file, 4096, 4096).await?, &content[4096..8192])?;
         let copies: Rc<dyn Copies> = Rc::new(rig.data.clone());
         assert_eq!(copies.copies(0, 4096), 2);

@@ -94,11 +94,19 @@ async fn story(sim: Sim, layout: Layout, disks: usize, bad: Vec<usize>) -> Resul
             assert!(same, "copy {copy} at {offset}");
         }
     }
-    assert_eq!(read_bytes(&volume, 0, SIZE).await.map_err(failed)?, good.as_slice());
+    assert_eq!(
+        read_bytes(&volume, 0, SIZE).await.map_err(failed)?,
+        good.as_slice()
+    );
     // The pool's own scrub finds nothing to make equal.
     drop(pool.take_events());
     let job = pool
-        .start(JobKind::Scrub { volume: volume_id(&pool) }, 0)
+        .start(
+            JobKind::Scrub {
+                volume: Some(volume_id(&pool)),
+            },
+            0,
+        )
         .await
         .map_err(failed)?;
     pool.wait(job).await.map_err(failed)?;
