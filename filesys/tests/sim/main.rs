@@ -6,6 +6,7 @@ mod check;
 mod check_beside;
 mod features;
 mod harness;
+mod heal;
 mod machine;
 mod model;
 mod scripts;

@@ -485,10 +485,10 @@ mod tests {
         assert_eq!(judge(&row(&[1, 2, 3], 1), LENGTH), Bad::Nothing);
         assert_eq!(judge(&row(&[1, 2, 3], 2), LENGTH), Bad::Nothing);
         let mut bad = row(&[1, 2, 3], 2);
-        bad.parity[1] = Some(unit(9));
+        bad.parity[1] = Some(unit(201));
         assert_eq!(judge(&bad, LENGTH), Bad::Parity(1));
         let mut bad = row(&[1, 2, 3], 2);
-        bad.parity[0] = Some(unit(9));
+        bad.parity[0] = Some(unit(201));
         assert_eq!(judge(&bad, LENGTH), Bad::Parity(0));
         for number in 0..3 {
             let mut bad = row(&[1, 2, 3], 2);

@@ -1,6 +1,7 @@
 //! The volume manager in the simulator: crashes at every event, failing devices, everything online.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod copies;
 mod crash;
 mod harness;
 mod interrupted;
