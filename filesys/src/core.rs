@@ -65,6 +65,8 @@ pub(crate) struct Core<V, C> {
     freed: RefCell<VecDeque<Freed>>,
     /// For each group that is not durable: volumes with data that its records speak of.
     needs: RefCell<BTreeMap<u64, BTreeSet<VolumeIndex>>>,
+    /// Empty memory for records on their way to the journal.
+    bytes: RefCell<Vec<u8>>,
     loading: RefCell<BTreeSet<u64>>,
     /// Something of all that is waited for has changed.
     pub(crate) changed: Signal,
@@ -130,6 +132,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             epochs: Epochs::default(),
             freed: RefCell::default(),
             needs: RefCell::default(),
+            bytes: RefCell::default(),
             loading: RefCell::default(),
             changed: Signal::default(),
             checkpointing: Cell::new(false),
@@ -335,7 +338,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             self.changes.set(self.changes.get() + 1);
         }
         let mut effects = Effects::default();
-        let mut writer = Writer::default();
+        let mut writer = Writer(self.bytes.take());
         for record in records {
             match self.state.apply(record, &mut effects) {
                 Ok(()) => record.encode(&mut writer),
@@ -354,6 +357,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             Ok(group) => group,
             Err(error) => return Err(self.fail(&error).into()),
         };
+        writer.0.clear();
+        self.bytes.replace(writer.0);
         self.take_effects(effects, group);
         if !self.lingering.replace(true) {
             self.changed.notify();

@@ -77,11 +77,12 @@ impl Drop for Pass<'_> {
 }
 
 impl Gate {
-    fn of(&self, buckets: u32) -> impl Iterator<Item = &Bucket> {
-        let numbered = (0..).zip(&self.buckets);
-        numbered
-            .filter(move |(number, _): &(u32, _)| buckets >> number & 1 == 1)
-            .map(|(_, bucket)| bucket)
+    fn of(&self, mut buckets: u32) -> impl Iterator<Item = &Bucket> {
+        std::iter::from_fn(move || {
+            let bucket = self.buckets.get(buckets.trailing_zeros() as usize)?;
+            buckets &= buckets - 1;
+            Some(bucket)
+        })
     }
 
     /// The buckets of pages `first..=last`.
@@ -95,9 +96,10 @@ impl Gate {
     /// To write within pages `first..=last`.
     pub(crate) async fn share(&self, first: u64, last: u64) -> Pass<'_> {
         let buckets = Self::buckets(first, last);
-        self.changed
-            .until(|| self.of(buckets).all(|bucket| !bucket.alone.get()).then_some(()))
-            .await;
+        let is_free = || self.of(buckets).all(|bucket| !bucket.alone.get());
+        if !is_free() {
+            self.changed.until(|| is_free().then_some(())).await;
+        }
         for bucket in self.of(buckets) {
             bucket.shared.set(bucket.shared.get() + 1);
         }

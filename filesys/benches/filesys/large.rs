@@ -43,13 +43,13 @@ fn given(number: u8, device: Rc<Fake>) -> GivenVolume<Fake> {
     }
 }
 
-fn data(count: u8, size: u64) -> Vec<GivenVolume<Fake>> {
+pub(crate) fn data(count: u8, size: u64) -> Vec<GivenVolume<Fake>> {
     (1..=count)
         .map(|number| given(number, Rc::new(Fake::Forgets(size))))
         .collect()
 }
 
-async fn format(directory: &Path, volumes: Vec<GivenVolume<Fake>>, open: OpenOptions) -> Fs {
+pub(crate) async fn format(directory: &Path, volumes: Vec<GivenVolume<Fake>>, open: OpenOptions) -> Fs {
     let format = FormatOptions {
         uuid: [9; 16],
         seed: 77,
@@ -63,7 +63,7 @@ async fn format(directory: &Path, volumes: Vec<GivenVolume<Fake>>, open: OpenOpt
 }
 
 /// Lets the others run, as devices that forget answer at once.
-async fn others() {
+pub(crate) async fn others() {
     let mut waited = false;
     poll_fn(|context| {
         if waited {
@@ -82,7 +82,7 @@ enum Writes {
     InOrder(u64),
     /// 4 KiB of so many clusters, each once, all over.
     AtRandom(u64),
-    /// As these, and 4 KiB of no cluster that has something already are known to have a neighbour: again and again.
+    /// 4 KiB each, in order.
     Again(u64),
 }
 
@@ -109,7 +109,7 @@ async fn write(fs: &Fs, path: &str, writes: Writes) {
     file.flush().await.unwrap();
 }
 
-async fn create(fs: &Fs, path: &str, size: u64, thick: bool) {
+pub(crate) async fn create(fs: &Fs, path: &str, size: u64, thick: bool) {
     let new = NewFile {
         size,
         attributes: Some(Attributes {
@@ -133,7 +133,7 @@ pub(crate) fn memory(place: &Path, options: &Options) {
     println!("writes, pages kept      | live MiB | MiB per TiB | peak MiB | ns per write");
     let kept = OpenOptions::default().cached_pages;
     for (name, writes, pages) in [
-        ("in order, default", Writes::InOrder(bytes), kept),
+        ("in order, default", Writes::InOrder(TIB), kept),
         ("at random, all", Writes::AtRandom(clusters), usize::MAX),
         ("at random, default", Writes::AtRandom(clusters), kept),
         ("at random, 2048", Writes::AtRandom(clusters), 2048),
@@ -152,9 +152,9 @@ pub(crate) fn memory(place: &Path, options: &Options) {
             create(&fs, "/disk", TIB, false).await;
             let begin = Instant::now();
             write(&fs, "/disk", writes).await;
-            let requests = match writes {
-                Writes::InOrder(bytes) => bytes >> 20,
-                Writes::AtRandom(count) | Writes::Again(count) => count,
+            let (requests, bytes) = match writes {
+                Writes::InOrder(bytes) => (bytes >> 20, bytes),
+                Writes::AtRandom(count) | Writes::Again(count) => (count, count * CLUSTER),
             };
             let time = begin.elapsed().as_nanos() as f64 / requests as f64;
             let used = live().saturating_sub(before);
@@ -204,7 +204,7 @@ pub(crate) fn open_after_crash(place: &Path) {
             stat.journal_used >> 20
         );
         // Nothing is closed: as if the process had died.
-        std::mem::forget(fs);
+        drop(fs);
     });
     // Its tasks end with the thread.
     drop(worker);

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! cargo bench -p filesys --bench filesys -- [DIRECTORY]... [--seconds N] [--rounds N] [--only PART] [--no-qemu]
-//!                                           [--share-of-tib N]
+//!                                           [--share-of-tib N] [--requests N]
 //! ```
-//! Parts: `throughput`, `first`, `chain`, `snapshot`, `merge`, `memory`, `open`, `workers`. The last three use devices that forget what
+//! Parts: `path`, `throughput`, `first`, `chain`, `snapshot`, `merge`, `memory`, `open`, `workers`. `path`, `memory` and `open` use devices that forget what
 //! is written to them, so that petabytes can be had; the others use files in the directories (about 7 GiB).
 //!
 //! # How qcow2 is compared
@@ -35,6 +35,7 @@ mod fake;
 mod large;
 mod layers;
 mod load;
+mod path;
 mod qemu;
 mod stage;
 mod throughput;
@@ -47,6 +48,7 @@ pub(crate) struct Options {
     only: String,
     pub(crate) qemu: bool,
     pub(crate) share_of_tib: f64,
+    pub(crate) requests: u64,
 }
 
 impl Options {
@@ -63,6 +65,7 @@ fn main() {
         only: String::new(),
         qemu: true,
         share_of_tib: 0.125,
+        requests: 200_000,
     };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -72,6 +75,8 @@ fn main() {
             "--rounds" => options.rounds = arguments.next().unwrap().parse().unwrap(),
             "--only" => options.only = arguments.next().unwrap(),
             "--share-of-tib" => options.share_of_tib = arguments.next().unwrap().parse().unwrap(),
+            "--requests" => options.requests = arguments.next().unwrap().parse().unwrap(),
+            "--only-path" => drop(arguments.next()),
             "--no-qemu" => options.qemu = false,
             place => places.push(PathBuf::from(place)),
         }
@@ -101,7 +106,8 @@ fn load_average() -> String {
 }
 
 fn on_files(place: &Path, options: &Options) {
-    let parts: [(&str, fn(&Path, &Options)); 6] = [
+    let parts: [(&str, fn(&Path, &Options)); 7] = [
+        ("path", path::path),
         ("throughput", throughput::throughput),
         ("first", throughput::first),
         ("chain", layers::chain),

@@ -12,6 +12,7 @@
 //! ```
 
 mod allocate;
+mod few;
 mod handle;
 mod layer_cache;
 mod memory;

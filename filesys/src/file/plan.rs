@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use block_io::{BlockDevice, Clock};
 
+use super::few::Few;
 use super::handle::File;
 use super::layer_cache::Answers;
 use crate::entry::Entry;
@@ -73,7 +74,7 @@ struct Owners {
     /// Sub-clusters that nobody was found for yet.
     rest: u16,
     /// Each with what it has.
-    found: Vec<(u16, Location, bool)>,
+    found: Few<(u16, Location, bool)>,
 }
 
 impl Owners {
@@ -100,8 +101,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         chain: &Chain,
         offset: u64,
         length: u64,
-    ) -> Result<Vec<Piece<V>>, Stop> {
-        let mut pieces = Vec::with_capacity(1);
+    ) -> Result<Few<Piece<V>>, Stop> {
+        let mut pieces = Few::default();
         for part in parts(offset, length) {
             let head = entry(&chain[0], part.cluster)?;
             let mask = part.touched().0;
@@ -131,7 +132,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
     fn owners(&self, chain: &Chain, cluster: u64, head: Entry, mask: u16) -> Result<Owners, Stop> {
         let mut owners = Owners {
             rest: mask,
-            found: Vec::with_capacity(2),
+            found: Few::default(),
         };
         owners.take(head);
         if owners.rest == 0 || chain.len() == 1 {
@@ -188,7 +189,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
 
 fn push_mixed<V: BlockDevice>(
     state: &State<V>,
-    pieces: &mut Vec<Piece<V>>,
+    pieces: &mut Few<Piece<V>>,
     owners: &Owners,
     part: Part,
 ) -> Result<(), Damage> {
@@ -210,7 +211,7 @@ fn push_mixed<V: BlockDevice>(
 /// Bytes `start..end` of a cluster, joined with what is before if they follow it.
 fn push<V: BlockDevice>(
     state: &State<V>,
-    pieces: &mut Vec<Piece<V>>,
+    pieces: &mut Few<Piece<V>>,
     owner: Option<(Location, bool)>,
     start: u64,
     end: u64,

@@ -2,6 +2,7 @@
 
 use block_io::{AlignedBuffer, BlockDevice, Clock, IoBuf};
 
+use super::few::Few;
 use super::handle::File;
 use super::memory::{self, whole};
 use super::plan::{Piece, Source};
@@ -75,17 +76,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         // Places that are looked up now are not given away before this ends.
         let _running = self.core.epochs.begin();
         let pieces = self.read_plan(offset, length).await?;
-        if let [
-            Piece {
-                source:
-                    Source::Data {
-                        volume,
-                        offset: from,
-                        checked: false,
-                    },
-                ..
-            },
-        ] = pieces.as_slice()
+        if let Some(Piece {
+            source:
+                Source::Data {
+                    volume,
+                    offset: from,
+                    checked: false,
+                },
+            ..
+        }) = pieces.only()
             && is_aligned(volume, *from, length)
         {
             return Ok(volume.device.read(*from, buffers).await?);
@@ -93,7 +92,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         self.read_pieces(offset, &pieces, buffers, mismatch).await
     }
 
-    async fn read_plan(&self, offset: u64, length: u64) -> Result<Vec<Piece<V>>, FsError> {
+    async fn read_plan(&self, offset: u64, length: u64) -> Result<Few<Piece<V>>, FsError> {
         loop {
             let chain = if self.chain_is_fresh() {
                 self.known_chain()
@@ -110,13 +109,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
     async fn read_pieces(
         &self,
         offset: u64,
-        pieces: &[Piece<V>],
+        pieces: &Few<Piece<V>>,
         buffers: &[IoBuf],
         mismatch: Mismatch,
     ) -> Result<(), FsError> {
         let mut reads: Vec<Boxed<'_, Result<(), FsError>>> = Vec::new();
         let mut done = 0;
-        for piece in pieces {
+        for piece in pieces.iter() {
             let memory = memory::part(buffers, done, piece.length);
             let at = offset + done;
             done += piece.length;
@@ -188,6 +187,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
 
 /// Whether a volume takes a request like this as it is.
 pub(super) fn is_aligned<V: BlockDevice>(volume: &VolumeCore<V>, offset: u64, length: u64) -> bool {
+    // What a volume must be able to do; all others ask it.
+    if (offset | length).is_multiple_of(SUB_CLUSTER) {
+        return true;
+    }
     let block = u64::from(volume.device.geometry().logical_block);
     offset.is_multiple_of(block) && length.is_multiple_of(block)
 }

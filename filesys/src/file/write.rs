@@ -6,11 +6,11 @@
 //!   parts of some that are not      these are read from the ancestors first and written whole, alone
 //! ```
 
-use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoBuf, IoError};
 
+use super::few::Few;
 use super::handle::File;
 use super::memory::{self, whole};
 use super::plan::{Part, Piece, Source, parts};
@@ -23,7 +23,7 @@ use crate::gate::{self, Boxed, Pass};
 use crate::record::{MAP_BYTES, Record, UNCHECKED_BYTES};
 use crate::state::{State, Stop};
 use crate::tree::node::{FANOUT, Missing};
-use crate::units::{CLUSTER, Location, SUB_CLUSTER, SubMask, VolumeIndex};
+use crate::units::{CLUSTER, Location, SUB_CLUSTER, SubMask};
 use crate::volume::VolumeCore;
 
 /// Bytes of a file below one page of its map.
@@ -32,7 +32,7 @@ pub(super) const PAGE_BYTES: u64 = FANOUT as u64 * CLUSTER;
 /// How a write is done.
 enum Way<V> {
     /// Over valid data.
-    Over(Vec<Piece<V>>),
+    Over(Few<Piece<V>>),
     /// Some clusters get places, or sub-clusters become valid.
     Places,
     /// Parts of sub-clusters that have to be read first.
@@ -99,16 +99,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
     async fn write_over(
         &self,
         file: &FileCore,
-        pieces: &[Piece<V>],
+        pieces: &Few<Piece<V>>,
         buffers: &[IoBuf],
         durability: Durability,
     ) -> Result<(), FsError> {
-        if let [
-            Piece {
-                source: Source::Data { volume, offset, .. },
-                ..
-            },
-        ] = pieces
+        if let Some(Piece {
+            source: Source::Data { volume, offset, .. },
+            ..
+        }) = pieces.only()
         {
             volume.device.write(*offset, buffers, durability).await?;
             note_written(file, volume, durability);
@@ -116,7 +114,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         }
         let mut writes: Vec<Boxed<'_, Result<(), IoError>>> = Vec::new();
         let mut done = 0;
-        for piece in pieces {
+        for piece in pieces.iter() {
             let memory = memory::part(buffers, done, piece.length);
             done += piece.length;
             if let Source::Data { volume, offset, .. } = &piece.source {
@@ -247,7 +245,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             // Nobody knows what is there.
             self.core.put_sums(file, &located, &vec![0; sums.len()]).await?;
         }
-        let volumes = written?;
+        written?;
         if !sums.is_empty() {
             self.core.put_sums(file, &located, sums).await?;
         }
@@ -264,8 +262,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         if durability == Durability::Durable {
             return self.core.commit(file.group.get()).await;
         }
-        for volume in volumes {
-            self.core.needs_flush(group, volume);
+        let mut before = None;
+        for (_, at) in &located {
+            if before.replace(at.volume) != Some(at.volume) {
+                self.core.needs_flush(group, at.volume);
+            }
         }
         Ok(())
     }
@@ -277,8 +278,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         located: &[(Part, Location)],
         buffers: &[IoBuf],
         durability: Durability,
-    ) -> Result<BTreeSet<VolumeIndex>, FsError> {
-        let mut volumes = BTreeSet::new();
+    ) -> Result<(), FsError> {
         let mut writes: Vec<Boxed<'_, Result<(), IoError>>> = Vec::new();
         let mut done = 0;
         let mut rest = located;
@@ -296,7 +296,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
                 })
                 .count();
             let volume = self.core.state.volume(at.volume)?;
-            volumes.insert(at.volume);
+            if run == located.len() {
+                volume.device.write(from, buffers, durability).await?;
+                note_written(file, &volume, durability);
+                return Ok(());
+            }
             let memory = memory::part(buffers, done, to - from);
             done += to - from;
             writes.push(Box::pin(async move {
@@ -306,14 +310,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             }));
             rest = &rest[run..];
         }
-        if writes.len() == 1
-            && let Some(write) = writes.pop()
-        {
-            write.await?;
-        } else {
-            gate::all(writes).await.into_iter().collect::<Result<(), _>>()?;
-        }
-        Ok(volumes)
+        gate::all(writes).await.into_iter().collect::<Result<(), _>>()?;
+        Ok(())
     }
 }
 
@@ -348,7 +346,7 @@ fn way<V: BlockDevice>(state: &State<V>, file: &FileCore, offset: u64, length: u
     if file.inode.borrow().attributes.checksums {
         return Ok(Way::Merge);
     }
-    let mut pieces: Vec<Piece<V>> = Vec::with_capacity(1);
+    let mut pieces: Few<Piece<V>> = Few::default();
     let mut places = false;
     for part in parts(offset, length) {
         let entry = map.entry(part.cluster)?;
@@ -375,7 +373,7 @@ fn way<V: BlockDevice>(state: &State<V>, file: &FileCore, offset: u64, length: u
     Ok(if places { Way::Places } else { Way::Over(pieces) })
 }
 
-fn over<V>(pieces: &mut Vec<Piece<V>>, volume: Rc<VolumeCore<V>>, at: Location, part: Part) {
+fn over<V>(pieces: &mut Few<Piece<V>>, volume: Rc<VolumeCore<V>>, at: Location, part: Part) {
     let (from, length) = (at.offset() + part.start, part.end - part.start);
     if let Some(Piece {
         source: Source::Data {

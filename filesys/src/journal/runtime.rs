@@ -48,6 +48,8 @@ pub(super) struct State {
     /// The ring is free up to this position, plus its length.
     released: u64,
     pub(super) room: Room,
+    /// What [`Self::has_news`] saw.
+    used_before: u64,
     pub(super) failure: Option<JournalError>,
     running: bool,
     stopping: bool,
@@ -60,6 +62,13 @@ impl State {
 
     pub(super) fn used_blocks(&self) -> u64 {
         (self.next.block + blocks_for(self.open.len())).saturating_sub(self.released)
+    }
+
+    /// Whether there is something to write, somebody waits for room, or more of the ring is in use than when this was asked last.
+    pub(super) fn has_news(&mut self) -> bool {
+        let used = self.used_blocks();
+        let before = std::mem::replace(&mut self.used_before, used);
+        used != before || !self.closed.is_empty() || self.room.somebody_waits()
     }
 
     /// The newest group with records in it, at most `group`.
@@ -91,6 +100,7 @@ impl<V: BlockDevice> Journal<V> {
             wanted: 0,
             released: released.block,
             room: Room::default(),
+            used_before: 0,
             failure: None,
             running: false,
             stopping: false,

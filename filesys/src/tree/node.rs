@@ -141,6 +141,14 @@ impl Node {
         }
     }
 
+    /// It is used, so it stays in memory for a while.
+    pub(crate) fn use_it(&self) {
+        // Most are warm, and a write would take the cache line from who reads it.
+        if !self.warm.get() {
+            self.warm.set(true);
+        }
+    }
+
     pub(crate) fn is_dirty(&self) -> bool {
         self.ptr.get().is_none()
     }

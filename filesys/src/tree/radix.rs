@@ -128,7 +128,7 @@ impl Tree {
         };
         loop {
             if level == 0 {
-                node.warm.set(true);
+                node.use_it();
                 return Ok(Look::Leaf(node));
             }
             let slot = self.slot(index, level);
@@ -169,6 +169,13 @@ impl Tree {
 
     /// An entry of a map.
     pub(crate) fn entry(&self, index: u64) -> Result<Entry, Missing> {
+        if !self.reaches(index) {
+            return Ok(Entry::HOLE);
+        }
+        // Every request comes here, so the usual case touches no counters of references.
+        if let Some(entry) = self.entry_below(&self.root.borrow(), index, self.level.get()) {
+            return Ok(entry);
+        }
         Ok(match self.look(index)? {
             Look::Empty => Entry::HOLE,
             Look::Run(entry) => entry,
@@ -177,6 +184,26 @@ impl Tree {
                 _ => Entry::HOLE,
             },
         })
+    }
+
+    /// An entry below a child, if all on the way is in memory.
+    fn entry_below(&self, child: &Child, index: u64, level: u8) -> Option<Entry> {
+        let node = match child {
+            Child::Loaded(node) => node,
+            Child::Empty => return Some(Entry::HOLE),
+            Child::Run(first) => return Some(first.nth(index % self.elements(level))),
+            Child::Media(_) => return None,
+        };
+        match &*node.body.borrow() {
+            Body::Inner(children) if level > 0 => {
+                self.entry_below(&children[self.slot(index, level)], index, level - 1)
+            }
+            Body::Map(entries) => {
+                node.use_it();
+                Some(entries[usize::try_from(index % FANOUT as u64).unwrap_or(0)])
+            }
+            _ => Some(Entry::HOLE),
+        }
     }
 
     /// Changes the leaf with an element. What becomes uniform loses its page.
