@@ -6,6 +6,7 @@
 
 mod disk;
 mod exits;
+pub(crate) mod filesys;
 mod probe;
 
 use std::fs;

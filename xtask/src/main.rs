@@ -59,7 +59,7 @@ enum Task {
         #[arg(long)]
         tour: bool,
     },
-    /// Measure beside QEMU, in the lab
+    /// Measure beside QEMU
     Bench {
         #[command(subcommand)]
         what: Bench,
@@ -85,6 +85,12 @@ enum Bench {
         /// Another smsvmm than the one of this work tree
         #[arg(long)]
         program: Option<PathBuf>,
+    },
+    /// The file system beside its bare volume and qcow2, on memory and on this disk (about 10 GiB each)
+    Filesys {
+        /// For the bench, as `-- --only throughput`
+        #[arg(last = true)]
+        arguments: Vec<String>,
     },
 }
 
@@ -140,6 +146,9 @@ fn main() -> ExitCode {
                 program,
             },
         } => bench::run(program, !without_disk),
+        Task::Bench {
+            what: Bench::Filesys { arguments },
+        } => bench::filesys::run(&arguments),
         Task::BenchInside { part } => bench::inside(&part),
         Task::Demo { tour } => demo::run(tour),
         Task::DemoInside { tour } => demo::inside(tour),

@@ -31,7 +31,9 @@ fn meta(directory: &Path) -> Rc<Fake> {
         .open(&path)
         .unwrap();
     file.set_len(6 << 30).unwrap();
-    Rc::new(Fake::Kept(HostDevice::open(&path, &HostOptions::default()).unwrap()))
+    Rc::new(Fake::Kept(
+        HostDevice::open(&path, &HostOptions::default()).unwrap(),
+    ))
 }
 
 fn given(number: u8, device: Rc<Fake>) -> GivenVolume<Fake> {
@@ -128,7 +130,11 @@ pub(crate) fn memory(place: &Path, options: &Options) {
     let bytes = clusters * CLUSTER;
     println!(
         "\nmemory: {} of disk mapped on devices that forget",
-        if bytes >= TIB { format!("{} TiB", bytes / TIB) } else { format!("{} GiB", bytes >> 30) }
+        if bytes >= TIB {
+            format!("{} TiB", bytes / TIB)
+        } else {
+            format!("{} GiB", bytes >> 30)
+        }
     );
     println!("writes, pages kept      | live MiB | MiB per TiB | peak MiB | ns per write");
     let kept = OpenOptions::default().cached_pages;
@@ -172,7 +178,9 @@ pub(crate) fn memory(place: &Path, options: &Options) {
 /// A pool of 100 TiB with a full journal is opened.
 pub(crate) fn open_after_crash(place: &Path) {
     const FULL: u64 = 4 * TIB;
-    println!("\nopen: 4 volumes of 25 TiB, a thick file of 4 TiB with a hole in each 2 GiB, a million changes since");
+    println!(
+        "\nopen: 4 volumes of 25 TiB, a thick file of 4 TiB with a hole in each 2 GiB, a million changes since"
+    );
     let directory = tempfile::tempdir_in(place).unwrap();
     let path = directory.path().to_owned();
     let made = path.clone();

@@ -25,8 +25,16 @@ pub(crate) fn chain(directory: &Path, options: &Options) {
         make_chain(&stage, "whole", 64 << 10, 256).await;
         make_chain(&stage, "parts", 4 << 10, 512).await;
         let load = Load::random(false, 32, GIB, seconds);
-        let names = ["one file", "32 layers, whole clusters", "32 layers, single sub-clusters"];
-        let paths = ["/flat".to_owned(), format!("/whole{}", DEPTH - 1), format!("/parts{}", DEPTH - 1)];
+        let names = [
+            "one file",
+            "32 layers, whole clusters",
+            "32 layers, single sub-clusters",
+        ];
+        let paths = [
+            "/flat".to_owned(),
+            format!("/whole{}", DEPTH - 1),
+            format!("/parts{}", DEPTH - 1),
+        ];
         let mut disks = Vec::new();
         for path in &paths {
             disks.push(stage.open(path, Access::Read).await);
@@ -37,7 +45,10 @@ pub(crate) fn chain(directory: &Path, options: &Options) {
                 figures.push(load::run(disk, load).await);
             }
         }
-        println!("4k read qd32                    {} | IOPS ratio  CPU ratio", Figures::header());
+        println!(
+            "4k read qd32                    {} | IOPS ratio  CPU ratio",
+            Figures::header()
+        );
         let one = Figures::median(&all[0]);
         for (name, figures) in names.iter().zip(&all) {
             let figures = Figures::median(figures);
@@ -185,4 +196,3 @@ async fn commit(directory: &Path, image: Image, load: Load) -> f64 {
     qemu::run("qemu-img", &["commit", "-q", "-t", "none", "-f", "qcow2", &text]);
     begin.elapsed().as_secs_f64()
 }
-

@@ -10,7 +10,7 @@ use block_io::{
 
 use crate::counting;
 use crate::qemu;
-use crate::stage::{FsFile, FileVolume};
+use crate::stage::{FileVolume, FsFile};
 
 /// What is under load.
 #[derive(Clone)]
@@ -154,7 +154,11 @@ pub(crate) fn shuffled(number: u64, blocks: u64) -> u64 {
     let bits = blocks.trailing_zeros();
     let mask = blocks - 1;
     let mut place = number & mask;
-    for factor in [0x9e37_79b9_7f4a_7c15_u64, 0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb] {
+    for factor in [
+        0x9e37_79b9_7f4a_7c15_u64,
+        0xbf58_476d_1ce4_e5b9,
+        0x94d0_49bb_1331_11eb,
+    ] {
         place = place.wrapping_mul(factor) & mask;
         place ^= place >> (bits / 2).max(1);
     }

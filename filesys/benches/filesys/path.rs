@@ -1,10 +1,11 @@
 //! What a request costs in the file system alone: on devices that forget, one request after the other.
 //!
-//! Instructions per request: `valgrind --tool=callgrind --toggle-collect='*path::repeat*' PROGRAM DIRECTORY --only path --only-path NAME`;
+//! Instructions per request: `SMSVMM_IO_ENGINE=threads valgrind --tool=callgrind --collect-atstart=no
+//! --toggle-collect='*path::repeat*' PROGRAM DIRECTORY --only path --only-path NAME --requests 4000` (valgrind and io_uring may wait
+//! for each other for ever);
 //! the number of requests is printed.
 
 use std::path::Path;
-use std::time::Instant;
 
 use block_io::{AlignedBuffer, BlockDevice, Durability, Worker, WorkerOptions};
 use filesys::{Access, File};
@@ -13,7 +14,7 @@ use crate::Options;
 use crate::counting::allocations;
 use crate::fake::Fake;
 use crate::large::{create, data, format, others};
-use crate::load::{median, shuffled};
+use crate::load::{cpu, median, shuffled};
 
 const DISK: u64 = 4 << 30;
 const BLOCKS: u64 = DISK / 4096;
@@ -26,7 +27,7 @@ async fn repeat(file: &FakeFile, write: bool, first: u64, count: u64) -> (f64, f
     let buffer = AlignedBuffer::new(4096);
     // SAFETY: the buffer outlives the requests, which are awaited.
     let memory = [unsafe { buffer.io(0, 4096) }];
-    let (begin, before) = (Instant::now(), allocations());
+    let (begin, before) = (cpu(), allocations());
     for number in first..first + count {
         let offset = shuffled(number, BLOCKS) * 4096;
         if write {
@@ -38,8 +39,11 @@ async fn repeat(file: &FakeFile, write: bool, first: u64, count: u64) -> (f64, f
             others().await;
         }
     }
-    let time = begin.elapsed().as_nanos() as f64;
-    (time / count as f64, (allocations() - before) as f64 / count as f64)
+    let time = (cpu() - begin) * 1e9;
+    (
+        time / count as f64,
+        (allocations() - before) as f64 / count as f64,
+    )
 }
 
 pub(crate) fn path(directory: &Path, options: &Options) {
@@ -70,10 +74,10 @@ pub(crate) fn path(directory: &Path, options: &Options) {
         }
         let full = fs.open_file("/full", Access::Write).await.unwrap();
         let chain = fs.open_file("/c31", Access::Read).await.unwrap();
-        println!("request              |  ns, median | allocations   ({count} requests each)");
+        println!("request              | ns of CPU time | allocations   ({count} requests each)");
         let show = |name: &str, results: Vec<(f64, f64)>| {
             let (times, counts): (Vec<f64>, Vec<f64>) = results.into_iter().unzip();
-            println!("{name:20} | {:11.0} | {:11.3}", median(times), median(counts));
+            println!("{name:20} | {:14.0} | {:11.3}", median(times), median(counts));
         };
         let only = options_only();
         for (name, file, write) in [

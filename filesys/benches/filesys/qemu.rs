@@ -22,7 +22,10 @@ pub(crate) fn cpu(process: u32) -> f64 {
     let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
     let nanoseconds = tasks.flatten().map(|task| {
         let text = std::fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
-        let first = text.split(' ').next().and_then(|number| number.parse::<f64>().ok());
+        let first = text
+            .split(' ')
+            .next()
+            .and_then(|number| number.parse::<f64>().ok());
         first.unwrap_or(0.0)
     });
     nanoseconds.sum::<f64>() / 1e9
@@ -89,7 +92,9 @@ pub(crate) fn overlay(directory: &Path, base: &str, name: &str, image: Image, ro
     let base = base.display().to_string();
     run(
         "qemu-img",
-        &["create", "-q", "-f", "qcow2", "-o", options, "-b", &base, "-F", "raw", &text],
+        &[
+            "create", "-q", "-f", "qcow2", "-o", options, "-b", &base, "-F", "raw", &text,
+        ],
     );
     run("fallocate", &["-n", "-l", &room.to_string(), &text]);
     path
@@ -107,7 +112,10 @@ pub(crate) fn serve(path: &Path, image: Image) -> Daemon {
     let node = if image == Image::Raw {
         "file"
     } else {
-        command.args(["--blockdev", "driver=qcow2,node-name=image,file=file,cache.direct=on"]);
+        command.args([
+            "--blockdev",
+            "driver=qcow2,node-name=image,file=file,cache.direct=on",
+        ]);
         "image"
     };
     command.args([

@@ -33,7 +33,10 @@ pub(crate) fn throughput(directory: &Path, options: &Options) {
             ("1M overwrite qd4", sequential(true)),
             ("1M read qd4", sequential(false)),
         ];
-        println!("load                | volume:{0} | file:{0} | IOPS ratio  CPU ratio", Figures::header());
+        println!(
+            "load                | volume:{0} | file:{0} | IOPS ratio  CPU ratio",
+            Figures::header()
+        );
         for (name, load) in loads {
             let mut all = [Vec::new(), Vec::new()];
             for _ in 0..rounds {
@@ -193,9 +196,10 @@ pub(crate) fn workers(directory: &Path, options: &Options) {
         for (result, (first, second)) in results.iter_mut().zip([(1, 0), (2, 0), (1, 1)]) {
             let (begin, cpu_before) = (Instant::now(), cpu());
             let done: f64 = std::thread::scope(|scope| {
-                let runs = pools.iter().zip([first, second]).map(|(worker, files)| {
-                    scope.spawn(move || worker.run(move || both(files, seconds)))
-                });
+                let runs = pools
+                    .iter()
+                    .zip([first, second])
+                    .map(|(worker, files)| scope.spawn(move || worker.run(move || both(files, seconds))));
                 let runs: Vec<_> = runs.collect();
                 runs.into_iter().map(|run| run.join().unwrap()).sum()
             });
@@ -205,7 +209,10 @@ pub(crate) fn workers(directory: &Path, options: &Options) {
     }
     println!("4k overwrite, qd32 for each file           IOPS   CPU µs   ratio of IOPS");
     let one = load::median(results[0].iter().map(|result| result.0).collect());
-    for (name, result) in ["one file", "two files of one pool", "two pools, two workers"].iter().zip(&results) {
+    for (name, result) in ["one file", "two files of one pool", "two pools, two workers"]
+        .iter()
+        .zip(&results)
+    {
         let iops = load::median(result.iter().map(|result| result.0).collect());
         let cpu = load::median(result.iter().map(|result| result.1).collect());
         println!("{name:36} {iops:10.0} {cpu:8.2} {:8.2}", iops / one);
