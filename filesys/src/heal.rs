@@ -137,14 +137,16 @@ impl Healer {
 
     /// How many copies of a block can be asked for; none without redundancy.
     pub(crate) fn copies(&self, block: u64) -> usize {
-        self.meta()
-            .map_or(0, |meta| meta.copies(block.saturating_mul(SUB_CLUSTER), SUB_CLUSTER))
+        self.meta().map_or(0, |meta| {
+            meta.copies(block.saturating_mul(SUB_CLUSTER), SUB_CLUSTER)
+        })
     }
 
     /// See [`Copies::telling`].
     pub(crate) fn telling(&self, block: u64) -> usize {
-        self.meta()
-            .map_or(0, |meta| meta.telling(block.saturating_mul(SUB_CLUSTER), SUB_CLUSTER))
+        self.meta().map_or(0, |meta| {
+            meta.telling(block.saturating_mul(SUB_CLUSTER), SUB_CLUSTER)
+        })
     }
 
     /// One copy of a block.
@@ -162,7 +164,10 @@ impl Healer {
         };
         match meta.repair(block * SUB_CLUSTER, &whole(good)).await {
             Ok(()) => {
-                tracing::warn!(block, "a block of metadata was not what was written, and was repaired");
+                tracing::warn!(
+                    block,
+                    "a block of metadata was not what was written, and was repaired"
+                );
                 self.found.borrow_mut().push(Event::MetadataRepaired { block });
                 true
             }
@@ -174,7 +179,11 @@ impl Healer {
     }
 
     /// A copy of a block that `good` takes.
-    pub(crate) async fn find(&self, block: u64, mut good: impl FnMut(&[u8]) -> bool) -> Option<AlignedBuffer> {
+    pub(crate) async fn find(
+        &self,
+        block: u64,
+        mut good: impl FnMut(&[u8]) -> bool,
+    ) -> Option<AlignedBuffer> {
         for copy in 0..self.copies(block) {
             if let Some(found) = self.read(copy, block).await
                 && good(found.as_slice())
@@ -240,9 +249,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let size = usize::try_from(SUB_CLUSTER).unwrap_or(4096);
         for (number, sub) in (0_u64..).zip(bytes.chunks_mut(size)) {
             let at = offset + number * SUB_CLUSTER;
-            let known = self
-                .look(|_| Ok(sum_of(volume, at / SUB_CLUSTER)?))
-                .await?;
+            let known = self.look(|_| Ok(sum_of(volume, at / SUB_CLUSTER)?)).await?;
             if known == 0 || known == data_sum(sub) {
                 continue;
             }
@@ -253,7 +260,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     /// Tells what became of data of a file from byte `from` on. Those that are lost are an error.
-    pub(crate) fn tell_healed(&self, file: FileId, from: u64, healed: &[(u64, Healed)]) -> Result<(), FsError> {
+    pub(crate) fn tell_healed(
+        &self,
+        file: FileId,
+        from: u64,
+        healed: &[(u64, Healed)],
+    ) -> Result<(), FsError> {
         let mut lost = None;
         for (skip, healed) in healed {
             let offset = from + skip;

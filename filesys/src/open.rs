@@ -248,7 +248,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             superblock.incarnation,
         );
         let core = Core::new(state, meta, journal, space, superblock, holders, clock, options);
-        healer.take_events().into_iter().for_each(|event| core.event(event));
+        healer
+            .take_events()
+            .into_iter()
+            .for_each(|event| core.event(event));
         if !read_only {
             core.housekeeping.set(core.options.background);
             core.start();
@@ -420,11 +423,11 @@ async fn replay<V: BlockDevice>(
         healer,
         each,
     )
-        .await
-        .map_err(|error| match error {
-            journal::ReplayError::Apply { source, .. } => source,
-            other => FsError::Open(other.to_string()),
-        })
+    .await
+    .map_err(|error| match error {
+        journal::ReplayError::Apply { source, .. } => source,
+        other => FsError::Open(other.to_string()),
+    })
 }
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {

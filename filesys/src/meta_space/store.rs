@@ -127,7 +127,15 @@ impl<V: BlockDevice> MetaSpace<V> {
     ) -> Result<(Option<Vec<(u64, AlignedBuffer)>>, u64), MetaSpaceError> {
         let current = self.state.borrow().current;
         let (_, region) = area(&self.layout, current.number);
-        let mut found = read_stored(&*self.device, &self.layout, region, current.number, self.uuid, healer).await?;
+        let mut found = read_stored(
+            &*self.device,
+            &self.layout,
+            region,
+            current.number,
+            self.uuid,
+            healer,
+        )
+        .await?;
         let mut repaired = 0;
         if !is_current(&found, current) {
             repaired = heal_area(&mut found, region, current.number, self.uuid, healer).await;
@@ -151,7 +159,11 @@ impl<V: BlockDevice> MetaSpace<V> {
     /// Nobody knows what the places on the volume hold: the next bitmaps are written in full.
     pub(crate) fn forget_stored(&self) {
         let mut state = self.state.borrow_mut();
-        state.differs.iter_mut().flatten().for_each(|differs| *differs = true);
+        state
+            .differs
+            .iter_mut()
+            .flatten()
+            .for_each(|differs| *differs = true);
     }
 
     /// Writes the next bitmap: what is in use now. Volatile: flush the metadata volume before the superblock that names the
@@ -316,13 +328,7 @@ fn is_current(found: &[Page], current: SpaceState) -> bool {
 }
 
 /// Takes the newest copy of each page: the last write to a place was acknowledged before the superblock named the bitmap.
-async fn heal_area(
-    found: &mut [Page],
-    region: Region,
-    number: u64,
-    uuid: [u8; 16],
-    healer: &Healer,
-) -> u64 {
+async fn heal_area(found: &mut [Page], region: Region, number: u64, uuid: [u8; 16], healer: &Healer) -> u64 {
     let mut repaired = 0;
     for (page, place) in (0_u64..).zip(found) {
         let block = region.first + page;

@@ -40,7 +40,11 @@ impl Frame {
     fn is_before(&self, from: &ScrubPosition) -> bool {
         let last = self.start.saturating_add(self.width - 1);
         match self.object {
-            None => last.saturating_mul(FANOUT as u64).saturating_add(FANOUT as u64 - 1) < from.object,
+            None => {
+                last.saturating_mul(FANOUT as u64)
+                    .saturating_add(FANOUT as u64 - 1)
+                    < from.object
+            }
             Some(object) => object < from.object || object == from.object && last < from.offset,
         }
     }
@@ -128,9 +132,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Scrub<'_, V, C> {
                 block.and_then(|block| codec::decode(frame.ptr, frame.kind, block.as_slice()).ok())
             } else {
                 pages += 1;
-                let found = self
-                    .block(frame.ptr.block, phase, || frame.what(), good)
-                    .await;
+                let found = self.block(frame.ptr.block, phase, || frame.what(), good).await;
                 found.and_then(|block| codec::decode(frame.ptr, frame.kind, block.as_slice()).ok())
             };
             if let Some(node) = node {

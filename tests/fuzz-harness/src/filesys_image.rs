@@ -3,7 +3,6 @@
 
 use std::cell::OnceCell;
 use std::rc::Rc;
-use std::time::Duration;
 
 use block_io::sim::{DiskOptions, Ended, RunOptions, Sim, SimClock, SimDisk, World};
 use block_io::{AlignedBuffer, BlockDevice, Durability};
@@ -45,8 +44,7 @@ fn options(read_only: bool) -> OpenOptions {
         cached_pages: 64,
         cached_files: 8,
         dirty_pages: 64,
-        commit_after: Duration::from_secs(5),
-        background: true,
+        ..OpenOptions::default()
     }
 }
 

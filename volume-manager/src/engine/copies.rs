@@ -209,10 +209,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         let (column, at) = if shape.columns == 1 {
             (0, from)
         } else {
-            (
-                shape.data_column(piece.row, piece.data),
-                shape.in_member(&piece),
-            )
+            (shape.data_column(piece.row, piece.data), shape.in_member(&piece))
         };
         if shape.parity == 0 || copy == 0 {
             let sources: Vec<_> = section
@@ -247,7 +244,8 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
 
     #[cold]
     fn no_copy(&self, section: &SectionMap<D>, from: u64, length: u64) -> IoError {
-        let reason = std::io::Error::other("this copy cannot be read: devices are missing, or in doubt since a crash");
+        let reason =
+            std::io::Error::other("this copy cannot be read: devices are missing, or in doubt since a crash");
         self.error(Operation::Read, section.start + from, length, reason)
     }
 
@@ -261,9 +259,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         parity: Option<usize>,
     ) -> Columns {
         let shape = &section.shape;
-        let data = (0..shape.data()).map(|data| (!lost.contains(&data)).then(|| shape.data_column(row, data)));
-        let parities =
-            (0..shape.parity).map(|number| (parity != Some(number)).then(|| shape.parity_column(row, number)));
+        let data =
+            (0..shape.data()).map(|data| (!lost.contains(&data)).then(|| shape.data_column(row, data)));
+        let parities = (0..shape.parity)
+            .map(|number| (parity != Some(number)).then(|| shape.parity_column(row, number)));
         let (at, length) = (row * shape.unit + span.start, index(span.end - span.start));
         let reads = data
             .chain(parities)
@@ -376,12 +375,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
     }
 
     /// Makes parity, or the one unit that parity says is bad, fit the rest of a row.
-    async fn fit_row(
-        &self,
-        section: &SectionMap<D>,
-        row: u64,
-        span: &Range<u64>,
-    ) -> Result<(), IoError> {
+    async fn fit_row(&self, section: &SectionMap<D>, row: u64, span: &Range<u64>) -> Result<(), IoError> {
         let shape = &section.shape;
         let offset = section.start + row * shape.row_bytes();
         if section.missing() > 0 || self.volume.is_unclean(offset, shape.row_bytes()) {

@@ -215,7 +215,11 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         let busy = self.core.busy();
         let spawned = spawn_local(async move {
             let _busy = busy;
-            if this.repair_member(section, column, member, at, length).await.is_err() {
+            if this
+                .repair_member(section, column, member, at, length)
+                .await
+                .is_err()
+            {
                 cover!("volume: a member that cannot be repaired is given up");
                 // What fails here fails for whoever writes next, too.
                 let _ = this.core.fail(&[disk]).await;
