@@ -100,7 +100,11 @@ async fn write(fs: &Fs, path: &str, writes: Writes) {
     for number in 0..count {
         let offset = match writes {
             Writes::InOrder(_) => number << 20,
-            Writes::AtRandom(count) => shuffled(number, count) * CLUSTER,
+            // Another sub-cluster of each, as else all ends up as one run.
+            Writes::AtRandom(count) => {
+                let cluster = shuffled(number, count);
+                cluster * CLUSTER + shuffled(cluster, 1 << 20) % 16 * 4096
+            }
             Writes::Again(_) => number * 4096 % (8 * TIB),
         };
         file.write(offset, &memory, Durability::Volatile).await.unwrap();
