@@ -25,8 +25,6 @@ const PIECE: usize = 1 << 20;
 const PIECES: usize = 4;
 /// Offsets and sizes of requests to files are multiples of this.
 const SECTOR: u64 = 512;
-/// The same, for memory.
-const SECTOR_BYTES: usize = 512;
 const SECTOR_BYTES: usize = 512;
 /// A file whose size is not known grows by what it has, within these limits.
 const STEPS: Range<u64> = 16 << 20..1 << 30;
