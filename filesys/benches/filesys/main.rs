@@ -105,8 +105,11 @@ fn load_average() -> String {
     text.split(' ').next().unwrap_or_default().to_owned()
 }
 
+/// A part of the bench.
+type Part = fn(&Path, &Options);
+
 fn on_files(place: &Path, options: &Options) {
-    let parts: [(&str, fn(&Path, &Options)); 7] = [
+    let parts: [(&str, Part); 7] = [
         ("path", path::path),
         ("throughput", throughput::throughput),
         ("first", throughput::first),
