@@ -15,7 +15,7 @@ use std::time::Duration;
 use block_io::{
     AlignedBuffer, BlockDevice, Clock, Durability, Worker, WorkerClock, WorkerOptions, spawn_local,
 };
-use filesys::{Access, Attributes, File, NewFile, Snapshot};
+use filesys::{Access, Attributes, File, FsError, NewFile, Snapshot};
 use volume_manager::Volume;
 
 use crate::blocks::{SECTOR, Write, fill, mix};
@@ -71,6 +71,12 @@ async fn pause(microseconds: u64) {
 }
 
 pub(crate) fn run(order: &str) {
+    // A task that panics would only be missing: the parent has to see it.
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |what| {
+        print(what);
+        std::process::abort();
+    }));
     let order = Order::decode(order);
     // The test harness has begun a line.
     report("");
@@ -204,6 +210,23 @@ impl Guest {
         }
     }
 
+    /// A merge that the last kill has interrupted goes on when somebody asks for it again.
+    async fn finish_merges(&self) {
+        let disk = place::disk(self.number);
+        for entry in self.fs.list(&disk).await.unwrap() {
+            // Refused for all but the layer whose parent is being merged, and that has no neighbour in the same state.
+            let path = format!("{disk}/{}", entry.name);
+            let parent = self.fs.stat(&path).await.unwrap().parent;
+            let Some(parent) = parent else { continue };
+            let Some(parent) = self.fs.path_of(parent).await.unwrap() else {
+                continue;
+            };
+            if self.fs.stat(&parent).await.unwrap().absorbed {
+                self.fs.absorb(&path, true).await.unwrap();
+            }
+        }
+    }
+
     /// Puts layers on the disk and merges them, while it is written.
     async fn layers(&self, mut head: String) {
         for turn in 0.. {
@@ -221,10 +244,11 @@ impl Guest {
                 head = layer;
             } else {
                 let named = number & 16 != 0;
-                self.fs.absorb(&head, named).await.unwrap();
-                if named {
-                    head = place::head(&self.fs, self.number).await;
+                match self.fs.absorb(&head, named).await {
+                    Err(FsError::Busy { .. }) => self.finish_merges().await,
+                    other => other.unwrap(),
                 }
+                head = place::head(&self.fs, self.number).await;
             }
             report("layers");
         }
