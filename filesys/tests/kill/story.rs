@@ -212,6 +212,12 @@ impl Story {
             assert!(report.is_clean(), "{:#?}", report.findings);
             fs.close().await.unwrap();
             drop(fs);
+            // A device that was away has caught up before another one is.
+            while missing.is_none()
+                && let Some(job) = pool.jobs().into_iter().find(|job| job.is_live())
+            {
+                pool.wait(job.id).await.unwrap();
+            }
             pool.close().await.unwrap();
             found
         })
