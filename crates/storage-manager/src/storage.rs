@@ -10,7 +10,7 @@ use api::file::META_VOLUME;
 use api::storage::PoolEvent;
 use api::{Problem, ProblemKind};
 use block_io::WorkerClock;
-use filesys::GivenVolume;
+use filesys::{Copies, GivenVolume, Redundancy};
 use volume_manager::model::JobState;
 
 use crate::device::{self, Device, DevicePaths};
@@ -103,11 +103,18 @@ impl Storage {
         if self.files.is_some() || !self.has_meta_volume() {
             return Ok(());
         }
+        let (meta, volumes) = (self.meta_volume()?, self.data_volumes()?);
+        // What a checksum shows to be damaged is read from another copy, and repaired.
+        let redundancy = Redundancy::default();
+        redundancy.set_meta(Some(Rc::clone(&meta) as Rc<dyn Copies>));
+        for volume in &volumes {
+            redundancy.set_volume(volume.uuid, Some(Rc::clone(&volume.device) as Rc<dyn Copies>));
+        }
         let options = filesys::OpenOptions {
             read_only: self.access == Access::Read,
+            redundancy,
             ..filesys::OpenOptions::default()
         };
-        let (meta, volumes) = (self.meta_volume()?, self.data_volumes()?);
         let opened = FileSystem::open(meta, volumes, options, WorkerClock::new());
         let opened = Box::pin(opened).await;
         self.files = Some(opened.map_err(|error| of_files(&error))?);
