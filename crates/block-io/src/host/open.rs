@@ -129,6 +129,8 @@ pub(super) struct Opened {
 /// closed it or was killed, when its requests have ended and its ring is gone (some 35 ms).
 const BUSY_TRIES: u32 = 20;
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
+/// How often one is tried that no process has any more.
+const ORPHAN_TRIES: u32 = 500;
 
 /// The unit in which guests see image files, whatever the host's file system prefers: images hold partition tables that
 /// count in it.
@@ -174,7 +176,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Opened, OpenErr
             path: path.to_owned(),
         });
     }
-    if options.lock && !lock_patiently(&opened, options.read_only).map_err(examine_error)? {
+    if options.lock && !lock_patiently(&opened, options.read_only, &metadata).map_err(examine_error)? {
         return Err(OpenError::InUse {
             path: path.to_owned(),
             holder: lock::holder(&metadata),
@@ -191,7 +193,9 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Opened, OpenErr
                 direct = false;
                 file = open_file(path, options, kind, false);
                 opened = file.map_err(open_error)?;
-                if options.lock && !lock_patiently(&opened, options.read_only).map_err(examine_error)? {
+                if options.lock
+                    && !lock_patiently(&opened, options.read_only, &metadata).map_err(examine_error)?
+                {
                     return Err(OpenError::InUse {
                         path: path.to_owned(),
                         holder: lock::holder(&metadata),
@@ -225,24 +229,48 @@ fn kind_of(path: &Path, metadata: &std::fs::Metadata) -> Result<Kind, OpenError>
     }
 }
 
-fn lock_patiently(file: &File, shared: bool) -> io::Result<bool> {
-    for _ in 0..BUSY_TRIES {
-        if lock::try_lock(file, shared)? {
-            return Ok(true);
+fn lock_patiently(file: &File, shared: bool, metadata: &std::fs::Metadata) -> io::Result<bool> {
+    let mut patience = Patience::default();
+    loop {
+        let locked = lock::try_lock(file, shared)?;
+        if locked || patience.is_over(|| lock::holder(metadata)) {
+            return Ok(locked);
         }
-        std::thread::sleep(BUSY_PAUSE);
     }
-    lock::try_lock(file, shared)
 }
 
 fn open_patiently(path: &Path, options: &OpenOptions, kind: Kind, direct: bool) -> io::Result<File> {
-    for _ in 0..BUSY_TRIES {
-        match open_file(path, options, kind, direct) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(BUSY_PAUSE),
-            outcome => return outcome,
+    let mut patience = Patience::default();
+    loop {
+        let opened = open_file(path, options, kind, direct);
+        let busy = matches!(&opened, Err(error) if error.raw_os_error() == Some(libc::EBUSY));
+        if !busy || patience.is_over(|| lock::block_device_holder(path)) {
+            return opened;
         }
     }
-    open_file(path, options, kind, direct)
+}
+
+/// How long one that is in use is tried for: shortly if somebody has it, longer if nobody has any more, so that it is only the kernel
+/// that has not let go of a dead process's files yet.
+#[derive(Default)]
+struct Patience {
+    tries: u32,
+}
+
+impl Patience {
+    /// Waits, unless it is over.
+    fn is_over(&mut self, holder: impl Fn() -> Option<String>) -> bool {
+        self.tries += 1;
+        let enough = match self.tries {
+            ..BUSY_TRIES => false,
+            ORPHAN_TRIES.. => true,
+            _ => self.tries.is_multiple_of(BUSY_TRIES) && holder().is_some(),
+        };
+        if !enough {
+            std::thread::sleep(BUSY_PAUSE);
+        }
+        enough
+    }
 }
 
 fn open_file(path: &Path, options: &OpenOptions, kind: Kind, direct: bool) -> io::Result<File> {
