@@ -146,7 +146,7 @@ fn cases(layouts: &[Layout], missing: &[Option<usize>]) -> Vec<(String, Case)> {
 #[test]
 fn unredundant_layouts_keep_what_they_promised_through_every_crash() {
     let cases = cases(&[Layout::Concat, Layout::Stripe { columns: 3 }], &[None]);
-    harness::explore_all(cases, &depth(1024, 2, 4), 80_000, &[]);
+    harness::explore_all(cases, &depth(1024, 2, 4), 111_000, &[]);
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn mirrors_keep_what_they_promised_through_every_crash_with_a_leg_missing_too() 
         Layout::StripeMirror { columns: 2, legs: 2 },
     ];
     let cases = cases(&layouts, &[None, Some(0), Some(1)]);
-    harness::explore_all(cases, &depth(256, 1, 8), 200_000, &[]);
+    harness::explore_all(cases, &depth(256, 1, 6), 229_000, &[]);
 }
 
 #[test]
@@ -169,7 +169,7 @@ fn parity_keeps_what_it_promised_through_every_crash_with_a_device_missing_too()
     harness::explore_all(
         cases,
         &depth(256, 1, 8),
-        180_000,
+        173_000,
         &["pool: a parity log is replayed"],
     );
 }

@@ -268,12 +268,12 @@ fn volumes_and_devices_come_go_and_change_their_size() {
         Act::AddDevice,
         Act::RemoveDevice,
     ];
-    run(&ALL, &acts, 31_000, &[]);
+    run(&ALL, &acts, 40_000, &[]);
 }
 
 #[test]
 fn data_are_moved_off_a_device() {
-    run(&ALL, &[Act::Evacuate], 72_000, &[]);
+    run(&ALL, &[Act::Evacuate], 93_000, &[]);
 }
 
 #[test]
@@ -290,7 +290,7 @@ fn a_layout_changes() {
         let act = Act::Relayout(to);
         (format!("{layout}, {act:?}"), Case { layout, act })
     });
-    harness::explore_all(cases, &depth(16, 2, 3), 128_000, &[]);
+    harness::explore_all(cases, &depth(16, 2, 3), 162_000, &[]);
 }
 
 #[test]
@@ -299,12 +299,12 @@ fn a_device_fails_and_comes_back() {
     run(
         &layouts,
         &[Act::Fail, Act::Return],
-        124_000,
+        157_000,
         &["pool: a parity log is replayed"],
     );
 }
 
 #[test]
 fn a_scrub_goes_on() {
-    run(&ALL, &[Act::Scrub], 27_000, &[]);
+    run(&ALL, &[Act::Scrub], 35_000, &[]);
 }
