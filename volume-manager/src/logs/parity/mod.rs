@@ -393,9 +393,36 @@ impl<D: BlockDevice + 'static> ParityLog<D> {
                 Err(Obstacle::Group(outcome)) => self.settle(&outcome).await?,
                 Err(Obstacle::Never(error)) => return Err(error),
                 // A block is left for it, unless the tail stands still, and then there is nothing to be told.
+                Err(Obstacle::Full(tail)) if self.core.ring.borrow().remedy() == Remedy::Checkpoint => {
+                    self.wait_for_block(tail).await?;
+                }
                 Err(Obstacle::Full(_)) => return Ok(()),
             }
         }
+    }
+
+    /// The block that is left for a header is in a group that is not durable yet: who entered it may have gone. Spinning would
+    /// keep everybody from writing it.
+    async fn wait_for_block(&self, tail: u64) -> Result<(), LogError> {
+        cover!("parity log: no block is left for a header");
+        let gathered = self.core.ring.borrow().gathered();
+        if let Some(outcome) = gathered {
+            return self.settle(&outcome).await;
+        }
+        let idle = {
+            let ring = self.core.ring.borrow();
+            !ring.writing && ring.durable_tail == tail && ring.failed.is_none()
+        };
+        if idle {
+            // Nobody will ever make room: an error is better than a wait without end.
+            return Err(LogError::Abandoned);
+        }
+        let ended = || {
+            let ring = self.core.ring.borrow();
+            (!ring.writing || ring.durable_tail != tail || ring.failed.is_some()).then_some(())
+        };
+        self.core.changed.until(ended).await;
+        Ok(())
     }
 
     /// Waits until a group is durable: writes it, or lets another one.

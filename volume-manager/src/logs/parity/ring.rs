@@ -196,6 +196,15 @@ impl Ring {
         })
     }
 
+    /// What waits for the group that is being gathered, if there is something in it, or in one whose writer has gone.
+    pub(super) fn gathered(&self) -> Option<Outcome> {
+        let waiting = self
+            .interrupted
+            .as_ref()
+            .or((self.filling.used > 0).then_some(&self.filling));
+        waiting.map(|group| Rc::clone(&group.outcome))
+    }
+
     /// The group to be written next.
     pub(super) fn take_group(&mut self) -> Group {
         self.interrupted
