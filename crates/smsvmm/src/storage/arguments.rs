@@ -17,7 +17,7 @@ pub(crate) struct Which {
 
     /// The pool's devices, in any order; may be given several times.
     ///
-    /// A device is a path, nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH, or multipath:DEVICE,... with several ways
+    /// A device is a path, nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH, or multipath:DEVICE,... with several ways
     /// to one device, which needs a --devices of its own.
     #[arg(long, global = true, value_name = "DEVICE,...")]
     pub(crate) devices: Vec<String>,
