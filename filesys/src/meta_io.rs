@@ -1,12 +1,11 @@
 //! What the superblock, the journal and the metadata bitmap share: blocks of 4 KiB, their reads and writes, their checksum,
 //! and several requests at once.
 
-use std::future::poll_fn;
 use std::ops::Range;
-use std::pin::Pin;
-use std::task::Poll;
 
 use block_io::{AlignedBuffer, BlockDevice, Durability, IoError};
+
+use crate::gate::{self, Boxed};
 
 /// Bytes of a block of the metadata volume.
 pub(crate) const BLOCK: usize = 4096;
@@ -82,23 +81,11 @@ pub(crate) async fn write_blocks(
 }
 
 /// Drives all futures until all have ended; their results in the same order.
-pub(crate) async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
-    let mut running: Vec<Result<F::Output, Pin<Box<F>>>> =
-        futures.into_iter().map(|future| Err(Box::pin(future))).collect();
-    poll_fn(|context| {
-        let mut all = true;
-        for place in &mut running {
-            if let Err(future) = place {
-                match future.as_mut().poll(context) {
-                    Poll::Ready(output) => *place = Ok(output),
-                    Poll::Pending => all = false,
-                }
-            }
-        }
-        if all { Poll::Ready(()) } else { Poll::Pending }
-    })
-    .await;
-    running.into_iter().filter_map(Result::ok).collect()
+pub(crate) async fn join_all<'a, F: Future + 'a>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
+    let boxed = futures
+        .into_iter()
+        .map(|future| -> Boxed<'a, F::Output> { Box::pin(future) });
+    gate::all(boxed.collect()).await
 }
 
 /// Demands that this test has reached the marks.
