@@ -58,9 +58,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
     /// Moves the tail of a parity log as far as it goes.
     pub(crate) async fn advance(&self, volume: VolumeId, log: &ParityLog<D>) -> Result<(), Refused> {
         loop {
+            let before = self.config().epoch;
             match log.advance(&async || self.flush_members(volume).await).await {
                 Ok(()) => return Ok(()),
-                Err(error) => self.log_failed(error).await?,
+                Err(error) => self.log_failed(error, before).await?,
             }
         }
     }
@@ -68,9 +69,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
     /// Lets regions leave the activity logs that nobody has written lately.
     pub(crate) async fn clean_idle(&self) -> Result<(), Refused> {
         loop {
+            let before = self.config().epoch;
             match self.hot.clean_idle(&Releasing(self)).await {
                 Ok(_) => return Ok(()),
-                Err(error) => self.log_failed(error).await?,
+                Err(error) => self.log_failed(error, before).await?,
             }
         }
     }
@@ -276,15 +278,17 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             let Some(bitmap) = self.bitmap_of(volume) else {
                 return Ok(());
             };
+            let before = self.config().epoch;
             match bitmap.set(regions).await {
                 Ok(()) => return Ok(()),
-                Err(error) => self.log_failed(error).await?,
+                Err(error) => self.log_failed(error, before).await?,
             }
         }
     }
 
-    /// A log failed: takes its device out of service; then what needed it may be tried again.
-    pub(super) async fn log_failed(&self, error: LogError) -> Result<(), Refused> {
+    /// A log failed: takes its device out of service; then what needed it may be tried again. `before`: the epoch of the
+    /// configuration with which it was begun, as another one may have taken the device out of service meanwhile.
+    pub(super) async fn log_failed(&self, error: LogError, before: u64) -> Result<(), Refused> {
         match error {
             LogError::Device { device, .. } => {
                 cover!("core: a log device failed");
@@ -293,6 +297,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             _ if !self.newly_dead().is_empty() => {
                 cover!("core: a device failed when regions were to leave the log");
                 self.fail(&[]).await
+            }
+            LogError::Flush { .. } | LogError::Release { .. } if self.config().epoch != before => {
+                cover!("core: another one took out of service what failed");
+                self.check()
             }
             other => Err(Refused::because("the logs of the pool do not work", &other)),
         }
@@ -308,9 +316,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             return Ok(guard);
         }
         loop {
+            let before = self.config().epoch;
             match self.hot.acquire(volume, regions.clone(), &Releasing(self)).await {
                 Ok(guard) => return Ok(guard),
-                Err(error) => self.log_failed(error).await?,
+                Err(error) => self.log_failed(error, before).await?,
             }
         }
     }
@@ -324,12 +333,13 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
         pieces: &[Piece<'_>],
     ) -> Result<Ticket, Refused> {
         loop {
+            let before = self.config().epoch;
             match log
                 .append(row, pieces, &async || self.flush_members(volume.id).await)
                 .await
             {
                 Ok(ticket) => return Ok(ticket),
-                Err(error) => self.log_failed(error).await?,
+                Err(error) => self.log_failed(error, before).await?,
             }
             self.check()?;
         }

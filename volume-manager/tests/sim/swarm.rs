@@ -46,6 +46,8 @@ enum Step {
 struct Pools {
     layouts: Vec<Layout>,
     rates: FaultRates,
+    /// Makes the devices: on short ones logs are full more often.
+    world: fn(u64) -> World,
 }
 
 impl Pools {
@@ -226,7 +228,7 @@ impl Workload for Pools {
 impl Pools {
     fn live(&self, seed: u64, history: &[Step]) -> Result<(), Failure> {
         let mut rng = Rng::new(seed);
-        let mut world: World = harness::world(DISKS as u64);
+        let mut world = (self.world)(DISKS as u64);
         let model = Model::default();
         let policy = Rc::new(RefCell::new(AtMostDevices::new(self.tolerates())));
         let layout = *rng.choose(&self.layouts).unwrap();
@@ -298,9 +300,14 @@ impl Pools {
 }
 
 fn run(layouts: &[Layout], rates: FaultRates, histories: u64) {
+    run_on(harness::world, layouts, rates, histories);
+}
+
+fn run_on(world: fn(u64) -> World, layouts: &[Layout], rates: FaultRates, histories: u64) {
     let pools = Pools {
         layouts: layouts.to_vec(),
         rates,
+        world,
     };
     let numbers =
         swarm(&pools, &SwarmOptions { seed: 1, histories }).unwrap_or_else(|shrunk| panic!("{shrunk}"));
@@ -351,4 +358,9 @@ fn three_legs_with_two_devices_failing() {
 fn parity_with_devices_failing() {
     run(&[Layout::Raid5 { columns: 4 }], FAULTS, 60);
     run(&[Layout::Raid6 { columns: 5 }], FAULTS, 60);
+}
+
+#[test]
+fn parity_on_short_devices_with_devices_failing() {
+    run_on(harness::short_world, &[Layout::Raid5 { columns: 4 }], FAULTS, 90);
 }

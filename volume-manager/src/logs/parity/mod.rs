@@ -305,7 +305,10 @@ impl<D: BlockDevice + 'static> ParityLog<D> {
             {
                 let _turn = self.turn().await;
                 self.flush_applied(flush).await?;
-                self.checkpoint().await?;
+                let moves = self.core.ring.borrow().remedy() == Remedy::Checkpoint;
+                if moves {
+                    self.checkpoint().await?;
+                }
             }
             let (tail, remedy, more) = {
                 let ring = self.core.ring.borrow();

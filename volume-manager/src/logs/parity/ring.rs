@@ -42,6 +42,8 @@ pub(super) struct Group {
     pub(super) used: usize,
     /// In the last header.
     tail: u64,
+    /// Checkpoints behind its last record.
+    checkpoints: u64,
     pub(super) buffer: Option<AlignedBuffer>,
     pub(super) outcome: Outcome,
 }
@@ -145,8 +147,8 @@ impl Ring {
         self.rows.contains_key(&row)
     }
 
-    /// Puts a record into the group that is being gathered; one without pieces is a checkpoint, for which a block is always
-    /// left.
+    /// Puts a record into the group that is being gathered; one without pieces is a checkpoint. For a checkpoint that moves the
+    /// tail a block is always left: nothing else may use it, else a full ring would stay full for ever.
     pub(super) fn enter(&mut self, row: u64, pieces: &[Piece<'_>]) -> Result<Entered, Obstacle> {
         if let Some(error) = &self.failed {
             return Err(Obstacle::Never(error.clone()));
@@ -161,7 +163,7 @@ impl Ring {
         if self.filling.used > 0 && (wraps || self.filling.used + bytes > self.capacity) {
             return Err(Obstacle::Group(Rc::clone(&self.filling.outcome)));
         }
-        let reserve = u64::from(!checkpoint);
+        let reserve = u64::from(!checkpoint || self.tail() <= self.durable_tail);
         if self.used() + gap + size as u64 + reserve > self.blocks {
             return Err(Obstacle::Full(self.durable_tail));
         }
@@ -182,7 +184,10 @@ impl Ring {
         self.filling.used += bytes;
         self.filling.tail = tail;
         self.head += size as u64;
-        if !checkpoint {
+        if checkpoint {
+            self.filling.checkpoints += 1;
+        } else {
+            self.filling.checkpoints = 0;
             self.live.push_back(Live {
                 sequence,
                 row,
@@ -239,10 +244,15 @@ impl Ring {
         }
     }
 
-    /// A group is not durable. Its place is not used again, as it may be on some copy.
+    /// A group is not durable. The place of its records is not used again, as they may be on some copy. That of checkpoints behind
+    /// them is: a tail is no less true when it is replaced by a later one, and the block that is left for them would be used up.
     pub(super) fn not_written(&mut self, group: &Group, error: &LogError) {
         self.failed = Some(error.clone());
         let filling = std::mem::take(&mut self.filling);
+        self.head -= filling.checkpoints;
+        if filling.used as u64 == filling.checkpoints * BLOCK as u64 {
+            self.head -= group.checkpoints;
+        }
         for group in [group, &filling] {
             let _ = group.outcome.set(Err(error.clone()));
         }
@@ -313,12 +323,87 @@ mod tests {
     use super::*;
     use crate::model::Uuid;
 
+    const IDENTITY: Identity = Identity {
+        volume: Uuid(1),
+        section: 1,
+    };
+
+    /// A ring of 17 blocks with records of row 0 until no more fit; all in-place writes are under way.
+    fn full_ring() -> Ring {
+        let data = [1; 2 * BLOCK];
+        let mut ring = Ring::new(IDENTITY, 17, data.len(), 0);
+        let piece = Piece {
+            column: 0,
+            offset: 0,
+            data: &data,
+        };
+        while !matches!(ring.enter(0, &[piece]), Err(Obstacle::Full(_))) {
+            let group = ring.take_group();
+            ring.written(group);
+        }
+        // What a record of two blocks leaves.
+        let piece = Piece {
+            data: &data[..BLOCK],
+            ..piece
+        };
+        while ring.enter(0, &[piece]).is_ok() {
+            let group = ring.take_group();
+            ring.written(group);
+        }
+        ring
+    }
+
+    /// All records are applied and flushed.
+    fn settle_all(ring: &mut Ring) {
+        let live: Vec<u64> = ring.live.iter().map(|record| record.sequence).collect();
+        live.into_iter().for_each(|sequence| ring.applied(sequence));
+        let number = ring.flush_begins();
+        ring.flushed(number);
+    }
+
+    fn makes_room(ring: &mut Ring) -> bool {
+        settle_all(ring);
+        let entered = ring.enter(0, &[]).is_ok();
+        if entered {
+            let group = ring.take_group();
+            ring.written(group);
+        }
+        entered && ring.used() < ring.blocks / 2
+    }
+
+    #[test]
+    fn a_checkpoint_that_frees_nothing_leaves_the_last_block() {
+        let mut ring = full_ring();
+        // The oldest write has not ended, so the tail stands still.
+        for _ in 0..3 {
+            if ring.enter(0, &[]).is_ok() {
+                let group = ring.take_group();
+                ring.written(group);
+            }
+        }
+        assert!(makes_room(&mut ring), "{} of {} used", ring.used(), ring.blocks);
+    }
+
+    #[test]
+    fn a_checkpoint_that_fails_gives_its_block_back() {
+        for settled in [false, true] {
+            let mut ring = full_ring();
+            settle_all(&mut ring);
+            let entered = ring.enter(0, &[]).expect("a block is left");
+            let group = ring.take_group();
+            if settled {
+                // Another one waits behind it.
+                drop(ring.enter(0, &[]));
+            }
+            ring.not_written(&group, &LogError::Abandoned);
+            assert!(entered.outcome.get().is_some_and(Result::is_err));
+            ring.failed = None;
+            assert!(makes_room(&mut ring), "{} of {} used", ring.used(), ring.blocks);
+        }
+    }
+
     #[test]
     fn no_group_goes_across_the_end_of_the_ring() {
-        let identity = Identity {
-            volume: Uuid(1),
-            section: 1,
-        };
         let data = [1; 2 * BLOCK];
         let piece = |length| Piece {
             column: 0,
@@ -336,7 +421,7 @@ mod tests {
         };
         // Records of two and of three blocks; wherever the log begins, some end at the ring's end, and some would not fit.
         for (head, lengths) in (0..18).flat_map(|head| [(head, [8192, 8192]), (head, [4096, 8192])]) {
-            let mut ring = Ring::new(identity, 17, data.len(), head);
+            let mut ring = Ring::new(IDENTITY, 17, data.len(), head);
             for length in lengths.into_iter().cycle().take(100) {
                 let entered = loop {
                     match ring.enter(0, &[piece(length)]) {
