@@ -17,6 +17,12 @@ pub trait Clock {
     /// Time since some moment that stays the same while the clock exists.
     fn now(&self) -> Duration;
 
+    /// As [`Self::now`], but may be behind by what the worker has done since it last looked for completions: for counters of
+    /// latency, which are asked for at the begin and the end of every request.
+    fn moment(&self) -> Duration {
+        self.now()
+    }
+
     /// Waits at least so long.
     fn sleep(&self, duration: Duration) -> impl Future<Output = ()>;
 }
@@ -45,6 +51,10 @@ impl Default for WorkerClock {
 impl Clock for WorkerClock {
     fn now(&self) -> Duration {
         self.start.elapsed()
+    }
+
+    fn moment(&self) -> Duration {
+        crate::worker::moment().saturating_duration_since(self.start)
     }
 
     async fn sleep(&self, duration: Duration) {

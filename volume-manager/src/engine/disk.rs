@@ -113,7 +113,7 @@ impl<D: BlockDevice> Disk<D> {
         length: u64,
         result: &Result<T, IoError>,
     ) {
-        let now = clock.now();
+        let now = clock.moment();
         if self.in_flight.get() == 1 {
             self.busy.set(self.busy(now));
             self.busy_since.set(now);
@@ -134,7 +134,7 @@ impl<D: BlockDevice> Disk<D> {
         offset: u64,
         buffers: &[IoBuf],
     ) -> Result<(), IoError> {
-        let since = clock.now();
+        let since = clock.moment();
         let _flight = self.begin(since);
         let result = self
             .there(Operation::Read, offset, list::length(buffers))?
@@ -151,7 +151,7 @@ impl<D: BlockDevice> Disk<D> {
         buffers: &[IoBuf],
         durability: Durability,
     ) -> Result<(), IoError> {
-        let since = clock.now();
+        let since = clock.moment();
         let _flight = self.begin(since);
         let result = self
             .there(Operation::Write, offset, list::length(buffers))?
@@ -169,7 +169,7 @@ impl<D: BlockDevice> Disk<D> {
         length: u64,
         mode: ZeroMode,
     ) -> Result<(), IoError> {
-        let since = clock.now();
+        let since = clock.moment();
         let _flight = self.begin(since);
         let result = self
             .there(Operation::WriteZeroes, offset, length)?
@@ -181,7 +181,7 @@ impl<D: BlockDevice> Disk<D> {
     }
 
     pub(crate) async fn discard(&self, clock: &impl Clock, offset: u64, length: u64) -> Result<(), IoError> {
-        let since = clock.now();
+        let since = clock.moment();
         let _flight = self.begin(since);
         let result = self
             .there(Operation::Discard, offset, length)?
@@ -198,7 +198,7 @@ impl<D: BlockDevice> Disk<D> {
         if self.flushed.get() >= covers {
             return Ok(());
         }
-        let since = clock.now();
+        let since = clock.moment();
         let _flight = self.begin(since);
         let result = self.there(Operation::Flush, 0, 0)?.flush().await;
         self.ended(clock, since, Operation::Flush, 0, &result);

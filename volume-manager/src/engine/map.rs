@@ -409,9 +409,9 @@ impl<D: BlockDevice> MemberMap<D> {
         offset: u64,
         buffers: &[IoBuf],
     ) -> Result<(), (Rc<Disk<D>>, IoError)> {
-        let (length, since) = (list::length(buffers), clock.now());
+        let (length, since) = (list::length(buffers), clock.moment());
         let read = self.read_runs(clock, offset, length, buffers).await;
-        let took = clock.now().saturating_sub(since);
+        let took = clock.moment().saturating_sub(since);
         self.counters.count(Operation::Read, length, took, read.is_ok());
         read
     }
@@ -444,9 +444,9 @@ impl<D: BlockDevice> MemberMap<D> {
         length: u64,
         payload: Payload<'_>,
     ) -> Result<(), (Rc<Disk<D>>, IoError)> {
-        let since = clock.now();
+        let since = clock.moment();
         let written = self.write_runs(clock, offset, length, payload).await;
-        let took = clock.now().saturating_sub(since);
+        let took = clock.moment().saturating_sub(since);
         self.counters
             .count(Operation::Write, length, took, written.is_ok());
         written

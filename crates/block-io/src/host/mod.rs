@@ -183,10 +183,16 @@ impl BlockDevice for HostDevice {
         if length == 0 {
             return Ok(());
         }
-        if self.has_sub_blocks() {
-            Box::pin(self.write_excluding(offset, buffers, length, durability)).await
-        } else if self.suits(offset, buffers) {
+        let suits = self.suits(offset, buffers);
+        let sub_blocks = self.has_sub_blocks();
+        let counted = match suits && sub_blocks {
+            true => self.writes.begin_whole(),
+            false => None,
+        };
+        if counted.is_some() || (suits && !sub_blocks) {
             self.write_aligned(offset, buffers, length, durability).await
+        } else if sub_blocks {
+            Box::pin(self.write_excluding(offset, buffers, length, durability)).await
         } else {
             Box::pin(self.write_bounced(offset, buffers, length, durability)).await
         }

@@ -7,6 +7,7 @@ use crate::worker::{self, Call};
 
 use super::HostDevice;
 use super::open::SECTOR;
+use super::range_lock::{Extent, Held};
 
 /// The most pieces of memory that one system call takes (IOV_MAX).
 const MAX_PIECES: usize = 1024;
@@ -199,13 +200,22 @@ impl HostDevice {
         length: u64,
         durability: Durability,
     ) -> Result<(), IoError> {
-        let (start, end) = self.blocks_around(offset, length);
-        let _held = self.writes.hold(start, end).await;
+        let _held = self.hold(offset, length).await;
         if self.suits(offset, buffers) {
             self.write_aligned(offset, buffers, length, durability).await
         } else {
             self.write_bounced(offset, buffers, length, durability).await
         }
+    }
+
+    /// Keeps others from what a write of the range may read, modify and write.
+    pub(super) async fn hold(&self, offset: u64, length: u64) -> Held<'_> {
+        let (start, end) = self.blocks_around(offset, length);
+        let extent = match (start, end) == (offset, offset + length) {
+            true => Extent::Whole,
+            false => Extent::Part,
+        };
+        self.writes.hold(start, end, extent).await
     }
 
     /// The whole blocks that contain the range.

@@ -38,9 +38,8 @@ impl HostDevice {
 
     pub(super) async fn zero_range(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), IoError> {
         let failed = |cause| self.error(Operation::WriteZeroes, offset, length, cause);
-        let (start, end) = self.blocks_around(offset, length);
         let _held = match self.has_sub_blocks() {
-            true => Some(self.writes.hold(start, end).await),
+            true => Some(self.hold(offset, length).await),
             false => None,
         };
         let ways = [(PUNCH, &self.no_punch), (ZERO, &self.no_zero_range)];

@@ -13,7 +13,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::task::{Context, RawWaker, RawWakerVTable, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -143,6 +143,8 @@ pub(super) struct Local {
     pub(super) events: RefCell<Events>,
     pub(super) engine: Engine,
     pub(super) rest: Rest,
+    /// When this turn began, if somebody has asked.
+    moment: Cell<Option<Instant>>,
     stop: Cell<bool>,
 }
 
@@ -165,6 +167,12 @@ pub(super) fn with_local<R>(use_it: impl FnOnce(&Local) -> R) -> Option<R> {
     let local = LOCAL.get();
     // SAFETY: `Local::run` sets the pointer to itself, which outlives all code that it calls, and clears it at its end.
     unsafe { local.as_ref() }.map(use_it)
+}
+
+/// The time at which the worker of this thread was first asked for it since it last looked for completions; the present
+/// outside of workers.
+pub(crate) fn moment() -> Instant {
+    with_local(Local::moment).unwrap_or_else(Instant::now)
 }
 
 /// Runs `future` as a task of the worker whose task calls this, or of the simulation.
@@ -196,6 +204,7 @@ impl Local {
             events: RefCell::default(),
             engine,
             rest: Rest::new(busy_poll),
+            moment: Cell::new(None),
             stop: Cell::new(false),
         }
     }
@@ -317,9 +326,16 @@ impl Local {
         }
     }
 
+    fn moment(&self) -> Instant {
+        let moment = self.moment.get().unwrap_or_else(Instant::now);
+        self.moment.set(Some(moment));
+        moment
+    }
+
     /// Submits what tasks have prepared and takes completions; `wait` for at least one if there is none yet.
     pub(super) fn turn(&self, wait: bool) {
         self.engine.enter(wait);
+        self.moment.set(None);
         while let Some(completion) = self.engine.next_completion() {
             self.dispatch(completion);
         }

@@ -40,6 +40,7 @@ pub use engine::EngineKind;
 pub(crate) use engine::{Call, Request};
 pub use events::{EventSignal, EventWatch};
 pub(crate) use files::FileNumber;
+pub(crate) use local::moment;
 pub use local::spawn_local;
 pub(crate) use ops::Operation;
 pub use pool::prepare_pool;
