@@ -6,7 +6,7 @@ use api::file::AttributeChanges;
 use api::virtual_disk::{ChangedRange, DiskAnswer, DiskOperation, DiskOutcome};
 use api::{Problem, ProblemKind};
 use block_io::WorkerClock;
-use filesys::{FsError, Kind, RangeKind};
+use filesys::{Kind, RangeKind};
 use storage_virtualizer::disk::{self, DiskError, DiskOptions, DiskPath, NewDisk, NewSnapshot};
 
 use crate::conversation::{Flow, Notice, Reporter, on_worker};
@@ -135,7 +135,9 @@ async fn perform(
             return done(Box::pin(disks.create(&path, &new)).await);
         }
         DiskOperation::Resize { path, size, force } => {
-            Box::pin(disks.resize(&path, size, force, now)).await.map_err(failed)?;
+            Box::pin(disks.resize(&path, size, force, now))
+                .await
+                .map_err(failed)?;
             path
         }
         DiskOperation::Snapshot {
@@ -158,7 +160,9 @@ async fn perform(
         } => return done(Box::pin(describe(disks, &path, name, description)).await),
         DiskOperation::Revert { path } => {
             let (disk, snapshot) = snapshot_of(&path)?;
-            Box::pin(disks.revert(disk.as_str(), &snapshot, now)).await.map_err(failed)?;
+            Box::pin(disks.revert(disk.as_str(), &snapshot, now))
+                .await
+                .map_err(failed)?;
             disk.to_string()
         }
         DiskOperation::DeleteSnapshot { path } => {
@@ -233,9 +237,13 @@ fn snapshot_of(path: &str) -> Result<(DiskPath, String), Problem> {
     let (disk, snapshot) = DiskPath::with_snapshot(path).map_err(failed)?;
     match snapshot {
         Some(snapshot) => Ok((disk, snapshot)),
-        None => Err(Problem::new(ProblemKind::Invalid, format!("{path} names no snapshot"))
-            .about(path)
-            .remedy(format!("give it as {disk}@NAME; `smsvmm disk status {disk}` shows them"))),
+        None => Err(
+            Problem::new(ProblemKind::Invalid, format!("{path} names no snapshot"))
+                .about(path)
+                .remedy(format!(
+                    "give it as {disk}@NAME; `smsvmm disk status {disk}` shows them"
+                )),
+        ),
     }
 }
 
@@ -269,8 +277,6 @@ async fn list(storage: &Storage, directory: &str) -> Result<DiskAnswer, Problem>
     for path in storage.disk_paths(directory).await? {
         match disks.status(&path).await {
             Ok(state) => list.push(view::disk(&state)),
-            // On its way out.
-            Err(DiskError::NoDisk { .. } | DiskError::Files(FsError::NotFound { .. })) => {}
             Err(error) => list.push(view::broken(path, &error)),
         }
     }

@@ -172,7 +172,7 @@ pub(crate) fn of_disks(error: &DiskError) -> Problem {
         ),
         DiskError::Descriptor { path, .. } => (ProblemKind::Host, path.clone(), String::new()),
         DiskError::InUse { object, .. } => (ProblemKind::Conflict, object.clone(), String::new()),
-        DiskError::Decided { disk } | DiskError::State { disk, .. } => {
+        DiskError::Deleted { disk } | DiskError::Decided { disk } | DiskError::State { disk, .. } => {
             (ProblemKind::Conflict, disk.clone(), String::new())
         }
         _ => return Problem::new(ProblemKind::Host, chain(error)),

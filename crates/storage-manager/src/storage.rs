@@ -13,8 +13,8 @@ use block_io::WorkerClock;
 use filesys::{Copies, GivenVolume, Redundancy};
 use volume_manager::model::JobState;
 
-use crate::disks::Disks;
 use crate::device::{self, Device, DevicePaths};
+use crate::disks::Disks;
 use crate::member::{Member, Sheet};
 use crate::offline::{self, Force};
 use crate::operation::Pool;

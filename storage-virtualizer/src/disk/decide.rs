@@ -1,7 +1,7 @@
 //! Redo layers are committed or discarded; layers that are not needed are merged.
 
 use block_io::{BlockDevice, Clock};
-use filesys::FsError;
+use filesys::{FileId, FsError};
 
 use super::DiskMode;
 use super::descriptor::Purpose;
@@ -18,8 +18,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
     ///
     /// # Errors
     /// There is no redo layer, or the disk is nonpersistent.
-    pub async fn commit(&self, path: &str, now: u64) -> Result<(), DiskError>
-    {
+    pub async fn commit(&self, path: &str, now: u64) -> Result<(), DiskError> {
         let path = DiskPath::new(path)?;
         let entry = self.entry(&path);
         let _turn = entry.turn.take().await;
@@ -32,7 +31,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         if redo.mode == DiskMode::Nonpersistent {
             return Err(DiskError::State {
                 disk: path.to_string(),
-                problem: "it is nonpersistent: what is written to it is discarded, and cannot be committed".into(),
+                problem: "it is nonpersistent: what is written to it is discarded, and cannot be committed"
+                    .into(),
             });
         }
         match entry.live() {
@@ -104,10 +104,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
     }
 
     /// The layer that can take over the first one, which is not needed.
-    async fn child_of_base(
+    pub(super) async fn child_of_base(
         &self,
         path: &DiskPath,
-        top: filesys::FileId,
+        top: FileId,
     ) -> Result<Option<String>, DiskError> {
         let base = self.files().stat(path.as_str()).await?;
         if base.children != 1 {

@@ -110,7 +110,10 @@ impl Descriptor {
     pub(crate) fn needs(&self, file: FileId) -> bool {
         self.head == file
             || self.redo.is_some_and(|redo| redo.file == file)
-            || self.pending.as_ref().is_some_and(|pending| pending.parent == file)
+            || self
+                .pending
+                .as_ref()
+                .is_some_and(|pending| pending.parent == file)
             || self.snapshots.iter().any(|mark| mark.file == file)
     }
 
@@ -127,7 +130,9 @@ impl Descriptor {
 
     /// The layer that was being made is there.
     pub(crate) fn made(&mut self, layer: FileId) {
-        let Some(pending) = self.pending.take() else { return };
+        let Some(pending) = self.pending.take() else {
+            return;
+        };
         let before = self.head;
         match pending.purpose {
             Purpose::Snapshot {
@@ -262,7 +267,9 @@ impl Descriptor {
         if count > MAX_DOOMED {
             return Err("it has too many layers to delete");
         }
-        let doomed = (0..count).map(|_| from.u64().map(FileId)).collect::<Result<_, _>>()?;
+        let doomed = (0..count)
+            .map(|_| from.u64().map(FileId))
+            .collect::<Result<_, _>>()?;
         let count = usize::try_from(from.u32()?).unwrap_or(usize::MAX);
         if count > MAX_SNAPSHOTS {
             return Err("it has too many snapshots");

@@ -160,7 +160,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             Some(_) if !options.read_only => {
                 return Err(DiskError::State {
                     disk: path.to_string(),
-                    problem: "a snapshot can only be read: open it read-only, or clone it to a new disk".into(),
+                    problem: "a snapshot can only be read: open it read-only, or clone it to a new disk"
+                        .into(),
                 });
             }
             Some(snapshot) => {
@@ -191,7 +192,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let file = Rc::new(file);
         match &snapshot {
             Some(snapshot) => {
-                *entry.snapshot_readers.borrow_mut().entry(snapshot.clone()).or_default() += 1;
+                *entry
+                    .snapshot_readers
+                    .borrow_mut()
+                    .entry(snapshot.clone())
+                    .or_default() += 1;
             }
             None if options.read_only => entry.readers.set(entry.readers.get() + 1),
             None => *entry.writer.borrow_mut() = Rc::downgrade(&file),
@@ -226,6 +231,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             }
             (mode, None) => {
                 let head = descriptor.head;
+                let stat = self.files().stat_of(head).await?;
+                // A layer would take no notice of that.
+                if stat.is_some_and(|stat| stat.frozen && stat.children == 0) {
+                    return Err(FsError::Frozen {
+                        file: path.to_string(),
+                    }
+                    .into());
+                }
                 self.make_layer(path, descriptor, head, Purpose::Redo { mode }, None, options.now)
                     .await
             }
@@ -254,7 +267,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         };
         drop(disk);
         let ended = match (mode, decision) {
-            (DiskMode::Undoable, PowerOff::Commit) if flushed.is_ok() => self.commit(path.as_str(), now).await,
+            (DiskMode::Undoable, PowerOff::Commit) if flushed.is_ok() => {
+                self.commit(path.as_str(), now).await
+            }
             (DiskMode::Undoable, PowerOff::Discard) => self.discard(path.as_str(), now).await,
             (DiskMode::Nonpersistent, _) => {
                 let entry = self.entry(&path);

@@ -21,6 +21,12 @@ pub enum DiskError {
         /// The disk's path.
         disk: String,
     },
+    /// Its deletion was interrupted.
+    #[error("{disk} is being deleted: delete it again, which ends that")]
+    Deleted {
+        /// The disk's path.
+        disk: String,
+    },
     /// There is no such snapshot.
     #[error("{disk} has no snapshot {snapshot}")]
     NoSnapshot {

@@ -26,7 +26,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
     pub(super) async fn look(&self, path: &DiskPath, entry: &Entry<V, C>) -> Result<Descriptor, DiskError> {
         let mut descriptor = store::load(self.files(), path).await?;
         if descriptor.deleted {
-            return Err(DiskError::NoDisk {
+            return Err(DiskError::Deleted {
                 disk: path.to_string(),
             });
         }
@@ -250,7 +250,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
     ) -> Result<FileId, DiskError> {
         let mut tries = 0;
         loop {
-            let frozen = self.files().stat_of(parent).await?.is_some_and(|stat| stat.frozen);
+            let frozen = self
+                .files()
+                .stat_of(parent)
+                .await?
+                .is_some_and(|stat| stat.frozen);
             let name = self.layer_path(path, parent).await?;
             let made = match frozen {
                 true => self.files().clone_file(&name, layer, now).await,

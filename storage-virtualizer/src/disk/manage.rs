@@ -98,6 +98,16 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         Ok(())
     }
 
+    /// As [`Self::create`], without making it: sees that a disk can be called so.
+    ///
+    /// # Errors
+    /// The name is taken.
+    pub async fn check_free(&self, path: &DiskPath) -> Result<(), DiskError> {
+        let entry = self.entry(path);
+        let _turn = entry.turn.take().await;
+        self.check_new(path).await
+    }
+
     /// Sees that a disk can be called so; what one of that name may have left is deleted.
     pub(super) async fn check_new(&self, path: &DiskPath) -> Result<(), DiskError> {
         match self.files().stat(path.as_str()).await {
@@ -126,6 +136,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let _turn = entry.turn.take().await;
         entry.check_unused(&path)?;
         let mut descriptor = self.settle(&path, &entry, now).await?;
+        // A merge that a crash has interrupted is ended first: half of a layer cannot be deleted.
+        if self.files().stat(path.as_str()).await?.absorbed
+            && let Some(child) = self.child_of_base(&path, descriptor.top()).await?
+        {
+            self.files().absorb(&child, true).await?;
+            self.tidy(&path, &mut descriptor, now).await?;
+        }
         let base = self.files().stat(path.as_str()).await?.id;
         if descriptor == Descriptor::plain(base) {
             self.files().delete(path.as_str()).await?;
@@ -135,7 +152,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let marks = std::mem::take(&mut descriptor.snapshots);
         let redo = descriptor.redo.take().map(|redo| redo.file);
         let layers = redo.into_iter().chain([descriptor.head]);
-        let layers = layers.chain(marks.iter().rev().map(|mark| mark.file)).chain([base]);
+        let layers = layers
+            .chain(marks.iter().rev().map(|mark| mark.file))
+            .chain([base]);
         for layer in layers {
             if !descriptor.doomed.contains(&layer) {
                 descriptor.doomed.push(layer);
@@ -305,7 +324,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             let what = until.map_or_else(|| "the disk".to_owned(), |until| format!("snapshot {until}"));
             return Err(DiskError::State {
                 disk: path.to_string(),
-                problem: format!("{what} is not built on snapshot {since}, so what changed since is not known"),
+                problem: format!(
+                    "{what} is not built on snapshot {since}, so what changed since is not known"
+                ),
             });
         }
         let old = self.layer_path(&path, old).await?;
@@ -329,7 +350,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let _turn = entry.turn.take().await;
         let descriptor = self.look(&path, &entry).await?;
         let layer = match &snapshot {
-            Some(name) => descriptor.snapshot(name).ok_or_else(|| no_snapshot(&path, name))?.file,
+            Some(name) => {
+                descriptor
+                    .snapshot(name)
+                    .ok_or_else(|| no_snapshot(&path, name))?
+                    .file
+            }
             None => descriptor.top(),
         };
         let name = self.layer_path(&path, layer).await?;

@@ -26,12 +26,14 @@
 //! | `snapshots` | snapshots, reverts, clones |
 //! | `decide` | commit and discard of redo layers; merging |
 //! | `manage` | create, resize, delete, status, changed blocks |
+//! | [`image`] | images outside of the pool are read and written, on a thread that may block |
 //! | `descriptor`, `store` | the descriptor's bytes, and where they are kept |
 
 mod decide;
 mod descriptor;
 mod disks;
 mod error;
+pub mod image;
 mod layers;
 mod manage;
 mod name;
@@ -40,9 +42,9 @@ mod store;
 mod turn;
 mod virtual_disk;
 
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) use descriptor::fuzz as fuzz_descriptor;
 pub use descriptor::MAX_SNAPSHOTS;
+#[cfg(feature = "fuzzing")]
+pub(crate) use descriptor::fuzz as fuzz_descriptor;
 pub use disks::Disks;
 pub use error::DiskError;
 pub use manage::{DiskState, NewDisk, RedoState, SnapshotState};

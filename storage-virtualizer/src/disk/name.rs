@@ -47,7 +47,9 @@ impl DiskPath {
             return Err(bad("there is nothing before .dsk"));
         }
         if stem.len() + ROOM > MAX_NAME {
-            return Err(bad("it is too long: a disk's layers have longer names than the disk"));
+            return Err(bad(
+                "it is too long: a disk's layers have longer names than the disk",
+            ));
         }
         Ok(Self(format!("/{}", parts.join("/"))))
     }

@@ -241,10 +241,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 });
             }
         }
-        let mark = descriptor
-            .snapshots
-            .iter_mut()
-            .find(|mark| mark.name == snapshot);
+        let mark = descriptor.snapshots.iter_mut().find(|mark| mark.name == snapshot);
         let mark = mark.ok_or_else(|| no_snapshot(&path, snapshot))?;
         mark.name.clone_from(&new.name);
         mark.description.clone_from(&new.description);

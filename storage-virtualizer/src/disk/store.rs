@@ -33,7 +33,12 @@ pub(super) async fn load<V: BlockDevice + 'static, C: Clock + Clone + 'static>(
 ) -> Result<Descriptor, DiskError> {
     let stat = match files.stat(path.as_str()).await {
         Ok(stat) if stat.kind == Kind::File => stat,
-        Ok(_) => return Err(FsError::IsDirectory { path: path.to_string() }.into()),
+        Ok(_) => {
+            return Err(FsError::IsDirectory {
+                path: path.to_string(),
+            }
+            .into());
+        }
         Err(FsError::NotFound { .. }) => {
             return Err(DiskError::NoDisk {
                 disk: path.to_string(),
@@ -56,7 +61,10 @@ pub(super) async fn load<V: BlockDevice + 'static, C: Clock + Clone + 'static>(
         file.read(slot_of(sequence), &whole(&buffer)).await?;
         match Descriptor::decode(buffer.as_slice()) {
             Ok(None) => {}
-            Ok(Some(found)) if newest.as_ref().is_some_and(|newest| newest.sequence > found.sequence) => {}
+            Ok(Some(found))
+                if newest
+                    .as_ref()
+                    .is_some_and(|newest| newest.sequence > found.sequence) => {}
             Ok(Some(found)) => newest = Some(found),
             Err(error) => problem = Some(error),
         }

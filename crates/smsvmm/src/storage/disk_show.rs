@@ -35,9 +35,10 @@ fn done(operation: &DiskOperation) -> String {
         DiskOperation::Resize {
             path, size: bytes, ..
         } => format!("{path} has {}\n", size(*bytes)),
-        DiskOperation::Snapshot { paths, name, .. } => {
-            paths.iter().map(|path| format!("{path}@{name} is kept\n")).collect()
-        }
+        DiskOperation::Snapshot { paths, name, .. } => paths
+            .iter()
+            .map(|path| format!("{path}@{name} is kept\n"))
+            .collect(),
         DiskOperation::DescribeSnapshot { path, name, .. } => match (path.rsplit_once('@'), name) {
             (Some((disk, _)), Some(name)) => format!("{disk}@{name} has it\n"),
             _ => format!("{path} has it\n"),
