@@ -441,6 +441,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         .await
     }
 
+    /// As [`Self::stat`], of a file or directory whose number is known; none if it is gone.
+    ///
+    /// # Errors
+    /// Metadata cannot be read.
+    pub async fn stat_of(&self, id: FileId) -> Result<Option<Stat>, FsError> {
+        let found = self.core().look(|state| Ok(state.find_file(id)?)).await?;
+        Ok(found.map(|file| stat_of(&file)))
+    }
+
     /// Changes what was decided for a file, or for what is made in a directory later.
     ///
     /// # Errors

@@ -8,9 +8,13 @@
 //!   virtqueue ─► chain: descriptors → pieces of memory ─► virtio_blk::request: what is asked for
 //!                                                              │
 //!             status byte, used ring ◄── one place ◄── virtio_blk::execute: operations on the disk
+//!                                                              │
+//!                                       disk: virtual disks of the pool: chains of files, modes, snapshots
 //! ```
 
 pub mod chain;
+
+pub mod disk;
 mod disk_handle;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;

@@ -14,6 +14,7 @@ mod net;
 mod problem;
 pub mod storage;
 mod units;
+pub mod virtual_disk;
 mod vm;
 
 pub use device::{DeviceId, DeviceState, Removal, VmName};

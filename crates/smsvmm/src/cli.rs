@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use api::{DeviceId, DiskSerial, MacAddress, NetBackend, PortForward, QueueSize, Seconds, TapName};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use crate::storage::{DeviceArguments, FileArguments, JobArguments, PoolArguments, VolumeArguments};
+use crate::storage::{
+    DeviceArguments, FileArguments, JobArguments, PoolArguments, VirtualDiskArguments, VolumeArguments,
+};
 
 /// A hypervisor for Linux/KVM with storage management beneath the guest.
 #[derive(Debug, Parser)]
@@ -51,6 +53,10 @@ pub(crate) enum Command {
     ///
     /// `file format` makes it. Paths begin with /.
     File(FileArguments),
+    /// Virtual disks of a pool: files with snapshots, modes, images that come in and go out.
+    ///
+    /// A disk is a path that ends with .dsk; a snapshot of it is /vm/root.dsk@NAME.
+    Disk(VirtualDiskArguments),
     /// Long operations on a pool.
     Job(JobArguments),
     /// Print a script that completes smsvmm's commands in a shell: `source <(smsvmm completions bash)`.

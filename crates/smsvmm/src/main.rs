@@ -57,6 +57,7 @@ fn execute(command: Command) -> anyhow::Result<Exit> {
         Command::Device(arguments) => storage::device(arguments),
         Command::Volume(arguments) => storage::volume(arguments),
         Command::File(arguments) => storage::file(arguments),
+        Command::Disk(arguments) => storage::disk(arguments),
         Command::Job(arguments) => storage::job(arguments),
         Command::Completions { shell } => {
             let mut script = Vec::new();

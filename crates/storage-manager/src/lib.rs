@@ -15,6 +15,10 @@
 mod check;
 mod conversation;
 mod device;
+mod disks;
+mod disks_image;
+mod disks_transfer;
+mod disks_view;
 mod file_view;
 mod files;
 mod format;
@@ -33,9 +37,13 @@ mod volumes;
 
 pub use conversation::{Flow, Notice, Work};
 pub use device::{Device, DevicePaths};
+pub use disks::{Disks, VirtualDisk, execute_disk};
+pub use disks_image::export_disk;
+pub use disks_transfer::{copy_disk, import_disk};
 pub use files::execute_file;
 pub use load::hot_spots;
 pub use member::{Member, Sheet};
 pub use offline::{Force, create, execute, status};
 pub use storage::{Access, File, FileSystem, Storage, Volume};
+pub use storage_virtualizer::disk::{DiskMode, DiskOptions, PowerOff};
 pub use stream::{read_file, write_file};

@@ -5,6 +5,7 @@ use std::error::Error;
 use api::{Problem, ProblemKind};
 use block_io::{IoCause, IoError};
 use filesys::FsError;
+use storage_virtualizer::disk::DiskError;
 use volume_manager::PoolError;
 use volume_manager::place::PlaceError;
 use volume_manager::store::OpenError;
@@ -134,6 +135,52 @@ pub(crate) fn of_files(error: &FsError) -> Problem {
     match remedy {
         Some(remedy) => problem.remedy(remedy),
         None => problem,
+    }
+}
+
+/// A problem of a virtual disk.
+pub(crate) fn of_disks(error: &DiskError) -> Problem {
+    let (kind, object, remedy) = match error {
+        DiskError::Files(FsError::NotFound { path }) => (ProblemKind::NotFound, path.clone(), String::new()),
+        DiskError::Files(error) => return of_files(error),
+        DiskError::Io(error) => return of_file_io(error),
+        DiskError::Name { name, .. } => (ProblemKind::Invalid, name.clone(), String::new()),
+        DiskError::NoDisk { disk } => (
+            ProblemKind::NotFound,
+            disk.clone(),
+            "`smsvmm disk list` shows what there is".to_owned(),
+        ),
+        DiskError::NoSnapshot { disk, .. } => (
+            ProblemKind::NotFound,
+            disk.clone(),
+            format!("`smsvmm disk status {disk}` shows them"),
+        ),
+        DiskError::SnapshotExists { disk, snapshot } => (
+            ProblemKind::Conflict,
+            disk.clone(),
+            format!("take another name, or delete it with `smsvmm disk delete {disk}@{snapshot}`"),
+        ),
+        DiskError::Undecided { disk } => (
+            ProblemKind::Conflict,
+            disk.clone(),
+            format!("`smsvmm disk commit {disk}` keeps them, `smsvmm disk discard {disk}` throws them away"),
+        ),
+        DiskError::Shrinks { disk, .. } => (
+            ProblemKind::Conflict,
+            disk.clone(),
+            "make what is in it smaller first, then use --force".to_owned(),
+        ),
+        DiskError::Descriptor { path, .. } => (ProblemKind::Host, path.clone(), String::new()),
+        DiskError::InUse { object, .. } => (ProblemKind::Conflict, object.clone(), String::new()),
+        DiskError::Deleted { disk } | DiskError::Decided { disk } | DiskError::State { disk, .. } => {
+            (ProblemKind::Conflict, disk.clone(), String::new())
+        }
+        _ => return Problem::new(ProblemKind::Host, chain(error)),
+    };
+    let problem = Problem::new(kind, chain(error)).about(object);
+    match remedy.is_empty() {
+        true => problem,
+        false => problem.remedy(remedy),
     }
 }
 

@@ -14,6 +14,7 @@ use filesys::{Copies, GivenVolume, Redundancy};
 use volume_manager::model::JobState;
 
 use crate::device::{self, Device, DevicePaths};
+use crate::disks::Disks;
 use crate::member::{Member, Sheet};
 use crate::offline::{self, Force};
 use crate::operation::Pool;
@@ -41,6 +42,7 @@ pub struct Storage {
     pub(crate) pool: Pool,
     access: Access,
     files: Option<FileSystem>,
+    pub(crate) disks: Option<Disks>,
     /// What a person should know of the devices.
     pub(crate) notes: Vec<String>,
 }
@@ -84,6 +86,7 @@ impl Storage {
             pool,
             access: Access::Write,
             files: None,
+            disks: None,
             notes,
         }
     }
@@ -94,6 +97,7 @@ impl Storage {
             pool,
             access: Access::Read,
             files: None,
+            disks: None,
             notes,
         }
     }
@@ -117,7 +121,7 @@ impl Storage {
         };
         let opened = FileSystem::open(meta, volumes, options, WorkerClock::new());
         let opened = Box::pin(opened).await;
-        self.files = Some(opened.map_err(|error| of_files(&error))?);
+        self.set_files(opened.map_err(|error| of_files(&error))?);
         match self.access {
             Access::Read => Ok(()),
             // A crash may have come between a change of a volume and its being told.
@@ -142,6 +146,7 @@ impl Storage {
     }
 
     pub(crate) fn set_files(&mut self, files: FileSystem) {
+        self.disks = Some(Disks::new(files.clone()));
         self.files = Some(files);
     }
 
@@ -203,12 +208,14 @@ impl Storage {
     /// Closes the file system, and goes on without it.
     pub(crate) async fn end_files(&mut self) -> Result<(), Problem> {
         self.close_files().await?;
+        self.disks = None;
         self.files = None;
         Ok(())
     }
 
     async fn close_pool(self) -> Result<(), Problem> {
         let name = self.pool.configuration().name.clone();
+        drop(self.disks);
         drop(self.files);
         self.pool.close().await.map_err(|error| of_pool(&name, error))
     }

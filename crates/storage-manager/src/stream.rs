@@ -360,13 +360,13 @@ impl FileTarget<'_> {
 }
 
 /// For a request that is awaited while the buffer is there.
-fn memory(buffer: &AlignedBuffer, range: Range<usize>) -> [IoBuf; 1] {
+pub(crate) fn memory(buffer: &AlignedBuffer, range: Range<usize>) -> [IoBuf; 1] {
     // SAFETY: all callers keep the buffer, without touching it, until the request has ended.
     [unsafe { buffer.io(range.start, range.end - range.start) }]
 }
 
 /// Parts of a piece that goes to `at`, each with whether it is zeroes: whole clusters only, as others save no space.
-fn runs(bytes: &[u8], at: u64) -> Vec<(Range<usize>, bool)> {
+pub(crate) fn runs(bytes: &[u8], at: u64) -> Vec<(Range<usize>, bool)> {
     let mut runs: Vec<(Range<usize>, bool)> = Vec::new();
     let mut start = 0;
     while start < bytes.len() {

@@ -256,7 +256,7 @@ pub(crate) enum Decision {
 }
 
 /// What is not a path is wrong usage, not a failure.
-fn path(text: &str) -> Result<String, String> {
+pub(super) fn path(text: &str) -> Result<String, String> {
     match text.starts_with('/') {
         true => Ok(text.to_owned()),
         false => Err(format!("paths in the pool's file system begin with /: /{text}")),

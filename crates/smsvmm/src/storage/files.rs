@@ -89,7 +89,7 @@ fn print_answer(outcome: &FileOutcome) -> anyhow::Result<()> {
 }
 
 /// On standard error: what a command prints is its answer.
-fn tell(events: &[PoolEvent]) {
+pub(super) fn tell(events: &[PoolEvent]) {
     // Bad news are in the log, on standard error, already.
     for event in events.iter().filter(|event| !event.kind.is_warning()) {
         logs::say(&format!("smsvmm: {}", event.text));

@@ -1,9 +1,12 @@
-//! `smsvmm pool | device | volume | job | file`: pools that nobody has open.
+//! `smsvmm pool | device | volume | job | file | disk`: pools that nobody has open.
 //!
 //! Each command opens the pool's devices itself, under a lock (`storage_manager`), does one thing, and closes them. Commands
 //! that only show something only read.
 
 mod arguments;
+mod disk_arguments;
+mod disk_show;
+mod disks;
 mod file_arguments;
 mod file_show;
 mod files;
@@ -16,6 +19,8 @@ use api::storage::{JobState, NewDevice, Operation, Outcome, PoolEventKind, PoolS
 use api::{Problem, ProblemKind};
 use storage_manager::{DevicePaths, Force};
 
+pub(crate) use disk_arguments::VirtualDiskArguments;
+pub(crate) use disks::disk;
 pub(crate) use file_arguments::FileArguments;
 pub(crate) use files::file;
 

@@ -1,0 +1,366 @@
+//! Virtual disks of a pool: what can be asked of them and what they answer.
+//!
+//! The path of a disk begins with `/` and ends with `.dsk`; a snapshot of it is `/vm/root.dsk@monday`. All sizes and offsets are numbers of
+//! bytes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::file::{FileAttributes, Target};
+use crate::storage::PoolEvent;
+
+/// What becomes of what is written to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskMode {
+    /// It stays.
+    #[default]
+    Persistent,
+    /// It goes to a redo layer, until somebody commits or discards it: at power-off, or by command.
+    Undoable,
+    /// It goes to a redo layer that is discarded at power-off, or at the next opening if there was a crash.
+    Nonpersistent,
+    /// It goes to a redo layer, which stays until it is committed or discarded by command.
+    Append,
+}
+
+impl DiskMode {
+    /// As in vm.toml.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Persistent => "persistent",
+            Self::Undoable => "undoable",
+            Self::Nonpersistent => "nonpersistent",
+            Self::Append => "append",
+        }
+    }
+}
+
+/// Something that a person wants done with the disks of a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "operation")]
+pub enum DiskOperation {
+    /// Make a disk that reads as zeroes.
+    Create {
+        /// Its path.
+        path: String,
+        /// Its size.
+        size: u64,
+        /// Allocate space for all of it.
+        #[serde(default)]
+        thick: bool,
+        /// Where its data shall be.
+        #[serde(default)]
+        target: Option<Target>,
+        /// Its data have checksums.
+        #[serde(default)]
+        checksums: Option<bool>,
+    },
+    /// All disks in a directory and in those below it.
+    List {
+        /// The directory.
+        path: String,
+    },
+    /// What is known of a disk.
+    Status {
+        /// Its path.
+        path: String,
+    },
+    /// Delete a disk with its snapshots.
+    Delete {
+        /// Its path.
+        path: String,
+    },
+    /// Change the size of a disk.
+    Resize {
+        /// Its path.
+        path: String,
+        /// The new size.
+        size: u64,
+        /// What lies behind a smaller size may be lost.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Keep the present state of disks, all at one moment.
+    Snapshot {
+        /// The disks.
+        paths: Vec<String>,
+        /// What it is called.
+        name: String,
+        /// What people want to know of it.
+        #[serde(default)]
+        description: String,
+    },
+    /// Give a snapshot another name or description.
+    DescribeSnapshot {
+        /// The snapshot: `/vm/root.dsk@monday`.
+        path: String,
+        /// Another name.
+        #[serde(default)]
+        name: Option<String>,
+        /// Another description.
+        #[serde(default)]
+        description: Option<String>,
+    },
+    /// Make a disk what it was.
+    Revert {
+        /// The snapshot: `/vm/root.dsk@monday`.
+        path: String,
+    },
+    /// Delete a snapshot; the disk and other snapshots keep what they need.
+    DeleteSnapshot {
+        /// The snapshot: `/vm/root.dsk@monday`.
+        path: String,
+    },
+    /// Make a disk with the content of a disk or a snapshot. Nothing is copied.
+    Clone {
+        /// The disk or snapshot.
+        path: String,
+        /// The new disk.
+        to: String,
+    },
+    /// What was written to the redo layer stays.
+    Commit {
+        /// The disk.
+        path: String,
+    },
+    /// What was written to the redo layer goes.
+    Discard {
+        /// The disk.
+        path: String,
+    },
+    /// Make the chain of a disk as short as its snapshots allow.
+    Merge {
+        /// The disk.
+        path: String,
+    },
+    /// Which blocks differ from what they were.
+    Changed {
+        /// The disk.
+        path: String,
+        /// Since this snapshot was made.
+        since: String,
+        /// Until this one was made; until now if none.
+        #[serde(default)]
+        until: Option<String>,
+    },
+}
+
+impl DiskOperation {
+    /// Whether it changes nothing.
+    pub fn only_reads(&self) -> bool {
+        matches!(
+            self,
+            Self::List { .. } | Self::Status { .. } | Self::Changed { .. }
+        )
+    }
+}
+
+/// A disk in short.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VirtualDisk {
+    /// Its path.
+    pub path: String,
+    /// Bytes that a guest sees.
+    pub size: u64,
+    /// Bytes of volumes that it has, with all its snapshots.
+    pub allocated: u64,
+    /// How many snapshots it has.
+    pub snapshots: usize,
+    /// The mode of its redo layer: writes of which it is not decided whether they stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redo: Option<DiskMode>,
+    /// What is wrong with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// A snapshot of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SnapshotStatus {
+    /// Its name.
+    pub name: String,
+    /// What people want to know of it.
+    pub description: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The snapshot before it.
+    pub parent: Option<String>,
+    /// Bytes of the disk at that time.
+    pub size: u64,
+    /// Bytes of volumes that were written between the snapshot before it and this one.
+    pub allocated: u64,
+}
+
+/// What is known of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VirtualDiskStatus {
+    /// In short.
+    #[serde(flatten)]
+    pub disk: VirtualDisk,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// What was decided for it.
+    pub attributes: FileAttributes,
+    /// Files through which it is read.
+    pub layers: usize,
+    /// Bytes of volumes that its redo layer has.
+    pub redo_allocated: u64,
+    /// The snapshot on which its present state is built.
+    pub based_on: Option<String>,
+    /// In the order in which they were made.
+    pub snapshot_list: Vec<SnapshotStatus>,
+    /// Layers that are still to be merged.
+    pub unmerged: usize,
+}
+
+/// A range of a disk that was changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ChangedRange {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// It reads as zeroes now.
+    pub zero: bool,
+}
+
+/// What an operation answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskAnswer {
+    /// It is done; there is nothing to tell.
+    Done,
+    /// Disks, in order of their paths.
+    Disks(Vec<VirtualDisk>),
+    /// One disk.
+    Status(Box<VirtualDiskStatus>),
+    /// Ranges, in order.
+    Changed(Vec<ChangedRange>),
+}
+
+/// What came of an operation on disks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskOutcome {
+    /// Its answer.
+    pub answer: DiskAnswer,
+    /// What happened meanwhile.
+    pub events: Vec<PoolEvent>,
+}
+
+/// What an image outside of the pool is like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageFormat {
+    /// The bytes of the disk, one after the other.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
+}
+
+impl ImageFormat {
+    /// As the command line has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// An image that is to become a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ImportRequest {
+    /// The image, a file or a block device of the host.
+    pub image: String,
+    /// What it is; looked at if none.
+    #[serde(default)]
+    pub format: Option<ImageFormat>,
+    /// Images on which it is built are read as well.
+    #[serde(default)]
+    pub backing: bool,
+    /// The new disk.
+    pub path: String,
+    /// Its size, if it shall be larger than the image.
+    #[serde(default)]
+    pub size: Option<u64>,
+    /// Allocate space for all of it.
+    #[serde(default)]
+    pub thick: bool,
+    /// Read it again afterwards, and compare.
+    #[serde(default)]
+    pub verify: bool,
+}
+
+/// A disk that is to become an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ExportRequest {
+    /// The disk or snapshot.
+    pub path: String,
+    /// The image.
+    pub image: String,
+    /// What it shall be.
+    pub format: ImageFormat,
+    /// If there is a file of that name, it is replaced.
+    #[serde(default)]
+    pub force: bool,
+    /// Read it again afterwards, and compare.
+    #[serde(default)]
+    pub verify: bool,
+}
+
+/// A disk that is to be copied, with all its data.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CopyRequest {
+    /// The disk or snapshot.
+    pub path: String,
+    /// The new disk.
+    pub to: String,
+    /// Allocate space for all of it.
+    #[serde(default)]
+    pub thick: bool,
+    /// Read it again afterwards, and compare.
+    #[serde(default)]
+    pub verify: bool,
+}
+
+/// What was imported, exported or copied.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Transferred {
+    /// The disk.
+    pub path: String,
+    /// What the image is; none for a copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<ImageFormat>,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes that were data.
+    pub data: u64,
+    /// It was read again, and is the same.
+    pub verified: bool,
+    /// What happened meanwhile.
+    pub events: Vec<PoolEvent>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_operation_needs_only_what_matters() {
+        let text = r#"{"operation": "create", "path": "/a.dsk", "size": 4096}"#;
+        let operation: DiskOperation = serde_json::from_str(text).unwrap();
+        assert!(matches!(operation, DiskOperation::Create { thick: false, .. }));
+        assert!(!operation.only_reads());
+        let mode: DiskMode = serde_json::from_str("\"nonpersistent\"").unwrap();
+        assert_eq!((mode, mode.name()), (DiskMode::Nonpersistent, "nonpersistent"));
+    }
+}

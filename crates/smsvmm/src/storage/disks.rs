@@ -1,0 +1,141 @@
+//! `smsvmm disk`: virtual disks of a pool that nobody has open.
+
+use std::path::Path;
+
+use api::ByteSize;
+use api::virtual_disk::{CopyRequest, DiskAnswer, DiskOutcome, ExportRequest, ImageFormat, ImportRequest};
+
+use super::arguments::Which;
+use super::disk_arguments::{DiskCommand, VirtualDiskArguments};
+use super::files::tell;
+use super::watch::Watch;
+use super::{disk_show, select};
+use crate::exit::Exit;
+use crate::output::{print, print_json};
+
+pub(crate) fn disk(arguments: VirtualDiskArguments) -> anyhow::Result<Exit> {
+    let VirtualDiskArguments { which, command } = arguments;
+    match command {
+        DiskCommand::Import {
+            image,
+            path,
+            format,
+            backing,
+            size,
+            thick,
+            verify,
+        } => {
+            let request = ImportRequest {
+                image: text(&image)?,
+                format: format.map(Into::into),
+                backing,
+                path,
+                size: size.map(ByteSize::bytes),
+                thick,
+                verify,
+            };
+            transfer(&which, "imported", |devices, notify| {
+                storage_manager::import_disk(devices, request, notify)
+            })
+        }
+        DiskCommand::Export {
+            path,
+            image,
+            format,
+            force,
+            verify,
+        } => {
+            let by_name = match image.extension() {
+                Some(end) if end == "qcow2" => ImageFormat::Qcow2,
+                _ => ImageFormat::Raw,
+            };
+            let request = ExportRequest {
+                path,
+                image: text(&image)?,
+                format: format.map_or(by_name, Into::into),
+                force,
+                verify,
+            };
+            transfer(&which, "exported", |devices, notify| {
+                storage_manager::export_disk(devices, request, notify)
+            })
+        }
+        DiskCommand::Copy {
+            path,
+            to,
+            thick,
+            verify,
+        } => {
+            let request = CopyRequest {
+                path,
+                to,
+                thick,
+                verify,
+            };
+            transfer(&which, "copied", |devices, notify| {
+                storage_manager::copy_disk(devices, request, notify)
+            })
+        }
+        command => operate(&which, command),
+    }
+}
+
+/// Names go through JSON.
+fn text(path: &Path) -> anyhow::Result<String> {
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| anyhow::anyhow!("{}: names that are not UTF-8 cannot be used here", path.display()))
+}
+
+type Notify<'a> = &'a mut dyn FnMut(storage_manager::Notice<'_>) -> storage_manager::Flow;
+
+fn transfer(
+    which: &Which,
+    what: &str,
+    run: impl FnOnce(
+        storage_manager::DevicePaths,
+        Notify<'_>,
+    ) -> Result<api::virtual_disk::Transferred, api::Problem>,
+) -> anyhow::Result<Exit> {
+    let devices = select::devices(which)?;
+    let mut watch = Watch::new(which.json)?;
+    let done = run(devices, &mut |notice| watch.notice(&notice));
+    watch.clear();
+    let done = done?;
+    if which.json {
+        print_json(&done)?;
+    } else {
+        tell(&done.events);
+        print(&disk_show::transferred(what, &done))?;
+    }
+    Ok(Exit::Success)
+}
+
+fn operate(which: &Which, command: DiskCommand) -> anyhow::Result<Exit> {
+    let Some(operation) = command.operation() else {
+        return Ok(Exit::Success);
+    };
+    let devices = select::devices(which)?;
+    let mut watch = Watch::new(which.json)?;
+    let outcome =
+        storage_manager::execute_disk(devices, operation.clone(), &mut |notice| watch.notice(&notice));
+    watch.clear();
+    let outcome = outcome?;
+    if !which.json {
+        tell(&outcome.events);
+        print(&disk_show::answer(&operation, &outcome.answer))?;
+    } else if operation.only_reads() {
+        print_answer(&outcome)?;
+    } else {
+        print_json(&outcome)?;
+    }
+    Ok(Exit::Success)
+}
+
+fn print_answer(outcome: &DiskOutcome) -> anyhow::Result<()> {
+    match &outcome.answer {
+        DiskAnswer::Done => print_json(&serde_json::Value::Null),
+        DiskAnswer::Disks(disks) => print_json(disks),
+        DiskAnswer::Status(status) => print_json(status),
+        DiskAnswer::Changed(ranges) => print_json(ranges),
+    }
+}

@@ -1,0 +1,305 @@
+//! Virtual disks of an open pool, and the operations of people on them.
+
+use std::rc::Rc;
+
+use api::file::AttributeChanges;
+use api::virtual_disk::{ChangedRange, DiskAnswer, DiskOperation, DiskOutcome};
+use api::{Problem, ProblemKind};
+use block_io::WorkerClock;
+use filesys::{Kind, RangeKind};
+use storage_virtualizer::disk::{self, DiskError, DiskOptions, DiskPath, NewDisk, NewSnapshot};
+
+use crate::conversation::{Flow, Notice, Reporter, on_worker};
+use crate::device::DevicePaths;
+use crate::disks_view as view;
+use crate::file_view;
+use crate::files::walk;
+use crate::problem::{of_disks, of_files};
+use crate::storage::{Access, Storage, Volume, now};
+
+/// All disks of an open pool.
+pub type Disks = disk::Disks<Volume, WorkerClock>;
+/// A disk that is open.
+pub type VirtualDisk = disk::VirtualDisk<Volume, WorkerClock>;
+
+/// Ranges that are asked for at once.
+const RANGES: usize = 4096;
+
+impl Storage {
+    /// All its disks: snapshots, commits and the like of disks that are in use or not.
+    ///
+    /// # Errors
+    /// The pool has no file system.
+    pub fn disks(&self) -> Result<&Disks, Problem> {
+        self.files()?;
+        self.disks
+            .as_ref()
+            .ok_or_else(|| Problem::new(ProblemKind::Conflict, "the pool has no file system"))
+    }
+
+    /// Opens a disk, or a snapshot of one (`/vm/root.dsk@monday`). It is closed by [`Self::close_disk`].
+    ///
+    /// # Errors
+    /// There is none, or it cannot be used in this way now.
+    pub async fn disk(&self, path: &str, options: DiskOptions) -> Result<Rc<VirtualDisk>, Problem> {
+        let options = DiskOptions {
+            now: now(),
+            ..options
+        };
+        let opened = self.disks()?.open(path, options).await;
+        opened.map(Rc::new).map_err(|error| of_disks(&error))
+    }
+
+    /// Power-off of a disk: what its mode wants done with what was written is done.
+    ///
+    /// # Errors
+    /// Somebody else still has it, or something could not be written.
+    pub async fn close_disk(&self, disk: Rc<VirtualDisk>) -> Result<(), Problem> {
+        let closed = self.disks()?.close(disk, now()).await;
+        closed.map_err(|error| of_disks(&error))
+    }
+
+    /// The paths of all disks in a directory and in those below it.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub async fn disk_paths(&self, directory: &str) -> Result<Vec<String>, Problem> {
+        let all = walk(self.files()?, directory).await?;
+        let disks = all.into_iter().filter(|found| found.kind == Kind::File);
+        let disks = disks.filter(|found| DiskPath::new(&found.path).is_ok());
+        Ok(disks.map(|found| found.path).collect())
+    }
+}
+
+/// Opens the pool and its file system, does `operation`, and closes them.
+///
+/// # Errors
+/// They cannot be opened, or the operation is refused or fails.
+pub fn execute_disk(
+    paths: DevicePaths,
+    operation: DiskOperation,
+    notify: &mut dyn FnMut(Notice<'_>) -> Flow,
+) -> Result<DiskOutcome, Problem> {
+    on_worker(notify, |reporter| async move {
+        let access = match operation.only_reads() {
+            true => Access::Read,
+            false => Access::Write,
+        };
+        let storage = Storage::open(&paths, access).await?;
+        let done = Box::pin(perform(&storage, operation, &reporter)).await;
+        let mut events = storage.take_events();
+        let closed = storage.close_with_events(&mut events).await;
+        let answer = done?;
+        closed?;
+        Ok(DiskOutcome { answer, events })
+    })
+}
+
+async fn perform(
+    storage: &Storage,
+    operation: DiskOperation,
+    reporter: &Reporter<DiskOutcome>,
+) -> Result<DiskAnswer, Problem> {
+    let disks = storage.disks()?;
+    let now = now();
+    let disk = match operation {
+        DiskOperation::List { path } => return list(storage, &path).await,
+        DiskOperation::Status { path } => {
+            let state = disks.status(&path).await.map_err(failed)?;
+            let status = view::status(storage.files()?, &state);
+            return Ok(DiskAnswer::Status(Box::new(status)));
+        }
+        DiskOperation::Changed { path, since, until } => {
+            let ranges = Box::pin(changed(disks, &path, &since, until.as_deref())).await?;
+            return Ok(DiskAnswer::Changed(ranges));
+        }
+        DiskOperation::Create {
+            path,
+            size,
+            thick,
+            target,
+            checksums,
+        } => {
+            let changes = AttributeChanges {
+                target,
+                thick: thick.then_some(true),
+                checksums,
+                ..AttributeChanges::default()
+            };
+            let attributes = attributes_at(storage, &path, &changes).await?;
+            let new = NewDisk {
+                size,
+                attributes,
+                now,
+            };
+            return done(Box::pin(disks.create(&path, &new)).await);
+        }
+        DiskOperation::Resize { path, size, force } => {
+            Box::pin(disks.resize(&path, size, force, now))
+                .await
+                .map_err(failed)?;
+            path
+        }
+        DiskOperation::Snapshot {
+            paths,
+            name,
+            description,
+        } => {
+            let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+            let new = NewSnapshot {
+                name,
+                description,
+                now,
+            };
+            return done(Box::pin(disks.snapshot(&paths, &new)).await);
+        }
+        DiskOperation::DescribeSnapshot {
+            path,
+            name,
+            description,
+        } => return done(Box::pin(describe(disks, &path, name, description)).await),
+        DiskOperation::Revert { path } => {
+            let (disk, snapshot) = snapshot_of(&path)?;
+            Box::pin(disks.revert(disk.as_str(), &snapshot, now))
+                .await
+                .map_err(failed)?;
+            disk.to_string()
+        }
+        DiskOperation::DeleteSnapshot { path } => {
+            let (disk, snapshot) = snapshot_of(&path)?;
+            let deleted = disks.delete_snapshot(disk.as_str(), &snapshot, now);
+            Box::pin(deleted).await.map_err(failed)?;
+            disk.to_string()
+        }
+        DiskOperation::Clone { path, to } => {
+            let (disk, snapshot) = DiskPath::with_snapshot(&path).map_err(failed)?;
+            let cloned = disks.clone_disk(disk.as_str(), snapshot.as_deref(), &to, now);
+            return done(Box::pin(cloned).await);
+        }
+        DiskOperation::Commit { path } => {
+            Box::pin(disks.commit(&path, now)).await.map_err(failed)?;
+            path
+        }
+        DiskOperation::Discard { path } => {
+            Box::pin(disks.discard(&path, now)).await.map_err(failed)?;
+            path
+        }
+        DiskOperation::Merge { path } => path,
+        DiskOperation::Delete { path } => {
+            Box::pin(disks.delete(&path, now)).await.map_err(failed)?;
+            settle(storage, reporter).await?;
+            return Ok(DiskAnswer::Done);
+        }
+    };
+    // What is not needed any more goes now, as nobody else will have the pool open in a moment.
+    settle(storage, reporter).await?;
+    Box::pin(disks.merge(&disk, now)).await.map_err(failed)?;
+    settle(storage, reporter).await?;
+    Ok(DiskAnswer::Done)
+}
+
+/// Waits for what the file system does in the background, unless the caller has had enough: it goes on when the pool is opened next.
+async fn settle<T>(storage: &Storage, reporter: &Reporter<T>) -> Result<(), Problem> {
+    if !reporter.stopped() {
+        storage.files()?.settled().await;
+    }
+    Ok(())
+}
+
+pub(crate) fn failed(error: DiskError) -> Problem {
+    of_disks(&error)
+}
+
+fn done(result: Result<(), DiskError>) -> Result<DiskAnswer, Problem> {
+    result.map(|()| DiskAnswer::Done).map_err(failed)
+}
+
+/// What a new disk gets where it is made, with changes; none if nothing is changed.
+pub(crate) async fn attributes_at(
+    storage: &Storage,
+    path: &str,
+    changes: &AttributeChanges,
+) -> Result<Option<filesys::Attributes>, Problem> {
+    if changes.is_empty() {
+        return Ok(None);
+    }
+    let path = DiskPath::new(path).map_err(failed)?;
+    let directory = match path.as_str().rsplit_once('/') {
+        None | Some(("", _)) => "/",
+        Some((directory, _)) => directory,
+    };
+    let files = storage.files()?;
+    let stat = files.stat(directory).await.map_err(|error| of_files(&error))?;
+    file_view::changed(files, stat.attributes, changes).map(Some)
+}
+
+fn snapshot_of(path: &str) -> Result<(DiskPath, String), Problem> {
+    let (disk, snapshot) = DiskPath::with_snapshot(path).map_err(failed)?;
+    match snapshot {
+        Some(snapshot) => Ok((disk, snapshot)),
+        None => Err(
+            Problem::new(ProblemKind::Invalid, format!("{path} names no snapshot"))
+                .about(path)
+                .remedy(format!(
+                    "give it as {disk}@NAME; `smsvmm disk status {disk}` shows them"
+                )),
+        ),
+    }
+}
+
+async fn describe(
+    disks: &Disks,
+    path: &str,
+    name: Option<String>,
+    description: Option<String>,
+) -> Result<(), DiskError> {
+    let (disk, snapshot) = DiskPath::with_snapshot(path)?;
+    let snapshot = snapshot.unwrap_or_default();
+    let state = disks.status(disk.as_str()).await?;
+    let old = state.snapshots.into_iter().find(|known| known.name == snapshot);
+    let Some(old) = old else {
+        return Err(DiskError::NoSnapshot {
+            disk: disk.to_string(),
+            snapshot,
+        });
+    };
+    let new = NewSnapshot {
+        name: name.unwrap_or(old.name),
+        description: description.unwrap_or(old.description),
+        now: now(),
+    };
+    disks.describe_snapshot(disk.as_str(), &snapshot, &new).await
+}
+
+async fn list(storage: &Storage, directory: &str) -> Result<DiskAnswer, Problem> {
+    let disks = storage.disks()?;
+    let mut list = Vec::new();
+    for path in storage.disk_paths(directory).await? {
+        match disks.status(&path).await {
+            Ok(state) => list.push(view::disk(&state)),
+            Err(error) => list.push(view::broken(path, &error)),
+        }
+    }
+    Ok(DiskAnswer::Disks(list))
+}
+
+async fn changed(
+    disks: &Disks,
+    path: &str,
+    since: &str,
+    until: Option<&str>,
+) -> Result<Vec<ChangedRange>, Problem> {
+    let mut ranges: Vec<ChangedRange> = Vec::new();
+    let mut from = Some(0);
+    while let Some(start) = from {
+        let found = disks.changed(path, since, until, start, RANGES).await;
+        let (found, next) = found.map_err(failed)?;
+        ranges.extend(found.into_iter().map(|range| ChangedRange {
+            offset: range.offset,
+            length: range.length,
+            zero: range.kind == RangeKind::Zero,
+        }));
+        from = next;
+    }
+    Ok(ranges)
+}

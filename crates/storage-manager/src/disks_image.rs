@@ -1,0 +1,302 @@
+//! Images on the host: opened, read, and made, on a thread that may block.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use api::virtual_disk::{ExportRequest, ImageFormat, Transferred};
+use api::{Problem, ProblemKind};
+use block_io::{AlignedBuffer, BlockDevice};
+use storage_virtualizer::disk::DiskOptions;
+use storage_virtualizer::disk::image::{Image, ImageError, ImageWriter, Raw, RawWriter};
+
+use crate::conversation::{Flow, Notice, Reporter, on_worker};
+use crate::device::DevicePaths;
+use crate::disks_transfer::{Of, PIECE, PIECES, Piece, compare, send_all, thread};
+use crate::pipe::{Pipe, pipe};
+use crate::storage::{Access, Storage};
+
+/// A problem of an image.
+pub(crate) fn of_image(name: &str, error: &ImageError) -> Problem {
+    let kind = match error {
+        ImageError::Io { .. } => ProblemKind::Host,
+        _ => ProblemKind::Invalid,
+    };
+    Problem::new(kind, format!("{name}: {}", crate::problem::chain(error))).about(name)
+}
+
+fn of_host(what: &str, name: &str, error: &io::Error) -> Problem {
+    let kind = match error.kind() {
+        io::ErrorKind::NotFound => ProblemKind::NotFound,
+        io::ErrorKind::AlreadyExists => ProblemKind::Conflict,
+        _ => ProblemKind::Host,
+    };
+    Problem::new(kind, format!("cannot {what} {name}: {error}")).about(name)
+}
+
+/// Opens an image; tells what it is.
+pub(crate) fn open(
+    name: &str,
+    format: Option<ImageFormat>,
+    _backing: bool,
+) -> Result<(Box<dyn Image>, ImageFormat), Problem> {
+    let file = File::open(name).map_err(|error| of_host("open", name, &error))?;
+    let data = file.metadata().map_err(|error| of_host("open", name, &error))?;
+    if data.is_dir() {
+        return Err(Problem::new(
+            ProblemKind::Invalid,
+            format!("{name} is a directory, not an image"),
+        )
+        .about(name));
+    }
+    let _ = format;
+    let image = Raw::open(file).map_err(|error| of_image(name, &error))?;
+    Ok((Box::new(image), ImageFormat::Raw))
+}
+
+/// Reads all data of an image, as long as `take` wants more.
+pub(crate) fn read_all(image: &mut dyn Image, take: &mut dyn FnMut(Piece) -> bool) -> Result<(), ImageError> {
+    let mut at = 0;
+    while let Some(range) = image.next_data(at)? {
+        // Pieces of a disk are written in whole sectors.
+        let mut start = (range.start / 512 * 512).max(at);
+        while start < range.end {
+            let stop = ((start / PIECE + 1) * PIECE)
+                .min(range.end.next_multiple_of(512))
+                .min(image.size());
+            let length = usize::try_from(stop - start).unwrap_or(0);
+            let mut buffer = AlignedBuffer::new(length.next_multiple_of(512));
+            if let Some(target) = buffer.as_mut_slice().get_mut(..length) {
+                image.read(start, target)?;
+            }
+            let piece = Piece {
+                offset: start,
+                buffer,
+                length,
+            };
+            if !take(piece) {
+                return Ok(());
+            }
+            start = stop;
+        }
+        at = start;
+    }
+    Ok(())
+}
+
+/// An image that is being made beside its place, and deleted unless it is finished.
+struct Draft {
+    part: PathBuf,
+    target: PathBuf,
+    force: bool,
+    done: bool,
+}
+
+impl Draft {
+    fn new(request: &ExportRequest) -> Result<(Self, File), Problem> {
+        let name = &request.image;
+        let target = PathBuf::from(name);
+        match fs::symlink_metadata(&target) {
+            Ok(data) if !data.is_file() => {
+                let detail = format!("{name} is there, and is no file that could be replaced");
+                return Err(Problem::new(ProblemKind::Conflict, detail).about(name));
+            }
+            Ok(_) if !request.force => {
+                return Err(
+                    Problem::new(ProblemKind::Conflict, format!("{name} exists already"))
+                        .about(name)
+                        .remedy("take another name, or use --force, which replaces it"),
+                );
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(of_host("look at", name, &error)),
+        }
+        let file_name = target
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let part = target.with_file_name(format!(".{file_name}.{}.part", std::process::id()));
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&part);
+        let file = file.map_err(|error| of_host("make", &part.to_string_lossy(), &error))?;
+        let draft = Self {
+            part,
+            target,
+            force: request.force,
+            done: false,
+        };
+        Ok((draft, file))
+    }
+
+    /// It is whole: it gets its name.
+    fn finish(mut self) -> Result<(), Problem> {
+        let name = self.target.to_string_lossy().into_owned();
+        let named = match self.force {
+            true => fs::rename(&self.part, &self.target),
+            // Nobody who made a file of that name meanwhile loses it.
+            false => fs::hard_link(&self.part, &self.target).and_then(|()| fs::remove_file(&self.part)),
+        };
+        named.map_err(|error| of_host("make", &name, &error))?;
+        self.done = true;
+        let folder = match self.target.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let synced = File::open(folder).and_then(|folder| folder.sync_all());
+        synced.map_err(|error| of_host("make durable", &name, &error))
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.done {
+            // There is nobody to tell.
+            let _ = fs::remove_file(&self.part);
+        }
+    }
+}
+
+fn writer(file: File, format: ImageFormat, size: u64) -> Result<Box<dyn ImageWriter>, ImageError> {
+    let _ = format;
+    Ok(Box::new(RawWriter::create(file, size)?))
+}
+
+/// What the task tells the thread.
+enum Message {
+    /// The disk has so many bytes.
+    Size(u64),
+    Piece(Piece),
+    /// That was all.
+    End,
+}
+
+/// Makes an image from a disk or a snapshot.
+///
+/// # Errors
+/// The disk or the pool cannot be opened or read, the image cannot be made, or they differ afterwards. Then there is no new image.
+pub fn export_disk(
+    paths: DevicePaths,
+    request: ExportRequest,
+    notify: &mut dyn FnMut(Notice<'_>) -> Flow,
+) -> Result<Transferred, Problem> {
+    let (draft, file) = Draft::new(&request)?;
+    let (here, there) = pipe(PIECES);
+    let (checks_here, checks) = pipe(PIECES);
+    let closers = (here.closer(), checks_here.closer());
+    let asked = request.clone();
+    let part = draft.part.clone();
+    let sink = thread("image", move || take(&asked, file, &part, &there, &checks))?;
+    let mut stopped = false;
+    let mut notify = |notice: Notice<'_>| {
+        let flow = notify(notice);
+        if flow == Flow::Stop {
+            stopped = true;
+            closers.0.close();
+            closers.1.close();
+        }
+        flow
+    };
+    let asked = request.clone();
+    let done = on_worker(&mut notify, |reporter| async move {
+        let storage = Storage::open(&paths, Access::Read).await?;
+        let done = Box::pin(export(&storage, &asked, here, checks_here, &reporter)).await;
+        let mut events = storage.take_events();
+        storage.close_with_events(&mut events).await?;
+        let mut done = done?;
+        done.events = events;
+        Ok(done)
+    });
+    let taken = sink.join();
+    let taken = taken.unwrap_or_else(|_| {
+        Err(Problem::new(
+            ProblemKind::Host,
+            "the image's thread ended unexpectedly",
+        ))
+    });
+    if stopped {
+        let detail = format!("exporting {} was broken off; nothing is left of it", request.path);
+        return Err(Problem::new(ProblemKind::Stopping, detail).about(&request.path));
+    }
+    let done = done?;
+    taken?;
+    draft.finish()?;
+    Ok(done)
+}
+
+/// Writes what comes; then, if it is wanted, reads it again and compares.
+fn take(
+    request: &ExportRequest,
+    file: File,
+    part: &Path,
+    from: &Pipe<Message>,
+    checks: &Pipe<Piece>,
+) -> Result<(), Problem> {
+    let name = &request.image;
+    let failed = |error| of_image(name, &error);
+    let Some(Message::Size(size)) = from.take() else {
+        return Ok(());
+    };
+    let mut writer = writer(file, request.format, size).map_err(failed)?;
+    loop {
+        match from.take() {
+            Some(Message::Piece(piece)) => writer.write(piece.offset, piece.bytes()).map_err(failed)?,
+            Some(Message::End) => break,
+            // The task has failed, and says why.
+            Some(Message::Size(_)) | None => return Ok(()),
+        }
+    }
+    writer.finish().map_err(failed)?;
+    drop(writer);
+    if !request.verify {
+        return Ok(());
+    }
+    let (mut image, _) = open(&part.to_string_lossy(), Some(request.format), false)?;
+    compare(image.as_mut(), checks, name)
+}
+
+async fn export(
+    storage: &Storage,
+    request: &ExportRequest,
+    to: Pipe<Message>,
+    checks: Pipe<Piece>,
+    reporter: &Reporter<Transferred>,
+) -> Result<Transferred, Problem> {
+    let options = DiskOptions {
+        read_only: true,
+        ..DiskOptions::default()
+    };
+    let disk = storage.disk(&request.path, options).await?;
+    let size = disk.size();
+    // Who does not take it any more says why.
+    let _ = to.send(Message::Size(size)).await;
+    let of = Of::Disk(&request.path);
+    let what = format!("export {}", request.path);
+    let data = send_all(storage, of, &*disk, &Wrap(&to), reporter, &what).await?;
+    let _ = to.send(Message::End).await;
+    if request.verify {
+        let what = format!("verify {}", request.path);
+        send_all(storage, of, &*disk, &checks, reporter, &what).await?;
+    }
+    Ok(Transferred {
+        path: request.path.clone(),
+        format: Some(request.format),
+        size,
+        data,
+        verified: request.verify,
+        events: Vec::new(),
+    })
+}
+
+/// Pieces as messages.
+struct Wrap<'a>(&'a Pipe<Message>);
+
+impl crate::disks_transfer::Taker for Wrap<'_> {
+    async fn send(&self, piece: Piece) -> bool {
+        self.0.send(Message::Piece(piece)).await.is_ok()
+    }
+}
