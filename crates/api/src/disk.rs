@@ -1,11 +1,12 @@
 //! Disks of a guest: what to attach and how it fares.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::virtual_disk::DiskMode;
 use crate::{ByteSize, DeviceId, DeviceState, InvalidValue, string_type};
 
 /// A disk to be given to the guest: a `[[disk]]` of vm.toml, the body of `POST /v1/vm/disks`.
@@ -15,8 +16,15 @@ pub struct DiskConfig {
     /// Name within the machine; by default "disk0", "disk1", ...
     #[serde(default, skip_serializing_if = "DeviceId::is_unassigned")]
     pub id: DeviceId,
-    /// A raw disk image or a block device of the host. Absolute once loaded.
-    pub image: PathBuf,
+    /// A raw disk image or a block device of the host. Absolute once loaded. Either this or `file` is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<PathBuf>,
+    /// A disk of the pool: `/vm/root.dsk`, or a snapshot `/vm/root.dsk@monday`, which is read-only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// Of a disk of the pool: what becomes of what the guest writes.
+    #[serde(default, skip_serializing_if = "is_persistent")]
+    pub mode: DiskMode,
     /// How the guest sees the disk.
     #[serde(default)]
     pub bus: DiskBus,
@@ -32,7 +40,7 @@ pub struct DiskConfig {
     /// Requests that fit in a queue.
     #[serde(default)]
     pub queue_size: QueueSize,
-    /// Bypass the host's page cache (O_DIRECT).
+    /// Bypass the host's page cache (O_DIRECT). Disks of a pool always do.
     #[serde(default = "yes")]
     pub direct: bool,
     /// How long a queue worker looks for further requests before it sleeps, in microseconds; by default it sleeps at once.
@@ -50,7 +58,9 @@ impl DiskConfig {
     pub fn new(image: impl Into<PathBuf>) -> Self {
         Self {
             id: DeviceId::default(),
-            image: image.into(),
+            image: Some(image.into()),
+            file: None,
+            mode: DiskMode::default(),
             bus: DiskBus::default(),
             read_only: false,
             serial: None,
@@ -61,16 +71,55 @@ impl DiskConfig {
         }
     }
 
+    /// What the disk lies on; none if neither is given, or both, which [`Self::check`] refuses.
+    pub fn source(&self) -> Option<DiskSource<'_>> {
+        match (&self.image, &self.file) {
+            (Some(image), None) => Some(DiskSource::Image(image)),
+            (None, Some(file)) => Some(DiskSource::File(file)),
+            _ => None,
+        }
+    }
+
     /// Checks what the types alone cannot.
     ///
     /// # Errors
     /// The key that is wrong, and why.
     pub fn check(&self) -> Result<(), (&'static str, InvalidValue)> {
-        if self.image.as_os_str().is_empty() {
-            return Err((
-                "image",
-                InvalidValue::new("is empty; name a raw image or a block device"),
-            ));
+        match (&self.image, &self.file) {
+            (None, None) => {
+                let text =
+                    "is missing; name a raw image or a block device here, or a disk of the pool in `file`";
+                return Err(("image", InvalidValue::new(text)));
+            }
+            (Some(_), Some(_)) => {
+                let text = "cannot stand beside `image`; a disk is either an image of the host or a disk of the pool";
+                return Err(("file", InvalidValue::new(text)));
+            }
+            (Some(image), None) if image.as_os_str().is_empty() => {
+                return Err((
+                    "image",
+                    InvalidValue::new("is empty; name a raw image or a block device"),
+                ));
+            }
+            (Some(_), None) if self.mode != DiskMode::default() => {
+                let text = format!(
+                    "`{}` is for disks of a pool, and this is an image",
+                    self.mode.name()
+                );
+                return Err(("mode", InvalidValue::new(text)));
+            }
+            (None, Some(file)) if !file.starts_with('/') => {
+                let text = format!(
+                    "`{file}` is not a path in the pool; such a path begins with /, as in /vm/root.dsk"
+                );
+                return Err(("file", InvalidValue::new(text)));
+            }
+            (None, Some(_)) if !self.direct => {
+                let text =
+                    "cannot be false for a disk of the pool, which never goes through the host's page cache";
+                return Err(("direct", InvalidValue::new(text)));
+            }
+            _ => {}
         }
         if !(1..=Self::MAX_QUEUES).contains(&self.queues) {
             return Err((
@@ -93,6 +142,28 @@ impl DiskConfig {
         }
         Ok(())
     }
+}
+
+/// What a disk lies on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskSource<'a> {
+    /// An image or a block device of the host.
+    Image(&'a Path),
+    /// A disk of the pool.
+    File(&'a str),
+}
+
+impl fmt::Display for DiskSource<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Image(path) => path.display().fmt(formatter),
+            Self::File(path) => path.fmt(formatter),
+        }
+    }
+}
+
+fn is_persistent(mode: &DiskMode) -> bool {
+    *mode == DiskMode::Persistent
 }
 
 fn one() -> u8 {

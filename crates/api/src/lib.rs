@@ -13,15 +13,17 @@ pub mod file;
 mod net;
 mod problem;
 pub mod storage;
+mod storage_request;
 mod units;
 pub mod virtual_disk;
 mod vm;
 
 pub use device::{DeviceId, DeviceState, Removal, VmName};
-pub use disk::{DiskBus, DiskConfig, DiskSerial, DiskStatus, QueueSize};
+pub use disk::{DiskBus, DiskConfig, DiskSerial, DiskSource, DiskStatus, QueueSize};
 pub use event::{Event, EventKind, EventLog, EventPage};
 pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};
 pub use problem::{Problem, ProblemKind};
+pub use storage_request::{StorageAnswer, StorageRequest};
 pub use units::{ByteSize, Seconds};
 pub use vm::{ExitReason, Vm, VmState, VmStatus};
 

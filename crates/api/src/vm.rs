@@ -5,7 +5,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::event::EventLog;
-use crate::{ByteSize, DeviceId, DiskConfig, DiskStatus, NetConfig, NetStatus, Problem, VmName};
+use crate::{
+    ByteSize, DeviceId, DiskConfig, DiskStatus, NetConfig, NetStatus, Problem, StorageAnswer, StorageRequest,
+    VmName,
+};
 
 /// Where a machine is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,6 +150,12 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// There is no such device.
     fn detach(&self, id: &DeviceId) -> Result<(), Problem>;
+
+    /// Does something with the machine's pool and the disks in it, while the guest uses them. Blocks until it is done.
+    ///
+    /// # Errors
+    /// The machine has no pool, or the request is refused or fails.
+    fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem>;
 
     /// What happened so far and will happen.
     fn events(&self) -> &EventLog;

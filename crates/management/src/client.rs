@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use api::{
-    DeviceId, DiskConfig, DiskStatus, EventKind, EventPage, NetConfig, NetStatus, Problem, Removal, VmStatus,
+    DeviceId, DiskConfig, DiskStatus, EventKind, EventPage, NetConfig, NetStatus, Problem, Removal,
+    StorageAnswer, StorageRequest, VmStatus,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
@@ -118,6 +119,21 @@ impl Client {
     /// See [`ClientError`].
     pub fn attach_net(&self, net: &NetConfig) -> Result<NetStatus, ClientError> {
         self.post("/v1/vm/nets", net)
+    }
+
+    /// Whether somebody listens on the socket.
+    pub fn is_answered(&self) -> bool {
+        std::os::unix::net::UnixStream::connect(&self.path).is_ok()
+    }
+
+    /// Does something with the machine's pool.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn storage(&self, request: &StorageRequest) -> Result<StorageAnswer, ClientError> {
+        let body = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
+        let limit = crate::routes::STORAGE_TIMEOUT + TIMEOUT;
+        decode(&self.request(&Method::POST, "/v1/storage", body, limit)?)
     }
 
     /// Asks the guest to let a disk or network card go; see [`Self::wait_for_removal`].

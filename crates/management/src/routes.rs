@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    DeviceId, DiskConfig, DiskStatus, EventPage, NetConfig, NetStatus, Problem, ProblemKind, Removal, Vm,
+    DeviceId, DiskConfig, DiskStatus, EventPage, NetConfig, NetStatus, Problem, ProblemKind, Removal,
+    StorageRequest, Vm,
 };
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -23,6 +24,8 @@ const PAGE: usize = 256;
 const MAX_BODY: usize = 64 << 10;
 /// Longest time in which a client must have sent the body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time that the machine may take to move data, for example to merge layers.
+pub(crate) const STORAGE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// Longest time that the machine may take for an answer.
 const MACHINE_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -45,9 +48,25 @@ impl Context {
         &self,
         question: impl FnOnce(&dyn Vm) -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, Problem> {
+        self.ask_within(MACHINE_TIMEOUT, question).await
+    }
+
+    /// As [`Self::ask`], for what moves data.
+    async fn ask_long<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&dyn Vm) -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        self.ask_within(STORAGE_TIMEOUT, question).await
+    }
+
+    async fn ask_within<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        question: impl FnOnce(&dyn Vm) -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
         let vm = Arc::clone(&self.vm);
         let helper = tokio::task::spawn_blocking(move || question(&*vm));
-        match timeout(MACHINE_TIMEOUT, helper).await {
+        match timeout(limit, helper).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(Problem::new(
                 ProblemKind::Host,
@@ -55,10 +74,7 @@ impl Context {
             )),
             Err(_) => Err(Problem::new(
                 ProblemKind::Timeout,
-                format!(
-                    "the machine gave no answer within {} seconds",
-                    MACHINE_TIMEOUT.as_secs()
-                ),
+                format!("the machine gave no answer within {} seconds", limit.as_secs()),
             )),
         }
     }
@@ -90,6 +106,14 @@ async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, 
                 _ => Ok(not_allowed(&method, "PUT")),
             }
         }
+        ["v1", "storage"] => match method {
+            Method::POST => {
+                let asked: StorageRequest = body(request.into_body()).await?;
+                let answered = context.ask_long(move |vm| vm.storage(asked)).await?;
+                Ok(json(StatusCode::OK, &answered))
+            }
+            _ => Ok(not_allowed(&method, "POST")),
+        },
         ["v1", "events"] => match method {
             Method::GET => {
                 let query = Query::parse(request.uri().query().unwrap_or_default())?;
@@ -132,10 +156,10 @@ impl Device for DiskConfig {
 
     fn check(&self) -> Result<(), Problem> {
         self.check().map_err(invalid_key)?;
-        if !self.image.is_absolute() {
+        if let Some(image) = self.image.as_ref().filter(|image| !image.is_absolute()) {
             let detail = format!(
                 "{} is a relative path; the machine has a folder of its own",
-                self.image.display()
+                image.display()
             );
             return Err(Problem::new(ProblemKind::Invalid, detail)
                 .about("image")

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use api::{
     ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventKind, EventLog, NetBackend, NetConfig,
-    NetStatus, Problem, ProblemKind, Vm, VmState, VmStatus,
+    NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Vm, VmState, VmStatus,
 };
 use management::{Client, ClientError, Removed, Server, ServerHandle};
 
@@ -111,6 +111,11 @@ impl Vm for FakeVm {
 
     fn detach(&self, id: &DeviceId) -> Result<(), Problem> {
         self.note(&format!("detach {id}"))
+    }
+
+    fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        self.note(&format!("storage: {request:?}"))?;
+        Err(Problem::new(ProblemKind::Conflict, "this machine has no pool"))
     }
 
     fn events(&self) -> &EventLog {

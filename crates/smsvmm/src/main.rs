@@ -8,6 +8,7 @@ mod exit;
 mod host;
 mod logs;
 mod output;
+mod pool;
 mod preflight;
 mod run;
 mod signals;

@@ -8,8 +8,10 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use api::virtual_disk::DiskOperation;
 use block_io::{BlockDevice, HostDevice, OpenOptions};
 use serde::Serialize;
+use storage_manager::Flow;
 use vmm::boot::{BootFiles, Kernel};
 use vmm::config::{ConsoleSpec, DiskConfig, HugePages, NetBackend, NetConfig, VmConfig};
 use vmm::host::{self, Finding, Report};
@@ -51,7 +53,8 @@ pub(crate) fn report(config: &VmConfig, json: bool) -> anyhow::Result<Exit> {
 fn examine(config: &VmConfig) -> Vec<Finding> {
     let mut findings = vec![kvm(), kernel(config), memory(config)];
     findings.extend(processors(config));
-    findings.extend(config.disks.iter().map(disk));
+    findings.extend(pool(config));
+    findings.extend(config.disks.iter().map(|disk| self::disk(config, disk)));
     findings.extend(config.nets.iter().map(net));
     findings.extend(console("console.serial", &config.console.serial));
     findings.extend(
@@ -159,15 +162,62 @@ pub(crate) fn check_processors(config: &VmConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn disk(disk: &DiskConfig) -> Finding {
+/// Looks at the pool without changing anything.
+fn pool(config: &VmConfig) -> Option<Finding> {
+    const TOPIC: &str = "pool";
+    let pool = config.pool.as_ref()?;
+    Some(
+        match storage_manager::status(pool.devices.clone(), &mut |_| Flow::GoOn) {
+            Ok(status) => Finding::ok(
+                TOPIC,
+                format!(
+                    "{}: {} devices, {} volumes",
+                    status.name,
+                    status.devices.len(),
+                    status.volumes.len()
+                ),
+            ),
+            Err(problem) => {
+                let remedy = problem.remedy.clone().unwrap_or_default();
+                Finding::fail(TOPIC, problem.detail, remedy)
+            }
+        },
+    )
+}
+
+/// Looks for a disk of the pool.
+fn pool_disk(config: &VmConfig, disk: &DiskConfig, file: &str) -> Finding {
     const TOPIC: &str = "disk";
-    let path = disk.image.display();
+    let devices = config.pool.as_ref().map(|pool| pool.devices.clone());
+    let (path, _) = file.split_once('@').unwrap_or((file, ""));
+    let operation = DiskOperation::Status {
+        path: path.to_owned(),
+    };
+    match storage_manager::execute_disk(devices.unwrap_or_default(), operation, &mut |_| Flow::GoOn) {
+        Ok(_) => Finding::ok(
+            TOPIC,
+            format!("{}: {file} in the pool, {}", disk.id, disk.mode.name()),
+        ),
+        Err(problem) => {
+            let remedy = problem.remedy.clone();
+            let remedy = remedy.unwrap_or_else(|| "`smsvmm disk list` shows what there is".to_owned());
+            Finding::fail(TOPIC, format!("{}: {}", disk.id, problem.detail), remedy)
+        }
+    }
+}
+
+fn disk(config: &VmConfig, disk: &DiskConfig) -> Finding {
+    const TOPIC: &str = "disk";
+    let Some(image) = &disk.image else {
+        return pool_disk(config, disk, disk.file.as_deref().unwrap_or_default());
+    };
+    let path = image.display();
     let options = OpenOptions {
         read_only: disk.read_only,
         ..OpenOptions::default()
     };
     // Under the lock that a start takes, for a moment.
-    let device = match HostDevice::open(&disk.image, &options) {
+    let device = match HostDevice::open(image, &options) {
         Ok(device) => device,
         Err(error) => {
             let remedy = "give a raw image or block device that this user may open";
@@ -201,10 +251,11 @@ fn disk(disk: &DiskConfig) -> Finding {
 
 /// Refuses an image that is too small for what lies on it. One that cannot be read is left to those who open it.
 pub(crate) fn check_contents(disk: &DiskConfig) -> anyhow::Result<()> {
-    if let Ok(Some(found)) = host::find_cut_off(&disk.image) {
+    let Some(image) = &disk.image else { return Ok(()) };
+    if let Ok(Some(found)) = host::find_cut_off(image) {
         anyhow::bail!(
             "{} is cut off: it has {} bytes, and {} on it needs {}",
-            disk.image.display(),
+            image.display(),
             found.size,
             found.contents,
             found.needed

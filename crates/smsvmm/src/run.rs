@@ -7,11 +7,12 @@ use api::Vm;
 use management::Server;
 use vmm::config::VmConfig;
 use vmm::host;
-use vmm::machine;
+use vmm::machine::{self, PoolDisks};
 use vmm::sandbox::Kind;
 
 use crate::cli::RunArguments;
 use crate::exit::{Exit, UsageError};
+use crate::pool::VmPool;
 use crate::signals::Signals;
 use crate::{logs, preflight};
 
@@ -33,15 +34,29 @@ pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
         .as_ref()
         .map(|management| Server::bind(&management.socket))
         .transpose()?;
-    let machine = machine::Vm::open(config)?;
-    let sandbox = machine.sandbox();
+    // First of all that starts threads: each confines itself.
+    let sandbox = machine::Vm::prepare_sandbox(&config)?;
+    let pool = VmPool::open(&config, &sandbox)?;
+    let disks = pool.clone().map(|pool| pool as Arc<dyn PoolDisks>);
+    let machine = match machine::Vm::open(config, sandbox.clone(), disks) {
+        Ok(machine) => machine,
+        Err(error) => {
+            // What matters is why it does not start.
+            let _ = pool.map_or(Ok(()), |pool| pool.close());
+            return Err(error.into());
+        }
+    };
     let control: Arc<dyn Vm> = Arc::new(machine.control());
-    let _server = server
+    let server = server
         .map(|server| server.start(Arc::clone(&control), sandbox.thread(Kind::Management)))
         .transpose()
         .context("cannot start the management server")?;
     signals.serve(control, patience, sandbox.thread(Kind::Signals))?;
-    let reason = machine.run(micro_guest)?;
+    let ended = machine.run(micro_guest);
+    drop(server);
+    let closed = pool.map_or(Ok(()), |pool| pool.close());
+    let reason = ended?;
+    closed?;
     logs::say(&format!("smsvmm: {name}: {reason}"));
     Ok(Exit::from(&reason))
 }

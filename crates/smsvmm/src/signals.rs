@@ -138,7 +138,8 @@ mod tests {
     use std::sync::mpsc;
 
     use api::{
-        DeviceId, DiskConfig, DiskStatus, EventLog, NetConfig, NetStatus, Problem, ProblemKind, VmStatus,
+        DeviceId, DiskConfig, DiskStatus, EventLog, NetConfig, NetStatus, Problem, ProblemKind,
+        StorageAnswer, StorageRequest, VmStatus,
     };
 
     use super::*;
@@ -206,6 +207,10 @@ mod tests {
         }
 
         fn detach(&self, _id: &DeviceId) -> Result<(), Problem> {
+            never()
+        }
+
+        fn storage(&self, _request: StorageRequest) -> Result<StorageAnswer, Problem> {
             never()
         }
 

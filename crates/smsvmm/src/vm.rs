@@ -101,7 +101,10 @@ fn describe(status: &VmStatus) -> Result<String, std::fmt::Error> {
             config.id,
             state(disk.state),
             disk.size,
-            config.image.display()
+            config
+                .source()
+                .map(|source| source.to_string())
+                .unwrap_or_default()
         )?;
     }
     for net in &status.nets {

@@ -57,6 +57,14 @@ pub(crate) struct Reporter<T> {
 }
 
 impl<T> Reporter<T> {
+    /// Nobody listens, and nobody stops it.
+    pub(crate) fn unheard() -> Self {
+        Self {
+            sender: mpsc::channel().0,
+            stop: Arc::default(),
+        }
+    }
+
     pub(crate) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }

@@ -95,7 +95,7 @@ pub fn execute_disk(
     })
 }
 
-async fn perform(
+pub(crate) async fn perform(
     storage: &Storage,
     operation: DiskOperation,
     reporter: &Reporter<DiskOutcome>,

@@ -7,6 +7,16 @@ use crate::file_view;
 use crate::problem::of_disks;
 use crate::storage::FileSystem;
 
+/// A mode, as the disks know it.
+pub fn disk_mode(mode: DiskMode) -> disk::DiskMode {
+    match mode {
+        DiskMode::Persistent => disk::DiskMode::Persistent,
+        DiskMode::Undoable => disk::DiskMode::Undoable,
+        DiskMode::Nonpersistent => disk::DiskMode::Nonpersistent,
+        DiskMode::Append => disk::DiskMode::Append,
+    }
+}
+
 fn mode(mode: disk::DiskMode) -> DiskMode {
     match mode {
         disk::DiskMode::Persistent => DiskMode::Persistent,

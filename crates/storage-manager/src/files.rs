@@ -71,7 +71,7 @@ async fn end(
     })
 }
 
-async fn perform(
+pub(crate) async fn perform(
     files: &FileSystem,
     operation: FileOperation,
     reporter: &Reporter<FileOutcome>,

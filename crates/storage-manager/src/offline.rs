@@ -297,7 +297,7 @@ async fn side_of(
     Ok((force, others.collect()))
 }
 
-fn view_open(pool: &Pool, notes: Vec<String>) -> PoolStatus {
+pub(crate) fn view_open(pool: &Pool, notes: Vec<String>) -> PoolStatus {
     let config = pool.configuration();
     let in_service: BTreeSet<_> = config
         .devices
@@ -319,7 +319,7 @@ fn view_open(pool: &Pool, notes: Vec<String>) -> PoolStatus {
 }
 
 /// Does the operation and waits for its jobs; tells whether the wait was broken off.
-async fn perform(
+pub(crate) async fn perform(
     pool: &Pool,
     operation: Operation,
     reporter: &Reporter<Outcome>,

@@ -42,9 +42,28 @@ pub(crate) async fn before(storage: &mut Storage, operation: &Operation) -> Resu
 
 /// Tells the file system what was done.
 pub(crate) async fn after(storage: &mut Storage, operation: &Operation) -> Result<(), Problem> {
-    if matches!(operation, Operation::DeleteVolume { .. }) {
-        return storage.open_files().await;
+    match operation {
+        Operation::DeleteVolume { .. } => storage.open_files().await,
+        Operation::ResizeVolume { name, .. } if name == META_VOLUME && storage.files().is_ok() => {
+            // It takes notice when it is opened.
+            storage.end_files().await?;
+            storage.open_files().await
+        }
+        _ => tell(storage, operation).await,
     }
+}
+
+/// Whether it can be done while files are in use.
+pub(crate) fn goes_with_files_in_use(operation: &Operation) -> bool {
+    match operation {
+        Operation::DeleteVolume { .. } | Operation::ResizeVolume { .. } => false,
+        Operation::CreateVolume { name, .. } => name != META_VOLUME,
+        _ => true,
+    }
+}
+
+/// Tells an open file system what was done, where it stays open.
+pub(crate) async fn tell(storage: &Storage, operation: &Operation) -> Result<(), Problem> {
     if storage.files().is_err() {
         return Ok(());
     }
@@ -57,11 +76,6 @@ pub(crate) async fn after(storage: &mut Storage, operation: &Operation) -> Resul
                 return Err(of_files(&error));
             }
             storage.tell_usage(true)
-        }
-        Operation::ResizeVolume { name, .. } if name == META_VOLUME => {
-            // It takes notice when it is opened.
-            storage.end_files().await?;
-            storage.open_files().await
         }
         Operation::ResizeVolume { .. } | Operation::SetLayout { .. } => refresh(storage).await,
         _ => Ok(()),

@@ -1,57 +1,17 @@
 //! A pool with files, opened in process, as who serves disks to guests does it.
 #![allow(clippy::unwrap_used)]
 
-use std::fs::File;
+mod common;
 
-use api::file::{FileOperation, WriteRequest};
-use api::storage::{LayoutKind, NewDevice, Operation, Shape};
+use api::file::WriteRequest;
 use block_io::{AlignedBuffer, BlockDevice, Durability, Worker, WorkerOptions};
-use storage_manager::{Access, Flow, Force, Notice, Storage};
-
-fn go_on(_: Notice<'_>) -> Flow {
-    Flow::GoOn
-}
+use common::{go_on, pool};
+use storage_manager::{Access, Storage};
 
 #[test]
 fn files_are_disks_for_who_opens_the_pool() {
     let folder = tempfile::tempdir().unwrap();
-    let paths: Vec<String> = (0..2)
-        .map(|number| {
-            let path = folder.path().join(format!("d{number}"));
-            File::create(&path).unwrap().set_len(64 << 20).unwrap();
-            path.to_str().unwrap().to_owned()
-        })
-        .collect();
-    let devices = paths.iter().map(|path| NewDevice {
-        path: path.clone(),
-        spare: false,
-        class: String::new(),
-        enclosure: String::new(),
-        force: false,
-    });
-    storage_manager::create("tank", devices.collect(), &mut go_on).unwrap();
-    let volume = Operation::CreateVolume {
-        name: "data".into(),
-        size: 16 << 20,
-        block: 4096,
-        shape: Shape {
-            layout: LayoutKind::Mirror,
-            columns: 0,
-            copies: 0,
-            stripe_unit: 0,
-            class: String::new(),
-            devices: Vec::new(),
-        },
-        read_policy: api::storage::ReadPolicy::default(),
-        raw: false,
-    };
-    let format = FileOperation::Format {
-        meta_size: None,
-        meta_copies: None,
-        force: false,
-    };
-    storage_manager::execute_file(paths.clone(), format, &mut go_on).unwrap();
-    storage_manager::execute(paths.clone(), Force::No, volume, &mut go_on).unwrap();
+    let paths = pool(folder.path());
     let request = WriteRequest {
         path: "/a.dsk".into(),
         offset: None,

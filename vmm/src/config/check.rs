@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::hash::Hash;
 use std::path::{Component, Path, PathBuf};
 
-use super::{ConsoleSpec, VmConfig};
+use super::{ConsoleSpec, DiskSource, VmConfig};
 
 /// A rule that is broken: at which key, and what would be accepted.
 #[derive(Debug, PartialEq, Eq)]
@@ -28,8 +28,17 @@ pub(super) fn check(config: &VmConfig) -> Result<(), Violation> {
         Err((key, error)) => violation(format!("{table}.{key}"), error.to_string()),
     };
     within("boot", config.boot.check())?;
+    if let Some(pool) = &config.pool {
+        within("pool", pool.check())?;
+    }
     for (number, disk) in config.disks.iter().enumerate() {
         within(&format!("disk.{number}"), disk.check())?;
+        if config.pool.is_none() && disk.file.is_some() {
+            return violation(
+                format!("disk.{number}.file"),
+                "names a disk of a pool, and there is no [pool] with its devices",
+            );
+        }
     }
     for (number, net) in config.nets.iter().enumerate() {
         within(&format!("net.{number}"), net.check())?;
@@ -98,18 +107,23 @@ fn check_devices(config: &VmConfig) -> Result<(), Violation> {
     Ok(())
 }
 
-/// An image may be used twice if nobody writes it.
+/// An image or a disk of the pool may be used twice if nobody writes it.
 fn check_images(config: &VmConfig) -> Result<(), Violation> {
-    let mut seen: HashMap<PathBuf, (usize, bool)> = HashMap::new();
+    let mut seen: HashMap<(&str, PathBuf), (usize, bool)> = HashMap::new();
     for (number, disk) in config.disks.iter().enumerate() {
-        if let Some((other, other_read_only)) = seen.insert(normalize(&disk.image), (number, disk.read_only))
+        let (key, what, path) = match disk.source() {
+            Some(DiskSource::Image(path)) => ("image", "image", normalize(path)),
+            Some(DiskSource::File(path)) => ("file", "disk of the pool", PathBuf::from(path)),
+            None => continue,
+        };
+        let shown = disk.source().map(|source| source.to_string()).unwrap_or_default();
+        if let Some((other, other_read_only)) = seen.insert((key, path), (number, disk.read_only))
             && !(disk.read_only && other_read_only)
         {
             return violation(
-                format!("disk.{number}.image"),
+                format!("disk.{number}.{key}"),
                 format!(
-                    "{} is already disk.{other}.image; two disks on one image must both be read-only",
-                    disk.image.display()
+                    "{shown} is already disk.{other}.{key}; two disks on one {what} must both be read-only"
                 ),
             );
         }

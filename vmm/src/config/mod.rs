@@ -19,6 +19,7 @@ mod error;
 mod memory;
 mod overrides;
 mod policy;
+mod pool;
 mod reader;
 mod suggest;
 #[cfg(test)]
@@ -28,8 +29,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use api::{
-    ByteSize, DeviceId, DiskBus, DiskConfig, DiskSerial, MacAddress, NetBackend, NetConfig, PortForward,
-    Protocol, QueueSize, Seconds, TapName, VmName,
+    ByteSize, DeviceId, DiskBus, DiskConfig, DiskSerial, DiskSource, MacAddress, NetBackend, NetConfig,
+    PortForward, Protocol, QueueSize, Seconds, TapName, VmName,
 };
 pub use boot::BootConfig;
 pub use console::{ConsoleConfig, ConsoleSpec, EscapeKey};
@@ -37,6 +38,7 @@ pub use cpus::{CpuConfig, CpuFeatures, HostCpus};
 pub use error::{ConfigError, Place};
 pub use memory::{HugePages, MemoryConfig};
 pub use policy::{ManagementConfig, OnCrash, OnReboot, PowerConfig, SandboxConfig, Seccomp};
+pub use pool::PoolConfig;
 use serde::{Deserialize, Serialize};
 
 /// One virtual machine: the contents of vm.toml.
@@ -56,6 +58,9 @@ pub struct VmConfig {
     pub memory: MemoryConfig,
     /// Kernel, initial RAM disk, command line.
     pub boot: BootConfig,
+    /// The pool that holds the disks which are not images of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PoolConfig>,
     /// Disks, in the order in which the guest finds them.
     #[serde(default, rename = "disk", skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
@@ -167,6 +172,9 @@ impl VmConfig {
         for net in &mut self.nets {
             net.mac = Some(net.mac_or_derived(self.name.as_str()));
         }
+        if let Some(pool) = &mut self.pool {
+            pool.complete(folder);
+        }
         self.for_each_path(|path| {
             if !path.as_os_str().is_empty() {
                 *path = folder.join(&*path);
@@ -179,7 +187,7 @@ impl VmConfig {
         self.boot.initrd.iter_mut().for_each(&mut action);
         self.disks
             .iter_mut()
-            .map(|disk| &mut disk.image)
+            .filter_map(|disk| disk.image.as_mut())
             .for_each(&mut action);
         let consoles = std::iter::once(&mut self.console.serial).chain(&mut self.console.virtio);
         for console in consoles {

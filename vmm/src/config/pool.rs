@@ -25,7 +25,9 @@ impl PoolConfig {
     pub(super) fn check(&self) -> Result<(), (&'static str, InvalidValue)> {
         let problem = match self.devices.as_slice() {
             [] => "is empty; a pool has at least one device, as `smsvmm pool create` prints them",
-            devices if devices.iter().any(String::is_empty) => "has an empty text; each device has a path or an address",
+            devices if devices.iter().any(String::is_empty) => {
+                "has an empty text; each device has a path or an address"
+            }
             _ => return Ok(()),
         };
         Err(("devices", InvalidValue::new(problem)))

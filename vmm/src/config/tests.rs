@@ -118,7 +118,7 @@ fn everything_that_can_be_written_is_read() {
         "disk0 is taken by the second disk"
     );
     assert_eq!(config.disks[0].queue_size.get(), 128);
-    assert_eq!(config.disks[1].image, Path::new("/dev/sdb"));
+    assert_eq!(config.disks[1].image.as_deref(), Some(Path::new("/dev/sdb")));
     assert_eq!(config.nets[0].forward[1].to_string(), "udp:127.0.0.1:5353:53");
     assert_eq!(config.nets[0].mac, Some(MacAddress::derived("web1", "net0")));
     assert_eq!(
@@ -169,7 +169,10 @@ fn overrides_change_create_and_append() {
     assert_eq!(config.name.as_str(), "7");
     assert_eq!(config.boot.cmdline, "console=ttyS0 quiet");
     assert!(!config.disks[1].read_only && config.rng);
-    assert_eq!(config.disks[2].image, Path::new("/vms/a/third.raw"));
+    assert_eq!(
+        config.disks[2].image.as_deref(),
+        Some(Path::new("/vms/a/third.raw"))
+    );
     assert_eq!(config.disks[2].serial.as_ref().unwrap().as_str(), "3");
     assert!(config.disks[3].read_only);
     assert_eq!(config.nets[0].forward.len(), 3);
@@ -189,15 +192,39 @@ fn each_mistake_in_the_file_has_its_message() {
         // Unknown keys.
         (
             "cpu = 2",
-            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `cpus`, `memory`, `boot`, `disk`, `net`, `console`, `management`, `sandbox`, `power`)",
+            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `cpus`, `memory`, `boot`, `pool`, `disk`, `net`, `console`, `management`, `sandbox`, `power`)",
         ),
         (
             "[[disk]]\nimage = \"a\"\nreadonly = true",
-            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
+            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `file`, `mode`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
         ),
         (
             "[[disk]]\nfile = \"/a.dsk\"",
-            "vm.toml:6: disk.0.file: unknown key; known here: `id`, `image`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`",
+            "vm.toml:6: disk.0.file: names a disk of a pool, and there is no [pool] with its devices",
+        ),
+        (
+            "[pool]\ndevices = []",
+            "vm.toml:6: pool.devices: is empty; a pool has at least one device, as `smsvmm pool create` prints them",
+        ),
+        (
+            "[pool]\ndevices = [\"d0\"]\n[[disk]]\nfile = \"a.dsk\"",
+            "vm.toml:8: disk.0.file: `a.dsk` is not a path in the pool; such a path begins with /, as in /vm/root.dsk",
+        ),
+        (
+            "[pool]\ndevices = [\"d0\"]\n[[disk]]\nfile = \"/a.dsk\"\nimage = \"a.raw\"",
+            "vm.toml:8: disk.0.file: cannot stand beside `image`; a disk is either an image of the host or a disk of the pool",
+        ),
+        (
+            "[pool]\ndevices = [\"d0\"]\n[[disk]]\nfile = \"/a.dsk\"\ndirect = false",
+            "vm.toml:9: disk.0.direct: cannot be false for a disk of the pool, which never goes through the host's page cache",
+        ),
+        (
+            "[pool]\ndevices = [\"d0\"]\n[[disk]]\nfile = \"/a.dsk\"\n[[disk]]\nfile = \"/a.dsk\"",
+            "vm.toml:10: disk.1.file: /a.dsk is already disk.0.file; two disks on one disk of the pool must both be read-only",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nmode = \"undoable\"",
+            "vm.toml:7: disk.0.mode: `undoable` is for disks of a pool, and this is an image",
         ),
         (
             "[console]\nseriel = \"pty\"",
@@ -290,7 +317,10 @@ fn each_mistake_in_the_file_has_its_message() {
             "[[disk]]\nimage = \"a\"\nbus = 1",
             "vm.toml:7: disk.0.bus: expected a text in quotes, found a whole number; use `virtio-blk`",
         ),
-        ("[[disk]]\nserial = \"x\"", "vm.toml:5: disk.0.image: is missing"),
+        (
+            "[[disk]]\nserial = \"x\"",
+            "vm.toml:5: disk.0.image: is missing; name a raw image or a block device here, or a disk of the pool in `file`",
+        ),
         (
             "[[disk]]\nimage = \"\"",
             "vm.toml:6: disk.0.image: is empty; name a raw image or a block device",
@@ -435,7 +465,7 @@ fn each_mistake_in_an_override_has_its_message() {
         ),
         (
             "disk.0.bsu=x",
-            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
+            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `file`, `mode`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
         ),
         (
             "disk.3.image=x",
@@ -452,7 +482,7 @@ fn each_mistake_in_an_override_has_its_message() {
         ),
         (
             "disk.+.read-only=true",
-            "--set disk.+.read-only=true: disk.1.image: is missing",
+            "--set disk.+.read-only=true: disk.1.image: is missing; name a raw image or a block device here, or a disk of the pool in `file`",
         ),
         (
             "disk.+.image=root.raw",
@@ -488,7 +518,10 @@ fn an_override_is_blamed_also_where_the_file_has_the_key() {
         assert_eq!(load(&with(text), &["cpus=65"]).unwrap_err(), message);
     }
     let error = load(&with("[[disk]]\nserial = \"x\""), &["disk.0.read-only=true"]).unwrap_err();
-    assert_eq!(error, "vm.toml:5: disk.0.image: is missing");
+    assert_eq!(
+        error,
+        "vm.toml:5: disk.0.image: is missing; name a raw image or a block device here, or a disk of the pool in `file`"
+    );
 }
 
 #[test]

@@ -9,7 +9,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use api::{
-    DeviceId, DiskConfig, DiskStatus, EventLog, NetConfig, NetStatus, Problem, ProblemKind, VmState, VmStatus,
+    DeviceId, DiskConfig, DiskStatus, EventLog, NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer,
+    StorageRequest, VmState, VmStatus,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -168,6 +169,14 @@ impl api::Vm for Control {
 
     fn detach(&self, id: &DeviceId) -> Result<(), Problem> {
         self.ask(|reply| Request::Detach(id.clone(), reply))
+    }
+
+    fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        match &self.0.opener.pool {
+            Some(pool) => pool.execute(request),
+            None => Err(Problem::new(ProblemKind::Conflict, "this machine has no pool")
+                .remedy("its vm.toml has no [pool]; a pool by itself is named with --devices")),
+        }
     }
 
     fn events(&self) -> &EventLog {

@@ -15,7 +15,7 @@ use event_manager::SubscriberOps;
 use virtio_core::VirtioDevice;
 
 use super::MachineError;
-use super::disk::{DiskError, OpenDisk};
+use super::disk::{DiskError, OpenDisk, PoolDisks};
 use crate::config::{ConsoleSpec, VmConfig};
 use crate::console::{Console, ConsoleHandle, ConsoleOptions};
 use crate::devices::event_loop::EventLoop;
@@ -44,6 +44,8 @@ pub(super) struct HostDevice {
     pub(super) device: Box<dyn VirtioDevice>,
     /// Threads that serve the device; they end after it.
     pub(super) workers: Vec<Worker>,
+    /// What else must end after it.
+    pub(super) guard: Option<Box<dyn Send>>,
 }
 
 impl Kind {
@@ -79,6 +81,8 @@ pub(super) struct DeviceOpener {
     pub(super) vm: VmName,
     /// Confines the threads of the devices.
     pub(super) sandbox: Sandbox,
+    /// Who has the disks that are not images.
+    pub(super) pool: Option<Arc<dyn PoolDisks>>,
     pub(super) passt: StartPasst,
 }
 
@@ -149,7 +153,8 @@ impl DeviceOpener {
             device,
             workers,
             size,
-        } = super::disk::open(&config, &self.sandbox)?;
+            guard,
+        } = super::disk::open(&config, &self.sandbox, self.pool.as_deref())?;
         let id = config.id.clone();
         let kind = Kind::Disk {
             config: Box::new(config),
@@ -159,8 +164,9 @@ impl DeviceOpener {
             HostDevice {
                 id,
                 kind,
-                device: Box::new(device),
+                device,
                 workers,
+                guard,
             },
             size,
         ))
@@ -198,6 +204,7 @@ impl DeviceOpener {
             },
             device: Box::new(device),
             workers: Vec::new(),
+            guard: None,
         })
     }
 }
@@ -316,6 +323,7 @@ pub(super) fn open_all(
                 kind,
                 device,
                 workers: Vec::new(),
+                guard: None,
             });
         }
     };

@@ -1,20 +1,50 @@
-//! Opens a disk of the configuration: image, worker threads, virtio-blk.
+//! Opens a disk of the configuration: image, worker threads, virtio-blk; or has the pool do that.
 
+use std::error::Error;
+use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::{ByteSize, DiskConfig};
+use api::{ByteSize, DiskConfig, DiskSource, Problem, StorageAnswer, StorageRequest};
 use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
 use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions};
+use virtio_core::VirtioDevice;
 
 use crate::host::{CutOff, find_cut_off};
 use crate::sandbox::{Kind, Sandbox};
 
-/// A disk and the threads that serve it.
+/// Who has the disks that are not images of the host: the pool.
+pub trait PoolDisks: Send + Sync + fmt::Debug {
+    /// Opens a disk, and makes a virtio-blk device on it.
+    ///
+    /// # Errors
+    /// There is no such disk, it is in use, or it cannot be used as the configuration wants it.
+    fn open(&self, config: &DiskConfig) -> Result<PoolDisk, Box<dyn Error + Send + Sync>>;
+
+    /// Does something with the pool while its disks are in use. Blocks until it is done.
+    ///
+    /// # Errors
+    /// The request is refused or fails.
+    fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem>;
+}
+
+/// A disk of the pool.
+pub struct PoolDisk {
+    /// What the guest sees.
+    pub device: Box<dyn VirtioDevice>,
+    /// In bytes.
+    pub size: ByteSize,
+    /// Dropped when the guest has the disk no more, after the device: the disk is then closed, as at power-off.
+    pub guard: Box<dyn Send>,
+}
+
+/// A disk and what serves it.
 pub(super) struct OpenDisk {
-    pub(super) device: VirtioBlk<Arc<HostDevice>>,
+    pub(super) device: Box<dyn VirtioDevice>,
     pub(super) workers: Vec<Worker>,
     pub(super) size: ByteSize,
+    pub(super) guard: Option<Box<dyn Send>>,
 }
 
 /// Why a disk cannot be opened.
@@ -40,6 +70,18 @@ pub(super) enum DiskError {
         /// What is missing.
         cut_off: CutOff,
     },
+    /// A disk of the pool.
+    #[error(transparent)]
+    Pool(Box<dyn Error + Send + Sync>),
+    /// There is no pool.
+    #[error("{file} is a disk of a pool, and this machine has none: give it a [pool] in vm.toml")]
+    NoPool {
+        /// The disk.
+        file: String,
+    },
+    /// It is not said what the disk lies on.
+    #[error("neither image nor file says what the disk lies on")]
+    NoSource,
     /// A worker thread.
     #[error(transparent)]
     Worker(#[from] block_io::WorkerError),
@@ -48,8 +90,32 @@ pub(super) enum DiskError {
     Options(#[from] storage_virtualizer::virtio_blk::VirtioBlkError),
 }
 
+/// Opens what the disk lies on and makes a virtio-blk device of it.
+pub(super) fn open(
+    config: &DiskConfig,
+    sandbox: &Sandbox,
+    pool: Option<&dyn PoolDisks>,
+) -> Result<OpenDisk, DiskError> {
+    match (config.source(), pool) {
+        (Some(DiskSource::Image(path)), _) => open_image(path, config, sandbox),
+        (Some(DiskSource::File(_)), Some(pool)) => {
+            let disk = pool.open(config).map_err(DiskError::Pool)?;
+            Ok(OpenDisk {
+                device: disk.device,
+                workers: Vec::new(),
+                size: disk.size,
+                guard: Some(disk.guard),
+            })
+        }
+        (Some(DiskSource::File(file)), None) => Err(DiskError::NoPool {
+            file: file.to_owned(),
+        }),
+        (None, _) => Err(DiskError::NoSource),
+    }
+}
+
 /// Opens the image, starts a confined worker, and makes a virtio-blk device of both.
-pub(super) fn open(config: &DiskConfig, sandbox: &Sandbox) -> Result<OpenDisk, DiskError> {
+fn open_image(path: &Path, config: &DiskConfig, sandbox: &Sandbox) -> Result<OpenDisk, DiskError> {
     let options = OpenOptions {
         read_only: config.read_only,
         cache: if config.direct {
@@ -59,26 +125,19 @@ pub(super) fn open(config: &DiskConfig, sandbox: &Sandbox) -> Result<OpenDisk, D
         },
         ..Default::default()
     };
-    let image = HostDevice::open(&config.image, &options)?;
+    let image = HostDevice::open(path, &options)?;
     // Looked at under the image's lock. What cannot be read here is an error of the guest's own reads.
-    if let Ok(Some(cut_off)) = find_cut_off(&config.image) {
-        let path = config.image.clone();
+    if let Ok(Some(cut_off)) = find_cut_off(path) {
+        let path = path.to_owned();
         return Err(DiskError::CutOff { path, cut_off });
     }
     let size = ByteSize::from_bytes(image.geometry().size);
     if size.bytes() == 0 {
-        let path = config.image.clone();
+        let path = path.to_owned();
         return Err(DiskError::Empty { path });
     }
-    let serial = config
-        .serial
-        .as_ref()
-        .map_or_else(|| config.id.as_str(), |serial| serial.as_str());
     let options = VirtioBlkOptions {
-        serial: serial
-            .chars()
-            .take(storage_virtualizer::virtio_blk::ID_LENGTH)
-            .collect(),
+        serial: serial(config),
         queues: u16::from(config.queues),
         queue_size: config.queue_size.get(),
     };
@@ -92,8 +151,21 @@ pub(super) fn open(config: &DiskConfig, sandbox: &Sandbox) -> Result<OpenDisk, D
     )?;
     let device = VirtioBlk::new(Arc::new(image), &options, vec![worker.handle().clone()])?;
     Ok(OpenDisk {
-        device,
+        device: Box::new(device),
         workers: vec![worker],
         size,
+        guard: None,
     })
+}
+
+/// What the guest reads as serial number: by default the identifier, as much of it as fits.
+pub fn serial(config: &DiskConfig) -> String {
+    let serial = config
+        .serial
+        .as_ref()
+        .map_or_else(|| config.id.as_str(), |serial| serial.as_str());
+    serial
+        .chars()
+        .take(storage_virtualizer::virtio_blk::ID_LENGTH)
+        .collect()
 }

@@ -33,6 +33,7 @@ use kvm_ioctls::Kvm;
 
 pub use control::Control;
 use devices::StartPasst;
+pub use disk::{PoolDisk, PoolDisks, serial};
 pub use slots::SlotError;
 
 use crate::boot::{BootError, BootFiles, Kernel};
@@ -171,15 +172,26 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Opens everything that the VM needs of this host.
+    /// Prepares the sandbox. Comes first, so that no thread is started that cannot be confined.
+    ///
+    /// # Errors
+    /// The kernel refuses what the configuration wants.
+    pub fn prepare_sandbox(config: &VmConfig) -> Result<Sandbox, MachineError> {
+        let sandbox = Sandbox::prepare(&config.sandbox, removed_at_end(config))?;
+        sandbox::before_message(console::terminal::restore);
+        Ok(sandbox)
+    }
+
+    /// Opens everything that the VM needs of this host; `pool` has the disks that are not images.
     ///
     /// # Errors
     /// Something is missing, forbidden or in use. What was opened is closed again.
-    pub fn open(config: VmConfig) -> Result<Self, MachineError> {
+    pub fn open(
+        config: VmConfig,
+        sandbox: Sandbox,
+        pool: Option<Arc<dyn PoolDisks>>,
+    ) -> Result<Self, MachineError> {
         let started = Instant::now();
-        // First, so that no thread is started that cannot be confined.
-        let sandbox = Sandbox::prepare(&config.sandbox, removed_at_end(&config))?;
-        sandbox::before_message(console::terminal::restore);
         // Only who can be asked for more devices needs it; and it shall inherit as little as possible.
         let passt = match config.management {
             Some(_) => {
@@ -210,6 +222,7 @@ impl Vm {
         let opener = devices::DeviceOpener {
             vm: config.name.clone(),
             sandbox: sandbox.clone(),
+            pool,
             passt: StartPasst::Here,
         };
         let later = devices::DeviceOpener {

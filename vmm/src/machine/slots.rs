@@ -29,6 +29,8 @@ pub(super) struct Slot {
     pub(super) state: DeviceState,
     transport: Arc<VirtioPci>,
     workers: Vec<Worker>,
+    /// What ends after the device and its workers.
+    guard: Option<Box<dyn Send>>,
 }
 
 /// All slots of a machine.
@@ -81,6 +83,7 @@ impl Slots {
             kind,
             device,
             workers,
+            guard,
         } = device;
         let transport = Arc::new(VirtioPci::new(
             vm.clone(),
@@ -98,6 +101,7 @@ impl Slots {
                 state: DeviceState::Attached,
                 transport,
                 workers,
+                guard,
             },
         );
         Ok(slot)
@@ -176,6 +180,7 @@ impl Slots {
                      kind,
                      transport,
                      workers,
+                     guard,
                      ..
                  }| {
                     let transport = Arc::into_inner(transport)?;
@@ -184,6 +189,7 @@ impl Slots {
                         kind,
                         device: transport.into_device(),
                         workers,
+                        guard,
                     })
                 },
             )

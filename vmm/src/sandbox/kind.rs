@@ -13,18 +13,21 @@ pub enum Kind {
     Vcpu,
     /// Does the I/O of disks, and the threads that it starts where io_uring is refused.
     DiskWorker,
+    /// Does everything of the machine's pool: as [`Self::DiskWorker`], and speaks to devices on other machines.
+    PoolWorker,
     /// Moves the packets of a network card.
     NetQueue,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Main,
         Self::Management,
         Self::Signals,
         Self::Vcpu,
         Self::DiskWorker,
+        Self::PoolWorker,
         Self::NetQueue,
     ];
 
@@ -34,7 +37,7 @@ impl Kind {
     pub(super) const fn starters(self) -> &'static [Self] {
         match self {
             // Started before the sandbox is entered.
-            Self::Main | Self::Management | Self::Signals => &[],
+            Self::Main | Self::Management | Self::Signals | Self::PoolWorker => &[],
             Self::Vcpu => &[Self::Main],
             // Also by whoever opens the VM, before the sandbox is entered.
             Self::DiskWorker => &[Self::Management],
@@ -50,6 +53,7 @@ impl Kind {
             Self::Signals => "signals",
             Self::Vcpu => "vcpu",
             Self::DiskWorker => "disk worker",
+            Self::PoolWorker => "pool worker",
             Self::NetQueue => "network queue",
         }
     }

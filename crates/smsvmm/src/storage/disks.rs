@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use api::ByteSize;
 use api::virtual_disk::{CopyRequest, DiskAnswer, DiskOutcome, ExportRequest, ImageFormat, ImportRequest};
+use api::{ByteSize, StorageAnswer, StorageRequest};
 
 use super::arguments::Which;
 use super::disk_arguments::{DiskCommand, VirtualDiskArguments};
 use super::files::tell;
 use super::watch::Watch;
-use super::{disk_show, select};
+use super::{disk_show, live, select};
 use crate::exit::Exit;
 use crate::output::{print, print_json};
 
@@ -114,12 +114,19 @@ fn operate(which: &Which, command: DiskCommand) -> anyhow::Result<Exit> {
     let Some(operation) = command.operation() else {
         return Ok(Exit::Success);
     };
-    let devices = select::devices(which)?;
-    let mut watch = Watch::new(which.json)?;
-    let outcome =
-        storage_manager::execute_disk(devices, operation.clone(), &mut |notice| watch.notice(&notice));
-    watch.clear();
-    let outcome = outcome?;
+    let outcome = match live::ask(which, || StorageRequest::Disk(operation.clone()))? {
+        Some(StorageAnswer::Disk(outcome)) => *outcome,
+        Some(_) => return Err(live::unexpected()),
+        None => {
+            let devices = select::devices(which)?;
+            let mut watch = Watch::new(which.json)?;
+            let outcome = storage_manager::execute_disk(devices, operation.clone(), &mut |notice| {
+                watch.notice(&notice)
+            });
+            watch.clear();
+            outcome?
+        }
+    };
     if !which.json {
         tell(&outcome.events);
         print(&disk_show::answer(&operation, &outcome.answer))?;

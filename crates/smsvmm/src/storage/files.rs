@@ -7,12 +7,12 @@ use std::os::fd::AsFd;
 use anyhow::Context;
 use api::file::{FileAnswer, FileOutcome, ReadRequest, WriteRequest};
 use api::storage::PoolEvent;
-use api::{ByteSize, Problem, ProblemKind};
+use api::{ByteSize, Problem, ProblemKind, StorageAnswer, StorageRequest};
 
 use super::arguments::Which;
 use super::file_arguments::{FileArguments, FileCommand};
 use super::watch::Watch;
-use super::{file_show, select};
+use super::{file_show, live, select};
 use crate::exit::Exit;
 use crate::logs;
 use crate::output::{print, print_json};
@@ -52,12 +52,19 @@ fn operate(which: &Which, command: FileCommand) -> anyhow::Result<Exit> {
     let Some(operation) = command.operation() else {
         return Ok(Exit::Success);
     };
-    let devices = select::devices(which)?;
-    let mut watch = Watch::new(which.json)?;
-    let outcome =
-        storage_manager::execute_file(devices, operation.clone(), &mut |notice| watch.notice(&notice));
-    watch.clear();
-    let outcome = outcome?;
+    let outcome = match live::ask(which, || StorageRequest::File(operation.clone()))? {
+        Some(StorageAnswer::File(outcome)) => *outcome,
+        Some(_) => return Err(live::unexpected()),
+        None => {
+            let devices = select::devices(which)?;
+            let mut watch = Watch::new(which.json)?;
+            let outcome = storage_manager::execute_file(devices, operation.clone(), &mut |notice| {
+                watch.notice(&notice)
+            });
+            watch.clear();
+            outcome?
+        }
+    };
     if !which.json {
         tell(&outcome.events);
         print(&file_show::answer(&operation, &outcome.answer, long))?;

@@ -1,7 +1,8 @@
 //! `smsvmm pool | device | volume | job | file | disk`: pools that nobody has open.
 //!
 //! Each command opens the pool's devices itself, under a lock (`storage_manager`), does one thing, and closes them. Commands
-//! that only show something only read.
+//! that only show something only read. Where the configuration names a management socket and a machine answers there, it has the
+//! pool open, and is asked instead (`live`).
 
 mod arguments;
 mod disk_arguments;
@@ -10,13 +11,14 @@ mod disks;
 mod file_arguments;
 mod file_show;
 mod files;
+mod live;
 mod select;
 mod show;
 mod watch;
 
 use anyhow::bail;
 use api::storage::{JobState, NewDevice, Operation, Outcome, PoolEventKind, PoolStatus};
-use api::{Problem, ProblemKind};
+use api::{Problem, ProblemKind, StorageAnswer, StorageRequest};
 use storage_manager::{DevicePaths, Force};
 
 pub(crate) use disk_arguments::VirtualDiskArguments;
@@ -301,9 +303,15 @@ fn look(
     which: &Which,
     view: impl FnOnce(&PoolStatus) -> anyhow::Result<(serde_json::Value, String)>,
 ) -> anyhow::Result<Exit> {
-    let devices = select::devices(which)?;
-    let mut watch = Watch::new(which.json)?;
-    let status = storage_manager::status(devices, &mut |notice| watch.notice(&notice))?;
+    let status = match live::ask(which, || StorageRequest::Status)? {
+        Some(StorageAnswer::Status(status)) => *status,
+        Some(_) => return Err(live::unexpected()),
+        None => {
+            let devices = select::devices(which)?;
+            let mut watch = Watch::new(which.json)?;
+            storage_manager::status(devices, &mut |notice| watch.notice(&notice))?
+        }
+    };
     let (json, text) = view(&status)?;
     if which.json {
         print_json(&json)?;
@@ -319,8 +327,11 @@ fn perform(
     operation: Operation,
     text: impl FnOnce(&Outcome) -> String,
 ) -> anyhow::Result<Exit> {
-    let devices = select::devices(which)?;
-    run(which, devices, Force::No, operation, text)
+    match live::ask(which, || StorageRequest::Pool(operation.clone()))? {
+        Some(StorageAnswer::Pool(outcome)) => report(which, &operation, &outcome, text),
+        Some(_) => Err(live::unexpected()),
+        None => run(which, select::devices(which)?, Force::No, operation, text),
+    }
 }
 
 fn run(
@@ -330,13 +341,24 @@ fn run(
     operation: Operation,
     text: impl FnOnce(&Outcome) -> String,
 ) -> anyhow::Result<Exit> {
-    let cancels = matches!(operation, Operation::CancelJob { .. });
     let mut watch = Watch::new(which.json)?;
-    let outcome = storage_manager::execute(devices, force, operation, &mut |notice| watch.notice(&notice));
+    let outcome = storage_manager::execute(devices, force, operation.clone(), &mut |notice| {
+        watch.notice(&notice)
+    });
     watch.clear();
-    let outcome = outcome?;
+    report(which, &operation, &outcome?, text)
+}
+
+/// Says what came of an operation.
+fn report(
+    which: &Which,
+    operation: &Operation,
+    outcome: &Outcome,
+    text: impl FnOnce(&Outcome) -> String,
+) -> anyhow::Result<Exit> {
+    let cancels = matches!(operation, Operation::CancelJob { .. });
     if which.json {
-        print_json(&outcome)?;
+        print_json(outcome)?;
     }
     for job in &outcome.jobs {
         match (&job.reason, job.state) {
@@ -346,7 +368,7 @@ fn run(
         }
     }
     if !which.json {
-        tell(&outcome, text)?;
+        tell(outcome, text)?;
     }
     Ok(match outcome.interrupted {
         true => Exit::Failed,

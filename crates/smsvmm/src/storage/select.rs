@@ -1,6 +1,6 @@
 //! Which pool a command is about: devices on the command line, or in a file.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde::Deserialize;
@@ -16,6 +16,12 @@ const MAX_FILE: u64 = 1 << 20;
 #[derive(Deserialize)]
 struct File {
     pool: Option<Pool>,
+    management: Option<Management>,
+}
+
+#[derive(Deserialize)]
+struct Management {
+    socket: PathBuf,
 }
 
 #[derive(Deserialize)]
@@ -61,7 +67,17 @@ fn split(value: &str) -> Result<Vec<String>, UsageError> {
     Ok(devices)
 }
 
-fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
+/// The management socket of the configuration, if it has one.
+pub(crate) fn socket(which: &Which) -> anyhow::Result<Option<PathBuf>> {
+    let Some(path) = &which.config else {
+        return Ok(None);
+    };
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let management = read(path)?.management;
+    Ok(management.map(|management| folder.join(management.socket)))
+}
+
+fn read(path: &Path) -> anyhow::Result<File> {
     let shown = path.display();
     let length = std::fs::metadata(path).map(|metadata| metadata.len());
     if length.is_ok_and(|length| length > MAX_FILE) {
@@ -69,14 +85,18 @@ fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
     }
     let text = std::fs::read_to_string(path).map_err(UsageError::new);
     let text = text.with_context(|| format!("cannot read {shown}"))?;
-    let file: File = toml::from_str(&text).map_err(|error| {
+    toml::from_str(&text).map_err(|error| {
         let start = error.span().map_or(0, |span| span.start);
         let line = text
             .get(..start)
             .map_or(1, |before| before.matches('\n').count() + 1);
-        UsageError::new(format!("{shown}:{line}: {}", error.message().replace('\n', ", ")))
-    })?;
-    let Some(pool) = file.pool else {
+        UsageError::new(format!("{shown}:{line}: {}", error.message().replace('\n', ", "))).into()
+    })
+}
+
+fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
+    let shown = path.display();
+    let Some(pool) = read(path)?.pool else {
         return Err(UsageError::new(format!(
             "{shown} has no pool; add [pool] with devices = [\"...\"], which `smsvmm pool create` prints"
         ))

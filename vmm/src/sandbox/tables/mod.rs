@@ -15,7 +15,7 @@ pub(super) fn hot(kind: Kind) -> Option<&'static Rule> {
     match kind {
         // vCPU threads also go through the filter of the main thread, which starts them.
         Kind::Main | Kind::Vcpu => kvm::RUN.first(),
-        Kind::Management | Kind::Signals | Kind::DiskWorker | Kind::NetQueue => None,
+        Kind::Management | Kind::Signals | Kind::DiskWorker | Kind::PoolWorker | Kind::NetQueue => None,
     }
 }
 
@@ -53,6 +53,13 @@ pub(super) fn of(kind: Kind) -> &'static [&'static [Rule]] {
             runtime::EVERY_THREAD,
             work::EVENT_LOOP,
             work::DISK,
+            runtime::NO_FILES,
+        ],
+        Kind::PoolWorker => &[
+            runtime::EVERY_THREAD,
+            work::EVENT_LOOP,
+            work::DISK,
+            work::REMOTE_DEVICE,
             runtime::NO_FILES,
         ],
         Kind::NetQueue => &[

@@ -59,6 +59,16 @@ pub(in crate::sandbox) const DISK: &[Rule] = &[
     ioctl(0x127f, "BLKZEROOUT: zeroes on block devices"),
 ];
 
+/// Requests to devices of a pool on other machines (NBD), over sockets that are connected already.
+#[rustfmt::skip]
+pub(in crate::sandbox) const REMOTE_DEVICE: &[Rule] = &[
+    allow_masked(SYS_sendto, 4, u64::MAX, 0, "requests to a connected socket"),
+    allow_masked(SYS_recvfrom, 4, u64::MAX, 0, "answers from a connected socket"),
+    allow(SYS_sendmsg, "requests with data to a connected socket"),
+    allow(SYS_readv, "data from a connected socket"),
+    allow(SYS_shutdown, "end of a connection"),
+];
+
 /// Whoever lets go of an image last unlocks it.
 const RELEASE_IMAGE: Rule = fcntl(F_OFD_SETLK, "locks on images");
 

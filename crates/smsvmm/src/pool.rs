@@ -1,0 +1,82 @@
+//! The machine's pool: opened before the machine, closed after it.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use api::{ByteSize, DiskConfig, Problem, ProblemKind, StorageAnswer, StorageRequest};
+use block_io::WorkerOptions;
+use storage_manager::{DiskOptions, HostedPool};
+use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions};
+use vmm::config::VmConfig;
+use vmm::machine::{self, PoolDisk, PoolDisks};
+use vmm::sandbox::{Kind, Sandbox};
+
+use crate::logs;
+
+/// The pool of a machine.
+#[derive(Debug)]
+pub(crate) struct VmPool(HostedPool);
+
+impl VmPool {
+    /// Opens the pool that the configuration names, if it names one, and confines its worker.
+    pub(crate) fn open(config: &VmConfig, sandbox: &Sandbox) -> anyhow::Result<Option<Arc<Self>>> {
+        let Some(pool) = &config.pool else { return Ok(None) };
+        // One worker serves all disks of the pool.
+        let poll = config.disks.iter().filter(|disk| disk.file.is_some());
+        let poll = poll.filter_map(|disk| disk.poll_us).max().unwrap_or(0);
+        let options = WorkerOptions {
+            busy_poll: Duration::from_micros(poll.into()),
+            ..WorkerOptions::default()
+        };
+        let open = HostedPool::open("io-pool", pool.devices.clone(), options)?;
+        for note in open.notes() {
+            logs::say(&format!("smsvmm: {note}"));
+        }
+        open.confine(sandbox.thread(Kind::PoolWorker))
+            .context("cannot confine the pool's worker")?;
+        Ok(Some(Arc::new(Self(open))))
+    }
+
+    /// Ends the use of all disks, as their modes want it, and closes the pool.
+    pub(crate) fn close(&self) -> anyhow::Result<()> {
+        self.0.close().context("cannot close the pool")
+    }
+}
+
+impl PoolDisks for VmPool {
+    fn open(&self, config: &DiskConfig) -> Result<PoolDisk, Box<dyn Error + Send + Sync>> {
+        let path = config.file.as_deref().unwrap_or_default();
+        let disk = self.0.disk(
+            path,
+            DiskOptions {
+                mode: storage_manager::disk_mode(config.mode),
+                read_only: config.read_only,
+                ..DiskOptions::default()
+            },
+        )?;
+        let size = ByteSize::from_bytes(disk.size());
+        if size.bytes() == 0 {
+            let text = format!("{path} is empty; `smsvmm disk resize` gives it a size");
+            return Err(Box::new(Problem::new(ProblemKind::Conflict, text)));
+        }
+        let options = VirtioBlkOptions {
+            serial: machine::serial(config),
+            queues: u16::from(config.queues),
+            queue_size: config.queue_size.get(),
+        };
+        let device = VirtioBlk::new(disk.handle().clone(), &options, vec![self.0.worker().clone()])?;
+        let handle = device.handle();
+        disk.on_resize(move || handle.size_changed());
+        Ok(PoolDisk {
+            device: Box::new(device),
+            size,
+            guard: Box::new(disk.into_guard()),
+        })
+    }
+
+    fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        self.0.execute(request)
+    }
+}

@@ -1,0 +1,327 @@
+//! A pool that is open as long as a process serves its disks: to a guest (`smsvmm run` with `[pool]`), or to other programs.
+//!
+//! ```text
+//!   any thread                               the pool's worker
+//!   HostedPool::disk ───── waits ──────────► Open { storage, disks } ─► VirtualDisk ◄── queue servers: HostedDisk::handle
+//!   HostedPool::execute ── waits ──────────►   the same Storage: snapshots of disks that are being written, status, jobs
+//!   DiskGuard is dropped ──────────────────►   waits for the last request, then power-off as the disk's mode wants it
+//!   HostedPool::close ──── waits ──────────►   waits for all disks, closes the file system, then the pool
+//! ```
+//!
+//! # Hazards
+//! - *A disk that is still used when its guard goes.* A queue server may not have ended. The disk is closed when nobody has it any
+//!   more; if that does not come, it stays as after a power failure: nothing that was flushed is lost.
+//! - *The process ends without `close`.* As after a crash: the next opening replays the journals.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use api::storage::{Operation, Outcome, PoolEvent};
+use api::{Problem, ProblemKind, StorageAnswer, StorageRequest};
+use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOptions};
+use storage_virtualizer::PinnedDisk;
+use storage_virtualizer::disk::DiskOptions;
+
+use crate::conversation::Reporter;
+use crate::device::DevicePaths;
+use crate::disks::{self, VirtualDisk};
+use crate::storage::{Access, Storage};
+use crate::{file_view, files, offline, volumes};
+
+/// Between two looks whether a disk is still used.
+const LOOK: Duration = Duration::from_millis(2);
+/// For so long it is waited until nobody uses a disk that is to be closed.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+thread_local! {
+    /// The pool of this worker.
+    static OPEN: RefCell<Option<Rc<Open>>> = const { RefCell::new(None) };
+}
+
+struct Open {
+    storage: Storage,
+    disks: RefCell<BTreeMap<u64, Hosted>>,
+    /// Disks that are being closed.
+    closing: Cell<usize>,
+    /// What went wrong with disks that were closed.
+    problems: RefCell<Vec<Problem>>,
+}
+
+/// Told of a new size.
+type Resized = Rc<RefCell<Option<Box<dyn Fn()>>>>;
+
+struct Hosted {
+    disk: Rc<VirtualDisk>,
+    resized: Resized,
+}
+
+fn open_pool() -> Result<Rc<Open>, Problem> {
+    let open = OPEN.with_borrow(Clone::clone);
+    open.ok_or_else(|| Problem::new(ProblemKind::Stopping, "the pool is being closed"))
+}
+
+/// An open pool with a worker of its own.
+#[derive(Debug)]
+pub struct HostedPool {
+    worker: Worker,
+    notes: Vec<String>,
+}
+
+impl HostedPool {
+    /// Opens the pool and its file system, on a worker that is called `name`.
+    ///
+    /// # Errors
+    /// The devices do not make a pool, one is in use, or there is no file system.
+    pub fn open(name: &str, devices: DevicePaths, options: WorkerOptions) -> Result<Self, Problem> {
+        let worker = Worker::start(name, options)
+            .map_err(|error| Problem::new(ProblemKind::Host, crate::problem::chain(&error)))?;
+        let notes = worker.run(move || async move {
+            let storage = Box::pin(Storage::open(&devices, Access::Write)).await?;
+            if let Err(problem) = storage.files().map(drop) {
+                // What matters is why there are no disks.
+                let _ = storage.close().await;
+                return Err(problem);
+            }
+            let notes = storage.notes.clone();
+            OPEN.set(Some(Rc::new(Open {
+                storage,
+                disks: RefCell::default(),
+                closing: Cell::new(0),
+                problems: RefCell::default(),
+            })));
+            Ok(notes)
+        })?;
+        Ok(Self { worker, notes })
+    }
+
+    /// What a person should know of the devices.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// The worker on which everything happens.
+    pub fn worker(&self) -> &WorkerHandle {
+        self.worker.handle()
+    }
+
+    /// Runs `hook` on the worker's thread: the place for a seccomp filter, now that everything is open.
+    ///
+    /// # Errors
+    /// The hook's.
+    pub fn confine(&self, hook: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
+        self.worker.run(move || async move { hook() })
+    }
+
+    /// Opens a disk, or a snapshot of one (`/vm/root.dsk@monday`). It is closed when the guard is dropped.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be used in this way now.
+    pub fn disk(&self, path: &str, options: DiskOptions) -> Result<HostedDisk, Problem> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let (path, handle) = (path.to_owned(), self.worker().clone());
+        let (disk, size) = self.worker.run(move || async move {
+            let open = open_pool()?;
+            let disk = open.storage.disk(&path, options).await?;
+            let resized = Resized::default();
+            let tell = Rc::clone(&resized);
+            disk.on_resize(move |_| {
+                if let Some(tell) = &*tell.borrow() {
+                    tell();
+                }
+            });
+            let size = disk.geometry().size;
+            let pinned = PinnedDisk::new(Rc::clone(&disk), &handle)
+                .map_err(|error| Problem::new(ProblemKind::Host, error.to_string()))?;
+            open.disks.borrow_mut().insert(number, Hosted { disk, resized });
+            Ok::<_, Problem>((pinned, size))
+        })?;
+        Ok(HostedDisk {
+            handle: disk,
+            size,
+            guard: DiskGuard {
+                number,
+                worker: self.worker().clone(),
+            },
+        })
+    }
+
+    /// Does what people ask for while disks are in use. Blocks; not to be called from the pool's worker.
+    ///
+    /// # Errors
+    /// The request is refused or fails.
+    pub fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        self.worker.run(move || async move {
+            let open = open_pool()?;
+            Box::pin(answer(&open.storage, request)).await
+        })
+    }
+
+    /// What happened since this was asked last.
+    pub fn take_events(&self) -> Vec<PoolEvent> {
+        self.worker
+            .run(|| async { open_pool().map_or_else(|_| Vec::new(), |open| open.storage.take_events()) })
+    }
+
+    /// Waits until all disks are closed, then closes the file system and the pool. Who asks for something afterwards is refused.
+    ///
+    /// # Errors
+    /// Something could not be written, or a disk's mode could not be obeyed. What was acknowledged is not lost by that.
+    pub fn close(&self) -> Result<(), Problem> {
+        self.worker.run(|| async {
+            let Some(mut open) = OPEN.take() else {
+                return Ok(());
+            };
+            let clock = WorkerClock::new();
+            let end = clock.now() + PATIENCE;
+            let open = loop {
+                let quiet = open.closing.get() == 0 && open.disks.borrow().is_empty();
+                let late = clock.now() >= end;
+                if late {
+                    open.disks.take();
+                }
+                match Rc::try_unwrap(open) {
+                    Ok(open) if quiet || late => break open,
+                    Ok(still) => open = Rc::new(still),
+                    Err(shared) if late => {
+                        drop(shared);
+                        let text = "the pool is still in use; it is left as after a power failure";
+                        return Err(Problem::new(ProblemKind::Host, text));
+                    }
+                    Err(shared) => open = shared,
+                }
+                clock.sleep(LOOK).await;
+            };
+            let closed = open.storage.close().await;
+            let first = open.problems.into_inner().into_iter().next();
+            first.map_or(closed, Err)
+        })
+    }
+}
+
+/// An open disk of a [`HostedPool`].
+pub struct HostedDisk {
+    handle: PinnedDisk<VirtualDisk>,
+    size: u64,
+    guard: DiskGuard,
+}
+
+impl HostedDisk {
+    /// For those who serve the disk.
+    pub fn handle(&self) -> &PinnedDisk<VirtualDisk> {
+        &self.handle
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// `tell` is called on the pool's worker whenever the size has changed; the handle knows the new one then.
+    pub fn on_resize(&self, tell: impl Fn() + Send + 'static) {
+        let (handle, number) = (self.handle.clone(), self.guard.number);
+        self.guard.worker.spawn(move || async move {
+            let Ok(open) = open_pool() else { return };
+            if let Some(hosted) = open.disks.borrow().get(&number) {
+                *hosted.resized.borrow_mut() = Some(Box::new(move || {
+                    // This is the disk's worker.
+                    let _ = handle.refresh();
+                    tell();
+                }));
+            }
+        });
+    }
+
+    /// What closes the disk, to be dropped after all who use it.
+    pub fn into_guard(self) -> DiskGuard {
+        self.guard
+    }
+}
+
+/// Closes a disk when it is dropped.
+#[derive(Debug)]
+pub struct DiskGuard {
+    number: u64,
+    worker: WorkerHandle,
+}
+
+impl Drop for DiskGuard {
+    fn drop(&mut self) {
+        let number = self.number;
+        self.worker.spawn(move || async move {
+            let Ok(open) = open_pool() else { return };
+            let hosted = open.disks.borrow_mut().remove(&number);
+            if let Some(Hosted { disk, resized }) = hosted {
+                // It has a handle on the disk.
+                drop(resized.take());
+                open.closing.set(open.closing.get() + 1);
+                let path = disk.path().to_string();
+                if let Err(problem) = power_off(&open.storage, disk).await {
+                    tracing::error!(disk = path, %problem, "a disk could not be closed");
+                    open.problems.borrow_mut().push(problem);
+                }
+                open.closing.set(open.closing.get() - 1);
+            }
+        });
+    }
+}
+
+async fn power_off(storage: &Storage, disk: Rc<VirtualDisk>) -> Result<(), Problem> {
+    let clock = WorkerClock::new();
+    let end = clock.now() + PATIENCE;
+    while Rc::strong_count(&disk) > 1 && clock.now() < end {
+        clock.sleep(LOOK).await;
+    }
+    storage.close_disk(disk).await
+}
+
+async fn answer(storage: &Storage, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+    Ok(match request {
+        StorageRequest::Status => {
+            let mut status = offline::view_open(&storage.pool, storage.notes.clone());
+            status.files = storage.files().ok().map(file_view::file_system);
+            StorageAnswer::Status(Box::new(status))
+        }
+        StorageRequest::Disk(operation) => {
+            let reporter = Reporter::unheard();
+            let answer = disks::perform(storage, operation, &reporter).await?;
+            let events = storage.take_events();
+            StorageAnswer::Disk(Box::new(api::virtual_disk::DiskOutcome { answer, events }))
+        }
+        StorageRequest::File(operation) => {
+            let reporter = Reporter::unheard();
+            let answer = files::perform(storage.files()?, operation, &reporter).await?;
+            StorageAnswer::File(Box::new(api::file::FileOutcome {
+                answer,
+                events: storage.take_events(),
+                interrupted: false,
+            }))
+        }
+        StorageRequest::Pool(operation) => {
+            let outcome = operate(storage, operation).await?;
+            StorageAnswer::Pool(Box::new(outcome))
+        }
+    })
+}
+
+async fn operate(storage: &Storage, operation: Operation) -> Result<Outcome, Problem> {
+    if !volumes::goes_with_files_in_use(&operation) {
+        let text = "volumes cannot be resized or deleted while the pool serves disks";
+        return Err(Problem::new(ProblemKind::Conflict, text).remedy("end who serves them first"));
+    }
+    let (jobs, interrupted) =
+        offline::perform(&storage.pool, operation.clone(), &Reporter::unheard()).await?;
+    volumes::tell(storage, &operation).await?;
+    let mut pool = offline::view_open(&storage.pool, storage.notes.clone());
+    pool.files = storage.files().ok().map(file_view::file_system);
+    Ok(Outcome {
+        jobs,
+        events: storage.take_events(),
+        interrupted,
+        pool,
+    })
+}

@@ -1,0 +1,190 @@
+//! A pool that serves disks while people do things with them.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use api::storage::Operation;
+use api::virtual_disk::{DiskAnswer, DiskMode, DiskOperation, VirtualDiskStatus};
+use api::{ProblemKind, StorageAnswer, StorageRequest};
+use block_io::{AlignedBuffer, BlockDevice, Durability, WorkerOptions};
+use common::{go_on, pool};
+use storage_manager::{DiskOptions, HostedDisk, HostedPool, disk_mode};
+use storage_virtualizer::DiskHandle;
+
+const DISK: &str = "/vm/root.dsk";
+
+fn open(devices: &[String]) -> HostedPool {
+    HostedPool::open("test", devices.to_vec(), WorkerOptions::default()).unwrap()
+}
+
+fn with_disk(devices: &[String]) {
+    let directory = api::file::FileOperation::MakeDirectory {
+        path: "/vm".into(),
+        parents: false,
+        attributes: Default::default(),
+    };
+    storage_manager::execute_file(devices.to_vec(), directory, &mut go_on).unwrap();
+    let create = DiskOperation::Create {
+        path: DISK.into(),
+        size: 1 << 20,
+        thick: false,
+        target: None,
+        checksums: None,
+    };
+    storage_manager::execute_disk(devices.to_vec(), create, &mut go_on).unwrap();
+}
+
+fn options(mode: DiskMode, read_only: bool) -> DiskOptions {
+    DiskOptions {
+        mode: disk_mode(mode),
+        read_only,
+        ..DiskOptions::default()
+    }
+}
+
+/// Writes a byte all over the first block of a disk, as a queue server would.
+fn write(pool: &HostedPool, disk: &HostedDisk, byte: u8) {
+    let handle = disk.handle().clone();
+    on_worker(pool, move || async move {
+        let disk = handle.local().unwrap();
+        let mut buffer = AlignedBuffer::new(4096);
+        buffer.as_mut_slice().fill(byte);
+        // SAFETY: the buffer outlives the request, which is awaited.
+        let memory = [unsafe { buffer.io(0, 4096) }];
+        disk.write(0, &memory, Durability::Volatile).await.unwrap();
+        disk.flush().await.unwrap();
+        0
+    });
+}
+
+fn read(pool: &HostedPool, disk: &HostedDisk) -> u8 {
+    let handle = disk.handle().clone();
+    on_worker(pool, move || async move {
+        let disk = handle.local().unwrap();
+        let buffer = AlignedBuffer::new(4096);
+        // SAFETY: as above.
+        let memory = [unsafe { buffer.io(0, 4096) }];
+        disk.read(0, &memory).await.unwrap();
+        buffer.as_slice()[0]
+    })
+}
+
+fn on_worker<M, F>(pool: &HostedPool, make: M) -> u8
+where
+    M: FnOnce() -> F + Send + 'static,
+    F: Future<Output = u8> + 'static,
+{
+    let (sender, receiver) = std::sync::mpsc::channel();
+    pool.worker().spawn(move || async move {
+        sender.send(make().await).unwrap();
+    });
+    receiver.recv().unwrap()
+}
+
+fn status(pool: &HostedPool) -> VirtualDiskStatus {
+    let request = StorageRequest::Disk(DiskOperation::Status { path: DISK.into() });
+    match pool.execute(request).unwrap() {
+        StorageAnswer::Disk(outcome) => match outcome.answer {
+            DiskAnswer::Status(status) => *status,
+            other => panic!("{other:?}"),
+        },
+        other => panic!("{other:?}"),
+    }
+}
+
+fn snapshot(pool: &HostedPool, name: &str) {
+    let request = DiskOperation::Snapshot {
+        paths: vec![DISK.into()],
+        name: name.into(),
+        description: String::new(),
+    };
+    pool.execute(StorageRequest::Disk(request)).unwrap();
+}
+
+#[test]
+fn a_disk_in_use_is_snapshotted_resized_and_closed_with_its_guard() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = pool(folder.path());
+    with_disk(&devices);
+    let pool = open(&devices);
+    let disk = pool.disk(DISK, options(DiskMode::Persistent, false)).unwrap();
+    let refused = pool
+        .disk(DISK, options(DiskMode::Persistent, false))
+        .err()
+        .unwrap();
+    assert_eq!(refused.kind, ProblemKind::Conflict, "{refused}");
+    write(&pool, &disk, 1);
+    snapshot(&pool, "monday");
+    write(&pool, &disk, 2);
+    let old = pool
+        .disk("/vm/root.dsk@monday", options(DiskMode::Persistent, true))
+        .unwrap();
+    assert_eq!((read(&pool, &disk), read(&pool, &old)), (2, 1));
+    drop(old.into_guard());
+
+    let told = Arc::new(AtomicU64::new(0));
+    let (tell, handle) = (Arc::clone(&told), disk.handle().clone());
+    disk.on_resize(move || tell.store(handle.geometry().size, Ordering::SeqCst));
+    let resize = DiskOperation::Resize {
+        path: DISK.into(),
+        size: 2 << 20,
+        force: false,
+    };
+    pool.execute(StorageRequest::Disk(resize)).unwrap();
+    assert_eq!(told.load(Ordering::SeqCst), 2 << 20, "the guest is told");
+
+    let resize = Operation::ResizeVolume {
+        name: "data".into(),
+        size: 8 << 20,
+        shrink: true,
+    };
+    let refused = pool.execute(StorageRequest::Pool(resize)).unwrap_err();
+    assert_eq!(refused.kind, ProblemKind::Conflict, "{refused}");
+    match pool.execute(StorageRequest::Status).unwrap() {
+        StorageAnswer::Status(status) => assert_eq!(status.volumes.len(), 2),
+        other => panic!("{other:?}"),
+    }
+
+    drop(disk.into_guard());
+    pool.close().unwrap();
+    let refused = pool.execute(StorageRequest::Status).unwrap_err();
+    assert_eq!(refused.kind, ProblemKind::Stopping, "{refused}");
+
+    let pool = open(&devices);
+    let disk = pool.disk(DISK, options(DiskMode::Persistent, false)).unwrap();
+    assert_eq!((read(&pool, &disk), disk.size()), (2, 2 << 20));
+    assert_eq!(status(&pool).disk.snapshots, 1);
+    drop(disk.into_guard());
+    pool.close().unwrap();
+}
+
+#[test]
+fn what_a_nonpersistent_disk_was_given_goes_at_power_off() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = pool(folder.path());
+    with_disk(&devices);
+    let pool = open(&devices);
+    let disk = pool.disk(DISK, options(DiskMode::Persistent, false)).unwrap();
+    write(&pool, &disk, 1);
+    drop(disk.into_guard());
+    // The guard's work is not waited for by who opens the disk next.
+    let disk = loop {
+        match pool.disk(DISK, options(DiskMode::Nonpersistent, false)) {
+            Ok(disk) => break disk,
+            Err(problem) => assert_eq!(problem.kind, ProblemKind::Conflict, "{problem}"),
+        }
+    };
+    write(&pool, &disk, 2);
+    assert_eq!(read(&pool, &disk), 2);
+    drop(disk.into_guard());
+    pool.close().unwrap();
+
+    let pool = open(&devices);
+    let disk = pool.disk(DISK, options(DiskMode::Persistent, false)).unwrap();
+    assert_eq!(read(&pool, &disk), 1);
+    drop(disk.into_guard());
+    pool.close().unwrap();
+}
