@@ -20,6 +20,8 @@ use crate::{Host, Kernel};
 #[derive(Clone, Debug)]
 pub struct Disk {
     image: PathBuf,
+    /// The image is a disk of the machine's pool.
+    in_pool: bool,
     lines: Vec<String>,
     read_only: bool,
     serial: Option<String>,
@@ -31,9 +33,19 @@ impl Disk {
     pub fn new(image: impl Into<PathBuf>) -> Self {
         Self {
             image: image.into(),
+            in_pool: false,
             lines: Vec::new(),
             read_only: false,
             serial: None,
+        }
+    }
+
+    /// A disk of the pool that vm.toml names: `/vm/root.dsk`.
+    #[must_use]
+    pub fn in_pool(file: &str) -> Self {
+        Self {
+            in_pool: true,
+            ..Self::new(file)
         }
     }
 
@@ -290,7 +302,8 @@ impl<'a> VmBuilder<'a> {
             self.command_line
         )?;
         for disk in &self.disks {
-            writeln!(text, "[[disk]]\nimage = {:?}", disk.image)?;
+            let key = if disk.in_pool { "file" } else { "image" };
+            writeln!(text, "[[disk]]\n{key} = {:?}", disk.image)?;
             if disk.read_only {
                 writeln!(text, "read-only = true")?;
             }
