@@ -11,6 +11,9 @@
 //! ```
 
 pub mod chain;
+mod disk_handle;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 pub mod virtio_blk;
+
+pub use disk_handle::{DiskHandle, DiskHandleError, PinnedDisk};

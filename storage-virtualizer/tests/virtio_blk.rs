@@ -35,7 +35,7 @@ const UNSUPPORTED: u8 = 2;
 struct Machine {
     driver: Driver,
     events: Arc<Events>,
-    device: VirtioBlk<HostDevice>,
+    device: VirtioBlk<Arc<HostDevice>>,
     file: NamedTempFile,
     _worker: Worker,
 }

@@ -13,7 +13,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use block_io::{BlockDevice, WorkerHandle};
+use block_io::WorkerHandle;
 use virtio_core::{
     Activation, DeviceError, DeviceEvents, VirtioDevice, device_type, feature, read_config_bytes,
 };
@@ -23,6 +23,7 @@ pub use execute::{Context, ID_LENGTH, execute, status_of};
 pub use request::{Decoded, Range, Ranges, Request, Status, Unanswerable, decode, kind};
 pub use stats::{Counters, QueueStatistics};
 
+use crate::disk_handle::DiskHandle;
 use server::{Control, Done, ServerParts, Settings};
 
 /// The unit in which virtio-blk counts, whatever the block size (§5.2.4).
@@ -80,8 +81,8 @@ pub enum VirtioBlkError {
 }
 
 /// A virtio-blk device on `disk`.
-pub struct VirtioBlk<D> {
-    shared: Arc<SharedState<D>>,
+pub struct VirtioBlk<H> {
+    shared: Arc<SharedState<H>>,
     workers: Vec<WorkerHandle>,
     queue_sizes: Vec<u16>,
     /// The servers of this activation and of earlier ones that have not ended.
@@ -89,8 +90,8 @@ pub struct VirtioBlk<D> {
 }
 
 /// What the device shares with its handles.
-struct SharedState<D> {
-    disk: Arc<D>,
+struct SharedState<H> {
+    disk: H,
     settings: Arc<Settings>,
     statistics: Vec<Arc<QueueStatistics>>,
     /// The transport, while the device is active.
@@ -98,15 +99,15 @@ struct SharedState<D> {
 }
 
 /// Management of a virtio-blk device, while the device itself belongs to its transport.
-pub struct VirtioBlkHandle<D>(Arc<SharedState<D>>);
+pub struct VirtioBlkHandle<H>(Arc<SharedState<H>>);
 
-impl<D> Clone for VirtioBlkHandle<D> {
+impl<H> Clone for VirtioBlkHandle<H> {
     fn clone(&self) -> Self {
         Self(Arc::clone(&self.0))
     }
 }
 
-impl<D> fmt::Debug for VirtioBlkHandle<D> {
+impl<H> fmt::Debug for VirtioBlkHandle<H> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_struct("VirtioBlkHandle")
@@ -115,9 +116,9 @@ impl<D> fmt::Debug for VirtioBlkHandle<D> {
     }
 }
 
-impl<D> VirtioBlkHandle<D> {
+impl<H> VirtioBlkHandle<H> {
     /// The disk.
-    pub fn disk(&self) -> &Arc<D> {
+    pub fn disk(&self) -> &H {
         &self.0.disk
     }
 
@@ -144,7 +145,7 @@ impl<D> VirtioBlkHandle<D> {
     }
 }
 
-impl<D> fmt::Debug for VirtioBlk<D> {
+impl<H> fmt::Debug for VirtioBlk<H> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_struct("VirtioBlk")
@@ -155,16 +156,16 @@ impl<D> fmt::Debug for VirtioBlk<D> {
     }
 }
 
-impl<D> VirtioBlk<D>
+impl<H> VirtioBlk<H>
 where
-    D: BlockDevice + Send + Sync + 'static,
+    H: DiskHandle,
 {
     /// A device on `disk` whose queues are served by `workers`: queue n by worker n modulo their number.
     ///
     /// # Errors
     /// An option is impossible.
     pub fn new(
-        disk: Arc<D>,
+        disk: H,
         options: &VirtioBlkOptions,
         workers: Vec<WorkerHandle>,
     ) -> Result<Self, VirtioBlkError> {
@@ -208,7 +209,7 @@ where
     }
 
     /// For management while the device runs.
-    pub fn handle(&self) -> VirtioBlkHandle<D> {
+    pub fn handle(&self) -> VirtioBlkHandle<H> {
         VirtioBlkHandle(Arc::clone(&self.shared))
     }
 
@@ -217,9 +218,9 @@ where
     }
 }
 
-impl<D> VirtioDevice for VirtioBlk<D>
+impl<H> VirtioDevice for VirtioBlk<H>
 where
-    D: BlockDevice + Send + Sync + 'static,
+    H: DiskHandle,
 {
     fn device_type(&self) -> u32 {
         device_type::BLOCK
@@ -276,7 +277,7 @@ where
             let control = Arc::<Control>::default();
             self.servers.push(Arc::clone(&control));
             let parts = ServerParts {
-                disk: Arc::clone(&self.shared.disk),
+                disk: self.shared.disk.clone(),
                 memory: Arc::clone(&activation.memory),
                 queue,
                 events: Arc::clone(&activation.events),
@@ -304,7 +305,7 @@ where
     }
 }
 
-impl<D> Drop for VirtioBlk<D> {
+impl<H> Drop for VirtioBlk<H> {
     fn drop(&mut self) {
         self.servers.iter().for_each(|server| server.stop());
     }

@@ -19,6 +19,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
+use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -34,6 +35,7 @@ use super::execute::{Context, ID_LENGTH, execute, status_of};
 use super::request::{Status, decode};
 use super::stats::QueueStatistics;
 use crate::chain::{Buffers, Table};
+use crate::disk_handle::DiskHandle;
 
 /// At most this many log lines per queue …
 const LOG_LINES: u32 = 10;
@@ -82,8 +84,8 @@ pub(super) struct Settings {
 }
 
 /// Everything that a server needs.
-pub(super) struct ServerParts<D> {
-    pub(super) disk: Arc<D>,
+pub(super) struct ServerParts<H> {
+    pub(super) disk: H,
     pub(super) memory: GuestMemory,
     pub(super) queue: ActiveQueue,
     pub(super) events: Arc<dyn DeviceEvents>,
@@ -98,9 +100,9 @@ pub(super) struct ServerParts<D> {
     pub(super) config_wce: bool,
 }
 
-struct Server<D> {
+struct Server<L> {
     index: u16,
-    disk: Arc<D>,
+    disk: L,
     memory: GuestMemory,
     table: Table,
     queue: RefCell<Queue>,
@@ -167,7 +169,11 @@ impl Slot {
 }
 
 /// Serves the queue until [`Control::stop`].
-pub(super) async fn serve<D: BlockDevice + 'static>(parts: ServerParts<D>) {
+pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
+    let disk = match parts.disk.local() {
+        Ok(disk) => disk,
+        Err(error) => return parts.events.needs_reset(&error.to_string()),
+    };
     let ActiveQueue {
         index,
         queue,
@@ -185,7 +191,7 @@ pub(super) async fn serve<D: BlockDevice + 'static>(parts: ServerParts<D>) {
     };
     let server = Rc::new(Server {
         index,
-        disk: parts.disk,
+        disk,
         memory: parts.memory,
         table: Table {
             address: GuestAddress(queue.desc_table()),
@@ -244,7 +250,10 @@ pub(super) async fn serve<D: BlockDevice + 'static>(parts: ServerParts<D>) {
     server.end().await;
 }
 
-impl<D: BlockDevice + 'static> Server<D> {
+impl<L> Server<L>
+where
+    L: Deref<Target: BlockDevice + Sized> + 'static,
+{
     /// Takes all chains that are available and gives them to slots: at most as many as the queue has entries, as a head
     /// that is in flight already is refused. The doorbell stays off until the worker sleeps.
     fn drain(self: &Rc<Self>) {
@@ -429,7 +438,7 @@ impl<D: BlockDevice + 'static> Server<D> {
     }
 }
 
-impl<D> Server<D> {
+impl<L> Server<L> {
     /// Has the server task take chains.
     fn announce(&self) -> bool {
         self.announced.set(true);
@@ -449,7 +458,7 @@ impl<D> Server<D> {
     }
 }
 
-impl<D> PollSource for Server<D> {
+impl<L> PollSource for Server<L> {
     fn poll(&self) -> bool {
         if self.has_stopped() {
             return false;

@@ -12,7 +12,7 @@ use crate::sandbox::{Kind, Sandbox};
 
 /// A disk and the threads that serve it.
 pub(super) struct OpenDisk {
-    pub(super) device: VirtioBlk<HostDevice>,
+    pub(super) device: VirtioBlk<Arc<HostDevice>>,
     pub(super) workers: Vec<Worker>,
     pub(super) size: ByteSize,
 }

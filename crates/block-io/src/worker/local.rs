@@ -200,6 +200,11 @@ impl Local {
         }
     }
 
+    /// Whether this is the worker that `shared` is a part of.
+    pub(super) fn is(&self, shared: &Arc<Shared>) -> bool {
+        Arc::ptr_eq(&self.shared, shared)
+    }
+
     fn spawn(&self, future: Task) {
         let mut tasks = self.tasks.borrow_mut();
         let slot = TaskSlot {

@@ -247,6 +247,11 @@ impl WorkerHandle {
         }));
     }
 
+    /// Whether the caller runs on this worker.
+    pub fn is_current(&self) -> bool {
+        local::with_local(|local| local.is(&self.shared)).unwrap_or(false)
+    }
+
     /// The engine that the worker uses.
     pub fn engine(&self) -> EngineKind {
         self.engine

@@ -20,7 +20,7 @@ struct Bench {
     memory: GuestMemory,
     geometry: Geometry,
     disk: Arc<MemoryDisk>,
-    device: VirtioBlk<MemoryDisk>,
+    device: VirtioBlk<Arc<MemoryDisk>>,
     /// What the disk should hold, as long as all requests were decent.
     content: Vec<u8>,
 }
