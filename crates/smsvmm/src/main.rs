@@ -10,6 +10,7 @@ mod logs;
 mod output;
 mod preflight;
 mod run;
+mod share;
 mod signals;
 mod storage;
 mod terminal;
@@ -58,6 +59,7 @@ fn execute(command: Command) -> anyhow::Result<Exit> {
         Command::Volume(arguments) => storage::volume(arguments),
         Command::File(arguments) => storage::file(arguments),
         Command::Job(arguments) => storage::job(arguments),
+        Command::Share(command) => share::execute(&command),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "smsvmm", &mut script);

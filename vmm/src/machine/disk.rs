@@ -81,6 +81,7 @@ pub(super) fn open(config: &DiskConfig, sandbox: &Sandbox) -> Result<OpenDisk, D
             .collect(),
         queues: u16::from(config.queues),
         queue_size: config.queue_size.get(),
+        ..VirtioBlkOptions::default()
     };
     let worker = Worker::start(
         &format!("io-{}", config.id),
