@@ -8,7 +8,7 @@ use std::fmt;
 use std::fs;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -18,7 +18,7 @@ use storage_virtualizer::virtio_blk::{Status, kind};
 
 use crate::front_end::{self, FrontEnd};
 use crate::histogram::{Histogram, Latency};
-use crate::pattern::{self, Expected};
+use crate::pattern::{self, Expected, Run};
 use crate::queue::Queue;
 
 /// What is asked for.
@@ -156,7 +156,7 @@ pub fn run(load: &Load) -> Result<Report> {
             .map(|mut lane| {
                 let abort = &abort;
                 scope.spawn(move || -> Result<Lane<'_>> {
-                    let outcome = lane.run(start + load.duration, abort);
+                    let outcome = lane.drive(start + load.duration, abort);
                     if outcome.is_err() {
                         abort.store(true, Ordering::Relaxed);
                     }
@@ -250,6 +250,12 @@ fn cpu_time(pid: u32) -> Result<Duration> {
     ))
 }
 
+/// A number that no other run has.
+fn started() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.as_secs() << 30 ^ u64::from(now.subsec_nanos()) ^ u64::from(std::process::id()) << 48
+}
+
 /// A request in flight.
 #[derive(Debug, Clone, Copy)]
 struct Pending {
@@ -268,6 +274,7 @@ struct Lane<'a> {
     pending: Vec<Option<Pending>>,
     free: Vec<u16>,
     random: u64,
+    run: Run,
     next: u64,
     since_flush: u32,
     /// Blocks that are read or written right now, and what they contain; only in verify mode.
@@ -288,6 +295,7 @@ impl<'a> Lane<'a> {
             free: (0..load.depth).rev().collect(),
             random: (load.seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1,
             load,
+            run: Run::new(started()),
             queue,
             first,
             count,
@@ -319,7 +327,7 @@ impl<'a> Lane<'a> {
         self.random
     }
 
-    fn run(&mut self, end: Instant, abort: &AtomicBool) -> Result<()> {
+    fn drive(&mut self, end: Instant, abort: &AtomicBool) -> Result<()> {
         let start = Instant::now();
         let mut heard = start;
         loop {
@@ -420,7 +428,7 @@ impl<'a> Lane<'a> {
             if kind == kind::OUT {
                 let expected = &mut self.expected[index];
                 expected.begun += 1;
-                pattern::fill(&mut self.buffer, self.first + block, expected.begun);
+                pattern::fill(&mut self.buffer, self.run, self.first + block, expected.begun);
                 self.queue.data(slot, self.buffer.len())?.copy_from(&self.buffer);
             }
         }
@@ -465,7 +473,12 @@ impl<'a> Lane<'a> {
             self.queue
                 .data(slot, self.buffer.len())?
                 .copy_to(&mut self.buffer);
-            pattern::check(&self.buffer, self.first + pending.block, self.expected[index])?;
+            pattern::check(
+                &self.buffer,
+                self.run,
+                self.first + pending.block,
+                self.expected[index],
+            )?;
         }
         Ok(())
     }
