@@ -2,7 +2,8 @@
 //!
 //! A guest's driver puts requests into virtqueues; this crate takes them out, turns them into operations on a
 //! [`block_io::BlockDevice`], and puts the answers back. It knows neither PCI nor KVM nor vhost-user: whoever has guest
-//! memory, virtqueues and eventfds can have a disk served (`virtio_core::Activation`).
+//! memory, virtqueues and eventfds can have a disk served (`virtio_core::Activation`); [`vhost_user`] gets these from other
+//! processes.
 //!
 //! ```text
 //!   virtqueue ─► chain: descriptors → pieces of memory ─► virtio_blk::request: what is asked for
@@ -13,11 +14,12 @@
 //! ```
 
 pub mod chain;
-
 pub mod disk;
 mod disk_handle;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+mod inflight;
+pub mod vhost_user;
 pub mod virtio_blk;
 
 pub use disk_handle::{DiskHandle, DiskHandleError, PinnedDisk};

@@ -123,7 +123,8 @@ fn a_guest_writes_is_snapshotted_meanwhile_and_reverted() {
         // Grows while the guest looks.
         administer(&vm, "disk resize /vm/fast.dsk 128M")?;
         vm.guest_until("[ $(cat /sys/block/vdb/size) = 262144 ]")?;
-        let space = vm.guest("fstrim -v /vda; umount /vdb; blkdiscard -o 16777216 -l 1048576 /dev/vdb 2>&1; echo $?")?;
+        let space = vm
+            .guest("fstrim -v /vda; umount /vdb; blkdiscard -o 16777216 -l 1048576 /dev/vdb 2>&1; echo $?")?;
         assert!(space.contains("trimmed") && space.ends_with("0\n"), "{space}");
         well(vm.finish()?)?;
 

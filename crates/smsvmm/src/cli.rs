@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use api::{DeviceId, DiskSerial, MacAddress, NetBackend, PortForward, QueueSize, Seconds, TapName};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use crate::share::ShareCommand;
 use crate::storage::{
     DeviceArguments, FileArguments, JobArguments, PoolArguments, VirtualDiskArguments, VolumeArguments,
 };
@@ -59,6 +60,9 @@ pub(crate) enum Command {
     Disk(VirtualDiskArguments),
     /// Long operations on a pool.
     Job(JobArguments),
+    /// Give disks to virtual machines of other programs.
+    #[command(subcommand)]
+    Share(ShareCommand),
     /// Print a script that completes smsvmm's commands in a shell: `source <(smsvmm completions bash)`.
     Completions {
         /// The shell.

@@ -11,6 +11,7 @@ mod output;
 mod pool;
 mod preflight;
 mod run;
+mod share;
 mod signals;
 mod storage;
 mod terminal;
@@ -60,6 +61,7 @@ fn execute(command: Command) -> anyhow::Result<Exit> {
         Command::File(arguments) => storage::file(arguments),
         Command::Disk(arguments) => storage::disk(arguments),
         Command::Job(arguments) => storage::job(arguments),
+        Command::Share(command) => share::execute(&command),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "smsvmm", &mut script);

@@ -65,6 +65,7 @@ impl PoolDisks for VmPool {
             serial: machine::serial(config),
             queues: u16::from(config.queues),
             queue_size: config.queue_size.get(),
+            ..VirtioBlkOptions::default()
         };
         let device = VirtioBlk::new(disk.handle().clone(), &options, vec![self.0.worker().clone()])?;
         let handle = device.handle();

@@ -55,6 +55,11 @@ impl Signals {
         self.wait(Some(Instant::now())).map(name)
     }
 
+    /// Waits for a signal; its name.
+    pub(crate) fn next(&self) -> &'static str {
+        self.wait(None).map_or("the wait for a signal failed", name)
+    }
+
     /// Starts the thread that turns signals into requests to `vm`; `on_start` runs first on it.
     pub(crate) fn serve(
         self,

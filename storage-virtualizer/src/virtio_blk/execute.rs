@@ -22,18 +22,18 @@ pub struct Context<'a> {
 /// The disk failed.
 pub async fn execute<D: BlockDevice>(
     disk: &D,
-    request: Request<'_>,
+    request: &Request<'_>,
     context: Context<'_>,
 ) -> Result<(), IoError> {
     match request {
-        Request::Read { offset, data } => disk.read(offset, data).await,
+        Request::Read { offset, data } => disk.read(*offset, data).await,
         Request::Write { offset, data } => {
             let durability = if context.write_back {
                 Durability::Volatile
             } else {
                 Durability::Durable
             };
-            disk.write(offset, data, durability).await
+            disk.write(*offset, data, durability).await
         }
         Request::Flush => disk.flush().await,
         Request::GetId { data } => {

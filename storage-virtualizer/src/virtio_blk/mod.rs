@@ -1,10 +1,16 @@
 //! virtio-blk: a disk as Linux and everything else expects it in a virtual machine (virtio 1.2 §5.2).
 //!
-//! Every file here is a step of a request's way: `server` takes chains out of a queue, `request` says what they ask for,
-//! `execute` has the disk do it, `config` is what the driver sees before all that, `stats` counts.
+//! Every file here is a step of a request's way: `server` takes chains out of a queue, `request` says what they ask for, `gate`
+//! is where they wait if the disk's `controls` say so (`rate` counts there), `execute` has the disk do it, `config` is what the
+//! driver sees before all that, `stats` counts. `control` is how a device talks to its servers.
 
 mod config;
+pub(crate) mod control;
+mod controls;
 mod execute;
+mod gate;
+mod log_limit;
+mod rate;
 mod request;
 mod server;
 mod stats;
@@ -15,16 +21,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use block_io::WorkerHandle;
 use virtio_core::{
-    Activation, DeviceError, DeviceEvents, VirtioDevice, device_type, feature, read_config_bytes,
+    Activation, ActiveQueue, DeviceError, DeviceEvents, GuestMemory, VirtioDevice, device_type, feature,
+    read_config_bytes,
 };
 
 pub use config::feature as blk_feature;
+pub use controls::{DiskControls, DiskEvents, ErrorPolicy};
 pub use execute::{Context, ID_LENGTH, execute, status_of};
+pub use rate::{Rate, RateLimit, RateLimiter};
 pub use request::{Decoded, Range, Ranges, Request, Status, Unanswerable, decode, kind};
 pub use stats::{Counters, QueueStatistics};
 
 use crate::disk_handle::DiskHandle;
-use server::{Control, Done, ServerParts, Settings};
+use crate::inflight::InflightQueue;
+use control::{Control, Done, ServerParts, Settings, Waiting};
 
 /// The unit in which virtio-blk counts, whatever the block size (§5.2.4).
 pub const SECTOR: u64 = 512;
@@ -42,6 +52,8 @@ pub struct VirtioBlkOptions {
     pub queues: u16,
     /// Entries of each queue at most, a power of two from 4 to [`MAX_QUEUE_SIZE`]. Also limits the segments of a request.
     pub queue_size: u16,
+    /// What can be set while the disk is in use; shared by all devices that show the disk.
+    pub controls: Arc<DiskControls>,
 }
 
 impl Default for VirtioBlkOptions {
@@ -50,6 +62,7 @@ impl Default for VirtioBlkOptions {
             serial: String::new(),
             queues: 1,
             queue_size: 256,
+            controls: Arc::default(),
         }
     }
 }
@@ -93,6 +106,7 @@ pub struct VirtioBlk<H> {
 struct SharedState<H> {
     disk: H,
     settings: Arc<Settings>,
+    controls: Arc<DiskControls>,
     statistics: Vec<Arc<QueueStatistics>>,
     /// The transport, while the device is active.
     events: Mutex<Option<Arc<dyn DeviceEvents>>>,
@@ -173,6 +187,7 @@ where
             serial,
             queues,
             queue_size,
+            controls,
         } = options;
         if serial.len() > ID_LENGTH {
             return Err(VirtioBlkError::Serial {
@@ -199,6 +214,7 @@ where
                     id,
                     write_back: AtomicBool::new(true),
                 }),
+                controls: Arc::clone(controls),
                 statistics: (0..*queues).map(|_| Arc::default()).collect(),
                 events: Mutex::default(),
             }),
@@ -213,9 +229,50 @@ where
         VirtioBlkHandle(Arc::clone(&self.shared))
     }
 
+    pub(crate) fn set_events(&self, events: Option<Arc<dyn DeviceEvents>>) {
+        *self.shared.events.lock().unwrap_or_else(PoisonError::into_inner) = events;
+    }
+
+    /// Has one queue served on its worker; nothing if the device has no such queue.
+    pub(crate) fn serve(&self, start: QueueStart) -> Option<Arc<Control>> {
+        let index = usize::from(start.queue.index);
+        let statistics = self.shared.statistics.get(index)?;
+        let has = |feature| start.features & feature == feature;
+        let control = Arc::<Control>::default();
+        let parts = ServerParts {
+            disk: self.shared.disk.clone(),
+            memory: start.memory,
+            queue: start.queue,
+            events: start.events,
+            settings: Arc::clone(&self.shared.settings),
+            statistics: Arc::clone(statistics),
+            controls: Arc::clone(&self.shared.controls),
+            done: Done(Arc::clone(&control)),
+            indirect: has(feature::RING_INDIRECT_DESC),
+            flush: has(blk_feature::FLUSH),
+            config_wce: has(blk_feature::CONFIG_WCE),
+            inflight: start.inflight,
+            unanswered: start.unanswered,
+        };
+        self.workers[index % self.workers.len()].spawn(move || server::serve(parts));
+        Some(control)
+    }
+
     fn queues(&self) -> u16 {
         u16::try_from(self.queue_sizes.len()).unwrap_or(MAX_QUEUES)
     }
+}
+
+/// A queue that is to be served.
+pub(crate) struct QueueStart {
+    pub(crate) memory: GuestMemory,
+    pub(crate) features: u64,
+    pub(crate) queue: ActiveQueue,
+    pub(crate) events: Arc<dyn DeviceEvents>,
+    /// Where to note what is in flight.
+    pub(crate) inflight: Option<InflightQueue>,
+    /// Chains that were taken before, and not answered: they come first.
+    pub(crate) unanswered: Vec<u16>,
 }
 
 impl<H> VirtioDevice for VirtioBlk<H>
@@ -260,43 +317,28 @@ where
                 needed: 1,
             });
         }
-        let has = |feature| activation.has(feature);
-        let (indirect, flush, config_wce) = (
-            has(feature::RING_INDIRECT_DESC),
-            has(blk_feature::FLUSH),
-            has(blk_feature::CONFIG_WCE),
-        );
-        *self.shared.events.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(Arc::clone(&activation.events));
+        self.set_events(Some(Arc::clone(&activation.events)));
         for queue in activation.queues {
-            let index = usize::from(queue.index);
-            let Some(statistics) = self.shared.statistics.get(index) else {
-                // The transport has only the queues that it was told of.
-                continue;
-            };
-            let control = Arc::<Control>::default();
-            self.servers.push(Arc::clone(&control));
-            let parts = ServerParts {
-                disk: self.shared.disk.clone(),
+            let control = self.serve(QueueStart {
                 memory: Arc::clone(&activation.memory),
+                features: activation.features,
                 queue,
                 events: Arc::clone(&activation.events),
-                settings: Arc::clone(&self.shared.settings),
-                statistics: Arc::clone(statistics),
-                done: Done(control),
-                indirect,
-                flush,
-                config_wce,
-            };
-            self.workers[index % self.workers.len()].spawn(move || server::serve(parts));
+                inflight: None,
+                unanswered: Vec::new(),
+            });
+            // The transport has only the queues that it was told of.
+            self.servers.extend(control);
         }
         Ok(())
     }
 
     fn reset(&mut self) {
-        *self.shared.events.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.set_events(None);
         self.shared.settings.write_back.store(true, Ordering::Relaxed);
-        self.servers.iter().for_each(|server| server.stop());
+        self.servers
+            .iter()
+            .for_each(|server| server.stop(Waiting::Abandon));
     }
 
     fn is_idle(&mut self) -> bool {
@@ -307,6 +349,8 @@ where
 
 impl<H> Drop for VirtioBlk<H> {
     fn drop(&mut self) {
-        self.servers.iter().for_each(|server| server.stop());
+        self.servers
+            .iter()
+            .for_each(|server| server.stop(Waiting::Abandon));
     }
 }

@@ -98,6 +98,18 @@ pub enum Request<'a> {
     WriteZeroes(Box<Ranges>),
 }
 
+impl Request<'_> {
+    /// Bytes that move between memory and disk.
+    pub(super) fn data_length(&self) -> u64 {
+        match self {
+            Self::Read { data, .. } | Self::Write { data, .. } => {
+                data.iter().map(|piece| piece.len() as u64).sum()
+            }
+            _ => 0,
+        }
+    }
+}
+
 /// A chain that has room for an answer.
 #[derive(Debug)]
 pub struct Decoded<'a> {

@@ -11,108 +11,53 @@
 //!                └───────── woken by the first of a batch, interrupts once at its end ◄─┘
 //! ```
 //!
-//! The doorbell is on only while the worker sleeps ([`PollSource`]). Slots run before the server task is woken again, so a batch of completions costs one interrupt, and that travels with
-//! the next submission to the ring.
+//! The doorbell is on only while the worker sleeps ([`PollSource`]). Slots run before the server task is
+//! woken again, so a batch of completions costs one interrupt, and that travels with the next submission to the ring.
 //!
 //! A driver that breaks the rules stops the queue: no chain is taken any more, what is in flight ends, and the transport
 //! is told (`DeviceEvents::needs_reset`).
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::ops::Deref;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use block_io::{BlockDevice, EventSignal, EventWatch, IoError, PollSource, add_poll_source, spawn_local};
 use virtio_core::virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtio_core::vm_memory::{Bytes, GuestAddress};
 use virtio_core::{ActiveQueue, DeviceEvents, GuestMemory};
 
-use super::execute::{Context, ID_LENGTH, execute, status_of};
-use super::request::{Status, decode};
+use super::control::{Control, Done, Outcome, ServerParts, Settings};
+use super::controls::DiskControls;
+use super::execute::{Context, execute, status_of};
+use super::gate::Admission;
+use super::log_limit::LogLimit;
+use super::request::{Request, Status, decode};
 use super::stats::QueueStatistics;
 use crate::chain::{Buffers, Table};
 use crate::disk_handle::DiskHandle;
+use crate::inflight::InflightQueue;
 
-/// At most this many log lines per queue …
-const LOG_LINES: u32 = 10;
-/// … in this time.
-const LOG_PERIOD: Duration = Duration::from_secs(5);
-
-/// How the device talks to a running server, from any thread.
-#[derive(Debug, Default)]
-pub(super) struct Control {
-    stop: AtomicBool,
-    done: AtomicBool,
-    waker: Mutex<Option<Waker>>,
-}
-
-impl Control {
-    /// Take no further requests, end when those in flight have ended.
-    pub(super) fn stop(&self) {
-        self.stop.store(true, Ordering::SeqCst);
-        let waker = self.waker.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-
-    /// Whether guest memory is not touched any more.
-    pub(super) fn is_done(&self) -> bool {
-        self.done.load(Ordering::Acquire)
-    }
-}
-
-/// Says that a server is gone, however it went.
-pub(super) struct Done(pub(super) Arc<Control>);
-
-impl Drop for Done {
-    fn drop(&mut self) {
-        self.0.done.store(true, Ordering::Release);
-    }
-}
-
-/// What the servers of a device share with it.
-#[derive(Debug)]
-pub(super) struct Settings {
-    pub(super) id: [u8; ID_LENGTH],
-    /// The driver wants write-back (the `writeback` field).
-    pub(super) write_back: AtomicBool,
-}
-
-/// Everything that a server needs.
-pub(super) struct ServerParts<H> {
-    pub(super) disk: H,
-    pub(super) memory: GuestMemory,
-    pub(super) queue: ActiveQueue,
-    pub(super) events: Arc<dyn DeviceEvents>,
-    pub(super) settings: Arc<Settings>,
-    pub(super) statistics: Arc<QueueStatistics>,
-    pub(super) done: Done,
-    /// Indirect descriptors were negotiated.
-    pub(super) indirect: bool,
-    /// The driver can flush; without, every write must be durable (virtio 1.2 §5.2.6.2).
-    pub(super) flush: bool,
-    /// The driver may choose write-through.
-    pub(super) config_wce: bool,
-}
-
-struct Server<L> {
+pub(super) struct Server<L> {
     index: u16,
     disk: L,
     memory: GuestMemory,
     table: Table,
     queue: RefCell<Queue>,
-    signal: EventSignal,
+    signal: RefCell<EventSignal>,
     events: Arc<dyn DeviceEvents>,
-    control: Arc<Control>,
+    pub(super) control: Arc<Control>,
     settings: Arc<Settings>,
     statistics: Arc<QueueStatistics>,
+    pub(super) controls: Arc<DiskControls>,
     flush: bool,
     config_wce: bool,
+    inflight: Option<InflightQueue>,
     /// Slots that wait for a chain.
     idle: RefCell<Vec<Rc<Slot>>>,
     /// Heads that are in flight, one bit each.
@@ -126,7 +71,15 @@ struct Server<L> {
     doorbell_off: Cell<bool>,
     /// There are chains, says the ring's index.
     announced: Cell<bool>,
-    waker: RefCell<Option<Waker>>,
+    /// The server's task.
+    pub(super) waker: RefCell<Option<Waker>>,
+    /// Requests that wait for the disk to be resumed.
+    pub(super) held: RefCell<Vec<Waker>>,
+    /// Requests that wait at a limit, but for the first ([`super::gate`]).
+    pub(super) line: RefCell<VecDeque<Waker>>,
+    /// There is a first in line.
+    pub(super) pacing: Cell<bool>,
+    abandoned: RefCell<Vec<u16>>,
     log_limit: RefCell<LogLimit>,
     /// Dropped last, when no slot is left and guest memory was let go.
     _done: Done,
@@ -200,12 +153,14 @@ pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
         },
         heads: RefCell::new(vec![0; usize::from(queue.size()).div_ceil(64)].into()),
         queue: RefCell::new(queue),
-        signal: EventSignal::new(call),
+        signal: RefCell::new(EventSignal::new(call)),
         events: parts.events,
         settings: parts.settings,
         statistics: parts.statistics,
+        controls: parts.controls,
         flush: parts.flush,
         config_wce: parts.config_wce,
+        inflight: parts.inflight,
         idle: RefCell::default(),
         in_flight: Cell::new(0),
         completed: Cell::new(false),
@@ -214,10 +169,15 @@ pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
         announced: Cell::new(false),
         control: Arc::clone(&control),
         waker: RefCell::default(),
+        held: RefCell::default(),
+        line: RefCell::default(),
+        pacing: Cell::new(false),
+        abandoned: RefCell::default(),
         log_limit: RefCell::default(),
         _done: parts.done,
     });
     add_poll_source(&(Rc::clone(&server) as Rc<dyn PollSource>));
+    server.repeat(&parts.unanswered);
     // What the driver added before the doorbell was watched.
     server.drain();
     loop {
@@ -225,7 +185,7 @@ pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
             if server.waker.borrow().is_none() {
                 // A task's waker stays the same.
                 *server.waker.borrow_mut() = Some(context.waker().clone());
-                *control.waker.lock().unwrap_or_else(PoisonError::into_inner) = Some(context.waker().clone());
+                control.set_waker(context.waker().clone());
             }
             match kick.poll_wait(context) {
                 Poll::Ready(result) => Poll::Ready(Some(result)),
@@ -237,8 +197,14 @@ pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
         if server.completed.take() {
             server.interrupt();
         }
-        if control.stop.load(Ordering::SeqCst) {
+        if control.stopping().is_some() {
             break;
+        }
+        if control.has_new_call() {
+            server.change_call();
+        }
+        if server.can_release() {
+            server.release_held();
         }
         match kicked {
             Some(Ok(())) => server.drain(),
@@ -277,15 +243,32 @@ where
         for chain in queue.iter(memory).map_err(|error| error.to_string())? {
             let head = chain.head_index();
             self.mark_in_flight(head)?;
+            if let Some(inflight) = &self.inflight {
+                inflight.begin(head);
+            }
             self.idle_slot().give(Order::Serve(head));
             taken += 1;
         }
         Ok(taken)
     }
 
+    /// Serves chains that an earlier server took and did not answer.
+    fn repeat(self: &Rc<Self>, heads: &[u16]) {
+        for head in heads {
+            match self.mark_in_flight(*head) {
+                Ok(()) => self.idle_slot().give(Order::Serve(*head)),
+                Err(reason) => return self.fail(&reason),
+            }
+        }
+    }
+
     /// Whether the server task has something to do, beside what the doorbell announces.
     fn has_news(&self) -> bool {
-        self.completed.get() || self.announced.get() || self.control.stop.load(Ordering::SeqCst)
+        self.completed.get()
+            || self.announced.get()
+            || self.control.stopping().is_some()
+            || self.control.has_new_call()
+            || self.can_release()
     }
 
     fn mark_in_flight(&self, head: u16) -> Result<(), String> {
@@ -317,7 +300,8 @@ where
         let mut buffers = Buffers::default();
         while let Order::Serve(head) = slot.next().await {
             match self.serve_chain(head, &mut buffers).await {
-                Ok(written) => self.finish(head, written),
+                Ok(Some(written)) => self.finish(head, written),
+                Ok(None) => self.abandon(head),
                 Err(reason) => {
                     self.finish(head, 0);
                     self.fail(&reason);
@@ -327,8 +311,9 @@ where
         }
     }
 
-    /// Has the disk do what the chain asks for; returns how much of its memory the device may have written.
-    async fn serve_chain(&self, head: u16, buffers: &mut Buffers) -> Result<u32, String> {
+    /// Has the disk do what the chain asks for; returns how much of its memory the device may have written, or nothing if the
+    /// chain is not to be answered.
+    async fn serve_chain(&self, head: u16, buffers: &mut Buffers) -> Result<Option<u32>, String> {
         buffers
             .take_chain(self.table, &self.memory, head)
             .map_err(|error| error.to_string())?;
@@ -337,15 +322,10 @@ where
         let status = match decoded.request {
             Ok(request) => {
                 self.statistics.count_request(&request);
-                let context = Context {
-                    id: &self.settings.id,
-                    write_back: self.writes_back(),
-                };
-                let outcome = execute(&*self.disk, request, context).await;
-                if let Err(error) = &outcome {
-                    self.log(error);
+                match self.have_done(&request).await {
+                    Some(status) => status,
+                    None => return Ok(None),
                 }
-                status_of(&outcome)
             }
             Err(status) => status,
         };
@@ -353,19 +333,65 @@ where
             self.statistics.count_error();
         }
         decoded.status.fill(status as u8);
-        Ok(written)
+        Ok(Some(written))
+    }
+
+    /// The disk's answer, however long it takes; none if the server ends before.
+    async fn have_done(&self, request: &Request<'_>) -> Option<Status> {
+        loop {
+            if self.controls.gates() {
+                // Not on the usual way: memory for it only where it is needed.
+                match Box::pin(self.admit(request)).await {
+                    Admission::Go => {}
+                    Admission::Fail => return Some(Status::IoError),
+                    Admission::Abandon => return None,
+                }
+            }
+            let context = Context {
+                id: &self.settings.id,
+                write_back: self.writes_back(),
+            };
+            let outcome = execute(&*self.disk, request, context).await;
+            if let Err(error) = &outcome {
+                self.log(error);
+                if self.controls.stops_on(error) {
+                    continue;
+                }
+            }
+            return Some(status_of(&outcome));
+        }
     }
 
     fn writes_back(&self) -> bool {
         self.flush && (!self.config_wce || self.settings.write_back.load(Ordering::Relaxed))
     }
 
-    fn finish(&self, head: u16, written: u32) {
+    fn unmark(&self, head: u16) {
         if let Some(word) = self.heads.borrow_mut().get_mut(usize::from(head / 64)) {
             *word &= !(1 << (head % 64));
         }
         self.in_flight.set(self.in_flight.get() - 1);
-        if let Err(error) = self.queue.borrow_mut().add_used(&*self.memory, head, written) {
+    }
+
+    /// Leaves a chain to whoever serves the queue next.
+    fn abandon(&self, head: u16) {
+        self.unmark(head);
+        self.abandoned.borrow_mut().push(head);
+        self.wake();
+    }
+
+    fn finish(&self, head: u16, written: u32) {
+        self.unmark(head);
+        if let Some(inflight) = &self.inflight {
+            inflight.prepare_end(head);
+        }
+        let mut queue = self.queue.borrow_mut();
+        let added = queue.add_used(&*self.memory, head, written);
+        if let Some(inflight) = &self.inflight {
+            inflight.end(head, queue.next_used());
+        }
+        drop(queue);
+        if let Err(error) = added {
             self.fail(&error.to_string());
         }
         if !self.completed.replace(true) {
@@ -388,9 +414,21 @@ where
         };
         if needed {
             self.statistics.count_interrupt();
-            if let Err(error) = self.signal.signal() {
-                self.fail(&format!("cannot signal the interrupt: {error}"));
-            }
+            self.signal();
+        }
+    }
+
+    fn signal(&self) {
+        let signalled = self.signal.borrow().signal();
+        if let Err(error) = signalled {
+            self.fail(&format!("cannot signal the interrupt: {error}"));
+        }
+    }
+
+    fn change_call(&self) {
+        if let Some(call) = self.control.take_call() {
+            self.signal.replace(EventSignal::new(call));
+            self.signal();
         }
     }
 
@@ -405,7 +443,7 @@ where
     /// Stops to take chains, and says why, once.
     fn fail(&self, reason: &str) {
         // A queue that was told to stop has nobody who would reset it.
-        if !self.broken.replace(true) && !self.control.stop.load(Ordering::SeqCst) {
+        if !self.broken.replace(true) && self.control.stopping().is_none() {
             self.events
                 .needs_reset(&format!("virtqueue {}: {reason}", self.index));
         }
@@ -413,10 +451,13 @@ where
 
     /// Waits until nothing is in flight, then ends the slots.
     async fn end(&self) {
+        self.release_all();
         poll_fn(|_| {
             if self.completed.take() {
                 self.interrupt();
             }
+            // Some may have begun to wait just now.
+            self.release_all();
             if self.in_flight.get() == 0 {
                 Poll::Ready(())
             } else {
@@ -424,6 +465,10 @@ where
             }
         })
         .await;
+        self.control.set_outcome(Outcome {
+            next_avail: self.queue.borrow().next_avail(),
+            abandoned: self.abandoned.take(),
+        });
         for slot in self.idle.take() {
             slot.give(Order::End);
         }
@@ -448,10 +493,10 @@ impl<L> Server<L> {
 
     /// Takes no chains any more.
     fn has_stopped(&self) -> bool {
-        self.broken.get() || self.control.stop.load(Ordering::SeqCst)
+        self.broken.get() || self.control.stopping().is_some()
     }
 
-    fn wake(&self) {
+    pub(super) fn wake(&self) {
         if let Some(waker) = &*self.waker.borrow() {
             waker.wake_by_ref();
         }
@@ -459,6 +504,10 @@ impl<L> Server<L> {
 }
 
 impl<L> PollSource for Server<L> {
+    fn longest_spin(&self) -> Duration {
+        self.controls.polling()
+    }
+
     fn poll(&self) -> bool {
         if self.has_stopped() {
             return false;
@@ -484,29 +533,5 @@ impl<L> PollSource for Server<L> {
             // An error is found again, and told, by the drain.
             Ok(true) | Err(_) => self.announce(),
         }
-    }
-}
-
-/// Keeps a guest from filling the host's log.
-#[derive(Debug, Default)]
-struct LogLimit {
-    since: Option<Instant>,
-    lines: u32,
-}
-
-impl LogLimit {
-    fn admits(&mut self) -> bool {
-        let now = Instant::now();
-        if self
-            .since
-            .is_none_or(|since| now.duration_since(since) >= LOG_PERIOD)
-        {
-            *self = Self {
-                since: Some(now),
-                lines: 0,
-            };
-        }
-        self.lines += 1;
-        self.lines <= LOG_LINES
     }
 }

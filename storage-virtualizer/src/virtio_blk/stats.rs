@@ -38,6 +38,23 @@ pub struct Counters {
     pub interrupts: u64,
 }
 
+impl Counters {
+    /// The sums of both.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            reads: self.reads + other.reads,
+            read_bytes: self.read_bytes + other.read_bytes,
+            writes: self.writes + other.writes,
+            written_bytes: self.written_bytes + other.written_bytes,
+            flushes: self.flushes + other.flushes,
+            others: self.others + other.others,
+            errors: self.errors + other.errors,
+            interrupts: self.interrupts + other.interrupts,
+        }
+    }
+}
+
 /// There is one writer: no locked instruction is needed.
 fn add(counter: &AtomicU64, value: u64) {
     counter.store(

@@ -140,6 +140,7 @@ fn open_image(path: &Path, config: &DiskConfig, sandbox: &Sandbox) -> Result<Ope
         serial: serial(config),
         queues: u16::from(config.queues),
         queue_size: config.queue_size.get(),
+        ..VirtioBlkOptions::default()
     };
     let worker = Worker::start(
         &format!("io-{}", config.id),

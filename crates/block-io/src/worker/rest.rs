@@ -4,7 +4,7 @@
 //! worker is awake anyway, and turns it on as the last thing before sleep ([`PollSource::prepare_sleep`]). A guest that is
 //! busy then rings once for many requests.
 //!
-//! With [`super::WorkerOptions::busy_poll`] the worker spins before it sleeps, which saves the doorbell, the interrupt of the
+//! With [`super::WorkerOptions::busy_poll`], or if a source asks for it, the worker spins before it sleeps, which saves the doorbell, the interrupt of the
 //! thread and two context switches per request at low depth, and costs CPU time. How long it spins adapts: not at all after a
 //! sleep that was longer than spinning could have been, twice as long as before after a shorter one. So an idle worker sleeps.
 
@@ -21,6 +21,11 @@ const SHORTEST_SPIN: Duration = Duration::from_micros(4);
 
 /// Something in memory that a worker looks at itself.
 pub trait PollSource {
+    /// For how long at most the worker spins for the sake of this source before it sleeps; may change at any time.
+    fn longest_spin(&self) -> Duration {
+        Duration::ZERO
+    }
+
     /// If there is work, wakes the task that does it and says `true`. Called often while the worker spins.
     fn poll(&self) -> bool;
 
@@ -75,13 +80,25 @@ impl Rest {
             return;
         }
         self.skipped.set(0);
-        if self.longest_spin.is_zero() {
+        let longest = self.longest_spin();
+        if longest.is_zero() {
             local.turn(true);
+            self.spin.set(Duration::ZERO);
         } else {
             let start = Instant::now();
             local.turn(true);
-            self.adapt(start.elapsed());
+            self.adapt(start.elapsed(), longest);
         }
+    }
+
+    /// What the worker was told at its start, or the most that a source asks for.
+    fn longest_spin(&self) -> Duration {
+        let sources = self.sources.borrow();
+        let asked = sources
+            .iter()
+            .filter_map(|source| Some(source.upgrade()?.longest_spin()))
+            .max();
+        asked.unwrap_or_default().max(self.longest_spin)
     }
 
     /// Whether there was something to do before the time was up.
@@ -104,11 +121,11 @@ impl Rest {
         }
     }
 
-    fn adapt(&self, slept: Duration) {
-        let spin = if slept > self.longest_spin {
+    fn adapt(&self, slept: Duration, longest: Duration) {
+        let spin = if slept > longest {
             Duration::ZERO
         } else {
-            (self.spin.get() * 2).clamp(SHORTEST_SPIN.min(self.longest_spin), self.longest_spin)
+            (self.spin.get() * 2).clamp(SHORTEST_SPIN.min(longest), longest)
         };
         self.spin.set(spin);
     }

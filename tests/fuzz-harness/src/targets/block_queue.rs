@@ -39,6 +39,7 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
         serial: String::from_utf8_lossy(blk::ID).trim_end_matches('\0').to_owned(),
         queues: QUEUES,
         queue_size: MAX_SIZE,
+        ..VirtioBlkOptions::default()
     };
     let device = VirtioBlk::new(Arc::clone(&disk), &options, vec![worker()]).expect("a device");
     let mut bench = Bench {

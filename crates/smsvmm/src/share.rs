@@ -1,0 +1,174 @@
+//! `smsvmm share`: disks for virtual machines of others.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use block_io::{Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
+use clap::{Args, Subcommand};
+use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
+use storage_virtualizer::virtio_blk::{
+    DiskControls, ID_LENGTH, MAX_QUEUES, Rate, RateLimit, VirtioBlkOptions,
+};
+
+use crate::exit::{Exit, UsageError};
+use crate::logs;
+use crate::signals::Signals;
+
+/// A limited disk may be ahead of its rate by what it has in so many parts of a second.
+const BURST_PARTS: u64 = 10;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ShareCommand {
+    /// Serve disks to any vhost-user-blk front-end: QEMU, Cloud Hypervisor, smsvmm.
+    ///
+    /// Each disk has a socket of its own: the first --socket is that of the first --image, and so on. Serves until SIGTERM, SIGINT
+    /// or SIGHUP; requests in flight are ended then. A front-end that connects again (QEMU: reconnect=1) goes on where it was, also
+    /// after this process was killed.
+    VhostUser(VhostUserArguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VhostUserArguments {
+    /// Where to listen; only this user may connect.
+    #[arg(long, required = true, value_name = "PATH")]
+    socket: Vec<PathBuf>,
+    /// A raw disk image or a block device.
+    #[arg(long, required = true, value_name = "FILE")]
+    image: Vec<PathBuf>,
+    /// The guests cannot write; then several may use a disk at once.
+    #[arg(long)]
+    read_only: bool,
+    /// Virtqueues that a front-end may have.
+    #[arg(long, default_value_t = 4, value_name = "NUMBER")]
+    queues: u16,
+    /// Threads that serve the queues of each disk.
+    #[arg(long, default_value_t = 1, value_name = "NUMBER")]
+    threads: u16,
+    /// Use the host's page cache.
+    #[arg(long)]
+    buffered: bool,
+    /// Look for further requests for this long before sleeping: faster at low depth, for CPU time.
+    #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
+    poll_us: u32,
+    /// At most so many requests per second for each disk.
+    #[arg(long, value_name = "NUMBER")]
+    limit_iops: Option<u64>,
+    /// At most so many bytes per second for each disk.
+    #[arg(long, value_name = "BYTES")]
+    limit_bytes: Option<u64>,
+}
+
+pub(crate) fn execute(command: &ShareCommand) -> anyhow::Result<Exit> {
+    match command {
+        ShareCommand::VhostUser(arguments) => vhost_user(arguments),
+    }
+}
+
+fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
+    if arguments.socket.len() != arguments.image.len() {
+        return Err(UsageError::new(format!(
+            "{} --image and {} --socket: each disk needs one of both",
+            arguments.image.len(),
+            arguments.socket.len()
+        ))
+        .into());
+    }
+    if !(1..=MAX_QUEUES).contains(&arguments.queues) || !(1..=MAX_QUEUES).contains(&arguments.threads) {
+        return Err(UsageError::new(format!("a disk has 1 to {MAX_QUEUES} queues and threads")).into());
+    }
+    // Before any thread exists, so that all inherit the mask.
+    let signals = Signals::block().context("cannot block signals")?;
+    let mut shares = Vec::new();
+    for (image, socket) in arguments.image.iter().zip(&arguments.socket) {
+        shares.push(share(arguments, image, socket)?);
+        logs::say(&format!(
+            "smsvmm: {} is served at {}",
+            image.display(),
+            socket.display()
+        ));
+    }
+    let signal = signals.next();
+    logs::say(&format!("smsvmm: {signal}: the disks are closed"));
+    for (server, workers) in shares {
+        server.stop();
+        drop(workers);
+    }
+    Ok(Exit::Success)
+}
+
+type Share = (VhostUserServer<Arc<HostDevice>>, Vec<Worker>);
+
+fn share(arguments: &VhostUserArguments, image: &Path, socket: &Path) -> anyhow::Result<Share> {
+    let options = OpenOptions {
+        read_only: arguments.read_only,
+        cache: if arguments.buffered {
+            Cache::Buffered
+        } else {
+            Cache::Direct
+        },
+        ..OpenOptions::default()
+    };
+    let disk = HostDevice::open(image, &options)?;
+    let name = image
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    let workers = (0..arguments.threads)
+        .map(|number| Worker::start(&format!("io-{number}-{name}"), WorkerOptions::default()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut options = VhostUserOptions {
+        device: VirtioBlkOptions {
+            serial: serial(&name),
+            queues: arguments.queues,
+            controls: Arc::new(controls(arguments)),
+            ..VhostUserOptions::default().device
+        },
+        ..VhostUserOptions::default()
+    };
+    if arguments.read_only {
+        options.front_ends = 64;
+    }
+    let handles = workers.iter().map(|worker| worker.handle().clone()).collect();
+    let server = VhostUserServer::start(socket, Arc::new(disk), options, handles)?;
+    Ok((server, workers))
+}
+
+/// What fits of a name.
+fn serial(name: &str) -> String {
+    let mut serial = String::new();
+    for character in name.chars() {
+        if serial.len() + character.len_utf8() > ID_LENGTH {
+            break;
+        }
+        serial.push(character);
+    }
+    serial
+}
+
+fn controls(arguments: &VhostUserArguments) -> DiskControls {
+    let rate = |per_second: u64| Rate {
+        per_second,
+        burst: per_second / BURST_PARTS,
+    };
+    let controls = DiskControls::default();
+    controls.set_polling(Duration::from_micros(arguments.poll_us.into()));
+    controls.set_limit(RateLimit {
+        operations: arguments.limit_iops.map(rate),
+        bytes: arguments.limit_bytes.map(rate),
+    });
+    controls
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_serial_is_cut_between_characters() {
+        assert_eq!(serial("disk.img"), "disk.img");
+        assert_eq!(serial(&"ä".repeat(20)), "ä".repeat(10));
+    }
+}
