@@ -561,3 +561,38 @@ fn every_operation_is_done_or_not_done_after_a_crash() {
     assert_eq!(numbers.missing(&wanted), Vec::<&str>::new());
     assert!(numbers.crash_states > 1000, "{numbers}");
 }
+
+/// Those of which one builds on what the other has made.
+const PAIRS: [[Op; 2]; 20] = [
+    [Op::Snapshot, Op::DeleteSecond],
+    [Op::Snapshot, Op::GroupSnapshot],
+    [Op::DeleteFirst, Op::DeleteSecond],
+    [Op::DeleteSecond, Op::DeleteFirst],
+    [Op::DeleteFirst, Op::RevertToSecond],
+    [Op::Revert, Op::DeleteFirst],
+    [Op::Revert, Op::DeleteSecond],
+    [Op::Revert, Op::Snapshot],
+    [Op::Undoable, Op::Snapshot],
+    [Op::Undoable, Op::CommitLive],
+    [Op::Append, Op::DeleteSecond],
+    [Op::Append, Op::PowerOffDiscard],
+    [Op::CommitLive, Op::Discard],
+    [Op::Merge, Op::Undoable],
+    [Op::Merge, Op::Commit],
+    [Op::Merge, Op::Delete],
+    [Op::CloneNow, Op::DeleteSecond],
+    [Op::CloneSnapshot, Op::Delete],
+    [Op::Nonpersistent, Op::Write],
+    [Op::Grow, Op::Revert],
+];
+
+#[test]
+fn two_operations_are_done_or_not_done_after_a_crash() {
+    let options = ExploreOptions {
+        states: 2,
+        nesting: 0,
+        ..ExploreOptions::default()
+    };
+    let numbers = explore_all(PAIRS.iter().map(|pair| Script(pair.to_vec())).collect(), &options);
+    assert!(numbers.crash_states > 1000, "{numbers}");
+}
