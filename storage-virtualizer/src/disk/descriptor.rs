@@ -67,6 +67,21 @@ pub(crate) struct Pending {
     pub(crate) purpose: Purpose,
 }
 
+/// Why a slot is not taken for a descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wrong {
+    /// A crash may have left it so, or it has decayed.
+    Damaged(&'static str),
+    /// Something else has made it.
+    Foreign(&'static str),
+}
+
+impl From<&'static str> for Wrong {
+    fn from(problem: &'static str) -> Self {
+        Self::Damaged(problem)
+    }
+}
+
 /// Which layer of a disk is what.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Descriptor {
@@ -218,17 +233,19 @@ impl Descriptor {
     ///
     /// # Errors
     /// What is wrong with it.
-    pub(crate) fn decode(slot: &[u8]) -> Result<Option<Self>, &'static str> {
+    pub(crate) fn decode(slot: &[u8]) -> Result<Option<Self>, Wrong> {
         let header = slot.get(..HEADER).ok_or("it is too short")?;
         if header.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
         let mut reader = Reader(slot);
         if reader.take(8)? != MAGIC {
-            return Err("it is no descriptor of a disk");
+            return Err(Wrong::Foreign("it is no descriptor of a disk"));
         }
         if reader.u32()? != u32::from(VERSION) {
-            return Err("it has a format that this version does not know: use a newer one");
+            return Err(Wrong::Foreign(
+                "it has a format that this version does not know: use a newer one",
+            ));
         }
         let sum = reader.u32()?;
         let sequence = reader.u64()?;
@@ -239,13 +256,15 @@ impl Descriptor {
         let end = HEADER.checked_add(length).ok_or("its length cannot be")?;
         let checked = slot.get(UNCHECKED..end).ok_or("its length cannot be")?;
         if crc_fast::crc32_iscsi(checked) != sum {
-            return Err("its checksum differs");
+            return Err(Wrong::Damaged("its checksum differs"));
         }
         if incompatible != 0 {
-            return Err("it uses features that this version does not know: use a newer one");
+            return Err(Wrong::Foreign(
+                "it uses features that this version does not know: use a newer one",
+            ));
         }
         let body = slot.get(HEADER..end).ok_or("its length cannot be")?;
-        Self::decode_body(sequence, &mut Reader(body)).map(Some)
+        Ok(Some(Self::decode_body(sequence, &mut Reader(body))?))
     }
 
     fn decode_body(sequence: u64, from: &mut Reader<'_>) -> Result<Self, &'static str> {

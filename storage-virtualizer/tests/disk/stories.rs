@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use block_io::BlockDevice;
 use block_io::sim::{Failure, Sim};
-use storage_virtualizer::disk::{DiskMode, DiskOptions, Disks, NewSnapshot, PowerOff};
+use storage_virtualizer::disk::{DiskMode, DiskOptions, Disks, NewDisk, NewSnapshot, PowerOff};
 
 use crate::help::*;
 
@@ -344,6 +344,34 @@ fn what_was_changed_is_known() {
         refused(disks.changed(D, "b", Some("a"), 0, 100).await, "is not built on")?;
         refused(disks.changed(D, "x", None, 0, 100).await, "has no snapshot x")?;
         disks.close(disk, 1).await.map_err(failed)
+    });
+}
+
+#[test]
+fn a_file_that_is_no_descriptor_is_not_taken_for_one() {
+    run(|sim| async move {
+        let (fs, disks) = disks(&sim).await?;
+        let new = filesys::NewFile {
+            size: 1 << 20,
+            ..Default::default()
+        };
+        for path in ["/x.disk", "/root.disk"] {
+            fs.create(path, &new).await.map_err(failed)?;
+            let file = fs.open_file(path, filesys::Access::Write).await.map_err(failed)?;
+            write(&file, 0, 1).await?;
+            write(&file, 8, 1).await?;
+        }
+        let new = NewDisk {
+            size: CLUSTER,
+            ..NewDisk::default()
+        };
+        refused(disks.create("/x.dsk", &new).await, "/x.disk exists already")?;
+        refused(disks.open(D, reading()).await, "it is no descriptor of a disk")?;
+        refused(
+            disks.snapshot(&[D], &named("a")).await,
+            "it is no descriptor of a disk",
+        )?;
+        same(&names(&fs).await?.len(), &3)
     });
 }
 

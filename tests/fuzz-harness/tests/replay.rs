@@ -90,5 +90,5 @@ replays! {
     filesys_media: "filesys-media", 20_000;
     filesys_image: "filesys-image", 2_000;
     disk_descriptor: "disk-descriptor", 20_000;
-    disk_image: "disk-image", 10_000;
+    disk_image: "disk-image", 2_000;
 }
