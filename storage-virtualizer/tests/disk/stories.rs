@@ -408,3 +408,31 @@ fn snapshots_get_other_names() {
         same(&disks.status(D).await.map_err(failed)?.snapshots.len(), &2)
     });
 }
+
+#[test]
+fn without_space_nothing_is_half_done() {
+    run(|sim| async move {
+        let (fs, disks) = disks(&sim).await?;
+        let disk = attach(&disks, D, DiskMode::Persistent).await?;
+        write(&*disk, 0, 1).await?;
+        // All that is left, but what writes to the disk's own clusters need not.
+        create(&disks, "/fill.dsk", 64 << 20).await?;
+        let fill = attach(&disks, "/fill.dsk", DiskMode::Persistent).await?;
+        let mut filled = 0;
+        while write(&*fill, filled, 7).await.is_ok() {
+            filled += 1;
+        }
+        disks.close(fill, 1).await.ok();
+        refused(disks.snapshot(&[D], &named("a")).await, "")?;
+        same(&disks.status(D).await.map_err(failed)?.snapshots.len(), &0)?;
+        write(&*disk, 0, 2).await?;
+        same(&contents(&*disk).await?, &vec![2, 0, 0, 0])?;
+        disks.delete("/fill.dsk", 1).await.map_err(failed)?;
+        fs.settled().await;
+        disks.snapshot(&[D], &named("a")).await.map_err(failed)?;
+        write(&*disk, 0, 3).await?;
+        same(&look(&disks, "/root.dsk@a").await?, &vec![2, 0, 0, 0])?;
+        disks.close(disk, 1).await.map_err(failed)?;
+        is_sound(&fs).await
+    });
+}

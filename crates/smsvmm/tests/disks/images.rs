@@ -298,3 +298,34 @@ fn who_breaks_off_leaves_nothing_half_done() {
     );
     assert!(place.pool(&["file", "check"]).contains("all is well"));
 }
+
+#[test]
+fn an_import_that_is_killed_can_be_done_again() {
+    let place = with_files();
+    let image = File::create(place.path("in.raw")).unwrap();
+    let content: Vec<u8> = (0..16).flat_map(|piece| noise(piece, 1 << 20)).collect();
+    image.write_all_at(&content, 0).unwrap();
+    let mut killed = 0;
+    for round in 0..5 {
+        let mut child = command(&place, &["disk", "import", "in.raw", "/a.dsk"])
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(30 + 20 * round));
+        child.kill().unwrap();
+        killed += usize::from(!child.wait().unwrap().success());
+        let left = place.pool(&["file", "list"]);
+        // Whatever is there by that name is whole.
+        if left.lines().any(|name| name == "a.dsk") {
+            place.pool(&["disk", "export", "/a.dsk", "out.raw", "--force"]);
+            same(&fs::read(place.path("out.raw")).unwrap(), &content);
+            place.pool(&["disk", "delete", "/a.dsk"]);
+        }
+    }
+    assert!(
+        killed > 0,
+        "nothing was killed: the machine is too fast for this test"
+    );
+    place.pool(&["disk", "import", "in.raw", "/a.dsk", "--verify"]);
+    assert_eq!(place.pool(&["file", "list"]), "a.dsk\n");
+    assert!(place.pool(&["file", "check"]).contains("all is well"));
+}
