@@ -100,18 +100,80 @@ pub(crate) async fn perform(
     operation: DiskOperation,
     reporter: &Reporter<DiskOutcome>,
 ) -> Result<DiskAnswer, Problem> {
+    let shortened = shortens(&operation);
+    let answer = storage.perform_disk(operation).await?;
+    let Some(path) = shortened else {
+        return Ok(answer);
+    };
+    // What is not needed any more goes now, as nobody else will have the pool open in a moment.
+    settle(storage, reporter).await?;
+    match storage.merge_disk(&path).await {
+        Ok(_) => {}
+        // It was deleted.
+        Err(problem) if problem.kind == ProblemKind::NotFound => {}
+        Err(problem) => return Err(problem),
+    }
+    settle(storage, reporter).await?;
+    Ok(answer)
+}
+
+/// Waits for what the file system does in the background, unless the caller has had enough: it goes on when the pool is opened next.
+async fn settle<T>(storage: &Storage, reporter: &Reporter<T>) -> Result<(), Problem> {
+    if !reporter.stopped() {
+        storage.files()?.settled().await;
+    }
+    Ok(())
+}
+
+/// The disk that may have layers more than it needs after an operation.
+fn shortens(operation: &DiskOperation) -> Option<String> {
+    let path = match operation {
+        DiskOperation::Resize { path, .. }
+        | DiskOperation::Revert { path }
+        | DiskOperation::DeleteSnapshot { path }
+        | DiskOperation::Delete { path }
+        | DiskOperation::Commit { path }
+        | DiskOperation::Discard { path }
+        | DiskOperation::Merge { path } => path,
+        _ => return None,
+    };
+    DiskPath::with_snapshot(path)
+        .ok()
+        .map(|(disk, _)| disk.to_string())
+}
+
+impl Storage {
+    /// Does an operation on disks of an open pool, whether they are in use or not. None takes long but a merge; after a commit, and
+    /// after the deletion of a snapshot, [`Self::merge_disk`] makes the chain short again, when there is time for that.
+    ///
+    /// # Errors
+    /// It is refused or fails.
+    pub async fn perform_disk(&self, operation: DiskOperation) -> Result<DiskAnswer, Problem> {
+        Box::pin(perform_one(self, operation)).await
+    }
+
+    /// Makes the chain of a disk as short as its snapshots allow, while it is used. Tells whether nothing is left to do.
+    ///
+    /// # Errors
+    /// There is no such disk, or a volume failed: then it can be called again.
+    pub async fn merge_disk(&self, path: &str) -> Result<bool, Problem> {
+        Box::pin(self.disks()?.merge(path, now())).await.map_err(failed)
+    }
+}
+
+async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<DiskAnswer, Problem> {
     let disks = storage.disks()?;
     let now = now();
-    let disk = match operation {
-        DiskOperation::List { path } => return list(storage, &path).await,
+    match operation {
+        DiskOperation::List { path } => list(storage, &path).await,
         DiskOperation::Status { path } => {
             let state = disks.status(&path).await.map_err(failed)?;
             let status = view::status(storage.files()?, &state);
-            return Ok(DiskAnswer::Status(Box::new(status)));
+            Ok(DiskAnswer::Status(Box::new(status)))
         }
         DiskOperation::Changed { path, since, until } => {
-            let ranges = Box::pin(changed(disks, &path, &since, until.as_deref())).await?;
-            return Ok(DiskAnswer::Changed(ranges));
+            let ranges = changed(disks, &path, &since, until.as_deref()).await?;
+            Ok(DiskAnswer::Changed(ranges))
         }
         DiskOperation::Create {
             path,
@@ -132,14 +194,9 @@ pub(crate) async fn perform(
                 attributes,
                 now,
             };
-            return done(Box::pin(disks.create(&path, &new)).await);
+            done(disks.create(&path, &new).await)
         }
-        DiskOperation::Resize { path, size, force } => {
-            Box::pin(disks.resize(&path, size, force, now))
-                .await
-                .map_err(failed)?;
-            path
-        }
+        DiskOperation::Resize { path, size, force } => done(disks.resize(&path, size, force, now).await),
         DiskOperation::Snapshot {
             paths,
             name,
@@ -151,59 +208,34 @@ pub(crate) async fn perform(
                 description,
                 now,
             };
-            return done(Box::pin(disks.snapshot(&paths, &new)).await);
+            done(disks.snapshot(&paths, &new).await)
         }
         DiskOperation::DescribeSnapshot {
             path,
             name,
             description,
-        } => return done(Box::pin(describe(disks, &path, name, description)).await),
+        } => {
+            let (disk, snapshot) = snapshot_of(&path)?;
+            done(describe(disks, &disk, snapshot, name, description).await)
+        }
         DiskOperation::Revert { path } => {
             let (disk, snapshot) = snapshot_of(&path)?;
-            Box::pin(disks.revert(disk.as_str(), &snapshot, now))
-                .await
-                .map_err(failed)?;
-            disk.to_string()
+            done(disks.revert(disk.as_str(), &snapshot, now).await)
         }
         DiskOperation::DeleteSnapshot { path } => {
             let (disk, snapshot) = snapshot_of(&path)?;
-            let deleted = disks.delete_snapshot(disk.as_str(), &snapshot, now);
-            Box::pin(deleted).await.map_err(failed)?;
-            disk.to_string()
+            done(disks.delete_snapshot(disk.as_str(), &snapshot, now).await)
         }
         DiskOperation::Clone { path, to } => {
             let (disk, snapshot) = DiskPath::with_snapshot(&path).map_err(failed)?;
             let cloned = disks.clone_disk(disk.as_str(), snapshot.as_deref(), &to, now);
-            return done(Box::pin(cloned).await);
+            done(cloned.await)
         }
-        DiskOperation::Commit { path } => {
-            Box::pin(disks.commit(&path, now)).await.map_err(failed)?;
-            path
-        }
-        DiskOperation::Discard { path } => {
-            Box::pin(disks.discard(&path, now)).await.map_err(failed)?;
-            path
-        }
-        DiskOperation::Merge { path } => path,
-        DiskOperation::Delete { path } => {
-            Box::pin(disks.delete(&path, now)).await.map_err(failed)?;
-            settle(storage, reporter).await?;
-            return Ok(DiskAnswer::Done);
-        }
-    };
-    // What is not needed any more goes now, as nobody else will have the pool open in a moment.
-    settle(storage, reporter).await?;
-    Box::pin(disks.merge(&disk, now)).await.map_err(failed)?;
-    settle(storage, reporter).await?;
-    Ok(DiskAnswer::Done)
-}
-
-/// Waits for what the file system does in the background, unless the caller has had enough: it goes on when the pool is opened next.
-async fn settle<T>(storage: &Storage, reporter: &Reporter<T>) -> Result<(), Problem> {
-    if !reporter.stopped() {
-        storage.files()?.settled().await;
+        DiskOperation::Commit { path } => done(disks.commit(&path, now).await),
+        DiskOperation::Discard { path } => done(disks.discard(&path, now).await),
+        DiskOperation::Merge { path } => done(disks.merge(&path, now).await.map(drop)),
+        DiskOperation::Delete { path } => done(disks.delete(&path, now).await),
     }
-    Ok(())
 }
 
 pub(crate) fn failed(error: DiskError) -> Problem {
@@ -249,12 +281,11 @@ fn snapshot_of(path: &str) -> Result<(DiskPath, String), Problem> {
 
 async fn describe(
     disks: &Disks,
-    path: &str,
+    disk: &DiskPath,
+    snapshot: String,
     name: Option<String>,
     description: Option<String>,
 ) -> Result<(), DiskError> {
-    let (disk, snapshot) = DiskPath::with_snapshot(path)?;
-    let snapshot = snapshot.unwrap_or_default();
     let state = disks.status(disk.as_str()).await?;
     let old = state.snapshots.into_iter().find(|known| known.name == snapshot);
     let Some(old) = old else {

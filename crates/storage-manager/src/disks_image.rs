@@ -1,13 +1,14 @@
 //! Images on the host: opened, read, and made, on a thread that may block.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use api::virtual_disk::{ExportRequest, ImageFormat, Transferred};
 use api::{Problem, ProblemKind};
 use block_io::{AlignedBuffer, BlockDevice};
 use storage_virtualizer::disk::DiskOptions;
+use storage_virtualizer::disk::image::qcow2::{Qcow2, Qcow2Writer, is_qcow2};
 use storage_virtualizer::disk::image::{Image, ImageError, ImageWriter, Raw, RawWriter};
 
 use crate::conversation::{Flow, Notice, Reporter, on_worker};
@@ -15,6 +16,9 @@ use crate::device::DevicePaths;
 use crate::disks_transfer::{Of, PIECE, PIECES, Piece, compare, send_all, thread};
 use crate::pipe::{Pipe, pipe};
 use crate::storage::{Access, Storage};
+
+/// Images that are built on each other, at most.
+const MOST_BACKING: usize = 64;
 
 /// A problem of an image.
 pub(crate) fn of_image(name: &str, error: &ImageError) -> Problem {
@@ -38,20 +42,96 @@ fn of_host(what: &str, name: &str, error: &io::Error) -> Problem {
 pub(crate) fn open(
     name: &str,
     format: Option<ImageFormat>,
-    _backing: bool,
+    backing: bool,
 ) -> Result<(Box<dyn Image>, ImageFormat), Problem> {
-    let file = File::open(name).map_err(|error| of_host("open", name, &error))?;
+    open_below(name, format, backing, 0)
+}
+
+/// As [`open`], with so many images built on it.
+fn open_below(
+    name: &str,
+    format: Option<ImageFormat>,
+    backing: bool,
+    depth: usize,
+) -> Result<(Box<dyn Image>, ImageFormat), Problem> {
+    let mut file = File::open(name).map_err(|error| of_host("open", name, &error))?;
     let data = file.metadata().map_err(|error| of_host("open", name, &error))?;
     if data.is_dir() {
-        return Err(Problem::new(
-            ProblemKind::Invalid,
-            format!("{name} is a directory, not an image"),
-        )
-        .about(name));
+        let detail = format!("{name} is a directory, not an image");
+        return Err(Problem::new(ProblemKind::Invalid, detail).about(name));
     }
-    let _ = format;
-    let image = Raw::open(file).map_err(|error| of_image(name, &error))?;
-    Ok((Box::new(image), ImageFormat::Raw))
+    let failed = |error| of_image(name, &error);
+    let format = match format {
+        Some(format) => format,
+        None => {
+            let mut first = Vec::new();
+            let read = file.by_ref().take(4).read_to_end(&mut first);
+            read.map_err(|error| of_host("read", name, &error))?;
+            match is_qcow2(&first) {
+                true => ImageFormat::Qcow2,
+                false => ImageFormat::Raw,
+            }
+        }
+    };
+    if format == ImageFormat::Raw {
+        return Ok((Box::new(Raw::open(file).map_err(failed)?), format));
+    }
+    let length = file.seek(io::SeekFrom::End(0));
+    let length = length.map_err(|error| of_host("find the size of", name, &error))?;
+    let mut image = Qcow2::open((file, length)).map_err(failed)?;
+    if let Some((below, kind)) = image.backing().map_err(failed)? {
+        let opened = open_backing(name, &below, kind.as_deref(), backing, depth)?;
+        image.set_backing(opened);
+    }
+    Ok((Box::new(image), format))
+}
+
+/// Opens the image on which another one is built.
+fn open_backing(
+    name: &str,
+    below: &str,
+    kind: Option<&str>,
+    wanted: bool,
+    depth: usize,
+) -> Result<Box<dyn Image>, Problem> {
+    let refused = |detail: String, remedy: &str| {
+        let problem = Problem::new(ProblemKind::Invalid, detail).about(name);
+        Err(problem.remedy(remedy))
+    };
+    if !wanted {
+        return refused(
+            format!("{name} is built on another image, {below:?}"),
+            "use --backing, if you trust it, or put both into one with `qemu-img convert`",
+        );
+    }
+    if depth >= MOST_BACKING {
+        return refused(
+            format!("{name} is built on more than {MOST_BACKING} images, or on itself"),
+            "put them into one with `qemu-img convert`",
+        );
+    }
+    let path = below.strip_prefix("file:").unwrap_or(below);
+    let format = match kind {
+        None => None,
+        Some("raw") => Some(ImageFormat::Raw),
+        Some("qcow2") => Some(ImageFormat::Qcow2),
+        Some(other) => {
+            return refused(
+                format!("{name} is built on an image of format {other:?}, which cannot be read here"),
+                "put them into one with `qemu-img convert`",
+            );
+        }
+    };
+    if path.contains("://") || path.starts_with("json:") || path.starts_with("nbd:") {
+        return refused(
+            format!("{name} is built on {below:?}, which is no file"),
+            "put them into one with `qemu-img convert`",
+        );
+    }
+    let folder = Path::new(name).parent().unwrap_or(Path::new(""));
+    let path = folder.join(path);
+    let (image, _) = open_below(&path.to_string_lossy(), format, true, depth + 1)?;
+    Ok(image)
 }
 
 /// Reads all data of an image, as long as `take` wants more.
@@ -162,8 +242,10 @@ impl Drop for Draft {
 }
 
 fn writer(file: File, format: ImageFormat, size: u64) -> Result<Box<dyn ImageWriter>, ImageError> {
-    let _ = format;
-    Ok(Box::new(RawWriter::create(file, size)?))
+    Ok(match format {
+        ImageFormat::Raw => Box::new(RawWriter::create(file, size)?),
+        ImageFormat::Qcow2 => Box::new(Qcow2Writer::create(file, size)?),
+    })
 }
 
 /// What the task tells the thread.

@@ -10,6 +10,7 @@ use super::descriptor::Descriptor;
 use super::disks::{Disks, no_snapshot};
 use super::error::DiskError;
 use super::name::DiskPath;
+use super::store;
 
 /// A disk that is to be made.
 #[derive(Debug, Clone, Default)]
@@ -48,6 +49,8 @@ pub struct SnapshotState {
 pub struct RedoState {
     /// What it is for.
     pub mode: DiskMode,
+    /// The layer that has what the disk is without it.
+    pub below: FileId,
     /// Bytes of volumes that it has.
     pub allocated: u64,
 }
@@ -120,9 +123,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 .into());
             }
         }
-        match self.files().delete(&path.descriptor()).await {
-            Ok(()) | Err(FsError::NotFound { .. }) => Ok(()),
-            Err(error) => Err(error.into()),
+        match store::is_left(self.files(), path).await? {
+            true => Ok(self.files().delete(&path.descriptor()).await?),
+            false => Ok(()),
         }
     }
 
@@ -152,14 +155,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let marks = std::mem::take(&mut descriptor.snapshots);
         let redo = descriptor.redo.take().map(|redo| redo.file);
         let layers = redo.into_iter().chain([descriptor.head]);
-        let layers = layers
-            .chain(marks.iter().rev().map(|mark| mark.file))
-            .chain([base]);
+        let layers = layers.chain(marks.iter().rev().map(|mark| mark.file));
         for layer in layers {
             if !descriptor.doomed.contains(&layer) {
                 descriptor.doomed.push(layer);
             }
         }
+        // As long as there is a file of its name, somebody can go on with the deletion.
+        descriptor.doomed.retain(|layer| *layer != base);
+        descriptor.doomed.push(base);
         descriptor.deleted = true;
         self.store(&path, &mut descriptor, now).await?;
         self.delete_all(&path, &descriptor).await
@@ -244,6 +248,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         }
         let redo = descriptor.redo.map(|redo| RedoState {
             mode: redo.mode,
+            below: descriptor.head,
             allocated: own.get(&redo.file).copied().unwrap_or(0),
         });
         let top = self.files().stat_of(descriptor.top()).await?;

@@ -43,8 +43,8 @@ mod turn;
 mod virtual_disk;
 
 pub use descriptor::MAX_SNAPSHOTS;
-#[cfg(feature = "fuzzing")]
-pub(crate) use descriptor::fuzz as fuzz_descriptor;
+#[doc(hidden)]
+pub use descriptor::{example, survives};
 pub use disks::Disks;
 pub use error::DiskError;
 pub use manage::{DiskState, NewDisk, RedoState, SnapshotState};

@@ -3,7 +3,7 @@
 use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoBuf};
 use filesys::{Access, FileId, FileSystem, FsError, Kind, NewFile};
 
-use super::descriptor::{Descriptor, SLOT};
+use super::descriptor::{Descriptor, SLOT, Wrong};
 use super::error::DiskError;
 use super::name::DiskPath;
 
@@ -66,7 +66,9 @@ pub(super) async fn load<V: BlockDevice + 'static, C: Clock + Clone + 'static>(
                     .as_ref()
                     .is_some_and(|newest| newest.sequence > found.sequence) => {}
             Ok(Some(found)) => newest = Some(found),
-            Err(error) => problem = Some(error),
+            // Whatever else there is, somebody else has made this.
+            Err(Wrong::Foreign(error)) => return Err(damaged(path, error)),
+            Err(Wrong::Damaged(error)) => problem = Some(error),
         }
     }
     match (newest, problem) {
@@ -81,6 +83,31 @@ pub(super) async fn load<V: BlockDevice + 'static, C: Clock + Clone + 'static>(
         (None, None) => Ok(Descriptor::plain(stat.id)),
         (None, Some(problem)) => Err(damaged(path, problem)),
     }
+}
+
+/// Whether a disk that is gone has left its descriptor. What is no descriptor is not taken for one.
+pub(super) async fn is_left<V: BlockDevice + 'static, C: Clock + Clone + 'static>(
+    files: &FileSystem<V, C>,
+    path: &DiskPath,
+) -> Result<bool, DiskError> {
+    let file = match files.open_file(&path.descriptor(), Access::Read).await {
+        Ok(file) => file,
+        Err(FsError::NotFound { .. }) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    for sequence in 0..2 {
+        let buffer = AlignedBuffer::new(SLOT);
+        if file.size() == 2 * SLOT as u64 {
+            file.read(slot_of(sequence), &whole(&buffer)).await?;
+            if Descriptor::decode(buffer.as_slice()).is_ok() {
+                return Ok(true);
+            }
+        }
+    }
+    Err(FsError::Exists {
+        path: path.descriptor(),
+    }
+    .into())
 }
 
 /// The file of the disk's name must be the head, or an ancestor of it.

@@ -167,7 +167,8 @@ async fn story(sim: Sim) -> Result<(), Failure> {
     fs.settled().await;
     same(&disks.merge(D, 3).await.map_err(failed)?, &true)?;
     let reader = disks.open(D, reading()).await.map_err(failed)?;
-    for (offset, stamp) in &known.borrow().acknowledged {
+    let expected = known.borrow().acknowledged.clone();
+    for (offset, stamp) in &expected {
         same(&get(&reader, *offset).await?, stamp)?;
     }
     same(

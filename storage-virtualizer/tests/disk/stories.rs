@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use block_io::BlockDevice;
 use block_io::sim::{Failure, Sim};
-use storage_virtualizer::disk::{DiskMode, DiskOptions, Disks, NewSnapshot, PowerOff};
+use storage_virtualizer::disk::{DiskMode, DiskOptions, Disks, NewDisk, NewSnapshot, PowerOff};
 
 use crate::help::*;
 
@@ -348,6 +348,34 @@ fn what_was_changed_is_known() {
 }
 
 #[test]
+fn a_file_that_is_no_descriptor_is_not_taken_for_one() {
+    run(|sim| async move {
+        let (fs, disks) = disks(&sim).await?;
+        let new = filesys::NewFile {
+            size: 1 << 20,
+            ..Default::default()
+        };
+        for path in ["/x.disk", "/root.disk"] {
+            fs.create(path, &new).await.map_err(failed)?;
+            let file = fs.open_file(path, filesys::Access::Write).await.map_err(failed)?;
+            write(&file, 0, 1).await?;
+            write(&file, 8, 1).await?;
+        }
+        let new = NewDisk {
+            size: CLUSTER,
+            ..NewDisk::default()
+        };
+        refused(disks.create("/x.dsk", &new).await, "/x.disk exists already")?;
+        refused(disks.open(D, reading()).await, "it is no descriptor of a disk")?;
+        refused(
+            disks.snapshot(&[D], &named("a")).await,
+            "it is no descriptor of a disk",
+        )?;
+        same(&names(&fs).await?.len(), &3)
+    });
+}
+
+#[test]
 fn snapshots_get_other_names() {
     run(|sim| async move {
         let (_fs, disks) = disks(&sim).await?;
@@ -378,5 +406,33 @@ fn snapshots_get_other_names() {
         )?;
         // All or none.
         same(&disks.status(D).await.map_err(failed)?.snapshots.len(), &2)
+    });
+}
+
+#[test]
+fn without_space_nothing_is_half_done() {
+    run(|sim| async move {
+        let (fs, disks) = disks(&sim).await?;
+        let disk = attach(&disks, D, DiskMode::Persistent).await?;
+        write(&*disk, 0, 1).await?;
+        // All that is left, but what writes to the disk's own clusters need not.
+        create(&disks, "/fill.dsk", 64 << 20).await?;
+        let fill = attach(&disks, "/fill.dsk", DiskMode::Persistent).await?;
+        let mut filled = 0;
+        while write(&*fill, filled, 7).await.is_ok() {
+            filled += 1;
+        }
+        disks.close(fill, 1).await.ok();
+        refused(disks.snapshot(&[D], &named("a")).await, "")?;
+        same(&disks.status(D).await.map_err(failed)?.snapshots.len(), &0)?;
+        write(&*disk, 0, 2).await?;
+        same(&contents(&*disk).await?, &vec![2, 0, 0, 0])?;
+        disks.delete("/fill.dsk", 1).await.map_err(failed)?;
+        fs.settled().await;
+        disks.snapshot(&[D], &named("a")).await.map_err(failed)?;
+        write(&*disk, 0, 3).await?;
+        same(&look(&disks, "/root.dsk@a").await?, &vec![2, 0, 0, 0])?;
+        disks.close(disk, 1).await.map_err(failed)?;
+        is_sound(&fs).await
     });
 }

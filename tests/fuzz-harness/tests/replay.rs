@@ -89,4 +89,6 @@ replays! {
     pool_device: "pool-device", 20_000;
     filesys_media: "filesys-media", 20_000;
     filesys_image: "filesys-image", 2_000;
+    disk_descriptor: "disk-descriptor", 20_000;
+    disk_image: "disk-image", 2_000;
 }

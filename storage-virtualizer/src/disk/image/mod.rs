@@ -4,8 +4,10 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`qcow2`] | QEMU's format |
 //! | `raw` | the bytes of a disk, one after the other; holes are skipped |
 
+pub mod qcow2;
 mod raw;
 
 use std::io;

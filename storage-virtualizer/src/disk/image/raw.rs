@@ -1,10 +1,12 @@
 //! Raw images: files and block devices that hold the bytes of a disk, one after the other.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io::{Seek, SeekFrom};
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+
+use rustix::fs::{SeekFrom as Where, seek};
+use rustix::io::Errno;
 
 use super::{Image, ImageError, ImageWriter, is_zero};
 
@@ -40,14 +42,14 @@ impl Image for Raw {
         if from >= self.size {
             return Ok(None);
         }
-        match seek(&self.file, from, libc::SEEK_DATA) {
+        match seek(&self.file, Where::Data(from)) {
             Ok(start) if start < self.size => {
-                let end = seek(&self.file, start, libc::SEEK_HOLE).unwrap_or(self.size);
+                let end = seek(&self.file, Where::Hole(start)).unwrap_or(self.size);
                 Ok(Some(start..end.clamp(start + 1, self.size)))
             }
             Ok(_) => Ok(None),
             // Nothing but a hole follows.
-            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            Err(Errno::NXIO) => Ok(None),
             // It does not know about holes.
             Err(_) => Ok(Some(from..self.size)),
         }
@@ -59,13 +61,6 @@ impl Image for Raw {
             "cannot read the image at offset {offset}"
         )))
     }
-}
-
-fn seek(file: &File, from: u64, whence: i32) -> io::Result<u64> {
-    let from = libc::off_t::try_from(from).map_err(|_| io::Error::from_raw_os_error(libc::ENXIO))?;
-    // SAFETY: the descriptor is open as long as the file is borrowed; no memory is given.
-    let at = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
-    u64::try_from(at).map_err(|_| io::Error::last_os_error())
 }
 
 /// A raw image that is being made, in a file that is empty so far.

@@ -4,6 +4,8 @@ mod block_queue;
 mod block_request;
 mod config;
 mod console;
+mod disk_descriptor;
+mod disk_image;
 mod escape;
 mod filesys_image;
 mod filesys_media;
@@ -124,6 +126,20 @@ pub const TARGETS: &[Target] = &[
         max_length: 256,
         is_possible: always,
         body: filesys_image::run,
+    },
+    Target {
+        name: "disk-descriptor",
+        about: "the descriptor of a virtual disk",
+        max_length: 256,
+        is_possible: always,
+        body: disk_descriptor::run,
+    },
+    Target {
+        name: "disk-image",
+        about: "qcow2 images that are imported",
+        max_length: 512,
+        is_possible: always,
+        body: disk_image::run,
     },
 ];
 

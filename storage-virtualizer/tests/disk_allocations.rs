@@ -1,0 +1,128 @@
+//! A virtual disk costs nothing beside its file: the same futures, and no allocation in steady state, however long the chain is.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use block_io::{
+    AlignedBuffer, BlockDevice, Durability, HostDevice, OpenOptions, Worker, WorkerClock, WorkerOptions,
+};
+use filesys::{Access, FileSystem, FormatOptions, GivenVolume};
+use storage_virtualizer::disk::{DiskOptions, Disks, NewDisk, NewSnapshot};
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    static COUNTS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Counts the allocations of threads that asked for it.
+struct Counting;
+
+// SAFETY: everything is done by the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if COUNTS.get() {
+            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn volume(number: u8) -> GivenVolume<HostDevice> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(32 << 20).unwrap();
+    GivenVolume {
+        uuid: [number; 16],
+        name: format!("v{number}"),
+        class: String::new(),
+        device: Rc::new(HostDevice::open(file.path(), &OpenOptions::default()).unwrap()),
+    }
+}
+
+#[test]
+fn a_disk_is_its_file_and_nothing_more() {
+    let worker = Worker::start("test", WorkerOptions::default()).unwrap();
+    worker.run(|| async {
+        let format = FormatOptions {
+            uuid: [7; 16],
+            seed: 7,
+            journal_blocks: None,
+            grow_to: 0,
+        };
+        let made = FileSystem::format(
+            volume(0),
+            vec![volume(1)],
+            &format,
+            filesys::OpenOptions::default(),
+            WorkerClock::new(),
+        );
+        let fs = Box::pin(made).await.unwrap();
+        let disks = Disks::new(fs.clone());
+        let new = NewDisk {
+            size: 4 << 20,
+            ..NewDisk::default()
+        };
+        disks.create("/a.dsk", &new).await.unwrap();
+        disks.create("/b.dsk", &new).await.unwrap();
+        let disk = disks.open("/a.dsk", DiskOptions::default()).await.unwrap();
+        let file = fs.open_file("/b.dsk", Access::Write).await.unwrap();
+        let buffer = AlignedBuffer::new(4096);
+        // SAFETY: the buffer outlives all requests, which are awaited or never polled.
+        let memory = [unsafe { buffer.io(0, 4096) }];
+        let size = |of_disk: usize, of_file: usize| assert_eq!(of_disk, of_file, "bytes of a future");
+        size(
+            size_of_val(&disk.read(0, &memory)),
+            size_of_val(&file.read(0, &memory)),
+        );
+        size(
+            size_of_val(&disk.write(0, &memory, Durability::Volatile)),
+            size_of_val(&file.write(0, &memory, Durability::Volatile)),
+        );
+        size(size_of_val(&disk.flush()), size_of_val(&file.flush()));
+
+        // Data in all layers of a chain.
+        for layer in 0..8_u64 {
+            disk.write(layer * 65536, &memory, Durability::Volatile)
+                .await
+                .unwrap();
+            let snapshot = NewSnapshot {
+                name: format!("s{layer}"),
+                ..NewSnapshot::default()
+            };
+            disks.snapshot(&["/a.dsk"], &snapshot).await.unwrap();
+        }
+        let round = async || {
+            for cluster in 0..8 {
+                disk.read(cluster * 65536, &memory).await.unwrap();
+                disk.write(cluster * 65536, &memory, Durability::Volatile)
+                    .await
+                    .unwrap();
+            }
+            disk.flush().await.unwrap();
+        };
+        for _ in 0..20 {
+            round().await;
+        }
+        COUNTS.set(true);
+        for _ in 0..200 {
+            round().await;
+        }
+        COUNTS.set(false);
+        let counted = ALLOCATIONS.load(Ordering::Relaxed);
+        assert_eq!(counted, 0, "allocations in 3400 requests");
+        drop((disk, file));
+        fs.close().await.unwrap();
+    });
+}
