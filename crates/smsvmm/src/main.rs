@@ -3,6 +3,9 @@
 //! Each command lies in a module of its own and returns an [`Exit`] or an error; only this file turns them into an exit
 //! status and prints errors: one line, the chain of causes separated by colons, the remedy in the text.
 
+// The way of a request from a virtqueue to a device is one future, of all layers: nothing on it is allocated.
+#![recursion_limit = "256"]
+
 mod cli;
 mod exit;
 mod host;

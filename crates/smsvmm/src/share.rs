@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use block_io::{Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
 use clap::{Args, Subcommand};
+use storage_manager::{DiskOptions, HostedPool};
 use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
 use storage_virtualizer::virtio_blk::{
     DiskControls, ID_LENGTH, MAX_QUEUES, Rate, RateLimit, VirtioBlkOptions,
@@ -15,6 +16,7 @@ use storage_virtualizer::virtio_blk::{
 use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::signals::Signals;
+use crate::storage::{self, Which};
 
 /// A limited disk may be ahead of its rate by what it has in so many parts of a second.
 const BURST_PARTS: u64 = 10;
@@ -23,7 +25,8 @@ const BURST_PARTS: u64 = 10;
 pub(crate) enum ShareCommand {
     /// Serve disks to any vhost-user-blk front-end: QEMU, Cloud Hypervisor, smsvmm.
     ///
-    /// Each disk has a socket of its own: the first --socket is that of the first --image, and so on. Serves until SIGTERM, SIGINT
+    /// Disks are paths in a pool, which is named by --config or --devices, or images of the host by --image. Each disk has a socket of
+    /// its own: the first --socket is that of the first disk, and so on. Serves until SIGTERM, SIGINT
     /// or SIGHUP; requests in flight are ended then. A front-end that connects again (QEMU: reconnect=1) goes on where it was, also
     /// after this process was killed.
     VhostUser(VhostUserArguments),
@@ -31,11 +34,16 @@ pub(crate) enum ShareCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct VhostUserArguments {
+    #[command(flatten)]
+    which: Which,
+    /// Disks of the pool, or snapshots: /vm/root.dsk, /vm/root.dsk@monday.
+    #[arg(conflicts_with = "image", required_unless_present = "image")]
+    paths: Vec<String>,
     /// Where to listen; only this user may connect.
     #[arg(long, required = true, value_name = "PATH")]
     socket: Vec<PathBuf>,
     /// A raw disk image or a block device.
-    #[arg(long, required = true, value_name = "FILE")]
+    #[arg(long, value_name = "FILE")]
     image: Vec<PathBuf>,
     /// The guests cannot write; then several may use a disk at once.
     #[arg(long)]
@@ -43,11 +51,11 @@ pub(crate) struct VhostUserArguments {
     /// Virtqueues that a front-end may have.
     #[arg(long, default_value_t = 4, value_name = "NUMBER")]
     queues: u16,
-    /// Threads that serve the queues of each disk.
-    #[arg(long, default_value_t = 1, value_name = "NUMBER")]
+    /// Threads that serve the queues of each image. Disks of a pool have one thread together.
+    #[arg(long, default_value_t = 1, value_name = "NUMBER", conflicts_with = "paths")]
     threads: u16,
     /// Use the host's page cache.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "paths")]
     buffered: bool,
     /// Look for further requests for this long before sleeping: faster at low depth, for CPU time.
     #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
@@ -67,10 +75,10 @@ pub(crate) fn execute(command: &ShareCommand) -> anyhow::Result<Exit> {
 }
 
 fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
-    if arguments.socket.len() != arguments.image.len() {
+    let disks = arguments.image.len() + arguments.paths.len();
+    if arguments.socket.len() != disks {
         return Err(UsageError::new(format!(
-            "{} --image and {} --socket: each disk needs one of both",
-            arguments.image.len(),
+            "{disks} disks and {} --socket: each disk needs a socket of its own",
             arguments.socket.len()
         ))
         .into());
@@ -80,6 +88,9 @@ fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
     }
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
+    if !arguments.paths.is_empty() {
+        return pool_disks(arguments, &signals);
+    }
     let mut shares = Vec::new();
     for (image, socket) in arguments.image.iter().zip(&arguments.socket) {
         shares.push(share(arguments, image, socket)?);
@@ -96,6 +107,68 @@ fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
         drop(workers);
     }
     Ok(Exit::Success)
+}
+
+/// Serves disks of a pool.
+fn pool_disks(arguments: &VhostUserArguments, signals: &Signals) -> anyhow::Result<Exit> {
+    let devices = storage::devices(&arguments.which)?;
+    let pool = HostedPool::open("io-pool", devices, WorkerOptions::default())?;
+    for note in pool.notes() {
+        logs::say(&format!("smsvmm: {note}"));
+    }
+    let served = serve_pool_disks(arguments, &pool, signals);
+    let closed = pool.close();
+    served?;
+    closed?;
+    Ok(Exit::Success)
+}
+
+fn serve_pool_disks(
+    arguments: &VhostUserArguments,
+    pool: &HostedPool,
+    signals: &Signals,
+) -> anyhow::Result<()> {
+    let mut shares = Vec::new();
+    for (path, socket) in arguments.paths.iter().zip(&arguments.socket) {
+        let options = DiskOptions {
+            // Of a snapshot there is nothing else.
+            read_only: arguments.read_only || path.contains('@'),
+            ..DiskOptions::default()
+        };
+        let disk = pool.disk(path, options)?;
+        let name = path.rsplit('/').next().unwrap_or_default();
+        let server = VhostUserServer::start(
+            socket,
+            disk.handle().clone(),
+            server_options(arguments, name, options.read_only),
+            vec![pool.worker().clone()],
+        )?;
+        shares.push((server, disk.into_guard()));
+        logs::say(&format!("smsvmm: {path} is served at {}", socket.display()));
+    }
+    let signal = signals.next();
+    logs::say(&format!("smsvmm: {signal}: the disks are closed"));
+    for (server, guard) in shares {
+        server.stop();
+        drop(guard);
+    }
+    Ok(())
+}
+
+fn server_options(arguments: &VhostUserArguments, name: &str, read_only: bool) -> VhostUserOptions {
+    let mut options = VhostUserOptions {
+        device: VirtioBlkOptions {
+            serial: serial(name),
+            queues: arguments.queues,
+            controls: Arc::new(controls(arguments)),
+            ..VhostUserOptions::default().device
+        },
+        ..VhostUserOptions::default()
+    };
+    if read_only {
+        options.front_ends = 64;
+    }
+    options
 }
 
 type Share = (VhostUserServer<Arc<HostDevice>>, Vec<Worker>);
@@ -119,18 +192,7 @@ fn share(arguments: &VhostUserArguments, image: &Path, socket: &Path) -> anyhow:
     let workers = (0..arguments.threads)
         .map(|number| Worker::start(&format!("io-{number}-{name}"), WorkerOptions::default()))
         .collect::<Result<Vec<_>, _>>()?;
-    let mut options = VhostUserOptions {
-        device: VirtioBlkOptions {
-            serial: serial(&name),
-            queues: arguments.queues,
-            controls: Arc::new(controls(arguments)),
-            ..VhostUserOptions::default().device
-        },
-        ..VhostUserOptions::default()
-    };
-    if arguments.read_only {
-        options.front_ends = 64;
-    }
+    let options = server_options(arguments, &name, arguments.read_only);
     let handles = workers.iter().map(|worker| worker.handle().clone()).collect();
     let server = VhostUserServer::start(socket, Arc::new(disk), options, handles)?;
     Ok((server, workers))

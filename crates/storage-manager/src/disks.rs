@@ -95,7 +95,7 @@ pub fn execute_disk(
     })
 }
 
-pub(crate) async fn perform(
+async fn perform(
     storage: &Storage,
     operation: DiskOperation,
     reporter: &Reporter<DiskOutcome>,

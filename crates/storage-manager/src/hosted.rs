@@ -28,7 +28,7 @@ use storage_virtualizer::disk::DiskOptions;
 
 use crate::conversation::Reporter;
 use crate::device::DevicePaths;
-use crate::disks::{self, VirtualDisk};
+use crate::disks::VirtualDisk;
 use crate::storage::{Access, Storage};
 use crate::{file_view, files, offline, volumes};
 
@@ -287,8 +287,7 @@ async fn answer(storage: &Storage, request: StorageRequest) -> Result<StorageAns
             StorageAnswer::Status(Box::new(status))
         }
         StorageRequest::Disk(operation) => {
-            let reporter = Reporter::unheard();
-            let answer = disks::perform(storage, operation, &reporter).await?;
+            let answer = storage.perform_disk(operation).await?;
             let events = storage.take_events();
             StorageAnswer::Disk(Box::new(api::virtual_disk::DiskOutcome { answer, events }))
         }

@@ -21,13 +21,15 @@ use api::storage::{JobState, NewDevice, Operation, Outcome, PoolEventKind, PoolS
 use api::{Problem, ProblemKind, StorageAnswer, StorageRequest};
 use storage_manager::{DevicePaths, Force};
 
+pub(crate) use arguments::Which;
 pub(crate) use disk_arguments::VirtualDiskArguments;
 pub(crate) use disks::disk;
 pub(crate) use file_arguments::FileArguments;
 pub(crate) use files::file;
 
 pub(crate) use arguments::{DeviceArguments, JobArguments, PoolArguments, VolumeArguments};
-use arguments::{DeviceCommand, JobCommand, PoolCommand, VolumeCommand, Which};
+use arguments::{DeviceCommand, JobCommand, PoolCommand, VolumeCommand};
+pub(crate) use select::devices;
 use watch::Watch;
 
 use crate::exit::{Exit, UsageError};
