@@ -46,7 +46,7 @@ impl Storage {
             now: now(),
             ..options
         };
-        let opened = self.disks()?.open(path, options).await;
+        let opened = Box::pin(self.disks()?.open(path, options)).await;
         opened.map(Rc::new).map_err(|error| of_disks(&error))
     }
 
@@ -55,7 +55,7 @@ impl Storage {
     /// # Errors
     /// Somebody else still has it, or something could not be written.
     pub async fn close_disk(&self, disk: Rc<VirtualDisk>) -> Result<(), Problem> {
-        let closed = self.disks()?.close(disk, now()).await;
+        let closed = Box::pin(self.disks()?.close(disk, now())).await;
         closed.map_err(|error| of_disks(&error))
     }
 
@@ -101,13 +101,13 @@ async fn perform(
     reporter: &Reporter<DiskOutcome>,
 ) -> Result<DiskAnswer, Problem> {
     let shortened = shortens(&operation);
-    let answer = storage.perform_disk(operation).await?;
+    let answer = Box::pin(storage.perform_disk(operation)).await?;
     let Some(path) = shortened else {
         return Ok(answer);
     };
     // What is not needed any more goes now, as nobody else will have the pool open in a moment.
     settle(storage, reporter).await?;
-    match storage.merge_disk(&path).await {
+    match Box::pin(storage.merge_disk(&path)).await {
         Ok(_) => {}
         // It was deleted.
         Err(problem) if problem.kind == ProblemKind::NotFound => {}
@@ -165,14 +165,14 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
     let disks = storage.disks()?;
     let now = now();
     match operation {
-        DiskOperation::List { path } => list(storage, &path).await,
+        DiskOperation::List { path } => Box::pin(list(storage, &path)).await,
         DiskOperation::Status { path } => {
-            let state = disks.status(&path).await.map_err(failed)?;
+            let state = Box::pin(disks.status(&path)).await.map_err(failed)?;
             let status = view::status(storage.files()?, &state);
             Ok(DiskAnswer::Status(Box::new(status)))
         }
         DiskOperation::Changed { path, since, until } => {
-            let ranges = changed(disks, &path, &since, until.as_deref()).await?;
+            let ranges = Box::pin(changed(disks, &path, &since, until.as_deref())).await?;
             Ok(DiskAnswer::Changed(ranges))
         }
         DiskOperation::Create {
@@ -194,9 +194,11 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
                 attributes,
                 now,
             };
-            done(disks.create(&path, &new).await)
+            done(Box::pin(disks.create(&path, &new)).await)
         }
-        DiskOperation::Resize { path, size, force } => done(disks.resize(&path, size, force, now).await),
+        DiskOperation::Resize { path, size, force } => {
+            done(Box::pin(disks.resize(&path, size, force, now)).await)
+        }
         DiskOperation::Snapshot {
             paths,
             name,
@@ -208,7 +210,7 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
                 description,
                 now,
             };
-            done(disks.snapshot(&paths, &new).await)
+            done(Box::pin(disks.snapshot(&paths, &new)).await)
         }
         DiskOperation::DescribeSnapshot {
             path,
@@ -216,25 +218,25 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
             description,
         } => {
             let (disk, snapshot) = snapshot_of(&path)?;
-            done(describe(disks, &disk, snapshot, name, description).await)
+            done(Box::pin(describe(disks, &disk, snapshot, name, description)).await)
         }
         DiskOperation::Revert { path } => {
             let (disk, snapshot) = snapshot_of(&path)?;
-            done(disks.revert(disk.as_str(), &snapshot, now).await)
+            done(Box::pin(disks.revert(disk.as_str(), &snapshot, now)).await)
         }
         DiskOperation::DeleteSnapshot { path } => {
             let (disk, snapshot) = snapshot_of(&path)?;
-            done(disks.delete_snapshot(disk.as_str(), &snapshot, now).await)
+            done(Box::pin(disks.delete_snapshot(disk.as_str(), &snapshot, now)).await)
         }
         DiskOperation::Clone { path, to } => {
             let (disk, snapshot) = DiskPath::with_snapshot(&path).map_err(failed)?;
             let cloned = disks.clone_disk(disk.as_str(), snapshot.as_deref(), &to, now);
-            done(cloned.await)
+            done(Box::pin(cloned).await)
         }
-        DiskOperation::Commit { path } => done(disks.commit(&path, now).await),
-        DiskOperation::Discard { path } => done(disks.discard(&path, now).await),
-        DiskOperation::Merge { path } => done(disks.merge(&path, now).await.map(drop)),
-        DiskOperation::Delete { path } => done(disks.delete(&path, now).await),
+        DiskOperation::Commit { path } => done(Box::pin(disks.commit(&path, now)).await),
+        DiskOperation::Discard { path } => done(Box::pin(disks.discard(&path, now)).await),
+        DiskOperation::Merge { path } => done(Box::pin(disks.merge(&path, now)).await.map(drop)),
+        DiskOperation::Delete { path } => done(Box::pin(disks.delete(&path, now)).await),
     }
 }
 
@@ -286,7 +288,7 @@ async fn describe(
     name: Option<String>,
     description: Option<String>,
 ) -> Result<(), DiskError> {
-    let state = disks.status(disk.as_str()).await?;
+    let state = Box::pin(disks.status(disk.as_str())).await?;
     let old = state.snapshots.into_iter().find(|known| known.name == snapshot);
     let Some(old) = old else {
         return Err(DiskError::NoSnapshot {
@@ -299,14 +301,14 @@ async fn describe(
         description: description.unwrap_or(old.description),
         now: now(),
     };
-    disks.describe_snapshot(disk.as_str(), &snapshot, &new).await
+    Box::pin(disks.describe_snapshot(disk.as_str(), &snapshot, &new)).await
 }
 
 async fn list(storage: &Storage, directory: &str) -> Result<DiskAnswer, Problem> {
     let disks = storage.disks()?;
     let mut list = Vec::new();
     for path in storage.disk_paths(directory).await? {
-        match disks.status(&path).await {
+        match Box::pin(disks.status(&path)).await {
             Ok(state) => list.push(view::disk(&state)),
             Err(error) => list.push(view::broken(path, &error)),
         }
@@ -323,7 +325,7 @@ async fn changed(
     let mut ranges: Vec<ChangedRange> = Vec::new();
     let mut from = Some(0);
     while let Some(start) = from {
-        let found = disks.changed(path, since, until, start, RANGES).await;
+        let found = Box::pin(disks.changed(path, since, until, start, RANGES)).await;
         let (found, next) = found.map_err(failed)?;
         ranges.extend(found.into_iter().map(|range| ChangedRange {
             offset: range.offset,

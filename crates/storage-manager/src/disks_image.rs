@@ -219,7 +219,7 @@ impl Draft {
         let named = match self.force {
             true => fs::rename(&self.part, &self.target),
             // Nobody who made a file of that name meanwhile loses it.
-            false => fs::hard_link(&self.part, &self.target).and_then(|()| fs::remove_file(&self.part)),
+            false => rename_new(&self.part, &self.target),
         };
         named.map_err(|error| of_host("make", &name, &error))?;
         self.done = true;
@@ -229,6 +229,16 @@ impl Draft {
         };
         let synced = File::open(folder).and_then(|folder| folder.sync_all());
         synced.map_err(|error| of_host("make durable", &name, &error))
+    }
+}
+
+/// Gives a file a name that nobody has.
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    let flags = rustix::fs::RenameFlags::NOREPLACE;
+    match rustix::fs::renameat_with(rustix::fs::CWD, from, rustix::fs::CWD, to, flags) {
+        // The file system of the host cannot do that in one step.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) if !to.exists() => fs::rename(from, to),
+        done => done.map_err(io::Error::from),
     }
 }
 

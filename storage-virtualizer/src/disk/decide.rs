@@ -22,7 +22,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let path = DiskPath::new(path)?;
         let entry = self.entry(&path);
         let _turn = entry.turn.take().await;
-        let mut descriptor = self.settle(&path, &entry, now).await?;
+        let mut descriptor = Box::pin(self.settle(&path, &entry, now)).await?;
         let Some(redo) = descriptor.redo else {
             return Err(DiskError::Decided {
                 disk: path.to_string(),
@@ -38,7 +38,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         match entry.live() {
             Some(live) => {
                 let purpose = Purpose::Redo { mode: redo.mode };
-                self.make_layer(&path, &mut descriptor, redo.file, purpose, Some(&live), now)
+                Box::pin(self.make_layer(&path, &mut descriptor, redo.file, purpose, Some(&live), now))
                     .await?;
             }
             None => {
@@ -46,10 +46,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 descriptor.head = redo.file;
                 descriptor.redo = None;
                 descriptor.let_go(before);
-                self.store(&path, &mut descriptor, now).await?;
+                Box::pin(self.store(&path, &mut descriptor, now)).await?;
             }
         }
-        self.tidy(&path, &mut descriptor, now).await
+        Box::pin(self.tidy(&path, &mut descriptor, now)).await
     }
 
     /// The writes in the redo layer go.
@@ -61,15 +61,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let entry = self.entry(&path);
         let _turn = entry.turn.take().await;
         entry.check_unused_but_snapshots(&path)?;
-        let mut descriptor = self.settle(&path, &entry, now).await?;
+        let mut descriptor = Box::pin(self.settle(&path, &entry, now)).await?;
         let Some(redo) = &mut descriptor.redo else {
             return Err(DiskError::Decided {
                 disk: path.to_string(),
             });
         };
         redo.discarded = true;
-        self.store(&path, &mut descriptor, now).await?;
-        self.tidy(&path, &mut descriptor, now).await
+        Box::pin(self.store(&path, &mut descriptor, now)).await?;
+        Box::pin(self.tidy(&path, &mut descriptor, now)).await
     }
 
     /// Makes the chain of a disk short: the first layer, if it is no snapshot any more, goes into the one above it. That takes time, and
@@ -84,15 +84,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let entry = self.entry(&path);
         for _ in 0..MOST_MERGES {
             let turn = entry.turn.take().await;
-            let descriptor = self.settle(&path, &entry, now).await?;
+            let descriptor = Box::pin(self.settle(&path, &entry, now)).await?;
             if descriptor.doomed.is_empty() {
                 return Ok(true);
             }
-            let Some(child) = self.child_of_base(&path, descriptor.top()).await? else {
+            let Some(child) = Box::pin(self.child_of_base(&path, descriptor.top())).await? else {
                 return Ok(false);
             };
             drop(turn);
-            match self.files().absorb(&child, true).await {
+            match Box::pin(self.files().absorb(&child, true)).await {
                 Ok(()) => {}
                 Err(FsError::Busy { .. } | FsError::NotFound { .. } | FsError::State { .. }) => {
                     return Ok(false);

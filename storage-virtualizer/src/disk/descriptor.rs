@@ -503,33 +503,10 @@ mod tests {
     use super::*;
 
     fn full() -> Descriptor {
-        let mark = |number: u64| Mark {
-            file: FileId(number),
-            created: 1_700_000_000 + number,
-            name: format!("snapshot-{number}"),
-            description: "before the upgrade".into(),
-        };
+        let descriptor = Descriptor::decode(&example()).unwrap().unwrap();
         Descriptor {
-            sequence: 7,
-            head: FileId(12),
-            next_layer: 4,
             deleted: true,
-            redo: Some(Redo {
-                file: FileId(13),
-                mode: DiskMode::Append,
-                discarded: false,
-            }),
-            pending: Some(Pending {
-                layer: 4,
-                parent: FileId(13),
-                purpose: Purpose::Snapshot {
-                    created: 5,
-                    name: "new".into(),
-                    description: String::new(),
-                },
-            }),
-            doomed: vec![FileId(3)],
-            snapshots: (1..=3).map(mark).collect(),
+            ..descriptor
         }
     }
 

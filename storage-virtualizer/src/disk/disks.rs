@@ -165,15 +165,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 });
             }
             Some(snapshot) => {
-                let descriptor = self.look(&path, &entry).await?;
+                let descriptor = Box::pin(self.look(&path, &entry)).await?;
                 let mark = descriptor.snapshot(snapshot);
                 let mark = mark.ok_or_else(|| no_snapshot(&path, snapshot))?;
-                self.open_layer(&path, mark.file, Access::Read).await?
+                Box::pin(self.open_layer(&path, mark.file, Access::Read)).await?
             }
             None if options.read_only => {
                 entry.check_unwritten(&path)?;
-                let descriptor = self.look(&path, &entry).await?;
-                self.open_layer(&path, descriptor.top(), Access::Read).await?
+                let descriptor = Box::pin(self.look(&path, &entry)).await?;
+                Box::pin(self.open_layer(&path, descriptor.top(), Access::Read)).await?
             }
             None => {
                 entry.check_unwritten(&path)?;
@@ -183,9 +183,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                         problem: "somebody reads it, who must not see it change",
                     });
                 }
-                let mut descriptor = self.settle(&path, &entry, options.now).await?;
-                self.prepare(&path, &mut descriptor, options).await?;
-                self.open_layer(&path, descriptor.top(), Access::Write).await?
+                let mut descriptor = Box::pin(self.settle(&path, &entry, options.now)).await?;
+                Box::pin(self.prepare(&path, &mut descriptor, options)).await?;
+                Box::pin(self.open_layer(&path, descriptor.top(), Access::Write)).await?
             }
         };
         drop(turn);
@@ -218,14 +218,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         options: DiskOptions,
     ) -> Result<(), DiskError> {
         match (options.mode, &mut descriptor.redo) {
-            (DiskMode::Persistent, None) => self.make_writable(path, descriptor, options.now).await,
+            (DiskMode::Persistent, None) => Box::pin(self.make_writable(path, descriptor, options.now)).await,
             (DiskMode::Persistent | DiskMode::Nonpersistent, Some(_)) => Err(DiskError::Undecided {
                 disk: path.to_string(),
             }),
             (mode, Some(redo)) => {
                 if redo.mode != mode {
                     redo.mode = mode;
-                    self.store(path, descriptor, options.now).await?;
+                    Box::pin(self.store(path, descriptor, options.now)).await?;
                 }
                 Ok(())
             }
@@ -239,7 +239,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                     }
                     .into());
                 }
-                self.make_layer(path, descriptor, head, Purpose::Redo { mode }, None, options.now)
+                Box::pin(self.make_layer(path, descriptor, head, Purpose::Redo { mode }, None, options.now))
                     .await
             }
         }
@@ -268,13 +268,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         drop(disk);
         let ended = match (mode, decision) {
             (DiskMode::Undoable, PowerOff::Commit) if flushed.is_ok() => {
-                self.commit(path.as_str(), now).await
+                Box::pin(self.commit(path.as_str(), now)).await
             }
-            (DiskMode::Undoable, PowerOff::Discard) => self.discard(path.as_str(), now).await,
+            (DiskMode::Undoable, PowerOff::Discard) => Box::pin(self.discard(path.as_str(), now)).await,
             (DiskMode::Nonpersistent, _) => {
                 let entry = self.entry(&path);
                 let turn = entry.turn.take().await;
-                let settled = self.settle(&path, &entry, now).await;
+                let settled = Box::pin(self.settle(&path, &entry, now)).await;
                 drop(turn);
                 settled.map(drop)
             }
@@ -293,7 +293,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let mut tries = 0;
         loop {
             let name = self.layer_path(path, layer).await?;
-            match self.files().open_file(&name, access).await {
+            match Box::pin(self.files().open_file(&name, access)).await {
                 // A merge that ended just now gave it another name.
                 Err(FsError::NotFound { .. }) if tries < 8 => tries += 1,
                 opened => return Ok(opened?),

@@ -19,18 +19,18 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         descriptor: &mut Descriptor,
         now: u64,
     ) -> Result<(), DiskError> {
-        store::store(self.files(), path, descriptor, now).await
+        Box::pin(store::store(self.files(), path, descriptor, now)).await
     }
 
     /// How the disk is; what a crash has left is taken account of, and not changed.
     pub(super) async fn look(&self, path: &DiskPath, entry: &Entry<V, C>) -> Result<Descriptor, DiskError> {
-        let mut descriptor = store::load(self.files(), path).await?;
+        let mut descriptor = Box::pin(store::load(self.files(), path)).await?;
         if descriptor.deleted {
             return Err(DiskError::Deleted {
                 disk: path.to_string(),
             });
         }
-        self.resolve(path, entry, &mut descriptor).await?;
+        Box::pin(self.resolve(path, entry, &mut descriptor)).await?;
         descriptor.redo = descriptor.redo.filter(|redo| !redo.discarded);
         Ok(descriptor)
     }
@@ -85,17 +85,17 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         entry: &Entry<V, C>,
         now: u64,
     ) -> Result<Descriptor, DiskError> {
-        let mut descriptor = store::load(self.files(), path).await?;
+        let mut descriptor = Box::pin(store::load(self.files(), path)).await?;
         if descriptor.deleted {
             block_io::cover!("disk: a deletion goes on");
-            self.delete_all(path, &descriptor).await?;
+            Box::pin(self.delete_all(path, &descriptor)).await?;
             // There may be another one of that name.
-            descriptor = store::load(self.files(), path).await?;
+            descriptor = Box::pin(store::load(self.files(), path)).await?;
         }
-        if self.resolve(path, entry, &mut descriptor).await? {
-            self.store(path, &mut descriptor, now).await?;
+        if Box::pin(self.resolve(path, entry, &mut descriptor)).await? {
+            Box::pin(self.store(path, &mut descriptor, now)).await?;
         }
-        self.tidy(path, &mut descriptor, now).await?;
+        Box::pin(self.tidy(path, &mut descriptor, now)).await?;
         Ok(descriptor)
     }
 
@@ -108,8 +108,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
     ) -> Result<(), DiskError> {
         let mut changed = false;
         if let Some(redo) = descriptor.redo.filter(|redo| redo.discarded) {
-            self.delete_layer(redo.file).await?;
-            self.thaw(path, descriptor.head).await?;
+            Box::pin(self.delete_layer(redo.file)).await?;
+            Box::pin(self.thaw(path, descriptor.head)).await?;
             descriptor.redo = None;
             changed = true;
         }
@@ -119,7 +119,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             let is_base = self.files().stat(path.as_str()).await?.id == file;
             match is_base {
                 true => left.push(file),
-                false => match self.delete_layer(file).await {
+                false => match Box::pin(self.delete_layer(file)).await {
                     Ok(()) => {}
                     Err(DiskError::Files(FsError::Busy { .. })) => left.push(file),
                     Err(error) => return Err(error),
@@ -131,7 +131,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             changed = true;
         }
         match changed {
-            true => self.store(path, descriptor, now).await,
+            true => Box::pin(self.store(path, descriptor, now)).await,
             false => Ok(()),
         }
     }
@@ -149,7 +149,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             return Ok(());
         }
         match self.files().path_of(file).await? {
-            Some(path) => match self.files().delete(&path).await {
+            Some(path) => match Box::pin(self.files().delete(&path)).await {
                 Ok(()) | Err(FsError::NotFound { .. }) => Ok(()),
                 Err(error) => Err(error.into()),
             },
@@ -162,7 +162,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let stat = self.files().stat_of(head).await?;
         if stat.is_some_and(|stat| stat.frozen && stat.children == 0) {
             let name = self.layer_path(path, head).await?;
-            self.files().set_frozen(&name, false).await?;
+            Box::pin(self.files().set_frozen(&name, false)).await?;
         }
         Ok(())
     }
@@ -181,9 +181,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let stat = self.files().stat_of(head).await?;
         match stat.is_some_and(|stat| stat.frozen && stat.children > 0) {
             true => {
-                self.make_layer(path, descriptor, head, Purpose::Head, None, now)
-                    .await?;
-                self.tidy(path, descriptor, now).await
+                Box::pin(self.make_layer(path, descriptor, head, Purpose::Head, None, now)).await?;
+                Box::pin(self.tidy(path, descriptor, now)).await
             }
             false => Ok(()),
         }
@@ -199,16 +198,16 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         live: Option<&Rc<File<V, C>>>,
         now: u64,
     ) -> Result<(), DiskError> {
-        self.announce(path, descriptor, parent, purpose, now).await?;
+        Box::pin(self.announce(path, descriptor, parent, purpose, now)).await?;
         let number = descriptor.pending.as_ref().map_or(0, |pending| pending.layer);
-        let made = self.make_file(path, parent, &path.layer(number), live, now).await;
+        let made = Box::pin(self.make_file(path, parent, &path.layer(number), live, now)).await;
         match made {
             Ok(layer) => {
                 descriptor.made(layer);
-                self.store(path, descriptor, now).await
+                Box::pin(self.store(path, descriptor, now)).await
             }
             Err(error) => {
-                self.call_off(path, descriptor, now).await;
+                Box::pin(self.call_off(path, descriptor, now)).await;
                 Err(error)
             }
         }
@@ -229,13 +228,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             purpose,
         });
         descriptor.next_layer = descriptor.next_layer.checked_add(1).unwrap_or(1);
-        self.store(path, descriptor, now).await
+        Box::pin(self.store(path, descriptor, now)).await
     }
 
     /// It did not happen. If that cannot be written, whoever looks next sees it.
     pub(super) async fn call_off(&self, path: &DiskPath, descriptor: &mut Descriptor, now: u64) {
         descriptor.pending = None;
-        if let Err(error) = self.store(path, descriptor, now).await {
+        if let Err(error) = Box::pin(self.store(path, descriptor, now)).await {
             tracing::warn!(disk = %path, "the descriptor still speaks of a layer that was not made: {error}");
         }
     }
@@ -257,14 +256,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 .is_some_and(|stat| stat.frozen);
             let name = self.layer_path(path, parent).await?;
             let made = match frozen {
-                true => self.files().clone_file(&name, layer, now).await,
+                true => Box::pin(self.files().clone_file(&name, layer, now)).await,
                 false => {
                     let snapshot = Snapshot {
                         path: &name,
                         layer,
                         handle: live.map(Rc::as_ref),
                     };
-                    let ids = self.files().snapshot(&[snapshot], now).await;
+                    let ids = Box::pin(self.files().snapshot(&[snapshot], now)).await;
                     ids.map(|ids| ids.first().copied().unwrap_or(parent))
                 }
             };

@@ -97,7 +97,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             attributes: new.attributes.clone(),
             now: new.now,
         };
-        self.files().create(path.as_str(), &file).await?;
+        Box::pin(self.files().create(path.as_str(), &file)).await?;
         Ok(())
     }
 
@@ -124,7 +124,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             }
         }
         match store::is_left(self.files(), path).await? {
-            true => Ok(self.files().delete(&path.descriptor()).await?),
+            true => Ok(Box::pin(self.files().delete(&path.descriptor())).await?),
             false => Ok(()),
         }
     }
@@ -138,17 +138,17 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let entry = self.entry(&path);
         let _turn = entry.turn.take().await;
         entry.check_unused(&path)?;
-        let mut descriptor = self.settle(&path, &entry, now).await?;
+        let mut descriptor = Box::pin(self.settle(&path, &entry, now)).await?;
         // A merge that a crash has interrupted is ended first: half of a layer cannot be deleted.
         if self.files().stat(path.as_str()).await?.absorbed
-            && let Some(child) = self.child_of_base(&path, descriptor.top()).await?
+            && let Some(child) = Box::pin(self.child_of_base(&path, descriptor.top())).await?
         {
-            self.files().absorb(&child, true).await?;
-            self.tidy(&path, &mut descriptor, now).await?;
+            Box::pin(self.files().absorb(&child, true)).await?;
+            Box::pin(self.tidy(&path, &mut descriptor, now)).await?;
         }
         let base = self.files().stat(path.as_str()).await?.id;
         if descriptor == Descriptor::plain(base) {
-            self.files().delete(path.as_str()).await?;
+            Box::pin(self.files().delete(path.as_str())).await?;
             return Ok(());
         }
         // From here on it is settled that it goes, whatever happens.
@@ -165,16 +165,16 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         descriptor.doomed.retain(|layer| *layer != base);
         descriptor.doomed.push(base);
         descriptor.deleted = true;
-        self.store(&path, &mut descriptor, now).await?;
-        self.delete_all(&path, &descriptor).await
+        Box::pin(self.store(&path, &mut descriptor, now)).await?;
+        Box::pin(self.delete_all(&path, &descriptor)).await
     }
 
     /// Deletes what a descriptor lists, and the descriptor.
     pub(super) async fn delete_all(&self, path: &DiskPath, descriptor: &Descriptor) -> Result<(), DiskError> {
         for layer in &descriptor.doomed {
-            self.delete_layer(*layer).await?;
+            Box::pin(self.delete_layer(*layer)).await?;
         }
-        match self.files().delete(&path.descriptor()).await {
+        match Box::pin(self.files().delete(&path.descriptor())).await {
             Ok(()) | Err(FsError::NotFound { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -188,7 +188,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let path = DiskPath::new(path)?;
         let entry = self.entry(&path);
         let turn = entry.turn.take().await;
-        let mut descriptor = self.settle(&path, &entry, now).await?;
+        let mut descriptor = Box::pin(self.settle(&path, &entry, now)).await?;
         let present = self.files().stat_of(descriptor.top()).await?;
         let present = present.map_or(0, |stat| stat.size);
         if size < present && !shrink {
@@ -198,11 +198,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 wanted: size,
             });
         }
-        self.make_writable(&path, &mut descriptor, now).await?;
+        Box::pin(self.make_writable(&path, &mut descriptor, now)).await?;
         let mut tries = 0;
         loop {
             let name = self.layer_path(&path, descriptor.top()).await?;
-            match self.files().resize(&name, size).await {
+            match Box::pin(self.files().resize(&name, size)).await {
                 // A merge that ended just now gave it another name.
                 Err(FsError::NotFound { .. }) if tries < 8 => tries += 1,
                 resized => break resized?,
@@ -222,7 +222,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let path = DiskPath::new(path)?;
         let entry = self.entry(&path);
         let _turn = entry.turn.take().await;
-        let descriptor = self.look(&path, &entry).await?;
+        let descriptor = Box::pin(self.look(&path, &entry)).await?;
         let mut own = BTreeMap::new();
         let mut snapshots = Vec::new();
         for mark in &descriptor.snapshots {
@@ -311,7 +311,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let path = DiskPath::new(path)?;
         let entry = self.entry(&path);
         let _turn = entry.turn.take().await;
-        let descriptor = self.look(&path, &entry).await?;
+        let descriptor = Box::pin(self.look(&path, &entry)).await?;
         let file_of = |name: &str| {
             let mark = descriptor.snapshot(name);
             mark.map(|mark| mark.file).ok_or_else(|| no_snapshot(&path, name))
@@ -336,7 +336,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         }
         let old = self.layer_path(&path, old).await?;
         let new = self.layer_path(&path, new).await?;
-        Ok(self.files().changed(&new, Some(&old), from, most).await?)
+        Ok(Box::pin(self.files().changed(&new, Some(&old), from, most)).await?)
     }
 
     /// Ranges of a disk, or of a snapshot of it (`/vm/root.dsk@monday`), that have data or are zero by themselves; everything between
@@ -353,7 +353,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let (path, snapshot) = DiskPath::with_snapshot(path)?;
         let entry = self.entry(&path);
         let _turn = entry.turn.take().await;
-        let descriptor = self.look(&path, &entry).await?;
+        let descriptor = Box::pin(self.look(&path, &entry)).await?;
         let layer = match &snapshot {
             Some(name) => {
                 descriptor
@@ -364,6 +364,6 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             None => descriptor.top(),
         };
         let name = self.layer_path(&path, layer).await?;
-        Ok(self.files().map(&name, from, most).await?)
+        Ok(Box::pin(self.files().map(&name, from, most)).await?)
     }
 }

@@ -55,9 +55,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         }
         let mut members = Vec::with_capacity(disks.len());
         for (path, entry) in disks.into_iter().zip(&entries) {
-            members.push(self.join(path, entry, new).await?);
+            members.push(Box::pin(self.join(path, entry, new)).await?);
         }
-        self.snapshot_members(&mut members, new).await
+        Box::pin(self.snapshot_members(&mut members, new)).await
     }
 
     /// Sees that a disk can be in the group.
@@ -67,7 +67,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         entry: &Rc<Entry<V, C>>,
         new: &NewSnapshot,
     ) -> Result<Member<V, C>, DiskError> {
-        let mut descriptor = self.settle(&path, entry, new.now).await?;
+        let mut descriptor = Box::pin(self.settle(&path, entry, new.now)).await?;
         if descriptor.snapshot(&new.name).is_some() {
             return Err(DiskError::SnapshotExists {
                 disk: path.to_string(),
@@ -82,7 +82,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         {
             "it is nonpersistent: what is written is going to be discarded, and snapshots of that are not kept"
         } else {
-            self.make_writable(&path, &mut descriptor, new.now).await?;
+            Box::pin(self.make_writable(&path, &mut descriptor, new.now)).await?;
             return Ok(Member {
                 live: entry.live(),
                 entry: Rc::clone(entry),
@@ -105,7 +105,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let mut announced = 0;
         let made = loop {
             let Some(member) = members.get_mut(announced) else {
-                break self.freeze(members, new.now).await;
+                break Box::pin(self.freeze(members, new.now)).await;
             };
             let purpose = Purpose::Snapshot {
                 created: new.now,
@@ -113,9 +113,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 description: new.description.clone(),
             };
             let top = member.descriptor.top();
-            let told = self
-                .announce(&member.path, &mut member.descriptor, top, purpose, new.now)
-                .await;
+            let told =
+                Box::pin(self.announce(&member.path, &mut member.descriptor, top, purpose, new.now)).await;
             announced += 1;
             if let Err(error) = told {
                 break Err(error);
@@ -125,13 +124,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             Ok(layers) => {
                 for (member, layer) in members.iter_mut().zip(layers) {
                     member.descriptor.made(layer);
-                    self.store(&member.path, &mut member.descriptor, new.now).await?;
+                    Box::pin(self.store(&member.path, &mut member.descriptor, new.now)).await?;
                 }
                 Ok(())
             }
             Err(error) => {
                 for member in members.iter_mut().take(announced) {
-                    self.call_off(&member.path, &mut member.descriptor, new.now).await;
+                    Box::pin(self.call_off(&member.path, &mut member.descriptor, new.now)).await;
                 }
                 Err(error)
             }
@@ -158,7 +157,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                     handle: member.live.as_deref(),
                 })
                 .collect();
-            match self.files().snapshot(&snapshots, now).await {
+            match Box::pin(self.files().snapshot(&snapshots, now)).await {
                 // A merge that ended just now gave a layer another name.
                 Err(FsError::NotFound { .. }) if tries < 8 => tries += 1,
                 made => return Ok(made?),
@@ -175,7 +174,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let entry = self.entry(&path);
         let _turn = entry.turn.take().await;
         entry.check_unused_but_snapshots(&path)?;
-        let mut descriptor = self.settle(&path, &entry, now).await?;
+        let mut descriptor = Box::pin(self.settle(&path, &entry, now)).await?;
         if descriptor.redo.is_some() {
             return Err(DiskError::Undecided {
                 disk: path.to_string(),
@@ -183,9 +182,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         }
         let mark = descriptor.snapshot(snapshot);
         let file = mark.ok_or_else(|| no_snapshot(&path, snapshot))?.file;
-        self.make_layer(&path, &mut descriptor, file, Purpose::Head, None, now)
-            .await?;
-        self.tidy(&path, &mut descriptor, now).await
+        Box::pin(self.make_layer(&path, &mut descriptor, file, Purpose::Head, None, now)).await?;
+        Box::pin(self.tidy(&path, &mut descriptor, now)).await
     }
 
     /// A snapshot is needed no more. Its space is given back in the background.
@@ -202,13 +200,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 problem: "somebody reads it",
             });
         }
-        let mut descriptor = self.settle(&path, &entry, now).await?;
+        let mut descriptor = Box::pin(self.settle(&path, &entry, now)).await?;
         let mark = descriptor.snapshot(snapshot);
         let file = mark.ok_or_else(|| no_snapshot(&path, snapshot))?.file;
         descriptor.snapshots.retain(|mark| mark.name != snapshot);
         descriptor.let_go(file);
-        self.store(&path, &mut descriptor, now).await?;
-        self.tidy(&path, &mut descriptor, now).await
+        Box::pin(self.store(&path, &mut descriptor, now)).await?;
+        Box::pin(self.tidy(&path, &mut descriptor, now)).await
     }
 
     /// Another name, or another description, for a snapshot.
@@ -226,7 +224,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let path = DiskPath::new(path)?;
         let entry = self.entry(&path);
         let _turn = entry.turn.take().await;
-        let mut descriptor = self.settle(&path, &entry, new.now).await?;
+        let mut descriptor = Box::pin(self.settle(&path, &entry, new.now)).await?;
         if new.name != snapshot {
             if entry.has_readers(snapshot) {
                 return Err(DiskError::InUse {
@@ -245,7 +243,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let mark = mark.ok_or_else(|| no_snapshot(&path, snapshot))?;
         mark.name.clone_from(&new.name);
         mark.description.clone_from(&new.description);
-        self.store(&path, &mut descriptor, new.now).await
+        Box::pin(self.store(&path, &mut descriptor, new.now)).await
     }
 
     /// Makes another disk that is as a snapshot is, or as the disk is now. Nothing is copied.
@@ -263,7 +261,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let entry = self.entry(&path);
         let _turn = entry.turn.take().await;
         self.check_new(&new).await?;
-        let mut descriptor = self.settle(&path, &entry, now).await?;
+        let mut descriptor = Box::pin(self.settle(&path, &entry, now)).await?;
         let file = match snapshot {
             Some(snapshot) => {
                 let mark = descriptor.snapshot(snapshot);
@@ -279,14 +277,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 let frozen = self.files().stat_of(head).await?.is_some_and(|stat| stat.frozen);
                 if !frozen {
                     let live = entry.live();
-                    self.make_layer(&path, &mut descriptor, head, Purpose::Head, live.as_ref(), now)
-                        .await?;
+                    Box::pin(self.make_layer(
+                        &path,
+                        &mut descriptor,
+                        head,
+                        Purpose::Head,
+                        live.as_ref(),
+                        now,
+                    ))
+                    .await?;
                 }
                 head
             }
         };
         let frozen = self.layer_path(&path, file).await?;
-        self.files().clone_file(&frozen, new.as_str(), now).await?;
-        self.tidy(&path, &mut descriptor, now).await
+        Box::pin(self.files().clone_file(&frozen, new.as_str(), now)).await?;
+        Box::pin(self.tidy(&path, &mut descriptor, now)).await
     }
 }

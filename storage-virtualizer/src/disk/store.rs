@@ -148,7 +148,7 @@ pub(super) async fn store<V: BlockDevice + 'static, C: Clock + Clone + 'static>(
             attributes: None,
             now,
         };
-        files.create(&name, &new).await?;
+        Box::pin(files.create(&name, &new)).await?;
     }
     descriptor.sequence += 1;
     let bytes = descriptor.encode();

@@ -180,7 +180,7 @@ async fn story(sim: Sim) -> Result<(), Failure> {
 
 #[test]
 fn a_guest_notices_nothing_of_what_is_done_with_its_disk() {
-    for seed in 0..40 {
+    for seed in 0..24 {
         let mut world = world(8 << 20);
         let ran = world
             .run(&RunOptions::random(seed), story)

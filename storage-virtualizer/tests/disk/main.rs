@@ -4,4 +4,5 @@
 mod crash;
 mod help;
 mod load;
+mod pairs;
 mod stories;
