@@ -126,7 +126,7 @@ async fn settle<T>(storage: &Storage, reporter: &Reporter<T>) -> Result<(), Prob
 }
 
 /// The disk that may have layers more than it needs after an operation.
-fn shortens(operation: &DiskOperation) -> Option<String> {
+pub(crate) fn shortens(operation: &DiskOperation) -> Option<String> {
     let path = match operation {
         DiskOperation::Resize { path, .. }
         | DiskOperation::Revert { path }

@@ -5,7 +5,7 @@
 //!   HostedPool::disk ───── waits ──────────► Open { storage, disks } ─► VirtualDisk ◄── queue servers: HostedDisk::handle
 //!   HostedPool::execute ── waits ──────────►   the same Storage: snapshots of disks that are being written, status, jobs
 //!   DiskGuard is dropped ──────────────────►   waits for the last request, then power-off as the disk's mode wants it
-//!   HostedPool::close ──── waits ──────────►   waits for all disks, closes the file system, then the pool
+//!   HostedPool::close ──── waits ──────────►   waits for all disks and for merges, closes the file system, then the pool
 //! ```
 //!
 //! # Hazards
@@ -22,13 +22,13 @@ use std::time::Duration;
 
 use api::storage::{Operation, Outcome, PoolEvent};
 use api::{Problem, ProblemKind, StorageAnswer, StorageRequest};
-use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOptions};
+use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOptions, spawn_local};
 use storage_virtualizer::PinnedDisk;
 use storage_virtualizer::disk::DiskOptions;
 
 use crate::conversation::Reporter;
 use crate::device::DevicePaths;
-use crate::disks::VirtualDisk;
+use crate::disks::{self, VirtualDisk};
 use crate::storage::{Access, Storage};
 use crate::{file_view, files, offline, volumes};
 
@@ -47,6 +47,8 @@ struct Open {
     disks: RefCell<BTreeMap<u64, Hosted>>,
     /// Disks that are being closed.
     closing: Cell<usize>,
+    /// Disks whose chains are being made shorter.
+    merging: Cell<usize>,
     /// What went wrong with disks that were closed.
     problems: RefCell<Vec<Problem>>,
 }
@@ -57,6 +59,26 @@ type Resized = Rc<RefCell<Option<Box<dyn Fn()>>>>;
 struct Hosted {
     disk: Rc<VirtualDisk>,
     resized: Resized,
+}
+
+/// Makes the chain of a disk as short as its snapshots allow, in the background. A crash loses nothing of it: it is begun again when the
+/// disk is opened.
+fn shorten(open: &Rc<Open>, path: String) {
+    let open = Rc::clone(open);
+    open.merging.set(open.merging.get() + 1);
+    let spawned = spawn_local(async move {
+        match open.storage.merge_disk(&path).await {
+            Ok(_) => {}
+            // It was deleted.
+            Err(problem) if problem.kind == ProblemKind::NotFound => {}
+            Err(problem) => {
+                tracing::warn!(disk = path, %problem, "layers that nobody needs could not be merged")
+            }
+        }
+        open.merging.set(open.merging.get() - 1);
+    });
+    // This is a worker.
+    drop(spawned);
 }
 
 fn open_pool() -> Result<Rc<Open>, Problem> {
@@ -91,6 +113,7 @@ impl HostedPool {
                 storage,
                 disks: RefCell::default(),
                 closing: Cell::new(0),
+                merging: Cell::new(0),
                 problems: RefCell::default(),
             })));
             Ok(notes)
@@ -138,6 +161,11 @@ impl HostedPool {
             let pinned = PinnedDisk::new(Rc::clone(&disk), &handle)
                 .map_err(|error| Problem::new(ProblemKind::Host, error.to_string()))?;
             open.disks.borrow_mut().insert(number, Hosted { disk, resized });
+            if !options.read_only {
+                // What was not done when the process ended.
+                let (disk, _) = path.split_once('@').unwrap_or((&path, ""));
+                shorten(&open, disk.to_owned());
+            }
             Ok::<_, Problem>((pinned, size))
         })?;
         Ok(HostedDisk {
@@ -157,7 +185,15 @@ impl HostedPool {
     pub fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         self.worker.run(move || async move {
             let open = open_pool()?;
-            Box::pin(answer(&open.storage, request)).await
+            let shorter = match &request {
+                StorageRequest::Disk(operation) => disks::shortens(operation),
+                _ => None,
+            };
+            let answer = Box::pin(answer(&open.storage, request)).await?;
+            if let Some(path) = shorter {
+                shorten(&open, path);
+            }
+            Ok(answer)
         })
     }
 
@@ -180,7 +216,8 @@ impl HostedPool {
             let end = clock.now() + PATIENCE;
             let open = loop {
                 let quiet = open.closing.get() == 0 && open.disks.borrow().is_empty();
-                let late = clock.now() >= end;
+                let merges = open.merging.get() > 0;
+                let late = clock.now() >= end && !merges;
                 if late {
                     open.disks.take();
                 }
