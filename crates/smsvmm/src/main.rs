@@ -12,6 +12,7 @@ mod pool;
 mod preflight;
 mod run;
 mod share;
+mod share_nbd;
 mod signals;
 mod storage;
 mod terminal;

@@ -14,6 +14,7 @@ use storage_virtualizer::virtio_blk::{
 
 use crate::exit::{Exit, UsageError};
 use crate::logs;
+use crate::share_nbd::{self, NbdArguments};
 use crate::signals::Signals;
 
 /// A limited disk may be ahead of its rate by what it has in so many parts of a second.
@@ -27,6 +28,11 @@ pub(crate) enum ShareCommand {
     /// or SIGHUP; requests in flight are ended then. A front-end that connects again (QEMU: reconnect=1) goes on where it was, also
     /// after this process was killed.
     VhostUser(VhostUserArguments),
+    /// Serve disks over NBD, to qemu, nbdcopy, the Linux kernel and others, until SIGTERM, SIGINT or SIGHUP.
+    ///
+    /// Prints an address for each disk when it is ready. Clients that are connected when it ends get answers to what they have
+    /// asked for.
+    Nbd(NbdArguments),
 }
 
 #[derive(Debug, Args)]
@@ -63,6 +69,7 @@ pub(crate) struct VhostUserArguments {
 pub(crate) fn execute(command: &ShareCommand) -> anyhow::Result<Exit> {
     match command {
         ShareCommand::VhostUser(arguments) => vhost_user(arguments),
+        ShareCommand::Nbd(arguments) => share_nbd::nbd(arguments),
     }
 }
 
