@@ -19,6 +19,7 @@ mod disk_handle;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod inflight;
+pub mod nbd;
 pub mod vhost_user;
 pub mod virtio_blk;
 

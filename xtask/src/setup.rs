@@ -35,6 +35,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     require_programs()?;
+    recommend_programs();
     let recipe = Recipe::load()?;
     host::step(&format!("images in {}", cache.path("").display()));
     for (name, programs) in [("toolbox", &recipe.toolbox), ("emulator", &recipe.emulator)] {
@@ -106,6 +107,28 @@ fn current_images(cache: &Cache) -> Result<String> {
     }
     lines.sort();
     Ok(lines.join("\n"))
+}
+
+/// Programs of this machine that tests use as peers; without them those tests say that they are skipped.
+fn recommend_programs() {
+    let used = [
+        ("qemu-img", "qemu-utils"),
+        ("nbdkit", "nbdkit"),
+        ("nbdcopy", "libnbd-bin"),
+        ("nbdsh", "python3-libnbd"),
+        ("openssl", "openssl"),
+    ];
+    let missing: Vec<&str> = used
+        .iter()
+        .filter(|(program, _)| !host::has(program))
+        .map(|(_, package)| *package)
+        .collect();
+    if !missing.is_empty() {
+        host::step(&format!(
+            "some tests will be skipped; to run them: sudo apt-get install {}",
+            missing.join(" ")
+        ));
+    }
 }
 
 /// The few programs that must be here before anything can be unpacked; every Debian system has them.

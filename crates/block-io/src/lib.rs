@@ -41,7 +41,8 @@ mod error;
 mod host;
 mod kinds;
 mod multipath;
-mod nbd;
+pub mod nbd;
+mod net;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod spec;
@@ -56,6 +57,7 @@ pub use host::{Cache, HostDevice, OpenError, OpenOptions};
 pub use kinds::{Device, DeviceError, DeviceOptions, SinglePath};
 pub use multipath::{DevicePath, MultiPath, MultiPathError, MultiPathOptions};
 pub use nbd::{NbdAddress, NbdAddressError, NbdDevice, NbdError, NbdOptions, NbdServer};
+pub use net::{ListenAddress, ListenError, Listener, Stream};
 pub use spec::relative_to;
 pub use worker::{
     EngineKind, EventSignal, EventWatch, PollSource, Worker, WorkerError, WorkerHandle, WorkerOptions,

@@ -15,6 +15,7 @@ use storage_virtualizer::virtio_blk::{
 
 use crate::exit::{Exit, UsageError};
 use crate::logs;
+use crate::share_nbd::{self, NbdArguments};
 use crate::signals::Signals;
 use crate::storage::{self, Which};
 
@@ -30,6 +31,11 @@ pub(crate) enum ShareCommand {
     /// or SIGHUP; requests in flight are ended then. A front-end that connects again (QEMU: reconnect=1) goes on where it was, also
     /// after this process was killed.
     VhostUser(VhostUserArguments),
+    /// Serve disks over NBD, to qemu, nbdcopy, the Linux kernel and others, until SIGTERM, SIGINT or SIGHUP.
+    ///
+    /// Prints an address for each disk when it is ready. Clients that are connected when it ends get answers to what they have
+    /// asked for.
+    Nbd(NbdArguments),
 }
 
 #[derive(Debug, Args)]
@@ -71,6 +77,7 @@ pub(crate) struct VhostUserArguments {
 pub(crate) fn execute(command: &ShareCommand) -> anyhow::Result<Exit> {
     match command {
         ShareCommand::VhostUser(arguments) => vhost_user(arguments),
+        ShareCommand::Nbd(arguments) => share_nbd::nbd(arguments),
     }
 }
 

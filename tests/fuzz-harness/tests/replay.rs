@@ -84,6 +84,7 @@ replays! {
     rng: "rng", 10_000;
     console: "console", 5_000;
     net: "net", 2_000;
+    nbd: "nbd", 1_000;
     config: "config", 10_000;
     escape: "escape", 10_000;
     pool_device: "pool-device", 20_000;

@@ -14,6 +14,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use rustix::fs::SeekFrom;
+
 use crate::buffer::{IoBuf, list};
 use crate::device::{BlockDevice, Durability, Geometry, ZeroMode};
 use crate::error::{IoCause, IoError, Operation};
@@ -36,6 +38,8 @@ pub struct HostDevice {
     kind: Kind,
     alignment: Alignment,
     geometry: Geometry,
+    /// See [`OpenOptions::memory_at_once`].
+    at_once: bool,
     size: AtomicU64,
     discard: bool,
     /// See [`IoCause::EarlierFlushFailed`].
@@ -61,6 +65,7 @@ impl HostDevice {
             geometry,
         } = open::open(path, options)?;
         Ok(Self {
+            at_once: options.memory_at_once && kind == Kind::RegularFile && is_in_memory(&file),
             number: FileNumber::new(),
             file,
             name: path.to_string_lossy().into(),
@@ -113,6 +118,44 @@ impl HostDevice {
         self.flush_failed.store(false, Ordering::Relaxed);
     }
 
+    /// Whether zeroes of regular files are made by the file system, without writing them, as far as is known.
+    pub fn zeroes_fast(&self) -> bool {
+        self.kind == Kind::RegularFile && self.discard && !self.no_punch.load(Ordering::Relaxed)
+    }
+
+    /// The first byte of a regular file from `offset` on that has space, rounded down to the logical block; `None` if all that
+    /// follows is a hole. Asks the file system, and so may block where it has to read its maps.
+    ///
+    /// # Errors
+    /// A block device, or a file system that does not tell.
+    pub fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        let block = u64::from(self.geometry.logical_block);
+        match self.seek(SeekFrom::Data(offset)) {
+            Ok(data) => Ok(Some((data - data % block).max(offset))),
+            Err(rustix::io::Errno::NXIO) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The first byte of a regular file from `offset` on that has none, rounded up to the logical block; the end of the file
+    /// has none.
+    ///
+    /// # Errors
+    /// As for [`Self::next_data`].
+    pub fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        let block = u64::from(self.geometry.logical_block);
+        let hole = self.seek(SeekFrom::Hole(offset))?;
+        Ok(hole.next_multiple_of(block))
+    }
+
+    /// The position of the file is of no use to anybody else: all requests name theirs.
+    fn seek(&self, to: SeekFrom) -> rustix::io::Result<u64> {
+        if self.kind != Kind::RegularFile {
+            return Err(rustix::io::Errno::OPNOTSUPP);
+        }
+        rustix::fs::seek(&self.file, to)
+    }
+
     fn error(&self, operation: Operation, offset: u64, length: u64, cause: impl Into<IoCause>) -> IoError {
         IoError::new(&self.name, operation, offset, length, cause)
     }
@@ -141,6 +184,17 @@ impl HostDevice {
             call,
         }
     }
+}
+
+/// Whether the file system of `file` has no medium.
+fn is_in_memory(file: &File) -> bool {
+    /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of linux/magic.h.
+    const KINDS: [i64; 2] = [0x0102_1994, 0x8584_58f6];
+    rustix::fs::fstatfs(file).is_ok_and(|found| {
+        KINDS
+            .iter()
+            .any(|kind| i128::from(*kind) == i128::from(found.f_type))
+    })
 }
 
 impl Drop for HostDevice {
@@ -334,6 +388,32 @@ mod tests {
             assert_eq!(bytes[..512], [5; 512]);
             assert!(bytes[512..(1 << 20) - 512].iter().all(|byte| *byte == 0));
             assert_eq!(bytes[(1 << 20) - 512..], [5; 512]);
+        });
+    }
+
+    #[test]
+    fn a_file_in_memory_is_read_and_written_at_once() {
+        let Ok(file) = tempfile::NamedTempFile::new_in("/dev/shm") else {
+            return eprintln!("skipped: there is no /dev/shm");
+        };
+        file.as_file().set_len(1 << 20).unwrap();
+        let options = OpenOptions {
+            memory_at_once: true,
+            ..OpenOptions::default()
+        };
+        let device = HostDevice::open(file.path(), &options).unwrap();
+        if !device.at_once {
+            return eprintln!("skipped: /dev/shm is not in memory");
+        }
+        let worker = Worker::start("test", WorkerOptions::default()).unwrap();
+        worker.run(move || async move {
+            write(&device, 4096, 8192, 9).await;
+            assert_eq!(read(&device, 8192, 8192).await, [[9; 4096], [0; 4096]].concat());
+            device.flush().await.unwrap();
+            let buffer = AlignedBuffer::new(4096);
+            // SAFETY: the buffer lives until the read has ended.
+            let piece = [unsafe { buffer.io(0, 4096) }];
+            assert!(device.read(1 << 20, &piece).await.is_err());
         });
     }
 

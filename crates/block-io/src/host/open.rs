@@ -33,6 +33,9 @@ pub struct OpenOptions {
     pub lock: bool,
     /// Pass discards on, which makes image files sparse. Otherwise they are ignored.
     pub discard: bool,
+    /// Reads and writes of a file in memory (tmpfs) are done by the worker's own thread: io_uring would hand each to a thread of
+    /// the kernel, which costs more than the copy. The thread's system call filter must allow preadv2 and pwritev2.
+    pub memory_at_once: bool,
 }
 
 impl Default for OpenOptions {
@@ -42,6 +45,7 @@ impl Default for OpenOptions {
             cache: Cache::Direct,
             lock: true,
             discard: true,
+            memory_at_once: false,
         }
     }
 }

@@ -18,7 +18,12 @@ impl HostDevice {
     /// Has the kernel do `call`: bytes moved, or the reason why not.
     #[inline]
     pub(super) async fn call(&self, call: Call) -> Result<u32, IoCause> {
-        match worker::Operation::new(self.request(call)).await {
+        let request = self.request(call);
+        let result = match call {
+            Call::Read { .. } | Call::Write { .. } if self.at_once => worker::execute_at_once(&request),
+            _ => worker::Operation::new(request).await,
+        };
+        match result {
             Some(result) => u32::try_from(result)
                 .map_err(|_| IoCause::Os(std::io::Error::from_raw_os_error(result.wrapping_neg()))),
             None => Err(IoCause::NotOnWorker),

@@ -9,30 +9,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 
 use super::NbdError;
-use super::proto::{LONGEST_TEXT, u16_at, u32_at, u64_at};
-
-const SERVER_MAGIC: u64 = u64::from_be_bytes(*b"NBDMAGIC");
-const OPTION_MAGIC: u64 = u64::from_be_bytes(*b"IHAVEOPT");
-const OLD_STYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
-const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-
-const FIXED_NEWSTYLE: u16 = 1;
-const NO_ZEROES: u16 = 2;
-
-const OPTION_STRUCTURED_REPLY: u32 = 8;
-const OPTION_GO: u32 = 7;
-
-const REPLY_ACK: u32 = 1;
-const REPLY_INFO: u32 = 3;
-const REPLY_ERROR: u32 = 1 << 31;
-
-const INFO_EXPORT: u16 = 0;
-const INFO_BLOCK_SIZE: u16 = 3;
+use super::protocol::{
+    DEFAULT_MAXIMUM, FIXED_NEWSTYLE, LONGEST_TEXT, NO_ZEROES, OLD_STYLE_MAGIC, OPTION_MAGIC,
+    OPTION_REPLY_MAGIC, SERVER_MAGIC, info, option, reply as answer, u16_at, u32_at, u64_at,
+};
 
 /// More replies to one option than this have no sense.
 const MOST_REPLIES: u32 = 64;
-/// What a server must take when it says nothing about block sizes.
-const DEFAULT_MAXIMUM: u32 = 32 << 20;
 
 /// What the server says about the export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,11 +140,11 @@ fn greet(wire: &Wire<'_>) -> Result<(), NbdError> {
 }
 
 fn negotiate_structured(wire: &Wire<'_>) -> Result<bool, NbdError> {
-    send_option(wire, OPTION_STRUCTURED_REPLY, &[])?;
-    let reply = option_reply(wire, OPTION_STRUCTURED_REPLY)?;
+    send_option(wire, option::STRUCTURED_REPLY, &[])?;
+    let reply = option_reply(wire, option::STRUCTURED_REPLY)?;
     match reply.kind {
-        REPLY_ACK => Ok(true),
-        kind if kind & REPLY_ERROR != 0 => Ok(false),
+        answer::ACK => Ok(true),
+        kind if kind & answer::ERROR != 0 => Ok(false),
         _ => Err(NbdError::Violation(
             "an answer to NBD_OPT_STRUCTURED_REPLY that is none",
         )),
@@ -173,22 +156,22 @@ fn go(wire: &Wire<'_>, name: &str) -> Result<Export, NbdError> {
     data.extend(u32::try_from(name.len()).unwrap_or(u32::MAX).to_be_bytes());
     data.extend(name.as_bytes());
     data.extend(1_u16.to_be_bytes());
-    data.extend(INFO_BLOCK_SIZE.to_be_bytes());
-    send_option(wire, OPTION_GO, &data)?;
+    data.extend(info::BLOCK_SIZE.to_be_bytes());
+    send_option(wire, option::GO, &data)?;
     let mut export = None;
     let mut blocks = (1, 4096, DEFAULT_MAXIMUM);
     for _ in 0..MOST_REPLIES {
-        let reply = option_reply(wire, OPTION_GO)?;
+        let reply = option_reply(wire, option::GO)?;
         match reply.kind {
-            REPLY_INFO => {
+            answer::INFO => {
                 let data = &reply.data;
                 let malformed = || NbdError::Violation("an information about the export that is too short");
                 match u16_at(data, 0).ok_or_else(malformed)? {
-                    INFO_EXPORT => {
+                    info::EXPORT => {
                         let size = u64_at(data, 2).ok_or_else(malformed)?;
                         export = Some((size, u16_at(data, 10).ok_or_else(malformed)?));
                     }
-                    INFO_BLOCK_SIZE => {
+                    info::BLOCK_SIZE => {
                         let size = |at| u32_at(data, at).ok_or_else(malformed);
                         blocks = (size(2)?, size(6)?, size(10)?);
                     }
@@ -196,7 +179,7 @@ fn go(wire: &Wire<'_>, name: &str) -> Result<Export, NbdError> {
                     _ => {}
                 }
             }
-            REPLY_ACK => {
+            answer::ACK => {
                 let (size, flags) =
                     export.ok_or(NbdError::Violation("no size of the export before its start"))?;
                 return Ok(Export {
@@ -208,7 +191,7 @@ fn go(wire: &Wire<'_>, name: &str) -> Result<Export, NbdError> {
                     structured: false,
                 });
             }
-            kind if kind & REPLY_ERROR != 0 => return Err(refusal(name, &reply)),
+            kind if kind & answer::ERROR != 0 => return Err(refusal(name, &reply)),
             _ => return Err(NbdError::Violation("an answer to NBD_OPT_GO that is none")),
         }
     }
@@ -227,7 +210,7 @@ fn refusal(name: &str, reply: &OptionReply) -> NbdError {
         true => said,
         false => format!(" ({said})"),
     };
-    let reason = match reply.kind & !REPLY_ERROR {
+    let reason = match reply.kind & !answer::ERROR {
         1 => return NbdError::TooOld("no NBD_OPT_GO"),
         2 => "its policy forbids it",
         5 => "it demands TLS, which is not supported",

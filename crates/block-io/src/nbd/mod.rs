@@ -42,6 +42,7 @@ mod handshake;
 mod link;
 mod lock;
 mod proto;
+pub mod protocol;
 mod ranges;
 mod receive;
 

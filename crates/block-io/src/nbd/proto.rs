@@ -1,34 +1,15 @@
 //! The messages of the NBD protocol's transmission phase, as numbers and bytes (the protocol's document, `proto.md`:
 //! "Transmission phase", "Values").
 
-/// Length of a request without its data.
-pub(super) const REQUEST: usize = 28;
-/// Length of a simple reply without its data.
-const SIMPLE_REPLY: usize = 16;
-/// Length of the head of a chunk of a structured reply.
-const CHUNK: usize = 20;
+use super::protocol::{
+    CHUNK, CHUNK_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY, SIMPLE_REPLY_MAGIC, chunk, command, error,
+};
+
+pub(super) use super::protocol::flag::{FUA as FLAG_FUA, NO_HOLE as FLAG_NO_HOLE};
+pub(super) use super::protocol::{LONGEST_TEXT, REQUEST, can, u16_at, u32_at, u64_at};
+
 /// Longest head of a reply.
 pub(super) const LONGEST_HEAD: usize = CHUNK;
-
-const REQUEST_MAGIC: u32 = 0x2560_9513;
-const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
-const CHUNK_MAGIC: u32 = 0x668e_33ef;
-
-/// What the export can do (transmission flags).
-pub(super) mod can {
-    pub(in super::super) const READ_ONLY: u16 = 1 << 1;
-    pub(in super::super) const FLUSH: u16 = 1 << 2;
-    pub(in super::super) const FUA: u16 = 1 << 3;
-    pub(in super::super) const TRIM: u16 = 1 << 5;
-    pub(in super::super) const WRITE_ZEROES: u16 = 1 << 6;
-}
-
-/// Flags of a request.
-pub(super) const FLAG_FUA: u16 = 1;
-pub(super) const FLAG_NO_HOLE: u16 = 1 << 1;
-
-/// Longest text that a server may send with an error or in the handshake; the protocol's limit for all strings.
-pub(super) const LONGEST_TEXT: usize = 4096;
 
 /// The requests that we make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,12 +25,12 @@ pub(super) enum Command {
 impl Command {
     fn code(self) -> u16 {
         match self {
-            Self::Read => 0,
-            Self::Write => 1,
-            Self::Disconnect => 2,
-            Self::Flush => 3,
-            Self::Trim => 4,
-            Self::WriteZeroes => 6,
+            Self::Read => command::READ,
+            Self::Write => command::WRITE,
+            Self::Disconnect => command::DISCONNECT,
+            Self::Flush => command::FLUSH,
+            Self::Trim => command::TRIM,
+            Self::WriteZeroes => command::WRITE_ZEROES,
         }
     }
 }
@@ -129,14 +110,14 @@ impl Reply {
 
     fn chunk(bytes: &[u8]) -> Option<Self> {
         let kind = match u16_at(bytes, 6)? {
-            0 => Kind::Nothing,
-            1 => Kind::Data,
-            2 => Kind::Hole,
-            error if error & 1 << 15 != 0 => Kind::Error,
+            chunk::NONE => Kind::Nothing,
+            chunk::OFFSET_DATA => Kind::Data,
+            chunk::OFFSET_HOLE => Kind::Hole,
+            error if error & chunk::ERROR_BIT != 0 => Kind::Error,
             other => Kind::Unknown(other),
         };
         Some(Self::Chunk {
-            last: u16_at(bytes, 4)? & 1 != 0,
+            last: u16_at(bytes, 4)? & chunk::DONE != 0,
             kind,
             cookie: u64_at(bytes, 8)?,
             length: u32_at(bytes, 16)?,
@@ -144,28 +125,16 @@ impl Reply {
     }
 }
 
-pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-pub(super) fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
 /// The errno that an error number of the protocol stands for.
-pub(super) fn errno(error: u32) -> i32 {
-    match error {
-        1 => libc::EPERM,
-        12 => libc::ENOMEM,
-        22 => libc::EINVAL,
-        28 => libc::ENOSPC,
-        75 => libc::EOVERFLOW,
-        95 => libc::EOPNOTSUPP,
-        108 => libc::ESHUTDOWN,
+pub(super) fn errno(number: u32) -> i32 {
+    match number {
+        error::PERM => libc::EPERM,
+        error::NO_MEMORY => libc::ENOMEM,
+        error::INVALID => libc::EINVAL,
+        error::NO_SPACE => libc::ENOSPC,
+        error::OVERFLOW => libc::EOVERFLOW,
+        error::NOT_SUPPORTED => libc::EOPNOTSUPP,
+        error::SHUTDOWN => libc::ESHUTDOWN,
         _ => libc::EIO,
     }
 }

@@ -43,6 +43,7 @@ pub(crate) use files::FileNumber;
 pub(crate) use local::moment;
 pub use local::spawn_local;
 pub(crate) use ops::Operation;
+pub(crate) use pool::execute_at_once;
 pub use pool::prepare_pool;
 pub use rest::{PollSource, add_poll_source};
 

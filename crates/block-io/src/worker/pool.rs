@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 
 use super::engine::{Call, Completion, Request};
-use super::local::Shared;
+use super::local::{Shared, with_local};
 
 /// Most threads of the process's pool: as many requests can be in flight.
 const MAX_THREADS: usize = 16;
@@ -131,6 +131,11 @@ impl Job {
             result,
         });
     }
+}
+
+/// Executes `request` on this thread, which must be a worker: for requests that are no more than a copy.
+pub(crate) fn execute_at_once(request: &Request) -> Option<i32> {
+    with_local(|_| execute(request))
 }
 
 /// Executes `request`, blocking. The result is as in io_uring: a number of bytes, or a negative errno.

@@ -9,6 +9,7 @@ mod disk_image;
 mod escape;
 mod filesys_image;
 mod filesys_media;
+mod nbd;
 mod net;
 mod pci;
 mod platform;
@@ -91,6 +92,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 1024,
         is_possible: always,
         body: net::run,
+    },
+    Target {
+        name: "nbd",
+        about: "the NBD server: handshake, requests and replies against a model disk",
+        max_length: 1024,
+        is_possible: always,
+        body: nbd::run,
     },
     Target {
         name: "config",
