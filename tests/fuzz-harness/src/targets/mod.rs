@@ -17,6 +17,7 @@ mod rng;
 mod rtc;
 mod serial;
 mod transport;
+mod vhost_user;
 
 use crate::Target;
 
@@ -140,6 +141,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 512,
         is_possible: always,
         body: disk_image::run,
+    },
+    Target {
+        name: "vhost-user",
+        about: "vhost-user-blk: messages, descriptors, shared memory of a hostile front-end",
+        max_length: 512,
+        is_possible: always,
+        body: vhost_user::run,
     },
 ];
 
