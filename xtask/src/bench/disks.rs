@@ -279,14 +279,24 @@ impl Place {
         };
         // What a killed server left.
         let _ = fs::remove_file(&socket);
-        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let _server = Server(child.with_context(|| format!("cannot start {}", subject.name))?);
-        let start = Instant::now();
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let mut start = || -> Result<Server> {
+            let child = command.spawn();
+            Ok(Server(
+                child.with_context(|| format!("cannot start {}", subject.name))?,
+            ))
+        };
+        let mut server = start()?;
+        let begin = Instant::now();
         while !socket.exists() {
-            if start.elapsed() > Duration::from_secs(20) {
+            if begin.elapsed() > Duration::from_secs(20) {
                 bail!("it does not listen");
             }
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(50));
+            if server.0.try_wait()?.is_some() {
+                // The file of a server that has just ended may be locked for a while: the kernel lets go of it late.
+                server = start()?;
+            }
         }
         LOADS
             .iter()
