@@ -5,6 +5,7 @@
 //! output, to see when the first character comes.
 
 mod disk;
+pub(crate) mod disks;
 mod exits;
 pub(crate) mod filesys;
 mod probe;

@@ -92,6 +92,8 @@ enum Bench {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Disks over vhost-user-blk: IOPS, CPU time and latency, beside qemu-storage-daemon and fio
+    Disks(bench::disks::Options),
 }
 
 #[derive(Args)]
@@ -149,6 +151,9 @@ fn main() -> ExitCode {
         Task::Bench {
             what: Bench::Filesys { arguments },
         } => bench::filesys::run(&arguments),
+        Task::Bench {
+            what: Bench::Disks(options),
+        } => bench::disks::run(&options),
         Task::BenchInside { part } => bench::inside(&part),
         Task::Demo { tour } => demo::run(tour),
         Task::DemoInside { tour } => demo::inside(tour),

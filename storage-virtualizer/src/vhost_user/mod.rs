@@ -14,7 +14,7 @@
 //! * `session`: one front-end; `rings` its queues, `memory` its memory, `sigbus` what protects from a memory that shrinks.
 //!
 //! # Hazards
-//! * If the server dies, requests are in flight. The record of [`crate::inflight`] lies in memory that the front-end keeps,
+//! * If the server dies, requests are in flight. The record of `inflight.rs` lies in memory that the front-end keeps,
 //!   and the next server repeats them. A front-end without it (it does not offer INFLIGHT_SHMFD) would wait for them for ever.
 //! * A front-end that is gone may have a successor at once, while requests of the first are still in flight: the second is
 //!   served when these have ended. Only so many at a time ([`VhostUserOptions::front_ends`]) are served, one by default, as two

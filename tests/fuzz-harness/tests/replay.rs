@@ -92,4 +92,5 @@ replays! {
     filesys_image: "filesys-image", 2_000;
     disk_descriptor: "disk-descriptor", 20_000;
     disk_image: "disk-image", 2_000;
+    vhost_user: "vhost-user", 3_000;
 }

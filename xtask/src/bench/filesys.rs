@@ -50,7 +50,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode> {
 }
 
 /// A folder with qemu-img and qemu-storage-daemon, if this machine has them not.
-fn programs() -> Result<Option<PathBuf>> {
+pub(super) fn programs() -> Result<Option<PathBuf>> {
     if ["qemu-img", "qemu-storage-daemon"].into_iter().all(host::has) {
         return Ok(None);
     }
@@ -82,13 +82,13 @@ fn programs() -> Result<Option<PathBuf>> {
 }
 
 /// XFS on a compressed block device in memory.
-struct Zram {
+pub(super) struct Zram {
     number: String,
-    folder: tempfile::TempDir,
+    pub(super) folder: tempfile::TempDir,
 }
 
 impl Zram {
-    fn make() -> Result<Self> {
+    pub(super) fn make() -> Result<Self> {
         let number = fs::read_to_string("/sys/class/zram-control/hot_add").context("no zram")?;
         let zram = Self {
             number: number.trim().to_owned(),

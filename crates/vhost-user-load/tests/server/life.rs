@@ -84,7 +84,7 @@ fn a_socket_is_taken_over_only_from_the_dead() {
     let other = Place::new();
     let worker = block_io::Worker::start("io", block_io::WorkerOptions::default()).unwrap();
     let disk = std::sync::Arc::new(
-        block_io::HostDevice::open(&other.image(), &block_io::OpenOptions::default()).unwrap(),
+        block_io::HostDevice::open(other.image(), &block_io::OpenOptions::default()).unwrap(),
     );
     let start = |path: &std::path::Path| {
         let workers = vec![worker.handle().clone()];

@@ -18,6 +18,7 @@ mod rng;
 mod rtc;
 mod serial;
 mod transport;
+mod vhost_user;
 
 use crate::Target;
 
@@ -148,6 +149,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 512,
         is_possible: always,
         body: disk_image::run,
+    },
+    Target {
+        name: "vhost-user",
+        about: "vhost-user-blk: messages, descriptors, shared memory of a hostile front-end",
+        max_length: 512,
+        is_possible: always,
+        body: vhost_user::run,
     },
 ];
 
