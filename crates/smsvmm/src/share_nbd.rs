@@ -10,17 +10,27 @@ use anyhow::Context;
 use block_io::{Device, DeviceOptions, ListenAddress, NbdAddress, Worker, WorkerOptions};
 use clap::{Args, ValueEnum};
 use serde_json::json;
+use storage_manager::{DiskOptions, HostedPool};
 use storage_virtualizer::nbd::{DeviceExport, NbdOptions, NbdServer, TlsFiles, TlsMode};
 
 use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::output::{print, print_json};
 use crate::signals::Signals;
+use crate::storage::{self, Which};
 
 #[derive(Debug, Args)]
 pub(crate) struct NbdArguments {
+    #[command(flatten)]
+    which: Which,
+
+    /// Disks of the pool that --config or --devices names, or snapshots: /vm/root.dsk, /vm/root.dsk@monday. Each is exported under its
+    /// path without the first /.
+    #[arg(conflicts_with = "images", required_unless_present = "images")]
+    paths: Vec<String>,
+
     /// A file or block device of this host, or nbd://..., under its file name or the one before `=`. May be given several times.
-    #[arg(long = "image", value_name = "[NAME=]FILE", required = true)]
+    #[arg(long = "image", value_name = "[NAME=]FILE")]
     images: Vec<String>,
 
     /// Listen on this Unix socket, for this user only.
@@ -37,7 +47,7 @@ pub(crate) struct NbdArguments {
     read_only: bool,
 
     /// Use the host's page cache.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "paths")]
     buffered: bool,
 
     /// Offer TLS with this certificate (PEM; with those that lead to its authority).
@@ -59,10 +69,6 @@ pub(crate) struct NbdArguments {
     /// Connections at once.
     #[arg(long, value_name = "NUMBER", default_value_t = 32)]
     connections: usize,
-
-    /// Print the addresses as JSON.
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -76,6 +82,9 @@ enum TlsWanted {
 pub(crate) fn nbd(arguments: &NbdArguments) -> anyhow::Result<Exit> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
+    if !arguments.paths.is_empty() {
+        return pool_disks(arguments, &signals);
+    }
     let exports = images(arguments)?;
     let names: Vec<String> = exports.iter().map(|(name, _)| name.clone()).collect();
     let options = options(arguments);
@@ -87,13 +96,57 @@ pub(crate) fn nbd(arguments: &NbdArguments) -> anyhow::Result<Exit> {
             .map(|(name, device)| DeviceExport::new(name, device, read_only))
             .collect()
     })?;
-    announce(&names, server.addresses(), arguments)?;
+    serve(&names, server, arguments, &signals)?;
+    Ok(Exit::Success)
+}
+
+fn serve(
+    names: &[String],
+    server: NbdServer,
+    arguments: &NbdArguments,
+    signals: &Signals,
+) -> anyhow::Result<()> {
+    announce(names, server.addresses(), arguments)?;
     let signal = signals.next();
     logs::say(&format!(
         "smsvmm: {signal}: finishing what clients have asked for"
     ));
     server.stop();
+    Ok(())
+}
+
+/// Serves disks of a pool.
+fn pool_disks(arguments: &NbdArguments, signals: &Signals) -> anyhow::Result<Exit> {
+    let devices = storage::devices(&arguments.which)?;
+    let pool = HostedPool::open("nbd", devices, WorkerOptions::default())?;
+    for note in pool.notes() {
+        logs::say(&format!("smsvmm: {note}"));
+    }
+    let served = serve_pool_disks(arguments, &pool, signals);
+    let closed = pool.close();
+    served?;
+    closed?;
     Ok(Exit::Success)
+}
+
+fn serve_pool_disks(arguments: &NbdArguments, pool: &HostedPool, signals: &Signals) -> anyhow::Result<()> {
+    let mut disks = Vec::new();
+    for path in &arguments.paths {
+        let options = DiskOptions {
+            // Of a snapshot there is nothing else.
+            read_only: arguments.read_only || path.contains('@'),
+            ..DiskOptions::default()
+        };
+        let name = path.trim_start_matches('/').to_owned();
+        disks.push((name, pool.disk(path, options)?));
+    }
+    let names: Vec<String> = disks.iter().map(|(name, _)| name.clone()).collect();
+    let server = pool.serve_nbd(&disks, options(arguments))?;
+    serve(&names, server, arguments, signals)?;
+    for (_, disk) in disks {
+        drop(disk.into_guard());
+    }
+    Ok(())
 }
 
 /// Names and devices of the images.
@@ -183,7 +236,7 @@ fn announce(names: &[String], addresses: &[ListenAddress], arguments: &NbdArgume
             all.push((name, uri));
         }
     }
-    if arguments.json {
+    if arguments.which.json {
         let list: Vec<_> = all
             .iter()
             .map(|(name, uri)| json!({ "name": name, "uri": uri }))

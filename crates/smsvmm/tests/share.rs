@@ -150,3 +150,112 @@ fn wrong_usage_is_told() {
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(words.contains("two exports are called \"disk.img\""), "{words}");
 }
+
+/// Runs smsvmm, which must succeed; what it prints.
+fn smsvmm(folder: &Path, line: &str) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_smsvmm"))
+        .args(line.split_whitespace())
+        .current_dir(folder)
+        .env_remove("SMSVMM_LOG")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "smsvmm {line}: {said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Where a server says that an export is.
+fn address(line: &str) -> NbdAddress {
+    let uri = line.trim().split_once(": ").unwrap().1;
+    uri.parse().unwrap()
+}
+
+/// Writes a byte all over 4 KiB at `offset`, if there is one, and says what is there.
+fn touch(address: NbdAddress, offset: u64, byte: Option<u8>) -> u8 {
+    let device = NbdDevice::open(&address, &NbdOptions::default()).unwrap();
+    let worker = Worker::start("client", WorkerOptions::default()).unwrap();
+    worker.run(move || async move {
+        let mut buffer = AlignedBuffer::new(4096);
+        buffer.as_mut_slice().fill(byte.unwrap_or_default());
+        // SAFETY: the buffer outlives the requests, which are awaited.
+        let memory = [unsafe { buffer.io(0, 4096) }];
+        if byte.is_some() {
+            device.write(offset, &memory, Durability::Durable).await.unwrap();
+        }
+        device.read(offset, &memory).await.unwrap();
+        buffer.as_slice()[0]
+    })
+}
+
+#[test]
+fn disks_of_a_pool_and_their_snapshots_are_served_with_what_changed() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    for device in ["d0", "d1"] {
+        std::fs::File::create(folder.join(device))
+            .unwrap()
+            .set_len(256 << 20)
+            .unwrap();
+    }
+    smsvmm(folder, "pool create tank d0 d1");
+    smsvmm(folder, "file --devices d0,d1 format --meta-size 32M");
+    smsvmm(
+        folder,
+        "volume --devices d0,d1 create data --size 64M --layout mirror",
+    );
+    smsvmm(folder, "disk --devices d0,d1 create /a.dsk --size 16M");
+    let socket = |socket| ["--devices", "d0,d1", "--socket", socket];
+    let serve = |path, name| {
+        let [devices, list, option, socket] = socket(name);
+        start(folder, &[devices, list, path, option, socket])
+    };
+
+    let (server, line) = serve("/a.dsk", "s");
+    assert_eq!(touch(address(&line), 1 << 20, Some(7)), 7);
+    stop(server);
+    smsvmm(folder, "disk --devices d0,d1 snapshot --name monday /a.dsk");
+    let (server, line) = serve("/a.dsk", "s");
+    assert_eq!(touch(address(&line), 1 << 20, Some(8)), 8);
+    assert_eq!(touch(address(&line), 8 << 20, Some(9)), 9);
+    if let Ok(info) = Command::new("nbdinfo")
+        .args(["--map", &address(&line).to_string()])
+        .output()
+    {
+        let map = String::from_utf8(info.stdout).unwrap();
+        let data: Vec<Vec<&str>> = map
+            .lines()
+            .map(|line| line.split_whitespace().collect())
+            .collect();
+        assert_eq!(
+            data.iter().filter(|words| words[2] == "0").count(),
+            2,
+            "two pieces of data: {map}"
+        );
+        let changed = Command::new("nbdinfo")
+            .args(["--map=qemu:dirty-bitmap:monday", &address(&line).to_string()])
+            .output()
+            .unwrap();
+        let map = String::from_utf8(changed.stdout).unwrap();
+        assert_eq!(
+            map.lines()
+                .filter(|line| line.split_whitespace().nth(2) == Some("1"))
+                .count(),
+            2,
+            "{map}"
+        );
+    }
+    stop(server);
+    let (server, line) = serve("/a.dsk@monday", "s");
+    assert_eq!(touch(address(&line), 1 << 20, None), 7, "as on monday");
+    assert_eq!(touch(address(&line), 8 << 20, None), 0);
+    stop(server);
+    let checked = smsvmm(folder, "file --devices d0,d1 check");
+    assert!(!checked.contains("problem"), "{checked}");
+}
+
+/// Ends a server as an administrator does, and waits until it has closed the pool.
+fn stop(mut server: Server) {
+    let pid = rustix::process::Pid::from_child(&server.0);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert!(server.0.wait().unwrap().success());
+}

@@ -25,10 +25,12 @@ use api::{Problem, ProblemKind, StorageAnswer, StorageRequest};
 use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOptions, spawn_local};
 use storage_virtualizer::PinnedDisk;
 use storage_virtualizer::disk::DiskOptions;
+use storage_virtualizer::nbd::{NbdOptions, NbdServer, NbdServerError};
 
 use crate::conversation::Reporter;
 use crate::device::DevicePaths;
 use crate::disks::{self, VirtualDisk};
+use crate::export::DiskExport;
 use crate::storage::{Access, Storage};
 use crate::{file_view, files, offline, volumes};
 
@@ -175,6 +177,38 @@ impl HostedPool {
                 number,
                 worker: self.worker().clone(),
             },
+        })
+    }
+
+    /// Serves disks by NBD, each under a name, on the pool's worker, until the server is stopped. The disks stay open as long as their
+    /// guards.
+    ///
+    /// # Errors
+    /// The server cannot listen.
+    pub fn serve_nbd(
+        &self,
+        disks: &[(String, HostedDisk)],
+        options: NbdOptions,
+    ) -> Result<NbdServer, NbdServerError> {
+        let numbers: Vec<_> = disks
+            .iter()
+            .map(|(name, disk)| (name.clone(), disk.guard.number))
+            .collect();
+        self.worker.run(move || async move {
+            let mut exports = Vec::new();
+            if let Ok(open) = open_pool() {
+                for (name, number) in numbers {
+                    let disk = open
+                        .disks
+                        .borrow()
+                        .get(&number)
+                        .map(|hosted| Rc::clone(&hosted.disk));
+                    if let (Some(disk), Ok(disks)) = (disk, open.storage.disks()) {
+                        exports.push(DiskExport::new(name, disk, disks.clone()).await);
+                    }
+                }
+            }
+            NbdServer::start_here(&options, exports)
         })
     }
 
