@@ -43,6 +43,7 @@ mod orphans;
 mod pins;
 mod record;
 mod relocate;
+mod replay;
 mod report;
 mod scrub;
 mod state;

@@ -18,10 +18,12 @@
 mod apply;
 mod layers;
 mod mend;
+mod sorted;
 mod space;
 
 pub(crate) use apply::{clusters_of, entries_of};
 pub(crate) use layers::absorb_copies;
+pub(crate) use sorted::Sorted;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
