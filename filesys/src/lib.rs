@@ -19,6 +19,7 @@
 mod check;
 mod checkpoint;
 mod checksum;
+mod copy;
 mod core;
 mod entry;
 mod epochs;
@@ -50,6 +51,7 @@ mod state;
 mod sums;
 mod superblock;
 mod tree;
+mod trim;
 mod units;
 mod volume;
 mod volumes;

@@ -65,6 +65,10 @@ pub struct OpenOptions {
     pub redundancy: Redundancy,
     /// Orphans are settled and layers absorbed in the background; tests want to say when.
     pub background: bool,
+    /// Merges of layers that a crash has cut go on by themselves; else they wait until they are asked for again.
+    pub resume_merges: bool,
+    /// What files give up is discarded on the volumes some time later.
+    pub discard: bool,
 }
 
 impl Default for OpenOptions {
@@ -77,6 +81,8 @@ impl Default for OpenOptions {
             commit_after: Duration::from_secs(5),
             redundancy: Redundancy::default(),
             background: true,
+            resume_merges: true,
+            discard: true,
         }
     }
 }
@@ -253,6 +259,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .for_each(|event| core.event(event));
         if !read_only {
             core.housekeeping.set(core.options.background);
+            core.resuming.set(core.options.resume_merges);
             core.start();
         }
         Ok(Self(Rc::new(Owner(core))))
@@ -275,7 +282,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             core.changed
                 .until(|| (core.running.get() <= 1).then_some(()))
                 .await;
-            core.checkpoint_as(true).await
+            let done = core.checkpoint_as(true).await;
+            core.trim().await;
+            done
         };
         core.journal.stop();
         core.changed

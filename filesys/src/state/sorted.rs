@@ -90,7 +90,11 @@ impl Sorted {
                 first, count, zero, ..
             } => What::Clear {
                 first: small(first - page * MAP_PAGE * subs),
-                end: small(first.saturating_add(*count).saturating_sub(page * MAP_PAGE * subs)),
+                end: small(
+                    first
+                        .saturating_add(*count)
+                        .saturating_sub(page * MAP_PAGE * subs),
+                ),
                 zero: *zero,
             },
             _ => return false,
