@@ -71,8 +71,17 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         let core = self.core();
         let mut done = RelocationProgress::default();
         let mut page = from / (PAGE * CLUSTER);
+        let mut looked = false;
         loop {
-            let file = core.look(|state| Ok(state.file(file)?)).await?;
+            let Some(file) = core.look(|state| Ok(state.find_file(file)?)).await? else {
+                if looked {
+                    block_io::cover!("filesys: a file was reaped or absorbed while it was relocated");
+                    return Ok(done);
+                }
+                let path = file.to_string();
+                return Err(FsError::NotFound { path });
+            };
+            looked = true;
             let next = core
                 .look(|_| {
                     core.check_unpinned(&file.inode.borrow().name, &file)?;

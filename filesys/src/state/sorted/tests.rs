@@ -88,8 +88,11 @@ fn apply_sorted(state: &State<Unused>, sorted: &mut Sorted) -> Result<(), String
     bits.apply(state).map_err(|stop| format!("{stop:?}"))
 }
 
+/// Entries, bits, counts of the files, free clusters.
+type Seen = (Vec<Entry>, Vec<bool>, Vec<(u64, u64)>, u64);
+
 /// All that can be seen of a state.
-fn seen(state: &State<Unused>) -> (Vec<Entry>, Vec<bool>, Vec<(u64, u64)>, u64) {
+fn seen(state: &State<Unused>) -> Seen {
     let (mut entries, mut inodes) = (Vec::new(), Vec::new());
     for file in FILES {
         let file = state.file(file).unwrap();
