@@ -273,6 +273,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         self.spawn(async move { core.keep_journal_short().await });
         let core = Rc::clone(self);
         self.spawn(async move { core.commit_lately().await });
+        if self.options.discard {
+            let core = Rc::clone(self);
+            self.spawn(async move { core.trim_lately().await });
+        }
         let core = Rc::clone(self);
         self.spawn(async move { core.keep_house().await });
     }

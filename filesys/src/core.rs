@@ -34,6 +34,7 @@ use crate::sums::Unchecked;
 use crate::superblock::{Holders, Superblock};
 use crate::tree::codec::{self, PAGE};
 use crate::tree::node::{Child, Missing, Node};
+use crate::trim::Trims;
 use crate::units::{FileId, Location, SUB_CLUSTER, VolumeIndex};
 use crate::volume::VolumeCore;
 use crate::wire::Writer;
@@ -63,6 +64,8 @@ pub(crate) struct Core<V, C> {
     pub(crate) options: OpenOptions,
     pub(crate) epochs: Epochs,
     freed: RefCell<VecDeque<Freed>>,
+    /// What was given up, and could be discarded.
+    pub(crate) trims: Trims,
     /// For each group that is not durable: volumes with data that its records speak of.
     needs: RefCell<BTreeMap<u64, BTreeSet<VolumeIndex>>>,
     /// Empty memory for records on their way to the journal.
@@ -74,6 +77,8 @@ pub(crate) struct Core<V, C> {
     pub(crate) housekeeping: Cell<bool>,
     /// It is being done.
     pub(crate) settling: Cell<bool>,
+    /// Merges that a crash has cut have not gone on yet.
+    pub(crate) resuming: Cell<bool>,
     /// Tasks that run.
     pub(crate) running: Cell<u32>,
     pub(crate) closing: Cell<bool>,
@@ -82,7 +87,7 @@ pub(crate) struct Core<V, C> {
     failure: RefCell<Option<Arc<str>>>,
     /// Grows when parents or children change.
     pub(crate) chains: Cell<u64>,
-    /// Grows when layers below others change their content.
+    /// Grows when what layers below others have is moved.
     pub(crate) layers: Cell<u64>,
     pub(crate) unchecked: RefCell<Unchecked>,
     pub(crate) healer: Healer,
@@ -131,6 +136,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             options,
             epochs: Epochs::default(),
             freed: RefCell::default(),
+            trims: Trims::default(),
             needs: RefCell::default(),
             bytes: RefCell::default(),
             loading: RefCell::default(),
@@ -138,6 +144,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             checkpointing: Cell::new(false),
             housekeeping: Cell::new(false),
             settling: Cell::new(false),
+            resuming: Cell::new(false),
             running: Cell::new(0),
             closing: Cell::new(false),
             lingering: Cell::new(false),
@@ -279,7 +286,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             Need::Freeing => 4,
         };
         // What is dirty is written before what it replaces is free. One more change makes a path of each of a few trees dirty.
-        let room = || self.space.free_count() > self.state.pages.dirtied() + reserve + 16;
+        let room = || {
+            let free = self.space.free_count();
+            // Mostly there is so much that nobody has to count.
+            [false, true]
+                .into_iter()
+                .any(|count| free > self.state.will_be_dirty(count) + reserve + 16)
+        };
         if !room() {
             self.checkpoint_now().await?;
             let there_is = room() || (self.space.break_holds() && room());
@@ -385,6 +398,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 });
             }
         }
+        if effects.moved {
+            self.layers.set(self.layers.get() + 1);
+        }
         if effects.orphans {
             self.chains.set(self.chains.get() + 1);
             self.housekeeping.set(true);
@@ -431,6 +447,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             {
                 (next.first.cluster..next.first.cluster + next.count)
                     .for_each(|cluster| volume.release(cluster));
+                if self.options.discard && self.trims.note(next.first, next.count) {
+                    self.changed.notify();
+                }
             }
         }
     }

@@ -50,6 +50,8 @@ pub(crate) struct FileCore {
     pub(crate) writers: Cell<u32>,
     /// Its child is absorbing it just now.
     pub(crate) absorbing: Cell<bool>,
+    /// Changes of its map while it was a parent.
+    pub(crate) moves: Cell<u64>,
     /// The journal group with the last change of it.
     pub(crate) group: Cell<u64>,
     /// For each volume that was written to: how many writes it had seen then.
@@ -77,6 +79,7 @@ impl FileCore {
             opens: Cell::new(0),
             writers: Cell::new(0),
             absorbing: Cell::new(false),
+            moves: Cell::new(0),
             group: Cell::new(0),
             written: RefCell::default(),
         }

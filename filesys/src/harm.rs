@@ -21,6 +21,7 @@ pub enum Harm {
     Dying(FileId, bool),
     Unlinked(FileId, bool),
     Absorbed(FileId, bool),
+    GivesName(FileId, bool),
     Frozen(FileId, bool),
     /// First child, and how many.
     Children(FileId, Option<FileId>, u32),
@@ -90,6 +91,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             Harm::Dying(id, value) => flag(id, Flags::DYING, value),
             Harm::Unlinked(id, value) => flag(id, Flags::UNLINKED, value),
             Harm::Absorbed(id, value) => flag(id, Flags::ABSORBED, value),
+            Harm::GivesName(id, value) => flag(id, Flags::GIVES_NAME, value),
             Harm::Frozen(id, value) => flag(id, Flags::FROZEN, value),
             Harm::Children(id, first, children) => inode(id, &|inode| {
                 inode.first_child = first;

@@ -67,7 +67,9 @@ impl Flags {
     pub(crate) const DYING: Self = Self(4);
     /// Is being absorbed by its only child.
     pub(crate) const ABSORBED: Self = Self(8);
-    const KNOWN: u16 = 15;
+    /// The child that absorbs it gets its name.
+    pub(crate) const GIVES_NAME: Self = Self(16);
+    const KNOWN: u16 = 31;
 
     pub(crate) fn has(self, flag: Self) -> bool {
         self.0 & flag.0 != 0

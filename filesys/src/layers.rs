@@ -18,23 +18,25 @@
 
 use std::rc::Rc;
 
-use block_io::{AlignedBuffer, BlockDevice, Clock, Durability};
+use block_io::{BlockDevice, Clock};
 
 use crate::core::{Core, Need};
 use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
-use crate::file::{File, note_written, whole};
+use crate::file::File;
 use crate::file_core::{Absorbing, FileCore};
-use crate::gate::Pass;
+use crate::gate::{self, Boxed, Pass};
 use crate::inode::{Flags, Kind};
 use crate::namespace::check_size;
 use crate::open::FileSystem;
 use crate::record::{LARGEST, Record};
 use crate::state::{Damage, absorb_copies, entries_of};
 use crate::tree::node::{Child, FANOUT};
-use crate::units::{FileId, Location, SUB_CLUSTER, SUBS, SubMask};
+use crate::units::{FileId, SUB_CLUSTER, SUBS, SubMask};
 
 const PAGE: u64 = FANOUT as u64;
+/// Clusters of which parts are copied at once.
+const AT_ONCE: usize = 32;
 
 /// A layer that is to be put on a file.
 #[derive(Debug)]
@@ -190,8 +192,23 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
     /// into its base); else it keeps its own (the parent, a snapshot, is deleted). The layer may be in use.
     ///
     /// # Errors
-    /// There is no parent, others depend on it, too, it is open or pinned, or a volume fails: then it can be called again.
+    /// There is no parent, others depend on it, too, it is open or pinned, or a volume fails: then it can be called again. What a crash
+    /// has cut goes on by itself when the file system is opened.
     pub async fn absorb(&self, layer: &str, named: bool) -> Result<(), FsError> {
+        self.absorb_while(layer, named, || true).await.map(|_| ())
+    }
+
+    /// As [`Self::absorb`]. `go_on` is asked after every 16 MiB of the layer. Where it does not want that, false is returned: the merge is
+    /// to be asked for again, or goes on when the file system is opened next.
+    ///
+    /// # Errors
+    /// As [`Self::absorb`].
+    pub async fn absorb_while(
+        &self,
+        layer: &str,
+        named: bool,
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<bool, FsError> {
         let core = self.core();
         let (group, (parent, _absorbing)) = core
             .transact(LARGEST, Need::Freeing, |state| {
@@ -209,17 +226,25 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                     object: layer.to_owned(),
                     problem: "it absorbs its parent already".into(),
                 })?;
-                if parent.inode.borrow().flags.has(Flags::ABSORBED) {
+                let flags = parent.inode.borrow().flags;
+                if flags.has(Flags::ABSORBED) {
                     block_io::cover!("filesys: an absorption goes on");
-                    return Ok((Vec::new(), (parent.id, absorbing)));
+                    if flags.has(Flags::GIVES_NAME) == named {
+                        return Ok((Vec::new(), (parent.id, absorbing)));
+                    }
                 }
-                Ok((vec![Record::Absorb { parent: parent.id }], (parent.id, absorbing)))
+                let record = Record::Absorb {
+                    parent: parent.id,
+                    named,
+                };
+                Ok((vec![record], (parent.id, absorbing)))
             })
             .await?;
         // Places of the parent may be written to from now on: after a crash it must not be taken for an image of what was.
         core.commit(group).await?;
-        core.absorb_parent(parent, named).await?;
-        core.commit(core.journal.open_group()).await
+        let done = core.absorb_parent(parent, &mut go_on).await?;
+        core.commit(core.journal.open_group()).await?;
+        Ok(done)
     }
 }
 
@@ -308,8 +333,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         })
     }
 
-    /// Moves all that a parent has to its only child, and ends the parent.
-    pub(crate) async fn absorb_parent(&self, parent: FileId, named: bool) -> Result<(), FsError> {
+    /// Moves all that a parent has to its only child, and ends the parent. False: it was broken off.
+    pub(crate) async fn absorb_parent(
+        &self,
+        parent: FileId,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<bool, FsError> {
         let (parent, child) = self.look(|state| Ok(state.absorption(parent)?)).await?;
         loop {
             let next = self
@@ -320,13 +349,16 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             let below = parent.gate.alone(page, page).await;
             let pass = child.gate.alone(page, page).await;
             self.absorb_page(&parent, &child, page * PAGE).await?;
-            // Others that have this child above them look in the wrong layer otherwise.
-            self.layers.set(self.layers.get() + 1);
             drop(pass);
             drop(below);
+            if !go_on() {
+                block_io::cover!("filesys: a merge was broken off");
+                return Ok(false);
+            }
         }
         self.cut_behind_end(&child).await?;
         self.transact(LARGEST * 2, Need::Freeing, |_| {
+            let named = parent.inode.borrow().flags.has(Flags::GIVES_NAME);
             Ok((
                 vec![Record::Absorbed {
                     parent: parent.id,
@@ -337,9 +369,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         })
         .await?;
         self.chains.set(self.chains.get() + 1);
-        self.layers.set(self.layers.get() + 1);
         self.changed.notify();
-        Ok(())
+        Ok(true)
     }
 
     /// A child that is smaller than its parent was does not keep what it got behind its end. (Growing hides what ancestors have there.)
@@ -393,7 +424,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 first: number,
             },
             Some(above) => {
-                let keep = self.copy_parts(child, &below, &above).await?;
+                let keep = self.copy_parts(child, first, &below, &above).await?;
                 Record::AbsorbLeaf {
                     parent: parent.id,
                     first: number,
@@ -415,81 +446,73 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     async fn copy_parts(
         &self,
         child: &FileCore,
+        first: u64,
         below: &[Entry; FANOUT],
         above: &[Entry; FANOUT],
     ) -> Result<[u8; 32], FsError> {
         let mut keep = [0; 32];
+        let mut joins = Vec::new();
         for (index, (old, new)) in below.iter().zip(above).enumerate() {
-            let (Some(from_parent), Some(from_child)) = (old.location(), new.location()) else {
+            if old.location().is_none() || new.location().is_none() {
                 continue;
-            };
+            }
             let parent_part = SubMask(old.valid() & new.holes());
             let kept = parent_part.0.count_ones() > new.valid().count_ones();
             if kept {
                 keep[index / 8] |= 1 << (index % 8);
             }
-            let mask = absorb_copies(*new, *old, kept);
-            let (from, to) = if kept {
-                (from_child, from_parent)
-            } else {
-                (from_parent, from_child)
-            };
-            let (source, target) = if kept { (new, old) } else { (old, new) };
-            self.copy_subs(child, from, to, mask).await?;
-            // The cluster has checksums if one of both had; what comes from the other has none.
-            let strange = match (source.is_checked(), target.is_checked()) {
-                (true, false) => SubMask(target.valid() & !mask.0),
-                (false, true) => mask,
-                _ => SubMask::NONE,
-            };
-            if strange.0 != 0 {
-                block_io::cover!("filesys: a cluster with checksums absorbs one without");
-                let volume = self.state.volume(to.volume)?;
-                let first = to.offset() / SUB_CLUSTER;
-                let _checking = self.begin_copy(&volume, &volume, first, SUBS.into()).await?;
-                self.forget_sums(to, strange).await?;
-            }
+            let (source, target) = if kept { (*new, *old) } else { (*old, *new) };
+            joins.push(Join {
+                cluster: first + index as u64,
+                source,
+                target,
+                mask: absorb_copies(*new, *old, kept),
+            });
+        }
+        for joins in joins.chunks(AT_ONCE) {
+            let copies = joins
+                .iter()
+                .map(|join| -> Boxed<'_, _> { Box::pin(self.join(child, join)) });
+            gate::all(copies.collect())
+                .await
+                .into_iter()
+                .collect::<Result<(), _>>()?;
         }
         Ok(keep)
     }
 
-    /// Copies sub-clusters of one cluster to the same places of another, with their checksums.
-    pub(crate) async fn copy_subs(
-        &self,
-        file: &FileCore,
-        from: Location,
-        to: Location,
-        mask: SubMask,
-    ) -> Result<(), FsError> {
-        let (source, target) = (self.state.volume(from.volume)?, self.state.volume(to.volume)?);
-        let mut sub = 0;
-        while sub < SUBS {
-            if !mask.contains(sub) {
-                sub += 1;
-                continue;
-            }
-            let count = (sub..SUBS).take_while(|sub| mask.contains(*sub)).count() as u64;
-            let skip = u64::from(sub) * SUB_CLUSTER;
-            let (first, to_first) = (
-                (from.offset() + skip) / SUB_CLUSTER,
-                (to.offset() + skip) / SUB_CLUSTER,
-            );
-            let checking = self.begin_copy(&source, &target, to_first, count).await?;
-            let buffer = AlignedBuffer::new(usize::try_from(count * SUB_CLUSTER).unwrap_or(0));
-            source.device.read(from.offset() + skip, &whole(&buffer)).await?;
-            let memory = whole(&buffer);
-            let write = target
-                .device
-                .write(to.offset() + skip, &memory, Durability::Volatile);
-            write.await?;
-            note_written(file, &target, Durability::Volatile);
-            if checking.is_some() {
-                self.copy_sums(&source, first, &target, to_first, count).await?;
-            }
-            sub += u32::try_from(count).unwrap_or(SUBS);
+    async fn join(&self, child: &FileCore, join: &Join) -> Result<(), FsError> {
+        let Join { source, target, .. } = join;
+        let Some(to) = target.location() else {
+            return Ok(());
+        };
+        self.copy_subs(child, join.cluster, *source, to, join.mask)
+            .await?;
+        // The cluster has checksums if one of both had; what comes from the other has none.
+        let strange = match (source.is_checked(), target.is_checked()) {
+            (true, false) => SubMask(target.valid() & !join.mask.0),
+            (false, true) => join.mask,
+            _ => SubMask::NONE,
+        };
+        if strange.0 != 0 {
+            block_io::cover!("filesys: a cluster with checksums absorbs one without");
+            let volume = self.state.volume(to.volume)?;
+            let first = to.offset() / SUB_CLUSTER;
+            let _checking = self.begin_copy(&volume, &volume, first, SUBS.into()).await?;
+            self.forget_sums(to, strange).await?;
         }
         Ok(())
     }
+}
+
+/// A cluster of which both have parts.
+struct Join {
+    cluster: u64,
+    source: Entry,
+    /// Whose place is kept.
+    target: Entry,
+    /// What is copied.
+    mask: SubMask,
 }
 
 /// Layers that are made together get different names.

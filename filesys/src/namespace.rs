@@ -1,5 +1,8 @@
 //! Names: directories and files are made, found, moved, deleted.
 
+mod resize;
+mod rules;
+
 use std::rc::Rc;
 
 use block_io::{BlockDevice, Clock};
@@ -14,7 +17,10 @@ use crate::open::FileSystem;
 use crate::record::{LARGEST, Record};
 use crate::state::{Damage, ROOT, read_name};
 use crate::tree::node::FANOUT;
-use crate::units::{CLUSTER, FileId, MAX_FILE, MAX_NAME, SUB_CLUSTER, SUBS};
+use crate::units::{CLUSTER, FileId, MAX_NAME};
+
+use rules::check_depth;
+pub(crate) use rules::check_size;
 
 /// A file that is to be made.
 #[derive(Debug, Clone, Default)]
@@ -62,6 +68,9 @@ pub struct Stat {
     /// It is being absorbed by its child.
     pub absorbed: bool,
 }
+
+/// Children of one file, at most: there are not more files than that. Only in a damaged file system there are more.
+const MOST_CHILDREN: usize = 16 << 20;
 
 /// The parts of a path. It begins with `/`.
 fn components(path: &str) -> Result<Vec<&str>, FsError> {
@@ -414,6 +423,28 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         Ok(stat_of(&file))
     }
 
+    /// The files whose parent a file is, those without a name, too.
+    ///
+    /// # Errors
+    /// There is no such file, or metadata are damaged.
+    pub async fn children_of(&self, id: FileId) -> Result<Vec<FileId>, FsError> {
+        let core = self.core();
+        let mut children = Vec::new();
+        let mut next = core
+            .look(|state| Ok(state.file(id)?.inode.borrow().first_child))
+            .await?;
+        while let Some(child) = next {
+            children.push(child);
+            if children.len() >= MOST_CHILDREN {
+                return Err(Damage::new(id, "has children without end").into());
+            }
+            next = core
+                .look(|state| Ok(state.file(child)?.inode.borrow().next_sibling))
+                .await?;
+        }
+        Ok(children)
+    }
+
     /// The path of a file; none if it has no name any more.
     ///
     /// # Errors
@@ -513,208 +544,6 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .await?;
         Ok(File::new(Rc::clone(core), path, access, chain))
     }
-
-    /// Changes the size of a file. What lies behind a smaller size is lost; a larger one reads as zeroes there.
-    ///
-    /// # Errors
-    /// There is none, it is frozen, or the size is impossible.
-    pub async fn resize(&self, path: &str, size: u64) -> Result<(), FsError> {
-        let core = self.core();
-        check_size(path, size)?;
-        let file = core.look(|_| core.find_regular(path)).await?;
-        let _kept = Kept::new(&file);
-        let _alone = file.gate.all().await;
-        let (frozen, linked, old) = {
-            let inode = file.inode.borrow();
-            (inode.is_frozen(), inode.is_linked(), inode.size)
-        };
-        if frozen || !linked {
-            return Err(FsError::Frozen {
-                file: path.to_owned(),
-            });
-        }
-        if size < old && !size.is_multiple_of(SUB_CLUSTER) {
-            return Err(FsError::Path {
-                path: path.to_owned(),
-                problem: "the size of a file that shrinks becomes a multiple of 4 KiB",
-            });
-        }
-        if size < old {
-            core.shrink(&file, size, old).await?;
-        } else {
-            core.grow(&file, size, old).await?;
-        }
-        core.commit(core.journal.open_group()).await
-    }
-}
-
-impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
-    /// The size comes first: after a crash, what is behind it is nobody's concern until the file grows, which clears it once more. The
-    /// caller has the file alone.
-    async fn shrink(&self, file: &Rc<FileCore>, size: u64, old: u64) -> Result<(), FsError> {
-        // With a parent, what goes has to be hidden. Without one, the space goes as well, that of thick files, too.
-        let whole = if file.parent().is_some() {
-            old
-        } else {
-            size.next_multiple_of(CLUSTER).min(old)
-        };
-        let mut records = vec![Record::Resize { file: file.id, size }];
-        for record in
-            cleared(file, size, whole).chain(reaped(file, whole.div_ceil(CLUSTER), old.div_ceil(CLUSTER)))
-        {
-            records.push(record);
-            // The size and what is near it go in one moment.
-            if records.len() >= 3 {
-                let some = std::mem::take(&mut records);
-                self.transact(LARGEST, Need::Freeing, |_| Ok((some.clone(), ())))
-                    .await?;
-            }
-        }
-        self.transact(LARGEST, Need::Freeing, |_| Ok((records.clone(), ())))
-            .await?;
-        Ok(())
-    }
-
-    /// Whatever is behind the end goes, or is hidden, and the size comes last. The caller has the file alone.
-    async fn grow(&self, file: &Rc<FileCore>, size: u64, old: u64) -> Result<(), FsError> {
-        for clear in cleared(file, old, size) {
-            self.transact(LARGEST, Need::Freeing, |_| Ok((vec![clear.clone()], ())))
-                .await?;
-        }
-        if file.inode.borrow().attributes.thick {
-            let filled = self.fill(file, old / CLUSTER, size).await;
-            if filled.is_err() {
-                block_io::cover!("filesys: a thick file found no space to grow");
-                for reap in reaped(file, old.div_ceil(CLUSTER), size.div_ceil(CLUSTER)) {
-                    self.transact(LARGEST, Need::Freeing, |_| Ok((vec![reap.clone()], ())))
-                        .await?;
-                }
-            }
-            filled?;
-        }
-        self.transact(LARGEST, Need::Freeing, |_| {
-            Ok((vec![Record::Resize { file: file.id, size }], ()))
-        })
-        .await?;
-        Ok(())
-    }
-
-    /// Whether a file may lose its name or content.
-    pub(crate) fn check_unused(&self, path: &str, file: &FileCore) -> Result<(), FsError> {
-        let busy = |problem: String| FsError::Busy {
-            object: path.to_owned(),
-            problem,
-        };
-        if file.opens.get() > 0 {
-            return Err(busy("it is open: close it first".into()));
-        }
-        if file.inode.borrow().flags.has(Flags::ABSORBED) {
-            return Err(busy("it is being merged".into()));
-        }
-        if let Some(pin) = self.state.pins.borrow().values().find(|pin| pin.file == file.id) {
-            return Err(busy(format!(
-                "pin {} keeps it until it is released or its time is over",
-                pin.pin
-            )));
-        }
-        Ok(())
-    }
-
-    /// A layer that takes over its parent has parts of it already, so it cannot go now.
-    fn check_absorbs_nothing(&self, path: &str, file: &FileCore) -> Result<(), Refusal> {
-        let (parent, children) = {
-            let inode = file.inode.borrow();
-            (inode.parent, inode.children)
-        };
-        let (Some(parent), 0) = (parent, children) else {
-            return Ok(());
-        };
-        let parent = self.state.file(parent)?;
-        let (absorbed, linked) = {
-            let inode = parent.inode.borrow();
-            (inode.flags.has(Flags::ABSORBED), inode.is_linked())
-        };
-        // Without a name, nobody wants the parent any more: both go, unless data are being copied just now.
-        if absorbed && (linked || parent.absorbing.get()) {
-            block_io::cover!("filesys: a layer that absorbs its parent was not deleted");
-            return Err(FsError::Busy {
-                object: path.to_owned(),
-                problem: "it is being merged with its parent".into(),
-            }
-            .into());
-        }
-        Ok(())
-    }
-
-    fn check_not_above(&self, from: &str, file: &FileCore, directory: &Rc<FileCore>) -> Result<(), Refusal> {
-        let mut at = Rc::clone(directory);
-        for depth in 0.. {
-            check_depth(&at, depth)?;
-            if at.id == file.id {
-                return Err(FsError::Path {
-                    path: from.to_owned(),
-                    problem: "a directory cannot be moved into itself",
-                }
-                .into());
-            }
-            if at.id == ROOT {
-                return Ok(());
-            }
-            let above = at.inode.borrow().directory;
-            at = self.state.file(above)?;
-        }
-        Ok(())
-    }
-}
-
-/// Records that take the content of a range; ancestors must not show through.
-fn cleared(file: &FileCore, start: u64, end: u64) -> impl Iterator<Item = Record> + use<> {
-    const STEP: u64 = FANOUT as u64 * SUBS as u64 * 16;
-    let (file, zero) = (file.id, file.parent().is_some());
-    let (first, last) = (start.div_ceil(SUB_CLUSTER), end.div_ceil(SUB_CLUSTER));
-    (first..last)
-        .step_by(usize::try_from(STEP).unwrap_or(usize::MAX))
-        .map(move |first| Record::Clear {
-            file,
-            first,
-            count: (last - first).min(STEP),
-            zero,
-        })
-}
-
-/// Records that take whole clusters away, kept ones, too.
-fn reaped(file: &FileCore, first: u64, last: u64) -> impl Iterator<Item = Record> + use<> {
-    const STEP: usize = FANOUT * 16;
-    let file = file.id;
-    (first..last).step_by(STEP).map(move |first| Record::Reap {
-        file,
-        first: u32::try_from(first).unwrap_or(u32::MAX),
-        count: u32::try_from((last - first).min(STEP as u64)).unwrap_or(u32::MAX),
-    })
-}
-
-/// Directories in directories, at most, on the way up from one. Only in a damaged file system there are more.
-const MOST_DEPTH: usize = 65_536;
-
-fn check_depth(at: &FileCore, depth: usize) -> Result<(), Damage> {
-    if depth < MOST_DEPTH {
-        return Ok(());
-    }
-    Err(Damage::new(at.id, "lies within itself"))
-}
-
-pub(crate) fn check_size(path: &str, size: u64) -> Result<(), FsError> {
-    let problem = if size > MAX_FILE {
-        "a file has at most 64 TiB"
-    } else if !size.is_multiple_of(512) {
-        "the size of a file is a multiple of 512 bytes"
-    } else {
-        return Ok(());
-    };
-    Err(FsError::Path {
-        path: path.to_owned(),
-        problem,
-    })
 }
 
 pub(crate) fn stat_of(file: &FileCore) -> Stat {

@@ -11,16 +11,16 @@ use crate::error::{FsError, Refusal};
 use crate::event::Event;
 use crate::heal::{Healer, Redundancy};
 use crate::inode::MAX_CLASS;
-use crate::journal::{self, Journal, Position, Ring};
+use crate::journal::{Journal, Position, Ring};
 use crate::meta_space::MetaSpace;
 use crate::record::{Record, VolumeRecord};
-use crate::state::{Damage, Effects, State, Stop};
+use crate::replay;
+use crate::state::{Effects, State, Stop};
 use crate::superblock::{self, LayoutOptions, Superblock};
 use crate::tree::codec;
 use crate::tree::node::{Child, Root};
 use crate::tree::radix::Tree;
 use crate::units::{CLUSTER, MAX_NAME, MAX_VOLUMES, SUB_CLUSTER, VolumeIndex};
-use crate::wire::Reader;
 
 /// A volume that is given to a file system.
 #[derive(Debug)]
@@ -65,6 +65,10 @@ pub struct OpenOptions {
     pub redundancy: Redundancy,
     /// Orphans are settled and layers absorbed in the background; tests want to say when.
     pub background: bool,
+    /// Merges of layers that a crash has cut go on by themselves; else they wait until they are asked for again.
+    pub resume_merges: bool,
+    /// What files give up is discarded on the volumes some time later.
+    pub discard: bool,
 }
 
 impl Default for OpenOptions {
@@ -77,6 +81,8 @@ impl Default for OpenOptions {
             commit_after: Duration::from_secs(5),
             redundancy: Redundancy::default(),
             background: true,
+            resume_merges: true,
+            discard: true,
         }
     }
 }
@@ -210,8 +216,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             region: superblock.layout.journal,
             uuid: superblock.uuid,
         };
-        let position = replay(&*meta, &state, &ring, &superblock, &healer).await?;
-        state.replaying.set(false);
+        let position = replay::replay(&*meta, &state, &ring, &superblock, &healer).await?;
         superblock.next_object = superblock.next_object.max(state.next_id());
         let mut space = space;
         if !read_only {
@@ -254,6 +259,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .for_each(|event| core.event(event));
         if !read_only {
             core.housekeeping.set(core.options.background);
+            core.resuming.set(core.options.resume_merges);
             core.start();
         }
         Ok(Self(Rc::new(Owner(core))))
@@ -276,7 +282,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             core.changed
                 .until(|| (core.running.get() <= 1).then_some(()))
                 .await;
-            core.checkpoint_as(true).await
+            let done = core.checkpoint_as(true).await;
+            core.trim().await;
+            done
         };
         core.journal.stop();
         core.changed
@@ -373,61 +381,9 @@ async fn load_state<V: BlockDevice>(
         }
     };
     while let Err(stop) = state.load_tables() {
-        load(meta, &state, stop, healer).await?;
+        replay::load(meta, &state, stop, healer).await?;
     }
     Ok(state)
-}
-
-/// Loads a page while nothing else runs.
-async fn load<V: BlockDevice>(
-    meta: &V,
-    state: &State<V>,
-    stop: Stop,
-    healer: &Healer,
-) -> Result<(), FsError> {
-    match stop {
-        Stop::Missing(missing) => core::load_page(meta, state, &missing, healer).await,
-        Stop::Damaged(damage) => Err(damage.into()),
-    }
-}
-
-/// Makes the changes of the journal again.
-async fn replay<V: BlockDevice>(
-    meta: &V,
-    state: &State<V>,
-    ring: &Ring,
-    superblock: &Superblock,
-    healer: &Healer,
-) -> Result<Position, FsError> {
-    state.replaying.set(true);
-    let each = async |bytes: &[u8]| -> Result<(), FsError> {
-        block_io::cover!("filesys: a group was replayed");
-        let mut reader = Reader(bytes);
-        while !reader.is_empty() {
-            let record = Record::decode(&mut reader).map_err(|error| Damage::new("the journal", error))?;
-            while let Err(stop) = state.prepare(&record) {
-                load(meta, state, stop, healer).await?;
-            }
-            // What it frees can be used at once: nobody reads yet.
-            while let Err(stop) = state.apply(&record, &mut Effects::default()) {
-                load(meta, state, stop, healer).await?;
-            }
-        }
-        Ok(())
-    };
-    journal::replay_healed(
-        meta,
-        ring,
-        superblock.replay,
-        superblock.incarnation,
-        healer,
-        each,
-    )
-    .await
-    .map_err(|error| match error {
-        journal::ReplayError::Apply { source, .. } => source,
-        other => FsError::Open(other.to_string()),
-    })
 }
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {

@@ -1,5 +1,5 @@
 //! What is left to do after deletions and merges, in the background and after a crash: files without a name are reaped, parents
-//! that lost their name are absorbed by the last child that needs them.
+//! that lost their name are absorbed by the last child that needs them, and merges that a crash has cut go on.
 
 use std::rc::Rc;
 
@@ -17,6 +17,7 @@ const PAGE: u64 = FANOUT as u64;
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// Does all that can be done now.
     pub(crate) async fn settle_orphans(&self) -> Result<(), FsError> {
+        let resumed = self.resuming.replace(false);
         let mut again = true;
         while again {
             again = false;
@@ -27,14 +28,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 let Some(file) = self.look(|state| Ok(state.find_file(id)?)).await? else {
                     continue;
                 };
-                again |= self.settle(&file).await?;
+                again |= self.settle(&file, resumed).await?;
             }
         }
         Ok(())
     }
 
-    /// Whether something was done.
-    async fn settle(&self, file: &Rc<FileCore>) -> Result<bool, FsError> {
+    /// Whether something was done. Resumed: merges that a crash has cut go on, too. (Others have somebody who asked for them, and whom an
+    /// error has told to ask again.)
+    async fn settle(&self, file: &Rc<FileCore>, resumed: bool) -> Result<bool, FsError> {
         let (flags, children) = {
             let inode = file.inode.borrow();
             (inode.flags, inode.children)
@@ -46,7 +48,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             self.reap(file).await?;
             return Ok(true);
         }
-        if !flags.has(Flags::UNLINKED) || children != 1 {
+        let wanted = flags.has(Flags::UNLINKED) || (resumed && flags.has(Flags::ABSORBED));
+        if !wanted || children != 1 {
             return Ok(false);
         }
         let pinned = self.look(|_| Ok(self.pin_of(file)?)).await?;
@@ -56,7 +59,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         self.settle_parent(file).await
     }
 
-    /// The last child absorbs a parent that has no name any more.
+    /// The last child absorbs a parent that has no name any more, or goes on with it.
     async fn settle_parent(&self, file: &Rc<FileCore>) -> Result<bool, FsError> {
         let (group, begun) = self
             .transact(LARGEST, Need::Freeing, |state| {
@@ -64,7 +67,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                     let inode = file.inode.borrow();
                     (inode.flags, inode.children, inode.first_child)
                 };
-                let (Some(child), 1, true) = (child, children, flags.has(Flags::UNLINKED)) else {
+                let wanted = flags.has(Flags::UNLINKED) || flags.has(Flags::ABSORBED);
+                let (Some(child), 1, true) = (child, children, wanted) else {
                     return Ok((Vec::new(), None));
                 };
                 match self.check_apart("", &*state.file(child)?, file) {
@@ -80,14 +84,17 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                     return Ok((Vec::new(), Some(absorbing)));
                 }
                 block_io::cover!("filesys: the last child absorbs a parent without a name");
-                Ok((vec![Record::Absorb { parent: file.id }], Some(absorbing)))
+                let record = Record::Absorb {
+                    parent: file.id,
+                    named: false,
+                };
+                Ok((vec![record], Some(absorbing)))
             })
             .await?;
         let Some(_absorbing) = begun else { return Ok(false) };
         // Other children must be gone for good before their parent's places are written to.
         self.commit(group).await?;
-        self.absorb_parent(file.id, false).await?;
-        Ok(true)
+        self.absorb_parent(file.id, &mut || !self.closing.get()).await
     }
 
     /// Frees all that a file has, and forgets it.

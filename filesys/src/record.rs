@@ -66,8 +66,8 @@ pub(crate) enum Record {
     Resize { file: FileId, size: u64 },
     /// Takes no writes any more, or takes them again.
     Freeze { file: FileId, frozen: bool },
-    /// The only child of this file begins to absorb it: it has no name any more.
-    Absorb { parent: FileId },
+    /// The only child of this file begins to absorb it. Named: the child will get its name.
+    Absorb { parent: FileId, named: bool },
     /// The leaf with cluster `first`, where the absorbing file has nothing, becomes the absorbing file's as it is.
     AbsorbChild { parent: FileId, first: u32 },
     /// A leaf with cluster `first`: for entries whose bit is set the parent's place is kept, else the absorbing file's if it has one.
@@ -140,6 +140,7 @@ const UNCHECKED: u8 = 19;
 /// The commonest one: one cluster, not moved.
 const ONE: u8 = 20;
 
+const ABSORB_NAMED: u8 = 21;
 const MEND_INODE: u8 = 32;
 const MEND_ORPHAN: u8 = 33;
 const MEND_NAME: u8 = 34;
@@ -312,7 +313,7 @@ impl Record {
                 of(FREEZE, file);
                 to.u8((*frozen).into());
             }
-            Self::Absorb { parent } => of(ABSORB, parent),
+            Self::Absorb { parent, named } => of(if *named { ABSORB_NAMED } else { ABSORB }, parent),
             Self::AbsorbChild { parent, first } => {
                 of(ABSORB_CHILD, parent);
                 to.u32(*first);
@@ -433,7 +434,10 @@ impl Record {
                 file: of(from)?,
                 frozen: flag(from)?,
             },
-            ABSORB => Self::Absorb { parent: of(from)? },
+            code @ (ABSORB | ABSORB_NAMED) => Self::Absorb {
+                parent: of(from)?,
+                named: code == ABSORB_NAMED,
+            },
             ABSORB_CHILD => Self::AbsorbChild {
                 parent: of(from)?,
                 first: from.u32()?,

@@ -8,19 +8,19 @@
 use std::ops::ControlFlow;
 use std::rc::Rc;
 
-use block_io::{AlignedBuffer, BlockDevice, Clock, Durability};
+use block_io::{BlockDevice, Clock};
 
 use crate::core::{Core, Need};
 use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
-use crate::file::{Places, note_written, whole};
+use crate::file::Places;
 use crate::file_core::{FileCore, Pending};
 use crate::inode::{Flags, Target};
 use crate::open::FileSystem;
 use crate::record::{LARGEST, MAP_BYTES, Record};
 use crate::state::entries_of;
 use crate::tree::node::FANOUT;
-use crate::units::{CLUSTER, FileId, Location, SUB_CLUSTER, SUBS, SubMask};
+use crate::units::{CLUSTER, FileId, Location, SubMask};
 
 const PAGE: u64 = FANOUT as u64;
 /// Clusters that one request copies, at most.
@@ -71,8 +71,17 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         let core = self.core();
         let mut done = RelocationProgress::default();
         let mut page = from / (PAGE * CLUSTER);
+        let mut looked = false;
         loop {
-            let file = core.look(|state| Ok(state.file(file)?)).await?;
+            let Some(file) = core.look(|state| Ok(state.find_file(file)?)).await? else {
+                if looked {
+                    block_io::cover!("filesys: a file was reaped or absorbed while it was relocated");
+                    return Ok(done);
+                }
+                let path = file.to_string();
+                return Err(FsError::NotFound { path });
+            };
+            looked = true;
             let next = core
                 .look(|_| {
                     core.check_unpinned(&file.inode.borrow().name, &file)?;
@@ -235,40 +244,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 .take(RUN)
                 .zip(0_u64..)
                 .take_while(|(next, number)| {
-                    full(next) && next.from == step.from.plus(*number) && next.to == step.to.plus(*number)
+                    full(next)
+                        && next.entry.is_checked() == step.entry.is_checked()
+                        && next.from == step.from.plus(*number)
+                        && next.to == step.to.plus(*number)
                 })
                 .count();
+            let cluster = step.index.into();
             if run > 1 {
-                self.copy_run(file, step.from, step.to, run).await?;
+                self.copy_clusters(file, cluster, step.entry, step.to, run as u64)
+                    .await?;
             } else {
                 let mask = SubMask(step.entry.valid());
-                self.copy_subs(file, step.from, step.to, mask).await?;
+                self.copy_subs(file, cluster, step.entry, step.to, mask).await?;
             }
             rest = &rest[run.max(1)..];
-        }
-        Ok(())
-    }
-
-    /// Whole clusters that follow each other.
-    async fn copy_run(
-        &self,
-        file: &FileCore,
-        from: Location,
-        to: Location,
-        clusters: usize,
-    ) -> Result<(), FsError> {
-        let (source, target) = (self.state.volume(from.volume)?, self.state.volume(to.volume)?);
-        let (first, to_first) = (from.offset() / SUB_CLUSTER, to.offset() / SUB_CLUSTER);
-        let count = clusters as u64 * u64::from(SUBS);
-        let checking = self.begin_copy(&source, &target, to_first, count).await?;
-        let buffer = AlignedBuffer::new(usize::try_from(CLUSTER).unwrap_or(0) * clusters);
-        source.device.read(from.offset(), &whole(&buffer)).await?;
-        let memory = whole(&buffer);
-        let write = target.device.write(to.offset(), &memory, Durability::Volatile);
-        write.await?;
-        note_written(file, &target, Durability::Volatile);
-        if checking.is_some() {
-            self.copy_sums(&source, first, &target, to_first, count).await?;
         }
         Ok(())
     }

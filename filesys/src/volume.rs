@@ -168,30 +168,46 @@ impl<V> VolumeCore<V> {
 
     /// A map gets or loses this cluster. Gives false if it was so already, which cannot be in a sound file system.
     pub(crate) fn mark(&self, pages: &Pages, cluster: u64, used: bool) -> Result<bool, Missing> {
-        if cluster >= self.clusters() {
-            return Ok(false);
+        Ok(self.mark_all(pages, std::iter::once((cluster, used)))?.is_none())
+    }
+
+    /// As [`Self::mark`], for clusters of one page of the bitmap in turn. Gives the first one that was so already, and stops there.
+    pub(crate) fn mark_all(
+        &self,
+        pages: &Pages,
+        marks: impl Iterator<Item = (u64, bool)>,
+    ) -> Result<Option<(u64, bool)>, Missing> {
+        let clusters = self.clusters();
+        let mut marks = marks.peekable();
+        let Some((first, used)) = marks.peek().copied() else {
+            return Ok(None);
+        };
+        if first >= clusters {
+            return Ok(Some((first, used)));
         }
-        let changed = self.bitmap.change(pages, cluster, |body| {
-            let Body::Bits(words) = body else { return false };
-            let (word, bit) = (&mut words[word(cluster)], 1 << (cluster % 64));
-            let changed = (*word & bit != 0) != used;
-            if used {
-                *word |= bit;
-            } else {
-                *word &= !bit;
-            }
-            changed
+        let (mut taken, mut given) = (0_u32, 0_u32);
+        let wrong = self.bitmap.change(pages, first, |body| {
+            let Body::Bits(words) = body else {
+                return Some((first, used));
+            };
+            marks.find(|(cluster, used)| {
+                let (word, bit) = (&mut words[word(*cluster)], 1 << (cluster % 64));
+                let is_wrong = *cluster >= clusters || (*word & bit != 0) == *used;
+                if is_wrong {
+                    return true;
+                }
+                *word ^= bit;
+                *(if *used { &mut taken } else { &mut given }) += 1;
+                false
+            })
         })?;
-        if changed {
-            let page = usize::try_from(cluster / BITS).unwrap_or(0);
-            if let Some(free) = self.free.borrow_mut().get_mut(page) {
-                *free = if used { free.saturating_sub(1) } else { *free + 1 };
-            }
-            let total = self.total_free.get();
-            self.total_free
-                .set(if used { total.saturating_sub(1) } else { total + 1 });
+        let page = usize::try_from(first / BITS).unwrap_or(0);
+        if let Some(free) = self.free.borrow_mut().get_mut(page) {
+            *free = (*free + given).saturating_sub(taken);
         }
-        Ok(changed)
+        let total = self.total_free.get() + u64::from(given);
+        self.total_free.set(total.saturating_sub(taken.into()));
+        Ok(wrong)
     }
 
     fn is_busy(&self, cluster: u64) -> bool {

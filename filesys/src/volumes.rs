@@ -156,7 +156,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         .map(|_| ())
     }
 
-    /// An empty volume leaves.
+    /// An empty volume leaves: afterwards it may be gone for ever.
     ///
     /// # Errors
     /// There is no such volume, or files have clusters on it.
@@ -179,7 +179,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                 Ok((vec![Record::NoVolume { volume: volume.index }], ()))
             })
             .await?;
-        core.commit(group).await
+        core.commit(group).await?;
+        // The journal may speak of it still, and then it would be asked for when it is replayed.
+        core.checkpoint_now().await?;
+        core.state.given.borrow_mut().remove(&uuid);
+        Ok(())
     }
 
     async fn change_volume(

@@ -103,6 +103,8 @@ pub enum FileOperation {
         #[serde(default)]
         repair: bool,
     },
+    /// Read everything that has a checksum, and repair it from other copies.
+    Scrub,
     /// Freeze a file, and make a layer that is written instead.
     Snapshot {
         /// The file.
@@ -408,6 +410,40 @@ impl CheckReport {
     }
 }
 
+/// Something that a scrub could not repair.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ScrubFinding {
+    /// The file, or the volume with metadata.
+    pub object: String,
+    /// First byte of it.
+    pub offset: u64,
+    /// What is wrong.
+    pub problem: String,
+}
+
+/// What a scrub of files has done, in bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FileScrub {
+    /// Data that were verified, each copy counted.
+    pub data: u64,
+    /// Metadata that were verified, each copy counted.
+    pub metadata: u64,
+    /// Data that were repaired.
+    pub repaired: u64,
+    /// Metadata that were repaired.
+    pub metadata_repaired: u64,
+    /// Data whose checksum was not known, and is now.
+    pub filled: u64,
+    /// What could not be repaired.
+    pub lost: u64,
+    /// What that is; the first of it.
+    pub findings: Vec<ScrubFinding>,
+    /// It was not broken off.
+    pub whole: bool,
+}
+
 /// A volume as the file system uses it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -460,6 +496,8 @@ pub enum FileAnswer {
     Moved(Moved),
     /// What was found.
     Checked(CheckReport),
+    /// What a scrub has found and done.
+    Scrubbed(FileScrub),
     /// The file system.
     FileSystem(FileSystemStatus),
 }

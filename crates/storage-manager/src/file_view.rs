@@ -151,7 +151,34 @@ pub(crate) fn event(event: &Event) -> Option<PoolEvent> {
             PoolEventKind::Repaired,
             format!("{file}: data at offset {offset} were not what was written, and were repaired"),
         ),
+        Event::MetadataRepaired { block } => (
+            PoolEventKind::Repaired,
+            format!("block {block} of volume {META_VOLUME} was not what was written, and was repaired"),
+        ),
+        Event::MetadataCorrupt { block } => (
+            PoolEventKind::Corrupt,
+            format!(
+                "block {block} of volume {META_VOLUME} is not what was written, and there is no good copy: `smsvmm file check` tells \
+                 what it means"
+            ),
+        ),
         _ => return None,
     };
     Some(PoolEvent { kind, text })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damage_of_metadata_is_told_as_that_of_data_is() {
+        for (told, kind) in [
+            (Event::MetadataRepaired { block: 7 }, PoolEventKind::Repaired),
+            (Event::MetadataCorrupt { block: 7 }, PoolEventKind::Corrupt),
+        ] {
+            let told = event(&told).unwrap();
+            assert!(told.kind == kind && told.text.contains("block 7"), "{told:?}");
+        }
+    }
 }

@@ -115,6 +115,7 @@ pub(crate) async fn perform(
         }
         FileOperation::Drain { volume, end } => Box::pin(drain(files, &volume, end, reporter)).await,
         FileOperation::Check { repair } => Box::pin(crate::check::check(files, repair, reporter)).await,
+        FileOperation::Scrub => Box::pin(crate::scrub::scrub(files, reporter)).await,
         FileOperation::Snapshot { path, layer } => {
             let snapshot = Snapshot {
                 path: &path,
@@ -126,7 +127,10 @@ pub(crate) async fn perform(
         FileOperation::Merge {
             layer,
             into_parent_name,
-        } => done(Box::pin(files.absorb(&layer, into_parent_name)).await),
+        } => {
+            let go_on = || !reporter.stopped();
+            done(Box::pin(files.absorb_while(&layer, into_parent_name, go_on)).await)
+        }
         FileOperation::Clone { frozen, path } => {
             done(Box::pin(files.clone_file(&frozen, &path, now())).await)
         }
@@ -268,7 +272,7 @@ async fn delete(files: &FileSystem, path: &str, recursive: bool) -> Result<FileA
 }
 
 /// What a person calls a file: its path, or its number if it has none.
-async fn name_of(files: &FileSystem, id: FileId) -> Result<String, Problem> {
+pub(crate) async fn name_of(files: &FileSystem, id: FileId) -> Result<String, Problem> {
     let path = files.path_of(id).await.map_err(failed)?;
     Ok(path.unwrap_or_else(|| format!("{id} (deleted)")))
 }
@@ -304,17 +308,13 @@ async fn status(files: &FileSystem, path: String) -> Result<FileAnswer, Problem>
     })))
 }
 
-/// Those that have a path.
+/// Those that have a path, in order.
 async fn children(files: &FileSystem, id: FileId) -> Result<Vec<String>, Problem> {
     let mut children = Vec::new();
-    for found in walk(files, "/").await? {
-        if found.kind == Kind::File {
-            let stat = files.stat(&found.path).await.map_err(failed)?;
-            if stat.parent == Some(id) {
-                children.push(found.path);
-            }
-        }
+    for child in files.children_of(id).await.map_err(failed)? {
+        children.extend(files.path_of(child).await.map_err(failed)?);
     }
+    children.sort();
     Ok(children)
 }
 

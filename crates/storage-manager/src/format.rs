@@ -13,7 +13,7 @@ use crate::file_view;
 use crate::operation;
 use crate::problem::{of_files, of_io, of_pool};
 use crate::random;
-use crate::storage::{FileSystem, Storage, Volume};
+use crate::storage::{self, FileSystem, Storage, Volume};
 
 /// The most copies of the metadata that are made unasked.
 const COPIES: u32 = 3;
@@ -57,17 +57,15 @@ pub(crate) async fn format(storage: &mut Storage, wishes: Wishes) -> Result<File
         grow_to: meta.device.size().saturating_mul(GROWTH),
     };
     let volumes = storage.data_volumes()?;
-    let made = FileSystem::format(
-        meta,
-        volumes,
-        &options,
-        OpenOptions::default(),
-        WorkerClock::new(),
-    )
-    .await;
+    let redundancy = storage::redundancy(&meta.device, &volumes);
+    let open = OpenOptions {
+        redundancy: redundancy.clone(),
+        ..OpenOptions::default()
+    };
+    let made = FileSystem::format(meta, volumes, &options, open, WorkerClock::new()).await;
     let files = made.map_err(|error| of_files(&error))?;
     let status = file_view::file_system(&files);
-    storage.set_files(files);
+    storage.set_files(files, redundancy);
     Ok(status)
 }
 

@@ -32,6 +32,7 @@ mod operation;
 mod pipe;
 mod problem;
 mod random;
+mod scrub;
 mod storage;
 mod stream;
 mod view;

@@ -43,6 +43,8 @@ pub struct Storage {
     access: Access,
     files: Option<FileSystem>,
     pub(crate) disks: Option<Disks>,
+    /// Where the file system finds other copies of what is damaged.
+    redundancy: Redundancy,
     /// What a person should know of the devices.
     pub(crate) notes: Vec<String>,
 }
@@ -87,6 +89,7 @@ impl Storage {
             access: Access::Write,
             files: None,
             disks: None,
+            redundancy: Redundancy::default(),
             notes,
         }
     }
@@ -98,6 +101,7 @@ impl Storage {
             access: Access::Read,
             files: None,
             disks: None,
+            redundancy: Redundancy::default(),
             notes,
         }
     }
@@ -108,20 +112,15 @@ impl Storage {
             return Ok(());
         }
         let (meta, volumes) = (self.meta_volume()?, self.data_volumes()?);
-        // What a checksum shows to be damaged is read from another copy, and repaired.
-        let redundancy = Redundancy::default();
-        redundancy.set_meta(Some(Rc::clone(&meta) as Rc<dyn Copies>));
-        for volume in &volumes {
-            redundancy.set_volume(volume.uuid, Some(Rc::clone(&volume.device) as Rc<dyn Copies>));
-        }
+        let redundancy = redundancy(&meta, &volumes);
         let options = filesys::OpenOptions {
             read_only: self.access == Access::Read,
-            redundancy,
+            redundancy: redundancy.clone(),
             ..filesys::OpenOptions::default()
         };
         let opened = FileSystem::open(meta, volumes, options, WorkerClock::new());
         let opened = Box::pin(opened).await;
-        self.set_files(opened.map_err(|error| of_files(&error))?);
+        self.set_files(opened.map_err(|error| of_files(&error))?, redundancy);
         match self.access {
             Access::Read => Ok(()),
             // A crash may have come between a change of a volume and its being told.
@@ -145,9 +144,21 @@ impl Storage {
         })
     }
 
-    pub(crate) fn set_files(&mut self, files: FileSystem) {
+    pub(crate) fn set_files(&mut self, files: FileSystem, redundancy: Redundancy) {
         self.disks = Some(Disks::new(files.clone()));
         self.files = Some(files);
+        self.redundancy = redundancy;
+    }
+
+    /// The copies of a volume that joins the file system. It is set before data can be there.
+    pub(crate) fn cover(&self, volume: &GivenVolume<Volume>) {
+        let copies = Rc::clone(&volume.device) as Rc<dyn Copies>;
+        self.redundancy.set_volume(volume.uuid, Some(copies));
+    }
+
+    /// A volume has left the file system.
+    pub(crate) fn uncover(&self, uuid: [u8; 16]) {
+        self.redundancy.set_volume(uuid, None);
     }
 
     /// Opens a file.
@@ -255,6 +266,16 @@ impl Storage {
         let data = names.filter(|name| *name != META_VOLUME);
         data.map(|name| self.given(name)).collect()
     }
+}
+
+/// Where a file system finds other copies of what a checksum shows to be damaged.
+pub(crate) fn redundancy(meta: &Rc<Volume>, volumes: &[GivenVolume<Volume>]) -> Redundancy {
+    let redundancy = Redundancy::default();
+    redundancy.set_meta(Some(Rc::clone(meta) as Rc<dyn Copies>));
+    for volume in volumes {
+        redundancy.set_volume(volume.uuid, Some(Rc::clone(&volume.device) as Rc<dyn Copies>));
+    }
+    redundancy
 }
 
 /// Opens a pool whose devices are not changed.

@@ -69,8 +69,12 @@ pub(crate) async fn tell(storage: &Storage, operation: &Operation) -> Result<(),
     }
     match operation {
         Operation::CreateVolume { name, raw: false, .. } => {
-            let added = storage.files()?.add_volume(storage.given(name)?).await;
+            let volume = storage.given(name)?;
+            let uuid = volume.uuid;
+            storage.cover(&volume);
+            let added = storage.files()?.add_volume(volume).await;
             if let Err(error) = added {
+                storage.uncover(uuid);
                 // Nothing is on it. If it stays, nobody uses it.
                 let _ = storage.pool.delete_volume(name).await;
                 return Err(of_files(&error));
@@ -170,5 +174,7 @@ async fn leave(storage: &Storage, name: &str, known: &VolumeStat) -> Result<(), 
             )));
     }
     let removed = storage.files()?.remove_volume(known.uuid).await;
-    removed.map_err(|error| of_files(&error))
+    removed.map_err(|error| of_files(&error))?;
+    storage.uncover(known.uuid);
+    Ok(())
 }

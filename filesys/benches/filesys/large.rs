@@ -15,7 +15,7 @@ use filesys::{Access, Attributes, FileSystem, FormatOptions, GivenVolume, NewFil
 use crate::Options;
 use crate::counting::{forget_peak, live, mib, peak};
 use crate::fake::Fake;
-use crate::load::shuffled;
+use crate::load::{cpu, shuffled};
 
 const TIB: u64 = 1 << 40;
 const CLUSTER: u64 = 64 << 10;
@@ -226,7 +226,7 @@ pub(crate) fn open_after_crash(place: &Path) {
             let device = meta(&path);
             let before = live();
             forget_peak();
-            let begin = Instant::now();
+            let (begin, used) = (Instant::now(), cpu());
             let read_only = round < 2;
             let options = OpenOptions {
                 read_only,
@@ -236,9 +236,10 @@ pub(crate) fn open_after_crash(place: &Path) {
                 .await
                 .unwrap();
             println!(
-                "opened{}: {:.3} s, {:.1} MiB live, {:.1} MiB at most",
+                "opened{}: {:.3} s, {:.3} s of CPU time, {:.1} MiB live, {:.1} MiB at most",
                 if read_only { " read-only" } else { "" },
                 begin.elapsed().as_secs_f64(),
+                cpu() - used,
                 mib(live().saturating_sub(before)),
                 mib(peak().saturating_sub(before))
             );

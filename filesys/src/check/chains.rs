@@ -201,7 +201,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Check<'_, V, C> {
             let id = FileId(brief.id);
             if brief.kind == Kind::Directory && (dying || unlinked || flags.has(Flags::ABSORBED)) {
                 let problem = "is a directory in a state that only files can have";
-                let mends = [Flags::DYING, Flags::UNLINKED, Flags::ABSORBED]
+                let mends = [Flags::DYING, Flags::UNLINKED, Flags::ABSORBED, Flags::GIVES_NAME]
                     .map(|flag| Mend::Edit(id, Edit::Flags(flag, false)));
                 self.findings.mendable(Severity::Major, object, problem, mends);
             } else if dying && brief.children > 0 {
@@ -217,8 +217,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Check<'_, V, C> {
                     .mendable(Severity::Minor, object, problem, [Mend::Lost(id, false)]);
             } else if flags.has(Flags::ABSORBED) && brief.children != 1 {
                 let problem = format!("is being absorbed, and has {} children", brief.children);
-                let mend = Mend::Edit(id, Edit::Flags(Flags::ABSORBED, false));
-                self.findings.mendable(Severity::Major, object, problem, [mend]);
+                let mends =
+                    [Flags::ABSORBED, Flags::GIVES_NAME].map(|flag| Mend::Edit(id, Edit::Flags(flag, false)));
+                self.findings.mendable(Severity::Major, object, problem, mends);
+            } else if flags.has(Flags::GIVES_NAME) && !flags.has(Flags::ABSORBED) {
+                let problem = "gives its name to the child that absorbs it, and is not being absorbed";
+                let mend = Mend::Edit(id, Edit::Flags(Flags::GIVES_NAME, false));
+                self.findings.mendable(Severity::Minor, object, problem, [mend]);
             }
         }
     }

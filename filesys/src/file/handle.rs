@@ -36,6 +36,7 @@ pub struct File<V: BlockDevice + 'static, C: Clock + Clone + 'static> {
     chain_seen: Cell<u64>,
     pub(super) layers: RefCell<LayerCache>,
     layers_seen: Cell<u64>,
+    moves_seen: Cell<u64>,
 }
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> std::fmt::Debug for File<V, C> {
@@ -70,6 +71,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         Self {
             chain_seen: Cell::new(core.chains.get()),
             layers_seen: Cell::new(core.layers.get()),
+            moves_seen: Cell::new(moves_below(&chain)),
             core,
             name: RefCell::new(name.into()),
             access,
@@ -109,11 +111,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             let id = self.id();
             let chain = self.core.look(|_| Ok(self.core.chain(id)?)).await?;
             if seen == self.core.chains.get() {
-                self.chain.replace(chain);
+                let old = self.chain.replace(chain);
                 self.chain_seen.set(seen);
+                let new = self.chain.borrow();
+                if old.len() != new.len()
+                    || !old.iter().zip(new.iter()).all(|(old, new)| Rc::ptr_eq(old, new))
+                {
+                    self.layers.borrow_mut().clear();
+                }
             }
         }
-        if self.layers_seen.replace(self.core.layers.get()) != self.core.layers.get() {
+        self.layers_seen.set(self.core.layers.get());
+        // Others' ancestors are none of ours.
+        let moves = moves_below(&self.chain.borrow());
+        if self.moves_seen.replace(moves) != moves {
+            block_io::cover!("filesys: what ancestors have was moved");
             self.layers.borrow_mut().clear();
         }
         Ok(self.known_chain())
@@ -140,6 +152,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         self.name.replace(name.into());
         // What was the head answers as an ancestor now.
         self.layers.borrow_mut().clear();
+        self.moves_seen.set(moves_below(&self.chain.borrow()));
         // Whatever else changes the chains is seen by the comparison with what was seen before.
         self.chain_seen.set(self.chain_seen.get().wrapping_sub(1));
     }
@@ -183,6 +196,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         let file = self.head();
         self.core.flush_file(&file).await
     }
+}
+
+/// Grows when what an ancestor has gets another place.
+fn moves_below(chain: &Chain) -> u64 {
+    chain.iter().skip(1).map(|file| file.moves.get()).sum()
 }
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> BlockDevice for File<V, C> {

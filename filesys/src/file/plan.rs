@@ -6,7 +6,6 @@ use block_io::{BlockDevice, Clock};
 
 use super::few::Few;
 use super::handle::File;
-use super::layer_cache::Answers;
 use crate::entry::Entry;
 use crate::file_core::{Chain, FileCore};
 use crate::state::{Damage, State, Stop};
@@ -69,26 +68,6 @@ pub(super) fn parts(offset: u64, length: u64) -> impl Iterator<Item = Part> {
     })
 }
 
-/// Who has each sub-cluster of one cluster.
-struct Owners {
-    /// Sub-clusters that nobody was found for yet.
-    rest: u16,
-    /// Each with what it has.
-    found: Few<(u16, Location, bool)>,
-}
-
-impl Owners {
-    fn take(&mut self, entry: Entry) {
-        let valid = entry.valid() & self.rest;
-        if valid != 0
-            && let Some(at) = entry.location()
-        {
-            self.found.push((valid, at, entry.is_checked()));
-        }
-        self.rest &= entry.holes();
-    }
-}
-
 fn entry(file: &FileCore, cluster: u64) -> Result<Entry, Missing> {
     file.map().map_or(Ok(Entry::HOLE), |map| map.entry(cluster))
 }
@@ -119,90 +98,67 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
                 )?;
             } else if head.zero() & mask == mask || (chain.len() == 1 && head.valid() & mask == 0) {
                 push(state, &mut pieces, None, part.start, part.end)?;
+            } else if let Some(below) = self.layers.borrow().get(part.cluster) {
+                push_below(state, &mut pieces, head, below, part)?;
             } else {
-                let owners = self.owners(chain, part.cluster, head, mask)?;
-                push_mixed(state, &mut pieces, &owners, part)?;
+                let below = places_below(chain, part.cluster)?;
+                push_below(state, &mut pieces, head, &below, part)?;
+                self.layers.borrow_mut().put(part.cluster, below);
             }
             debug_assert!(from < offset + length);
         }
         Ok(pieces)
     }
-
-    /// Asks the ancestors for what the head does not have.
-    fn owners(&self, chain: &Chain, cluster: u64, head: Entry, mask: u16) -> Result<Owners, Stop> {
-        let mut owners = Owners {
-            rest: mask,
-            found: Few::default(),
-        };
-        owners.take(head);
-        if owners.rest == 0 || chain.len() == 1 {
-            return Ok(owners);
-        }
-        let answers = self.layers.borrow().get(cluster);
-        match answers {
-            Answers::Nobody => {}
-            Answers::Only(number) => {
-                if let Some(file) = chain
-                    .len()
-                    .checked_sub(number + 1)
-                    .and_then(|index| chain.get(index))
-                {
-                    owners.take(entry(file, cluster)?);
-                }
-            }
-            Answers::Mixed => {
-                for file in &chain[1..] {
-                    owners.take(entry(file, cluster)?);
-                    if owners.rest == 0 {
-                        break;
-                    }
-                }
-            }
-            Answers::Unknown => {
-                let found = self.ask_all(chain, cluster, &mut owners)?;
-                self.layers.borrow_mut().put(cluster, found);
-            }
-        }
-        Ok(owners)
-    }
-
-    fn ask_all(&self, chain: &Chain, cluster: u64, owners: &mut Owners) -> Result<Answers, Stop> {
-        let mut answers = Answers::Nobody;
-        let mut rest = u16::MAX;
-        for (index, file) in chain.iter().enumerate().skip(1) {
-            let entry = entry(file, cluster)?;
-            owners.take(entry);
-            if entry.holes() != u16::MAX {
-                answers = match answers {
-                    Answers::Nobody => Answers::Only(chain.len() - 1 - index),
-                    _ => Answers::Mixed,
-                };
-            }
-            rest &= entry.holes();
-            if rest == 0 {
-                break;
-            }
-        }
-        Ok(answers)
-    }
 }
 
-fn push_mixed<V: BlockDevice>(
+/// What all ancestors together have of a cluster: places, each with the sub-clusters that are to be read there.
+fn places_below(chain: &Chain, cluster: u64) -> Result<Vec<Entry>, Missing> {
+    let mut found = Vec::new();
+    let mut rest = u16::MAX;
+    for file in chain.iter().skip(1) {
+        let entry = entry(file, cluster)?;
+        let valid = entry.valid() & rest;
+        if valid != 0 {
+            found.push(entry.with_kept(false).with_subs(valid, 0));
+        }
+        rest &= entry.holes();
+        if rest == 0 {
+            break;
+        }
+    }
+    Ok(found)
+}
+
+/// A part of a cluster of which the head has not all.
+fn push_below<V: BlockDevice>(
     state: &State<V>,
     pieces: &mut Few<Piece<V>>,
-    owners: &Owners,
+    head: Entry,
+    below: &[Entry],
     part: Part,
 ) -> Result<(), Damage> {
+    let mask = part.touched().0;
+    let owner = |entry: Entry| Some((entry.location()?, entry.is_checked()));
+    if mask & !head.holes() == 0 {
+        match below.iter().find(|entry| entry.valid() & mask != 0) {
+            None => return push(state, pieces, None, part.start, part.end),
+            Some(entry) if entry.valid() & mask == mask => {
+                return push(state, pieces, owner(*entry), part.start, part.end);
+            }
+            Some(_) => {}
+        }
+    }
     let mut at = part.start;
     while at < part.end {
         let sub = u32::try_from(at / SUB_CLUSTER).unwrap_or(0);
         let end = ((u64::from(sub) + 1) * SUB_CLUSTER).min(part.end);
-        let owner = owners
-            .found
-            .iter()
-            .find(|(mask, ..)| SubMask(*mask).contains(sub))
-            .map(|(_, location, checked)| (*location, *checked));
-        push(state, pieces, owner, at, end)?;
+        let has = |mask: u16| SubMask(mask).contains(sub);
+        let found = if has(head.holes()) {
+            below.iter().copied().find(|entry| has(entry.valid()))
+        } else {
+            Some(head).filter(|head| has(head.valid()))
+        };
+        push(state, pieces, found.and_then(owner), at, end)?;
         at = end;
     }
     Ok(())

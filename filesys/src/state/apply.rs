@@ -56,7 +56,7 @@ impl<V: BlockDevice> State<V> {
             Record::Attributes { file, .. } | Record::Resize { file, .. } | Record::Freeze { file, .. } => {
                 self.file(*file).map(|_| ())
             }
-            Record::Absorb { parent } => {
+            Record::Absorb { parent, .. } => {
                 self.file(*parent)?;
                 Ok(self.orphans.ensure(inode_key(*parent))?)
             }
@@ -162,13 +162,16 @@ impl<V: BlockDevice> State<V> {
                 file.change(|inode| inode.flags.set(Flags::FROZEN, *frozen));
                 Ok(())
             }
-            Record::Absorb { parent } => {
+            Record::Absorb { parent, named } => {
                 let parent = self.file(*parent)?;
-                parent.change(|inode| inode.flags.set(Flags::ABSORBED, true));
+                parent.change(|inode| {
+                    inode.flags.set(Flags::ABSORBED, true);
+                    inode.flags.set(Flags::GIVES_NAME, *named);
+                });
                 effects.orphans = true;
                 self.add_orphan(parent.id)
             }
-            Record::AbsorbChild { parent, first } => self.absorb_child(*parent, u64::from(*first)),
+            Record::AbsorbChild { parent, first } => self.absorb_child(*parent, u64::from(*first), effects),
             Record::AbsorbLeaf { parent, first, keep } => {
                 self.absorb_leaf(*parent, u64::from(*first), keep, effects)
             }

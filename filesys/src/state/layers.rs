@@ -146,8 +146,10 @@ impl<V: BlockDevice> State<V> {
     }
 
     /// The leaf of the parent becomes the child's.
-    pub(super) fn absorb_child(&self, parent: FileId, first: u64) -> Result<(), Stop> {
+    pub(super) fn absorb_child(&self, parent: FileId, first: u64, effects: &mut Effects) -> Result<(), Stop> {
         let (parent, child) = self.absorption(parent)?;
+        effects.map_changes(&parent);
+        effects.map_changes(&child);
         let (from, to) = (Self::map_of(&parent)?, Self::map_of(&child)?);
         if !to.child(first, 0)?.is_empty() {
             return Err(Damage::new(child.id, "has a page where it is to get one").into());
@@ -187,6 +189,8 @@ impl<V: BlockDevice> State<V> {
         effects: &mut Effects,
     ) -> Result<(), Stop> {
         let (parent, child) = self.absorption(parent)?;
+        effects.map_changes(&parent);
+        effects.map_changes(&child);
         let (from, to) = (Self::map_of(&parent)?, Self::map_of(&child)?);
         let (below, mut above) = (entries_of(from, first)?, entries_of(to, first)?);
         let mut gained = 0;

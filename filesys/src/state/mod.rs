@@ -18,10 +18,12 @@
 mod apply;
 mod layers;
 mod mend;
+mod sorted;
 mod space;
 
 pub(crate) use apply::{clusters_of, entries_of};
 pub(crate) use layers::absorb_copies;
+pub(crate) use sorted::Sorted;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -98,9 +100,19 @@ pub(crate) struct Effects {
     pub(crate) freed: Vec<(Location, u64)>,
     /// There may be something to do in the background: files to reap or to absorb.
     pub(crate) orphans: bool,
+    /// Something that ancestors of other files have is elsewhere now.
+    pub(crate) moved: bool,
 }
 
 impl Effects {
+    /// The map of a file changes.
+    fn map_changes(&mut self, file: &FileCore) {
+        if file.inode.borrow().children > 0 {
+            file.moves.set(file.moves.get() + 1);
+            self.moved = true;
+        }
+    }
+
     fn freed(&mut self, at: Location) {
         if let Some((first, count)) = self.freed.last_mut()
             && first.plus(*count) == at
@@ -395,6 +407,19 @@ impl<V: BlockDevice> State<V> {
             self.set_object(id, Some(table.to_root()))?;
         }
         Ok(())
+    }
+
+    /// How many pages a checkpoint that began now would write, at most: those that are dirty, and those that [`Self::gather`] makes so.
+    /// Count: takes the time to look which files are dirty.
+    pub(crate) fn will_be_dirty(&self, count: bool) -> u64 {
+        let files = self.files.borrow();
+        let dirty = if count {
+            files.values().filter(|file| file.dirty.get()).count()
+        } else {
+            files.len()
+        };
+        // Of each file a leaf of the table of inodes and one of the table of objects, and what is above them: a page for each of some.
+        self.pages.dirtied() + dirty as u64 * 3 + self.volumes.borrow().len() as u64
     }
 
     fn tables(&self) -> [(u64, &Table); 4] {

@@ -97,6 +97,7 @@ impl<V: BlockDevice> State<V> {
         check_range(file.id, first, first.saturating_add(count))?;
         let map = Self::map_of(file)?;
         file.dirty.set(true);
+        effects.map_changes(file);
         for number in 0..count {
             let (old, new) = (
                 map.entry(first + number)?.location(),
@@ -172,6 +173,7 @@ impl<V: BlockDevice> State<V> {
     ) -> Result<(), Stop> {
         let map = Self::map_of(file)?;
         file.dirty.set(true);
+        effects.map_changes(file);
         let subs = u64::from(SUBS);
         let page_subs = MAP_PAGE * subs;
         let mut at = first;

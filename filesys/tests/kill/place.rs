@@ -60,6 +60,8 @@ fn small_caches() -> OpenOptions {
     OpenOptions {
         cached_pages: 256,
         dirty_pages: 256,
+        // The story asks for them again itself.
+        resume_merges: false,
         ..OpenOptions::default()
     }
 }

@@ -43,6 +43,8 @@ pub(crate) fn options() -> OpenOptions {
         cached_pages: 64,
         cached_files: 4,
         dirty_pages: 64,
+        // The model knows what was asked for, and not what goes on by itself.
+        resume_merges: false,
         ..OpenOptions::default()
     }
 }

@@ -17,6 +17,9 @@ use volume_manager::{NewDevice, NewVolume, Pool, Volume};
 
 use crate::harness::{failed, memory, pattern, same};
 
+#[path = "heal_copies.rs"]
+mod copies;
+
 type SimVolume = Volume<SimDisk, SimClock>;
 type HealFs = FileSystem<SimVolume, SimClock>;
 type HealFile = File<SimVolume, SimClock>;

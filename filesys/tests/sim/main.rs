@@ -9,6 +9,7 @@ mod harness;
 mod heal;
 mod machine;
 mod model;
+mod points;
 mod scripts;
 mod smoke;
 mod swarm;

@@ -131,6 +131,8 @@ fn options() -> OpenOptions {
     OpenOptions {
         cached_pages: 64,
         cached_files: 0,
+        // The model knows what was asked for, and not what goes on by itself.
+        resume_merges: false,
         ..OpenOptions::default()
     }
 }

@@ -138,6 +138,8 @@ impl Machines {
             cached_pages: self.cached_pages,
             cached_files: 1,
             dirty_pages: self.dirty_pages,
+            // The model knows what was asked for, and not what goes on by itself.
+            resume_merges: false,
             ..OpenOptions::default()
         }
     }

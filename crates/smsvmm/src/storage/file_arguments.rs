@@ -124,6 +124,9 @@ pub(crate) enum FileCommand {
         #[arg(long)]
         repair: bool,
     },
+    /// Read everything that has a checksum, metadata and data, and repair what is wrong from other copies. What could not be repaired is
+    /// shown, and the exit status is 1.
+    Scrub,
     /// Write standard input to a file: `smsvmm file write /a.dsk < a.raw`. It is made if it is not there.
     ///
     /// Without --offset the file becomes what is written. Whole 64K of zeroes take no space. Files have whole sectors of 512 bytes: a
@@ -305,6 +308,7 @@ impl FileCommand {
             },
             Self::Drain { volume, end } => FileOperation::Drain { volume, end },
             Self::Check { repair } => FileOperation::Check { repair },
+            Self::Scrub => FileOperation::Scrub,
             Self::Snapshot { path, layer } => FileOperation::Snapshot { path, layer },
             Self::Merge {
                 layer,

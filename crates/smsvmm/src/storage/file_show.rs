@@ -1,8 +1,8 @@
 //! Files and the file system as text for people.
 
 use api::file::{
-    CheckFinding, CheckReport, FileAnswer, FileEntry, FileExtent, FileKind, FileOperation, FileStatus,
-    FileSystemStatus, Moved, Severity, Target, Written,
+    CheckFinding, CheckReport, FileAnswer, FileEntry, FileExtent, FileKind, FileOperation, FileScrub,
+    FileStatus, FileSystemStatus, Moved, ScrubFinding, Severity, Target, Written,
 };
 
 use super::show::{Table, size};
@@ -23,6 +23,7 @@ pub(crate) fn answer(operation: &FileOperation, answer: &FileAnswer, long: bool)
         FileAnswer::Extents(list) => extents(list),
         FileAnswer::Moved(done) => moved(operation, done),
         FileAnswer::Checked(report) => checked(report),
+        FileAnswer::Scrubbed(report) => scrubbed(report),
         FileAnswer::FileSystem(made) => formatted(made),
     }
 }
@@ -134,7 +135,7 @@ fn status(status: &FileStatus) -> String {
         text += &format!("     its layers: {}\n", status.children.join(", "));
     }
     if status.absorbed {
-        text += "     is being merged into its layer; `smsvmm file merge` ends that\n";
+        text += "     is being merged into its layer\n";
     }
     if status.shared > 0 {
         text += &format!(
@@ -235,6 +236,29 @@ fn checked(report: &CheckReport) -> String {
     };
     if report.repair && !report.is_well() {
         text.extend(report.left.iter().map(line));
+    }
+    text
+}
+
+fn scrubbed(report: &FileScrub) -> String {
+    let line = |found: &ScrubFinding| format!("{} at {}: {}\n", found.object, found.offset, found.problem);
+    let mut text: String = report.findings.iter().map(line).collect();
+    text += &format!(
+        "{} of data and {} of metadata verified: ",
+        size(report.data),
+        size(report.metadata)
+    );
+    let repaired = report.repaired + report.metadata_repaired;
+    text += &match (repaired, report.lost) {
+        (0, 0) => "all is well\n".to_owned(),
+        (_, 0) => format!("{} repaired, nothing is lost\n", size(repaired)),
+        (_, lost) => format!("{} repaired, {} have no good copy\n", size(repaired), size(lost)),
+    };
+    if report.filled > 0 {
+        text += &format!(
+            "{} had no checksum since a crash, and have one now\n",
+            size(report.filled)
+        );
     }
     text
 }

@@ -65,7 +65,11 @@ fn operate(which: &Which, command: FileCommand) -> anyhow::Result<Exit> {
             outcome?
         }
     };
-    if !which.json {
+    // What was broken off is not done.
+    let half = outcome.interrupted && outcome.answer == FileAnswer::Done;
+    if !which.json && half {
+        tell(&outcome.events);
+    } else if !which.json {
         tell(&outcome.events);
         print(&file_show::answer(&operation, &outcome.answer, long))?;
     } else if operation.only_reads() {
@@ -73,7 +77,11 @@ fn operate(which: &Which, command: FileCommand) -> anyhow::Result<Exit> {
     } else {
         print_json(&outcome)?;
     }
-    let found = matches!(&outcome.answer, FileAnswer::Checked(report) if !report.is_well());
+    let found = match &outcome.answer {
+        FileAnswer::Checked(report) => !report.is_well(),
+        FileAnswer::Scrubbed(report) => report.lost > 0,
+        _ => false,
+    };
     if outcome.interrupted {
         logs::say("smsvmm: it was broken off; done again, it goes on");
     }
@@ -91,6 +99,7 @@ fn print_answer(outcome: &FileOutcome) -> anyhow::Result<()> {
         FileAnswer::Extents(extents) => print_json(extents),
         FileAnswer::Moved(moved) => print_json(moved),
         FileAnswer::Checked(report) => print_json(report),
+        FileAnswer::Scrubbed(report) => print_json(report),
         FileAnswer::FileSystem(status) => print_json(status),
     }
 }

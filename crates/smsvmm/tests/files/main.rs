@@ -4,6 +4,7 @@
 mod broken;
 mod commands;
 mod help;
+mod scrub;
 mod volumes;
 
 #[allow(dead_code)]

@@ -1,0 +1,123 @@
+//! Data are copied from place to place: when files are relocated, and when layers are merged.
+//!
+//! Who copies has the parts of the files alone, so nobody writes to either place. Checksums go with the data, they are not computed
+//! anew: what is rotten stays known as rotten. But the old place is given up afterwards, and with it all other copies that a mirror or
+//! parity has of it. So data with checksums are verified first, and what is not right is taken from another copy while there is one.
+
+use std::rc::Rc;
+
+use block_io::{AlignedBuffer, BlockDevice, Clock, Durability};
+
+use crate::core::Core;
+use crate::entry::Entry;
+use crate::error::FsError;
+use crate::event::Event;
+use crate::file::{note_written, whole};
+use crate::file_core::FileCore;
+use crate::units::{CLUSTER, Location, SUB_CLUSTER, SUBS, SubMask};
+use crate::volume::VolumeCore;
+
+/// Sub-clusters that follow each other, at both ends.
+struct Span<V> {
+    source: Rc<VolumeCore<V>>,
+    target: Rc<VolumeCore<V>>,
+    /// Bytes on the volumes.
+    from: u64,
+    to: u64,
+    length: u64,
+    /// First byte in the file.
+    at: u64,
+    /// They have checksums.
+    checked: bool,
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
+    /// Copies sub-clusters of a cluster of a file to the same places of another one. `entry` is what the map says of the source.
+    pub(crate) async fn copy_subs(
+        &self,
+        file: &FileCore,
+        cluster: u64,
+        entry: Entry,
+        to: Location,
+        mask: SubMask,
+    ) -> Result<(), FsError> {
+        let Some(from) = entry.location() else {
+            return Ok(());
+        };
+        let (source, target) = (self.state.volume(from.volume)?, self.state.volume(to.volume)?);
+        let mut sub = 0;
+        while sub < SUBS {
+            if !mask.contains(sub) {
+                sub += 1;
+                continue;
+            }
+            let count = (sub..SUBS).take_while(|sub| mask.contains(*sub)).count() as u64;
+            let skip = u64::from(sub) * SUB_CLUSTER;
+            let span = Span {
+                source: Rc::clone(&source),
+                target: Rc::clone(&target),
+                from: from.offset() + skip,
+                to: to.offset() + skip,
+                length: count * SUB_CLUSTER,
+                at: cluster * CLUSTER + skip,
+                checked: entry.is_checked(),
+            };
+            self.copy_span(file, &span).await?;
+            sub += u32::try_from(count).unwrap_or(SUBS);
+        }
+        Ok(())
+    }
+
+    /// Copies whole clusters of a file that follow each other, `count` from the one that `entry` speaks of.
+    pub(crate) async fn copy_clusters(
+        &self,
+        file: &FileCore,
+        cluster: u64,
+        entry: Entry,
+        to: Location,
+        count: u64,
+    ) -> Result<(), FsError> {
+        let Some(from) = entry.location() else {
+            return Ok(());
+        };
+        let span = Span {
+            source: self.state.volume(from.volume)?,
+            target: self.state.volume(to.volume)?,
+            from: from.offset(),
+            to: to.offset(),
+            length: count * CLUSTER,
+            at: cluster * CLUSTER,
+            checked: entry.is_checked(),
+        };
+        self.copy_span(file, &span).await
+    }
+
+    async fn copy_span(&self, file: &FileCore, span: &Span<V>) -> Result<(), FsError> {
+        let (first, to_first) = (span.from / SUB_CLUSTER, span.to / SUB_CLUSTER);
+        let count = span.length / SUB_CLUSTER;
+        let checking = self
+            .begin_copy(&span.source, &span.target, to_first, count)
+            .await?;
+        let mut buffer = AlignedBuffer::new(usize::try_from(span.length).unwrap_or(0));
+        span.source.device.read(span.from, &whole(&buffer)).await?;
+        if span.checked {
+            let healed = self
+                .heal_data(&span.source, span.from, buffer.as_mut_slice())
+                .await?;
+            if let Err(FsError::Checksum { file, offset }) = self.tell_healed(file.id, span.at, &healed) {
+                block_io::cover!("filesys: data that are lost are copied with the checksum that says so");
+                tracing::error!(%file, offset, "data are not what was written, and are copied as they are");
+                self.event(Event::Corrupt { file, offset });
+            }
+        }
+        let memory = whole(&buffer);
+        let write = span.target.device.write(span.to, &memory, Durability::Volatile);
+        write.await?;
+        note_written(file, &span.target, Durability::Volatile);
+        if checking.is_some() {
+            self.copy_sums(&span.source, first, &span.target, to_first, count)
+                .await?;
+        }
+        Ok(())
+    }
+}
