@@ -120,7 +120,7 @@ fn wrong_usage_is_told() {
     let folder = folder_with_image();
     for (arguments, expected) in [
         (&["--image", "disk.img"][..], "--socket"),
-        (&["--socket", "s"], "--image"),
+        (&["--socket", "s"], "<PATHS>"),
         (
             &["--image", "disk.img", "--socket", "s", "--tls-cert", "c.pem"],
             "--tls-key",
