@@ -7,6 +7,7 @@ mod chains;
 mod check;
 mod check_beside;
 mod content;
+mod errors;
 mod exhaustive;
 mod features;
 mod harness;
