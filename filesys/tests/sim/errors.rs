@@ -185,6 +185,8 @@ fn a_request_of_any_operation_fails() {
         "errors: an operation has failed",
         "filesys: a volume failed under a commit",
         "journal: it has failed",
+        "machine: an absorption failed half-way",
+        "metadata space: a bitmap cannot be written",
     ];
     explore(&scripts, When::Running, 1500, &marks);
 }
@@ -192,6 +194,13 @@ fn a_request_of_any_operation_fails() {
 #[test]
 fn a_request_fails_while_the_file_system_is_opened_after_a_crash() {
     let scripts: Vec<Vec<Op>> = ALL.iter().map(|op| vec![*op, Op::WriteNew, Op::Flush]).collect();
-    let marks = ["errors: opening has failed"];
+    let marks = [
+        "errors: opening has failed",
+        "filesys: a group was replayed",
+        "superblock: a copy cannot be read",
+        "superblock: fewer than two copies agree",
+        "superblock: one copy cannot be written",
+        "superblock: too few copies are written",
+    ];
     explore(&scripts, When::Opening, 1000, &marks);
 }

@@ -24,7 +24,8 @@ pub(crate) fn factor() -> u64 {
     text.and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 
-/// What `SMSVMM_SIM_ONE_IN` says: of all scripts, one in so many, to see what the others would take.
+/// What `SMSVMM_SIM_ONE_IN` says: of all scripts, one in so many, to see what the others would take. A factor of the number of
+/// operations would leave out some of them as the last ones.
 fn share() -> usize {
     let text = std::env::var("SMSVMM_SIM_ONE_IN").ok();
     text.and_then(|text| text.parse().ok()).unwrap_or(1).max(1)

@@ -53,6 +53,14 @@ pub(crate) async fn change<T>(
     }
 }
 
+/// The nearest ancestor with a name, if the parent has none.
+fn nearest_name(model: &Model, layer: &str) -> Option<String> {
+    let node = model.find(layer)?;
+    let parent = model.tree.get(&node)?.parent?;
+    let named = model.named_parent(node)?;
+    (named != parent).then(|| model.tree.get(&named)?.path.clone())?
+}
+
 /// A layer takes over its parent.
 pub(crate) async fn absorb<V: BlockDevice + 'static>(
     promise: &Promise,
@@ -60,14 +68,23 @@ pub(crate) async fn absorb<V: BlockDevice + 'static>(
     layer: &str,
     named: bool,
 ) -> Result<bool, Failure> {
-    let (begins, ends) = {
+    let (begins, ends, above) = {
         let mut model = promise.borrow_mut();
+        let above = nearest_name(&model, layer);
         let layer = layer.to_owned();
         let begins = model.begins(Change::Absorb { layer: layer.clone() });
-        (begins, model.begins(Change::Absorbed { layer, named }))
+        (begins, model.begins(Change::Absorbed { layer, named }), above)
     };
     match fs.absorb(layer, named).await {
         Ok(()) => {
+            // Of parents without names nobody knows when they go. If they had gone, the nearest one with a name was absorbed.
+            if let Some(above) = above {
+                let gone = if named { layer } else { above.as_str() };
+                if matches!(fs.stat(gone).await, Err(FsError::NotFound { .. })) {
+                    block_io::cover!("machine: a parent without a name had gone before an absorption");
+                    promise.borrow_mut().collapse();
+                }
+            }
             promise.borrow_mut().acknowledged(begins);
             promise.borrow_mut().acknowledged(ends);
             Ok(true)

@@ -331,18 +331,26 @@ impl Model {
             pending: Vec::new(),
             ..self.clone()
         }];
+        // What absorbs its parent does so with the nearest one that is left.
+        let absorbs = |(_, change): &(u64, Change)| matches!(change, Change::Absorb { .. });
+        let collapsed = self.pending.iter().any(absorbs).then(|| {
+            let mut collapsed = self.clone();
+            collapsed.collapse().then_some(collapsed)
+        });
         // Each one may be there or not, in any order; there are never many.
         for subset in permutations(self.pending.len()) {
-            let mut model = Self {
-                pending: Vec::new(),
-                ..self.clone()
-            };
-            let fits = subset.iter().all(|index| {
-                let (number, change) = &self.pending[*index];
-                model.apply(*number, change, false)
-            });
-            if fits {
-                outcomes.push(model);
+            for start in std::iter::once(self).chain(collapsed.iter().flatten()) {
+                let mut model = Self {
+                    pending: Vec::new(),
+                    ..start.clone()
+                };
+                let fits = subset.iter().all(|index| {
+                    let (number, change) = &self.pending[*index];
+                    model.apply(*number, change, false)
+                });
+                if fits {
+                    outcomes.push(model);
+                }
             }
         }
         for outcome in &mut outcomes {
@@ -352,6 +360,27 @@ impl Model {
             }
         }
         outcomes
+    }
+
+    /// Files without names have gone into the only child that they have left, which happens at some moment in the background.
+    /// Says whether there were any.
+    pub(crate) fn collapse(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            let nameless = self.tree.iter().filter(|(_, entry)| entry.path.is_none());
+            let next = nameless
+                .map(|(node, entry)| (*node, entry.parent))
+                .find(|(node, _)| self.children(*node) == 1);
+            let Some((gone, parent)) = next else { return any };
+            for entry in self.tree_mut().values_mut() {
+                if entry.parent == Some(gone) {
+                    entry.parent = parent;
+                }
+            }
+            self.tree_mut().remove(&gone);
+            self.contents.remove(&gone);
+            any = true;
+        }
     }
 
     pub(crate) fn is_quiet(&self) -> bool {
