@@ -148,7 +148,7 @@ fn every_operation() {
         "single operations",
         &scripts(&ALL, 1, 1),
         &options,
-        500_000,
+        400_000,
         &marks,
     );
 }
@@ -195,7 +195,7 @@ fn every_triple_of_operations() {
         "triples of operations",
         &scripts(&ALL, 3, 16),
         &options,
-        3_150_000,
+        3_250_000,
         &marks,
     );
 }
