@@ -47,8 +47,7 @@ pub(crate) struct Before<'a, V, C>(pub(crate) &'a Core<V, C>);
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> BeforeWrite for Before<'_, V, C> {
     async fn prepare(&self, group: u64) -> Result<(), IoError> {
-        self.0.flush_for(group).await;
-        Ok(())
+        self.0.flush_for(group).await
     }
 }
 

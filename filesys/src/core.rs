@@ -479,9 +479,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
     }
 
-    /// What a group's records speak of becomes durable. A volume that cannot do that takes no more writes, and who flushes files on it
-    /// gets the error; the others go on.
-    pub(crate) async fn flush_for(&self, group: u64) {
+    /// What a group's records speak of becomes durable. If a volume cannot do that, the group must not be written: after a power
+    /// cut, its maps would show what those clusters held before, which may be another file's data.
+    pub(crate) async fn flush_for(&self, group: u64) -> Result<(), IoError> {
         let needed: BTreeSet<VolumeIndex> = {
             let mut needs = self.needs.borrow_mut();
             let later = needs.split_off(&(group + 1));
@@ -497,13 +497,16 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let flushes = volumes
             .iter()
             .map(|volume| -> Boxed<'_, _> { Box::pin(self.flush_volume(volume, volume.written.get())) });
+        let mut done = Ok(());
         for (volume, result) in volumes.iter().zip(gate::all(flushes.collect()).await) {
             if let Err(error) = result {
                 block_io::cover!("filesys: a volume failed under a commit");
                 tracing::error!(volume = volume.record().name, %error, "a volume takes no more writes: its flush failed");
                 volume.failed.set(true);
+                done = done.and(Err(error));
             }
         }
+        done
     }
 
     /// The file and its ancestors.

@@ -1,14 +1,14 @@
 //! A file system on simulated disks, and what was promised about its files.
 
-use std::collections::BTreeMap;
+use std::cell::Cell;
 use std::rc::Rc;
 
 use block_io::sim::{DiskOptions, Failure, Sim, SimClock, SimDisk, World};
 use block_io::{AlignedBuffer, BlockDevice, Durability, IoBuf, IoError};
 use filesys::{File, FileSystem, FormatOptions, FsError, GivenVolume, NewFile, OpenOptions};
 
-pub(crate) type SimFs = FileSystem<SimDisk, SimClock>;
-pub(crate) type SimFile = File<SimDisk, SimClock>;
+pub(crate) type SimFs<V = SimDisk> = FileSystem<V, SimClock>;
+pub(crate) type SimFile<V = SimDisk> = File<V, SimClock>;
 
 pub(crate) const META: u64 = 2 << 20;
 
@@ -77,13 +77,46 @@ pub(crate) fn memory(buffer: &AlignedBuffer) -> [IoBuf; 1] {
     [unsafe { buffer.io(0, buffer.as_slice().len()) }]
 }
 
-pub(crate) async fn read(file: &SimFile, offset: u64, length: usize) -> Result<Vec<u8>, IoError> {
-    let buffer = AlignedBuffer::new(length);
-    file.read(offset, &memory(&buffer)).await?;
-    Ok(buffer.as_slice().to_vec())
+pub(crate) async fn read(file: &impl BlockDevice, offset: u64, length: usize) -> Result<Vec<u8>, IoError> {
+    Ok(read_into(file, offset, length).await?.as_slice().to_vec())
 }
 
-pub(crate) async fn write(file: &SimFile, offset: u64, bytes: &[u8]) -> Result<(), IoError> {
+pub(crate) async fn read_into(
+    file: &impl BlockDevice,
+    offset: u64,
+    length: usize,
+) -> Result<AlignedBuffer, IoError> {
+    let buffer = AlignedBuffer::new(length);
+    file.read(offset, &memory(&buffer)).await?;
+    Ok(buffer)
+}
+
+/// Most that [`read_with`] reads.
+pub(crate) const WINDOW: u64 = 256 << 10;
+
+thread_local! {
+    static BUFFER: Cell<Option<AlignedBuffer>> = const { Cell::new(None) };
+}
+
+/// As [`read`], into a buffer that is used again and again, with what was read before still in it.
+pub(crate) async fn read_with(
+    file: &impl BlockDevice,
+    offset: u64,
+    length: u64,
+    use_it: impl FnOnce(&[u8]) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let length = usize::try_from(length).unwrap();
+    let buffer = BUFFER.take();
+    let buffer = buffer.unwrap_or_else(|| AlignedBuffer::new(usize::try_from(WINDOW).unwrap()));
+    // SAFETY: the buffer is kept until the request has ended.
+    let memory = [unsafe { buffer.io(0, length) }];
+    file.read(offset, &memory).await?;
+    let done = use_it(&buffer.as_slice()[..length]);
+    BUFFER.set(Some(buffer));
+    done
+}
+
+pub(crate) async fn write(file: &impl BlockDevice, offset: u64, bytes: &[u8]) -> Result<(), IoError> {
     let mut buffer = AlignedBuffer::new(bytes.len());
     buffer.as_mut_slice().copy_from_slice(bytes);
     file.write(offset, &memory(&buffer), Durability::Volatile).await
@@ -108,17 +141,20 @@ pub(crate) fn run_world<F: Future<Output = Result<(), Failure>>>(
     world: &mut World,
     story: impl FnOnce(Sim) -> F,
 ) {
-    let ran = world
-        .run(&block_io::sim::RunOptions::in_order(), story)
-        .unwrap_or_else(|failure| panic!("{failure}"));
-    match ran.ended {
-        block_io::sim::Ended::Done(result) => result.unwrap_or_else(|failure| panic!("{failure}")),
-        block_io::sim::Ended::Crashed => panic!("crashed"),
-    }
+    try_world(world, story).unwrap_or_else(|failure| panic!("{failure}"));
 }
 
-#[allow(dead_code)]
-pub(crate) type Names = BTreeMap<String, Vec<u8>>;
+/// As [`run_world`], for those who want to see what fails.
+pub(crate) fn try_world<F: Future<Output = Result<(), Failure>>>(
+    world: &mut World,
+    story: impl FnOnce(Sim) -> F,
+) -> Result<(), Failure> {
+    let ran = world.run(&block_io::sim::RunOptions::in_order(), story)?;
+    match ran.ended {
+        block_io::sim::Ended::Done(result) => result,
+        block_io::sim::Ended::Crashed => Err("crashed".into()),
+    }
+}
 
 /// Compares without printing what is long.
 pub(crate) fn same(found: &[u8], expected: &[u8]) -> Result<(), Failure> {

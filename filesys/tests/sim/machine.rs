@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 
-use block_io::sim::Failure;
+use block_io::sim::{Failure, SimDisk};
 use block_io::{AlignedBuffer, BlockDevice, Durability, IoCause, IoError, ZeroMode};
 use filesys::{FsError, Kind, Stat};
 
@@ -16,8 +16,8 @@ pub(crate) type Promise = Rc<RefCell<Model>>;
 
 /// An open file, and which file of the model it writes to.
 #[derive(Debug)]
-pub(crate) struct Handle {
-    pub(crate) file: SimFile,
+pub(crate) struct Handle<V: BlockDevice + 'static = SimDisk> {
+    pub(crate) file: SimFile<V>,
     pub(crate) node: Cell<Node>,
 }
 
@@ -53,16 +53,38 @@ pub(crate) async fn change<T>(
     }
 }
 
+/// The nearest ancestor with a name, if the parent has none.
+fn nearest_name(model: &Model, layer: &str) -> Option<String> {
+    let node = model.find(layer)?;
+    let parent = model.tree.get(&node)?.parent?;
+    let named = model.named_parent(node)?;
+    (named != parent).then(|| model.tree.get(&named)?.path.clone())?
+}
+
 /// A layer takes over its parent.
-pub(crate) async fn absorb(promise: &Promise, fs: &SimFs, layer: &str, named: bool) -> Result<bool, Failure> {
-    let (begins, ends) = {
+pub(crate) async fn absorb<V: BlockDevice + 'static>(
+    promise: &Promise,
+    fs: &SimFs<V>,
+    layer: &str,
+    named: bool,
+) -> Result<bool, Failure> {
+    let (begins, ends, above) = {
         let mut model = promise.borrow_mut();
+        let above = nearest_name(&model, layer);
         let layer = layer.to_owned();
         let begins = model.begins(Change::Absorb { layer: layer.clone() });
-        (begins, model.begins(Change::Absorbed { layer, named }))
+        (begins, model.begins(Change::Absorbed { layer, named }), above)
     };
     match fs.absorb(layer, named).await {
         Ok(()) => {
+            // Of parents without names nobody knows when they go. If they had gone, the nearest one with a name was absorbed.
+            if let Some(above) = above {
+                let gone = if named { layer } else { above.as_str() };
+                if matches!(fs.stat(gone).await, Err(FsError::NotFound { .. })) {
+                    block_io::cover!("machine: a parent without a name had gone before an absorption");
+                    promise.borrow_mut().collapse();
+                }
+            }
             promise.borrow_mut().acknowledged(begins);
             promise.borrow_mut().acknowledged(ends);
             Ok(true)
@@ -99,8 +121,8 @@ pub(crate) fn is_full(error: &IoError) -> bool {
     matches!(error.cause(), IoCause::Os(error) if error.kind() == io::ErrorKind::StorageFull)
 }
 
-impl Handle {
-    pub(crate) fn new(promise: &Promise, path: &str, file: SimFile) -> Result<Self, Failure> {
+impl<V: BlockDevice + 'static> Handle<V> {
+    pub(crate) fn new(promise: &Promise, path: &str, file: SimFile<V>) -> Result<Self, Failure> {
         let node = promise.borrow().find(path).ok_or("the model has no such file")?;
         let node = Cell::new(node);
         Ok(Self { file, node })
@@ -192,7 +214,7 @@ impl Handle {
 }
 
 /// Everything that has a name.
-pub(crate) async fn look(fs: &SimFs) -> Result<BTreeMap<String, Stat>, Failure> {
+pub(crate) async fn look<V: BlockDevice + 'static>(fs: &SimFs<V>) -> Result<BTreeMap<String, Stat>, Failure> {
     let mut seen = BTreeMap::new();
     let mut directories = vec![String::new()];
     while let Some(directory) = directories.pop() {
@@ -231,7 +253,7 @@ impl Model {
             ));
         }
         let by_id: BTreeMap<_, _> = seen.iter().map(|(path, stat)| (stat.id, path.as_str())).collect();
-        for (node, entry) in &self.tree {
+        for (node, entry) in self.tree.iter() {
             let Some((path, stat)) = entry
                 .path
                 .as_deref()
@@ -273,8 +295,8 @@ impl Model {
 }
 
 /// Compares the file system with what was promised, after a crash or without one. From then on, the model is what was found.
-pub(crate) async fn verify(
-    fs: &SimFs,
+pub(crate) async fn verify<V: BlockDevice + 'static>(
+    fs: &SimFs<V>,
     promise: &Promise,
     most: u64,
 ) -> Result<BTreeMap<String, Stat>, Failure> {
@@ -304,19 +326,24 @@ pub(crate) async fn verify(
             continue;
         };
         for (start, end) in windows(size, most) {
-            let ticket = content.read_begins();
-            let bytes = harness::read(&file, start, usize::try_from(end - start).unwrap()).await?;
-            content
-                .check(ticket, start, &bytes)
-                .map_err(|error| Failure::from(describe(&error, start, &bytes)).context(&path))?;
-            let written: Vec<u64> = content
-                .written()
-                .filter(|offset| (start..end).contains(offset))
-                .collect();
-            for offset in written {
-                let at = usize::try_from(offset - start).unwrap();
-                content.settle(offset, &bytes[at..at + 512]);
-            }
+            harness::read_with(&file, start, end - start, |bytes| {
+                content
+                    .allows(start, bytes)
+                    .map_err(|error| Failure::from(describe(&error, start, bytes)).context(&path))?;
+                // Where more was possible, this is what there is from now on.
+                if !content.is_certain() {
+                    let written: Vec<u64> = content
+                        .written()
+                        .filter(|offset| (start..end).contains(offset))
+                        .collect();
+                    for offset in written {
+                        let at = usize::try_from(offset - start).unwrap();
+                        content.settle(offset, &bytes[at..at + 512]);
+                    }
+                }
+                Ok(())
+            })
+            .await?;
         }
     }
     *promise.borrow_mut() = model;
@@ -341,16 +368,19 @@ fn describe(error: &str, start: u64, bytes: &[u8]) -> String {
     )
 }
 
-/// The beginning of each cluster, up to `most` bytes.
+/// All of the file, up to `most` bytes at a time.
 fn windows(size: u64, most: u64) -> impl Iterator<Item = (u64, u64)> {
-    (0..size.div_ceil(filesys::CLUSTER)).map(move |cluster| {
-        let start = cluster * filesys::CLUSTER;
-        (start, (start + most.min(filesys::CLUSTER)).min(size))
-    })
+    let step = most.min(harness::WINDOW);
+    (0..size.div_ceil(step)).map(move |window| (window * step, ((window + 1) * step).min(size)))
 }
 
 /// Space adds up: what volumes have given away is what files have. Files without names are not asked, so there must be none.
-pub(crate) async fn adds_up(fs: &SimFs, promise: &Promise) -> Result<(), Failure> {
+/// `seen` is what [`look`] found, if nothing has changed files that have names since.
+pub(crate) async fn adds_up<V: BlockDevice + 'static>(
+    fs: &SimFs<V>,
+    promise: &Promise,
+    seen: Option<&BTreeMap<String, Stat>>,
+) -> Result<(), Failure> {
     let nameless = |model: &Model| {
         model
             .tree
@@ -360,7 +390,11 @@ pub(crate) async fn adds_up(fs: &SimFs, promise: &Promise) -> Result<(), Failure
     if nameless(&promise.borrow()) {
         return Ok(());
     }
-    let files: u64 = look(fs).await?.values().map(|stat| stat.allocated).sum();
+    let allocated = |seen: &BTreeMap<String, Stat>| seen.values().map(|stat| stat.allocated).sum();
+    let files: u64 = match seen {
+        Some(seen) => allocated(seen),
+        None => allocated(&look(fs).await?),
+    };
     let given: u64 = fs.volumes().iter().map(|volume| volume.size - volume.free).sum();
     if files != given {
         return Err(
@@ -373,7 +407,7 @@ pub(crate) async fn adds_up(fs: &SimFs, promise: &Promise) -> Result<(), Failure
 }
 
 /// Every invariant of the metadata holds.
-pub(crate) async fn is_sound(fs: &SimFs) -> Result<(), Failure> {
+pub(crate) async fn is_sound<V: BlockDevice + 'static>(fs: &SimFs<V>) -> Result<(), Failure> {
     let report = fs.check(filesys::CheckOptions::default()).await.map_err(failed)?;
     match report.findings.first() {
         None => Ok(()),

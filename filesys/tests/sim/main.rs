@@ -2,13 +2,19 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod allocator;
+mod chains;
 mod check;
 mod check_beside;
+mod content;
+mod errors;
+mod exhaustive;
 mod features;
 mod harness;
 mod heal;
 mod machine;
 mod model;
+mod names;
 mod points;
 mod scripts;
 mod smoke;

@@ -2,12 +2,15 @@
 //!
 //! A change of the name space is *pending* from the moment it begins until it is acknowledged. After a crash each pending change is
 //! there wholly or not at all ([`Model::outcomes`]); what is found decides which. Content is kept per file in a
-//! [`SectorModel`], which knows what a crash may leave of writes.
+//! [`Content`], which knows what a crash may leave of writes.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use block_io::Durability;
-use block_io::sim::{SectorModel, Ticket, fingerprint};
+use block_io::sim::{Ticket, fingerprint};
+
+use crate::content::Content;
 
 /// Number of a file in the model.
 pub(crate) type Node = usize;
@@ -71,24 +74,31 @@ pub(crate) enum Change {
 /// Content of files that are being frozen: what the frozen file may have, while the open handle goes on.
 #[derive(Debug, Clone, Default)]
 struct Freezing {
-    nodes: BTreeMap<Node, SectorModel>,
+    nodes: BTreeMap<Node, Content>,
     flushes: BTreeMap<Node, Ticket>,
 }
 
 /// All that was promised.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Model {
-    pub(crate) tree: BTreeMap<Node, Entry>,
-    pub(crate) contents: BTreeMap<Node, SectorModel>,
+    /// Shared between copies until it changes.
+    pub(crate) tree: Rc<BTreeMap<Node, Entry>>,
+    pub(crate) contents: BTreeMap<Node, Content>,
     pending: Vec<(u64, Change)>,
     freezing: BTreeMap<u64, Freezing>,
     next: Node,
     next_change: u64,
     /// Makes every write's content its own.
     pub(crate) stamp: u64,
+    /// Of a script, so many. Not for recoveries.
+    pub(crate) operations_begun: usize,
 }
 
 impl Model {
+    fn tree_mut(&mut self) -> &mut BTreeMap<Node, Entry> {
+        Rc::make_mut(&mut self.tree)
+    }
+
     pub(crate) fn find(&self, path: &str) -> Option<Node> {
         let mut found = self.tree.iter();
         found
@@ -177,7 +187,7 @@ impl Model {
                 };
                 let node = self.add(entry);
                 if !directory {
-                    self.contents.insert(node, SectorModel::new(512));
+                    self.contents.insert(node, Content::default());
                 }
             }
             Change::Delete { path } => {
@@ -186,11 +196,11 @@ impl Model {
             }
             Change::Rename { from, to } => {
                 let Some(node) = self.find(from) else { return false };
-                if let Some(entry) = self.tree.get_mut(&node) {
+                if let Some(entry) = self.tree_mut().get_mut(&node) {
                     entry.path = Some(to.clone());
                 }
                 let below = format!("{from}/");
-                for entry in self.tree.values_mut() {
+                for entry in self.tree_mut().values_mut() {
                     if let Some(rest) = entry.path.as_deref().and_then(|path| path.strip_prefix(&below)) {
                         entry.path = Some(format!("{to}/{rest}"));
                     }
@@ -229,7 +239,7 @@ impl Model {
                 if let (Some(content), true) = (self.contents.get_mut(&node), *size < old) {
                     content.settle(*size, &vec![0; usize::try_from(old - size).unwrap()]);
                 }
-                if let Some(entry) = self.tree.get_mut(&node) {
+                if let Some(entry) = self.tree_mut().get_mut(&node) {
                     entry.size = *size;
                 }
             }
@@ -238,7 +248,7 @@ impl Model {
             Change::Absorb { layer } => {
                 let parent = self.find(layer).and_then(|node| self.tree.get(&node)?.parent);
                 let Some(parent) = parent else { return false };
-                if let Some(entry) = self.tree.get_mut(&parent) {
+                if let Some(entry) = self.tree_mut().get_mut(&parent) {
                     entry.absorbed = true;
                 }
             }
@@ -249,19 +259,19 @@ impl Model {
 
     fn with(&mut self, path: &str, change: impl FnOnce(&mut Entry)) -> bool {
         let Some(node) = self.find(path) else { return false };
-        self.tree.get_mut(&node).map(change).is_some()
+        self.tree_mut().get_mut(&node).map(change).is_some()
     }
 
     fn add(&mut self, entry: Entry) -> Node {
         let node = self.next;
         self.next += 1;
-        self.tree.insert(node, entry);
+        self.tree_mut().insert(node, entry);
         node
     }
 
     fn put_layer(&mut self, node: Node, path: &str) -> Node {
         let (size, exempt) = self
-            .tree
+            .tree_mut()
             .get_mut(&node)
             .map(|entry| {
                 entry.frozen = true;
@@ -281,7 +291,7 @@ impl Model {
 
     fn unlink(&mut self, node: Node) {
         let mut at = Some(node);
-        if let Some(entry) = self.tree.get_mut(&node) {
+        if let Some(entry) = self.tree_mut().get_mut(&node) {
             entry.path = None;
         }
         // Those without name and children go; one more parent may wait for that.
@@ -290,7 +300,7 @@ impl Model {
             if !waits || self.children(node) > 0 {
                 return;
             }
-            at = self.tree.remove(&node).and_then(|entry| entry.parent);
+            at = self.tree_mut().remove(&node).and_then(|entry| entry.parent);
             self.contents.remove(&node);
         }
     }
@@ -302,11 +312,11 @@ impl Model {
         let Some(parent) = self.tree.get(&node).and_then(|entry| entry.parent) else {
             return false;
         };
-        let Some(gone) = self.tree.remove(&parent) else {
+        let Some(gone) = self.tree_mut().remove(&parent) else {
             return false;
         };
         self.contents.remove(&parent);
-        if let Some(entry) = self.tree.get_mut(&node) {
+        if let Some(entry) = self.tree_mut().get_mut(&node) {
             entry.parent = gone.parent;
             if let (true, Some(path)) = (named, gone.path) {
                 entry.path = Some(path);
@@ -321,25 +331,56 @@ impl Model {
             pending: Vec::new(),
             ..self.clone()
         }];
+        // What absorbs its parent does so with the nearest one that is left.
+        let absorbs = |(_, change): &(u64, Change)| matches!(change, Change::Absorb { .. });
+        let collapsed = self.pending.iter().any(absorbs).then(|| {
+            let mut collapsed = self.clone();
+            collapsed.collapse().then_some(collapsed)
+        });
         // Each one may be there or not, in any order; there are never many.
         for subset in permutations(self.pending.len()) {
-            let mut model = Self {
-                pending: Vec::new(),
-                ..self.clone()
-            };
-            let fits = subset.iter().all(|index| {
-                let (number, change) = &self.pending[*index];
-                model.apply(*number, change, false)
-            });
-            if fits {
-                outcomes.push(model);
+            for start in std::iter::once(self).chain(collapsed.iter().flatten()) {
+                let mut model = Self {
+                    pending: Vec::new(),
+                    ..start.clone()
+                };
+                let fits = subset.iter().all(|index| {
+                    let (number, change) = &self.pending[*index];
+                    model.apply(*number, change, false)
+                });
+                if fits {
+                    outcomes.push(model);
+                }
             }
         }
         for outcome in &mut outcomes {
             outcome.freezing.clear();
-            outcome.contents.values_mut().for_each(SectorModel::crashed);
+            for content in outcome.contents.values_mut() {
+                *content = content.after_a_crash();
+            }
         }
         outcomes
+    }
+
+    /// Files without names have gone into the only child that they have left, which happens at some moment in the background.
+    /// Says whether there were any.
+    pub(crate) fn collapse(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            let nameless = self.tree.iter().filter(|(_, entry)| entry.path.is_none());
+            let next = nameless
+                .map(|(node, entry)| (*node, entry.parent))
+                .find(|(node, _)| self.children(*node) == 1);
+            let Some((gone, parent)) = next else { return any };
+            for entry in self.tree_mut().values_mut() {
+                if entry.parent == Some(gone) {
+                    entry.parent = parent;
+                }
+            }
+            self.tree_mut().remove(&gone);
+            self.contents.remove(&gone);
+            any = true;
+        }
     }
 
     pub(crate) fn is_quiet(&self) -> bool {
@@ -402,7 +443,7 @@ impl Model {
             })
             .map(|(number, node, content)| (number, node, content.fingerprint()))
             .collect();
-        fingerprint(&(&self.tree, &self.pending, contents, freezing))
+        fingerprint(&(&*self.tree, &self.pending, contents, freezing))
     }
 }
 

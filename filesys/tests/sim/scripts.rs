@@ -1,4 +1,4 @@
-//! The exhaustive level: every operation alone, every pair, some triples; crashed at every event, into every state.
+//! The operations of the exhaustive level, and what they work on; [`exhaustive`](super::exhaustive) puts them together.
 //!
 //! The world is as small as it can be: a metadata volume of 1 MiB with a journal of 16 blocks, a volume of 32 clusters full of garbage, and
 //! in the file system what all operations need:
@@ -8,15 +8,15 @@
 //!   /c       some data, not open                       /s       open, with checksums
 //!   /k       thick                                     /d       a directory
 //! ```
+//!
+//! Files are short, so that a recovery can be asked for every byte of every file. All scripts begin with the same disks: each thread
+//! makes them once.
 
-use std::cell::RefCell;
+use std::cell::OnceCell;
 use std::rc::Rc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use block_io::sim::{
-    DiskOptions, ExploreOptions, Failure, Numbers, Rng, Scenario, Shared, Sim, World, explore_parallel,
-    threads,
-};
+use block_io::sim::{DiskOptions, Failure, Rng, RunOptions, Scenario, Shared, Sim, World};
 use block_io::{Durability, ZeroMode};
 use filesys::{
     Access, Attributes, FileSystem, FormatOptions, FsError, NewFile, OpenOptions, Relocation, Snapshot,
@@ -27,11 +27,9 @@ use crate::machine::{Handle, Promise, absorb, adds_up, change, is_sound, verify}
 use crate::model::{Change, Model};
 
 const KIB: u64 = 1024;
-const SIZE: u64 = 64 * KIB;
+const SIZE: u64 = 16 * KIB;
 /// Of `/a`.
-const LARGE: u64 = 160 * KIB;
-/// What operations touch of each cluster.
-const WINDOW: u64 = 16 * KIB;
+const LARGE: u64 = 144 * KIB;
 
 /// An operation of a script.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,8 +122,26 @@ impl Op {
 }
 
 /// A script.
-#[derive(Debug, Clone)]
-pub(crate) struct Script(pub(crate) Vec<Op>);
+#[derive(Debug)]
+pub(crate) struct Script {
+    pub(crate) operations: Vec<Op>,
+    /// Crashes are tried from when so many operations have begun; what is before is a shorter script.
+    pub(crate) from: usize,
+    /// All invariants of the metadata are verified in one of so many recoveries.
+    pub(crate) checks_one_in: u64,
+    recoveries: AtomicU64,
+}
+
+impl Script {
+    pub(crate) fn new(operations: Vec<Op>, from: usize, checks_one_in: u64) -> Self {
+        Self {
+            operations,
+            from,
+            checks_one_in,
+            recoveries: AtomicU64::new(0),
+        }
+    }
+}
 
 fn options() -> OpenOptions {
     OpenOptions {
@@ -177,7 +193,7 @@ async fn create(
 }
 
 impl Machine {
-    async fn open(sim: &Sim, promise: &Promise) -> Result<Self, Failure> {
+    pub(crate) async fn open(sim: &Sim, promise: &Promise) -> Result<Self, Failure> {
         let fs = open(sim).await.map_err(failed)?;
         Ok(Self {
             a: handle(&fs, promise, "/a").await?,
@@ -272,7 +288,17 @@ impl Machine {
             .map(drop)
     }
 
-    async fn step(&mut self, op: Op) -> Result<(), Failure> {
+    /// Flushes all files that are open; those that can be flushed have promised something then.
+    pub(crate) async fn save_what_can_be_saved(&self) {
+        for handle in [Some(&self.a), self.top.as_ref(), Some(&self.s)]
+            .into_iter()
+            .flatten()
+        {
+            drop(handle.flush(&self.promise).await);
+        }
+    }
+
+    pub(crate) async fn step(&mut self, op: Op) -> Result<(), Failure> {
         let promise = Rc::clone(&self.promise);
         let volatile = Durability::Volatile;
         match op {
@@ -442,28 +468,63 @@ async fn prepare(sim: &Sim, promise: &Promise) -> Result<(), Failure> {
         directory: true,
     };
     change(promise, what, fs.make_directory("/d", None, 1)).await?;
-    verify(&fs, promise, WINDOW).await?;
+    verify(&fs, promise, u64::MAX).await?;
     fs.close().await.map_err(failed)
+}
+
+fn blank() -> World {
+    let mut world = World::new([DiskOptions::new("meta", 1 << 20), DiskOptions::new("v1", 2 << 20)]);
+    let mut garbage = vec![0; 2 << 20];
+    Rng::new(5).fill(&mut garbage);
+    world.media[1].poke(0, &garbage);
+    world
+}
+
+/// Disks and model that all scripts begin with.
+fn make() -> (World, Model) {
+    let mut world = blank();
+    let promise = Promise::default();
+    let ran = world
+        .run(&RunOptions::in_order(), async |sim| prepare(&sim, &promise).await)
+        .unwrap_or_else(|failure| panic!("{failure}"));
+    match ran.ended.done() {
+        Some(Ok(())) => {}
+        other => panic!("the disks cannot be prepared: {other:?}"),
+    }
+    world.settle();
+    // The only state that a crash can leave now. Copies of disks after a crash are cheap.
+    world.media = world.crash_states().nth(0, 1, 0);
+    let model = promise.borrow().clone();
+    (world, model)
+}
+
+thread_local! {
+    static PREPARED: OnceCell<(World, Model)> = const { OnceCell::new() };
+}
+
+pub(crate) fn prepared<T>(use_it: impl FnOnce(&World, &Model) -> T) -> T {
+    PREPARED.with(|prepared| {
+        let (world, model) = prepared.get_or_init(make);
+        use_it(world, model)
+    })
 }
 
 impl Scenario for Script {
     type Model = Model;
 
     fn world(&self) -> World {
-        let mut world = World::new([DiskOptions::new("meta", 1 << 20), DiskOptions::new("v1", 2 << 20)]);
-        let mut garbage = vec![0; 2 << 20];
-        Rng::new(5).fill(&mut garbage);
-        world.media[1].poke(0, &garbage);
-        world
+        prepared(|world, _| world.clone())
     }
 
-    async fn prepare(&self, sim: Sim, model: Shared<Model>) -> Result<(), Failure> {
-        prepare(&sim, &model).await
+    async fn prepare(&self, _sim: Sim, model: Shared<Model>) -> Result<(), Failure> {
+        prepared(|_, known| model.replace(known.clone()));
+        Ok(())
     }
 
     async fn run(&self, sim: Sim, model: Shared<Model>) -> Result<(), Failure> {
         let mut machine = Machine::open(&sim, &model).await?;
-        for op in &self.0 {
+        for op in &self.operations {
+            model.borrow_mut().operations_begun += 1;
             machine
                 .step(*op)
                 .await
@@ -474,84 +535,23 @@ impl Scenario for Script {
 
     async fn recover(&self, sim: Sim, model: Shared<Model>) -> Result<(), Failure> {
         let fs = open(&sim).await.map_err(failed)?;
-        verify(&fs, &model, WINDOW).await?;
+        let seen = verify(&fs, &model, u64::MAX).await?;
         fs.settled().await;
-        adds_up(&fs, &model).await?;
-        if self.0.len() == 1 {
+        adds_up(&fs, &model, Some(&seen)).await?;
+        // A script is explored by one thread, so that these are the same in every run.
+        let recoveries = self.recoveries.fetch_add(1, Ordering::Relaxed);
+        if recoveries.is_multiple_of(self.checks_one_in) {
+            block_io::cover!("scripts: all invariants were verified");
             is_sound(&fs).await?;
         }
-        drop(fs);
         Ok(())
     }
 
     fn fingerprint(&self, model: &Model) -> Option<u64> {
         Some(model.fingerprint())
     }
-}
 
-/// What `SMSVMM_SIM_DEPTH` says: 1 is what every run of the tests does, more goes deeper.
-pub(crate) fn factor() -> u64 {
-    let text = std::env::var("SMSVMM_SIM_DEPTH").ok();
-    text.and_then(|text| text.parse().ok()).unwrap_or(1)
-}
-
-fn explore_all(name: &str, scripts: Vec<Script>, options: &ExploreOptions) -> Numbers {
-    let mut total = Numbers::default();
-    let start = Instant::now();
-    let count = scripts.len();
-    let failures = RefCell::new(Vec::new());
-    for script in scripts {
-        match explore_parallel(&script, options, threads()) {
-            Ok(numbers) => total.add(&numbers),
-            Err(failure) => failures
-                .borrow_mut()
-                .push(format!("{:?}: {}", script.0, failure.message)),
-        }
+    fn explores(&self, model: &Model) -> bool {
+        model.operations_begun >= self.from
     }
-    let seconds = start.elapsed().as_secs_f64();
-    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
-    let rate = total.crash_states as f64 / seconds;
-    println!("{name}: {count} scripts, {seconds:.1} s, {rate:.0} states/s: {total}");
-    let failures = failures.into_inner();
-    for failure in &failures {
-        println!("FAILED {failure}");
-    }
-    assert!(failures.is_empty(), "{} scripts of {count} fail", failures.len());
-    total
-}
-
-#[test]
-fn every_operation() {
-    let scripts = ALL.iter().map(|op| Script(vec![*op])).collect();
-    let options = ExploreOptions {
-        states: 64 * factor(),
-        nesting: 1,
-        nested_states: 3,
-        nested_one_in: 4,
-        schedules: factor(),
-    };
-    let numbers = explore_all("single operations", scripts, &options);
-    let missing = numbers.missing(&[
-        "filesys: a group was replayed",
-        "filesys: an absorption that a crash has interrupted goes on",
-        "filesys: the last child absorbs a parent without a name",
-        "superblock: a single newer copy is ignored",
-    ]);
-    assert!(missing.is_empty(), "{missing:?} were not reached");
-}
-
-#[test]
-fn every_pair_of_operations() {
-    let mut scripts = Vec::new();
-    for first in ALL {
-        scripts.extend(ALL.iter().map(|second| Script(vec![first, *second])));
-    }
-    let options = ExploreOptions {
-        states: 12 * factor(),
-        nesting: 1,
-        nested_states: 2,
-        nested_one_in: 16,
-        schedules: factor(),
-    };
-    explore_all("pairs of operations", scripts, &options);
 }

@@ -57,6 +57,12 @@ pub trait Scenario {
     fn fingerprint(&self, _model: &Self::Model) -> Option<u64> {
         None
     }
+
+    /// Whether crashes of the script are tried at this moment. A script whose beginning is another one that is explored as
+    /// well says no until that is over.
+    fn explores(&self, _model: &Self::Model) -> bool {
+        true
+    }
 }
 
 /// How far to go.
@@ -327,6 +333,9 @@ impl<'a, S: Scenario> Explorer<'a, S> {
 
     /// Tries all crashes of the script at this moment.
     fn crash_script(&mut self, sim: &Sim, model: &S::Model, stopped: &mut Option<Stop>) -> ControlFlow<()> {
+        if !self.scenario.explores(model) {
+            return ControlFlow::Continue(());
+        }
         let states = sim.look(CrashStates::new);
         let limit = self.options.states;
         let fingerprint = self.scenario.fingerprint(model);

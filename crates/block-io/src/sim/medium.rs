@@ -209,6 +209,13 @@ impl Medium {
         self.version += 1;
     }
 
+    /// Takes away what makes it fail: rules, its being dropped or slow. Its content stays.
+    pub fn repair(&mut self) {
+        self.rules.clear();
+        self.dropped = false;
+        self.slow = 1;
+    }
+
     /// Makes everything volatile durable, as an orderly power-off does.
     pub fn settle(&mut self) {
         let mut rng = Rng::new(0);

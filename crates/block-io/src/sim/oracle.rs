@@ -194,16 +194,28 @@ impl SectorModel {
     /// The first sector with impossible content, described.
     pub fn check(&mut self, ticket: Ticket, offset: u64, bytes: &[u8]) -> Result<(), String> {
         self.reads.remove(&ticket.0);
+        self.allows_since(ticket.0, offset, bytes)
+    }
+
+    /// As [`Self::check`], for a read during which nothing else happens.
+    ///
+    /// # Errors
+    /// The first sector with impossible content, described.
+    pub fn allows(&self, offset: u64, bytes: &[u8]) -> Result<(), String> {
+        self.allows_since(u64::MAX, offset, bytes)
+    }
+
+    fn allows_since(&self, begin: u64, offset: u64, bytes: &[u8]) -> Result<(), String> {
         let size = usize::try_from(self.sector).unwrap_or(512);
         for (sector, content) in (offset / self.sector..).zip(bytes.chunks(size)) {
-            let hash = hash_bytes(content);
             let Some(versions) = self.sectors.get(&sector) else {
-                if hash == self.zero {
+                if is_zero(content) {
                     continue;
                 }
                 return Err(format!("sector {sector}, never written, is not zero"));
             };
-            let ended = |version: &&Version| version.end.is_some_and(|end| end < ticket.0);
+            let hash = hash_bytes(content);
+            let ended = |version: &&Version| version.end.is_some_and(|end| end < begin);
             let possible = |version: &&Version| {
                 version.content.is_none_or(|content| content == hash)
                     && !versions
@@ -271,10 +283,23 @@ impl SectorModel {
         }
     }
 
+    /// Whether each sector can have one content only, so that [`Self::settle`] would tell it nothing.
+    pub fn is_certain(&self) -> bool {
+        let certain = |versions: &Vec<Version>| matches!(versions.as_slice(), [one] if one.content.is_some());
+        self.sectors.values().all(certain)
+    }
+
     /// Bytes from the first to the last sector that was ever written: what a check must read.
     pub fn written(&self) -> impl Iterator<Item = u64> {
         self.sectors.keys().map(|sector| sector * self.sector)
     }
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // Without branches within a block, so that the compiler can take many bytes at once.
+    bytes
+        .chunks(512)
+        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// Versions that a durable one supersedes can never be seen again, but by reads that began before that one ended.
@@ -323,8 +348,12 @@ mod tests {
         model.crashed();
         let allowed: Vec<u8> = (0..6).filter(|value| allows(&mut model, *value)).collect();
         assert_eq!(allowed, [2, 3, 4]);
+        assert!(!model.is_certain() && model.allows(0, &[4; 512]).is_ok());
         model.settle(0, &[3; 512]);
         assert!(allows(&mut model, 3) && !allows(&mut model, 4));
+        assert!(model.is_certain() && model.allows(0, &[4; 512]).is_err());
+        // What was never written is zero.
+        assert!(model.allows(512, &[0; 512]).is_ok() && model.allows(512, &[1; 512]).is_err());
     }
 
     #[test]

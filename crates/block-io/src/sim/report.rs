@@ -95,6 +95,11 @@ impl Numbers {
         }
     }
 
+    /// States after crashes that are known to be recovered from: those that were, and those equal to one of them.
+    pub fn explored(&self) -> u64 {
+        self.crash_states + self.equal_states
+    }
+
     /// Counts a moment at which so many of these states are tried.
     pub(super) fn crash_point(&mut self, states: &CrashStates, limit: u64) {
         self.crash_points += 1;
