@@ -191,7 +191,7 @@ const ROOMY: Machines = Machines {
 
 #[test]
 fn several_users_and_crashes() {
-    let numbers = run(ROOMY, 1, 150);
+    let numbers = run(ROOMY, 1, 600);
     let marks = [
         "filesys: a checkpoint began while data with checksums were on their way",
         "filesys: a checksum of an earlier user of a place was forgotten",
