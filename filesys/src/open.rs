@@ -65,7 +65,8 @@ pub struct OpenOptions {
     pub redundancy: Redundancy,
     /// Orphans are settled and layers absorbed in the background; tests want to say when.
     pub background: bool,
-    /// Merges of layers that a crash has cut go on by themselves; else they wait until they are asked for again.
+    /// Merges of layers that a crash has cut go on by themselves; else (the default) they wait until they are asked for again. Not for
+    /// virtual disks: their descriptors have to follow when a layer takes its parent's name, so it is they who ask again.
     pub resume_merges: bool,
     /// What files give up is discarded on the volumes some time later.
     pub discard: bool,
@@ -81,7 +82,7 @@ impl Default for OpenOptions {
             commit_after: Duration::from_secs(5),
             redundancy: Redundancy::default(),
             background: true,
-            resume_merges: true,
+            resume_merges: false,
             discard: true,
         }
     }

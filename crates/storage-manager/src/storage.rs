@@ -221,6 +221,8 @@ impl Storage {
         self.close_files().await?;
         self.disks = None;
         self.files = None;
+        // It has all volumes open, which keeps them from being deleted.
+        self.redundancy = Redundancy::default();
         Ok(())
     }
 
@@ -228,6 +230,7 @@ impl Storage {
         let name = self.pool.configuration().name.clone();
         drop(self.disks);
         drop(self.files);
+        drop(self.redundancy);
         self.pool.close().await.map_err(|error| of_pool(&name, error))
     }
 

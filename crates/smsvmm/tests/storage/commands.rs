@@ -98,14 +98,15 @@ fn a_job_that_is_broken_off_goes_on_and_can_be_paused_and_cancelled() {
         .spawn()
         .unwrap();
     let limit = Instant::now() + Duration::from_secs(20);
+    let holder = format!("smsvmm (pid {})", scrub.id());
+    // A device may be locked a moment before it can be seen by whom.
     let error = loop {
         let error = text(&place.run(&["pool", "status", "--config", "vm.toml"])).1;
-        if error.contains("in use") || Instant::now() > limit {
+        if error.contains(&holder) || Instant::now() > limit {
             break error;
         }
         std::thread::sleep(Duration::from_millis(20));
     };
-    let holder = format!("smsvmm (pid {})", scrub.id());
     assert!(
         error.contains("is in use by") && error.contains(&holder),
         "{error}"
