@@ -293,9 +293,19 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         while core.tasks() > 0 {
             core.clock.sleep(Duration::from_millis(1)).await;
         }
+        let mut flushed = Ok(());
         for volume in core.volumes() {
-            self.volume_of(volume).flush().await?;
+            let has_lost_a_device = volume.map().members().any(|member| !member.is_alive());
+            match self.volume_of(volume).flush().await {
+                Ok(()) => {}
+                // Who wrote to it, and flushed, was told. The others are closed as if it were not there.
+                Err(error) if has_lost_a_device => {
+                    tracing::warn!(%error, "a volume that has lost a device is closed as it is");
+                }
+                Err(error) => flushed = flushed.and(Err(error)),
+            }
         }
+        flushed?;
         for volume in core.volumes() {
             let logs: Vec<_> = volume.logs.borrow().values().cloned().collect();
             for log in logs {
