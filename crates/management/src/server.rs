@@ -18,7 +18,8 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::routes::{self, Context};
-use crate::socket::{Listening, SocketError, SocketFile};
+use crate::socket::{Listening, SocketError};
+use block_io::SocketFile;
 
 /// Connections that are served at a time.
 const MAX_CONNECTIONS: usize = 64;

@@ -28,17 +28,15 @@ mod sigbus;
 pub mod socket;
 
 use std::fmt;
-use std::fs;
 use std::io;
 use std::net::Shutdown;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use block_io::WorkerHandle;
+use block_io::{SocketFile, UnixSocketError, WorkerHandle, listen_unix};
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio_core::DeviceEvents;
 use vmm_sys_util::eventfd::EventFd;
@@ -136,6 +134,8 @@ struct State<H> {
 pub struct VhostUserServer<H: DiskHandle> {
     shared: Arc<Shared<H>>,
     listener: Option<JoinHandle<()>>,
+    /// Goes last, when nobody is served any more.
+    _file: SocketFile,
 }
 
 impl<H: DiskHandle> fmt::Debug for VhostUserServer<H> {
@@ -162,7 +162,14 @@ impl<H: DiskHandle> VhostUserServer<H> {
     ) -> Result<Self, VhostUserError> {
         // What is wrong with the options is said here, not to a front-end.
         VirtioBlk::new(disk.clone(), &options.device, workers.clone())?;
-        let listener = listen(path)?;
+        let (listener, file) = listen_unix(path).map_err(|error| {
+            let path = path.to_owned();
+            match error {
+                UnixSocketError::Busy => VhostUserError::InUse { path },
+                UnixSocketError::NotASocket => VhostUserError::NotSocket { path },
+                UnixSocketError::System { source, .. } => VhostUserError::Listen { path, source },
+            }
+        })?;
         let stop = EventFd::new(libc::EFD_CLOEXEC).map_err(VhostUserError::Start)?;
         let shared = Arc::new(Shared {
             path: path.to_owned(),
@@ -186,6 +193,7 @@ impl<H: DiskHandle> VhostUserServer<H> {
         Ok(Self {
             shared,
             listener: Some(listener),
+            _file: file,
         })
     }
 
@@ -235,8 +243,6 @@ impl<H: DiskHandle> Drop for VhostUserServer<H> {
                 tracing::error!("a thread of a vhost-user server ended by a panic");
             }
         }
-        // Someone may have taken it away.
-        let _ = fs::remove_file(&self.shared.path);
     }
 }
 
@@ -349,30 +355,4 @@ impl<H: DiskHandle> Drop for Leave<H> {
         drop(state);
         self.shared.changed.notify_all();
     }
-}
-
-/// Listens at `path`; a socket that nobody serves any more is replaced.
-fn listen(path: &Path) -> Result<UnixListener, VhostUserError> {
-    let failed = |source| VhostUserError::Listen {
-        path: path.to_owned(),
-        source,
-    };
-    match fs::symlink_metadata(path) {
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(VhostUserError::NotSocket {
-                path: path.to_owned(),
-            });
-        }
-        Ok(_) if UnixStream::connect(path).is_ok() => {
-            return Err(VhostUserError::InUse {
-                path: path.to_owned(),
-            });
-        }
-        Ok(_) => fs::remove_file(path).map_err(failed)?,
-        Err(_) => {}
-    }
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    listener.set_nonblocking(true).map_err(failed)?;
-    Ok(listener)
 }

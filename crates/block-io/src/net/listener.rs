@@ -1,21 +1,15 @@
 //! Sockets that clients connect to: Unix sockets in the file system, and TCP.
 
 use std::fmt;
-use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
-use rustix::fs::{FlockOperation, Mode};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::net::{SocketFlags, sockopt};
 
+use super::unix::{SocketFile, UnixSocketError, listen_unix};
 use super::{Stream, ready, retry};
-
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 64;
 
 /// Where a server listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,8 +53,7 @@ pub enum ListenError {
 pub struct Listener {
     socket: OwnedFd,
     address: ListenAddress,
-    /// Device and inode of the socket's file.
-    file: Option<(u64, u64)>,
+    _file: Option<SocketFile>,
 }
 
 impl Listener {
@@ -84,22 +77,19 @@ impl Listener {
                 Ok(Self {
                     socket: listener.into(),
                     address: ListenAddress::Tcp(actual),
-                    file: None,
+                    _file: None,
                 })
             }
             ListenAddress::Unix(path) => {
-                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-                // Two processes that find the same dead socket must not both replace it.
-                let folder = fs::File::open(folder.unwrap_or(Path::new("."))).map_err(failed)?;
-                rustix::fs::flock(&folder, FlockOperation::LockExclusive)
-                    .map_err(|error| failed(error.into()))?;
-                remove_dead(path, address)?;
-                let socket = bind_unix(path).map_err(failed)?;
-                let file = fs::symlink_metadata(path).map_err(failed)?;
+                let (listener, file) = listen_unix(path).map_err(|error| match error {
+                    UnixSocketError::Busy => ListenError::Busy(address.clone()),
+                    UnixSocketError::NotASocket => ListenError::NotASocket(path.clone()),
+                    UnixSocketError::System { source, .. } => failed(source),
+                })?;
                 Ok(Self {
-                    socket,
+                    socket: listener.into(),
                     address: address.clone(),
-                    file: Some((file.dev(), file.ino())),
+                    _file: Some(file),
                 })
             }
         }
@@ -144,56 +134,11 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        let (ListenAddress::Unix(path), Some(ours)) = (&self.address, self.file) else {
-            return;
-        };
-        let there = fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()));
-        if there.is_ok_and(|there| there == ours)
-            && let Err(error) = fs::remove_file(path)
-        {
-            tracing::warn!(path = %path.display(), %error, "cannot remove the socket");
-        }
-    }
-}
-
-fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    // The file gets the mode of the unbound socket, less the umask.
-    rustix::fs::fchmod(socket.as_fd(), Mode::RUSR | Mode::WUSR)?;
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(socket)
-}
-
-/// Removes a socket on which nobody listens.
-fn remove_dead(path: &Path, address: &ListenAddress) -> Result<(), ListenError> {
-    let failed = |source| ListenError::System {
-        address: address.clone(),
-        source,
-    };
-    let file = match fs::symlink_metadata(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed(error)),
-    };
-    if !file.file_type().is_socket() {
-        return Err(ListenError::NotASocket(path.to_owned()));
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            tracing::info!(path = %path.display(), "replacing the socket of a process that has ended");
-            fs::remove_file(path).map_err(failed)
-        }
-        // Also where its owner is too busy, or we may not connect: it is somebody's.
-        _ => Err(ListenError::Busy(address.clone())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[test]

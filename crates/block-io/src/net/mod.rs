@@ -10,6 +10,7 @@
 //! io_uring and epoll serve alike. Under load a system call moves many messages, so that there are few per message.
 
 mod listener;
+mod unix;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -20,6 +21,10 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
 use crate::worker::{Call, Operation, Request};
 
 pub use listener::{ListenAddress, ListenError, Listener};
+pub use unix::{SocketFile, UnixSocketError, listen_unix};
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 64;
 
 /// A connected stream socket.
 #[derive(Debug)]

@@ -1,0 +1,105 @@
+//! The Unix sockets of servers: private from their first moment, never stolen from a living owner, gone with their owner.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::BACKLOG;
+
+/// Why there is no socket at a path.
+#[derive(Debug, thiserror::Error)]
+pub enum UnixSocketError {
+    /// Another process serves it.
+    #[error("another process listens there")]
+    Busy,
+    /// Something else is there.
+    #[error("it exists and is not a socket")]
+    NotASocket,
+    /// The operating system refused.
+    #[error("cannot {action} it")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// The answer.
+        source: io::Error,
+    },
+}
+
+/// The name of a socket in the file system, as long as it is ours: it is removed when this is dropped.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let there = fs::symlink_metadata(&self.path).map(|file| (file.dev(), file.ino()));
+        if there.is_ok_and(|there| there == self.identity)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "a socket cannot be removed");
+        }
+    }
+}
+
+/// Listens on `path`, for this user only (mode 0600), without blocking. A socket that a dead process left is replaced.
+///
+/// # Errors
+/// Somebody else listens there, something else is there, or the system refuses.
+pub fn listen_unix(path: &Path) -> Result<(UnixListener, SocketFile), UnixSocketError> {
+    let system = |action| move |source| UnixSocketError::System { action, source };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    // Two processes that find the same dead socket must not both replace it.
+    let folder = fs::File::open(folder.unwrap_or(Path::new("."))).map_err(system("find the folder of"))?;
+    rustix::fs::flock(&folder, FlockOperation::LockExclusive)
+        .map_err(|error| system("lock the folder of")(error.into()))?;
+    let listener = match bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            remove_dead(path)?;
+            bind(path)
+        }
+        other => other,
+    };
+    let listener = listener.map_err(system("create"))?;
+    let file = fs::symlink_metadata(path).map_err(system("examine"))?;
+    let file = SocketFile {
+        path: path.to_owned(),
+        identity: (file.dev(), file.ino()),
+    };
+    Ok((listener, file))
+}
+
+/// A listening socket that nobody else can use, not even for a moment.
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // Linux gives the file the mode of the unbound socket, less the umask (unix(7) is silent, net/unix/af_unix.c is not).
+    rustix::fs::fchmod(socket.as_fd(), Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(UnixListener::from(socket))
+}
+
+/// Removes a socket on which nobody listens.
+fn remove_dead(path: &Path) -> Result<(), UnixSocketError> {
+    let system = |action| move |source| UnixSocketError::System { action, source };
+    let file = fs::symlink_metadata(path).map_err(system("examine"))?;
+    if !file.file_type().is_socket() {
+        return Err(UnixSocketError::NotASocket);
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            tracing::info!(path = %path.display(), "replacing the socket of a process that has ended");
+            fs::remove_file(path).map_err(system("replace"))
+        }
+        // Also where its owner is too busy to accept, or we may not connect: it is somebody's.
+        _ => Err(UnixSocketError::Busy),
+    }
+}
