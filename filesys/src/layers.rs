@@ -193,13 +193,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
     ///
     /// # Errors
     /// There is no parent, others depend on it, too, it is open or pinned, or a volume fails: then it can be called again. What a crash
-    /// has cut goes on by itself when the file system is opened.
+    /// has cut is asked for again, or goes on when the file system is opened with [`crate::OpenOptions::resume_merges`].
     pub async fn absorb(&self, layer: &str, named: bool) -> Result<(), FsError> {
         self.absorb_while(layer, named, || true).await.map(|_| ())
     }
 
     /// As [`Self::absorb`]. `go_on` is asked after every 16 MiB of the layer. Where it does not want that, false is returned: the merge is
-    /// to be asked for again, or goes on when the file system is opened next.
+    /// to be asked for again, as after a crash.
     ///
     /// # Errors
     /// As [`Self::absorb`].

@@ -110,7 +110,7 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn attach_disk(&self, disk: &DiskConfig) -> Result<DiskStatus, ClientError> {
-        self.post("/v1/vm/disks", disk)
+        self.post("/v1/vm/disks", disk, TIMEOUT)
     }
 
     /// Adds a network card.
@@ -118,12 +118,7 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn attach_net(&self, net: &NetConfig) -> Result<NetStatus, ClientError> {
-        self.post("/v1/vm/nets", net)
-    }
-
-    /// Whether somebody listens on the socket.
-    pub fn is_answered(&self) -> bool {
-        std::os::unix::net::UnixStream::connect(&self.path).is_ok()
+        self.post("/v1/vm/nets", net, TIMEOUT)
     }
 
     /// Does something with the machine's pool.
@@ -131,9 +126,7 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn storage(&self, request: &StorageRequest) -> Result<StorageAnswer, ClientError> {
-        let body = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
-        let limit = crate::routes::STORAGE_TIMEOUT + TIMEOUT;
-        decode(&self.request(&Method::POST, "/v1/storage", body, limit)?)
+        self.post("/v1/storage", request, crate::routes::STORAGE_TIMEOUT + TIMEOUT)
     }
 
     /// Asks the guest to let a disk or network card go; see [`Self::wait_for_removal`].
@@ -203,9 +196,14 @@ impl Client {
         decode(&self.request(&Method::GET, path, Vec::new(), TIMEOUT)?)
     }
 
-    fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+    fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        limit: Duration,
+    ) -> Result<T, ClientError> {
         let body = serde_json::to_vec(body).map_err(|error| ClientError::Broken(error.into()))?;
-        decode(&self.request(&Method::POST, path, body, TIMEOUT)?)
+        decode(&self.request(&Method::POST, path, body, limit)?)
     }
 
     fn request(

@@ -51,14 +51,6 @@ impl Context {
         self.ask_within(MACHINE_TIMEOUT, question).await
     }
 
-    /// As [`Self::ask`], for what moves data.
-    async fn ask_long<T: Send + 'static>(
-        &self,
-        question: impl FnOnce(&dyn Vm) -> Result<T, Problem> + Send + 'static,
-    ) -> Result<T, Problem> {
-        self.ask_within(STORAGE_TIMEOUT, question).await
-    }
-
     async fn ask_within<T: Send + 'static>(
         &self,
         limit: Duration,
@@ -109,7 +101,9 @@ async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, 
         ["v1", "storage"] => match method {
             Method::POST => {
                 let asked: StorageRequest = body(request.into_body()).await?;
-                let answered = context.ask_long(move |vm| vm.storage(asked)).await?;
+                let answered = context
+                    .ask_within(STORAGE_TIMEOUT, move |vm| vm.storage(asked))
+                    .await?;
                 Ok(json(StatusCode::OK, &answered))
             }
             _ => Ok(not_allowed(&method, "POST")),

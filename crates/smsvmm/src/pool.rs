@@ -1,4 +1,4 @@
-//! The machine's pool: opened before the machine, closed after it.
+//! Pools whose disks are served: the machine's, opened before the machine and closed after it, and those of `smsvmm share`.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -7,13 +7,45 @@ use std::time::Duration;
 use anyhow::Context;
 use api::{ByteSize, DiskConfig, Problem, ProblemKind, StorageAnswer, StorageRequest};
 use block_io::WorkerOptions;
-use storage_manager::{DiskOptions, HostedPool};
+use storage_manager::{DevicePaths, DiskOptions, HostedPool};
 use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions};
 use vmm::config::VmConfig;
 use vmm::machine::{self, PoolDisk, PoolDisks};
 use vmm::sandbox::{Kind, Sandbox};
 
 use crate::logs;
+use crate::storage::{self, Which};
+
+/// Opens a pool on a worker called `name`, and tells what a person should know of its devices.
+fn open(name: &str, devices: DevicePaths, options: WorkerOptions) -> anyhow::Result<HostedPool> {
+    let pool = HostedPool::open(name, devices, options)?;
+    for note in pool.notes() {
+        logs::say(&format!("smsvmm: {note}"));
+    }
+    Ok(pool)
+}
+
+/// Has `serve` serve disks of a pool, and closes the pool when it is done.
+pub(crate) fn with_pool(
+    which: &Which,
+    name: &str,
+    serve: impl FnOnce(&HostedPool) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let pool = open(name, storage::devices(which)?, WorkerOptions::default())?;
+    let served = serve(&pool);
+    let closed = pool.close();
+    served?;
+    Ok(closed?)
+}
+
+/// How a disk is opened that is served to others.
+pub(crate) fn served(path: &str, read_only: bool) -> DiskOptions {
+    DiskOptions {
+        // Of a snapshot there is nothing else.
+        read_only: read_only || path.contains('@'),
+        ..DiskOptions::default()
+    }
+}
 
 /// The pool of a machine.
 #[derive(Debug)]
@@ -30,10 +62,7 @@ impl VmPool {
             busy_poll: Duration::from_micros(poll.into()),
             ..WorkerOptions::default()
         };
-        let open = HostedPool::open("io-pool", pool.devices.clone(), options)?;
-        for note in open.notes() {
-            logs::say(&format!("smsvmm: {note}"));
-        }
+        let open = open("io-pool", pool.devices.clone(), options)?;
         open.confine(sandbox.thread(Kind::PoolWorker))
             .context("cannot confine the pool's worker")?;
         Ok(Some(Arc::new(Self(open))))

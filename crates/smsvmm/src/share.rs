@@ -7,17 +7,18 @@ use std::time::Duration;
 use anyhow::Context;
 use block_io::{Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
 use clap::{Args, Subcommand};
-use storage_manager::{DiskOptions, HostedPool};
+use storage_manager::HostedPool;
 use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
 use storage_virtualizer::virtio_blk::{
-    DiskControls, ID_LENGTH, MAX_QUEUES, Rate, RateLimit, VirtioBlkOptions,
+    DiskControls, MAX_QUEUES, Rate, RateLimit, VirtioBlkOptions, fitting_serial,
 };
 
 use crate::exit::{Exit, UsageError};
 use crate::logs;
+use crate::pool::{served, with_pool};
 use crate::share_nbd::{self, NbdArguments};
 use crate::signals::Signals;
-use crate::storage::{self, Which};
+use crate::storage::Which;
 
 /// A limited disk may be ahead of its rate by what it has in so many parts of a second.
 const BURST_PARTS: u64 = 10;
@@ -96,7 +97,9 @@ fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     if !arguments.paths.is_empty() {
-        return pool_disks(arguments, &signals);
+        let serve = |pool: &HostedPool| serve_pool_disks(arguments, pool, &signals);
+        with_pool(&arguments.which, "io-pool", serve)?;
+        return Ok(Exit::Success);
     }
     let mut shares = Vec::new();
     for (image, socket) in arguments.image.iter().zip(&arguments.socket) {
@@ -117,19 +120,6 @@ fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
 }
 
 /// Serves disks of a pool.
-fn pool_disks(arguments: &VhostUserArguments, signals: &Signals) -> anyhow::Result<Exit> {
-    let devices = storage::devices(&arguments.which)?;
-    let pool = HostedPool::open("io-pool", devices, WorkerOptions::default())?;
-    for note in pool.notes() {
-        logs::say(&format!("smsvmm: {note}"));
-    }
-    let served = serve_pool_disks(arguments, &pool, signals);
-    let closed = pool.close();
-    served?;
-    closed?;
-    Ok(Exit::Success)
-}
-
 fn serve_pool_disks(
     arguments: &VhostUserArguments,
     pool: &HostedPool,
@@ -137,11 +127,7 @@ fn serve_pool_disks(
 ) -> anyhow::Result<()> {
     let mut shares = Vec::new();
     for (path, socket) in arguments.paths.iter().zip(&arguments.socket) {
-        let options = DiskOptions {
-            // Of a snapshot there is nothing else.
-            read_only: arguments.read_only || path.contains('@'),
-            ..DiskOptions::default()
-        };
+        let options = served(path, arguments.read_only);
         let disk = pool.disk(path, options)?;
         let name = path.rsplit('/').next().unwrap_or_default();
         let server = VhostUserServer::start(
@@ -165,7 +151,7 @@ fn serve_pool_disks(
 fn server_options(arguments: &VhostUserArguments, name: &str, read_only: bool) -> VhostUserOptions {
     let mut options = VhostUserOptions {
         device: VirtioBlkOptions {
-            serial: serial(name),
+            serial: fitting_serial(name),
             queues: arguments.queues,
             controls: Arc::new(controls(arguments)),
             ..VhostUserOptions::default().device
@@ -205,18 +191,6 @@ fn share(arguments: &VhostUserArguments, image: &Path, socket: &Path) -> anyhow:
     Ok((server, workers))
 }
 
-/// What fits of a name.
-fn serial(name: &str) -> String {
-    let mut serial = String::new();
-    for character in name.chars() {
-        if serial.len() + character.len_utf8() > ID_LENGTH {
-            break;
-        }
-        serial.push(character);
-    }
-    serial
-}
-
 fn controls(arguments: &VhostUserArguments) -> DiskControls {
     let rate = |per_second: u64| Rate {
         per_second,
@@ -229,15 +203,4 @@ fn controls(arguments: &VhostUserArguments) -> DiskControls {
         bytes: arguments.limit_bytes.map(rate),
     });
     controls
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_serial_is_cut_between_characters() {
-        assert_eq!(serial("disk.img"), "disk.img");
-        assert_eq!(serial(&"ä".repeat(20)), "ä".repeat(10));
-    }
 }

@@ -10,14 +10,15 @@ use anyhow::Context;
 use block_io::{Device, DeviceOptions, ListenAddress, NbdAddress, Worker, WorkerOptions};
 use clap::{Args, ValueEnum};
 use serde_json::json;
-use storage_manager::{DiskOptions, HostedPool};
+use storage_manager::HostedPool;
 use storage_virtualizer::nbd::{DeviceExport, NbdOptions, NbdServer, TlsFiles, TlsMode};
 
 use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::output::{print, print_json};
+use crate::pool::{served, with_pool};
 use crate::signals::Signals;
-use crate::storage::{self, Which};
+use crate::storage::Which;
 
 #[derive(Debug, Args)]
 pub(crate) struct NbdArguments {
@@ -83,7 +84,9 @@ pub(crate) fn nbd(arguments: &NbdArguments) -> anyhow::Result<Exit> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     if !arguments.paths.is_empty() {
-        return pool_disks(arguments, &signals);
+        let serve = |pool: &HostedPool| serve_pool_disks(arguments, pool, &signals);
+        with_pool(&arguments.which, "nbd", serve)?;
+        return Ok(Exit::Success);
     }
     let exports = images(arguments)?;
     let names: Vec<String> = exports.iter().map(|(name, _)| name.clone()).collect();
@@ -116,29 +119,11 @@ fn serve(
 }
 
 /// Serves disks of a pool.
-fn pool_disks(arguments: &NbdArguments, signals: &Signals) -> anyhow::Result<Exit> {
-    let devices = storage::devices(&arguments.which)?;
-    let pool = HostedPool::open("nbd", devices, WorkerOptions::default())?;
-    for note in pool.notes() {
-        logs::say(&format!("smsvmm: {note}"));
-    }
-    let served = serve_pool_disks(arguments, &pool, signals);
-    let closed = pool.close();
-    served?;
-    closed?;
-    Ok(Exit::Success)
-}
-
 fn serve_pool_disks(arguments: &NbdArguments, pool: &HostedPool, signals: &Signals) -> anyhow::Result<()> {
     let mut disks = Vec::new();
     for path in &arguments.paths {
-        let options = DiskOptions {
-            // Of a snapshot there is nothing else.
-            read_only: arguments.read_only || path.contains('@'),
-            ..DiskOptions::default()
-        };
         let name = path.trim_start_matches('/').to_owned();
-        disks.push((name, pool.disk(path, options)?));
+        disks.push((name, pool.disk(path, served(path, arguments.read_only))?));
     }
     let names: Vec<String> = disks.iter().map(|(name, _)| name.clone()).collect();
     let server = pool.serve_nbd(&disks, options(arguments))?;

@@ -87,10 +87,7 @@ pub fn execute_disk(
         };
         let storage = Storage::open(&paths, access).await?;
         let done = Box::pin(perform(&storage, operation, &reporter)).await;
-        let mut events = storage.take_events();
-        let closed = storage.close_with_events(&mut events).await;
-        let answer = done?;
-        closed?;
+        let (answer, events) = storage.end(done).await?;
         Ok(DiskOutcome { answer, events })
     })
 }

@@ -297,9 +297,7 @@ pub fn export_disk(
     let done = on_worker(&mut notify, |reporter| async move {
         let storage = Storage::open(&paths, Access::Read).await?;
         let done = Box::pin(export(&storage, &asked, here, checks_here, &reporter)).await;
-        let mut events = storage.take_events();
-        storage.close_with_events(&mut events).await?;
-        let mut done = done?;
+        let (mut done, events) = storage.end(done).await?;
         done.events = events;
         Ok(done)
     });

@@ -144,12 +144,31 @@ impl<'a> Draft<'a> {
         named.map_err(|error| of_files(&error))
     }
 
-    /// It is not wanted.
-    async fn give_up(mut self) {
-        self.file = None;
-        if let Ok(files) = self.storage.files() {
-            // The first reason is the one that matters.
-            let _ = files.delete(&self.part).await;
+    /// Tells what was made of so many bytes of data; if that failed, nothing is left of it.
+    async fn end(
+        mut self,
+        made: Result<u64, Problem>,
+        path: &str,
+        size: u64,
+        verified: bool,
+    ) -> Result<Transferred, Problem> {
+        match made {
+            Ok(data) => Ok(Transferred {
+                path: path.to_owned(),
+                format: None,
+                size,
+                data,
+                verified,
+                events: Vec::new(),
+            }),
+            Err(problem) => {
+                self.file = None;
+                if let Ok(files) = self.storage.files() {
+                    // The first reason is the one that matters.
+                    let _ = files.delete(&self.part).await;
+                }
+                Err(problem)
+            }
         }
     }
 
@@ -211,10 +230,7 @@ pub fn import_disk(
         let done = Box::pin(import(&storage, &request, size, &here, to_check, &reporter)).await;
         // The thread must not wait for a task that is gone.
         drop(here);
-        let mut events = storage.take_events();
-        let closed = storage.close_with_events(&mut events).await;
-        let mut done = done?;
-        closed?;
+        let (mut done, events) = storage.end(done).await?;
         done.format = Some(format);
         done.events = events;
         Ok(done)
@@ -281,21 +297,8 @@ async fn import(
     reporter: &Reporter<Transferred>,
 ) -> Result<Transferred, Problem> {
     let mut draft = Draft::new(storage, &request.path, size, request.thick).await?;
-    let done = fill(&mut draft, request, size, from, checks, reporter).await;
-    match done {
-        Ok(data) => Ok(Transferred {
-            path: request.path.clone(),
-            format: None,
-            size,
-            data,
-            verified: request.verify,
-            events: Vec::new(),
-        }),
-        Err(problem) => {
-            draft.give_up().await;
-            Err(problem)
-        }
-    }
+    let filled = fill(&mut draft, request, size, from, checks, reporter).await;
+    draft.end(filled, &request.path, size, request.verify).await
 }
 
 async fn fill(
@@ -472,10 +475,7 @@ pub fn copy_disk(
     on_worker(notify, |reporter| async move {
         let storage = Storage::open(&paths, Access::Write).await?;
         let done = Box::pin(copy(&storage, &request, &reporter)).await;
-        let mut events = storage.take_events();
-        let closed = storage.close_with_events(&mut events).await;
-        let mut done = done?;
-        closed?;
+        let (mut done, events) = storage.end(done).await?;
         done.events = events;
         Ok(done)
     })
@@ -493,20 +493,8 @@ async fn copy(
     let disk = storage.disk(&request.path, options).await?;
     let size = disk.size();
     let mut draft = Draft::new(storage, &request.to, size, request.thick).await?;
-    match copy_data(storage, &disk, &mut draft, request, reporter).await {
-        Ok(data) => Ok(Transferred {
-            path: request.to.clone(),
-            format: None,
-            size,
-            data,
-            verified: request.verify,
-            events: Vec::new(),
-        }),
-        Err(problem) => {
-            draft.give_up().await;
-            Err(problem)
-        }
-    }
+    let copied = copy_data(storage, &disk, &mut draft, request, reporter).await;
+    draft.end(copied, &request.to, size, request.verify).await
 }
 
 async fn copy_data(

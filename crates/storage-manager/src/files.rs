@@ -60,10 +60,7 @@ async fn end(
     done: Result<FileAnswer, Problem>,
     reporter: &Reporter<FileOutcome>,
 ) -> Result<FileOutcome, Problem> {
-    let mut events = storage.take_events();
-    let closed = storage.close_with_events(&mut events).await;
-    let answer = done?;
-    closed?;
+    let (answer, events) = storage.end(done).await?;
     Ok(FileOutcome {
         answer,
         events,

@@ -32,7 +32,7 @@ use crate::device::DevicePaths;
 use crate::disks::{self, VirtualDisk};
 use crate::export::DiskExport;
 use crate::storage::{Access, Storage};
-use crate::{file_view, files, offline, volumes};
+use crate::{files, offline, volumes};
 
 /// Between two looks whether a disk is still used.
 const LOOK: Duration = Duration::from_millis(2);
@@ -159,14 +159,13 @@ impl HostedPool {
                     tell();
                 }
             });
-            let size = disk.geometry().size;
+            let (size, path) = (disk.geometry().size, disk.path().to_string());
             let pinned = PinnedDisk::new(Rc::clone(&disk), &handle)
                 .map_err(|error| Problem::new(ProblemKind::Host, error.to_string()))?;
             open.disks.borrow_mut().insert(number, Hosted { disk, resized });
             if !options.read_only {
                 // What was not done when the process ended.
-                let (disk, _) = path.split_once('@').unwrap_or((&path, ""));
-                shorten(&open, disk.to_owned());
+                shorten(&open, path);
             }
             Ok::<_, Problem>((pinned, size))
         })?;
@@ -352,11 +351,7 @@ async fn power_off(storage: &Storage, disk: Rc<VirtualDisk>) -> Result<(), Probl
 
 async fn answer(storage: &Storage, request: StorageRequest) -> Result<StorageAnswer, Problem> {
     Ok(match request {
-        StorageRequest::Status => {
-            let mut status = offline::view_open(&storage.pool, storage.notes.clone());
-            status.files = storage.files().ok().map(file_view::file_system);
-            StorageAnswer::Status(Box::new(status))
-        }
+        StorageRequest::Status => StorageAnswer::Status(Box::new(offline::status_of(storage))),
         StorageRequest::Disk(operation) => {
             let answer = storage.perform_disk(operation).await?;
             let events = storage.take_events();
@@ -386,12 +381,10 @@ async fn operate(storage: &Storage, operation: Operation) -> Result<Outcome, Pro
     let (jobs, interrupted) =
         offline::perform(&storage.pool, operation.clone(), &Reporter::unheard()).await?;
     volumes::tell(storage, &operation).await?;
-    let mut pool = offline::view_open(&storage.pool, storage.notes.clone());
-    pool.files = storage.files().ok().map(file_view::file_system);
     Ok(Outcome {
         jobs,
         events: storage.take_events(),
         interrupted,
-        pool,
+        pool: offline::status_of(storage),
     })
 }

@@ -147,8 +147,7 @@ pub fn execute(
         let mut events = Vec::new();
         let done = operate(&mut storage, operation, &reporter).await;
         events.extend(storage.take_events());
-        let mut status = view_open(&storage.pool, storage.notes.clone());
-        status.files = storage.files().ok().map(file_view::file_system);
+        let status = status_of(&storage);
         let closed = storage.close().await;
         let (jobs, interrupted) = done?;
         closed?;
@@ -297,7 +296,14 @@ async fn side_of(
     Ok((force, others.collect()))
 }
 
-pub(crate) fn view_open(pool: &Pool, notes: Vec<String>) -> PoolStatus {
+/// How an open pool is, with its files.
+pub(crate) fn status_of(storage: &Storage) -> PoolStatus {
+    let mut status = view_open(&storage.pool, storage.notes.clone());
+    status.files = storage.files().ok().map(file_view::file_system);
+    status
+}
+
+fn view_open(pool: &Pool, notes: Vec<String>) -> PoolStatus {
     let config = pool.configuration();
     let in_service: BTreeSet<_> = config
         .devices

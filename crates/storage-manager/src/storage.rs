@@ -179,15 +179,17 @@ impl Storage {
         events
     }
 
-    /// As [`Self::close`]; what happens meanwhile is added to `events`.
-    pub(crate) async fn close_with_events(self, events: &mut Vec<PoolEvent>) -> Result<(), Problem> {
-        if self.access == Access::Read {
-            return Ok(());
+    /// Closes everything after something was done; with what came of that, what happened. The first failure counts.
+    pub(crate) async fn end<T>(self, done: Result<T, Problem>) -> Result<(T, Vec<PoolEvent>), Problem> {
+        let mut events = self.take_events();
+        if self.access == Access::Write {
+            let files = self.close_files().await;
+            events.extend(self.take_events());
+            let pool = self.close_pool().await;
+            let done = done?;
+            return files.and(pool).map(|()| (done, events));
         }
-        let closed = self.close_files().await;
-        events.extend(self.take_events());
-        let pool = self.close_pool().await;
-        closed.and(pool)
+        done.map(|done| (done, events))
     }
 
     /// Closes the file system, then the pool. Files that are still open fail from then on.
@@ -195,7 +197,7 @@ impl Storage {
     /// # Errors
     /// Something could not be written. What was acknowledged is not lost by that.
     pub async fn close(self) -> Result<(), Problem> {
-        self.close_with_events(&mut Vec::new()).await
+        self.end(Ok(())).await.map(drop)
     }
 
     /// Has the pool know what of its volumes is in use, so that it copies no more than that; or forget it.

@@ -65,10 +65,7 @@ pub fn write_file(
     on_worker(&mut notify, |reporter| async move {
         let storage = Storage::open(&paths, Access::Write).await?;
         let done = Box::pin(write(&storage, request, &here, &reporter)).await;
-        let mut events = storage.take_events();
-        let closed = storage.close_with_events(&mut events).await;
-        let mut written = done?;
-        closed?;
+        let (mut written, events) = storage.end(done).await?;
         written.events = events;
         Ok(written)
     })

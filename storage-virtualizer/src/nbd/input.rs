@@ -1,9 +1,7 @@
 //! What a client sends, through a buffer: one system call takes many requests. Data of a request that are not in the buffer
 //! yet go straight to where they belong, and what comes after them into the buffer, with the same call.
 
-use std::future::poll_fn;
 use std::io::{self, IoSliceMut};
-use std::task::Poll;
 
 use super::link::Link;
 
@@ -68,7 +66,7 @@ impl Input {
         loop {
             if !self.drained {
                 // A client that sends without pause: others have their turn first.
-                pause().await;
+                block_io::yield_now().await;
             } else if !link.readable().await? {
                 return Ok((More::End, 0));
             }
@@ -126,17 +124,4 @@ impl Input {
             }
         }
     }
-}
-
-/// Lets other tasks of the worker run.
-async fn pause() {
-    let mut paused = false;
-    poll_fn(|context| {
-        if std::mem::replace(&mut paused, true) {
-            return Poll::Ready(());
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }

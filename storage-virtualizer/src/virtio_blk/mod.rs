@@ -43,6 +43,18 @@ pub const MAX_QUEUE_SIZE: u16 = 1024;
 /// The most queues of a disk: as many as a VM has CPUs.
 pub const MAX_QUEUES: u16 = 64;
 
+/// What fits of a name as a serial number.
+pub fn fitting_serial(name: &str) -> String {
+    let mut serial = String::new();
+    for character in name.chars() {
+        if serial.len() + character.len_utf8() > ID_LENGTH {
+            break;
+        }
+        serial.push(character);
+    }
+    serial
+}
+
 /// What a virtio-blk device is like, beside its disk.
 #[derive(Debug, Clone)]
 pub struct VirtioBlkOptions {
@@ -352,5 +364,16 @@ impl<H> Drop for VirtioBlk<H> {
         self.servers
             .iter()
             .for_each(|server| server.stop(Waiting::Abandon));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_serial_is_cut_between_characters() {
+        assert_eq!(fitting_serial("disk.img"), "disk.img");
+        assert_eq!(fitting_serial(&"ä".repeat(20)), "ä".repeat(10));
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use api::{ByteSize, DiskConfig, DiskSource, Problem, StorageAnswer, StorageRequest};
 use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
-use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions};
+use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions, fitting_serial};
 use virtio_core::VirtioDevice;
 
 use crate::host::{CutOff, find_cut_off};
@@ -165,8 +165,5 @@ pub fn serial(config: &DiskConfig) -> String {
         .serial
         .as_ref()
         .map_or_else(|| config.id.as_str(), |serial| serial.as_str());
-    serial
-        .chars()
-        .take(storage_virtualizer::virtio_blk::ID_LENGTH)
-        .collect()
+    fitting_serial(serial)
 }

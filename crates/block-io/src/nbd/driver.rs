@@ -4,11 +4,12 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::task::Poll;
 
-use crate::worker::{Call, Operation, Request, spawn_local};
+use crate::net::ready;
+use crate::worker::{spawn_local, yield_now};
 
 use super::NbdError;
 use super::link::{Link, Phase, Socket, State};
@@ -75,33 +76,6 @@ impl Drop for Served {
     }
 }
 
-async fn ready(socket: &OwnedFd, events: libc::c_short) -> Result<(), NbdError> {
-    let request = Request {
-        number: None,
-        file: socket.as_raw_fd(),
-        call: Call::Poll {
-            events: u32::from(events.unsigned_abs()),
-        },
-    };
-    match Operation::new(request).await {
-        Some(result) if result >= 0 => Ok(()),
-        Some(result) => Err(io::Error::from_raw_os_error(-result).into()),
-        None => Err(io::Error::from(io::ErrorKind::NotConnected).into()),
-    }
-}
-
-async fn pause() {
-    let mut paused = false;
-    poll_fn(|context| {
-        if std::mem::replace(&mut paused, true) {
-            return Poll::Ready(());
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
-}
-
 /// Takes answers until the connection ends; returns why.
 async fn answers(link: &Link, socket: &Socket, generation: u64) -> NbdError {
     let mut incoming = Incoming::new();
@@ -119,13 +93,13 @@ async fn answers(link: &Link, socket: &Socket, generation: u64) -> NbdError {
                 turns += 1;
                 if turns == TURNS {
                     turns = 0;
-                    pause().await;
+                    yield_now().await;
                 }
             }
             Ok(Received::NothingYet) => {
                 turns = 0;
                 if let Err(error) = ready(&socket.incoming, libc::POLLIN).await {
-                    return error;
+                    return error.into();
                 }
             }
             Err(error) => return error,
@@ -164,7 +138,7 @@ async fn requests(link: &Link, socket: &Socket, generation: u64) -> Result<(), N
                 turns += 1;
                 if turns == TURNS {
                     turns = 0;
-                    pause().await;
+                    yield_now().await;
                 }
             }
         }

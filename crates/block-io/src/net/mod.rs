@@ -110,7 +110,8 @@ fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> io::Result<T> {
     }
 }
 
-async fn ready(socket: &impl AsFd, events: libc::c_short) -> io::Result<()> {
+/// Waits until the kernel reports one of the poll `events`, or that the connection is gone.
+pub(crate) async fn ready(socket: &impl AsFd, events: libc::c_short) -> io::Result<()> {
     let request = Request {
         number: None,
         file: socket.as_fd().as_raw_fd(),

@@ -6,13 +6,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::num::NonZeroU64;
 use std::pin::Pin;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
-use std::task::{Context, RawWaker, RawWakerVTable, Waker};
+use std::task::{Context, Poll, RawWaker, RawWakerVTable, Waker};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -167,6 +167,19 @@ pub(super) fn with_local<R>(use_it: impl FnOnce(&Local) -> R) -> Option<R> {
     let local = LOCAL.get();
     // SAFETY: `Local::run` sets the pointer to itself, which outlives all code that it calls, and clears it at its end.
     unsafe { local.as_ref() }.map(use_it)
+}
+
+/// Lets other tasks of the worker run.
+pub async fn yield_now() {
+    let mut yielded = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// The time at which the worker of this thread was first asked for it since it last looked for completions; the present

@@ -1,7 +1,7 @@
 //! The pool of a machine that runs: asked through the machine's management socket.
 
 use api::{StorageAnswer, StorageRequest};
-use management::Client;
+use management::{Client, ClientError};
 
 use super::arguments::Which;
 use super::select;
@@ -17,10 +17,10 @@ pub(crate) fn ask(
     let Some(socket) = select::socket(which)? else {
         return Ok(None);
     };
-    let client = Client::new(&socket)?;
-    match client.is_answered() {
-        true => Ok(Some(client.storage(&request())?)),
-        false => Ok(None),
+    match Client::new(&socket)?.storage(&request()) {
+        Ok(answer) => Ok(Some(answer)),
+        Err(ClientError::Connect { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 
