@@ -6,46 +6,18 @@
     reason = "a test fails by panicking"
 )]
 
+mod counting;
 mod driver;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use block_io::{HostDevice, OpenOptions, Worker, WorkerOptions};
+use counting::{ALLOCATIONS, COUNTS};
 use driver::{Driver, activate, memory, readable, reset_and_wait, writable};
 use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions, blk_feature, kind};
 use virtio_core::feature;
 use virtio_core::vm_memory::{Bytes, GuestAddress};
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-thread_local! {
-    static COUNTS: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Counts the allocations of threads that asked for it.
-struct Counting;
-
-// SAFETY: everything is done by the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if COUNTS.get() {
-            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        }
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn a_warm_queue_serves_reads_writes_and_flushes_without_allocating() {

@@ -2,44 +2,17 @@
 //! the chain is.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+mod counting;
+
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use block_io::{
     AlignedBuffer, BlockDevice, Durability, HostDevice, OpenOptions, Worker, WorkerClock, WorkerOptions,
 };
+use counting::{ALLOCATIONS, COUNTS};
 use filesys::{Access, FileSystem, FormatOptions, GivenVolume};
 use storage_virtualizer::disk::{DiskOptions, Disks, NewDisk, NewSnapshot};
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-thread_local! {
-    static COUNTS: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Counts the allocations of threads that asked for it.
-struct Counting;
-
-// SAFETY: everything is done by the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if COUNTS.get() {
-            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        }
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 fn volume(number: u8) -> GivenVolume<HostDevice> {
     let file = tempfile::NamedTempFile::new().unwrap();

@@ -36,6 +36,7 @@ use anyhow::Result;
 pub use agent::Events;
 pub use host::{Host, Kernel};
 pub use lab::Output;
+pub use place::program;
 pub use terminal::{Mode, Terminal};
 pub use vm::{Disk, Outcome, Vm, VmBuilder};
 

@@ -96,7 +96,10 @@ fn indented(said: &str) -> String {
 }
 
 /// The program under test.
-fn program() -> Result<PathBuf> {
+///
+/// # Errors
+/// This test program is in no target folder.
+pub fn program() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("SMSVMM_BIN") {
         return Ok(PathBuf::from(path));
     }

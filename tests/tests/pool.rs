@@ -4,17 +4,20 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use stories::{Disk, Host, Outcome, Story, Vm, VmBuilder, story};
+use stories::{Disk, Host, Outcome, Output, Story, Vm, VmBuilder, story};
 
 const DEVICES: [&str; 4] = ["d0.img", "d1.img", "d2.img", "d3.img"];
 
 /// Runs smsvmm on the host; its output.
 fn smsvmm(host: &Host, arguments: &str) -> Result<String> {
     let words: Vec<&str> = arguments.split_whitespace().collect();
-    let output = host.run_smsvmm(&words)?;
-    let text = String::from_utf8_lossy(&output.bytes).into_owned();
+    succeeded(arguments, &host.run_smsvmm(&words)?)
+}
+
+fn succeeded(arguments: &str, output: &Output) -> Result<String> {
+    let text = output.text();
     ensure!(
-        output.status == 0,
+        output.success(),
         "smsvmm {arguments} ended with {}: {text}",
         output.status
     );
@@ -76,14 +79,7 @@ fn administer(vm: &Vm, arguments: &str) -> Result<String> {
     let config = config.to_str().context("a path")?;
     let mut words = vec![command, "--config", config];
     words.extend(rest.split_whitespace());
-    let output = vm.smsvmm(&words)?;
-    let text = String::from_utf8_lossy(&output.bytes).into_owned();
-    ensure!(
-        output.status == 0,
-        "smsvmm {arguments} ended with {}: {text}",
-        output.status
-    );
-    Ok(text)
+    succeeded(arguments, &vm.smsvmm(&words)?)
 }
 
 fn well(ended: Outcome) -> Result<()> {

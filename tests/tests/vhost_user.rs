@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -40,19 +40,6 @@ done
 echo "all is well"
 "#;
 
-/// The program under test beside this one.
-fn smsvmm() -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os("SMSVMM_BIN") {
-        return Ok(PathBuf::from(path));
-    }
-    let test = std::env::current_exe()?;
-    let folder = test
-        .ancestors()
-        .nth(2)
-        .context("the test is in no target folder")?;
-    Ok(folder.join("smsvmm"))
-}
-
 /// A process that ends with this.
 struct Running(Child);
 
@@ -65,7 +52,7 @@ impl Drop for Running {
 }
 
 fn serve(folder: &Path) -> Result<Running> {
-    let mut command = Command::new(smsvmm()?);
+    let mut command = Command::new(stories::program()?);
     command.args(["share", "vhost-user", "--queues", "2", "--buffered", "--socket"]);
     command.arg(folder.join("disk.sock"));
     command.arg("--image").arg(folder.join("disk.img"));

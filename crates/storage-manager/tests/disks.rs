@@ -1,60 +1,20 @@
 //! Virtual disks of an open pool, as who serves them to guests has them.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::cell::Cell;
-use std::fs::File;
 use std::rc::Rc;
 
 use api::ProblemKind;
-use api::file::FileOperation;
-use api::storage::{LayoutKind, NewDevice, Operation, Shape};
 use api::virtual_disk::{DiskAnswer, DiskOperation, ExportRequest, ImageFormat};
 use block_io::{AlignedBuffer, BlockDevice, Durability, Worker, WorkerOptions};
-use storage_manager::{Access, DiskMode, DiskOptions, Flow, Force, Notice, Storage, VirtualDisk};
+use common::go_on;
+use storage_manager::{Access, DiskMode, DiskOptions, Storage, VirtualDisk};
 
-fn go_on(_: Notice<'_>) -> Flow {
-    Flow::GoOn
-}
-
-/// A pool with a mirror, and the paths of its devices.
+/// A pool with two disks, and the paths of its devices.
 fn pool(folder: &tempfile::TempDir) -> Vec<String> {
-    let paths: Vec<String> = (0..2)
-        .map(|number| {
-            let path = folder.path().join(format!("d{number}"));
-            File::create(&path).unwrap().set_len(64 << 20).unwrap();
-            path.to_str().unwrap().to_owned()
-        })
-        .collect();
-    let devices = paths.iter().map(|path| NewDevice {
-        path: path.clone(),
-        spare: false,
-        class: String::new(),
-        enclosure: String::new(),
-        force: false,
-    });
-    storage_manager::create("tank", devices.collect(), &mut go_on).unwrap();
-    let format = FileOperation::Format {
-        meta_size: None,
-        meta_copies: None,
-        force: false,
-    };
-    storage_manager::execute_file(paths.clone(), format, &mut go_on).unwrap();
-    let volume = Operation::CreateVolume {
-        name: "data".into(),
-        size: 16 << 20,
-        block: 4096,
-        shape: Shape {
-            layout: LayoutKind::Mirror,
-            columns: 0,
-            copies: 0,
-            stripe_unit: 0,
-            class: String::new(),
-            devices: Vec::new(),
-        },
-        read_policy: api::storage::ReadPolicy::default(),
-        raw: false,
-    };
-    storage_manager::execute(paths.clone(), Force::No, volume, &mut go_on).unwrap();
+    let paths = common::pool(folder.path());
     for path in ["/root.dsk", "/data.dsk"] {
         let create = DiskOperation::Create {
             path: path.into(),

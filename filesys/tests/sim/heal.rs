@@ -11,11 +11,11 @@ use filesys::{
     Access, Attributes, Copies, Event, File, FileSystem, FormatOptions, FsError, GivenVolume, NewFile,
     OpenOptions, Pace, Redundancy, ScrubFinding, ScrubOptions, ScrubPosition, ScrubReport,
 };
-use volume_manager::model::{self, Layout, ReadPolicy, Uuid};
-use volume_manager::store::Force;
-use volume_manager::{NewDevice, NewVolume, Pool, Volume};
+use volume_manager::model::{Layout, Uuid};
+use volume_manager::{Pool, Volume};
 
 use crate::harness::{failed, memory, pattern, same};
+use crate::pools::{self, options};
 
 #[path = "heal_copies.rs"]
 mod copies;
@@ -41,15 +41,6 @@ fn world(disks: u64) -> World {
     World::new((0..disks).map(|index| DiskOptions::new(&format!("d{index}"), DISK)))
 }
 
-fn options(incarnation: u128) -> volume_manager::OpenOptions {
-    volume_manager::OpenOptions {
-        incarnation: Uuid(incarnation),
-        pool: None,
-        force: Force::No,
-        limits: volume_manager::logs::hot::Limits::default(),
-    }
-}
-
 fn rig(pool: Pool<SimDisk, SimClock>) -> Rig {
     let (meta, data) = (pool.volume("meta").unwrap(), pool.volume("data").unwrap());
     let redundancy = Redundancy::default();
@@ -64,33 +55,14 @@ fn rig(pool: Pool<SimDisk, SimClock>) -> Rig {
 }
 
 async fn make(sim: &Sim, disks: usize, layout: Layout) -> Result<Rig, Failure> {
-    let devices = (0..disks).map(|index| NewDevice {
-        name: format!("d{index}"),
-        device: Rc::new(sim.disk(index)),
-        uuid: Uuid(1000 + index as u128),
-        class: String::new(),
-        enclosure: String::new(),
-        spare: false,
-    });
-    let pool = Pool::create("tank", Uuid(7), devices.collect(), &options(1), sim.clock())
+    let devices = pools::devices(sim, disks);
+    let pool = Pool::create("tank", Uuid(7), devices, &options(1), sim.clock())
         .await
         .map_err(failed)?;
     for (number, (name, size)) in [("meta", META), ("data", DATA)].into_iter().enumerate() {
-        let new = NewVolume {
-            name: name.into(),
-            uuid: Uuid(70 + number as u128),
-            size,
-            attributes: model::Attributes {
-                layout,
-                stripe_unit: 16384,
-                class: String::new(),
-                devices: Vec::new(),
-            },
-            block: 512,
-            read_policy: ReadPolicy::Balanced,
-            region: 65536,
-        };
-        pool.create_volume(new).await.map_err(failed)?;
+        pool.create_volume(pools::volume(number, name, size, layout))
+            .await
+            .map_err(failed)?;
     }
     while let Some(job) = pool.jobs().into_iter().find(|job| job.is_live()) {
         pool.wait(job.id).await.map_err(failed)?;

@@ -16,6 +16,7 @@ mod machine;
 mod model;
 mod names;
 mod points;
+mod pools;
 mod scripts;
 mod smoke;
 mod swarm;

@@ -1,4 +1,4 @@
-//! A disk in memory that insists on what a device may give it: buffers in guest memory, and nothing else.
+//! A disk in memory that insists on what a device may give it: whole blocks and, where there is a guest, buffers in its memory.
 
 use std::cell::Cell;
 use std::future::Future;
@@ -16,8 +16,8 @@ pub(crate) struct MemoryDisk {
     name: Arc<str>,
     geometry: Geometry,
     content: Mutex<Vec<u8>>,
-    /// Host addresses of guest memory.
-    guest: Vec<Range<usize>>,
+    /// Host addresses of guest memory; none where there is no guest.
+    guest: Option<Vec<Range<usize>>>,
     /// Requests end after the task was suspended once, in an order of their own.
     late: bool,
 }
@@ -47,9 +47,25 @@ impl MemoryDisk {
             name: "memory".into(),
             geometry,
             content: Mutex::new(initial_content(geometry.size)),
-            guest: memory.iter().map(range).collect(),
+            guest: Some(memory.iter().map(range).collect()),
             late,
         }
+    }
+
+    /// For a server that has no guest: of zeroes, and with buffers anywhere.
+    pub(crate) fn without_guest(geometry: Geometry) -> Self {
+        Self {
+            name: "memory".into(),
+            geometry,
+            content: Mutex::new(vec![0; geometry.size as usize]),
+            guest: None,
+            late: false,
+        }
+    }
+
+    /// Makes all of it zeroes.
+    pub(crate) fn clear(&self) {
+        self.content.lock().unwrap().fill(0);
     }
 
     /// What the disk holds.
@@ -71,8 +87,8 @@ impl MemoryDisk {
             let end = start.checked_add(buffer.len()).expect("no overflow");
             let inside = self
                 .guest
-                .iter()
-                .any(|range| range.start <= start && end <= range.end);
+                .as_ref()
+                .is_none_or(|guest| guest.iter().any(|range| range.start <= start && end <= range.end));
             assert!(inside, "{buffer:?} is not guest memory");
         }
         buffers.iter().map(|buffer| buffer.len() as u64).sum()

@@ -22,14 +22,14 @@ use filesys::{
     Access, FileSystem, FormatOptions, FsError, GivenVolume, OpenOptions, Pace, Redundancy, ScrubOptions,
     ScrubReport,
 };
-use volume_manager::model::{self, DeviceState, Layout, MemberState, ReadPolicy, Uuid};
-use volume_manager::store::Force;
-use volume_manager::{NewDevice, NewVolume, Pool, Volume};
+use volume_manager::model::{DeviceState, Layout, MemberState, Uuid};
+use volume_manager::{Pool, Volume};
 
 use super::session::Session;
 use super::{Bed, Step, disks, draw};
 use crate::harness::{SimFs, failed};
 use crate::machine::{Handle, Promise, adds_up, is_sound, verify};
+use crate::pools;
 
 type SimPool = Pool<SimDisk, SimClock>;
 type SimVolume = Volume<SimDisk, SimClock>;
@@ -76,12 +76,7 @@ impl Damage {
 
     fn options(&self) -> volume_manager::OpenOptions {
         self.openings.set(self.openings.get() + 1);
-        volume_manager::OpenOptions {
-            incarnation: Uuid(self.openings.get()),
-            pool: None,
-            force: Force::No,
-            limits: volume_manager::logs::hot::Limits::default(),
-        }
+        pools::options(self.openings.get())
     }
 
     /// The device that is damaged, or the one that is asked for.
@@ -101,16 +96,9 @@ const NAMES: [&str; 2] = ["one", "two"];
 
 impl Rig {
     async fn create(sim: &Sim, damage: &Damage, layout: Layout) -> Result<Self, Failure> {
-        let devices = (0..DISKS).map(|index| NewDevice {
-            name: format!("d{index}"),
-            device: Rc::new(sim.disk(index)),
-            uuid: Uuid(1000 + index as u128),
-            class: String::new(),
-            enclosure: String::new(),
-            spare: false,
-        });
+        let devices = pools::devices(sim, DISKS);
         let options = damage.options();
-        let pool = Pool::create("tank", Uuid(7), devices.collect(), &options, sim.clock())
+        let pool = Pool::create("tank", Uuid(7), devices, &options, sim.clock())
             .await
             .map_err(failed)?;
         let mirror = Layout::Mirror { legs: 2 };
@@ -120,21 +108,9 @@ impl Rig {
             (NAMES[1], DATA, layout),
         ];
         for (number, (name, size, layout)) in volumes.into_iter().enumerate() {
-            let new = NewVolume {
-                name: name.into(),
-                uuid: Uuid(70 + number as u128),
-                size,
-                attributes: model::Attributes {
-                    layout,
-                    stripe_unit: 16384,
-                    class: String::new(),
-                    devices: Vec::new(),
-                },
-                block: 512,
-                read_policy: ReadPolicy::Balanced,
-                region: 65536,
-            };
-            pool.create_volume(new).await.map_err(failed)?;
+            pool.create_volume(pools::volume(number, name, size, layout))
+                .await
+                .map_err(failed)?;
         }
         settle(&pool).await;
         Ok(Self {

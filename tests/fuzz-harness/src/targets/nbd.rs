@@ -13,89 +13,19 @@ use block_io::nbd::protocol::{
     EXTENDED_REQUEST_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, REQUEST_MAGIC, chunk, command, flag, option,
     reply, u16_at, u32_at, u64_at,
 };
-use block_io::{
-    BlockDevice, Durability, Geometry, IoBuf, IoCause, IoError, ListenAddress, Operation, Worker,
-    WorkerOptions, ZeroMode,
-};
+use block_io::{Geometry, IoError, ListenAddress, Worker, WorkerOptions};
 use storage_virtualizer::nbd::{Export, Extent, Extents, NbdOptions, NbdServer};
+
+use crate::disk::MemoryDisk;
 
 const SIZE: u64 = 256 << 10;
 const NAME: &[u8] = b"disk";
 
-struct Disk {
-    name: Arc<str>,
-    bytes: Arc<Mutex<Vec<u8>>>,
-}
+/// A disk of which clients are told something.
+struct Exported(Arc<MemoryDisk>);
 
-impl Disk {
-    fn with<R>(
-        &self,
-        operation: Operation,
-        offset: u64,
-        length: u64,
-        change: impl FnOnce(&mut [u8]) -> R,
-    ) -> Result<R, IoError> {
-        let mut bytes = self.bytes.lock().unwrap();
-        let end = offset.checked_add(length).filter(|end| *end <= SIZE);
-        match end {
-            Some(end) => Ok(change(&mut bytes[offset as usize..end as usize])),
-            None => {
-                let cause = IoCause::OutOfRange { size: SIZE };
-                Err(IoError::new(&self.name, operation, offset, length, cause))
-            }
-        }
-    }
-}
-
-fn total(buffers: &[IoBuf]) -> u64 {
-    buffers.iter().map(|buffer| buffer.len() as u64).sum()
-}
-
-impl BlockDevice for Disk {
-    fn geometry(&self) -> Geometry {
-        Geometry {
-            size: SIZE,
-            logical_block: 512,
-            physical_block: 4096,
-            optimal_io: 0,
-            discard_granularity: 4096,
-            read_only: false,
-        }
-    }
-
-    async fn read(&self, offset: u64, buffers: &[IoBuf]) -> Result<(), IoError> {
-        self.with(Operation::Read, offset, total(buffers), |mut bytes| {
-            for buffer in buffers {
-                buffer.copy_from_slice(bytes);
-                bytes = &mut bytes[buffer.len()..];
-            }
-        })
-    }
-
-    async fn write(&self, offset: u64, buffers: &[IoBuf], _: Durability) -> Result<(), IoError> {
-        self.with(Operation::Write, offset, total(buffers), |mut bytes| {
-            for buffer in buffers {
-                buffer.copy_to_slice(bytes);
-                bytes = &mut bytes[buffer.len()..];
-            }
-        })
-    }
-
-    async fn flush(&self) -> Result<(), IoError> {
-        Ok(())
-    }
-
-    async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {
-        self.with(Operation::Discard, offset, length, |_| ())
-    }
-
-    async fn write_zeroes(&self, offset: u64, length: u64, _: ZeroMode) -> Result<(), IoError> {
-        self.with(Operation::WriteZeroes, offset, length, |bytes| bytes.fill(0))
-    }
-}
-
-impl Export for Disk {
-    type Disk = Self;
+impl Export for Exported {
+    type Disk = MemoryDisk;
 
     fn name(&self) -> &str {
         "disk"
@@ -105,8 +35,8 @@ impl Export for Disk {
         "a disk"
     }
 
-    fn disk(&self) -> &Self {
-        self
+    fn disk(&self) -> &MemoryDisk {
+        &self.0
     }
 
     fn snapshots(&self) -> Vec<String> {
@@ -128,7 +58,7 @@ impl Export for Disk {
 
 struct Served {
     socket: PathBuf,
-    bytes: Arc<Mutex<Vec<u8>>>,
+    disk: Arc<MemoryDisk>,
     _server: NbdServer,
     _worker: Worker,
 }
@@ -140,7 +70,14 @@ fn served() -> &'static Always {
     static SERVED: OnceLock<Always> = OnceLock::new();
     SERVED.get_or_init(|| {
         let socket = std::env::temp_dir().join(format!("smsvmm-fuzz-nbd-{}", std::process::id()));
-        let bytes = Arc::new(Mutex::new(vec![0; SIZE as usize]));
+        let disk = Arc::new(MemoryDisk::without_guest(Geometry {
+            size: SIZE,
+            logical_block: 512,
+            physical_block: 4096,
+            optimal_io: 0,
+            discard_granularity: 4096,
+            read_only: false,
+        }));
         let worker = Worker::start("nbd", WorkerOptions::default()).unwrap();
         let options = NbdOptions {
             listen: vec![ListenAddress::Unix(socket.clone())],
@@ -148,14 +85,11 @@ fn served() -> &'static Always {
             memory: 64 << 10,
             ..NbdOptions::default()
         };
-        let disk = Disk {
-            name: "disk".into(),
-            bytes: Arc::clone(&bytes),
-        };
-        let server = NbdServer::start(worker.handle(), options, move || vec![disk]).unwrap();
+        let exported = Exported(Arc::clone(&disk));
+        let server = NbdServer::start(worker.handle(), options, move || vec![exported]).unwrap();
         Always(Mutex::new(Served {
             socket,
-            bytes,
+            disk,
             _server: server,
             _worker: worker,
         }))
@@ -180,7 +114,7 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
         .0
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
-    served.bytes.lock().unwrap().fill(0);
+    served.disk.clear();
     let stream = UnixStream::connect(&served.socket).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
