@@ -6,7 +6,7 @@ use std::path::Path;
 use storage_virtualizer::nbd::{NbdOptions, NbdServer, NbdServerError, TlsFiles, TlsMode};
 
 use crate::raw::Client;
-use crate::tools::{fail, nbdsh, succeed};
+use crate::tools::{fail, nbdsh, nbdsh_fails, succeed};
 use crate::{Served, file, pattern};
 
 /// An authority, a server and a client that it has signed, and a stranger, in `folder` with the names that libnbd and qemu
@@ -151,7 +151,7 @@ fn a_client_without_a_certificate_is_refused_where_one_is_needed() {
     fs::create_dir(&strange).unwrap();
     fs::copy(folder.path().join("ca-cert.pem"), strange.join("ca-cert.pem")).unwrap();
     // With no certificate of its own.
-    fail("nbdsh", &["-c", &script(&served, Some(&strange), EXCHANGE)]);
+    nbdsh_fails(&script(&served, Some(&strange), EXCHANGE));
     // The server lives.
     if let Some(text) = nbdsh(&script(&served, Some(folder.path()), EXCHANGE)) {
         assert_eq!(text.trim(), "well");

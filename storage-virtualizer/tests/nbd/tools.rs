@@ -47,16 +47,44 @@ pub(crate) fn fail(program: &str, arguments: &[&str]) -> Option<String> {
     Some(text)
 }
 
-/// Runs a script in nbdsh; `None` if it, or Python's libnbd, is missing.
+/// Runs `program` with Debian's Python first: nbdsh starts the first `python3` of the path, which may be one without libnbd.
+fn with_debians_python(program: &str, script: &str) -> Option<Output> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let set = format!("PATH=/usr/bin:{path}");
+    run("env", &[&set, program, "-c", script])
+}
+
+/// Runs a script in nbdsh, which must succeed; what it prints. `None` if it, or Python's libnbd, is missing.
 pub(crate) fn nbdsh(script: &str) -> Option<String> {
-    let probe = run("nbdsh", &["-c", "print(1)"])?;
+    let output = nbdsh_output(script)?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "nbdsh: {}\n{text}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Some(text)
+}
+
+/// The same for a script that must fail; what it complains about.
+pub(crate) fn nbdsh_fails(script: &str) -> Option<String> {
+    let output = nbdsh_output(script)?;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "nbdsh succeeded: {text}");
+    Some(text)
+}
+
+fn nbdsh_output(script: &str) -> Option<Output> {
+    let probe = with_debians_python("nbdsh", "print(1)")?;
     if !probe.status.success() {
         assert!(
             std::env::var_os("CI").is_none(),
-            "nbdsh does not work: install python3-libnbd"
+            "nbdsh does not work: install python3-libnbd\n{}",
+            String::from_utf8_lossy(&probe.stderr)
         );
         eprintln!("SKIPPED: nbdsh does not work");
         return None;
     }
-    succeed("nbdsh", &["-c", script])
+    with_debians_python("nbdsh", script)
 }
