@@ -47,7 +47,8 @@ pub(crate) struct Before<'a, V, C>(pub(crate) &'a Core<V, C>);
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> BeforeWrite for Before<'_, V, C> {
     async fn prepare(&self, group: u64) -> Result<(), IoError> {
-        self.0.flush_for(group).await
+        self.0.flush_for(group).await;
+        Ok(())
     }
 }
 
@@ -60,6 +61,22 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let committed = self.journal.commit(group).await;
         self.release_freed();
         committed.map_err(|error| self.fail(&error))
+    }
+
+    /// The data of a file that were written before, copies among them, are durable on all volumes but those that had failed before; those are
+    /// as they are.
+    pub(crate) async fn flush_written(&self, file: &FileCore) -> Result<(), FsError> {
+        let written: Vec<_> = {
+            let written = file.written.borrow();
+            written.iter().map(|(volume, stamp)| (*volume, *stamp)).collect()
+        };
+        for (index, stamp) in written {
+            let volume = self.state.volume(index)?;
+            if !volume.failed.get() {
+                self.flush_volume(&volume, stamp).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Everything that was written to a file before is durable afterwards.
@@ -80,13 +97,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             .await
             .into_iter()
             .collect::<Result<(), _>>()?;
-        if volumes.iter().any(|(volume, _)| volume.failed.get()) {
-            return Err(FsError::State {
-                object: format!("the volume of {}", file.inode.borrow().name),
-                problem: "an earlier flush failed, so written data may be lost: check the volume, then open the file system again".into(),
-            });
-        }
-        self.commit(group).await
+        self.commit(group).await?;
+        self.check_durable(file)
     }
 
     /// After a change: starts a checkpoint when there is much to write. (The journal's filling up is watched by a task.)
@@ -135,9 +147,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     async fn checkpoint(&self, clean: bool, free: &[u64]) -> Result<(), FsError> {
-        let cut = self.cut().await?;
-        self.commit(cut.position.group - 1).await?;
-        self.flush_checked().await?;
+        let cut = self.cut_durable().await?;
         let mut dirty = Vec::new();
         collect(&cut.root.child, &mut dirty);
         let mut blocks = Vec::with_capacity(dirty.len());
@@ -178,11 +188,29 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         self.superblock.replace(superblock);
         self.space.committed();
         self.journal.release(&cut.position);
+        self.unchecked.borrow_mut().checkpointed();
         drop(cut);
         self.unshare();
         self.trim_files();
         self.state.pages.evict(self.options.cached_pages);
         Ok(())
+    }
+
+    /// What the checkpoint is of, when everything that it relies on is durable.
+    async fn cut_durable(&self) -> Result<Cut, FsError> {
+        let mut freed = Vec::new();
+        loop {
+            let before = self.taken_back.get();
+            self.distrust_sums().await?;
+            let cut = self.cut().await?;
+            freed.extend(&cut.freed);
+            self.commit(cut.position.group - 1).await?;
+            self.flush_checked().await?;
+            if self.taken_back.get() == before {
+                return Ok(Cut { freed, ..cut });
+            }
+            block_io::cover!("filesys: a checkpoint is cut again");
+        }
     }
 
     /// What the checkpoint is of: all in one moment.

@@ -5,7 +5,8 @@
 //!    is made anew ([`Core::transact`]).
 //! 2. In the same moment the records are applied to the state and appended to the open group of the journal.
 //! 3. Who needs it durable waits for the group ([`Core::commit`]): first the volumes are flushed whose data the group's records speak
-//!    of, then the group is written. One group serves all that wait.
+//!    of, then the group is written. One group serves all that wait. A volume that cannot be flushed stops only its own files
+//!    ([`crate::failed_volume`]).
 //!
 //! # Life of a freed cluster
 //! Its bit is cleared with the record that frees it. It stays *busy* until that record is durable and no request is left that began
@@ -21,6 +22,7 @@ use block_io::{AlignedBuffer, BlockDevice, Clock, IoError};
 use crate::epochs::Epochs;
 use crate::error::{FsError, Refusal};
 use crate::event::Event;
+use crate::failed_volume::{Unproven, failed};
 use crate::file::whole;
 use crate::file_core::{Chain, FileCore, MOST_LAYERS};
 use crate::gate::{self, Boxed, Signal};
@@ -68,6 +70,10 @@ pub(crate) struct Core<V, C> {
     pub(crate) trims: Trims,
     /// For each group that is not durable: volumes with data that its records speak of.
     needs: RefCell<BTreeMap<u64, BTreeSet<VolumeIndex>>>,
+    /// What groups that are not durable made valid.
+    pub(crate) unproven: RefCell<Unproven>,
+    /// Grows when groups are taken back.
+    pub(crate) taken_back: Cell<u64>,
     /// Empty memory for records on their way to the journal.
     bytes: RefCell<Vec<u8>>,
     loading: RefCell<BTreeSet<u64>>,
@@ -138,6 +144,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             freed: RefCell::default(),
             trims: Trims::default(),
             needs: RefCell::default(),
+            unproven: RefCell::default(),
+            taken_back: Cell::new(0),
             bytes: RefCell::default(),
             loading: RefCell::default(),
             changed: Signal::default(),
@@ -352,8 +360,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         let mut effects = Effects::default();
         let mut writer = Writer(self.bytes.take());
+        let noted = self.unproven.borrow().count();
         for record in records {
-            match self.state.apply(record, &mut effects) {
+            let applied = self.unproven.borrow_mut().note(&self.state, record);
+            match applied.and_then(|()| self.state.apply(record, &mut effects)) {
                 Ok(()) => record.encode(&mut writer),
                 // Some may be applied and others not, so what is in memory is not to be used any more.
                 Err(Stop::Damaged(damage)) => return Err(self.fail(&damage).into()),
@@ -372,6 +382,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         };
         writer.0.clear();
         self.bytes.replace(writer.0);
+        self.unproven.borrow_mut().appended(noted, group);
         self.take_effects(effects, group);
         if !self.lingering.replace(true) {
             self.changed.notify();
@@ -380,7 +391,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         Ok(group)
     }
 
-    fn take_effects(&self, effects: Effects, group: u64) {
+    pub(crate) fn take_effects(&self, effects: Effects, group: u64) {
         if !effects.freed.is_empty() {
             let epoch = self.epochs.turn();
             let mut freed = self.freed.borrow_mut();
@@ -436,6 +447,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// Gives clusters back that nobody can be reading any more.
     pub(crate) fn release_freed(&self) {
         let durable = self.journal.durable_group();
+        self.unproven.borrow_mut().forget(durable);
         let mut freed = self.freed.borrow_mut();
         while let Some(next) = freed.front() {
             if next.group > durable || !self.epochs.is_over(next.epoch) {
@@ -459,11 +471,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         !self.freed.borrow().is_empty()
     }
 
-    /// Makes data durable that were written to a volume before it had seen `written` writes.
+    /// Makes data durable that were written to a volume before it had seen `written` writes. If that fails, the volume takes no more
+    /// writes, and what is not durable of it is taken back.
     pub(crate) async fn flush_volume(&self, volume: &VolumeCore<V>, written: u64) -> Result<(), IoError> {
         loop {
             if volume.flushed.get() >= written {
                 return Ok(());
+            }
+            if volume.failed.get() {
+                return Err(failed(volume));
             }
             if volume.flushing.get().is_some() {
                 self.changed
@@ -474,14 +490,17 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             let covers = volume.written.get();
             volume.flushing.set(Some(covers));
             let _flushing = Flushing { core: self, volume };
-            volume.device.flush().await?;
+            if let Err(error) = volume.device.flush().await {
+                self.fail_volume(volume, &error);
+                return Err(error);
+            }
             volume.flushed.set(volume.flushed.get().max(covers));
         }
     }
 
-    /// What a group's records speak of becomes durable. If a volume cannot do that, the group must not be written: after a power
-    /// cut, its maps would show what those clusters held before, which may be another file's data.
-    pub(crate) async fn flush_for(&self, group: u64) -> Result<(), IoError> {
+    /// What a group's records speak of becomes durable. Of a volume that cannot do that they speak no more afterwards
+    /// ([`crate::failed_volume`]).
+    pub(crate) async fn flush_for(&self, group: u64) {
         let needed: BTreeSet<VolumeIndex> = {
             let mut needs = self.needs.borrow_mut();
             let later = needs.split_off(&(group + 1));
@@ -497,16 +516,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let flushes = volumes
             .iter()
             .map(|volume| -> Boxed<'_, _> { Box::pin(self.flush_volume(volume, volume.written.get())) });
-        let mut done = Ok(());
-        for (volume, result) in volumes.iter().zip(gate::all(flushes.collect()).await) {
-            if let Err(error) = result {
-                block_io::cover!("filesys: a volume failed under a commit");
-                tracing::error!(volume = volume.record().name, %error, "a volume takes no more writes: its flush failed");
-                volume.failed.set(true);
-                done = done.and(Err(error));
-            }
-        }
-        done
+        // Who cannot be flushed has failed, which is known now.
+        drop(gate::all(flushes.collect()).await);
     }
 
     /// The file and its ancestors.

@@ -24,6 +24,16 @@ pub enum Event {
         /// Its name.
         name: String,
     },
+    /// A flush of a volume failed: it takes no more writes until the file system is opened again. What was written to it since the flush
+    /// before may be lost; who flushes files on it is told.
+    VolumeFailed {
+        /// Which volume.
+        volume: VolumeIndex,
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: String,
+    },
     /// The file system takes no changes any more.
     Failed {
         /// Why.

@@ -67,6 +67,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         for snapshot in snapshots {
             files.push(core.look(|_| core.find_regular(snapshot.path)).await?);
         }
+        files.iter().try_for_each(|file| core.check_durable(file))?;
         // In order of numbers, so that two groups do not wait in a circle.
         let mut order: Vec<&Rc<FileCore>> = files.iter().collect();
         order.sort_by_key(|file| file.id);
@@ -114,6 +115,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         }
         drop(passes);
         core.commit(group).await?;
+        files.iter().try_for_each(|file| core.check_durable(file))?;
         Ok(ids)
     }
 
@@ -185,7 +187,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             })
             .await?;
         core.needs_unflushed(group, &file);
-        core.commit(group).await
+        core.commit(group).await?;
+        core.check_durable(&file)
     }
 
     /// A layer takes over what its parent has, and the parent goes. With `named`, the layer gets the parent's name (a commit of the layer
@@ -432,13 +435,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 }
             }
         };
+        // What was copied is durable before the map shows it, as old places go. And what moves from map to map is durable: should a volume fail,
+        // what is taken back is looked for where it was written.
+        for file in [parent, child] {
+            self.flush_written(file).await?;
+        }
         let (group, ()) = self
             .transact(LARGEST, Need::Freeing, |_| Ok((vec![record.clone()], ())))
             .await?;
         child.group.set(child.group.get().max(group));
-        for (volume, _) in child.written.borrow().iter() {
-            self.needs_flush(group, *volume);
-        }
         Ok(())
     }
 

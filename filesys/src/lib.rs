@@ -25,6 +25,7 @@ mod entry;
 mod epochs;
 mod error;
 mod event;
+mod failed_volume;
 mod file;
 mod file_core;
 mod gate;

@@ -220,12 +220,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         let position = replay::replay(&*meta, &state, &ring, &superblock, &healer).await?;
         superblock.next_object = superblock.next_object.max(state.next_id());
         let mut space = space;
+        let mut unflushed = Vec::new();
         if !read_only {
             // What was read may be in a cache only; from now on others build on it.
             meta.flush().await?;
             let data: Vec<_> = state.volumes.borrow().values().map(Rc::clone).collect();
             for volume in data {
-                volume.device.flush().await?;
+                if let Err(error) = volume.device.flush().await {
+                    unflushed.push((volume, error));
+                }
             }
             let size = meta.size() / SUB_CLUSTER;
             if space.reach(size) > superblock.layout.size_blocks {
@@ -258,6 +261,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .take_events()
             .into_iter()
             .for_each(|event| core.event(event));
+        for (volume, error) in unflushed {
+            core.fail_volume(&volume, &error);
+        }
         if !read_only {
             core.housekeeping.set(core.options.background);
             core.resuming.set(core.options.resume_merges);
@@ -322,9 +328,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         core.check()?;
         let volumes: Vec<_> = core.state.volumes.borrow().values().map(Rc::clone).collect();
         for volume in volumes {
-            core.flush_volume(&volume, volume.written.get()).await?;
+            // The others are flushed nevertheless; which of them has failed is asked below.
+            drop(core.flush_volume(&volume, volume.written.get()).await);
         }
-        core.commit(core.journal.open_group()).await
+        core.commit(core.journal.open_group()).await?;
+        let volumes = core.state.volumes.borrow();
+        volumes.keys().try_for_each(|volume| core.check_volume(*volume))
     }
 }
 

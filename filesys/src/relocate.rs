@@ -139,6 +139,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             return Ok(());
         }
         self.copy_moves(file, &moves).await?;
+        // The copies are durable before the map shows them: the old places go, and with them what was durable.
+        self.flush_written(file).await?;
         let records = map_records(file.id, &moves);
         // Only now: copying needs room of its own, and who has some must not wait for more.
         let ticket = self
@@ -149,9 +151,6 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             .await?;
         places.mapped();
         file.group.set(file.group.get().max(group));
-        for step in &moves {
-            self.needs_flush(group, step.to.volume);
-        }
         done.moved += moves.len() as u64 * CLUSTER;
         Ok(())
     }

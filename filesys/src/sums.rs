@@ -6,7 +6,7 @@
 //! anew. So writes over the same regions cost no metadata, and what is damaged outside of regions that were written shortly before
 //! a crash is noticed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use block_io::{BlockDevice, Clock};
@@ -28,8 +28,17 @@ use crate::volume::VolumeCore;
 pub(crate) struct Unchecked {
     /// Said to be not trusted since the last checkpoint began.
     said: BTreeMap<(VolumeIndex, u32), u64>,
+    /// Said before, since the last checkpoint that is durable began.
+    earlier: BTreeSet<(VolumeIndex, u32)>,
     /// Data on their way.
     running: BTreeMap<(VolumeIndex, u32), u32>,
+}
+
+impl Unchecked {
+    /// A checkpoint is durable.
+    pub(crate) fn checkpointed(&mut self) {
+        self.earlier.clear();
+    }
 }
 
 /// Data with checksums are on their way.
@@ -158,7 +167,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     pub(crate) fn begin_checked_again(&self) -> Result<(), FsError> {
         let pages: Vec<_> = {
             let mut unchecked = self.unchecked.borrow_mut();
-            unchecked.said.clear();
+            let said = std::mem::take(&mut unchecked.said);
+            unchecked.earlier.extend(said.into_keys());
             unchecked.running.keys().copied().collect()
         };
         if pages.is_empty() {
@@ -208,6 +218,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                     forget(state, &volume, *at, SubMask(!part.touched().0))?;
                 }
                 for (index, sum) in (first..).zip(these) {
+                    // Of data that may be lost, nothing is known.
+                    let sum = &if volume.failed.get() { 0 } else { *sum };
                     volume
                         .sums
                         .change(&state.pages, index, |body| put_sum(body, index, *sum))?;
@@ -270,7 +282,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let volumes: Vec<_> = self.state.volumes.borrow().values().map(Rc::clone).collect();
         for volume in volumes {
             if !volume.sums.is_empty() && !volume.failed.get() {
-                self.flush_volume(&volume, volume.written.get()).await?;
+                // If it fails, its checksums are not trusted, and the checkpoint begins anew.
+                drop(self.flush_volume(&volume, volume.written.get()).await);
             }
         }
         let said = self.unchecked.borrow().said.values().max().copied();
@@ -278,6 +291,34 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             Some(group) => self.commit(group).await,
             None => Ok(()),
         }
+    }
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
+    /// A checkpoint must not have checksums of data that may be lost with a volume that failed.
+    pub(crate) async fn distrust_sums(&self) -> Result<(), FsError> {
+        let pages: Vec<_> = {
+            let volumes = self.state.volumes.borrow();
+            let failed = |index| volumes.get(index).is_some_and(|volume| volume.failed.get());
+            let unchecked = self.unchecked.borrow();
+            let all = unchecked.earlier.iter().chain(unchecked.said.keys());
+            all.filter(|(volume, _)| failed(volume)).copied().collect()
+        };
+        for (volume, page) in pages {
+            block_io::cover!("filesys: checksums of a volume that failed are not trusted");
+            self.look(|state| {
+                let volume = state.volume(volume)?;
+                let first = u64::from(page) << Kind::Sums.leaf_bits();
+                volume.sums.change(&state.pages, first, |body| {
+                    if let Body::Sums(sums) = body {
+                        sums.fill(0);
+                    }
+                })?;
+                Ok(())
+            })
+            .await?;
+        }
+        Ok(())
     }
 }
 

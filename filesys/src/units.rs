@@ -70,6 +70,8 @@ pub(crate) struct SubMask(pub(crate) u16);
 
 impl SubMask {
     pub(crate) const NONE: Self = Self(0);
+    #[cfg(test)]
+    pub(crate) const ALL: Self = Self(u16::MAX);
 
     /// The sub-clusters from number `first` on, `count` of them.
     pub(crate) fn range(first: u32, count: u32) -> Self {

@@ -492,6 +492,8 @@ pub enum PoolEventKind {
     LowSpace,
     /// A volume of the file system has enough space again.
     SpaceAgain,
+    /// A volume of the file system could not be flushed, and takes no more writes.
+    VolumeFailed,
     /// The file system takes no changes any more.
     FilesFailed,
     /// Data of a file are not what was written.
@@ -508,6 +510,7 @@ impl PoolEventKind {
                 | Self::JobFailed
                 | Self::Repaired
                 | Self::LowSpace
+                | Self::VolumeFailed
                 | Self::FilesFailed
                 | Self::Corrupt
         )

@@ -139,6 +139,13 @@ pub(crate) fn event(event: &Event) -> Option<PoolEvent> {
             PoolEventKind::SpaceAgain,
             format!("volume {name} has enough space again"),
         ),
+        Event::VolumeFailed { name, reason, .. } => (
+            PoolEventKind::VolumeFailed,
+            format!(
+                "volume {name} takes no more writes until the pool is opened again, and what was written to it since its last flush may be \
+                 lost: check its devices ({reason})"
+            ),
+        ),
         Event::Failed { reason } => (
             PoolEventKind::FilesFailed,
             format!("the file system takes no changes any more: {reason}"),

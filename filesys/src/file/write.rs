@@ -18,6 +18,7 @@ use super::read::is_aligned;
 use crate::core::Need;
 use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
+use crate::failed_volume::failed;
 use crate::file_core::FileCore;
 use crate::gate::{self, Boxed, Pass};
 use crate::record::{MAP_BYTES, Record, UNCHECKED_BYTES};
@@ -66,7 +67,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
                 .look(|state| Ok(way(state, &file, offset, length)?))
                 .await?
             {
-                Way::Over(pieces) => return self.write_over(&file, &pieces, buffers, durability).await,
+                Way::Over(pieces) => {
+                    return self.write_over(&file, &pieces, buffers, durability).await;
+                }
                 Way::Places => {
                     return self
                         .write_places(&file, &pass, offset, length, buffers, durability)
@@ -108,9 +111,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             ..
         }) = pieces.only()
         {
+            check_works(volume)?;
             volume.device.write(*offset, buffers, durability).await?;
             note_written(file, volume, durability);
-            return self.commit_durable(file, durability).await;
+            self.commit_durable(file, durability).await?;
+            return check_works(volume);
         }
         let mut writes: Vec<Boxed<'_, Result<(), IoError>>> = Vec::new();
         let mut done = 0;
@@ -118,6 +123,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             let memory = memory::part(buffers, done, piece.length);
             done += piece.length;
             if let Source::Data { volume, offset, .. } = &piece.source {
+                check_works(volume)?;
                 writes.push(Box::pin(async move {
                     volume.device.write(*offset, &memory, durability).await?;
                     note_written(file, volume, durability);
@@ -126,7 +132,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             }
         }
         gate::all(writes).await.into_iter().collect::<Result<(), _>>()?;
-        self.commit_durable(file, durability).await
+        self.commit_durable(file, durability).await?;
+        pieces.iter().try_for_each(|piece| match &piece.source {
+            Source::Data { volume, .. } => check_works(volume),
+            Source::Zero => Ok(()),
+        })
     }
 
     /// Data that are durable are worth nothing before the map that says where they are is.
@@ -234,6 +244,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
                 .await?;
             located.push((part, at));
         }
+        check_places(&self.core.state, &located)?;
         let checking = if sums.is_empty() {
             None
         } else {
@@ -253,6 +264,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         let (group, ()) = self
             .core
             .transact_admitted(&ticket, |state| {
+                // A volume may have failed while its data were on their way.
+                check_places(state, &located)?;
                 Ok((map_records(state, file, &located, !sums.is_empty())?, ()))
             })
             .await?;
@@ -260,7 +273,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         drop(places);
         file.group.set(file.group.get().max(group));
         if durability == Durability::Durable {
-            return self.core.commit(file.group.get()).await;
+            self.core.commit(file.group.get()).await?;
+            return check_places(&self.core.state, &located);
         }
         let mut before = None;
         for (_, at) in &located {
@@ -313,6 +327,24 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         gate::all(writes).await.into_iter().collect::<Result<(), _>>()?;
         Ok(())
     }
+}
+
+/// A volume that has failed takes no writes.
+fn check_works<V>(volume: &VolumeCore<V>) -> Result<(), FsError> {
+    if volume.failed.get() {
+        return Err(failed(volume).into());
+    }
+    Ok(())
+}
+
+fn check_places<V: BlockDevice>(state: &State<V>, located: &[(Part, Location)]) -> Result<(), FsError> {
+    let mut before = None;
+    for (_, at) in located {
+        if before.replace(at.volume) != Some(at.volume) {
+            check_works(&*state.volume(at.volume)?)?;
+        }
+    }
+    Ok(())
 }
 
 /// The file may have shrunk while a write waited for its turn.

@@ -14,7 +14,7 @@ use super::runtime::State;
 use crate::gate::Signal;
 
 /// Blocks that no ticket gets: a checkpoint appends a few records without one.
-const SPARE: u64 = 1;
+pub(super) const SPARE: u64 = 1;
 
 /// What the tasks of a journal share.
 #[derive(Debug)]

@@ -5,11 +5,13 @@ use block_io::{AlignedBuffer, BlockDevice, Durability, IoError, cover};
 use super::ring::{self, HEADER, Header, PAYLOAD, Position, Ring};
 use crate::meta_io::{self, BLOCK};
 
-/// A group that takes no more records. Its bytes never change, so it may be written more than once.
+/// A group that takes no more records. Its bytes never change once it has been written, so it may be written more than once.
 #[derive(Debug)]
 pub(super) struct Group {
     pub(super) start: Position,
     blocks: u64,
+    /// Bytes of records.
+    length: usize,
     buffer: AlignedBuffer,
     /// Checksum of its last block.
     checksum: u32,
@@ -40,9 +42,20 @@ impl Group {
         Self {
             start,
             blocks,
+            length: bytes.len(),
             buffer,
             checksum,
         }
+    }
+
+    /// Its records.
+    pub(super) fn records(&self) -> Vec<u8> {
+        let mut records = Vec::with_capacity(self.length);
+        for block in self.buffer.as_slice().chunks(BLOCK) {
+            let here = PAYLOAD.min(self.length - records.len());
+            records.extend_from_slice(&block[HEADER..HEADER + here]);
+        }
+        records
     }
 
     /// Where the group after it begins.

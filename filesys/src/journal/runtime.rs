@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use block_io::{BlockDevice, IoError, cover};
 
-use super::admission::{Room, Shared, Ticket};
+use super::admission::{Room, SPARE, Shared, Ticket};
 use super::error::JournalError;
 use super::group::Group;
 use super::ring::{PAYLOAD, Position, Ring, blocks_for};
@@ -41,6 +41,8 @@ pub(super) struct State {
     next: Position,
     /// Groups to be written, in order.
     closed: VecDeque<Rc<Group>>,
+    /// The first of them may be on the medium already, wholly or in part.
+    writing: bool,
     /// The newest group that is durable.
     durable: u64,
     /// Groups up to here are waited for.
@@ -96,6 +98,7 @@ impl<V: BlockDevice> Journal<V> {
             open: Vec::new(),
             next: position,
             closed: VecDeque::new(),
+            writing: false,
             durable: position.group.saturating_sub(1),
             wanted: 0,
             released: released.block,
@@ -245,6 +248,64 @@ impl<V: BlockDevice> Journal<V> {
         position
     }
 
+    /// The first group of which nothing can be on the medium yet, so that it can be rewritten.
+    pub(crate) fn first_unwritten(&self) -> u64 {
+        let state = self.shared.state.borrow();
+        state.durable + 1 + u64::from(state.writing)
+    }
+
+    /// Gives groups other records: all from [`Self::first_unwritten`] on, in order, each of which `edit` gets as bytes; it gives the new ones, at least
+    /// one, or none if the group stays as it is. Their positions and checksums change, so who has one of those from [`Self::close_group`] has
+    /// to ask anew.
+    ///
+    /// # Errors
+    /// The new records do not fit, or `edit` failed; then nothing is changed.
+    pub(crate) fn rewrite<E: From<JournalError>>(
+        &self,
+        mut edit: impl FnMut(&[u8]) -> Result<Option<Vec<u8>>, E>,
+    ) -> Result<(), E> {
+        let mut state = self.shared.state.borrow_mut();
+        state.check()?;
+        let ring = &self.shared.ring;
+        let fits = |bytes: &[u8]| match blocks_for(bytes.len()) <= ring.most_blocks() {
+            true => Ok(()),
+            false => Err(JournalError::Full { bytes: bytes.len() }),
+        };
+        let kept = usize::from(state.writing);
+        let mut start = match state.closed.get(kept) {
+            Some(group) => group.start,
+            None => state.next,
+        };
+        let mut groups = Vec::new();
+        for group in state.closed.iter().skip(kept) {
+            let old = group.records();
+            let bytes = edit(&old)?.unwrap_or(old);
+            fits(&bytes)?;
+            let group = Group::new(ring, self.incarnation, start, &bytes);
+            start = group.end();
+            groups.push(Rc::new(group));
+        }
+        let open = match state.open.is_empty() {
+            true => None,
+            false => edit(&state.open)?,
+        };
+        let open_bytes = open.as_deref().unwrap_or(&state.open);
+        fits(open_bytes)?;
+        let end = start.block + blocks_for(open_bytes.len()) + state.room.held + SPARE;
+        if end.saturating_sub(state.released) > ring.region.blocks {
+            let bytes = open_bytes.len();
+            return Err(JournalError::Full { bytes }.into());
+        }
+        cover!("journal: groups were rewritten");
+        state.closed.truncate(kept);
+        state.closed.extend(groups);
+        state.next = start;
+        if let Some(open) = open {
+            state.open = open;
+        }
+        Ok(())
+    }
+
     fn close(&self, state: &mut State) {
         if state.open.is_empty() {
             return;
@@ -307,16 +368,12 @@ impl<V: BlockDevice> Journal<V> {
     /// The failure that ends the journal.
     pub(crate) async fn run(&self, before: &impl BeforeWrite) -> Result<(), JournalError> {
         let _running = Running::begin(&self.shared);
-        while let Some(group) = self.shared.gate.until(|| self.next_to_write()).await {
-            let number = group.start.group;
+        while let Some(number) = self.shared.gate.until(|| self.next_to_write()).await {
             let result = match before.prepare(number).await {
-                Ok(()) => group
-                    .write(&*self.device, &self.shared.ring)
-                    .await
-                    .map_err(|source| JournalError::Write {
-                        group: number,
-                        source: Arc::new(source),
-                    }),
+                Ok(()) => self.write_first().await.map_err(|source| JournalError::Write {
+                    group: number,
+                    source: Arc::new(source),
+                }),
                 Err(source) => Err(JournalError::Prepare {
                     group: number,
                     source: Arc::new(source),
@@ -333,8 +390,21 @@ impl<V: BlockDevice> Journal<V> {
         ended
     }
 
-    /// The next group; that there will be none; or nothing yet.
-    fn next_to_write(&self) -> Option<Option<Rc<Group>>> {
+    /// Writes the first closed group as it is now.
+    async fn write_first(&self) -> Result<(), IoError> {
+        let group = {
+            let mut state = self.shared.state.borrow_mut();
+            state.writing = true;
+            state.closed.front().map(Rc::clone)
+        };
+        match group {
+            Some(group) => group.write(&*self.device, &self.shared.ring).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The number of the next group; that there will be none; or nothing yet.
+    fn next_to_write(&self) -> Option<Option<u64>> {
         let mut state = self.shared.state.borrow_mut();
         if state.failure.is_some() {
             return Some(None);
@@ -343,7 +413,7 @@ impl<V: BlockDevice> Journal<V> {
             self.close(&mut state);
         }
         match state.closed.front() {
-            Some(group) => Some(Some(Rc::clone(group))),
+            Some(group) => Some(Some(group.start.group)),
             None => state.stopping.then_some(None),
         }
     }
@@ -353,6 +423,7 @@ impl<V: BlockDevice> Journal<V> {
         match result {
             Ok(()) => {
                 state.durable = group;
+                state.writing = false;
                 state.closed.pop_front();
             }
             Err(error) => {

@@ -183,7 +183,10 @@ fn a_request_of_any_operation_fails() {
     }
     let marks = [
         "errors: an operation has failed",
-        "filesys: a volume failed under a commit",
+        "filesys: a volume failed",
+        "filesys: writes to a volume that failed are taken back",
+        "filesys: a checkpoint is cut again",
+        "filesys: checksums of a volume that failed are not trusted",
         "journal: it has failed",
         "machine: an absorption failed half-way",
         "metadata space: a bitmap cannot be written",

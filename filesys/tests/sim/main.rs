@@ -9,6 +9,7 @@ mod check_beside;
 mod content;
 mod errors;
 mod exhaustive;
+mod failed_volume;
 mod features;
 mod harness;
 mod heal;

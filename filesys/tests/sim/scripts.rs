@@ -167,12 +167,12 @@ pub(crate) struct Machine {
     made: u32,
 }
 
-async fn handle(fs: &SimFs, promise: &Promise, path: &str) -> Result<Handle, Failure> {
+pub(crate) async fn handle(fs: &SimFs, promise: &Promise, path: &str) -> Result<Handle, Failure> {
     let file = fs.open_file(path, Access::Write).await.map_err(failed)?;
     Handle::new(promise, path, file)
 }
 
-async fn create(
+pub(crate) async fn create(
     fs: &SimFs,
     promise: &Promise,
     path: &str,

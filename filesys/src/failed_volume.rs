@@ -1,0 +1,454 @@
+//! A data volume whose flush failed: it takes no more writes, and the others go on.
+//!
+//! Nobody knows which of the data that were written to it since its last good flush are on it. Where they went over older data of the same
+//! file, that is what a failed flush means: old or new. But where they got *new* sub-clusters, a map that shows them could show, after
+//! a power cut, what somebody else had there before. So no such map may become durable. The groups of the journal that are not durable yet are taken
+//! back from whatever they say of new data on this volume, in memory and in the journal at the same moment:
+//!
+//! ```text
+//!   group n      durable           its data were flushed before: stays
+//!   group n+1    being written     its data were flushed before: stays
+//!   group n+2    waits             ┐ each "sub-cluster valid" on the failed volume is taken out of its records;
+//!   group n+3    takes records     ┘ the sub-cluster is again what it was: a hole, or zero
+//! ```
+//!
+//! Nobody was told that any of this is durable, as that needs the group; whoever waits for one is told of the failure ([`Core::check_durable`]).
+//! It is as if the volume were a disk that has lost what was in its cache. Places stay allocated: the file's next write
+//! there uses them.
+//!
+//! To know what a sub-cluster was, each change of a map that makes some valid notes it in [`Unproven`], until its group is durable.
+//! What copies data from place to place flushes them before the record, so that nothing that was durable can be taken back.
+//!
+//! A checkpoint that was cut before a group was taken back has the wrong maps, so it is cut again ([`Core::taken_back`]).
+
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+
+use block_io::{BlockDevice, Clock, IoCause, IoError, Operation};
+
+use crate::core::Core;
+use crate::entry::Entry;
+use crate::error::FsError;
+use crate::event::Event;
+use crate::file_core::FileCore;
+use crate::journal::JournalError;
+use crate::record::Record;
+use crate::state::{Damage, Effects, State, Stop};
+use crate::units::{FileId, Location, VolumeIndex};
+use crate::volume::VolumeCore;
+use crate::wire::{Malformed, Reader, Writer};
+
+/// Sub-clusters of one cluster that a record made valid.
+#[derive(Debug, Clone, Copy)]
+struct Added {
+    group: u64,
+    file: FileId,
+    cluster: u32,
+    at: Location,
+    /// Those that were not valid before.
+    subs: u16,
+    /// Those of them that were zero; the others were holes.
+    zero: u16,
+}
+
+/// What records of groups that are not durable made valid, cluster by cluster in the order of the journal.
+#[derive(Debug, Default)]
+pub(crate) struct Unproven(VecDeque<Added>);
+
+impl Unproven {
+    /// Groups up to this one are durable.
+    pub(crate) fn forget(&mut self, durable: u64) {
+        while self.0.front().is_some_and(|added| added.group <= durable) {
+            self.0.pop_front();
+        }
+    }
+
+    /// How many are noted.
+    pub(crate) fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// What was noted after the first `count` is in this group.
+    pub(crate) fn appended(&mut self, count: usize, group: u64) {
+        self.0.range_mut(count..).for_each(|added| added.group = group);
+    }
+
+    /// A record is about to be applied, in the order of the journal; [`Self::appended`] says later in which group it is.
+    pub(crate) fn note<V: BlockDevice>(&mut self, state: &State<V>, record: &Record) -> Result<(), Stop> {
+        let Some((file, first, count, entry)) = adding(record) else {
+            return Ok(());
+        };
+        let core = state.file(file)?;
+        for number in 0..count {
+            let cluster = first + number;
+            let old = core
+                .map()
+                .map_or(Ok(Entry::HOLE), |map| map.entry(cluster.into()))?;
+            let new = entry.nth(number.into());
+            let Some(at) = new.location() else { continue };
+            let before = if old.location() == new.location() {
+                old.valid()
+            } else {
+                0
+            };
+            let subs = new.valid() & !before;
+            self.0.push_back(Added {
+                group: u64::MAX,
+                file,
+                cluster,
+                at,
+                subs,
+                zero: old.zero() & subs,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// What a record that may make sub-clusters valid says: file, first cluster, count, entry. Moved data were made durable before.
+fn adding(record: &Record) -> Option<(FileId, u32, u32, Entry)> {
+    match record {
+        Record::Map {
+            file,
+            first,
+            count,
+            entry,
+            moved: false,
+        } if entry.valid() != 0 => Some((*file, *first, *count, *entry)),
+        _ => None,
+    }
+}
+
+/// What is taken back of the sub-clusters of one cluster of a file.
+#[derive(Debug, Clone, Copy)]
+struct Lost {
+    at: Location,
+    subs: u16,
+    zero: u16,
+}
+
+impl Lost {
+    fn of(added: &Added) -> Self {
+        Self {
+            at: added.at,
+            subs: added.subs,
+            zero: added.zero,
+        }
+    }
+
+    /// A later record made more valid, or the same again.
+    fn and(&mut self, added: &Added) {
+        if self.at != added.at {
+            *self = Self::of(added);
+            return;
+        }
+        self.subs |= added.subs;
+        self.zero = self.zero & !added.subs | added.zero;
+    }
+
+    /// The entry without what is lost.
+    fn taken_from(&self, entry: Entry) -> Entry {
+        if entry.location() != Some(self.at) {
+            return entry;
+        }
+        let lost = entry.valid() & self.subs;
+        entry.with_subs(entry.valid() & !lost, entry.zero() | self.zero & lost)
+    }
+}
+
+type AllLost = BTreeMap<(FileId, u32), Lost>;
+
+/// Why groups cannot be taken back.
+#[derive(Debug, thiserror::Error)]
+enum NotTakenBack {
+    #[error("the changed records do not fit into the journal")]
+    Journal(#[from] JournalError),
+    #[error("a record in memory cannot be read")]
+    Record(#[from] Malformed),
+    #[error("the records of the journal are not those that were noted")]
+    Order,
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
+    /// A flush of a volume failed.
+    pub(crate) fn fail_volume(&self, volume: &VolumeCore<V>, error: &IoError) {
+        if volume.failed.replace(true) {
+            return;
+        }
+        block_io::cover!("filesys: a volume failed");
+        let name = volume.record().name;
+        tracing::error!(volume = name, %error, cause = %error.cause(), "a volume takes no more writes: its flush failed");
+        self.event(Event::VolumeFailed {
+            volume: volume.index,
+            name,
+            reason: format!("{error}: {}", error.cause()),
+        });
+        self.taken_back.set(self.taken_back.get() + 1);
+        if let Err(error) = self.take_back(volume) {
+            self.fail(&error);
+        }
+        self.changed.notify();
+    }
+
+    /// Nothing of all that waits for becoming durable says any more that new data on this volume are valid.
+    fn take_back(&self, volume: &VolumeCore<V>) -> Result<(), FsError> {
+        let from = self.journal.first_unwritten();
+        let unproven = self.unproven.borrow();
+        let begin = unproven.0.partition_point(|added| added.group < from);
+        let added = || unproven.0.range(begin..);
+        let mut lost = AllLost::new();
+        for added in added().filter(|added| added.at.volume == volume.index) {
+            lost.entry((added.file, added.cluster))
+                .and_modify(|lost| lost.and(added))
+                .or_insert_with(|| Lost::of(added));
+        }
+        if lost.is_empty() {
+            return Ok(());
+        }
+        block_io::cover!("filesys: writes to a volume that failed are taken back");
+        let mut waiting = added();
+        let mut lost_so_far = AllLost::new();
+        let rewritten = self.journal.rewrite(|bytes| -> Result<_, NotTakenBack> {
+            without(bytes, volume.index, &mut waiting, &mut lost_so_far)
+        });
+        rewritten.map_err(|error| FsError::State {
+            object: format!("volume {}", volume.record().name),
+            problem: format!("its flush failed, and what was written to it cannot be taken back: {error}"),
+        })?;
+        drop(unproven);
+        let mut effects = Effects::default();
+        for ((file, cluster), lost) in &lost {
+            let known = self.state.files.borrow().get(file).map(Rc::clone);
+            // A file that is gone has nothing to lose.
+            let Some(map) = known.as_ref().and_then(|file| file.map()) else {
+                continue;
+            };
+            // Pages with changes that are not durable are in memory.
+            let entry = map
+                .entry(u64::from(*cluster))
+                .map_err(|_| Damage::new(file, "a page of its map that is not durable is not in memory"))?;
+            let left = lost.taken_from(entry);
+            if left != entry {
+                let record = Record::Map {
+                    file: *file,
+                    first: *cluster,
+                    count: 1,
+                    entry: left,
+                    moved: false,
+                };
+                self.state.apply(&record, &mut effects).map_err(not_applied)?;
+            }
+        }
+        self.take_effects(effects, self.journal.open_group());
+        Ok(())
+    }
+
+    /// After a group has become durable: an error if what was written to this file may be lost, as a volume of its has failed. What was durable
+    /// before is not, but nobody counts that.
+    pub(crate) fn check_durable(&self, file: &FileCore) -> Result<(), FsError> {
+        for index in file.written.borrow().keys() {
+            if let Ok(volume) = self.state.volume(*index)
+                && volume.failed.get()
+            {
+                return Err(failed(&volume).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// An error if a volume takes no more writes.
+    pub(crate) fn check_volume(&self, index: VolumeIndex) -> Result<(), FsError> {
+        let volume = self.state.volume(index)?;
+        if volume.failed.get() {
+            return Err(failed(&volume).into());
+        }
+        Ok(())
+    }
+}
+
+fn not_applied(stop: Stop) -> FsError {
+    match stop {
+        Stop::Damaged(damage) => damage.into(),
+        Stop::Missing(missing) => {
+            let problem = format!("block {} is missing", missing.ptr.block);
+            Damage::new("a change that is taken back", problem).into()
+        }
+    }
+}
+
+/// What is said of a volume that takes no more writes.
+pub(crate) fn failed<V>(volume: &VolumeCore<V>) -> IoError {
+    let name = volume.record().name.into();
+    IoError::new(&name, Operation::Flush, 0, 0, IoCause::EarlierFlushFailed)
+}
+
+/// The records of a group without what is lost; none if nothing is. `added` goes along.
+fn without<'a>(
+    bytes: &[u8],
+    volume: VolumeIndex,
+    added: &mut impl Iterator<Item = &'a Added>,
+    lost: &mut AllLost,
+) -> Result<Option<Vec<u8>>, NotTakenBack> {
+    let mut reader = Reader(bytes);
+    let mut writer = Writer::default();
+    let mut changed = false;
+    while !reader.is_empty() {
+        let record = Record::decode(&mut reader)?;
+        let Some((file, first, count, entry)) = adding(&record) else {
+            record.encode(&mut writer);
+            continue;
+        };
+        let here = entry.location().is_some_and(|at| at.volume == volume);
+        let mut entries = Vec::with_capacity(usize::try_from(count).unwrap_or(0));
+        for cluster in first..first + count {
+            let noted = added.next().ok_or(NotTakenBack::Order)?;
+            if (noted.file, noted.cluster) != (file, cluster) {
+                return Err(NotTakenBack::Order);
+            }
+            let entry = entry.nth((cluster - first).into());
+            entries.push(if here {
+                let lost = lost
+                    .entry((file, cluster))
+                    .and_modify(|lost| lost.and(noted))
+                    .or_insert_with(|| Lost::of(noted));
+                lost.taken_from(entry)
+            } else {
+                entry
+            });
+        }
+        changed |= (0_u64..)
+            .zip(&entries)
+            .any(|(number, left)| !entry.continues(*left, number));
+        for run in runs(first, &entries) {
+            let (first, count, entry) = run;
+            Record::Map {
+                file,
+                first,
+                count,
+                entry,
+                moved: false,
+            }
+            .encode(&mut writer);
+        }
+    }
+    Ok(changed.then_some(writer.0))
+}
+
+/// Entries from cluster `first` on as runs: first cluster, count, entry.
+fn runs(first: u32, entries: &[Entry]) -> Vec<(u32, u32, Entry)> {
+    let mut runs: Vec<(u32, u32, Entry)> = Vec::new();
+    for (cluster, entry) in (first..).zip(entries) {
+        match runs.last_mut() {
+            Some((_, count, begin)) if begin.continues(*entry, u64::from(*count)) => *count += 1,
+            _ => runs.push((cluster, 1, *entry)),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::SubMask;
+
+    const FILE: FileId = FileId(17);
+
+    fn at(volume: u16, cluster: u64) -> Location {
+        Location {
+            volume: VolumeIndex(volume),
+            cluster,
+        }
+    }
+
+    fn map(first: u32, count: u32, entry: Entry) -> Record {
+        Record::Map {
+            file: FILE,
+            first,
+            count,
+            entry,
+            moved: false,
+        }
+    }
+
+    fn added(cluster: u32, at: Location, subs: u16, zero: u16) -> Added {
+        Added {
+            group: 1,
+            file: FILE,
+            cluster,
+            at,
+            subs,
+            zero,
+        }
+    }
+
+    fn bytes(records: &[Record]) -> Vec<u8> {
+        let mut writer = Writer::default();
+        records.iter().for_each(|record| record.encode(&mut writer));
+        writer.0
+    }
+
+    fn left(records: &[Record], added: &[Added]) -> Result<Option<Vec<u8>>, NotTakenBack> {
+        without(
+            &bytes(records),
+            VolumeIndex(1),
+            &mut added.iter(),
+            &mut AllLost::new(),
+        )
+    }
+
+    #[test]
+    fn a_run_is_cut_where_something_else_is_left() {
+        let entry = Entry::at(at(1, 70)).with_valid(SubMask::ALL);
+        let records = [
+            Record::Freeze {
+                file: FILE,
+                frozen: false,
+            },
+            map(5, 3, entry),
+            map(9, 1, Entry::at(at(2, 8)).with_valid(SubMask(1))),
+        ];
+        let noted = [
+            added(5, at(1, 70), u16::MAX, 0),
+            added(6, at(1, 71), 0xff00, 0x8000),
+            added(7, at(1, 72), 0, 0),
+            added(9, at(2, 8), 1, 0),
+        ];
+        let expected = [
+            records[0].clone(),
+            map(5, 1, Entry::at(at(1, 70))),
+            map(6, 1, Entry::at(at(1, 71)).with_subs(0x00ff, 0x8000)),
+            map(7, 1, entry.nth(2)),
+            records[2].clone(),
+        ];
+        assert_eq!(left(&records, &noted).unwrap(), Some(bytes(&expected)));
+    }
+
+    #[test]
+    fn what_was_zero_when_it_was_written_the_last_time_is_zero_again() {
+        let first = Entry::at(at(1, 3)).with_subs(0b0011, 0);
+        let clear = Record::Clear {
+            file: FILE,
+            first: 0,
+            count: 1,
+            zero: true,
+        };
+        let records = [map(0, 1, first), clear.clone(), map(0, 1, first)];
+        let noted = [added(0, at(1, 3), 0b0011, 0), added(0, at(1, 3), 0b0001, 0b0001)];
+        let expected = [
+            map(0, 1, Entry::at(at(1, 3))),
+            clear,
+            map(0, 1, Entry::at(at(1, 3)).with_subs(0, 0b0001)),
+        ];
+        assert_eq!(left(&records, &noted).unwrap(), Some(bytes(&expected)));
+    }
+
+    #[test]
+    fn groups_without_data_on_the_volume_stay_and_others_must_be_known() {
+        let other = map(0, 1, Entry::at(at(2, 3)).with_subs(1, 0));
+        let noted = added(0, at(2, 3), 1, 0);
+        assert_eq!(left(&[other.clone()], &[noted]).unwrap(), None);
+        assert!(matches!(left(&[other.clone()], &[]), Err(NotTakenBack::Order)));
+        let elsewhere = added(1, at(2, 3), 1, 0);
+        assert!(matches!(left(&[other], &[elsewhere]), Err(NotTakenBack::Order)));
+    }
+}
