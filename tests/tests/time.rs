@@ -82,40 +82,53 @@ fn the_clock_is_trusted(vm: &mut Vm) -> Result<()> {
     Ok(())
 }
 
+/// How often the clocks are compared before they are wrong: an emulated host that others keep busy stalls for seconds, calibrates its clocks
+/// badly, or has a guest's watchdog doubt them. What is wrong is wrong every time.
+const ATTEMPTS: usize = 3;
+
 #[test]
 fn the_wall_clock_is_the_hosts_at_boot_and_after_a_reboot_and_goes_as_fast() {
     story(|host| {
-        let mut vm = host.vm("clock").cpus(2).interactive()?;
-        let first = Look::at(&mut vm)?;
-        first.is_right()?;
-
-        // A timer fires neither early nor much later; a busy host may be late itself.
-        let before = host_clock()?;
-        vm.guest("sleep 3")?;
-        let slept = host_clock()? - before;
-        println!("a sleep of 3 s took {slept:.3} s");
-        ensure!((3.0..8.0).contains(&slept), "a sleep of 3 s took {slept} s");
-        let second = Look::at(&mut vm)?;
-        second.went_on_since(&first)?;
-
-        // A machine that stands still while its host goes on: afterwards its time is right again, or behind by the pause
-        // at most; it never goes back.
-        vm.manage(&["pause"])?;
-        std::thread::sleep(Duration::from_secs(1));
-        vm.manage(&["resume"])?;
-        let resumed = Look::at(&mut vm)?;
-        ensure!(
-            resumed.guest >= second.guest,
-            "time went back: {second:?} {resumed:?}"
-        );
-        resumed.is_right()?;
-        the_clock_is_trusted(&mut vm)?;
-
-        vm.type_text("reboot -f\n")?;
-        vm.wait_until_ready()?;
-        Look::at(&mut vm)?.is_right()?;
-        the_clock_is_trusted(&mut vm)?;
-        vm.finish()?;
+        for attempt in 1.. {
+            match clocks_agree(host.vm(&format!("clock-{attempt}")).cpus(2).interactive()?) {
+                Err(error) if attempt < ATTEMPTS => println!("attempt {attempt}: {error:#}"),
+                done => return done,
+            }
+        }
         Ok(())
     });
+}
+
+fn clocks_agree(mut vm: Vm) -> Result<()> {
+    let first = Look::at(&mut vm)?;
+    first.is_right()?;
+
+    // A timer fires neither early nor much later; a busy host may be late itself.
+    let before = host_clock()?;
+    vm.guest("sleep 3")?;
+    let slept = host_clock()? - before;
+    println!("a sleep of 3 s took {slept:.3} s");
+    ensure!((3.0..8.0).contains(&slept), "a sleep of 3 s took {slept} s");
+    let second = Look::at(&mut vm)?;
+    second.went_on_since(&first)?;
+
+    // A machine that stands still while its host goes on: afterwards its time is right again, or behind by the pause
+    // at most; it never goes back.
+    vm.manage(&["pause"])?;
+    std::thread::sleep(Duration::from_secs(1));
+    vm.manage(&["resume"])?;
+    let resumed = Look::at(&mut vm)?;
+    ensure!(
+        resumed.guest >= second.guest,
+        "time went back: {second:?} {resumed:?}"
+    );
+    resumed.is_right()?;
+    the_clock_is_trusted(&mut vm)?;
+
+    vm.type_text("reboot -f\n")?;
+    vm.wait_until_ready()?;
+    Look::at(&mut vm)?.is_right()?;
+    the_clock_is_trusted(&mut vm)?;
+    vm.finish()?;
+    Ok(())
 }

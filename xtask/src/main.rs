@@ -136,11 +136,14 @@ fn main() -> ExitCode {
         Task::Setup {
             refresh,
             without_debian,
-        } => setup::run(&setup::Options {
-            refresh,
-            debian: !without_debian,
-        })
-        .map(|()| ExitCode::SUCCESS),
+        } => {
+            setup::peer_programs();
+            setup::run(&setup::Options {
+                refresh,
+                debian: !without_debian,
+            })
+            .map(|()| ExitCode::SUCCESS)
+        }
         Task::Test { quick } => test::run(quick),
         Task::Bench {
             what: Bench::Boot {

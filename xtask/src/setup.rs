@@ -1,9 +1,10 @@
 //! `cargo xtask setup`: everything that the tests and the demo need, from Debian packages, into the cache.
 //!
 //! Root is not needed, nothing is mounted or installed, and what is done is not done again. Interrupted, it goes on at the
-//! image that was being made.
+//! image that was being made. Only [`peer_programs`], for tests and benchmarks, installs a few packages, if this is root.
 
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -35,7 +36,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     require_programs()?;
-    recommend_programs();
     let recipe = Recipe::load()?;
     host::step(&format!("images in {}", cache.path("").display()));
     for (name, programs) in [("toolbox", &recipe.toolbox), ("emulator", &recipe.emulator)] {
@@ -109,8 +109,9 @@ fn current_images(cache: &Cache) -> Result<String> {
     Ok(lines.join("\n"))
 }
 
-/// Programs of this machine that tests use as peers; without them those tests say that they are skipped.
-fn recommend_programs() {
+/// Programs of this machine that tests use as peers. What is missing is installed, if this is root; else it is said how, and tests that need
+/// them say that they are skipped.
+pub(crate) fn peer_programs() {
     let used = [
         ("qemu-img", "qemu-utils"),
         ("nbdkit", "nbdkit"),
@@ -118,17 +119,32 @@ fn recommend_programs() {
         ("nbdsh", "python3-libnbd"),
         ("openssl", "openssl"),
     ];
-    let missing: Vec<&str> = used
-        .iter()
-        .filter(|(program, _)| !host::has(program))
-        .map(|(_, package)| *package)
-        .collect();
-    if !missing.is_empty() {
-        host::step(&format!(
-            "some tests will be skipped; to run them: sudo apt-get install {}",
-            missing.join(" ")
-        ));
+    let missing = || -> Vec<&str> {
+        let missing = used.iter().filter(|(program, _)| !host::has(program));
+        missing.map(|(_, package)| *package).collect()
+    };
+    let wanted = missing();
+    if wanted.is_empty() {
+        return;
     }
+    let packages = wanted.join(" ");
+    if rustix::process::geteuid().is_root() {
+        host::step(&format!("installing {packages}"));
+        let apt = |arguments: &[&str]| {
+            let mut apt = Command::new("apt-get");
+            apt.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
+            apt.status().is_ok_and(|status| status.success())
+        };
+        let install = [["install", "--yes", "--no-install-recommends"].as_slice(), &wanted].concat();
+        let done = apt(&install) || (apt(&["update"]) && apt(&install));
+        if done && missing().is_empty() {
+            return;
+        }
+    }
+    host::step(&format!(
+        "some tests will be skipped; to run them: sudo apt-get install {}",
+        missing().join(" ")
+    ));
 }
 
 /// The few programs that must be here before anything can be unpacked; every Debian system has them.

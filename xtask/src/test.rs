@@ -57,6 +57,7 @@ pub(crate) fn run(quick: bool) -> Result<ExitCode> {
     });
     if !quick {
         tally.step("set-up", || {
+            setup::peer_programs();
             setup::run(&setup::Options {
                 refresh: false,
                 debian: true,
