@@ -34,6 +34,17 @@ const RUN: usize = 64;
 /// Requests at once.
 const AT_ONCE: usize = 8;
 
+/// Which checkpoints are asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Asked {
+    /// So many were.
+    wanted: u64,
+    /// So many of these have been made, several by one.
+    made: u64,
+    /// Blocks of the metadata volume that the next one frees.
+    free: Vec<u64>,
+}
+
 /// What a checkpoint is of.
 struct Cut {
     root: Root,
@@ -112,30 +123,57 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         self.state.pages.dirtied() > self.options.dirty_pages
     }
 
-    /// Makes a checkpoint, or waits for the one that runs and makes another one.
+    /// Waits for a checkpoint that begins now or later.
     pub(crate) async fn checkpoint_now(&self) -> Result<(), FsError> {
-        self.checkpoint_as(false).await
+        self.checkpoint_freeing(&[]).await
     }
 
-    /// As [`Self::checkpoint_now`]; `clean` says that it is the last one.
-    pub(crate) async fn checkpoint_as(&self, clean: bool) -> Result<(), FsError> {
-        self.check()?;
-        let running = self.begin_checkpointing().await;
-        let done = self.checkpoint(clean, &[]).await;
-        drop(running);
-        if let Err(error) = &done {
-            self.fail(error);
-        }
-        done
-    }
-
-    /// A checkpoint after which these blocks of the metadata volume are free as well.
+    /// A checkpoint after which these blocks of the metadata volume are free as well. It is made by a task of its own, so that nothing
+    /// happens to it when who waits goes away.
     pub(crate) async fn checkpoint_freeing(&self, blocks: &[u64]) -> Result<(), FsError> {
         self.check()?;
+        let number = {
+            let mut asked = self.checkpoints.borrow_mut();
+            asked.wanted += 1;
+            asked.free.extend(blocks);
+            asked.wanted
+        };
+        let made = || self.checkpoints.borrow().made >= number;
+        self.changed.notify();
+        self.changed
+            .until(|| (made() || self.closing.get() || self.check().is_err()).then_some(()))
+            .await;
+        self.check()?;
+        if !made() {
+            // The task ends.
+            self.make_checkpoint(false).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes a checkpoint when no other runs; `clean` says that it is the last one.
+    pub(crate) async fn make_checkpoint(&self, clean: bool) -> Result<(), FsError> {
+        self.check()?;
         let running = self.begin_checkpointing().await;
-        let done = self.checkpoint(false, blocks).await;
+        let (number, free) = {
+            let mut asked = self.checkpoints.borrow_mut();
+            (asked.wanted, std::mem::take(&mut asked.free))
+        };
+        let done = self.checkpoint(clean, &free).await;
         drop(running);
-        done.map_err(|error| self.fail(&error))
+        match done {
+            Ok(()) => {
+                let mut asked = self.checkpoints.borrow_mut();
+                asked.made = asked.made.max(number);
+                drop(asked);
+                self.changed.notify();
+                Ok(())
+            }
+            Err(error) => {
+                self.fail(&error);
+                Err(error)
+            }
+        }
     }
 
     /// No checkpoint runs while this is there.
@@ -297,6 +335,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             }
         });
         let core = Rc::clone(self);
+        self.spawn(async move { core.make_checkpoints().await });
+        let core = Rc::clone(self);
         self.spawn(async move { core.keep_journal_short().await });
         let core = Rc::clone(self);
         self.spawn(async move { core.commit_lately().await });
@@ -319,6 +359,24 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         if spawned.is_err() {
             self.running.set(self.running.get() - 1);
             self.fail(&FsError::Open("a file system works only on a worker".into()));
+        }
+    }
+
+    /// The checkpoints that are asked for, and those that are due as much has changed.
+    async fn make_checkpoints(&self) {
+        let is_over = || self.closing.get() || self.check().is_err();
+        let is_due = || {
+            let asked = self.checkpoints.borrow();
+            asked.wanted > asked.made || self.has_many_dirty()
+        };
+        loop {
+            self.changed.until(|| (is_over() || is_due()).then_some(())).await;
+            if is_over() {
+                return;
+            }
+            if let Err(error) = self.make_checkpoint(false).await {
+                tracing::warn!(%error, "no checkpoint");
+            }
         }
     }
 
@@ -362,7 +420,6 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         loop {
             let work = self.changed.until(|| self.next_work()).await;
             let done = match work {
-                Work::Checkpoint => self.checkpoint_now().await,
                 Work::Orphans => {
                     self.housekeeping.set(false);
                     self.settling.set(true);
@@ -383,15 +440,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         if self.closing.get() || self.check().is_err() {
             return Some(Work::End);
         }
-        if self.has_many_dirty() && !self.checkpointing.get() {
-            return Some(Work::Checkpoint);
-        }
         (self.housekeeping.get() && self.quiet.get() == 0).then_some(Work::Orphans)
     }
 }
 
 enum Work {
-    Checkpoint,
     Orphans,
     End,
 }

@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use block_io::{AlignedBuffer, BlockDevice, Clock, IoError};
 
+use crate::checkpoint::Asked;
 use crate::epochs::Epochs;
 use crate::error::{FsError, Refusal};
 use crate::event::Event;
@@ -80,6 +81,7 @@ pub(crate) struct Core<V, C> {
     /// Something of all that is waited for has changed.
     pub(crate) changed: Signal,
     pub(crate) checkpointing: Cell<bool>,
+    pub(crate) checkpoints: RefCell<Asked>,
     pub(crate) housekeeping: Cell<bool>,
     /// It is being done.
     pub(crate) settling: Cell<bool>,
@@ -150,6 +152,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             loading: RefCell::default(),
             changed: Signal::default(),
             checkpointing: Cell::new(false),
+            checkpoints: RefCell::default(),
             housekeeping: Cell::new(false),
             settling: Cell::new(false),
             resuming: Cell::new(false),

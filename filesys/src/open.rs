@@ -289,7 +289,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             core.changed
                 .until(|| (core.running.get() <= 1).then_some(()))
                 .await;
-            let done = core.checkpoint_as(true).await;
+            let done = core.make_checkpoint(true).await;
             core.trim().await;
             done
         };

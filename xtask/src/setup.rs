@@ -135,7 +135,11 @@ pub(crate) fn peer_programs() {
             apt.args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
             apt.status().is_ok_and(|status| status.success())
         };
-        let install = [["install", "--yes", "--no-install-recommends"].as_slice(), &wanted].concat();
+        let install = [
+            ["install", "--yes", "--no-install-recommends"].as_slice(),
+            &wanted,
+        ]
+        .concat();
         let done = apt(&install) || (apt(&["update"]) && apt(&install));
         if done && missing().is_empty() {
             return;

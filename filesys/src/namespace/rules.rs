@@ -33,22 +33,31 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         Ok(())
     }
 
-    /// A layer that takes over its parent has parts of it already, so it cannot go now.
+    /// A layer that takes over its parent has parts of it already, so it cannot go now; and one that will get its parent's name has to have
+    /// one until then, even if its own children keep what it has.
     pub(super) fn check_absorbs_nothing(&self, path: &str, file: &FileCore) -> Result<(), Refusal> {
         let (parent, children) = {
             let inode = file.inode.borrow();
             (inode.parent, inode.children)
         };
-        let (Some(parent), 0) = (parent, children) else {
+        let Some(parent) = parent else {
             return Ok(());
         };
         let parent = self.state.file(parent)?;
-        let (absorbed, linked) = {
+        let (absorbed, linked, gives_name) = {
             let inode = parent.inode.borrow();
-            (inode.flags.has(Flags::ABSORBED), inode.is_linked())
+            (
+                inode.flags.has(Flags::ABSORBED),
+                inode.is_linked(),
+                inode.flags.has(Flags::GIVES_NAME),
+            )
         };
         // Without a name, nobody wants the parent any more: both go, unless data are being copied just now.
-        if absorbed && (linked || parent.absorbing.get()) {
+        let cannot_go = match children {
+            0 => linked || parent.absorbing.get(),
+            _ => linked && gives_name,
+        };
+        if absorbed && cannot_go {
             block_io::cover!("filesys: a layer that absorbs its parent was not deleted");
             return Err(FsError::Busy {
                 object: path.to_owned(),

@@ -238,3 +238,36 @@ fn what_files_give_up_is_discarded_and_what_others_took_meanwhile_is_not() {
     numbers.collect();
     assert!(numbers.missing(&["filesys: free space is discarded"]).is_empty());
 }
+
+/// A layer that is committed into its base gets the base's name at the end. Its own name cannot go before, even if others keep its content.
+#[test]
+fn a_layer_with_children_that_is_being_committed_keeps_its_name() {
+    run(world(1, 8 << 20), async |sim: Sim| {
+        let fs = format(&sim, 1).await.map_err(failed)?;
+        fs.create("/base", &thin(4 * PAGE)).await.map_err(failed)?;
+        let file = fs.open_file("/base", Access::Write).await.map_err(failed)?;
+        for (path, layer) in [("/base", "/layer"), ("/layer", "/top")] {
+            for page in 0..4 {
+                let bytes = pattern(page * PAGE, 4096, 1);
+                write(&file, page * PAGE, &bytes).await.map_err(failed)?;
+            }
+            snapshot(&fs, &file, path, layer).await?;
+        }
+        let done = fs.absorb_while("/layer", true, || false).await.map_err(failed)?;
+        assert!(!done);
+        match fs.delete("/layer").await {
+            Err(FsError::Busy { .. }) => {}
+            other => return Err(format!("{other:?}").as_str().into()),
+        }
+        fs.absorb("/layer", true).await.map_err(failed)?;
+        same(
+            &read(&file, PAGE, 4096).await.map_err(failed)?,
+            &pattern(PAGE, 4096, 1),
+        )?;
+        drop(file);
+        let names = fs.list("/").await.map_err(failed)?;
+        let names: Vec<_> = names.iter().map(|entry| entry.name.as_str()).collect();
+        assert_eq!(names, ["base", "top"]);
+        fs.close().await.map_err(failed)
+    });
+}
