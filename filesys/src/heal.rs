@@ -299,7 +299,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 return Healed::Found;
             }
             return match copies.repair(at, &whole(&buffer)).await {
-                Ok(()) => Healed::Repaired,
+                Ok(()) => {
+                    // The next flush has something to do: until then, a power cut may bring the rot back.
+                    volume.written.set(volume.written.get() + 1);
+                    Healed::Repaired
+                }
                 Err(error) => {
                     tracing::error!(offset = at, %error, "data cannot be repaired");
                     Healed::Found

@@ -13,6 +13,7 @@ mod pages;
 mod report;
 
 use std::ops::ControlFlow;
+use std::rc::Rc;
 
 use block_io::{BlockDevice, Clock};
 
@@ -53,8 +54,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             progress: &mut progress,
             renew: false,
         };
-        scrub.run().await?;
-        Ok(scrub.report)
+        let done = scrub.run().await;
+        // What was repaired stays so; a volume that cannot be flushed has failed, and says so itself.
+        let volumes: Vec<_> = core.state.volumes.borrow().values().map(Rc::clone).collect();
+        for volume in volumes {
+            drop(core.flush_volume(&volume, volume.written.get()).await);
+        }
+        done.map(|()| scrub.report)
     }
 }
 
