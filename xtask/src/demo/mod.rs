@@ -1,29 +1,38 @@
-//! `cargo xtask demo`: a complete Debian guest with disks and network under `smsvmm run`.
+//! `cargo xtask demo`: a complete Debian guest on virtual disks of a pool, and on the network, under `smsvmm run`.
 //!
 //! ```text
-//! cargo xtask demo ── set-up, build ──┬─ KVM is good here ──► xtask demo-inside here
-//!                                     └─ else ── lab ───────► xtask demo-inside there
-//! demo-inside: vm.toml, disks ── smsvmm run ──┬─ a terminal: yours
-//!                                             └─ none, or --tour: the scripted tour (tour.rs)
+//! cargo xtask demo ── set-up, build ──┬─ KVM is good here ──► show here
+//!                                     └─ else ── lab ───────► xtask demo-inside: show there
+//! show: vm.toml ── pool, volumes, disks (storage.rs) ── smsvmm run ──┬─ a terminal: yours
+//!                                                                    └─ none, or --tour: the scripted tour (tour.rs)
 //! ```
+//!
+//! Everything that is done to the storage is a command that a user would type (shell.rs), shown with its answer.
 
+mod shell;
+mod storage;
+mod summary;
 mod tour;
 
 use std::fs;
 use std::io::IsTerminal as _;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use lab::{Cache, Lab, Toolbox};
+use lab::{Cache, Lab};
 
 use crate::{build, host, setup};
+use shell::Shell;
+use summary::Summary;
 
 /// Where the guest's own files are.
 struct Guest {
     kernel: PathBuf,
     initrd: PathBuf,
+    /// Debian's root file system, an image or a block device: only read, and imported.
     root: PathBuf,
 }
 
@@ -43,18 +52,17 @@ pub(crate) fn run(tour: bool) -> Result<ExitCode> {
     fs::copy(&smsvmm, folder.path().join("smsvmm"))?;
     if build::kvm_is_good(&smsvmm) {
         host::step("this machine's KVM runs stock kernels: the guest runs right here");
-        let root = folder.path().join("root.ext4");
-        lab::finish(
-            Command::new("cp")
-                .args(["--sparse=always", "--reflink=auto"])
-                .arg(debian.join("root.ext4"))
-                .arg(&root),
-        )?;
         let guest = Guest {
             kernel: debian.join("bzImage"),
             initrd: debian.join("initrd"),
-            root,
+            root: debian.join("root.ext4"),
         };
+        if !tour {
+            host::step(&format!(
+                "in another terminal: cd {} && ./smsvmm disk snapshot /system/root.dsk --name now --config vm.toml",
+                folder.path().display()
+            ));
+        }
         return show(folder.path(), &guest, tour);
     }
     host::step(
@@ -92,29 +100,25 @@ pub(crate) fn inside(tour: bool) -> Result<ExitCode> {
     show(&std::env::current_dir()?, &guest, tour)
 }
 
-/// Writes vm.toml and the disks into a folder that has `smsvmm` in it, and runs the guest.
+/// In a folder that has `smsvmm` in it: writes vm.toml, makes the storage, and runs the guest.
 fn show(folder: &Path, guest: &Guest, tour: bool) -> Result<ExitCode> {
-    for (name, mib) in [("scratch.img", 64_u64), ("data.img", 256)] {
-        fs::File::create(folder.join(name)).and_then(|file| file.set_len(mib << 20))?;
-    }
-    let config = folder.join("vm.toml");
-    fs::write(&config, vm_toml(guest))?;
-    let mut command = Command::new(folder.join("smsvmm"));
-    command.arg("run").arg(&config);
-    if let Ok(toolbox) = Toolbox::open(&Cache::locate()) {
-        // passt, where it is not installed.
-        command.env("PATH", toolbox.search_path());
-    }
+    symlink(&guest.root, folder.join("debian.raw"))?;
+    fs::write(folder.join("vm.toml"), vm_toml(guest))?;
+    let shell = Shell::new(folder)?;
+    let mut summary = Summary::new();
+    let device = storage::prepare(&shell, &mut summary)?;
     if tour {
-        return tour::run(folder, command);
+        return tour::run(&shell, device, summary);
     }
     eprintln!(
         "\nThe console is yours: you are root in the guest. `poweroff` ends it; Ctrl-] then ? shows what else does.\n"
     );
-    let status = command
+    let status = shell
+        .run_machine()
         .stdin(Stdio::inherit())
         .status()
         .context("cannot start smsvmm")?;
+    drop(device);
     let code = status
         .code()
         .and_then(|code| u8::try_from(code).ok())
@@ -123,7 +127,8 @@ fn show(folder: &Path, guest: &Guest, tour: bool) -> Result<ExitCode> {
 }
 
 fn vm_toml(guest: &Guest) -> String {
-    let Guest { kernel, initrd, root } = guest;
+    let Guest { kernel, initrd, .. } = guest;
+    let devices = storage::DEVICES;
     format!(
         r#"# The demo's virtual machine, as you would write it.
 name = "demo"
@@ -135,15 +140,18 @@ kernel = {kernel:?}
 initrd = {initrd:?}
 cmdline = "console=ttyS0 root=/dev/vda rw quiet"
 
-[[disk]]
-image = {root:?}
+[pool]
+devices = {devices:?}
 
 [[disk]]
-image = "scratch.img"
-serial = "scratch"
+file = "/system/root.dsk"
 
 [[disk]]
-image = "data.img"
+file = "/scratch/work.dsk"
+serial = "work"
+
+[[disk]]
+file = "/scratch/data.dsk"
 serial = "data"
 queues = 2
 
