@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    DeviceId, DiskConfig, DiskStatus, EventPage, NetConfig, NetStatus, Problem, ProblemKind, Removal,
-    StorageRequest, Vm,
+    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventPage, NetConfig, NetStatus, Problem,
+    ProblemKind, Removal, StorageRequest, Vm,
 };
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -88,6 +88,21 @@ async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, 
         ["v1", "vm"] => match method {
             Method::GET => Ok(json(StatusCode::OK, &context.ask(|vm| Ok(vm.status())).await?)),
             _ => Ok(not_allowed(&method, "GET")),
+        },
+        ["v1", "vm", "disks", id] if method == Method::PATCH => {
+            let id = device_id(id)?;
+            let change: DiskChange = body(request.into_body()).await?;
+            let status = context.ask(move |vm| vm.change_disk(&id, &change)).await?;
+            Ok(json(StatusCode::OK, &status))
+        }
+        ["v1", "vm", "limit-groups", name] => match method {
+            Method::PATCH => {
+                let name = device_id(name)?;
+                let change: DiskLimits = body(request.into_body()).await?;
+                let limits = context.ask(move |vm| vm.change_limits(&name, &change)).await?;
+                Ok(json(StatusCode::OK, &limits))
+            }
+            _ => Ok(not_allowed(&method, "PATCH")),
         },
         ["v1", "vm", "disks", rest @ ..] => devices::<DiskConfig>(context, rest, request).await,
         ["v1", "vm", "nets", rest @ ..] => devices::<NetConfig>(context, rest, request).await,

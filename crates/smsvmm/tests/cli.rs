@@ -76,6 +76,46 @@ fn wrong_usage_and_wrong_configuration_end_with_2_and_say_what_is_right() {
             "`a/b` is not an identifier",
         ),
         (
+            &["vm", "--socket", "s", "set-disk", "disk0"],
+            "say what to change, for example --limit-iops 500",
+        ),
+        (
+            &[
+                "vm",
+                "--socket",
+                "s",
+                "set-disk",
+                "disk0",
+                "--limit-bytes",
+                "fast",
+            ],
+            "`fast` is not a size",
+        ),
+        (
+            &["vm", "--socket", "s", "set-disk", "disk0", "--on-error", "pause"],
+            "`pause` is not what can happen; use report or stop",
+        ),
+        (
+            &["vm", "--socket", "s", "set-limits", "bulk"],
+            "say what to change, for example --limit-iops 500",
+        ),
+        (
+            &["vm", "--socket", "s", "attach-disk", "x", "--limit-iops", "0"],
+            "--limit-iops: 0 would let nothing through",
+        ),
+        (
+            &[
+                "vm",
+                "--socket",
+                "s",
+                "attach-disk",
+                "x",
+                "--limit-bytes-burst",
+                "5M",
+            ],
+            "--limit-bytes-burst: is the burst of a limit that is not there",
+        ),
+        (
             &["vm", "--socket", "s", "attach-disk", "x", "--queues", "99"],
             "--queues: 99 queues are impossible; use 1 to 16",
         ),

@@ -16,25 +16,23 @@ mod tour;
 
 use std::fs;
 use std::io::IsTerminal as _;
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use lab::{Cache, Lab};
 
 use crate::{build, host, setup};
 use shell::Shell;
 use summary::Summary;
 
-/// Where the guest's own files are.
-struct Guest {
-    kernel: PathBuf,
-    initrd: PathBuf,
-    /// Debian's root file system, an image or a block device: only read, and imported.
-    root: PathBuf,
-}
+/// What the guest boots, in the demo's folder: kernel, initrd, and the image of Debian's root file system, which is imported.
+const FILES: [(&str, &str); 3] = [
+    ("bzImage", "vmlinuz"),
+    ("initrd", "initrd.img"),
+    ("root.ext4", "debian.raw"),
+];
 
 /// Sets up, builds, and shows the guest in the right place.
 pub(crate) fn run(tour: bool) -> Result<ExitCode> {
@@ -50,30 +48,26 @@ pub(crate) fn run(tour: bool) -> Result<ExitCode> {
     fs::create_dir_all(&temporary)?;
     let folder = tempfile::Builder::new().prefix("demo.").tempdir_in(temporary)?;
     fs::copy(&smsvmm, folder.path().join("smsvmm"))?;
+    for (file, name) in FILES {
+        // They are only read; a copy would take its time.
+        fs::hard_link(debian.join(file), folder.path().join(name))?;
+    }
     if build::kvm_is_good(&smsvmm) {
         host::step("this machine's KVM runs stock kernels: the guest runs right here");
-        let guest = Guest {
-            kernel: debian.join("bzImage"),
-            initrd: debian.join("initrd"),
-            root: debian.join("root.ext4"),
-        };
         if !tour {
             host::step(&format!(
                 "in another terminal: cd {} && ./smsvmm disk snapshot /system/root.dsk --name now --config vm.toml",
                 folder.path().display()
             ));
         }
-        return show(folder.path(), &guest, tour);
+        return show(folder.path(), tour);
     }
     host::step(
         "this machine's KVM cannot run stock kernels (`smsvmm host check` says why): the guest runs in the lab,",
     );
     host::step("which is emulated in software: expect a minute where a real host takes seconds");
     fs::copy(std::env::current_exe()?, folder.path().join("xtask"))?;
-    let mut lab = Lab::builder()
-        .share(folder.path())
-        .disk(debian.join("root.ext4"))
-        .start()?;
+    let mut lab = Lab::builder().share(folder.path()).start()?;
     let status = if tour {
         lab.run_streaming("./xtask demo-inside --tour", Duration::from_secs(900), host::show)?
     } else {
@@ -84,26 +78,12 @@ pub(crate) fn run(tour: bool) -> Result<ExitCode> {
 
 /// The part in the lab.
 pub(crate) fn inside(tour: bool) -> Result<ExitCode> {
-    let root = PathBuf::from("/dev/vdd");
-    for _ in 0..500 {
-        if root.exists() {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    ensure!(root.exists(), "the lab host sees no disk for the guest's root");
-    let guest = Guest {
-        kernel: "/images/debian/bzImage".into(),
-        initrd: "/images/debian/initrd".into(),
-        root,
-    };
-    show(&std::env::current_dir()?, &guest, tour)
+    show(&std::env::current_dir()?, tour)
 }
 
-/// In a folder that has `smsvmm` in it: writes vm.toml, makes the storage, and runs the guest.
-fn show(folder: &Path, guest: &Guest, tour: bool) -> Result<ExitCode> {
-    symlink(&guest.root, folder.join("debian.raw"))?;
-    fs::write(folder.join("vm.toml"), vm_toml(guest))?;
+/// In a folder that has `smsvmm` and what the guest boots: writes vm.toml, makes the storage, and runs the guest.
+fn show(folder: &Path, tour: bool) -> Result<ExitCode> {
+    fs::write(folder.join("vm.toml"), vm_toml())?;
     let shell = Shell::new(folder)?;
     let mut summary = Summary::new();
     let device = storage::prepare(&shell, &mut summary)?;
@@ -126,8 +106,7 @@ fn show(folder: &Path, guest: &Guest, tour: bool) -> Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
-fn vm_toml(guest: &Guest) -> String {
-    let Guest { kernel, initrd, .. } = guest;
+fn vm_toml() -> String {
     let devices = storage::DEVICES;
     format!(
         r#"# The demo's virtual machine, as you would write it.
@@ -136,8 +115,8 @@ cpus = 2
 memory = "768M"
 
 [boot]
-kernel = {kernel:?}
-initrd = {initrd:?}
+kernel = "vmlinuz"
+initrd = "initrd.img"
 cmdline = "console=ttyS0 root=/dev/vda rw quiet"
 
 [pool]
