@@ -169,8 +169,10 @@ impl api::Vm for Control {
     }
 
     fn resume(&self) -> Result<(), Problem> {
+        self.ask(Request::Resume)?;
+        // Afterwards: a disk that fails again has the machine paused again.
         self.0.opener.settings.resume();
-        self.ask(Request::Resume)
+        Ok(())
     }
 
     fn attach_disk(&self, disk: DiskConfig) -> Result<DiskStatus, Problem> {
