@@ -173,11 +173,12 @@ fn a_disk_that_finds_no_space_stops_the_machine_until_there_is_some() {
 fn what_an_undoable_disk_has_at_power_off_is_kept_committed_or_discarded_as_vm_toml_says() {
     story(|host| {
         pool(host, "256M", "8M")?;
-        let content = |host: &Host| {
+        let content = |host: &Host| -> Result<String> {
             smsvmm(
                 host,
-                &format!("file --devices {DEVICES} read /vm/a.dsk --length 512"),
-            )
+                &format!("disk --devices {DEVICES} export /vm/a.dsk a.raw --force"),
+            )?;
+            Ok(host.run("head -c 16 a.raw")?.text())
         };
         let undecided = |host: &Host| -> Result<bool> {
             Ok(smsvmm(host, &format!("disk --devices {DEVICES} list"))?.contains("undoable"))
