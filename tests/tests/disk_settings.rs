@@ -113,6 +113,25 @@ fn limits_hold_a_guest_back_and_are_changed_while_it_waits() {
         let told = administer(&vm, "vm set-disk disk0 --poll-us 50")?;
         assert!(told.contains("polls for 50 us"), "{told}");
         vm.guest("dd if=/dev/vda of=/dev/null bs=4k count=40 iflag=direct 2> /dev/null")?;
+        // So does one that comes later, with limits of its own.
+        administer(&vm, "disk create /vm/late.dsk --size 16M")?;
+        administer(
+            &vm,
+            "vm attach-disk --file /vm/late.dsk --id late --limit-iops 20 --limit-iops-burst 1 --poll-us 30",
+        )?;
+        vm.guest_until("[ -b /dev/vdc ]")?;
+        let status = administer(&vm, "vm status")?;
+        assert!(
+            status.contains("/vm/late.dsk, 20 requests/s (burst 1), polls for 30 us"),
+            "{status}"
+        );
+        let begin = Instant::now();
+        vm.guest("dd if=/dev/vdc of=/dev/null bs=4k count=40 skip=100 iflag=direct 2> /dev/null")?;
+        assert!(begin.elapsed() > Duration::from_secs(1), "{:?}", begin.elapsed());
+        let refused = administer(&vm, "vm attach-disk --file /vm/none.dsk")
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("there is no disk /vm/none.dsk"), "{refused}");
         assert_eq!(vm.finish()?.exit_code(), Some(0));
         Ok(())
     });

@@ -150,6 +150,8 @@ fn action_of(name: &str) -> Option<Action> {
 /// A kind of device: what is the same for disks and network cards.
 trait Device: DeserializeOwned + Send + 'static {
     const PATH: &'static str;
+    /// Methods for one of them.
+    const METHODS: &'static str;
     type Status: Serialize + Send + 'static;
 
     /// Checks what the machine cannot know to be wrong.
@@ -161,6 +163,7 @@ trait Device: DeserializeOwned + Send + 'static {
 
 impl Device for DiskConfig {
     const PATH: &'static str = "/v1/vm/disks";
+    const METHODS: &'static str = "GET, PATCH, DELETE";
     type Status = DiskStatus;
 
     fn check(&self) -> Result<(), Problem> {
@@ -192,6 +195,7 @@ impl Device for DiskConfig {
 
 impl Device for NetConfig {
     const PATH: &'static str = "/v1/vm/nets";
+    const METHODS: &'static str = "GET, DELETE";
     type Status = NetStatus;
 
     fn check(&self) -> Result<(), Problem> {
@@ -249,7 +253,7 @@ async fn devices<D: Device>(
                 .await
                 .map(|removal| json(StatusCode::ACCEPTED, &removal))
         }
-        ([_], method) => Ok(not_allowed(method, "GET, DELETE")),
+        ([_], method) => Ok(not_allowed(method, D::METHODS)),
         _ => Err(no_such_path(request.uri().path())),
     }
 }

@@ -193,7 +193,11 @@ pub(crate) enum ConsoleName {
 #[derive(Debug, Args)]
 pub(crate) struct DiskArguments {
     /// A raw disk image or a block device.
-    pub(crate) image: PathBuf,
+    #[arg(required_unless_present = "file", conflicts_with = "file")]
+    pub(crate) image: Option<PathBuf>,
+    /// A disk of the machine's pool instead: /vm/data.dsk, or a snapshot, /vm/data.dsk@monday, with --read-only.
+    #[arg(long, value_name = "PATH", conflicts_with = "buffered")]
+    pub(crate) file: Option<String>,
     /// Name within the machine [default: the first free of disk0, disk1, ...].
     #[arg(long)]
     pub(crate) id: Option<DeviceId>,

@@ -200,9 +200,12 @@ fn act(client: &Client, action: &str) -> anyhow::Result<Exit> {
 }
 
 fn attach_disk(client: &Client, arguments: DiskArguments, json: bool) -> anyhow::Result<Exit> {
-    let image = std::path::absolute(&arguments.image).context("cannot find the current folder")?;
-    let defaults = DiskConfig::new(image);
+    let image = arguments.image.as_deref().map(std::path::absolute).transpose();
+    let image = image.context("cannot find the current folder")?;
+    let defaults = DiskConfig::new("");
     let disk = DiskConfig {
+        image,
+        file: arguments.file,
         id: arguments.id.unwrap_or_default(),
         read_only: arguments.read_only,
         serial: arguments.serial,
