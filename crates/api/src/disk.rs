@@ -7,7 +7,9 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::virtual_disk::DiskMode;
-use crate::{ByteSize, DeviceId, DeviceState, InvalidValue, string_type};
+use crate::{
+    AtPowerOff, ByteSize, DeviceId, DeviceState, DiskChange, DiskLimits, InvalidValue, OnError, string_type,
+};
 
 /// A disk to be given to the guest: a `[[disk]]` of vm.toml, the body of `POST /v1/vm/disks`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +27,9 @@ pub struct DiskConfig {
     /// Of a disk of the pool: what becomes of what the guest writes.
     #[serde(default, skip_serializing_if = "is_persistent")]
     pub mode: DiskMode,
+    /// Of an undoable disk: what becomes of what the guest has written when the machine ends; by default it is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_power_off: Option<AtPowerOff>,
     /// How the guest sees the disk.
     #[serde(default)]
     pub bus: DiskBus,
@@ -43,9 +48,19 @@ pub struct DiskConfig {
     /// Bypass the host's page cache (O_DIRECT). Disks of a pool always do.
     #[serde(default = "yes")]
     pub direct: bool,
-    /// How long a queue worker looks for further requests before it sleeps, in microseconds; by default it sleeps at once.
+    /// How long the disk's worker looks for further requests before it sleeps, at most, in microseconds; by default it sleeps at
+    /// once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub poll_us: Option<u32>,
+    /// Limits of its rate.
+    #[serde(default, skip_serializing_if = "DiskLimits::is_empty")]
+    pub limits: DiskLimits,
+    /// The limits that it shares with other disks: a name in `[limit-groups]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_group: Option<DeviceId>,
+    /// What happens when it fails a request.
+    #[serde(default, skip_serializing_if = "OnError::is_default")]
+    pub on_error: OnError,
 }
 
 impl DiskConfig {
@@ -61,6 +76,7 @@ impl DiskConfig {
             image: Some(image.into()),
             file: None,
             mode: DiskMode::default(),
+            at_power_off: None,
             bus: DiskBus::default(),
             read_only: false,
             serial: None,
@@ -68,6 +84,9 @@ impl DiskConfig {
             queue_size: QueueSize::default(),
             direct: true,
             poll_us: None,
+            limits: DiskLimits::default(),
+            limit_group: None,
+            on_error: OnError::default(),
         }
     }
 
@@ -121,6 +140,26 @@ impl DiskConfig {
             }
             _ => {}
         }
+        if self.at_power_off.is_some() && self.mode != DiskMode::Undoable {
+            let text = format!(
+                "is for disks with mode = \"undoable\", and this one is {}",
+                self.mode.name()
+            );
+            return Err(("at-power-off", InvalidValue::new(text)));
+        }
+        if self.at_power_off.is_some() && self.read_only {
+            let text = "is for disks that are written, and this one is read-only";
+            return Err(("at-power-off", InvalidValue::new(text)));
+        }
+        self.limits.check().map_err(|(key, error)| {
+            let key = match key {
+                "iops" => "limits.iops",
+                "iops-burst" => "limits.iops-burst",
+                "bytes" => "limits.bytes",
+                _ => "limits.bytes-burst",
+            };
+            (key, error)
+        })?;
         if !(1..=Self::MAX_QUEUES).contains(&self.queues) {
             return Err((
                 "queues",
@@ -131,16 +170,30 @@ impl DiskConfig {
                 )),
             ));
         }
-        if self.poll_us.is_some_and(|poll| poll > Self::MAX_POLL_US) {
-            return Err((
-                "poll-us",
-                InvalidValue::new(format!(
-                    "polling is limited to {} microseconds",
-                    Self::MAX_POLL_US
-                )),
-            ));
+        self.poll_us.map_or(Ok(()), Self::check_poll)
+    }
+
+    fn check_poll(poll: u32) -> Result<(), (&'static str, InvalidValue)> {
+        if poll > Self::MAX_POLL_US {
+            let text = format!("polling is limited to {} microseconds", Self::MAX_POLL_US);
+            return Err(("poll-us", InvalidValue::new(text)));
         }
         Ok(())
+    }
+
+    /// The disk after a change.
+    ///
+    /// # Errors
+    /// The key of the change that is wrong, and why.
+    pub fn changed(&self, change: &DiskChange) -> Result<Self, (&'static str, InvalidValue)> {
+        let mut config = self.clone();
+        config.limits = self.limits.changed(&change.limits)?;
+        if let Some(poll) = change.poll_us {
+            Self::check_poll(poll)?;
+            config.poll_us = (poll > 0).then_some(poll);
+        }
+        config.on_error = change.on_error.unwrap_or(self.on_error);
+        Ok(config)
     }
 }
 
@@ -268,4 +321,7 @@ pub struct DiskStatus {
     pub state: DeviceState,
     /// What the guest sees as the disk's size.
     pub size: ByteSize,
+    /// Why its requests wait until the machine is resumed (`on-error = "stop"`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
 }

@@ -72,6 +72,13 @@ pub enum EventKind {
         /// Why.
         reason: String,
     },
+    /// A disk with `on-error = "stop"` failed a request: the machine is paused, and the request is tried again when it is resumed.
+    DiskStopped {
+        /// Which.
+        id: DeviceId,
+        /// What the disk said.
+        reason: String,
+    },
     /// The guest wrote a line to the debug port (0xE9).
     DebugLine {
         /// The line.

@@ -8,6 +8,7 @@
 
 mod device;
 mod disk;
+mod disk_controls;
 mod event;
 pub mod file;
 mod net;
@@ -20,6 +21,7 @@ mod vm;
 
 pub use device::{DeviceId, DeviceState, Removal, VmName};
 pub use disk::{DiskBus, DiskConfig, DiskSerial, DiskSource, DiskStatus, QueueSize};
+pub use disk_controls::{AtPowerOff, DiskChange, DiskLimits, OnError};
 pub use event::{Event, EventKind, EventLog, EventPage};
 pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};
 pub use problem::{Problem, ProblemKind};

@@ -1,13 +1,14 @@
 //! A running virtual machine as an administrator sees it: its state, and what can be done to it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use crate::event::EventLog;
 use crate::{
-    ByteSize, DeviceId, DiskConfig, DiskStatus, NetConfig, NetStatus, Problem, StorageAnswer, StorageRequest,
-    VmName,
+    ByteSize, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, NetConfig, NetStatus, Problem,
+    StorageAnswer, StorageRequest, VmName,
 };
 
 /// Where a machine is in its life.
@@ -88,6 +89,9 @@ pub struct VmStatus {
     pub disks: Vec<DiskStatus>,
     /// Its network cards in the order of attachment.
     pub nets: Vec<NetStatus>,
+    /// Limits that disks share.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub limit_groups: BTreeMap<DeviceId, DiskLimits>,
     /// Number of the newest event.
     pub last_event: u64,
 }
@@ -126,7 +130,7 @@ pub trait Vm: Send + Sync {
     /// [`ProblemKind::Stopping`](crate::ProblemKind::Stopping).
     fn pause(&self) -> Result<(), Problem>;
 
-    /// Lets the vCPUs run on. Resuming a running machine succeeds.
+    /// Lets the vCPUs run on, and disks that stopped because of an error try again. Resuming a running machine succeeds.
     ///
     /// # Errors
     /// [`ProblemKind::Stopping`](crate::ProblemKind::Stopping).
@@ -150,6 +154,18 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// There is no such device.
     fn detach(&self, id: &DeviceId) -> Result<(), Problem>;
+
+    /// Changes what can be changed of a disk while the guest uses it.
+    ///
+    /// # Errors
+    /// There is no such disk, or the change is impossible.
+    fn change_disk(&self, id: &DeviceId, change: &DiskChange) -> Result<DiskStatus, Problem>;
+
+    /// Changes the limits that disks share: each that is given, 0 takes one away. Returns what holds now.
+    ///
+    /// # Errors
+    /// There is no such group, or the change is impossible.
+    fn change_limits(&self, group: &DeviceId, change: &DiskLimits) -> Result<DiskLimits, Problem>;
 
     /// Does something with the machine's pool and the disks in it, while the guest uses them. Blocks until it is done.
     ///
@@ -180,11 +196,13 @@ mod tests {
                 config: DiskConfig::new("/images/root.raw"),
                 state: DeviceState::Removing,
                 size: ByteSize::from_mib(64),
+                stopped: None,
             }],
             nets: vec![NetStatus {
                 config: NetConfig::new(NetBackend::User),
                 state: DeviceState::Attached,
             }],
+            limit_groups: BTreeMap::from([("bulk".parse().unwrap(), DiskLimits::default())]),
             last_event: 3,
         };
         let json = serde_json::to_string(&status).unwrap();

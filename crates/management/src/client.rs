@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use api::{
-    DeviceId, DiskConfig, DiskStatus, EventKind, EventPage, NetConfig, NetStatus, Problem, Removal,
-    StorageAnswer, StorageRequest, VmStatus,
+    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage, NetConfig, NetStatus,
+    Problem, Removal, StorageAnswer, StorageRequest, VmStatus,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
@@ -113,6 +113,22 @@ impl Client {
         self.post("/v1/vm/disks", disk, TIMEOUT)
     }
 
+    /// Changes what can be changed of a disk while the guest uses it.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn change_disk(&self, id: &DeviceId, change: &DiskChange) -> Result<DiskStatus, ClientError> {
+        self.patch(&format!("/v1/vm/disks/{id}"), change)
+    }
+
+    /// Changes the limits that disks share; returns what holds now.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn change_limits(&self, group: &DeviceId, change: &DiskLimits) -> Result<DiskLimits, ClientError> {
+        self.patch(&format!("/v1/vm/limit-groups/{group}"), change)
+    }
+
     /// Adds a network card.
     ///
     /// # Errors
@@ -202,8 +218,22 @@ impl Client {
         body: &impl Serialize,
         limit: Duration,
     ) -> Result<T, ClientError> {
+        self.send(&Method::POST, path, body, limit)
+    }
+
+    fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+        self.send(&Method::PATCH, path, body, TIMEOUT)
+    }
+
+    fn send<T: DeserializeOwned>(
+        &self,
+        method: &Method,
+        path: &str,
+        body: &impl Serialize,
+        limit: Duration,
+    ) -> Result<T, ClientError> {
         let body = serde_json::to_vec(body).map_err(|error| ClientError::Broken(error.into()))?;
-        decode(&self.request(&Method::POST, path, body, limit)?)
+        decode(&self.request(method, path, body, limit)?)
     }
 
     fn request(

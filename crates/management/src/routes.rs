@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    DeviceId, DiskConfig, DiskStatus, EventPage, NetConfig, NetStatus, Problem, ProblemKind, Removal,
-    StorageRequest, Vm,
+    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventPage, NetConfig, NetStatus, Problem,
+    ProblemKind, Removal, StorageRequest, Vm,
 };
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -89,6 +89,21 @@ async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, 
             Method::GET => Ok(json(StatusCode::OK, &context.ask(|vm| Ok(vm.status())).await?)),
             _ => Ok(not_allowed(&method, "GET")),
         },
+        ["v1", "vm", "disks", id] if method == Method::PATCH => {
+            let id = device_id(id)?;
+            let change: DiskChange = body(request.into_body()).await?;
+            let status = context.ask(move |vm| vm.change_disk(&id, &change)).await?;
+            Ok(json(StatusCode::OK, &status))
+        }
+        ["v1", "vm", "limit-groups", name] => match method {
+            Method::PATCH => {
+                let name = device_id(name)?;
+                let change: DiskLimits = body(request.into_body()).await?;
+                let limits = context.ask(move |vm| vm.change_limits(&name, &change)).await?;
+                Ok(json(StatusCode::OK, &limits))
+            }
+            _ => Ok(not_allowed(&method, "PATCH")),
+        },
         ["v1", "vm", "disks", rest @ ..] => devices::<DiskConfig>(context, rest, request).await,
         ["v1", "vm", "nets", rest @ ..] => devices::<NetConfig>(context, rest, request).await,
         ["v1", "vm", action] => {
@@ -135,6 +150,8 @@ fn action_of(name: &str) -> Option<Action> {
 /// A kind of device: what is the same for disks and network cards.
 trait Device: DeserializeOwned + Send + 'static {
     const PATH: &'static str;
+    /// Methods for one of them.
+    const METHODS: &'static str;
     type Status: Serialize + Send + 'static;
 
     /// Checks what the machine cannot know to be wrong.
@@ -146,6 +163,7 @@ trait Device: DeserializeOwned + Send + 'static {
 
 impl Device for DiskConfig {
     const PATH: &'static str = "/v1/vm/disks";
+    const METHODS: &'static str = "GET, PATCH, DELETE";
     type Status = DiskStatus;
 
     fn check(&self) -> Result<(), Problem> {
@@ -177,6 +195,7 @@ impl Device for DiskConfig {
 
 impl Device for NetConfig {
     const PATH: &'static str = "/v1/vm/nets";
+    const METHODS: &'static str = "GET, DELETE";
     type Status = NetStatus;
 
     fn check(&self) -> Result<(), Problem> {
@@ -234,7 +253,7 @@ async fn devices<D: Device>(
                 .await
                 .map(|removal| json(StatusCode::ACCEPTED, &removal))
         }
-        ([_], method) => Ok(not_allowed(method, "GET, DELETE")),
+        ([_], method) => Ok(not_allowed(method, D::METHODS)),
         _ => Err(no_such_path(request.uri().path())),
     }
 }

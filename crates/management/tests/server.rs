@@ -1,6 +1,7 @@
 //! The server, asked by raw bytes and by the client, for a machine that only remembers.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -8,8 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventKind, EventLog, NetBackend, NetConfig,
-    NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Vm, VmState, VmStatus,
+    ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventLog,
+    NetBackend, NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Vm, VmState,
+    VmStatus,
 };
 use management::{Client, ClientError, Removed, Server, ServerHandle};
 
@@ -32,6 +34,7 @@ impl FakeVm {
             memory: ByteSize::from_mib(64),
             disks: Vec::new(),
             nets: Vec::new(),
+            limit_groups: BTreeMap::new(),
             last_event: 0,
         };
         Arc::new(Self {
@@ -92,6 +95,7 @@ impl Vm for FakeVm {
             },
             state: DeviceState::Attached,
             size: ByteSize::from_mib(1),
+            stopped: None,
         };
         status.disks.push(disk.clone());
         Ok(disk)
@@ -111,6 +115,22 @@ impl Vm for FakeVm {
 
     fn detach(&self, id: &DeviceId) -> Result<(), Problem> {
         self.note(&format!("detach {id}"))
+    }
+
+    fn change_disk(&self, id: &DeviceId, change: &DiskChange) -> Result<DiskStatus, Problem> {
+        let mut status = self.status.lock().unwrap();
+        let disk = status.disks.iter_mut().find(|disk| disk.config.id == *id);
+        let disk = disk.ok_or_else(|| Problem::new(ProblemKind::NotFound, "no such disk"))?;
+        disk.config = disk
+            .config
+            .changed(change)
+            .map_err(|(key, error)| Problem::new(ProblemKind::Invalid, error.to_string()).about(key))?;
+        Ok(disk.clone())
+    }
+
+    fn change_limits(&self, group: &DeviceId, change: &DiskLimits) -> Result<DiskLimits, Problem> {
+        self.note(&format!("limits of {group}"))?;
+        Ok(*change)
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
@@ -201,6 +221,50 @@ fn status_and_actions_reach_the_machine() {
         (problem.kind, problem.status, problem.remedy.as_deref()),
         (ProblemKind::Conflict, 409, Some("later"))
     );
+}
+
+#[test]
+fn disks_and_groups_are_changed_while_they_are_in_use() {
+    let setup = setup();
+    let disk = setup
+        .client
+        .attach_disk(&DiskConfig::new("/images/a.raw"))
+        .unwrap();
+    let limits = DiskLimits {
+        iops: Some(500),
+        ..DiskLimits::default()
+    };
+    let change = DiskChange {
+        limits,
+        poll_us: Some(20),
+        on_error: None,
+    };
+    let changed = setup.client.change_disk(&disk.config.id, &change).unwrap();
+    assert_eq!(
+        (changed.config.limits, changed.config.poll_us),
+        (limits, Some(20))
+    );
+    let wrong = DiskChange {
+        poll_us: Some(1 << 30),
+        ..DiskChange::default()
+    };
+    let problem = problem_of(setup.client.change_disk(&disk.config.id, &wrong));
+    assert_eq!(problem.kind, ProblemKind::Invalid, "{problem}");
+    let problem = problem_of(setup.client.change_disk(&"disk7".parse().unwrap(), &change));
+    assert_eq!(problem.kind, ProblemKind::NotFound);
+    let bulk = "bulk".parse().unwrap();
+    assert_eq!(setup.client.change_limits(&bulk, &limits).unwrap(), limits);
+    assert_eq!(setup.vm.calls.lock().unwrap().as_slice(), ["limits of bulk"]);
+    let (status, body) = raw(
+        &setup.path,
+        &request("PATCH", "/v1/vm/disks/disk0", "{\"speed\": 5}"),
+    );
+    assert!(
+        status.contains("400") && body.contains("speed"),
+        "{status} {body}"
+    );
+    let (status, _) = raw(&setup.path, &request("PATCH", "/v1/vm/nets/net0", "{}"));
+    assert!(status.contains("405"), "{status}");
 }
 
 #[test]

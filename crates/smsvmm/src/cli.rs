@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use api::{DeviceId, DiskSerial, MacAddress, NetBackend, PortForward, QueueSize, Seconds, TapName};
+use api::{
+    ByteSize, DeviceId, DiskLimits, DiskSerial, MacAddress, NetBackend, OnError, PortForward, QueueSize,
+    Seconds, TapName,
+};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::share::ShareCommand;
@@ -131,12 +134,26 @@ pub(crate) enum VmCommand {
     Reset,
     /// Stop its processors.
     Pause,
-    /// Let its processors run on.
+    /// Let its processors run on, and a disk that stopped because of an error try again.
     Resume,
     /// Add a disk.
     AttachDisk(DiskArguments),
     /// Add a network card.
     AttachNet(NetArguments),
+    /// Change a disk while the guest uses it: limits of its rate, polling, what happens when it fails. What is not named stays.
+    SetDisk {
+        /// The disk's identifier; `smsvmm vm status` lists them.
+        id: DeviceId,
+        #[command(flatten)]
+        settings: DiskSettingArguments,
+    },
+    /// Change limits that disks share, which [limit-groups] in vm.toml names. What is not named stays.
+    SetLimits {
+        /// The group's name.
+        group: DeviceId,
+        #[command(flatten)]
+        limits: LimitArguments,
+    },
     /// Ask the guest to let a disk or network card go, and wait until it has.
     Detach {
         /// The device's identifier; `smsvmm vm status` lists them.
@@ -176,7 +193,11 @@ pub(crate) enum ConsoleName {
 #[derive(Debug, Args)]
 pub(crate) struct DiskArguments {
     /// A raw disk image or a block device.
-    pub(crate) image: PathBuf,
+    #[arg(required_unless_present = "file", conflicts_with = "file")]
+    pub(crate) image: Option<PathBuf>,
+    /// A disk of the machine's pool instead: /vm/data.dsk, or a snapshot, /vm/data.dsk@monday, with --read-only.
+    #[arg(long, value_name = "PATH", conflicts_with = "buffered")]
+    pub(crate) file: Option<String>,
     /// Name within the machine [default: the first free of disk0, disk1, ...].
     #[arg(long)]
     pub(crate) id: Option<DeviceId>,
@@ -195,9 +216,52 @@ pub(crate) struct DiskArguments {
     /// Use the host's page cache.
     #[arg(long)]
     pub(crate) buffered: bool,
-    /// Look for further requests for this long before sleeping.
+    #[command(flatten)]
+    pub(crate) settings: DiskSettingArguments,
+    /// Share these limits, which [limit-groups] in vm.toml names, with other disks.
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) limit_group: Option<DeviceId>,
+}
+
+/// What can be changed of a disk while it is used.
+#[derive(Debug, Args)]
+pub(crate) struct DiskSettingArguments {
+    #[command(flatten)]
+    pub(crate) limits: LimitArguments,
+    /// Look for further requests for at most this long before sleeping, as long as that pays; 0: sleep at once.
     #[arg(long, value_name = "MICROSECONDS")]
     pub(crate) poll_us: Option<u32>,
+    /// When the disk fails a request: report it to the guest, or stop the machine until `smsvmm vm resume`.
+    #[arg(long, value_name = "report|stop")]
+    pub(crate) on_error: Option<OnError>,
+}
+
+/// Limits of a rate; 0 takes one away.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct LimitArguments {
+    /// At most so many requests per second; 0: no limit.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) limit_iops: Option<u64>,
+    /// So many requests may come at once after a pause [default: what comes in a tenth of a second].
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) limit_iops_burst: Option<u64>,
+    /// At most so many bytes per second, for example 50M; 0: no limit.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) limit_bytes: Option<ByteSize>,
+    /// So many bytes may come at once after a pause [default: what comes in a tenth of a second].
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) limit_bytes_burst: Option<ByteSize>,
+}
+
+impl LimitArguments {
+    pub(crate) fn limits(self) -> DiskLimits {
+        DiskLimits {
+            iops: self.limit_iops,
+            iops_burst: self.limit_iops_burst,
+            bytes: self.limit_bytes,
+            bytes_burst: self.limit_bytes_burst,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

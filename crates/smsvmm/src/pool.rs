@@ -2,13 +2,12 @@
 
 use std::error::Error;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context;
-use api::{ByteSize, DiskConfig, Problem, ProblemKind, StorageAnswer, StorageRequest};
+use api::{AtPowerOff, ByteSize, DiskConfig, Problem, ProblemKind, StorageAnswer, StorageRequest};
 use block_io::WorkerOptions;
-use storage_manager::{DevicePaths, DiskOptions, HostedPool};
-use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions};
+use storage_manager::{DevicePaths, DiskOptions, HostedPool, PowerOff};
+use storage_virtualizer::virtio_blk::{DiskControls, VirtioBlk, VirtioBlkOptions};
 use vmm::config::VmConfig;
 use vmm::machine::{self, PoolDisk, PoolDisks};
 use vmm::sandbox::{Kind, Sandbox};
@@ -55,14 +54,7 @@ impl VmPool {
     /// Opens the pool that the configuration names, if it names one, and confines its worker.
     pub(crate) fn open(config: &VmConfig, sandbox: &Sandbox) -> anyhow::Result<Option<Arc<Self>>> {
         let Some(pool) = &config.pool else { return Ok(None) };
-        // One worker serves all disks of the pool.
-        let poll = config.disks.iter().filter(|disk| disk.file.is_some());
-        let poll = poll.filter_map(|disk| disk.poll_us).max().unwrap_or(0);
-        let options = WorkerOptions {
-            busy_poll: Duration::from_micros(poll.into()),
-            ..WorkerOptions::default()
-        };
-        let open = open("io-pool", pool.devices.clone(), options)?;
+        let open = open("io-pool", pool.devices.clone(), WorkerOptions::default())?;
         open.confine(sandbox.thread(Kind::PoolWorker))
             .context("cannot confine the pool's worker")?;
         Ok(Some(Arc::new(Self(open))))
@@ -75,12 +67,21 @@ impl VmPool {
 }
 
 impl PoolDisks for VmPool {
-    fn open(&self, config: &DiskConfig) -> Result<PoolDisk, Box<dyn Error + Send + Sync>> {
+    fn open(
+        &self,
+        config: &DiskConfig,
+        controls: Arc<DiskControls>,
+    ) -> Result<PoolDisk, Box<dyn Error + Send + Sync>> {
         let path = config.file.as_deref().unwrap_or_default();
         let disk = self.0.disk(
             path,
             DiskOptions {
                 mode: storage_manager::disk_mode(config.mode),
+                power_off: match config.at_power_off.unwrap_or_default() {
+                    AtPowerOff::Keep => PowerOff::Keep,
+                    AtPowerOff::Commit => PowerOff::Commit,
+                    AtPowerOff::Discard => PowerOff::Discard,
+                },
                 read_only: config.read_only,
                 ..DiskOptions::default()
             },
@@ -94,7 +95,7 @@ impl PoolDisks for VmPool {
             serial: machine::serial(config),
             queues: u16::from(config.queues),
             queue_size: config.queue_size.get(),
-            ..VirtioBlkOptions::default()
+            controls,
         };
         let device = VirtioBlk::new(disk.handle().clone(), &options, vec![self.0.worker().clone()])?;
         let handle = device.handle();

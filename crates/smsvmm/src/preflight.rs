@@ -8,7 +8,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use api::virtual_disk::DiskOperation;
+use api::Problem;
+use api::virtual_disk::VirtualDiskStatus;
 use block_io::{BlockDevice, HostDevice, OpenOptions};
 use serde::Serialize;
 use storage_manager::Flow;
@@ -53,8 +54,12 @@ pub(crate) fn report(config: &VmConfig, json: bool) -> anyhow::Result<Exit> {
 fn examine(config: &VmConfig) -> Vec<Finding> {
     let mut findings = vec![kvm(), kernel(config), memory(config)];
     findings.extend(processors(config));
-    findings.extend(pool(config));
-    findings.extend(config.disks.iter().map(|disk| self::disk(config, disk)));
+    let (pool, mut pool_disks) = pool(config);
+    findings.extend(pool);
+    findings.extend(config.disks.iter().map(|disk| match &disk.file {
+        Some(file) => pool_disk(disk, file, pool_disks.next()),
+        None => image(disk),
+    }));
     findings.extend(config.nets.iter().map(net));
     findings.extend(console("console.serial", &config.console.serial));
     findings.extend(
@@ -162,54 +167,67 @@ pub(crate) fn check_processors(config: &VmConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Looks at the pool without changing anything.
-fn pool(config: &VmConfig) -> Option<Finding> {
+/// Looks at the pool and, in the order of the configuration, at the disks in it, without changing anything.
+fn pool(
+    config: &VmConfig,
+) -> (
+    Option<Finding>,
+    impl Iterator<Item = Result<VirtualDiskStatus, Problem>>,
+) {
     const TOPIC: &str = "pool";
-    let pool = config.pool.as_ref()?;
-    Some(
-        match storage_manager::status(pool.devices.clone(), &mut |_| Flow::GoOn) {
-            Ok(status) => Finding::ok(
-                TOPIC,
-                format!(
-                    "{}: {} devices, {} volumes",
-                    status.name,
-                    status.devices.len(),
-                    status.volumes.len()
-                ),
-            ),
-            Err(problem) => {
-                let remedy = problem.remedy.clone().unwrap_or_default();
-                Finding::fail(TOPIC, problem.detail, remedy)
-            }
-        },
-    )
-}
-
-/// Looks for a disk of the pool.
-fn pool_disk(config: &VmConfig, disk: &DiskConfig, file: &str) -> Finding {
-    const TOPIC: &str = "disk";
-    let devices = config.pool.as_ref().map(|pool| pool.devices.clone());
-    let (path, _) = file.split_once('@').unwrap_or((file, ""));
-    let operation = DiskOperation::Status {
-        path: path.to_owned(),
+    let Some(pool) = &config.pool else {
+        return (None, Vec::new().into_iter());
     };
-    match storage_manager::execute_disk(devices.unwrap_or_default(), operation, &mut |_| Flow::GoOn) {
-        Ok(_) => Finding::ok(
-            TOPIC,
-            format!("{}: {file} in the pool, {}", disk.id, disk.mode.name()),
-        ),
+    let files = config.disks.iter().filter_map(|disk| disk.file.as_deref());
+    let disks = files.map(|file| file.split_once('@').map_or(file, |(disk, _)| disk).to_owned());
+    match storage_manager::look_at_disks(pool.devices.clone(), disks.collect(), &mut |_| Flow::GoOn) {
+        Ok((status, disks)) => {
+            let text = format!(
+                "{}: {} devices, {} volumes",
+                status.name,
+                status.devices.len(),
+                status.volumes.len()
+            );
+            (Some(Finding::ok(TOPIC, text)), disks.into_iter())
+        }
         Err(problem) => {
-            let remedy = problem.remedy.clone();
-            let remedy = remedy.unwrap_or_else(|| "`smsvmm disk list` shows what there is".to_owned());
-            Finding::fail(TOPIC, format!("{}: {}", disk.id, problem.detail), remedy)
+            let remedy = problem.remedy.clone().unwrap_or_default();
+            let finding = Finding::fail(TOPIC, problem.detail, remedy);
+            (Some(finding), Vec::new().into_iter())
         }
     }
 }
 
-fn disk(config: &VmConfig, disk: &DiskConfig) -> Finding {
+/// What was found of a disk of the pool; nothing if the pool cannot be opened.
+fn pool_disk(disk: &DiskConfig, file: &str, found: Option<Result<VirtualDiskStatus, Problem>>) -> Finding {
+    const TOPIC: &str = "disk";
+    match found {
+        Some(Ok(_)) => Finding::ok(
+            TOPIC,
+            format!("{}: {file} in the pool, {}", disk.id, disk.mode.name()),
+        ),
+        Some(Err(problem)) => {
+            let remedy = problem.remedy.clone();
+            let remedy = remedy.unwrap_or_else(|| "`smsvmm disk list` shows what there is".to_owned());
+            Finding::fail(TOPIC, format!("{}: {}", disk.id, problem.detail), remedy)
+        }
+        None => Finding::fail(
+            TOPIC,
+            format!("{}: {file} is in a pool that cannot be opened", disk.id),
+            "see pool above",
+        ),
+    }
+}
+
+fn image(disk: &DiskConfig) -> Finding {
     const TOPIC: &str = "disk";
     let Some(image) = &disk.image else {
-        return pool_disk(config, disk, disk.file.as_deref().unwrap_or_default());
+        // The configuration was checked.
+        return Finding::fail(
+            TOPIC,
+            format!("{}: lies on nothing", disk.id),
+            "give it an image or a file",
+        );
     };
     let path = image.display();
     let options = OpenOptions {

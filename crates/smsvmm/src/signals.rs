@@ -143,8 +143,8 @@ mod tests {
     use std::sync::mpsc;
 
     use api::{
-        DeviceId, DiskConfig, DiskStatus, EventLog, NetConfig, NetStatus, Problem, ProblemKind,
-        StorageAnswer, StorageRequest, VmStatus,
+        DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, NetConfig, NetStatus, Problem,
+        ProblemKind, StorageAnswer, StorageRequest, VmStatus,
     };
 
     use super::*;
@@ -212,6 +212,14 @@ mod tests {
         }
 
         fn detach(&self, _id: &DeviceId) -> Result<(), Problem> {
+            never()
+        }
+
+        fn change_disk(&self, _id: &DeviceId, _change: &DiskChange) -> Result<DiskStatus, Problem> {
+            never()
+        }
+
+        fn change_limits(&self, _group: &DeviceId, _change: &DiskLimits) -> Result<DiskLimits, Problem> {
             never()
         }
 

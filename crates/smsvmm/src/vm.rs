@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use api::{DeviceState, DiskConfig, Event, EventKind, NetConfig, VmStatus};
+use api::{DeviceState, DiskChange, DiskConfig, DiskLimits, Event, EventKind, NetConfig, OnError, VmStatus};
 use management::{Client, ClientError, Removed};
 use serde_json::json;
 use vmm::config::VmConfig;
 
-use crate::cli::{DiskArguments, NetArguments, VmArguments, VmCommand};
+use crate::cli::{DiskArguments, DiskSettingArguments, NetArguments, VmArguments, VmCommand};
 use crate::exit::{Exit, UsageError};
 use crate::output::{print, print_json};
 use crate::terminal;
@@ -38,6 +38,8 @@ pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
         VmCommand::Resume => act(&client, "resume"),
         VmCommand::AttachDisk(arguments) => attach_disk(&client, arguments, json),
         VmCommand::AttachNet(arguments) => attach_net(&client, arguments, json),
+        VmCommand::SetDisk { id, settings } => set_disk(&client, &id, &settings, json),
+        VmCommand::SetLimits { group, limits } => set_limits(&client, &group, &limits.limits(), json),
         VmCommand::Detach { id, timeout, no_wait } => {
             detach(&client, &id, (!no_wait).then_some(timeout.duration()), json)
         }
@@ -95,9 +97,10 @@ fn describe(status: &VmStatus) -> Result<String, std::fmt::Error> {
     for disk in &status.disks {
         let config = &disk.config;
         let mode = if config.read_only { ", read-only" } else { "" };
+        let settings = settings_of(config);
         writeln!(
             text,
-            "disk  {:12} {:9} {:>8}  {}{mode}",
+            "disk  {:12} {:9} {:>8}  {}{mode}{settings}",
             config.id,
             state(disk.state),
             disk.size,
@@ -106,6 +109,15 @@ fn describe(status: &VmStatus) -> Result<String, std::fmt::Error> {
                 .map(|source| source.to_string())
                 .unwrap_or_default()
         )?;
+        if let Some(reason) = &disk.stopped {
+            writeln!(
+                text,
+                "      stopped: {reason}; `smsvmm vm resume` has it tried again"
+            )?;
+        }
+    }
+    for (name, limits) in &status.limit_groups {
+        writeln!(text, "limits {name:11} {}", limits_in_words(limits))?;
     }
     for net in &status.nets {
         let config = &net.config;
@@ -122,6 +134,39 @@ fn describe(status: &VmStatus) -> Result<String, std::fmt::Error> {
         )?;
     }
     Ok(text)
+}
+
+/// What is set for a disk, other than usual.
+fn settings_of(config: &DiskConfig) -> String {
+    let mut text = String::new();
+    if !config.limits.is_empty() {
+        text = format!(", {}", limits_in_words(&config.limits));
+    }
+    if let Some(group) = &config.limit_group {
+        text += &format!(", limits of {group}");
+    }
+    if let Some(poll) = config.poll_us {
+        text += &format!(", polls for {poll} us");
+    }
+    if config.on_error == OnError::Stop {
+        text += ", stops on error";
+    }
+    text
+}
+
+fn limits_in_words(limits: &DiskLimits) -> String {
+    let operations = limits
+        .operation_rate()
+        .map(|(rate, burst)| format!("{rate} requests/s (burst {burst})"));
+    let size = api::ByteSize::from_bytes;
+    let bytes = limits
+        .byte_rate()
+        .map(|(rate, burst)| format!("{}/s (burst {})", size(rate), size(burst)));
+    let parts: Vec<String> = operations.into_iter().chain(bytes).collect();
+    match parts.is_empty() {
+        true => "no limit".to_owned(),
+        false => parts.join(", "),
+    }
 }
 
 /// 93784 as "1d 2h 3m 4s", without leading zeroes.
@@ -155,16 +200,22 @@ fn act(client: &Client, action: &str) -> anyhow::Result<Exit> {
 }
 
 fn attach_disk(client: &Client, arguments: DiskArguments, json: bool) -> anyhow::Result<Exit> {
-    let image = std::path::absolute(&arguments.image).context("cannot find the current folder")?;
-    let defaults = DiskConfig::new(image);
+    let image = arguments.image.as_deref().map(std::path::absolute).transpose();
+    let image = image.context("cannot find the current folder")?;
+    let defaults = DiskConfig::new("");
     let disk = DiskConfig {
+        image,
+        file: arguments.file,
         id: arguments.id.unwrap_or_default(),
         read_only: arguments.read_only,
         serial: arguments.serial,
         queues: arguments.queues,
         queue_size: arguments.queue_size.unwrap_or(defaults.queue_size),
         direct: !arguments.buffered,
-        poll_us: arguments.poll_us,
+        poll_us: arguments.settings.poll_us.filter(|poll| *poll > 0),
+        limits: arguments.settings.limits.limits(),
+        limit_group: arguments.limit_group,
+        on_error: arguments.settings.on_error.unwrap_or_default(),
         ..defaults
     };
     disk.check().map_err(wrong_argument)?;
@@ -173,6 +224,51 @@ fn attach_disk(client: &Client, arguments: DiskArguments, json: bool) -> anyhow:
         print_json(&status)?;
     } else {
         print(&format!("{}\n", status.config.id))?;
+    }
+    Ok(Exit::Success)
+}
+
+fn set_disk(
+    client: &Client,
+    id: &api::DeviceId,
+    settings: &DiskSettingArguments,
+    json: bool,
+) -> anyhow::Result<Exit> {
+    let change = DiskChange {
+        limits: settings.limits.limits(),
+        poll_us: settings.poll_us,
+        on_error: settings.on_error,
+    };
+    if change == DiskChange::default() {
+        return Err(
+            UsageError::new("say what to change, for example --limit-iops 500 or --poll-us 50").into(),
+        );
+    }
+    let status = client.change_disk(id, &change)?;
+    if json {
+        print_json(&status)?;
+    } else {
+        let settings = settings_of(&status.config);
+        let shown = settings.strip_prefix(", ").unwrap_or("no limit");
+        print(&format!("{id}: {shown}\n"))?;
+    }
+    Ok(Exit::Success)
+}
+
+fn set_limits(
+    client: &Client,
+    group: &api::DeviceId,
+    limits: &DiskLimits,
+    json: bool,
+) -> anyhow::Result<Exit> {
+    if limits.is_empty() {
+        return Err(UsageError::new("say what to change, for example --limit-iops 500").into());
+    }
+    let limits = client.change_limits(group, limits)?;
+    if json {
+        print_json(&limits)?;
+    } else {
+        print(&format!("{group}: {}\n", limits_in_words(&limits)))?;
     }
     Ok(Exit::Success)
 }
@@ -201,7 +297,7 @@ fn attach_net(client: &Client, arguments: NetArguments, json: bool) -> anyhow::R
 }
 
 fn wrong_argument((key, error): (&'static str, api::InvalidValue)) -> UsageError {
-    UsageError::new(format!("--{key}: {error}"))
+    UsageError::new(format!("--{}: {error}", key.replace("limits.", "limit-")))
 }
 
 fn detach(
@@ -279,6 +375,7 @@ fn line_of(event: &Event) -> String {
             format!("{id}: the guest does not let it go: {reason}")
         }
         EventKind::DeviceFailed { id, reason } => format!("{id} failed: {reason}"),
+        EventKind::DiskStopped { id, reason } => format!("{id} stopped: {reason}"),
         EventKind::DebugLine { text, microseconds } => format!("debug port after {microseconds} us: {text}"),
         EventKind::Stopped { reason } => reason.to_string(),
     };

@@ -76,6 +76,46 @@ fn wrong_usage_and_wrong_configuration_end_with_2_and_say_what_is_right() {
             "`a/b` is not an identifier",
         ),
         (
+            &["vm", "--socket", "s", "set-disk", "disk0"],
+            "say what to change, for example --limit-iops 500",
+        ),
+        (
+            &[
+                "vm",
+                "--socket",
+                "s",
+                "set-disk",
+                "disk0",
+                "--limit-bytes",
+                "fast",
+            ],
+            "`fast` is not a size",
+        ),
+        (
+            &["vm", "--socket", "s", "set-disk", "disk0", "--on-error", "pause"],
+            "`pause` is not what can happen; use report or stop",
+        ),
+        (
+            &["vm", "--socket", "s", "set-limits", "bulk"],
+            "say what to change, for example --limit-iops 500",
+        ),
+        (
+            &["vm", "--socket", "s", "attach-disk", "x", "--limit-iops", "0"],
+            "--limit-iops: 0 would let nothing through",
+        ),
+        (
+            &[
+                "vm",
+                "--socket",
+                "s",
+                "attach-disk",
+                "x",
+                "--limit-bytes-burst",
+                "5M",
+            ],
+            "--limit-bytes-burst: is the burst of a limit that is not there",
+        ),
+        (
             &["vm", "--socket", "s", "attach-disk", "x", "--queues", "99"],
             "--queues: 99 queues are impossible; use 1 to 16",
         ),
@@ -142,6 +182,49 @@ fn a_dry_run_names_every_problem_and_shows_the_effective_configuration() {
     assert_eq!(
         answer["configuration"]["boot"]["kernel"],
         folder.path().join("vmlinuz").to_str().unwrap()
+    );
+}
+
+#[test]
+fn a_dry_run_finds_each_disk_of_the_pool_or_says_what_is_wrong_with_it() {
+    let folder = folder(&format!(
+        "{VM}[pool]\ndevices = [\"d0\", \"d1\"]\n[[disk]]\nfile = \"/none.dsk\"\n[[disk]]\nimage = \"none.raw\"\n\
+         [[disk]]\nfile = \"/a.dsk\"\nmode = \"append\"\n[[disk]]\nfile = \"/a.dsk@monday\"\nread-only = true\n"
+    ));
+    let path = folder.path();
+    for device in ["d0", "d1"] {
+        fs::File::create(path.join(device))
+            .unwrap()
+            .set_len(256 << 20)
+            .unwrap();
+    }
+    for command in [
+        "pool create tank d0 d1",
+        "file format --config vm.toml",
+        "volume create data --layout mirror --size 64M --config vm.toml",
+        "disk create /a.dsk --size 32M --config vm.toml",
+        "disk snapshot /a.dsk --name monday --config vm.toml",
+    ] {
+        let words: Vec<&str> = command.split_whitespace().collect();
+        let output = smsvmm(path, &words);
+        assert_eq!(status(&output), 0, "{command}: {}", stderr(&output));
+    }
+    let text = stdout(&smsvmm(path, &["run", "vm.toml", "--dry-run"]));
+    for part in [
+        "tank: 2 devices, 2 volumes",
+        "disk0: there is no disk /none.dsk",
+        "none.raw: No such file or directory",
+        "disk2: /a.dsk in the pool, append",
+        "disk3: /a.dsk@monday in the pool",
+    ] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    fs::remove_file(path.join("d0")).unwrap();
+    fs::remove_file(path.join("d1")).unwrap();
+    let text = stdout(&smsvmm(path, &["run", "vm.toml", "--dry-run"]));
+    assert!(
+        text.contains("disk2: /a.dsk is in a pool that cannot be opened"),
+        "{text}"
     );
 }
 

@@ -64,6 +64,31 @@ const IN_THE_FILE: &[(&str, &str, &str)] = &[
         "\"root.raw\"\nreadonly = true",
         "vm.toml:13: disk.0.readonly: unknown key; did you mean `read-only`?",
     ),
+    (
+        "\"root.raw\"",
+        "\"root.raw\"\nlimits = { iops = 0 }",
+        "vm.toml:13: disk.0.limits.iops: 0 would let nothing through; leave it out for no limit",
+    ),
+    (
+        "\"root.raw\"",
+        "\"root.raw\"\nlimits = { bytes = \"fast\" }",
+        "vm.toml:13: disk.0.limits.bytes: `fast` is not a size; write a whole number with a binary unit",
+    ),
+    (
+        "\"root.raw\"",
+        "\"root.raw\"\nlimit-group = \"bulk\"",
+        "vm.toml:13: disk.0.limit-group: there is no `bulk`; make it by [limit-groups.bulk] with iops or bytes",
+    ),
+    (
+        "\"root.raw\"",
+        "\"root.raw\"\non-error = \"pause\"",
+        "vm.toml:13: disk.0.on-error: `pause` is not known here; use `report`, `stop`",
+    ),
+    (
+        "\"root.raw\"",
+        "\"root.raw\"\nat-power-off = \"commit\"",
+        "vm.toml:13: disk.0.at-power-off: is for disks with mode = \"undoable\", and this one is persistent",
+    ),
     ("t.sock", "serial.log", "vm.toml:9: management.socket: "),
 ];
 
@@ -85,6 +110,14 @@ const ON_THE_COMMAND_LINE: &[(&str, &str)] = &[
     (
         "disk.+.image=root.raw",
         "--set disk.+.image=root.raw: disk.1.image: ",
+    ),
+    (
+        "disk.0.poll-us=99999",
+        "--set disk.0.poll-us=99999: disk.0.poll-us: polling is limited to 10000 microseconds",
+    ),
+    (
+        "disk.0.limits.iops-burst=5",
+        "--set disk.0.limits.iops-burst=5: disk.0.limits.iops-burst: is the burst of a limit that is not there; give `iops`",
     ),
     ("nothing=1", "--set nothing=1: nothing: unknown key; "),
 ];

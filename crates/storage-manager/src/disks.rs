@@ -3,7 +3,8 @@
 use std::rc::Rc;
 
 use api::file::AttributeChanges;
-use api::virtual_disk::{ChangedRange, DiskAnswer, DiskOperation, DiskOutcome};
+use api::storage::PoolStatus;
+use api::virtual_disk::{ChangedRange, DiskAnswer, DiskOperation, DiskOutcome, VirtualDiskStatus};
 use api::{Problem, ProblemKind};
 use block_io::WorkerClock;
 use filesys::{Kind, RangeKind};
@@ -14,6 +15,7 @@ use crate::device::DevicePaths;
 use crate::disks_view as view;
 use crate::file_view;
 use crate::files::walk;
+use crate::offline;
 use crate::problem::{of_disks, of_files};
 use crate::storage::{Access, Storage, Volume, now};
 
@@ -92,6 +94,32 @@ pub fn execute_disk(
     })
 }
 
+/// How a pool and some of its disks are; it is opened once, and only read.
+///
+/// # Errors
+/// It cannot be opened. What is wrong with a disk stands in its place.
+pub fn look_at_disks(
+    paths: DevicePaths,
+    disks: Vec<String>,
+    notify: &mut dyn FnMut(Notice<'_>) -> Flow,
+) -> Result<(PoolStatus, Vec<Result<VirtualDiskStatus, Problem>>), Problem> {
+    on_worker(notify, |_| async move {
+        let storage = Storage::open(&paths, Access::Read).await?;
+        let pool = offline::status_of(&storage);
+        let mut found = Vec::new();
+        for path in &disks {
+            found.push(Box::pin(status(&storage, path)).await);
+        }
+        storage.end(Ok(())).await?;
+        Ok((pool, found))
+    })
+}
+
+async fn status(storage: &Storage, path: &str) -> Result<VirtualDiskStatus, Problem> {
+    let state = Box::pin(storage.disks()?.status(path)).await.map_err(failed)?;
+    Ok(view::status(storage.files()?, &state))
+}
+
 async fn perform(
     storage: &Storage,
     operation: DiskOperation,
@@ -164,8 +192,7 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
     match operation {
         DiskOperation::List { path } => Box::pin(list(storage, &path)).await,
         DiskOperation::Status { path } => {
-            let state = Box::pin(disks.status(&path)).await.map_err(failed)?;
-            let status = view::status(storage.files()?, &state);
+            let status = Box::pin(status(storage, &path)).await?;
             Ok(DiskAnswer::Status(Box::new(status)))
         }
         DiskOperation::Changed { path, since, until } => {

@@ -40,7 +40,7 @@ mod volumes;
 
 pub use conversation::{Flow, Notice, Work};
 pub use device::{Device, DevicePaths};
-pub use disks::{Disks, VirtualDisk, execute_disk};
+pub use disks::{Disks, VirtualDisk, execute_disk, look_at_disks};
 pub use disks_image::export_disk;
 pub use disks_transfer::{copy_disk, import_disk};
 pub use disks_view::disk_mode;

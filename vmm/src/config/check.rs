@@ -40,6 +40,10 @@ pub(super) fn check(config: &VmConfig) -> Result<(), Violation> {
             );
         }
     }
+    for (name, limits) in &config.limit_groups {
+        within(&format!("limit-groups.{name}"), limits.check())?;
+    }
+    check_limit_groups(config)?;
     for (number, net) in config.nets.iter().enumerate() {
         within(&format!("net.{number}"), net.check())?;
     }
@@ -47,6 +51,21 @@ pub(super) fn check(config: &VmConfig) -> Result<(), Violation> {
     check_images(config)?;
     check_paths(config)?;
     check_power(config)
+}
+
+/// Disks may only share limits that there are.
+fn check_limit_groups(config: &VmConfig) -> Result<(), Violation> {
+    for (number, disk) in config.disks.iter().enumerate() {
+        if let Some(name) = &disk.limit_group
+            && !config.limit_groups.contains_key(name)
+        {
+            return violation(
+                format!("disk.{number}.limit-group"),
+                format!("there is no `{name}`; make it by [limit-groups.{name}] with iops or bytes"),
+            );
+        }
+    }
+    Ok(())
 }
 
 fn check_devices(config: &VmConfig) -> Result<(), Violation> {

@@ -25,12 +25,13 @@ mod suggest;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use api::{
-    ByteSize, DeviceId, DiskBus, DiskConfig, DiskSerial, DiskSource, MacAddress, NetBackend, NetConfig,
-    PortForward, Protocol, QueueSize, Seconds, TapName, VmName,
+    ByteSize, DeviceId, DiskBus, DiskConfig, DiskLimits, DiskSerial, DiskSource, MacAddress, NetBackend,
+    NetConfig, PortForward, Protocol, QueueSize, Seconds, TapName, VmName,
 };
 pub use boot::BootConfig;
 pub use console::{ConsoleConfig, ConsoleSpec, EscapeKey};
@@ -64,6 +65,9 @@ pub struct VmConfig {
     /// Disks, in the order in which the guest finds them.
     #[serde(default, rename = "disk", skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
+    /// Limits of rates that several disks share, by the name that disks give as `limit-group`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub limit_groups: BTreeMap<DeviceId, DiskLimits>,
     /// Network cards, in the order in which the guest finds them.
     #[serde(default, rename = "net", skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,

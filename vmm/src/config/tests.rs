@@ -64,12 +64,26 @@ serial = "ROOT-1"
 queues = 4
 queue-size = 128
 poll-us = 50
+limits = { iops = 500, iops-burst = 1000, bytes = "50M", bytes-burst = "64M" }
+limit-group = "bulk"
+on-error = "stop"
 
 [[disk]]
 id = "disk0"
 image = "/dev/sdb"
 read-only = true
 direct = false
+
+[[disk]]
+file = "/vm/data.dsk"
+mode = "undoable"
+at-power-off = "commit"
+
+[limit-groups.bulk]
+bytes = "100M"
+
+[pool]
+devices = ["d0.img"]
 
 [[net]]
 forward = ["tcp:8022:22", "udp:127.0.0.1:5353:53"]
@@ -152,7 +166,7 @@ fn overrides_change_create_and_append() {
             "boot.cmdline=console=ttyS0 quiet",
             "disk.1.read-only=false",
             "disk.+.image=third.raw",
-            "disk.2.serial=3",
+            "disk.3.serial=3",
             "disk.+={image='fourth.raw', read-only=true}",
             "net.0.forward.+=tcp:80:80",
             "cpus.affinity=[]",
@@ -170,11 +184,11 @@ fn overrides_change_create_and_append() {
     assert_eq!(config.boot.cmdline, "console=ttyS0 quiet");
     assert!(!config.disks[1].read_only && config.rng);
     assert_eq!(
-        config.disks[2].image.as_deref(),
+        config.disks[3].image.as_deref(),
         Some(Path::new("/vms/a/third.raw"))
     );
-    assert_eq!(config.disks[2].serial.as_ref().unwrap().as_str(), "3");
-    assert!(config.disks[3].read_only);
+    assert_eq!(config.disks[3].serial.as_ref().unwrap().as_str(), "3");
+    assert!(config.disks[4].read_only);
     assert_eq!(config.nets[0].forward.len(), 3);
     assert_eq!(config.console.escape.control_character(), None);
 }
@@ -192,11 +206,11 @@ fn each_mistake_in_the_file_has_its_message() {
         // Unknown keys.
         (
             "cpu = 2",
-            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `cpus`, `memory`, `boot`, `pool`, `disk`, `net`, `console`, `management`, `sandbox`, `power`)",
+            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `cpus`, `memory`, `boot`, `pool`, `disk`, `limit-groups`, `net`, `console`, `management`, `sandbox`, `power`)",
         ),
         (
             "[[disk]]\nimage = \"a\"\nreadonly = true",
-            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `file`, `mode`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
+            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `file`, `mode`, `at-power-off`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
         ),
         (
             "[[disk]]\nfile = \"/a.dsk\"",
@@ -342,6 +356,38 @@ fn each_mistake_in_the_file_has_its_message() {
             "vm.toml:7: disk.0.poll-us: polling is limited to 10000 microseconds",
         ),
         (
+            "[[disk]]\nimage = \"a\"\nlimits = { iops = 0 }",
+            "vm.toml:7: disk.0.limits.iops: 0 would let nothing through; leave it out for no limit",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\n[disk.limits]\nbytes-burst = \"1M\"",
+            "vm.toml:8: disk.0.limits.bytes-burst: is the burst of a limit that is not there; give `bytes` as well",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nlimits = { iosp = 5 }",
+            "vm.toml:7: disk.0.limits.iosp: unknown key; did you mean `iops`? (known here: `iops`, `iops-burst`, `bytes`, `bytes-burst`)",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nlimit-group = \"bulk\"",
+            "vm.toml:7: disk.0.limit-group: there is no `bulk`; make it by [limit-groups.bulk] with iops or bytes",
+        ),
+        (
+            "[limit-groups.bulk]\niops-burst = 5",
+            "vm.toml:6: limit-groups.bulk.iops-burst: is the burst of a limit that is not there; give `iops` as well",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\non-error = \"ignore\"",
+            "vm.toml:7: disk.0.on-error: `ignore` is not known here; use `report`, `stop`",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nat-power-off = \"commit\"",
+            "vm.toml:7: disk.0.at-power-off: is for disks with mode = \"undoable\", and this one is persistent",
+        ),
+        (
+            "[pool]\ndevices = [\"d\"]\n[[disk]]\nfile = \"/a.dsk\"\nmode = \"undoable\"\nat-power-off = \"never\"",
+            "vm.toml:10: disk.0.at-power-off: `never` is not known here; use `keep`, `commit`, `discard`",
+        ),
+        (
             "[[disk]]\nimage = \"a\"\nid = \"a/b\"",
             "vm.toml:7: disk.0.id: `a/b` is not an identifier; use 1 to 36 of the characters A-Z a-z 0-9 . _ -",
         ),
@@ -465,7 +511,7 @@ fn each_mistake_in_an_override_has_its_message() {
         ),
         (
             "disk.0.bsu=x",
-            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `file`, `mode`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
+            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `file`, `mode`, `at-power-off`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
         ),
         (
             "disk.3.image=x",

@@ -382,7 +382,7 @@ fn errors_name_path_and_reason() {
         ),
         (
             "socket:/nowhere/s",
-            "cannot bind the socket /nowhere/s of a console",
+            "cannot find the folder of /nowhere/s of a console",
         ),
         (
             "pty:/nowhere/l",

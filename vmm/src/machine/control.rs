@@ -9,8 +9,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use api::{
-    DeviceId, DiskConfig, DiskStatus, EventLog, NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer,
-    StorageRequest, VmState, VmStatus,
+    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, NetConfig, NetStatus, Problem,
+    ProblemKind, StorageAnswer, StorageRequest, VmState, VmStatus,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -104,6 +104,19 @@ impl Control {
         }
     }
 
+    /// From now on, a disk that stops because of an error has the vCPUs stopped as well.
+    pub(super) fn pause_when_a_disk_stops(&self) {
+        let requests = self.0.requests.clone();
+        // Without a bell the main loop would see it with the next request.
+        let bell = self.0.bell.try_clone().ok();
+        self.0.opener.settings.on_stop(move || {
+            let (reply, _nobody_waits) = mpsc::channel();
+            if requests.send(Request::Pause(reply)).is_ok() {
+                let _ = bell.as_ref().map(|bell| bell.write(1));
+            }
+        });
+    }
+
     /// The log of events, to be shared.
     pub fn event_log(&self) -> &Arc<EventLog> {
         &self.0.events
@@ -113,7 +126,8 @@ impl Control {
 impl api::Vm for Control {
     fn status(&self) -> VmStatus {
         let mut last = match self.ask(Request::Status) {
-            Ok(status) => {
+            Ok(mut status) => {
+                status.limit_groups = self.0.opener.settings.groups();
                 self.0
                     .last_status
                     .lock()
@@ -144,7 +158,10 @@ impl api::Vm for Control {
     }
 
     fn reset(&self) -> Result<(), Problem> {
-        self.ask(|reply| Request::Reset("administrator".to_owned(), reply))
+        self.ask(|reply| Request::Reset("administrator".to_owned(), reply))?;
+        // Nobody may wait for requests of the life before.
+        self.0.opener.settings.resume();
+        Ok(())
     }
 
     fn pause(&self) -> Result<(), Problem> {
@@ -152,7 +169,10 @@ impl api::Vm for Control {
     }
 
     fn resume(&self) -> Result<(), Problem> {
-        self.ask(Request::Resume)
+        self.ask(Request::Resume)?;
+        // Afterwards: a disk that fails again has the machine paused again.
+        self.0.opener.settings.resume();
+        Ok(())
     }
 
     fn attach_disk(&self, disk: DiskConfig) -> Result<DiskStatus, Problem> {
@@ -169,6 +189,20 @@ impl api::Vm for Control {
 
     fn detach(&self, id: &DeviceId) -> Result<(), Problem> {
         self.ask(|reply| Request::Detach(id.clone(), reply))
+    }
+
+    fn change_disk(&self, id: &DeviceId, change: &DiskChange) -> Result<DiskStatus, Problem> {
+        self.0.opener.settings.change(id, change)?;
+        let disks = self.ask(Request::Status)?.disks;
+        let disk = disks.into_iter().find(|disk| disk.config.id == *id);
+        disk.ok_or_else(|| {
+            let problem = Problem::new(ProblemKind::NotFound, format!("disk `{id}` was just removed"));
+            problem.about(id)
+        })
+    }
+
+    fn change_limits(&self, group: &DeviceId, change: &DiskLimits) -> Result<DiskLimits, Problem> {
+        self.0.opener.settings.change_group(group, change)
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {

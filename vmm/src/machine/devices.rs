@@ -16,6 +16,7 @@ use virtio_core::VirtioDevice;
 
 use super::MachineError;
 use super::disk::{DiskError, OpenDisk, PoolDisks};
+use super::settings::{DiskSetting, DiskSettings};
 use crate::config::{ConsoleSpec, VmConfig};
 use crate::console::{Console, ConsoleHandle, ConsoleOptions};
 use crate::devices::event_loop::EventLoop;
@@ -28,7 +29,10 @@ use crate::sandbox::{self, Sandbox};
 #[derive(Debug, Clone)]
 pub(super) enum Kind {
     /// A disk of `size` bytes.
-    Disk { config: Box<DiskConfig>, size: ByteSize },
+    Disk {
+        setting: Arc<DiskSetting>,
+        size: ByteSize,
+    },
     /// A network card.
     Net { config: Box<NetConfig> },
     /// The entropy source.
@@ -50,13 +54,14 @@ pub(super) struct HostDevice {
 
 impl Kind {
     pub(super) fn disk_status(&self, state: DeviceState) -> Option<DiskStatus> {
-        let Kind::Disk { config, size } = self else {
+        let Kind::Disk { setting, size } = self else {
             return None;
         };
         Some(DiskStatus {
-            config: (**config).clone(),
+            config: setting.config(),
             state,
             size: *size,
+            stopped: setting.stopped(),
         })
     }
 
@@ -83,6 +88,8 @@ pub(super) struct DeviceOpener {
     pub(super) sandbox: Sandbox,
     /// Who has the disks that are not images.
     pub(super) pool: Option<Arc<dyn PoolDisks>>,
+    /// What can be changed of disks in use.
+    pub(super) settings: Arc<DiskSettings>,
     pub(super) passt: StartPasst,
 }
 
@@ -117,6 +124,7 @@ impl DeviceOpener {
                 config,
                 state: DeviceState::Attached,
                 size,
+                stopped: None,
             },
         ))
     }
@@ -149,17 +157,22 @@ impl DeviceOpener {
     }
 
     fn open_disk(&self, config: DiskConfig) -> Result<(HostDevice, ByteSize), DiskError> {
+        let setting = self.settings.of(&config).ok_or_else(|| DiskError::NoGroup {
+            group: config
+                .limit_group
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
+        })?;
         let OpenDisk {
             device,
             workers,
             size,
             guard,
-        } = super::disk::open(&config, &self.sandbox, self.pool.as_deref())?;
-        let id = config.id.clone();
-        let kind = Kind::Disk {
-            config: Box::new(config),
-            size,
-        };
+        } = super::disk::open(&config, setting.controls(), &self.sandbox, self.pool.as_deref())?;
+        let id = config.id;
+        self.settings.enter(id.clone(), &setting);
+        let kind = Kind::Disk { setting, size };
         Ok((
             HostDevice {
                 id,
@@ -224,13 +237,19 @@ fn free_id(id: DeviceId, prefix: &str, status: &VmStatus) -> DeviceId {
 
 /// The whole chain of an error in one line, as a problem of the host.
 fn problem(id: &DeviceId, error: &dyn std::error::Error) -> Problem {
-    let mut text = format!("cannot open `{id}`: {error}");
+    let text = format!("cannot open `{id}`: {}", chain(error));
+    Problem::new(ProblemKind::Host, text).about(id)
+}
+
+/// An error with all its causes.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
         text.push_str(&format!(": {cause}"));
         source = cause.source();
     }
-    Problem::new(ProblemKind::Host, text).about(id)
+    text
 }
 
 /// The consoles of a VM.

@@ -4,11 +4,10 @@ use std::error::Error;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use api::{ByteSize, DiskConfig, DiskSource, Problem, StorageAnswer, StorageRequest};
 use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
-use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions, fitting_serial};
+use storage_virtualizer::virtio_blk::{DiskControls, VirtioBlk, VirtioBlkOptions, fitting_serial};
 use virtio_core::VirtioDevice;
 
 use crate::host::{CutOff, find_cut_off};
@@ -16,11 +15,15 @@ use crate::sandbox::{Kind, Sandbox};
 
 /// Who has the disks that are not images of the host: the pool.
 pub trait PoolDisks: Send + Sync + fmt::Debug {
-    /// Opens a disk, and makes a virtio-blk device on it.
+    /// Opens a disk, and makes a virtio-blk device on it, which obeys `controls`.
     ///
     /// # Errors
     /// There is no such disk, it is in use, or it cannot be used as the configuration wants it.
-    fn open(&self, config: &DiskConfig) -> Result<PoolDisk, Box<dyn Error + Send + Sync>>;
+    fn open(
+        &self,
+        config: &DiskConfig,
+        controls: Arc<DiskControls>,
+    ) -> Result<PoolDisk, Box<dyn Error + Send + Sync>>;
 
     /// Does something with the pool while its disks are in use. Blocks until it is done.
     ///
@@ -79,6 +82,12 @@ pub(super) enum DiskError {
         /// The disk.
         file: String,
     },
+    /// There are no such common limits.
+    #[error("limit-group: there is no {group} in [limit-groups] of vm.toml")]
+    NoGroup {
+        /// Their name.
+        group: String,
+    },
     /// It is not said what the disk lies on.
     #[error("neither image nor file says what the disk lies on")]
     NoSource,
@@ -93,13 +102,14 @@ pub(super) enum DiskError {
 /// Opens what the disk lies on and makes a virtio-blk device of it.
 pub(super) fn open(
     config: &DiskConfig,
+    controls: &Arc<DiskControls>,
     sandbox: &Sandbox,
     pool: Option<&dyn PoolDisks>,
 ) -> Result<OpenDisk, DiskError> {
     match (config.source(), pool) {
-        (Some(DiskSource::Image(path)), _) => open_image(path, config, sandbox),
+        (Some(DiskSource::Image(path)), _) => open_image(path, config, controls, sandbox),
         (Some(DiskSource::File(_)), Some(pool)) => {
-            let disk = pool.open(config).map_err(DiskError::Pool)?;
+            let disk = pool.open(config, Arc::clone(controls)).map_err(DiskError::Pool)?;
             Ok(OpenDisk {
                 device: disk.device,
                 workers: Vec::new(),
@@ -115,7 +125,12 @@ pub(super) fn open(
 }
 
 /// Opens the image, starts a confined worker, and makes a virtio-blk device of both.
-fn open_image(path: &Path, config: &DiskConfig, sandbox: &Sandbox) -> Result<OpenDisk, DiskError> {
+fn open_image(
+    path: &Path,
+    config: &DiskConfig,
+    controls: &Arc<DiskControls>,
+    sandbox: &Sandbox,
+) -> Result<OpenDisk, DiskError> {
     let options = OpenOptions {
         read_only: config.read_only,
         cache: if config.direct {
@@ -140,13 +155,12 @@ fn open_image(path: &Path, config: &DiskConfig, sandbox: &Sandbox) -> Result<Ope
         serial: serial(config),
         queues: u16::from(config.queues),
         queue_size: config.queue_size.get(),
-        ..VirtioBlkOptions::default()
+        controls: Arc::clone(controls),
     };
     let worker = Worker::start(
         &format!("io-{}", config.id),
         WorkerOptions {
             on_start: Some(Box::new(sandbox.thread(Kind::DiskWorker))),
-            busy_poll: Duration::from_micros(config.poll_us.unwrap_or(0).into()),
             ..Default::default()
         },
     )?;

@@ -19,6 +19,7 @@ mod devices;
 mod disk;
 mod processors;
 mod run;
+mod settings;
 mod signals;
 mod slots;
 
@@ -148,6 +149,7 @@ fn initial_status(config: &VmConfig) -> VmStatus {
         memory: config.memory.size,
         disks: Vec::new(),
         nets: Vec::new(),
+        limit_groups: config.limit_groups.clone(),
         last_event: 0,
     }
 }
@@ -219,10 +221,12 @@ impl Vm {
         })?;
         let mut main_loop = MainLoop::new().map_err(|error| MachineError::MainLoop(error.to_string()))?;
         let events = Arc::new(EventLog::new());
+        let settings = Arc::new(settings::DiskSettings::new(&config.limit_groups, events.clone()));
         let opener = devices::DeviceOpener {
             vm: config.name.clone(),
             sandbox: sandbox.clone(),
             pool,
+            settings,
             passt: StartPasst::Here,
         };
         let later = devices::DeviceOpener {
@@ -231,6 +235,7 @@ impl Vm {
         };
         let (control, inbox) = Control::new(events.clone(), later, initial_status(&config))
             .map_err(MachineError::system("create an eventfd"))?;
+        control.pause_when_a_disk_stops();
         let consoles = devices::Consoles::open(&config, &mut main_loop, &control)?;
         let devices = devices::open_all(&config, &opener, &main_loop.remote_endpoint(), &consoles)?;
         let parts = Parts {

@@ -1,31 +1,38 @@
-//! `cargo xtask demo`: a complete Debian guest with disks and network under `smsvmm run`.
+//! `cargo xtask demo`: a complete Debian guest on virtual disks of a pool, and on the network, under `smsvmm run`.
 //!
 //! ```text
-//! cargo xtask demo ── set-up, build ──┬─ KVM is good here ──► xtask demo-inside here
-//!                                     └─ else ── lab ───────► xtask demo-inside there
-//! demo-inside: vm.toml, disks ── smsvmm run ──┬─ a terminal: yours
-//!                                             └─ none, or --tour: the scripted tour (tour.rs)
+//! cargo xtask demo ── set-up, build ──┬─ KVM is good here ──► show here
+//!                                     └─ else ── lab ───────► xtask demo-inside: show there
+//! show: vm.toml ── pool, volumes, disks (storage.rs) ── smsvmm run ──┬─ a terminal: yours
+//!                                                                    └─ none, or --tour: the scripted tour (tour.rs)
 //! ```
+//!
+//! Everything that is done to the storage is a command that a user would type (shell.rs), shown with its answer.
 
+mod shell;
+mod storage;
+mod summary;
 mod tour;
 
 use std::fs;
 use std::io::IsTerminal as _;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::path::Path;
+use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use lab::{Cache, Lab, Toolbox};
+use anyhow::{Context as _, Result};
+use lab::{Cache, Lab};
 
 use crate::{build, host, setup};
+use shell::Shell;
+use summary::Summary;
 
-/// Where the guest's own files are.
-struct Guest {
-    kernel: PathBuf,
-    initrd: PathBuf,
-    root: PathBuf,
-}
+/// What the guest boots, in the demo's folder: kernel, initrd, and the image of Debian's root file system, which is imported.
+const FILES: [(&str, &str); 3] = [
+    ("bzImage", "vmlinuz"),
+    ("initrd", "initrd.img"),
+    ("root.ext4", "debian.raw"),
+];
 
 /// Sets up, builds, and shows the guest in the right place.
 pub(crate) fn run(tour: bool) -> Result<ExitCode> {
@@ -41,31 +48,26 @@ pub(crate) fn run(tour: bool) -> Result<ExitCode> {
     fs::create_dir_all(&temporary)?;
     let folder = tempfile::Builder::new().prefix("demo.").tempdir_in(temporary)?;
     fs::copy(&smsvmm, folder.path().join("smsvmm"))?;
+    for (file, name) in FILES {
+        // They are only read; a copy would take its time.
+        fs::hard_link(debian.join(file), folder.path().join(name))?;
+    }
     if build::kvm_is_good(&smsvmm) {
         host::step("this machine's KVM runs stock kernels: the guest runs right here");
-        let root = folder.path().join("root.ext4");
-        lab::finish(
-            Command::new("cp")
-                .args(["--sparse=always", "--reflink=auto"])
-                .arg(debian.join("root.ext4"))
-                .arg(&root),
-        )?;
-        let guest = Guest {
-            kernel: debian.join("bzImage"),
-            initrd: debian.join("initrd"),
-            root,
-        };
-        return show(folder.path(), &guest, tour);
+        if !tour {
+            host::step(&format!(
+                "in another terminal: cd {} && ./smsvmm disk snapshot /system/root.dsk --name now --config vm.toml",
+                folder.path().display()
+            ));
+        }
+        return show(folder.path(), tour);
     }
     host::step(
         "this machine's KVM cannot run stock kernels (`smsvmm host check` says why): the guest runs in the lab,",
     );
     host::step("which is emulated in software: expect a minute where a real host takes seconds");
     fs::copy(std::env::current_exe()?, folder.path().join("xtask"))?;
-    let mut lab = Lab::builder()
-        .share(folder.path())
-        .disk(debian.join("root.ext4"))
-        .start()?;
+    let mut lab = Lab::builder().share(folder.path()).start()?;
     let status = if tour {
         lab.run_streaming("./xtask demo-inside --tour", Duration::from_secs(900), host::show)?
     } else {
@@ -76,45 +78,27 @@ pub(crate) fn run(tour: bool) -> Result<ExitCode> {
 
 /// The part in the lab.
 pub(crate) fn inside(tour: bool) -> Result<ExitCode> {
-    let root = PathBuf::from("/dev/vdd");
-    for _ in 0..500 {
-        if root.exists() {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    ensure!(root.exists(), "the lab host sees no disk for the guest's root");
-    let guest = Guest {
-        kernel: "/images/debian/bzImage".into(),
-        initrd: "/images/debian/initrd".into(),
-        root,
-    };
-    show(&std::env::current_dir()?, &guest, tour)
+    show(&std::env::current_dir()?, tour)
 }
 
-/// Writes vm.toml and the disks into a folder that has `smsvmm` in it, and runs the guest.
-fn show(folder: &Path, guest: &Guest, tour: bool) -> Result<ExitCode> {
-    for (name, mib) in [("scratch.img", 64_u64), ("data.img", 256)] {
-        fs::File::create(folder.join(name)).and_then(|file| file.set_len(mib << 20))?;
-    }
-    let config = folder.join("vm.toml");
-    fs::write(&config, vm_toml(guest))?;
-    let mut command = Command::new(folder.join("smsvmm"));
-    command.arg("run").arg(&config);
-    if let Ok(toolbox) = Toolbox::open(&Cache::locate()) {
-        // passt, where it is not installed.
-        command.env("PATH", toolbox.search_path());
-    }
+/// In a folder that has `smsvmm` and what the guest boots: writes vm.toml, makes the storage, and runs the guest.
+fn show(folder: &Path, tour: bool) -> Result<ExitCode> {
+    fs::write(folder.join("vm.toml"), vm_toml())?;
+    let shell = Shell::new(folder)?;
+    let mut summary = Summary::new();
+    let device = storage::prepare(&shell, &mut summary)?;
     if tour {
-        return tour::run(folder, command);
+        return tour::run(&shell, device, summary);
     }
     eprintln!(
         "\nThe console is yours: you are root in the guest. `poweroff` ends it; Ctrl-] then ? shows what else does.\n"
     );
-    let status = command
+    let status = shell
+        .run_machine()
         .stdin(Stdio::inherit())
         .status()
         .context("cannot start smsvmm")?;
+    drop(device);
     let code = status
         .code()
         .and_then(|code| u8::try_from(code).ok())
@@ -122,8 +106,8 @@ fn show(folder: &Path, guest: &Guest, tour: bool) -> Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
-fn vm_toml(guest: &Guest) -> String {
-    let Guest { kernel, initrd, root } = guest;
+fn vm_toml() -> String {
+    let devices = storage::DEVICES;
     format!(
         r#"# The demo's virtual machine, as you would write it.
 name = "demo"
@@ -131,19 +115,22 @@ cpus = 2
 memory = "768M"
 
 [boot]
-kernel = {kernel:?}
-initrd = {initrd:?}
+kernel = "vmlinuz"
+initrd = "initrd.img"
 cmdline = "console=ttyS0 root=/dev/vda rw quiet"
 
-[[disk]]
-image = {root:?}
+[pool]
+devices = {devices:?}
 
 [[disk]]
-image = "scratch.img"
-serial = "scratch"
+file = "/system/root.dsk"
 
 [[disk]]
-image = "data.img"
+file = "/scratch/work.dsk"
+serial = "work"
+
+[[disk]]
+file = "/scratch/data.dsk"
 serial = "data"
 queues = 2
 

@@ -1,0 +1,317 @@
+//! What can be changed of disks while the guest uses them, and what happens when one stops.
+//!
+//! ```text
+//!   vm.toml, attach ──► DiskSettings::of ──► DiskSetting { configuration as it is now, DiskControls } ──► the disk's queue servers
+//!   management ───────► change, resume ──────► the same
+//!   a queue server ───► Stopping::stopped ───► event, and a request to the main loop: pause
+//! ```
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
+
+use api::{
+    DeviceId, DiskChange, DiskConfig, DiskLimits, EventKind, EventLog, InvalidValue, Problem, ProblemKind,
+};
+use block_io::IoError;
+use storage_virtualizer::virtio_blk::{DiskControls, DiskEvents, ErrorPolicy, Rate, RateLimit, RateLimiter};
+
+/// Has the machine paused. Called on a disk's worker: must not wait.
+type Pause = Box<dyn Fn() + Send + Sync>;
+
+/// A disk, and what is set for it.
+pub(super) struct DiskSetting {
+    config: Mutex<DiskConfig>,
+    controls: Arc<DiskControls>,
+    /// Why it stopped.
+    stopped: Arc<Mutex<Option<String>>>,
+}
+
+impl fmt::Debug for DiskSetting {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_tuple("DiskSetting")
+            .field(&*locked(&self.config))
+            .finish()
+    }
+}
+
+impl DiskSetting {
+    /// The configuration, with what was changed since.
+    pub(super) fn config(&self) -> DiskConfig {
+        locked(&self.config).clone()
+    }
+
+    /// For those who serve the disk.
+    pub(super) fn controls(&self) -> &Arc<DiskControls> {
+        &self.controls
+    }
+
+    /// Why its requests wait.
+    pub(super) fn stopped(&self) -> Option<String> {
+        locked(&self.stopped).clone()
+    }
+
+    fn put(&self, config: DiskConfig) {
+        self.controls.set_limit(rates(&config.limits));
+        self.controls
+            .set_polling(Duration::from_micros(config.poll_us.unwrap_or(0).into()));
+        self.controls.set_error_policy(match config.on_error {
+            api::OnError::Report => ErrorPolicy::Report,
+            api::OnError::Stop => ErrorPolicy::Stop,
+        });
+        *locked(&self.config) = config;
+    }
+}
+
+/// Limits that disks share.
+struct Group {
+    limits: Mutex<DiskLimits>,
+    limiter: Arc<RateLimiter>,
+}
+
+/// The settings of all disks of a VM.
+pub(super) struct DiskSettings {
+    groups: BTreeMap<DeviceId, Group>,
+    /// A disk that was detached is gone from here as soon as the name is used again.
+    disks: Mutex<BTreeMap<DeviceId, Weak<DiskSetting>>>,
+    events: Arc<EventLog>,
+    pause: Arc<OnceLock<Pause>>,
+}
+
+impl fmt::Debug for DiskSettings {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let groups: Vec<_> = self.groups.keys().collect();
+        formatter
+            .debug_struct("DiskSettings")
+            .field("groups", &groups)
+            .finish_non_exhaustive()
+    }
+}
+
+impl DiskSettings {
+    /// For disks that may share these limits.
+    pub(super) fn new(groups: &BTreeMap<DeviceId, DiskLimits>, events: Arc<EventLog>) -> Self {
+        let group = |(name, limits): (&DeviceId, &DiskLimits)| {
+            let group = Group {
+                limits: Mutex::new(*limits),
+                limiter: Arc::new(RateLimiter::new(rates(limits))),
+            };
+            (name.clone(), group)
+        };
+        Self {
+            groups: groups.iter().map(group).collect(),
+            disks: Mutex::default(),
+            events,
+            pause: Arc::default(),
+        }
+    }
+
+    /// Says how the machine is paused; once, before the guest runs.
+    pub(super) fn on_stop(&self, pause: impl Fn() + Send + Sync + 'static) {
+        // There is one machine, which says so once.
+        let _ = self.pause.set(Box::new(pause));
+    }
+
+    /// Settings for a disk that is being opened; none if there are no such common limits.
+    pub(super) fn of(&self, config: &DiskConfig) -> Option<Arc<DiskSetting>> {
+        let group = match &config.limit_group {
+            Some(name) => Some(Arc::clone(&self.groups.get(name)?.limiter)),
+            None => None,
+        };
+        let stopped = Arc::<Mutex<Option<String>>>::default();
+        let stopping = Stopping {
+            id: config.id.clone(),
+            reason: Arc::clone(&stopped),
+            events: Arc::clone(&self.events),
+            pause: Arc::clone(&self.pause),
+        };
+        let setting = Arc::new(DiskSetting {
+            config: Mutex::new(config.clone()),
+            controls: Arc::new(DiskControls::new(group, Some(Box::new(stopping)))),
+            stopped,
+        });
+        setting.put(config.clone());
+        Some(setting)
+    }
+
+    /// A disk is in use from now on, and may be changed.
+    pub(super) fn enter(&self, id: DeviceId, setting: &Arc<DiskSetting>) {
+        locked(&self.disks).insert(id, Arc::downgrade(setting));
+    }
+
+    /// Changes a disk that is in use.
+    pub(super) fn change(&self, id: &DeviceId, change: &DiskChange) -> Result<(), Problem> {
+        let setting = locked(&self.disks).get(id).and_then(Weak::upgrade);
+        let Some(setting) = setting else {
+            let problem = Problem::new(ProblemKind::NotFound, format!("the VM has no disk `{id}`"));
+            return Err(problem.about(id).remedy("`smsvmm vm status` lists the disks"));
+        };
+        let changed = setting.config().changed(change).map_err(impossible)?;
+        setting.put(changed);
+        Ok(())
+    }
+
+    /// Changes limits that disks share.
+    pub(super) fn change_group(&self, name: &DeviceId, change: &DiskLimits) -> Result<DiskLimits, Problem> {
+        let Some(group) = self.groups.get(name) else {
+            let problem = Problem::new(
+                ProblemKind::NotFound,
+                format!("the VM has no limit group `{name}`"),
+            );
+            return Err(problem
+                .about(name)
+                .remedy("[limit-groups] in vm.toml makes them, `smsvmm vm status` lists them"));
+        };
+        let mut limits = locked(&group.limits);
+        *limits = limits.changed(change).map_err(impossible)?;
+        group.limiter.set(rates(&limits));
+        Ok(*limits)
+    }
+
+    /// The limits that disks share.
+    pub(super) fn groups(&self) -> BTreeMap<DeviceId, DiskLimits> {
+        let group = |(name, group): (&DeviceId, &Group)| (name.clone(), *locked(&group.limits));
+        self.groups.iter().map(group).collect()
+    }
+
+    /// Has disks that stopped try again.
+    pub(super) fn resume(&self) {
+        let disks: Vec<_> = locked(&self.disks).values().filter_map(Weak::upgrade).collect();
+        for disk in disks {
+            locked(&disk.stopped).take();
+            disk.controls.resume();
+        }
+    }
+}
+
+/// Told when a disk stops.
+struct Stopping {
+    id: DeviceId,
+    reason: Arc<Mutex<Option<String>>>,
+    events: Arc<EventLog>,
+    pause: Arc<OnceLock<Pause>>,
+}
+
+impl DiskEvents for Stopping {
+    fn stopped(&self, error: &IoError) {
+        let reason = super::devices::chain(error);
+        tracing::error!(disk = %self.id, reason, "a disk failed a request, and the VM is paused; `smsvmm vm resume` has it tried again");
+        *locked(&self.reason) = Some(reason.clone());
+        let id = self.id.clone();
+        self.events.record(EventKind::DiskStopped { id, reason });
+        if let Some(pause) = self.pause.get() {
+            pause();
+        }
+    }
+}
+
+fn rates(limits: &DiskLimits) -> RateLimit {
+    let rate = |(per_second, burst)| Rate { per_second, burst };
+    RateLimit {
+        operations: limits.operation_rate().map(rate),
+        bytes: limits.byte_rate().map(rate),
+    }
+}
+
+fn impossible((key, error): (&'static str, InvalidValue)) -> Problem {
+    Problem::new(ProblemKind::Invalid, error.to_string()).about(key)
+}
+
+/// Each change of what is locked here is complete at every point where its holder could panic.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    fn settings() -> DiskSettings {
+        let bulk = DiskLimits {
+            iops: Some(100),
+            ..DiskLimits::default()
+        };
+        let groups = BTreeMap::from([("bulk".parse().unwrap(), bulk)]);
+        DiskSettings::new(&groups, Arc::new(EventLog::new()))
+    }
+
+    fn disk(id: &str, group: Option<&str>) -> DiskConfig {
+        let mut config = DiskConfig::new("/images/a.raw");
+        config.id = id.parse().unwrap();
+        config.limit_group = group.map(|name| name.parse().unwrap());
+        config
+    }
+
+    #[test]
+    fn a_change_is_seen_in_the_configuration_and_an_impossible_one_changes_nothing() {
+        let settings = settings();
+        let config = disk("d", Some("bulk"));
+        let setting = settings.of(&config).unwrap();
+        settings.enter(config.id.clone(), &setting);
+        let mut change = DiskChange {
+            poll_us: Some(30),
+            ..DiskChange::default()
+        };
+        settings.change(&config.id, &change).unwrap();
+        assert_eq!(setting.config().poll_us, Some(30));
+        change.poll_us = Some(99_999);
+        change.on_error = Some(api::OnError::Stop);
+        let problem = settings.change(&config.id, &change).unwrap_err();
+        assert_eq!(problem.kind, ProblemKind::Invalid, "{problem}");
+        assert_eq!(setting.config().on_error, api::OnError::Report);
+        drop(setting);
+        let problem = settings.change(&config.id, &DiskChange::default()).unwrap_err();
+        assert_eq!(problem.kind, ProblemKind::NotFound, "it was detached: {problem}");
+    }
+
+    #[test]
+    fn common_limits_are_changed_by_their_name() {
+        let settings = settings();
+        assert!(settings.of(&disk("d", Some("other"))).is_none());
+        let change = DiskLimits {
+            iops: Some(0),
+            ..DiskLimits::default()
+        };
+        let bulk = "bulk".parse().unwrap();
+        assert_eq!(
+            settings.change_group(&bulk, &change).unwrap(),
+            DiskLimits::default()
+        );
+        assert_eq!(settings.groups()[&bulk], DiskLimits::default());
+        let other = "other".parse().unwrap();
+        let problem = settings.change_group(&other, &change).unwrap_err();
+        assert_eq!(problem.kind, ProblemKind::NotFound);
+    }
+
+    #[test]
+    fn a_disk_that_stops_pauses_the_machine_once_and_says_why() {
+        let settings = settings();
+        let paused = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&paused);
+        settings.on_stop(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+        });
+        let stopping = Stopping {
+            id: "d".parse().unwrap(),
+            reason: Arc::default(),
+            events: Arc::clone(&settings.events),
+            pause: Arc::clone(&settings.pause),
+        };
+        stopping.stopped(&IoError::new(
+            &Arc::from("d"),
+            block_io::Operation::Write,
+            0,
+            512,
+            std::io::Error::from(std::io::ErrorKind::StorageFull),
+        ));
+        assert_eq!(paused.load(Ordering::Relaxed), 1);
+        let page = settings.events.page(0, 10);
+        assert!(matches!(page.events[0].kind, EventKind::DiskStopped { .. }));
+        let reason = locked(&stopping.reason).clone().unwrap();
+        assert!(reason.contains("storage") && reason.contains("write"), "{reason}");
+    }
+}
