@@ -69,7 +69,7 @@ enum Task {
     BenchInside { part: String },
     /// Fuzz what hostile guests, peers and files can reach
     Fuzz(fuzz::Arguments),
-    /// Build smsvmm as one file that needs no libraries: target/static/smsvmm
+    /// Build smsvmm as one file that needs no libraries, and what stories run inside guests: target/static
     Static,
     /// Run a command in a lab host that sees a folder at the same path
     Lab(LabArguments),
@@ -157,7 +157,9 @@ fn main() -> ExitCode {
         Task::BenchInside { part } => bench::inside(&part),
         Task::Demo { tour } => demo::run(tour),
         Task::DemoInside { tour } => demo::inside(tour),
-        Task::Static => build::static_smsvmm().map(|_| ExitCode::SUCCESS),
+        Task::Static => build::guest_programs()
+            .and_then(|()| build::static_smsvmm())
+            .map(|_| ExitCode::SUCCESS),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Lab(arguments) => in_lab(arguments),
     };
