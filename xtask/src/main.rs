@@ -66,7 +66,11 @@ enum Task {
     },
     /// The part of `bench` that runs in the lab
     #[command(hide = true)]
-    BenchInside { part: String },
+    BenchInside {
+        part: String,
+        #[arg(long, default_value_t = 1)]
+        rounds: u32,
+    },
     /// Fuzz what hostile guests, peers and files can reach
     Fuzz(fuzz::Arguments),
     /// Build smsvmm as one file that needs no libraries, and what stories run inside guests: target/static
@@ -92,6 +96,8 @@ enum Bench {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Disks as a guest has them, of a pool and of an image, beside a guest of QEMU in the same lab
+    Guest(bench::guest::Options),
     /// Disks over vhost-user-blk: IOPS, CPU time and latency, beside qemu-storage-daemon and fio
     Disks(bench::disks::Options),
 }
@@ -154,7 +160,10 @@ fn main() -> ExitCode {
         Task::Bench {
             what: Bench::Disks(options),
         } => bench::disks::run(&options),
-        Task::BenchInside { part } => bench::inside(&part),
+        Task::Bench {
+            what: Bench::Guest(options),
+        } => bench::guest::run(&options),
+        Task::BenchInside { part, rounds } => bench::inside(&part, rounds),
         Task::Demo { tour } => demo::run(tour),
         Task::DemoInside { tour } => demo::inside(tour),
         Task::Static => build::guest_programs()
