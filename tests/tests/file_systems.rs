@@ -97,7 +97,7 @@ fn pool<'a>(host: &'a Host, devices: &[&str], systems: &[FileSystem]) -> Result<
 
 /// A guest with the tools, whose disk comes last.
 fn boot(machine: VmBuilder<'_>) -> Result<Vm> {
-    let machine = machine.memory("384M").limit(Duration::from_secs(280));
+    let machine = machine.memory("384M").limit(Duration::from_secs(400));
     let mut vm = machine.with_guest_tools()?.interactive()?;
     vm.guest("sh /tools-on && stty raw -echo -F /dev/hvc0")?;
     Ok(vm)
@@ -121,7 +121,7 @@ fn wait_for_progress(vm: &Vm, systems: &[FileSystem], before: &str, times: usize
         let load = format!("/{}/", system.name);
         journal.lines().filter(|line| line.starts_with(&load)).count()
     };
-    let end = Instant::now() + Duration::from_secs(100);
+    let end = Instant::now() + Duration::from_secs(200);
     loop {
         let now = journal(vm.folder())?;
         let progress = |system| count(&now, system) >= count(before, system) + times;
@@ -285,7 +285,7 @@ fn told(kernels: &[Kernel]) {
     let stories = rounds * u32::try_from(kernels.len()).unwrap_or(1);
     Story::default()
         .guest_tools()
-        .limit(Duration::from_secs(300) * stories)
+        .limit(Duration::from_secs(600) * stories)
         .tell(|host| {
             for round in 1..=rounds {
                 for kernel in kernels.iter().filter(|kernel| host.has(**kernel)) {
@@ -315,7 +315,7 @@ fn debian_13_finds_what_was_durable_on_ext4_xfs_and_btrfs_after_a_kill() {
 #[test]
 fn a_mirrors_device_fails_and_a_redo_layer_is_committed_under_load() {
     let story = Story::default().changes_the_host().guest_tools();
-    story.limit(Duration::from_secs(300)).tell(|host| {
+    story.limit(Duration::from_secs(600)).tell(|host| {
         let devices = ["/dev/dm-0", "d1.img", "d2.img", "d3.img"];
         host.sh(
             "modprobe -a loop dm-mod\n\
