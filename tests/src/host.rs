@@ -47,22 +47,32 @@ impl Kernel {
     }
 }
 
+/// Where a story finds what it needs.
+pub(crate) struct Place {
+    pub(crate) images: PathBuf,
+    pub(crate) program: PathBuf,
+    pub(crate) static_program: PathBuf,
+    pub(crate) guest_program: PathBuf,
+    /// A disk image, or a block device.
+    pub(crate) guest_tools: PathBuf,
+}
+
 /// The machine on which a story's virtual machines run, with a folder for the story's files.
 pub struct Host {
-    images: PathBuf,
-    program: PathBuf,
-    static_program: PathBuf,
+    place: Place,
     folder: tempfile::TempDir,
 }
 
 impl Host {
-    pub(crate) fn new(images: PathBuf, program: PathBuf, static_program: PathBuf) -> Result<Self> {
+    pub(crate) fn new(place: Place) -> Result<Self> {
         Ok(Self {
-            images,
-            program,
-            static_program,
+            place,
             folder: tempfile::Builder::new().prefix("story.").tempdir()?,
         })
+    }
+
+    pub(crate) fn place(&self) -> &Place {
+        &self.place
     }
 
     /// A folder for the story's files; it goes when the story ends.
@@ -74,19 +84,19 @@ impl Host {
     /// The program under test.
     #[must_use]
     pub fn smsvmm(&self) -> &Path {
-        &self.program
+        &self.place.program
     }
 
     /// The program under test as one file that needs no libraries; the story asks for it by [`crate::Story::static_program`].
     #[must_use]
     pub fn static_smsvmm(&self) -> &Path {
-        &self.static_program
+        &self.place.static_program
     }
 
     /// A file of a kernel's image: `bzImage`, `vmlinux`, `initrd`, `initrd-tools`.
     #[must_use]
     pub fn kernel_file(&self, kernel: Kernel, file: &str) -> PathBuf {
-        self.images.join(kernel.name()).join(file)
+        self.place.images.join(kernel.name()).join(file)
     }
 
     /// Whether this kernel could be had when the images were made.
@@ -150,11 +160,11 @@ impl Host {
     /// When it cannot be started.
     pub fn run_smsvmm(&self, arguments: &[&str]) -> Result<Output> {
         ensure!(
-            self.program.exists(),
+            self.place.program.exists(),
             "there is no {}; `cargo build -p smsvmm` makes it",
-            self.program.display()
+            self.place.program.display()
         );
-        let output = Command::new(&self.program)
+        let output = Command::new(&self.place.program)
             .args(arguments)
             .current_dir(self.folder())
             .output()?;

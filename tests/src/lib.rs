@@ -25,6 +25,7 @@ mod agent;
 mod console;
 mod host;
 mod place;
+mod pool;
 mod terminal;
 pub mod transfer;
 mod vm;
@@ -37,6 +38,7 @@ pub use agent::Events;
 pub use host::{Host, Kernel};
 pub use lab::Output;
 pub use place::program;
+pub use pool::Pool;
 pub use terminal::{Mode, Terminal};
 pub use vm::{Disk, Outcome, Vm, VmBuilder};
 
@@ -47,6 +49,7 @@ pub struct Story {
     pub(crate) limit: Duration,
     pub(crate) changes_the_host: bool,
     pub(crate) static_program: bool,
+    pub(crate) guest_tools: bool,
 }
 
 impl Default for Story {
@@ -56,6 +59,7 @@ impl Default for Story {
             limit: Duration::from_secs(240),
             changes_the_host: false,
             static_program: false,
+            guest_tools: false,
         }
     }
 }
@@ -93,6 +97,13 @@ impl Story {
     #[must_use]
     pub fn static_program(mut self) -> Self {
         self.static_program = true;
+        self
+    }
+
+    /// Its guests use programs for file systems: [`VmBuilder::with_guest_tools`].
+    #[must_use]
+    pub fn guest_tools(mut self) -> Self {
+        self.guest_tools = true;
         self
     }
 

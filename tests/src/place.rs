@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::host::Place;
 use crate::{Host, Story};
 
 /// Set for the test program in the lab.
@@ -16,11 +17,17 @@ const INSIDE: &str = "SMSVMM_STORY_INSIDE";
 /// The static build, beside the test program in the lab.
 const STATIC_PROGRAM: &str = "smsvmm-static";
 
+/// A program for guests, beside the test program in the lab.
+pub(crate) const GUEST_PROGRAM: &str = "fs-load";
+
+/// The disk with tools for guests as the lab host sees it: its first extra one.
+const TOOLS_IN_LAB: &str = "/dev/vdd";
+
 /// What the environment asks for, before looking at KVM.
 const PLACE: &str = "SMSVMM_STORIES";
 
 /// Variables that reach the test program in the lab.
-const PASSED_ON: [&str; 2] = ["SMSVMM_VMM", "RUST_LOG"];
+const PASSED_ON: [&str; 3] = ["SMSVMM_VMM", "SMSVMM_CAMPAIGN", "RUST_LOG"];
 
 /// The name that the test runner knows a test by: that of its thread. When tests run on the main thread (one at a time), the
 /// type of a closure in the test tells: `crate::module::test::{{closure}}`.
@@ -41,12 +48,23 @@ fn name_by_type<F>() -> String {
 pub(crate) fn tell(needs: &Story, name: &str, story: impl FnOnce(&Host) -> Result<()>) -> Result<()> {
     if std::env::var_os(INSIDE).is_some() {
         let test = std::env::current_exe()?;
-        let static_program = test.with_file_name(STATIC_PROGRAM);
-        return story(&Host::new(PathBuf::from("/images"), program()?, static_program)?);
+        return story(&Host::new(Place {
+            images: PathBuf::from("/images"),
+            program: program()?,
+            static_program: test.with_file_name(STATIC_PROGRAM),
+            guest_program: test.with_file_name(GUEST_PROGRAM),
+            guest_tools: PathBuf::from(TOOLS_IN_LAB),
+        })?);
     }
     if !needs.changes_the_host && kvm_is_good() {
-        let images = lab::Cache::locate().image("lab-images")?.join("links");
-        return story(&Host::new(images, program()?, static_program(needs)?)?);
+        let cache = lab::Cache::locate();
+        return story(&Host::new(Place {
+            images: cache.image("lab-images")?.join("links"),
+            program: program()?,
+            static_program: static_file("smsvmm", needs.static_program)?,
+            guest_program: static_file(GUEST_PROGRAM, needs.guest_tools)?,
+            guest_tools: cache.path("current/guest-tools/tools.ext4"),
+        })?);
     }
     in_lab(needs, name)
 }
@@ -63,9 +81,16 @@ fn in_lab(needs: &Story, name: &str) -> Result<()> {
         place(&program, &folder.path().join("smsvmm"))?;
     }
     if needs.static_program {
-        place(&static_program(needs)?, &folder.path().join(STATIC_PROGRAM))?;
+        let program = static_file("smsvmm", true)?;
+        place(&program, &folder.path().join(STATIC_PROGRAM))?;
     }
-    let mut lab = needs.lab.clone().share(folder.path()).start()?;
+    let mut lab = needs.lab.clone().share(folder.path());
+    if needs.guest_tools {
+        let program = static_file(GUEST_PROGRAM, true)?;
+        place(&program, &folder.path().join(GUEST_PROGRAM))?;
+        lab = lab.disk(lab::Cache::locate().image("guest-tools")?.join("tools.ext4"));
+    }
+    let mut lab = lab.start()?;
     let mut variables = format!("{INSIDE}=1 SMSVMM_BIN=$PWD/smsvmm RUST_BACKTRACE=0");
     for variable in PASSED_ON {
         if let Ok(value) = std::env::var(variable) {
@@ -112,16 +137,16 @@ pub fn program() -> Result<PathBuf> {
     Ok(folder.join("smsvmm"))
 }
 
-/// The static build of the program under test, which must be there if the story needs it.
-fn static_program(needs: &Story) -> Result<PathBuf> {
+/// A program in `target/static`, which must be there if the story needs it.
+fn static_file(name: &str, needed: bool) -> Result<PathBuf> {
     let test = std::env::current_exe()?;
     // target/debug/deps/story-0123 -> target/static/smsvmm
     let target = test
         .ancestors()
         .nth(3)
         .context("the test program is in no target folder")?;
-    let program = target.join("static/smsvmm");
-    if needs.static_program && !program.exists() {
+    let program = target.join("static").join(name);
+    if needed && !program.exists() {
         bail!("there is no {}; `cargo xtask static` makes it", program.display());
     }
     Ok(program)

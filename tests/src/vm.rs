@@ -71,6 +71,22 @@ impl Disk {
     }
 }
 
+/// Mounts the disk with tools, and puts libraries and drivers where they are looked for.
+const TOOLS_ON: &str = r#"
+set -e
+for disk in /sys/block/vd*; do
+    [ "$(cat $disk/serial)" != tools ] || device=/dev/${disk##*/}
+done
+mkdir -p /tools
+# A module in some kernels.
+modprobe ext4 2> /dev/null || true
+mount -t ext4 -o ro $device /tools
+ln -s /tools/lib64 /lib64
+ln -s /tools/lib/x86_64-linux-gnu /lib/x86_64-linux-gnu
+cd /tools/modules/$(uname -r)
+while read -r module; do insmod $module 2> /dev/null || [ -e /sys/module/${module%.ko} ]; done < order
+"#;
+
 /// Describes a virtual machine; made by [`Host::vm`].
 ///
 /// It has one processor, 256 MiB, Debian 12's cloud kernel and the test initrd, whose init runs the script and powers off.
@@ -181,6 +197,22 @@ impl<'a> VmBuilder<'a> {
     pub fn file(mut self, path: &str, mode: u32, content: impl Into<Vec<u8>>) -> Self {
         self.files.file(path, mode, content);
         self
+    }
+
+    /// The disk with programs for file systems, whose serial number is `tools`, and `fs-load`. In the guest, `sh /tools-on` gives
+    /// the programs of `/tools/usr/bin` what they need, and loads the drivers of file systems.
+    ///
+    /// # Errors
+    /// When `fs-load` cannot be read; the story asks for it by [`crate::Story::guest_tools`].
+    pub fn with_guest_tools(self) -> Result<Self> {
+        let place = self.host.place();
+        let program = &place.guest_program;
+        let load = fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
+        let disk = Disk::new(&place.guest_tools).serial("tools").read_only();
+        Ok(self
+            .disk(disk)
+            .file("/bin/fs-load", 0o755, load)
+            .file("/tools-on", 0o755, TOOLS_ON))
     }
 
     /// One more disk.

@@ -3,50 +3,20 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use stories::{Disk, Host, Outcome, Output, Story, Vm, VmBuilder, story};
+use anyhow::Result;
+use stories::{Disk, Host, Pool, Story, VmBuilder, story};
 
 const DEVICES: [&str; 4] = ["d0.img", "d1.img", "d2.img", "d3.img"];
 
-/// Runs smsvmm on the host; its output.
-fn smsvmm(host: &Host, arguments: &str) -> Result<String> {
-    let words: Vec<&str> = arguments.split_whitespace().collect();
-    succeeded(arguments, &host.run_smsvmm(&words)?)
-}
-
-fn succeeded(arguments: &str, output: &Output) -> Result<String> {
-    let text = output.text();
-    ensure!(
-        output.success(),
-        "smsvmm {arguments} ended with {}: {text}",
-        output.status
-    );
-    Ok(text)
-}
-
-/// A pool with a mirrored volume `safe` and a striped one `fast`, and a disk of 96 MiB on each.
-fn pool(host: &Host, devices: &[&str]) -> Result<()> {
-    let list = devices.join(",");
-    smsvmm(host, &format!("pool create tank {}", devices.join(" ")))?;
-    smsvmm(host, &format!("file --devices {list} format --meta-size 64M"))?;
-    smsvmm(
-        host,
-        &format!("volume --devices {list} create safe --size 512M --layout mirror"),
-    )?;
-    smsvmm(
-        host,
-        &format!("volume --devices {list} create fast --size 512M --layout stripe"),
-    )?;
-    smsvmm(host, &format!("file --devices {list} mkdir /vm"))?;
-    smsvmm(
-        host,
-        &format!("disk --devices {list} create /vm/safe.dsk --size 96M --volume safe"),
-    )?;
-    smsvmm(
-        host,
-        &format!("disk --devices {list} create /vm/fast.dsk --size 96M --volume fast"),
-    )?;
-    Ok(())
+/// A pool with a disk of 96 MiB on each of its volumes.
+fn pool<'a>(host: &'a Host, devices: &[&str]) -> Result<Pool<'a>> {
+    let pool = Pool::create(host, devices)?;
+    for volume in ["safe", "fast"] {
+        pool.run(&format!(
+            "disk create /vm/{volume}.dsk --size 96M --volume {volume}"
+        ))?;
+    }
+    Ok(pool)
 }
 
 fn files(host: &Host) -> Result<()> {
@@ -56,43 +26,19 @@ fn files(host: &Host) -> Result<()> {
     Ok(())
 }
 
-fn toml(host: &Host, devices: &[&str]) -> String {
-    let paths: Vec<String> = devices
-        .iter()
-        .map(|device| format!("{:?}", host.folder().join(device)))
-        .collect();
-    format!("[pool]\ndevices = [{}]\n", paths.join(", "))
-}
-
-fn machine<'a>(host: &'a Host, name: &str, devices: &[&str]) -> VmBuilder<'a> {
-    host.vm(name)
+fn machine<'a>(pool: &Pool<'a>, name: &str) -> VmBuilder<'a> {
+    pool.vm(name)
         .cpus(2)
-        .toml(&toml(host, devices))
         .disk(Disk::in_pool("/vm/safe.dsk").serial("safe").set("queues", "2"))
         .disk(Disk::in_pool("/vm/fast.dsk").serial("fast"))
-}
-
-/// As an administrator on the same host: with the machine's vm.toml.
-fn administer(vm: &Vm, arguments: &str) -> Result<String> {
-    let (command, rest) = arguments.split_once(' ').context("a command")?;
-    let config = vm.folder().join("vm.toml");
-    let config = config.to_str().context("a path")?;
-    let mut words = vec![command, "--config", config];
-    words.extend(rest.split_whitespace());
-    succeeded(arguments, &vm.smsvmm(&words)?)
-}
-
-fn well(ended: Outcome) -> Result<()> {
-    ensure!(ended.exit_code() == Some(0), "{}: {}", ended.status, ended.log);
-    Ok(())
 }
 
 #[test]
 fn a_guest_writes_is_snapshotted_meanwhile_and_reverted() {
     story(|host| {
         files(host)?;
-        pool(host, &DEVICES)?;
-        let mut vm = machine(host, "writer", &DEVICES).interactive()?;
+        let pool = pool(host, &DEVICES)?;
+        let mut vm = machine(&pool, "writer").interactive()?;
         assert_eq!(
             vm.guest("cat /sys/block/vda/serial /sys/block/vdb/serial")?,
             "safefast"
@@ -103,35 +49,29 @@ fn a_guest_writes_is_snapshotted_meanwhile_and_reverted() {
         )?;
         let old = vm.guest("cd / && sha256sum vda/old vdb/old")?;
         vm.guest("while :; do dd if=/dev/urandom of=/vda/busy bs=1M count=1; cp /vda/busy /vdb/busy; sync; done > /dev/null 2>&1 & echo $! > /pid")?;
-        let taken = administer(&vm, "disk snapshot --name monday /vm/safe.dsk /vm/fast.dsk")?;
+        let taken = vm.administer("disk snapshot --name monday /vm/safe.dsk /vm/fast.dsk")?;
         assert!(taken.contains("monday"), "{taken}");
         vm.guest("kill $(cat /pid); wait; rm /vda/old /vdb/old; echo new > /vda/new; sync")?;
-        let status = administer(&vm, "disk status /vm/safe.dsk")?;
+        let status = vm.administer("disk status /vm/safe.dsk")?;
         assert!(status.contains("monday"), "{status}");
         // What the guest uses cannot be deleted under it.
-        let refused = administer(&vm, "disk delete /vm/safe.dsk")
-            .unwrap_err()
-            .to_string();
+        let refused = vm.administer("disk delete /vm/safe.dsk").unwrap_err().to_string();
         assert!(
             refused.contains("open for writing") || refused.contains("in use"),
             "{refused}"
         );
         // Grows while the guest looks.
-        administer(&vm, "disk resize /vm/fast.dsk 128M")?;
+        vm.administer("disk resize /vm/fast.dsk 128M")?;
         vm.guest_until("[ $(cat /sys/block/vdb/size) = 262144 ]")?;
         let space = vm
             .guest("fstrim -v /vda; umount /vdb; blkdiscard -o 16777216 -l 1048576 /dev/vdb 2>&1; echo $?")?;
         assert!(space.contains("trimmed") && space.ends_with("0\n"), "{space}");
-        well(vm.finish()?)?;
+        vm.finish()?;
 
-        let list = DEVICES.join(",");
         for disk in ["safe", "fast"] {
-            smsvmm(
-                host,
-                &format!("disk --devices {list} revert /vm/{disk}.dsk@monday"),
-            )?;
+            pool.run(&format!("disk revert /vm/{disk}.dsk@monday"))?;
         }
-        let mut vm = machine(host, "reader", &DEVICES).interactive()?;
+        let mut vm = machine(&pool, "reader").interactive()?;
         vm.guest("for disk in vda vdb; do mkdir /$disk; mount -t ext4 /dev/$disk /$disk; done")?;
         assert_eq!(
             vm.guest("cd / && sha256sum vda/old vdb/old")?,
@@ -139,10 +79,8 @@ fn a_guest_writes_is_snapshotted_meanwhile_and_reverted() {
             "as on monday"
         );
         assert_ne!(vm.try_guest("ls /vda/new")?.0, 0, "it came later");
-        well(vm.finish()?)?;
-        let checked = smsvmm(host, &format!("file --devices {list} check"))?;
-        assert!(!checked.contains("problem"), "{checked}");
-        Ok(())
+        vm.finish()?;
+        pool.check()
     });
 }
 
@@ -156,11 +94,10 @@ fn a_device_fails_under_a_guest_that_notices_nothing() {
              echo 0 1572864 linear /dev/loop0 0 | dmsetup create --noudevsync first",
         )?;
         files(host)?;
-        pool(host, &devices)?;
+        let pool = pool(host, &devices)?;
         // The stripe would not survive it.
-        let mut vm = host
+        let mut vm = pool
             .vm("survivor")
-            .toml(&toml(host, &devices))
             .disk(Disk::in_pool("/vm/safe.dsk"))
             .interactive()?;
         vm.guest("mke2fs -q /dev/vda > /dev/null; mkdir /vda; mount -t ext4 /dev/vda /vda")?;
@@ -171,19 +108,18 @@ fn a_device_fails_under_a_guest_that_notices_nothing() {
         let after = vm.guest("sha256sum < /vda/after")?;
         assert_eq!(vm.guest("sha256sum < /vda/before")?, before);
         assert_eq!(vm.guest("dmesg | grep -ci 'i/o error' || true")?, "0\n");
-        let status = administer(&vm, "pool status")?;
+        let status = vm.administer("pool status")?;
         assert!(status.contains("faulty") || status.contains("failed") || status.contains("degraded"), "{status}");
-        well(vm.finish()?)?;
+        vm.finish()?;
 
         host.sh("dmsetup suspend first; echo 0 1572864 linear /dev/loop0 0 | dmsetup load first; dmsetup resume --noudevsync first")?;
-        let mut vm = host
+        let mut vm = pool
             .vm("again")
-            .toml(&toml(host, &devices))
             .disk(Disk::in_pool("/vm/safe.dsk"))
             .interactive()?;
         vm.guest("mkdir /vda; mount -t ext4 /dev/vda /vda")?;
         assert_eq!(vm.guest("sha256sum < /vda/before; sha256sum < /vda/after")?, before + &after);
-        well(vm.finish()?)
+        vm.finish().map(drop)
     });
 }
 
@@ -191,10 +127,10 @@ fn a_device_fails_under_a_guest_that_notices_nothing() {
 fn what_a_guest_synced_survives_the_kill_of_its_process() {
     story(|host| {
         files(host)?;
-        pool(host, &DEVICES)?;
+        let pool = pool(host, &DEVICES)?;
         let count = "n=0\nwhile :; do n=$((n + 1)); echo $n > /vda/n.new; dd if=/dev/urandom of=/vdb/data$((n % 20)) bs=100k count=3; sync\n\
                      mv /vda/n.new /vda/n; sync; echo $n > /synced; done\n";
-        let mut first = machine(host, "victim", &DEVICES)
+        let mut first = machine(&pool, "victim")
             .file("/count", 0o644, count)
             .interactive()?;
         first.guest("for disk in vda vdb; do mke2fs -q /dev/$disk > /dev/null; mkdir /$disk; mount -t ext4 /dev/$disk /$disk; done")?;
@@ -205,14 +141,12 @@ fn what_a_guest_synced_survives_the_kill_of_its_process() {
         let ended = first.wait(Duration::from_secs(20))?;
         assert_eq!(ended.signal(), Some(9));
 
-        let list = DEVICES.join(",");
-        let checked = smsvmm(host, &format!("file --devices {list} check"))?;
-        assert!(!checked.contains("problem"), "{checked}");
-        let mut second = machine(host, "heir", &DEVICES).interactive()?;
+        pool.check()?;
+        let mut second = machine(&pool, "heir").interactive()?;
         second.guest("for disk in vda vdb; do mkdir /$disk; mount -t ext4 /dev/$disk /$disk; done")?;
         let found: u64 = second.guest("cat /vda/n")?.trim().parse()?;
         assert!(found >= synced, "{found} is there, {synced} was synced");
         assert_eq!(second.guest("dmesg | grep -ci 'ext4-fs error' || true")?, "0\n");
-        well(second.finish()?)
+        second.finish().map(drop)
     });
 }

@@ -8,6 +8,7 @@ mod disk;
 pub(crate) mod disks;
 mod exits;
 pub(crate) mod filesys;
+pub(crate) mod guest;
 mod probe;
 
 use std::fs;
@@ -87,7 +88,7 @@ struct Machine {
 }
 
 /// One part of the measurements, in the lab.
-pub(crate) fn inside(part: &str) -> Result<ExitCode> {
+pub(crate) fn inside(part: &str, rounds: u32) -> Result<ExitCode> {
     let folder = std::env::current_dir()?;
     let images = Path::new("/images/debian-12-cloud");
     match part {
@@ -95,6 +96,7 @@ pub(crate) fn inside(part: &str) -> Result<ExitCode> {
         "exits-in-memory" => exits::measure(&folder, images, exits::IN_MEMORY)?,
         "exits-away" => exits::measure(&folder, images, exits::AWAY)?,
         "disk" => disk::measure(&folder, images)?,
+        "guest" => guest::measure(&folder, images, rounds)?,
         _ => anyhow::bail!("there is no measurement {part:?}"),
     }
     Ok(ExitCode::SUCCESS)

@@ -67,6 +67,15 @@ pub(crate) fn static_program(package: &str, program: &str) -> Result<PathBuf> {
     Ok(target()?.join("release").join(program))
 }
 
+/// Builds what stories run inside guests, beside the static smsvmm in `target/static`.
+pub(crate) fn guest_programs() -> Result<()> {
+    let folder = target()?.join("static");
+    std::fs::create_dir_all(&folder)?;
+    let program = static_program("guest-tools", "fs-load")?;
+    std::fs::copy(program, folder.join("fs-load"))?;
+    Ok(())
+}
+
 /// Builds smsvmm as one file that needs no libraries, in `target/static`. Only the program itself is built for that, and
 /// linked with what the tests have built already; so it is not optimized.
 pub(crate) fn static_smsvmm() -> Result<PathBuf> {

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use lab::{Archive, Cache, Key, Toolbox, finish};
 
 use crate::apt::{self, Apt};
@@ -220,6 +220,56 @@ pub(crate) fn lab_images(cache: &Cache, toolbox: &Toolbox, kernels: &[(String, P
     Ok(())
 }
 
+/// Makes the image `guest-tools`: `tools.ext4`, a disk of programs for guests, and of drivers for each kernel.
+pub(crate) fn guest_tools(
+    cache: &Cache,
+    recipe: &Recipe,
+    apt: &Apt,
+    toolbox: &Toolbox,
+    kernels: &[(String, PathBuf)],
+) -> Result<()> {
+    let tools = &recipe.guest_tools;
+    let closure = apt.closure(&tools.packages)?;
+    let names: Vec<&str> = closure.iter().map(|package| package.file.as_str()).collect();
+    let mut key = Key::new()
+        .with("1")
+        .with(format!("{tools:?}"))
+        .with(names.join("\n"));
+    for (_, image) in kernels {
+        key = key.with(image.to_string_lossy().as_bytes());
+    }
+    cache.make("guest-tools", key, |folder| {
+        host::step(&format!(
+            "tools for guests: fetching and unpacking {} packages",
+            closure.len()
+        ));
+        let (unpacked, disk) = (folder.join("unpacked"), folder.join("disk"));
+        let tree = unpacked.join("tree");
+        merged_usr(&tree)?;
+        for file in apt.fetch_closure(&tools.packages, &closure)? {
+            apt::unpack(&file, &tree)?;
+        }
+        libraries(&tree, &unpacked.join("libraries"))?;
+        let source = Toolbox::at(&unpacked);
+        for program in &tools.programs {
+            for (from, to) in files_of_program(&source, program)? {
+                let to = disk.join(to);
+                fs::create_dir_all(to.parent().context("no folder")?)?;
+                fs::copy(&from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
+            }
+        }
+        for (_, kernel) in kernels {
+            let modules = Modules::of_image(kernel, toolbox)?;
+            modules.write_in_order(&disk.join("modules").join(&modules.release), &tools.modules)?;
+        }
+        ext4(toolbox, &disk, &folder.join("tools.ext4"), None)?;
+        fs::remove_dir_all(&unpacked)?;
+        fs::remove_dir_all(&disk)?;
+        Ok(())
+    })?;
+    Ok(())
+}
+
 fn link(from: &Path, to: &Path) -> Result<()> {
     fs::hard_link(from, to).with_context(|| format!("cannot link {}", from.display()))
 }
@@ -263,13 +313,20 @@ pub(crate) fn ext4(toolbox: &Toolbox, folder: &Path, image: &Path, size: Option<
 
 /// Adds a program of the toolbox with the libraries it needs to an initrd.
 pub(crate) fn add_program(archive: &mut Archive, toolbox: &Toolbox, program: &str) -> Result<()> {
+    for (from, to) in files_of_program(toolbox, program)? {
+        archive.copy(&from, &to, 0o755)?;
+    }
+    Ok(())
+}
+
+/// A program of the toolbox and the libraries it needs: the file of each, and its path in a guest.
+fn files_of_program(toolbox: &Toolbox, program: &str) -> Result<Vec<(PathBuf, String)>> {
     let path = toolbox
         .program(program)
         .with_context(|| format!("the toolbox has no {program}"))?;
-    archive.copy(&path, &format!("usr/bin/{program}"), 0o755)?;
     // The loader of this machine resolves the names; the files are those of the tree.
-    let mut command = toolbox.command("ldd");
-    let output = finish(command.arg(&path))?;
+    let output = finish(toolbox.command("ldd").arg(&path))?;
+    let mut files = vec![(path, format!("usr/bin/{program}"))];
     for line in String::from_utf8_lossy(&output).lines() {
         let Some(word) = line.split_whitespace().find(|word| word.starts_with('/')) else {
             continue;
@@ -284,9 +341,14 @@ pub(crate) fn add_program(archive: &mut Archive, toolbox: &Toolbox, program: &st
         } else {
             format!("lib/x86_64-linux-gnu/{name}")
         };
-        let from = toolbox.tree().join("usr/lib/x86_64-linux-gnu").join(&name);
-        ensure!(from.exists(), "the toolbox has no {name}, which {program} needs");
-        archive.copy(&from, &to, 0o755)?;
+        let libraries = toolbox.tree().join("usr/lib/x86_64-linux-gnu");
+        // Some packages keep libraries for themselves in a folder of their own, whose path their programs have.
+        let places = [libraries.join(&name), libraries.join("ceph").join(&name)];
+        let from = places
+            .into_iter()
+            .find(|place| place.exists())
+            .with_context(|| format!("the toolbox has no {name}, which {program} needs"))?;
+        files.push((from, to));
     }
-    Ok(())
+    Ok(files)
 }

@@ -204,15 +204,33 @@ impl Modules {
 
     /// Puts modules into an initrd as files in `modules/`, with the load order in `modules/order`.
     pub(crate) fn add_in_order(&self, archive: &mut Archive, names: &[String]) -> Result<()> {
+        for (name, content) in self.in_order(names)? {
+            archive.file(&format!("modules/{name}"), 0o644, content);
+        }
+        Ok(())
+    }
+
+    /// Writes modules into a folder, with the load order in `order`.
+    pub(crate) fn write_in_order(&self, folder: &Path, names: &[String]) -> Result<()> {
+        fs::create_dir_all(folder)?;
+        for (name, content) in self.in_order(names)? {
+            fs::write(folder.join(name), content)?;
+        }
+        Ok(())
+    }
+
+    /// The files of modules, and the file `order`.
+    fn in_order(&self, names: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut files = Vec::new();
         let mut order = String::new();
         for path in self.with_dependencies(names) {
             let name = format!("{}.ko", module_name(&path));
-            archive.file(&format!("modules/{name}"), 0o644, self.content(&path)?);
             order.push_str(&name);
             order.push('\n');
+            files.push((name, self.content(&path)?));
         }
-        archive.file("modules/order", 0o644, order);
-        Ok(())
+        files.push(("order".into(), order.into_bytes()));
+        Ok(files)
     }
 }
 

@@ -66,10 +66,14 @@ enum Task {
     },
     /// The part of `bench` that runs in the lab
     #[command(hide = true)]
-    BenchInside { part: String },
+    BenchInside {
+        part: String,
+        #[arg(long, default_value_t = 1)]
+        rounds: u32,
+    },
     /// Fuzz what hostile guests, peers and files can reach
     Fuzz(fuzz::Arguments),
-    /// Build smsvmm as one file that needs no libraries: target/static/smsvmm
+    /// Build smsvmm as one file that needs no libraries, and what stories run inside guests: target/static
     Static,
     /// Run a command in a lab host that sees a folder at the same path
     Lab(LabArguments),
@@ -92,6 +96,8 @@ enum Bench {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Disks as a guest has them, of a pool and of an image, beside a guest of QEMU in the same lab
+    Guest(bench::guest::Options),
     /// Disks over vhost-user-blk: IOPS, CPU time and latency, beside qemu-storage-daemon and fio
     Disks(bench::disks::Options),
 }
@@ -157,10 +163,15 @@ fn main() -> ExitCode {
         Task::Bench {
             what: Bench::Disks(options),
         } => bench::disks::run(&options),
-        Task::BenchInside { part } => bench::inside(&part),
+        Task::Bench {
+            what: Bench::Guest(options),
+        } => bench::guest::run(&options),
+        Task::BenchInside { part, rounds } => bench::inside(&part, rounds),
         Task::Demo { tour } => demo::run(tour),
         Task::DemoInside { tour } => demo::inside(tour),
-        Task::Static => build::static_smsvmm().map(|_| ExitCode::SUCCESS),
+        Task::Static => build::guest_programs()
+            .and_then(|()| build::static_smsvmm())
+            .map(|_| ExitCode::SUCCESS),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Lab(arguments) => in_lab(arguments),
     };

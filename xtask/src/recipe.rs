@@ -17,6 +17,7 @@ pub(crate) struct Recipe {
     pub(crate) kernel: Vec<Kernel>,
     pub(crate) lab: LabHost,
     pub(crate) guest_initrd: GuestInitrd,
+    pub(crate) guest_tools: GuestTools,
     pub(crate) debian: Debian,
 }
 
@@ -60,6 +61,15 @@ pub(crate) struct LabHost {
 pub(crate) struct GuestInitrd {
     pub(crate) modules: Vec<String>,
     pub(crate) programs: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct GuestTools {
+    pub(crate) suite: String,
+    pub(crate) packages: Vec<String>,
+    pub(crate) programs: Vec<String>,
+    pub(crate) modules: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]

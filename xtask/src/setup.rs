@@ -59,6 +59,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         debian::make(&cache, &recipe, &toolbox, &apt)?;
     }
     images::lab_images(&cache, &toolbox, &made)?;
+    let apt = Apt::open(&cache, &recipe, &recipe.guest_tools.suite, options.refresh)?;
+    images::guest_tools(&cache, &recipe, &apt, &toolbox, &made)?;
     prune(&cache)?;
     fs::write(&stamp, current_images(&cache)?)?;
     host::step("the images are ready");

@@ -86,7 +86,10 @@ pub(crate) fn run(quick: bool) -> Result<ExitCode> {
     });
     if !quick {
         let mut program = None;
-        tally.step("static build", || build::static_smsvmm().map(|_| Counts::one()));
+        tally.step("static build", || {
+            build::guest_programs()?;
+            build::static_smsvmm().map(|_| Counts::one())
+        });
         tally.step("release build", || {
             program = Some(build::release("smsvmm")?);
             Ok(Counts::one())

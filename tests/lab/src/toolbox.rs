@@ -38,6 +38,14 @@ impl Toolbox {
         })
     }
 
+    /// Packages that set-up has unpacked in a folder, as `tree` and `libraries`.
+    #[must_use]
+    pub fn at(folder: &Path) -> Self {
+        Self {
+            folder: folder.to_path_buf(),
+        }
+    }
+
     /// The root of the unpacked tree.
     #[must_use]
     pub fn tree(&self) -> PathBuf {
