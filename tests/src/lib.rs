@@ -25,6 +25,7 @@ mod agent;
 mod console;
 mod host;
 mod place;
+mod server;
 mod terminal;
 pub mod transfer;
 mod vm;
@@ -37,6 +38,7 @@ pub use agent::Events;
 pub use host::{Host, Kernel};
 pub use lab::Output;
 pub use place::program;
+pub use server::Server;
 pub use terminal::{Mode, Terminal};
 pub use vm::{Disk, Outcome, Vm, VmBuilder};
 

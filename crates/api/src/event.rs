@@ -72,6 +72,18 @@ pub enum EventKind {
         /// Why.
         reason: String,
     },
+    /// The process that serves a disk has gone; the guest's requests wait for it to come back.
+    DiskServerLost {
+        /// Which disk.
+        id: DeviceId,
+        /// How it was seen.
+        reason: String,
+    },
+    /// The process that serves a disk is back; the guest's requests go on.
+    DiskServerBack {
+        /// Which disk.
+        id: DeviceId,
+    },
     /// The guest wrote a line to the debug port (0xE9).
     DebugLine {
         /// The line.

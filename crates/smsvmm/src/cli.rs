@@ -176,7 +176,11 @@ pub(crate) enum ConsoleName {
 #[derive(Debug, Args)]
 pub(crate) struct DiskArguments {
     /// A raw disk image or a block device.
-    pub(crate) image: PathBuf,
+    #[arg(required_unless_present = "vhost_user")]
+    pub(crate) image: Option<PathBuf>,
+    /// A disk that another process serves at this socket, instead of an image.
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["image", "serial", "buffered", "poll_us"])]
+    pub(crate) vhost_user: Option<PathBuf>,
     /// Name within the machine [default: the first free of disk0, disk1, ...].
     #[arg(long)]
     pub(crate) id: Option<DeviceId>,

@@ -145,6 +145,7 @@ fn state(state: DeviceState) -> &'static str {
         DeviceState::Attached => "attached",
         DeviceState::Active => "active",
         DeviceState::Removing => "removing",
+        DeviceState::Waiting => "waiting",
         DeviceState::Failed => "failed",
     }
 }
@@ -155,8 +156,12 @@ fn act(client: &Client, action: &str) -> anyhow::Result<Exit> {
 }
 
 fn attach_disk(client: &Client, arguments: DiskArguments, json: bool) -> anyhow::Result<Exit> {
-    let image = std::path::absolute(&arguments.image).context("cannot find the current folder")?;
-    let defaults = DiskConfig::new(image);
+    let absolute = |path: &PathBuf| std::path::absolute(path).context("cannot find the current folder");
+    let defaults = match (&arguments.image, &arguments.vhost_user) {
+        (Some(image), _) => DiskConfig::new(absolute(image)?),
+        (None, Some(socket)) => DiskConfig::served_at(absolute(socket)?),
+        (None, None) => return Err(UsageError::new("name an image, or a socket by --vhost-user").into()),
+    };
     let disk = DiskConfig {
         id: arguments.id.unwrap_or_default(),
         read_only: arguments.read_only,
@@ -279,6 +284,10 @@ fn line_of(event: &Event) -> String {
             format!("{id}: the guest does not let it go: {reason}")
         }
         EventKind::DeviceFailed { id, reason } => format!("{id} failed: {reason}"),
+        EventKind::DiskServerLost { id, reason } => {
+            format!("{id} waits for the process that serves it: {reason}")
+        }
+        EventKind::DiskServerBack { id } => format!("{id}: the process that serves it is back"),
         EventKind::DebugLine { text, microseconds } => format!("debug port after {microseconds} us: {text}"),
         EventKind::Stopped { reason } => reason.to_string(),
     };

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, NetBackend as NetKind, NetConfig, NetStatus,
-    Problem, ProblemKind, VmName, VmStatus,
+    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventLog, NetBackend as NetKind, NetConfig,
+    NetStatus, Problem, ProblemKind, VmName, VmStatus,
 };
 use block_io::Worker;
 use event_manager::SubscriberOps;
+use storage_virtualizer::vhost_user::front_end::FrontEndHandle;
 use virtio_core::VirtioDevice;
 
 use super::MachineError;
@@ -27,8 +28,12 @@ use crate::sandbox::{self, Sandbox};
 /// What a device is, with what is told of it in the VM's status.
 #[derive(Debug, Clone)]
 pub(super) enum Kind {
-    /// A disk of `size` bytes.
-    Disk { config: Box<DiskConfig>, size: ByteSize },
+    /// A disk of `size` bytes; one that another process serves by `link` may change its size.
+    Disk {
+        config: Box<DiskConfig>,
+        size: ByteSize,
+        link: Option<FrontEndHandle>,
+    },
     /// A network card.
     Net { config: Box<NetConfig> },
     /// The entropy source.
@@ -50,13 +55,19 @@ pub(super) struct HostDevice {
 
 impl Kind {
     pub(super) fn disk_status(&self, state: DeviceState) -> Option<DiskStatus> {
-        let Kind::Disk { config, size } = self else {
+        let Kind::Disk { config, size, link } = self else {
             return None;
         };
+        let is_away = link.as_ref().is_some_and(|link| !link.is_connected());
         Some(DiskStatus {
             config: (**config).clone(),
-            state,
-            size: *size,
+            state: match state {
+                DeviceState::Attached | DeviceState::Active if is_away => DeviceState::Waiting,
+                state => state,
+            },
+            size: link
+                .as_ref()
+                .map_or(*size, |link| ByteSize::from_bytes(link.size())),
         })
     }
 
@@ -84,6 +95,12 @@ pub(super) struct DeviceOpener {
     /// Who has the disks that are not images.
     pub(super) pool: Option<Arc<dyn PoolDisks>>,
     pub(super) passt: StartPasst,
+    /// Connects to the servers of disks.
+    pub(super) helper: Option<Arc<Launcher>>,
+    /// Other processes can have the guest's memory.
+    pub(super) shared_memory: bool,
+    /// The log of the VM.
+    pub(super) events: Arc<EventLog>,
 }
 
 /// Who starts passt.
@@ -108,17 +125,8 @@ impl DeviceOpener {
         config
             .check()
             .map_err(|(key, error)| Problem::new(ProblemKind::Invalid, format!("{key} {error}")))?;
-        let (device, size) = self
-            .open_disk(config.clone())
-            .map_err(|error| problem(&config.id, &error))?;
-        Ok((
-            device,
-            DiskStatus {
-                config,
-                state: DeviceState::Attached,
-                size,
-            },
-        ))
+        self.open_disk(config.clone())
+            .map_err(|error| problem(&config.id, &error))
     }
 
     /// Opens a network card for a running VM: fills in what is not given.
@@ -148,28 +156,33 @@ impl DeviceOpener {
         ))
     }
 
-    fn open_disk(&self, config: DiskConfig) -> Result<(HostDevice, ByteSize), DiskError> {
+    fn open_disk(&self, mut config: DiskConfig) -> Result<(HostDevice, DiskStatus), DiskError> {
         let OpenDisk {
             device,
             workers,
             size,
             guard,
-        } = super::disk::open(&config, &self.sandbox, self.pool.as_deref())?;
-        let id = config.id.clone();
-        let kind = Kind::Disk {
-            config: Box::new(config),
+            link,
+        } = super::disk::open(&config, self)?;
+        // Whether it can be written is the server's decision.
+        config.read_only |= link.as_ref().is_some_and(FrontEndHandle::is_read_only);
+        let status = DiskStatus {
+            config: config.clone(),
+            state: DeviceState::Attached,
             size,
         };
-        Ok((
-            HostDevice {
-                id,
-                kind,
-                device,
-                workers,
-                guard,
+        let device = HostDevice {
+            id: config.id.clone(),
+            kind: Kind::Disk {
+                config: Box::new(config),
+                size,
+                link,
             },
-            size,
-        ))
+            device,
+            workers,
+            guard,
+        };
+        Ok((device, status))
     }
 
     fn open_net(&self, config: NetConfig) -> Result<HostDevice, NetError> {

@@ -69,6 +69,14 @@ pub(in crate::sandbox) const REMOTE_DEVICE: &[Rule] = &[
     allow(SYS_shutdown, "end of a connection"),
 ];
 
+/// Messages to the process that serves a disk, over a socket that a helper has connected.
+#[rustfmt::skip]
+pub(in crate::sandbox) const DISK_LINK: &[Rule] = &[
+    allow_masked(SYS_sendto, 4, u64::MAX, 0, "requests to the helper that connects"),
+    allow(SYS_sendmsg, "messages with descriptors to a connected socket"),
+    allow(SYS_recvmsg, "answers, and connected sockets from the helper"),
+];
+
 /// Whoever lets go of an image last unlocks it.
 const RELEASE_IMAGE: Rule = fcntl(F_OFD_SETLK, "locks on images");
 
