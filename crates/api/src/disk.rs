@@ -107,8 +107,7 @@ impl DiskConfig {
         }
         match (&self.image, &self.file) {
             (None, None) => {
-                let text =
-                    "is missing; name a raw image or a block device here, or a disk of the pool in `file`";
+                let text = "is missing; name a raw image or a block device here, a disk of the pool in `file`, or a socket in `vhost-user`";
                 return Err(("image", InvalidValue::new(text)));
             }
             (Some(_), Some(_)) => {

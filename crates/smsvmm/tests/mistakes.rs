@@ -64,6 +64,16 @@ const IN_THE_FILE: &[(&str, &str, &str)] = &[
         "\"root.raw\"\nreadonly = true",
         "vm.toml:13: disk.0.readonly: unknown key; did you mean `read-only`?",
     ),
+    (
+        "image = \"root.raw\"",
+        "vhost-user = \"d.sock\"\nserial = \"x\"",
+        "vm.toml:13: disk.0.serial: is told to the guest by the process that serves the disk",
+    ),
+    (
+        "image = \"root.raw\"",
+        "manager = \"m.sock\"",
+        "vm.toml:12: disk.0.manager: unknown key; ",
+    ),
     ("t.sock", "serial.log", "vm.toml:9: management.socket: "),
 ];
 
@@ -85,6 +95,10 @@ const ON_THE_COMMAND_LINE: &[(&str, &str)] = &[
     (
         "disk.+.image=root.raw",
         "--set disk.+.image=root.raw: disk.1.image: ",
+    ),
+    (
+        "disk.0.vhost-user=d.sock",
+        "--set disk.0.vhost-user=d.sock: disk.0.vhost-user: cannot stand beside `image` or `file`: ",
     ),
     ("nothing=1", "--set nothing=1: nothing: unknown key; "),
 ];

@@ -319,7 +319,7 @@ fn each_mistake_in_the_file_has_its_message() {
         ),
         (
             "[[disk]]\nserial = \"x\"",
-            "vm.toml:5: disk.0.image: is missing; name a raw image or a block device here, or a disk of the pool in `file`",
+            "vm.toml:5: disk.0.image: is missing; name a raw image or a block device here, a disk of the pool in `file`, or a socket in `vhost-user`",
         ),
         (
             "[[disk]]\nimage = \"\"",
@@ -340,6 +340,39 @@ fn each_mistake_in_the_file_has_its_message() {
         (
             "[[disk]]\nimage = \"a\"\npoll-us = 20000",
             "vm.toml:7: disk.0.poll-us: polling is limited to 10000 microseconds",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"\"",
+            "vm.toml:6: disk.0.vhost-user: is empty; name the socket at which the disk is served, as by `smsvmm share vhost-user`",
+        ),
+        ("[[disk]]\nvhost-user = 7", "vm.toml:6: disk.0.vhost-user: "),
+        (
+            "[[disk]]\nvhost_user = \"a.sock\"",
+            "vm.toml:6: disk.0.vhost_user: unknown key; did you mean `vhost-user`?",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nvhost-user = \"a.sock\"",
+            "vm.toml:7: disk.0.vhost-user: cannot stand beside `image` or `file`: what the disk lies on, the process at this socket knows",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"a.sock\"\nserial = \"x\"",
+            "vm.toml:7: disk.0.serial: is told to the guest by the process that serves the disk, and cannot be set here",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"a.sock\"\nmode = \"undoable\"",
+            "vm.toml:7: disk.0.mode: `undoable` is for disks of a pool, and this one is served by another process, which may know of modes",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"a.sock\"\ndirect = false",
+            "vm.toml:7: disk.0.direct: is for images; give the process that serves the disk such an option (`--buffered`)",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"a.sock\"\npoll-us = 20",
+            "vm.toml:7: disk.0.poll-us: is for disks that this process serves; give the one that serves it such an option (`--poll-us`)",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"a.sock\"\nqueues = 17",
+            "vm.toml:7: disk.0.queues: 17 queues are impossible; use 1 to 16",
         ),
         (
             "[[disk]]\nimage = \"a\"\nid = \"a/b\"",
@@ -413,6 +446,10 @@ fn each_mistake_in_the_file_has_its_message() {
             "vm.toml:8: disk.1.image: /vms/a/./b/../a is already disk.0.image; two disks on one image must both be read-only",
         ),
         (
+            "[[disk]]\nvhost-user = \"a.sock\"\n[[disk]]\nvhost-user = \"./a.sock\"",
+            "vm.toml:8: disk.1.vhost-user: /vms/a/./a.sock is already disk.0.vhost-user; two disks on one socket must both be read-only",
+        ),
+        (
             "[[net]]\nmac = \"02:00:00:00:00:01\"\n[[net]]\nmac = \"02:00:00:00:00:01\"",
             "vm.toml:8: net.1.mac: `02:00:00:00:00:01` is taken by net.0.mac; each network card needs an address of its own",
         ),
@@ -482,7 +519,7 @@ fn each_mistake_in_an_override_has_its_message() {
         ),
         (
             "disk.+.read-only=true",
-            "--set disk.+.read-only=true: disk.1.image: is missing; name a raw image or a block device here, or a disk of the pool in `file`",
+            "--set disk.+.read-only=true: disk.1.image: is missing; name a raw image or a block device here, a disk of the pool in `file`, or a socket in `vhost-user`",
         ),
         (
             "disk.+.image=root.raw",
@@ -520,7 +557,7 @@ fn an_override_is_blamed_also_where_the_file_has_the_key() {
     let error = load(&with("[[disk]]\nserial = \"x\""), &["disk.0.read-only=true"]).unwrap_err();
     assert_eq!(
         error,
-        "vm.toml:5: disk.0.image: is missing; name a raw image or a block device here, or a disk of the pool in `file`"
+        "vm.toml:5: disk.0.image: is missing; name a raw image or a block device here, a disk of the pool in `file`, or a socket in `vhost-user`"
     );
 }
 
