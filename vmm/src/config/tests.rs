@@ -196,7 +196,7 @@ fn each_mistake_in_the_file_has_its_message() {
         ),
         (
             "[[disk]]\nimage = \"a\"\nreadonly = true",
-            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `file`, `mode`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
+            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
         ),
         (
             "[[disk]]\nfile = \"/a.dsk\"",
@@ -345,10 +345,13 @@ fn each_mistake_in_the_file_has_its_message() {
             "[[disk]]\nvhost-user = \"\"",
             "vm.toml:6: disk.0.vhost-user: is empty; name the socket at which the disk is served, as by `smsvmm share vhost-user`",
         ),
-        ("[[disk]]\nvhost-user = 7", "vm.toml:6: disk.0.vhost-user: "),
+        (
+            "[[disk]]\nvhost-user = 7",
+            "vm.toml:6: disk.0.vhost-user: expected a text in quotes, found the number 7",
+        ),
         (
             "[[disk]]\nvhost_user = \"a.sock\"",
-            "vm.toml:6: disk.0.vhost_user: unknown key; did you mean `vhost-user`?",
+            "vm.toml:6: disk.0.vhost_user: unknown key; did you mean `vhost-user`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
         ),
         (
             "[[disk]]\nimage = \"a\"\nvhost-user = \"a.sock\"",
@@ -502,7 +505,7 @@ fn each_mistake_in_an_override_has_its_message() {
         ),
         (
             "disk.0.bsu=x",
-            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `file`, `mode`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
+            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`)",
         ),
         (
             "disk.3.image=x",
