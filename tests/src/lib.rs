@@ -26,6 +26,7 @@ mod console;
 mod host;
 mod place;
 mod pool;
+mod server;
 mod terminal;
 pub mod transfer;
 mod vm;
@@ -39,6 +40,7 @@ pub use host::{Host, Kernel};
 pub use lab::Output;
 pub use place::program;
 pub use pool::Pool;
+pub use server::Server;
 pub use terminal::{Mode, Terminal};
 pub use vm::{Disk, Outcome, Vm, VmBuilder};
 

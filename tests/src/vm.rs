@@ -20,8 +20,8 @@ use crate::{Host, Kernel};
 #[derive(Clone, Debug)]
 pub struct Disk {
     image: PathBuf,
-    /// The image is a disk of the machine's pool.
-    in_pool: bool,
+    /// By which key vm.toml names it.
+    key: &'static str,
     lines: Vec<String>,
     read_only: bool,
     serial: Option<String>,
@@ -33,7 +33,7 @@ impl Disk {
     pub fn new(image: impl Into<PathBuf>) -> Self {
         Self {
             image: image.into(),
-            in_pool: false,
+            key: "image",
             lines: Vec::new(),
             read_only: false,
             serial: None,
@@ -44,8 +44,17 @@ impl Disk {
     #[must_use]
     pub fn in_pool(file: &str) -> Self {
         Self {
-            in_pool: true,
+            key: "file",
             ..Self::new(file)
+        }
+    }
+
+    /// A disk that another process serves at this socket.
+    #[must_use]
+    pub fn served_at(socket: impl Into<PathBuf>) -> Self {
+        Self {
+            key: "vhost-user",
+            ..Self::new(socket)
         }
     }
 
@@ -334,8 +343,7 @@ impl<'a> VmBuilder<'a> {
             self.command_line
         )?;
         for disk in &self.disks {
-            let key = if disk.in_pool { "file" } else { "image" };
-            writeln!(text, "[[disk]]\n{key} = {:?}", disk.image)?;
+            writeln!(text, "[[disk]]\n{} = {:?}", disk.key, disk.image)?;
             if disk.read_only {
                 writeln!(text, "read-only = true")?;
             }

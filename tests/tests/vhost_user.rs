@@ -4,13 +4,14 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use lab::{Cache, Toolbox};
+use stories::Server;
 
 const SIZE: u64 = 256 << 20;
 /// Each line of the guest comes within this, or it hangs.
@@ -51,29 +52,10 @@ impl Drop for Running {
     }
 }
 
-fn serve(folder: &Path) -> Result<Running> {
-    let mut command = Command::new(stories::program()?);
-    command.args(["share", "vhost-user", "--queues", "2", "--buffered", "--socket"]);
-    command.arg(folder.join("disk.sock"));
-    command.arg("--image").arg(folder.join("disk.img"));
-    let mut server = command
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("cannot start smsvmm")?;
-    let output = BufReader::new(server.stderr.take().context("no standard error")?);
-    let server = Running(server);
-    let mut lines = output.lines();
-    for line in lines.by_ref() {
-        if line?.contains("is served at") {
-            thread::spawn(move || {
-                lines
-                    .map_while(Result::ok)
-                    .for_each(|line| println!("server: {line}"))
-            });
-            return Ok(server);
-        }
-    }
-    bail!("smsvmm ended before it served")
+fn serve(folder: &Path) -> Result<Server> {
+    let arguments = "vhost-user --queues 2 --buffered --socket disk.sock --image disk.img";
+    let arguments: Vec<&str> = arguments.split(' ').collect();
+    Server::share(&stories::program()?, folder, &arguments)
 }
 
 /// A guest that runs [`SCRIPT`] on the disk.

@@ -1,6 +1,7 @@
 //! The virtual machine monitor of smsvmm: guest memory, vCPUs, PCI, virtio transport, platform devices, boot.
 
 pub mod bus;
+mod eventfds;
 
 pub mod acpi;
 pub mod cpuid;

@@ -19,6 +19,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 use std::sync::Arc;
 
+use rustix::fs::{SealFlags, fcntl_add_seals};
 use virtio_core::GuestMemory;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -428,7 +429,8 @@ fn memfd(name: &CStr, flags: libc::c_uint, size: usize) -> Result<File, MemoryEr
         source: io::Error::last_os_error(),
     };
     // SAFETY: `name` is a valid C string; the call has no other pointers.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | flags) };
+    let fd =
+        unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags) };
     if fd < 0 {
         return Err(error("create a file for"));
     }
@@ -438,6 +440,13 @@ fn memfd(name: &CStr, flags: libc::c_uint, size: usize) -> Result<File, MemoryEr
         action: "size a file for",
         size,
         source,
+    })?;
+    // Whoever shares the memory could make it shorter under us otherwise, and the next access would end this process.
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    fcntl_add_seals(&file, seals).map_err(|source| MemoryError::System {
+        action: "seal a file for",
+        size,
+        source: source.into(),
     })?;
     Ok(file)
 }
@@ -531,6 +540,23 @@ mod tests {
             assert_eq!(present(&ram), 32 << 20);
             assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0);
         }
+    }
+
+    #[test]
+    fn whoever_shares_memory_cannot_make_it_shorter() {
+        let ram = Ram::new(RamOptions {
+            shared: true,
+            ..options(32 << 20)
+        })
+        .unwrap();
+        let theirs = ram.mappings[0].file.as_ref().unwrap().try_clone().unwrap();
+        assert_eq!(
+            theirs.set_len(4096).unwrap_err().raw_os_error(),
+            Some(libc::EPERM)
+        );
+        ram.memory().write_obj(7_u64, GuestAddress(0x10_0000)).unwrap();
+        ram.clear().unwrap();
+        assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(0x10_0000)).unwrap(), 0);
     }
 
     #[test]

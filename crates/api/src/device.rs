@@ -120,6 +120,8 @@ pub enum DeviceState {
     Active,
     /// The guest was asked to let it go and has not answered yet.
     Removing,
+    /// The process that serves it has gone. The guest's requests wait, and go on when it is back.
+    Waiting,
     /// It stopped: the driver broke the protocol, or the host refused what it needs. A guest reset revives it.
     Failed,
 }

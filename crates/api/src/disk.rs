@@ -18,12 +18,15 @@ pub struct DiskConfig {
     /// Name within the machine; by default "disk0", "disk1", ...
     #[serde(default, skip_serializing_if = "DeviceId::is_unassigned")]
     pub id: DeviceId,
-    /// A raw disk image or a block device of the host. Absolute once loaded. Either this or `file` is given.
+    /// A raw disk image or a block device of the host. Absolute once loaded. This, `file` or `vhost-user` is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<PathBuf>,
     /// A disk of the pool: `/vm/root.dsk`, or a snapshot `/vm/root.dsk@monday`, which is read-only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
+    /// The socket at which another process serves the disk (vhost-user-blk). Absolute once loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_user: Option<PathBuf>,
     /// Of a disk of the pool: what becomes of what the guest writes.
     #[serde(default, skip_serializing_if = "is_persistent")]
     pub mode: DiskMode,
@@ -66,6 +69,8 @@ pub struct DiskConfig {
 impl DiskConfig {
     /// Most request queues of a disk.
     pub const MAX_QUEUES: u8 = 16;
+    /// Longest path of a socket: sun_path of unix(7) has 108 bytes, one of which is the final zero.
+    pub const MAX_SOCKET: usize = 107;
     /// Longest busy polling in microseconds.
     pub const MAX_POLL_US: u32 = 10_000;
 
@@ -75,6 +80,7 @@ impl DiskConfig {
             id: DeviceId::default(),
             image: Some(image.into()),
             file: None,
+            vhost_user: None,
             mode: DiskMode::default(),
             at_power_off: None,
             bus: DiskBus::default(),
@@ -90,11 +96,21 @@ impl DiskConfig {
         }
     }
 
-    /// What the disk lies on; none if neither is given, or both, which [`Self::check`] refuses.
+    /// A disk that another process serves at `socket`, with every default; the identifier is unassigned.
+    pub fn served_at(socket: impl Into<PathBuf>) -> Self {
+        Self {
+            image: None,
+            vhost_user: Some(socket.into()),
+            ..Self::new("")
+        }
+    }
+
+    /// What the disk lies on; none if nothing is given, or several, which [`Self::check`] refuses.
     pub fn source(&self) -> Option<DiskSource<'_>> {
-        match (&self.image, &self.file) {
-            (Some(image), None) => Some(DiskSource::Image(image)),
-            (None, Some(file)) => Some(DiskSource::File(file)),
+        match (&self.image, &self.file, &self.vhost_user) {
+            (Some(image), None, None) => Some(DiskSource::Image(image)),
+            (None, Some(file), None) => Some(DiskSource::File(file)),
+            (None, None, Some(socket)) => Some(DiskSource::VhostUser(socket)),
             _ => None,
         }
     }
@@ -104,10 +120,13 @@ impl DiskConfig {
     /// # Errors
     /// The key that is wrong, and why.
     pub fn check(&self) -> Result<(), (&'static str, InvalidValue)> {
+        if let Some(socket) = &self.vhost_user {
+            self.check_served(socket)?;
+            return self.check_queues();
+        }
         match (&self.image, &self.file) {
             (None, None) => {
-                let text =
-                    "is missing; name a raw image or a block device here, or a disk of the pool in `file`";
+                let text = "is missing; name a raw image or a block device here, a disk of the pool in `file`, or a socket in `vhost-user`";
                 return Err(("image", InvalidValue::new(text)));
             }
             (Some(_), Some(_)) => {
@@ -160,6 +179,60 @@ impl DiskConfig {
             };
             (key, error)
         })?;
+        self.check_queues()
+    }
+
+    /// Much of a disk that another process serves is that process's affair.
+    fn check_served(&self, socket: &Path) -> Result<(), (&'static str, InvalidValue)> {
+        let length = socket.as_os_str().len();
+        let problem = if self.image.is_some() || self.file.is_some() {
+            let text = "cannot stand beside `image` or `file`: what the disk lies on, the process at this socket knows";
+            ("vhost-user", text.to_owned())
+        } else if length == 0 {
+            let text =
+                "is empty; name the socket at which the disk is served, as by `smsvmm share vhost-user`";
+            ("vhost-user", text.to_owned())
+        } else if length > Self::MAX_SOCKET {
+            let most = Self::MAX_SOCKET;
+            let text =
+                format!("the path has {length} bytes, a Unix socket's has at most {most}; use a shorter one");
+            ("vhost-user", text)
+        } else if self.mode != DiskMode::default() {
+            let text =
+                "is for disks of a pool, and this one is served by another process, which may know of modes";
+            ("mode", format!("`{}` {text}", self.mode.name()))
+        } else if self.serial.is_some() {
+            let text = "is told to the guest by the process that serves the disk, and cannot be set here";
+            ("serial", text.to_owned())
+        } else if !self.direct {
+            let text = "is for images; give the process that serves the disk such an option (`--buffered`)";
+            ("direct", text.to_owned())
+        } else if self.poll_us.is_some() {
+            let text = "is for disks that this process serves; give the one that serves it such an option (`--poll-us`)";
+            ("poll-us", text.to_owned())
+        } else if let Some(key) = self.own_setting() {
+            let text = "is for disks that this process serves, and this one is served by another";
+            (key, text.to_owned())
+        } else {
+            return Ok(());
+        };
+        Err((problem.0, InvalidValue::new(problem.1)))
+    }
+
+    /// A setting that only who serves the disk can keep.
+    fn own_setting(&self) -> Option<&'static str> {
+        let limits = self.limits != DiskLimits::default();
+        [
+            ("at-power-off", self.at_power_off.is_some()),
+            ("limits", limits),
+            ("limit-group", self.limit_group.is_some()),
+            ("on-error", self.on_error != OnError::default()),
+        ]
+        .into_iter()
+        .find_map(|(key, set)| set.then_some(key))
+    }
+
+    fn check_queues(&self) -> Result<(), (&'static str, InvalidValue)> {
         if !(1..=Self::MAX_QUEUES).contains(&self.queues) {
             return Err((
                 "queues",
@@ -204,12 +277,14 @@ pub enum DiskSource<'a> {
     Image(&'a Path),
     /// A disk of the pool.
     File(&'a str),
+    /// A disk of another process, at this socket.
+    VhostUser(&'a Path),
 }
 
 impl fmt::Display for DiskSource<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Image(path) => path.display().fmt(formatter),
+            Self::Image(path) | Self::VhostUser(path) => path.display().fmt(formatter),
             Self::File(path) => path.fmt(formatter),
         }
     }

@@ -79,6 +79,18 @@ pub enum EventKind {
         /// What the disk said.
         reason: String,
     },
+    /// The process that serves a disk has gone; the guest's requests wait for it to come back.
+    DiskServerLost {
+        /// Which disk.
+        id: DeviceId,
+        /// How it was seen.
+        reason: String,
+    },
+    /// The process that serves a disk is back; the guest's requests go on.
+    DiskServerBack {
+        /// Which disk.
+        id: DeviceId,
+    },
     /// The guest wrote a line to the debug port (0xE9).
     DebugLine {
         /// The line.

@@ -75,6 +75,12 @@ pub trait BlockDevice {
     /// Makes everything durable whose write completed before this call.
     fn flush(&self) -> impl Future<Output = Result<(), IoError>>;
 
+    /// Sees to it that what was written before survives the end of this process, if not a power cut. For whoever answers to
+    /// someone that outlives the process. A device that keeps nothing in the process has nothing to do.
+    fn settle(&self) -> impl Future<Output = Result<(), IoError>> {
+        std::future::ready(Ok(()))
+    }
+
     /// Says that the content of the range is no longer needed: it may read as anything afterwards. A hint; devices that
     /// cannot discard succeed without doing anything.
     fn discard(&self, offset: u64, length: u64) -> impl Future<Output = Result<(), IoError>>;

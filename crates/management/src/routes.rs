@@ -168,13 +168,16 @@ impl Device for DiskConfig {
 
     fn check(&self) -> Result<(), Problem> {
         self.check().map_err(invalid_key)?;
-        if let Some(image) = self.image.as_ref().filter(|image| !image.is_absolute()) {
+        for (key, path) in [("image", &self.image), ("vhost-user", &self.vhost_user)] {
+            let Some(path) = path.as_ref().filter(|path| !path.is_absolute()) else {
+                continue;
+            };
             let detail = format!(
                 "{} is a relative path; the machine has a folder of its own",
-                image.display()
+                path.display()
             );
             return Err(Problem::new(ProblemKind::Invalid, detail)
-                .about("image")
+                .about(key)
                 .remedy("give an absolute path"));
         }
         Ok(())

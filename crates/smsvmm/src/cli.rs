@@ -193,11 +193,14 @@ pub(crate) enum ConsoleName {
 #[derive(Debug, Args)]
 pub(crate) struct DiskArguments {
     /// A raw disk image or a block device.
-    #[arg(required_unless_present = "file", conflicts_with = "file")]
+    #[arg(required_unless_present_any = ["file", "vhost_user"], conflicts_with = "file")]
     pub(crate) image: Option<PathBuf>,
     /// A disk of the machine's pool instead: /vm/data.dsk, or a snapshot, /vm/data.dsk@monday, with --read-only.
     #[arg(long, value_name = "PATH", conflicts_with = "buffered")]
     pub(crate) file: Option<String>,
+    /// A disk that another process serves at this socket, instead of an image.
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["image", "file", "serial", "buffered", "poll_us"])]
+    pub(crate) vhost_user: Option<PathBuf>,
     /// Name within the machine [default: the first free of disk0, disk1, ...].
     #[arg(long)]
     pub(crate) id: Option<DeviceId>,

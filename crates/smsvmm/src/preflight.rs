@@ -221,6 +221,9 @@ fn pool_disk(disk: &DiskConfig, file: &str, found: Option<Result<VirtualDiskStat
 
 fn image(disk: &DiskConfig) -> Finding {
     const TOPIC: &str = "disk";
+    if let Some(socket) = &disk.vhost_user {
+        return served_disk(disk, socket);
+    }
     let Some(image) = &disk.image else {
         // The configuration was checked.
         return Finding::fail(
@@ -265,6 +268,20 @@ fn image(disk: &DiskConfig) -> Finding {
             device.geometry().size >> 20
         ),
     )
+}
+
+/// Looks whether somebody is there; what the disk is like shows when it is used.
+fn served_disk(disk: &DiskConfig, socket: &Path) -> Finding {
+    const TOPIC: &str = "disk";
+    let path = socket.display();
+    match UnixStream::connect(socket) {
+        Ok(_) => Finding::ok(TOPIC, format!("{}: served at {path}", disk.id)),
+        Err(error) => Finding::fail(
+            TOPIC,
+            format!("{}: nobody serves at {path}: {error}", disk.id),
+            "start the server first, for example `smsvmm share vhost-user`",
+        ),
+    }
 }
 
 /// Refuses an image that is too small for what lies on it. One that cannot be read is left to those who open it.

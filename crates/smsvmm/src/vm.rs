@@ -190,6 +190,7 @@ fn state(state: DeviceState) -> &'static str {
         DeviceState::Attached => "attached",
         DeviceState::Active => "active",
         DeviceState::Removing => "removing",
+        DeviceState::Waiting => "waiting",
         DeviceState::Failed => "failed",
     }
 }
@@ -200,12 +201,14 @@ fn act(client: &Client, action: &str) -> anyhow::Result<Exit> {
 }
 
 fn attach_disk(client: &Client, arguments: DiskArguments, json: bool) -> anyhow::Result<Exit> {
-    let image = arguments.image.as_deref().map(std::path::absolute).transpose();
-    let image = image.context("cannot find the current folder")?;
+    let absolute = |path: &PathBuf| std::path::absolute(path).context("cannot find the current folder");
+    let image = arguments.image.as_ref().map(absolute).transpose()?;
+    let vhost_user = arguments.vhost_user.as_ref().map(absolute).transpose()?;
     let defaults = DiskConfig::new("");
     let disk = DiskConfig {
         image,
         file: arguments.file,
+        vhost_user,
         id: arguments.id.unwrap_or_default(),
         read_only: arguments.read_only,
         serial: arguments.serial,
@@ -376,6 +379,10 @@ fn line_of(event: &Event) -> String {
         }
         EventKind::DeviceFailed { id, reason } => format!("{id} failed: {reason}"),
         EventKind::DiskStopped { id, reason } => format!("{id} stopped: {reason}"),
+        EventKind::DiskServerLost { id, reason } => {
+            format!("{id} waits for the process that serves it: {reason}")
+        }
+        EventKind::DiskServerBack { id } => format!("{id}: the process that serves it is back"),
         EventKind::DebugLine { text, microseconds } => format!("debug port after {microseconds} us: {text}"),
         EventKind::Stopped { reason } => reason.to_string(),
     };

@@ -89,6 +89,16 @@ const IN_THE_FILE: &[(&str, &str, &str)] = &[
         "\"root.raw\"\nat-power-off = \"commit\"",
         "vm.toml:13: disk.0.at-power-off: is for disks with mode = \"undoable\", and this one is persistent",
     ),
+    (
+        "image = \"root.raw\"",
+        "vhost-user = \"d.sock\"\nserial = \"x\"",
+        "vm.toml:13: disk.0.serial: is told to the guest by the process that serves the disk",
+    ),
+    (
+        "image = \"root.raw\"",
+        "manager = \"m.sock\"",
+        "vm.toml:12: disk.0.manager: unknown key; ",
+    ),
     ("t.sock", "serial.log", "vm.toml:9: management.socket: "),
 ];
 
@@ -118,6 +128,10 @@ const ON_THE_COMMAND_LINE: &[(&str, &str)] = &[
     (
         "disk.0.limits.iops-burst=5",
         "--set disk.0.limits.iops-burst=5: disk.0.limits.iops-burst: is the burst of a limit that is not there; give `iops`",
+    ),
+    (
+        "disk.0.vhost-user=d.sock",
+        "--set disk.0.vhost-user=d.sock: disk.0.vhost-user: cannot stand beside `image` or `file`: ",
     ),
     ("nothing=1", "--set nothing=1: nothing: unknown key; "),
 ];

@@ -192,6 +192,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         512
     }
 
+    /// What the map says of data that are written. Nothing to be done if it says nothing new.
+    async fn settle_map(&self) -> Result<(), FsError> {
+        let file = self.head();
+        self.core.commit(file.group.get()).await?;
+        self.core.check_durable(&file)
+    }
+
     async fn flush_all(&self) -> Result<(), FsError> {
         let file = self.head();
         self.core.flush_file(&file).await
@@ -236,6 +243,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> BlockDevice for File<
     async fn flush(&self) -> Result<(), IoError> {
         let flushed = self.flush_all().await;
         flushed.map_err(|error| self.io(error, Operation::Flush, 0, 0))
+    }
+
+    async fn settle(&self) -> Result<(), IoError> {
+        let settled = self.settle_map().await;
+        settled.map_err(|error| self.io(error, Operation::Flush, 0, 0))
     }
 
     async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {

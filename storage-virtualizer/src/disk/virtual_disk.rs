@@ -110,6 +110,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> BlockDevice for Virtu
         self.file.flush()
     }
 
+    fn settle(&self) -> impl Future<Output = Result<(), IoError>> {
+        self.file.settle()
+    }
+
     fn discard(&self, offset: u64, length: u64) -> impl Future<Output = Result<(), IoError>> {
         self.file.discard(offset, length)
     }

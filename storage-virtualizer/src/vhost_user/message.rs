@@ -44,6 +44,34 @@ pub mod request {
     pub const GET_MAX_MEM_SLOTS: u32 = 36;
     pub const ADD_MEM_REG: u32 = 37;
     pub const REM_MEM_REG: u32 = 38;
+
+    /// The specification's name of a request, for messages to people.
+    pub fn name(request: u32) -> &'static str {
+        match request {
+            GET_FEATURES => "GET_FEATURES",
+            SET_FEATURES => "SET_FEATURES",
+            SET_OWNER => "SET_OWNER",
+            SET_MEM_TABLE => "SET_MEM_TABLE",
+            SET_VRING_NUM => "SET_VRING_NUM",
+            SET_VRING_ADDR => "SET_VRING_ADDR",
+            SET_VRING_BASE => "SET_VRING_BASE",
+            GET_VRING_BASE => "GET_VRING_BASE",
+            SET_VRING_KICK => "SET_VRING_KICK",
+            SET_VRING_CALL => "SET_VRING_CALL",
+            SET_VRING_ERR => "SET_VRING_ERR",
+            GET_PROTOCOL_FEATURES => "GET_PROTOCOL_FEATURES",
+            SET_PROTOCOL_FEATURES => "SET_PROTOCOL_FEATURES",
+            GET_QUEUE_NUM => "GET_QUEUE_NUM",
+            SET_VRING_ENABLE => "SET_VRING_ENABLE",
+            SET_BACKEND_REQ_FD => "SET_BACKEND_REQ_FD",
+            GET_CONFIG => "GET_CONFIG",
+            SET_CONFIG => "SET_CONFIG",
+            GET_INFLIGHT_FD => "GET_INFLIGHT_FD",
+            SET_INFLIGHT_FD => "SET_INFLIGHT_FD",
+            RESET_DEVICE => "RESET_DEVICE",
+            _ => "a message",
+        }
+    }
 }
 
 /// Requests of a back-end, on a channel of its own.
@@ -203,6 +231,44 @@ pub struct RingAddresses {
     pub available: u64,
 }
 
+impl RingAddresses {
+    /// The body of [`request::SET_VRING_ADDR`] for queue `index`, without a log of writes.
+    pub fn encode(&self, index: u32) -> [u8; 40] {
+        let mut bytes = [0; 40];
+        bytes[..4].copy_from_slice(&index.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.descriptors.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.used.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.available.to_le_bytes());
+        bytes
+    }
+}
+
+/// The body of messages that give queue `index` a number.
+pub fn ring_state(index: u32, number: u32) -> [u8; 8] {
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&index.to_le_bytes());
+    bytes[4..].copy_from_slice(&number.to_le_bytes());
+    bytes
+}
+
+/// The body of [`request::SET_MEM_TABLE`].
+pub fn memory_table(regions: &[Region]) -> Vec<u8> {
+    let count = u32::try_from(regions.len()).unwrap_or(u32::MAX);
+    let mut bytes = [count.to_le_bytes(), [0; 4]].concat();
+    for region in regions {
+        bytes.extend_from_slice(&region.encode());
+    }
+    bytes
+}
+
+/// The body of [`request::GET_CONFIG`] and [`request::SET_CONFIG`]: `bytes` of the configuration space from `offset` on.
+pub fn config(offset: u32, bytes: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    let mut body = [offset.to_le_bytes(), size.to_le_bytes(), [0; 4]].concat();
+    body.extend_from_slice(bytes);
+    body
+}
+
 /// The body of [`request::GET_INFLIGHT_FD`] and [`request::SET_INFLIGHT_FD`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InflightArea {
@@ -227,6 +293,13 @@ impl InflightArea {
         bytes[8..16].copy_from_slice(&self.offset.to_le_bytes());
         bytes[16..18].copy_from_slice(&self.queues.to_le_bytes());
         bytes[18..].copy_from_slice(&self.entries.to_le_bytes());
+        bytes
+    }
+
+    /// The same as C pads it, which all servers take.
+    pub fn encode_padded(&self) -> [u8; 24] {
+        let mut bytes = [0; 24];
+        bytes[..Self::LENGTH].copy_from_slice(&self.encode());
         bytes
     }
 }

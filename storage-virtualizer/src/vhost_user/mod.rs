@@ -10,7 +10,8 @@
 //!          kick, call
 //! ```
 //!
-//! * `message`, `socket`: the protocol, for both sides.
+//! * `message`, `socket`: the protocol, for both sides; `client` the conversation as a front-end has it.
+//! * `front_end`: the other side, for our own VM process: a disk that somebody else serves.
 //! * `session`: one front-end; `rings` its queues, `memory` its memory, `sigbus` what protects from a memory that shrinks.
 //!
 //! # Hazards
@@ -20,6 +21,8 @@
 //!   served when these have ended. Only so many at a time ([`VhostUserOptions::front_ends`]) are served, one by default, as two
 //!   guests that mount one disk destroy it.
 
+pub mod client;
+pub mod front_end;
 mod memory;
 pub mod message;
 mod rings;

@@ -7,8 +7,12 @@ use super::SECTOR;
 
 /// Feature bits of virtio 1.2 §5.2.3.
 pub mod feature {
+    /// There is a largest size of a segment.
+    pub const SIZE_MAX: u64 = 1 << 1;
     /// There is a largest number of segments in a request.
     pub const SEG_MAX: u64 = 1 << 2;
+    /// Cylinders, heads and sectors are shown.
+    pub const GEOMETRY: u64 = 1 << 4;
     /// The device takes no writes.
     pub const RO: u64 = 1 << 5;
     /// The logical block size is shown.

@@ -14,6 +14,9 @@ pub struct Context<'a> {
     pub id: &'a [u8; ID_LENGTH],
     /// Whether writes may stay in a cache: the driver can flush, and did not ask for write-through.
     pub write_back: bool,
+    /// The driver goes on when this process has died, and must not miss then what it was told is written
+    /// ([`BlockDevice::settle`]).
+    pub outlived: bool,
 }
 
 /// Does what `request` asks for.
@@ -33,7 +36,8 @@ pub async fn execute<D: BlockDevice>(
             } else {
                 Durability::Durable
             };
-            disk.write(*offset, data, durability).await
+            disk.write(*offset, data, durability).await?;
+            settle(disk, context).await
         }
         Request::Flush => disk.flush().await,
         Request::GetId { data } => {
@@ -56,11 +60,19 @@ pub async fn execute<D: BlockDevice>(
                 disk.write_zeroes(range.offset, range.length, mode).await?;
             }
             if context.write_back {
-                Ok(())
+                settle(disk, context).await
             } else {
                 disk.flush().await
             }
         }
+    }
+}
+
+async fn settle<D: BlockDevice>(disk: &D, context: Context<'_>) -> Result<(), IoError> {
+    if context.outlived && context.write_back {
+        disk.settle().await
+    } else {
+        Ok(())
     }
 }
 

@@ -350,6 +350,8 @@ where
             let context = Context {
                 id: &self.settings.id,
                 write_back: self.writes_back(),
+                // Whoever keeps the record gives it to our successor.
+                outlived: self.inflight.is_some(),
             };
             let outcome = execute(&*self.disk, request, context).await;
             if let Err(error) = &outcome {

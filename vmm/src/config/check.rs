@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::hash::Hash;
 use std::path::{Component, Path, PathBuf};
 
-use super::{ConsoleSpec, DiskSource, VmConfig};
+use super::{ConsoleSpec, DiskConfig, DiskSource, VmConfig};
 
 /// A rule that is broken: at which key, and what would be accepted.
 #[derive(Debug, PartialEq, Eq)]
@@ -133,6 +133,7 @@ fn check_images(config: &VmConfig) -> Result<(), Violation> {
         let (key, what, path) = match disk.source() {
             Some(DiskSource::Image(path)) => ("image", "image", normalize(path)),
             Some(DiskSource::File(path)) => ("file", "disk of the pool", PathBuf::from(path)),
+            Some(DiskSource::VhostUser(path)) => ("vhost-user", "socket", normalize(path)),
             None => continue,
         };
         let shown = disk.source().map(|source| source.to_string()).unwrap_or_default();
@@ -200,13 +201,12 @@ fn check_paths(config: &VmConfig) -> Result<(), Violation> {
     )
 }
 
-/// sun_path of unix(7) has 108 bytes, one of which is the final zero.
 fn check_socket(path: &Path, key: &str) -> Result<(), Violation> {
-    let length = path.as_os_str().len();
-    if length > 107 {
+    let (length, most) = (path.as_os_str().len(), DiskConfig::MAX_SOCKET);
+    if length > most {
         return violation(
             key,
-            format!("the path has {length} bytes, a Unix socket's has at most 107; use a shorter one"),
+            format!("the path has {length} bytes, a Unix socket's has at most {most}; use a shorter one"),
         );
     }
     Ok(())

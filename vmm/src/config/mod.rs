@@ -191,7 +191,7 @@ impl VmConfig {
         self.boot.initrd.iter_mut().for_each(&mut action);
         self.disks
             .iter_mut()
-            .filter_map(|disk| disk.image.as_mut())
+            .flat_map(|disk| disk.image.iter_mut().chain(&mut disk.vhost_user))
             .for_each(&mut action);
         let consoles = std::iter::once(&mut self.console.serial).chain(&mut self.console.virtio);
         for console in consoles {

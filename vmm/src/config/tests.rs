@@ -210,7 +210,7 @@ fn each_mistake_in_the_file_has_its_message() {
         ),
         (
             "[[disk]]\nimage = \"a\"\nreadonly = true",
-            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `file`, `mode`, `at-power-off`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
+            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
         ),
         (
             "[[disk]]\nfile = \"/a.dsk\"",
@@ -333,7 +333,7 @@ fn each_mistake_in_the_file_has_its_message() {
         ),
         (
             "[[disk]]\nserial = \"x\"",
-            "vm.toml:5: disk.0.image: is missing; name a raw image or a block device here, or a disk of the pool in `file`",
+            "vm.toml:5: disk.0.image: is missing; name a raw image or a block device here, a disk of the pool in `file`, or a socket in `vhost-user`",
         ),
         (
             "[[disk]]\nimage = \"\"",
@@ -386,6 +386,42 @@ fn each_mistake_in_the_file_has_its_message() {
         (
             "[pool]\ndevices = [\"d\"]\n[[disk]]\nfile = \"/a.dsk\"\nmode = \"undoable\"\nat-power-off = \"never\"",
             "vm.toml:10: disk.0.at-power-off: `never` is not known here; use `keep`, `commit`, `discard`",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"\"",
+            "vm.toml:6: disk.0.vhost-user: is empty; name the socket at which the disk is served, as by `smsvmm share vhost-user`",
+        ),
+        (
+            "[[disk]]\nvhost-user = 7",
+            "vm.toml:6: disk.0.vhost-user: expected a text in quotes, found the number 7",
+        ),
+        (
+            "[[disk]]\nvhost_user = \"a.sock\"",
+            "vm.toml:6: disk.0.vhost_user: unknown key; did you mean `vhost-user`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nvhost-user = \"a.sock\"",
+            "vm.toml:7: disk.0.vhost-user: cannot stand beside `image` or `file`: what the disk lies on, the process at this socket knows",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"a.sock\"\nserial = \"x\"",
+            "vm.toml:7: disk.0.serial: is told to the guest by the process that serves the disk, and cannot be set here",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"a.sock\"\nmode = \"undoable\"",
+            "vm.toml:7: disk.0.mode: `undoable` is for disks of a pool, and this one is served by another process, which may know of modes",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"a.sock\"\ndirect = false",
+            "vm.toml:7: disk.0.direct: is for images; give the process that serves the disk such an option (`--buffered`)",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"a.sock\"\npoll-us = 20",
+            "vm.toml:7: disk.0.poll-us: is for disks that this process serves; give the one that serves it such an option (`--poll-us`)",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"a.sock\"\nqueues = 17",
+            "vm.toml:7: disk.0.queues: 17 queues are impossible; use 1 to 16",
         ),
         (
             "[[disk]]\nimage = \"a\"\nid = \"a/b\"",
@@ -459,6 +495,10 @@ fn each_mistake_in_the_file_has_its_message() {
             "vm.toml:8: disk.1.image: /vms/a/./b/../a is already disk.0.image; two disks on one image must both be read-only",
         ),
         (
+            "[[disk]]\nvhost-user = \"a.sock\"\n[[disk]]\nvhost-user = \"./a.sock\"",
+            "vm.toml:8: disk.1.vhost-user: /vms/a/./a.sock is already disk.0.vhost-user; two disks on one socket must both be read-only",
+        ),
+        (
             "[[net]]\nmac = \"02:00:00:00:00:01\"\n[[net]]\nmac = \"02:00:00:00:00:01\"",
             "vm.toml:8: net.1.mac: `02:00:00:00:00:01` is taken by net.0.mac; each network card needs an address of its own",
         ),
@@ -511,7 +551,7 @@ fn each_mistake_in_an_override_has_its_message() {
         ),
         (
             "disk.0.bsu=x",
-            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `file`, `mode`, `at-power-off`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
+            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
         ),
         (
             "disk.3.image=x",
@@ -528,7 +568,7 @@ fn each_mistake_in_an_override_has_its_message() {
         ),
         (
             "disk.+.read-only=true",
-            "--set disk.+.read-only=true: disk.1.image: is missing; name a raw image or a block device here, or a disk of the pool in `file`",
+            "--set disk.+.read-only=true: disk.1.image: is missing; name a raw image or a block device here, a disk of the pool in `file`, or a socket in `vhost-user`",
         ),
         (
             "disk.+.image=root.raw",
@@ -566,7 +606,7 @@ fn an_override_is_blamed_also_where_the_file_has_the_key() {
     let error = load(&with("[[disk]]\nserial = \"x\""), &["disk.0.read-only=true"]).unwrap_err();
     assert_eq!(
         error,
-        "vm.toml:5: disk.0.image: is missing; name a raw image or a block device here, or a disk of the pool in `file`"
+        "vm.toml:5: disk.0.image: is missing; name a raw image or a block device here, a disk of the pool in `file`, or a socket in `vhost-user`"
     );
 }
 

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, NetBackend as NetKind, NetConfig, NetStatus,
-    Problem, ProblemKind, VmName, VmStatus,
+    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventLog, NetBackend as NetKind, NetConfig,
+    NetStatus, Problem, ProblemKind, VmName, VmStatus,
 };
 use block_io::Worker;
 use event_manager::SubscriberOps;
+use storage_virtualizer::vhost_user::front_end::FrontEndHandle;
 use virtio_core::VirtioDevice;
 
 use super::MachineError;
@@ -28,10 +29,11 @@ use crate::sandbox::{self, Sandbox};
 /// What a device is, with what is told of it in the VM's status.
 #[derive(Debug, Clone)]
 pub(super) enum Kind {
-    /// A disk of `size` bytes.
+    /// A disk of `size` bytes; one that another process serves by `link` may change its size.
     Disk {
         setting: Arc<DiskSetting>,
         size: ByteSize,
+        link: Option<FrontEndHandle>,
     },
     /// A network card.
     Net { config: Box<NetConfig> },
@@ -54,13 +56,19 @@ pub(super) struct HostDevice {
 
 impl Kind {
     pub(super) fn disk_status(&self, state: DeviceState) -> Option<DiskStatus> {
-        let Kind::Disk { setting, size } = self else {
+        let Kind::Disk { setting, size, link } = self else {
             return None;
         };
+        let is_away = link.as_ref().is_some_and(|link| !link.is_connected());
         Some(DiskStatus {
             config: setting.config(),
-            state,
-            size: *size,
+            state: match state {
+                DeviceState::Attached | DeviceState::Active if is_away => DeviceState::Waiting,
+                state => state,
+            },
+            size: link
+                .as_ref()
+                .map_or(*size, |link| ByteSize::from_bytes(link.size())),
             stopped: setting.stopped(),
         })
     }
@@ -91,6 +99,12 @@ pub(super) struct DeviceOpener {
     /// What can be changed of disks in use.
     pub(super) settings: Arc<DiskSettings>,
     pub(super) passt: StartPasst,
+    /// Connects to the servers of disks.
+    pub(super) helper: Option<Arc<Launcher>>,
+    /// Other processes can have the guest's memory.
+    pub(super) shared_memory: bool,
+    /// The log of the VM.
+    pub(super) events: Arc<EventLog>,
 }
 
 /// Who starts passt.
@@ -115,18 +129,8 @@ impl DeviceOpener {
         config
             .check()
             .map_err(|(key, error)| Problem::new(ProblemKind::Invalid, format!("{key} {error}")))?;
-        let (device, size) = self
-            .open_disk(config.clone())
-            .map_err(|error| problem(&config.id, &error))?;
-        Ok((
-            device,
-            DiskStatus {
-                config,
-                state: DeviceState::Attached,
-                size,
-                stopped: None,
-            },
-        ))
+        self.open_disk(config.clone())
+            .map_err(|error| problem(&config.id, &error))
     }
 
     /// Opens a network card for a running VM: fills in what is not given.
@@ -156,7 +160,7 @@ impl DeviceOpener {
         ))
     }
 
-    fn open_disk(&self, config: DiskConfig) -> Result<(HostDevice, ByteSize), DiskError> {
+    fn open_disk(&self, config: DiskConfig) -> Result<(HostDevice, DiskStatus), DiskError> {
         let setting = self.settings.of(&config).ok_or_else(|| DiskError::NoGroup {
             group: config
                 .limit_group
@@ -169,20 +173,27 @@ impl DeviceOpener {
             workers,
             size,
             guard,
-        } = super::disk::open(&config, setting.controls(), &self.sandbox, self.pool.as_deref())?;
+            link,
+        } = super::disk::open(&config, setting.controls(), self)?;
+        if link.as_ref().is_some_and(FrontEndHandle::is_read_only) {
+            setting.make_read_only();
+        }
         let id = config.id;
         self.settings.enter(id.clone(), &setting);
-        let kind = Kind::Disk { setting, size };
-        Ok((
-            HostDevice {
-                id,
-                kind,
-                device,
-                workers,
-                guard,
-            },
+        let status = DiskStatus {
+            config: setting.config(),
+            state: DeviceState::Attached,
             size,
-        ))
+            stopped: None,
+        };
+        let device = HostDevice {
+            id,
+            kind: Kind::Disk { setting, size, link },
+            device,
+            workers,
+            guard,
+        };
+        Ok((device, status))
     }
 
     fn open_net(&self, config: NetConfig) -> Result<HostDevice, NetError> {

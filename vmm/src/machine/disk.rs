@@ -1,15 +1,21 @@
-//! Opens a disk of the configuration: image, worker threads, virtio-blk; or has the pool do that.
+//! Opens a disk of the configuration: image, worker threads, virtio-blk; or has the pool do that, or another process.
 
 use std::error::Error;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use api::{ByteSize, DiskConfig, DiskSource, Problem, StorageAnswer, StorageRequest};
+use api::{
+    ByteSize, DeviceId, DiskConfig, DiskSource, EventKind, EventLog, Problem, StorageAnswer, StorageRequest,
+};
 use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
+use storage_virtualizer::vhost_user::front_end::{
+    FrontEndError, FrontEndHandle, FrontEndOptions, LinkEvents, VhostUserBlk,
+};
 use storage_virtualizer::virtio_blk::{DiskControls, VirtioBlk, VirtioBlkOptions, fitting_serial};
 use virtio_core::VirtioDevice;
 
+use super::devices::DeviceOpener;
 use crate::host::{CutOff, find_cut_off};
 use crate::sandbox::{Kind, Sandbox};
 
@@ -48,6 +54,8 @@ pub(super) struct OpenDisk {
     pub(super) workers: Vec<Worker>,
     pub(super) size: ByteSize,
     pub(super) guard: Option<Box<dyn Send>>,
+    /// Of a disk that another process serves: how that is going.
+    pub(super) link: Option<FrontEndHandle>,
 }
 
 /// Why a disk cannot be opened.
@@ -88,8 +96,44 @@ pub(super) enum DiskError {
         /// Their name.
         group: String,
     },
+    /// The process that should serve it.
+    #[error("the disk that is to be served at {} cannot be used", socket.display())]
+    Served {
+        /// Where it should be served.
+        socket: PathBuf,
+        /// Why not.
+        source: FrontEndError,
+    },
+    /// The guest's memory is the VM's alone.
+    #[error(
+        "the disk at {} is served by another process, and this VM's memory is not shared with any; \
+         set memory.shared = true in vm.toml and start the VM again",
+        socket.display()
+    )]
+    NotShared {
+        /// Where it is served.
+        socket: PathBuf,
+    },
+    /// Nobody can connect.
+    #[error(
+        "the disk at {} cannot be reached from inside of the sandbox without [management] in vm.toml",
+        socket.display()
+    )]
+    NoHelper {
+        /// Where it is served.
+        socket: PathBuf,
+    },
+    /// It cannot be written, or can.
+    #[error(
+        "the disk at {} is served writable; read-only = true wants a server that takes no writes (`--read-only`)",
+        socket.display()
+    )]
+    Writable {
+        /// Where it is served.
+        socket: PathBuf,
+    },
     /// It is not said what the disk lies on.
-    #[error("neither image nor file says what the disk lies on")]
+    #[error("neither image nor file nor vhost-user says what the disk lies on")]
     NoSource,
     /// A worker thread.
     #[error(transparent)]
@@ -103,11 +147,11 @@ pub(super) enum DiskError {
 pub(super) fn open(
     config: &DiskConfig,
     controls: &Arc<DiskControls>,
-    sandbox: &Sandbox,
-    pool: Option<&dyn PoolDisks>,
+    opener: &DeviceOpener,
 ) -> Result<OpenDisk, DiskError> {
-    match (config.source(), pool) {
-        (Some(DiskSource::Image(path)), _) => open_image(path, config, controls, sandbox),
+    match (config.source(), opener.pool.as_deref()) {
+        (Some(DiskSource::Image(path)), _) => open_image(path, config, controls, &opener.sandbox),
+        (Some(DiskSource::VhostUser(socket)), _) => open_served(socket, config, opener),
         (Some(DiskSource::File(_)), Some(pool)) => {
             let disk = pool.open(config, Arc::clone(controls)).map_err(DiskError::Pool)?;
             Ok(OpenDisk {
@@ -115,6 +159,7 @@ pub(super) fn open(
                 workers: Vec::new(),
                 size: disk.size,
                 guard: Some(disk.guard),
+                link: None,
             })
         }
         (Some(DiskSource::File(file)), None) => Err(DiskError::NoPool {
@@ -170,7 +215,67 @@ fn open_image(
         workers: vec![worker],
         size,
         guard: None,
+        link: None,
     })
+}
+
+/// Connects to the process that serves the disk.
+fn open_served(socket: &Path, config: &DiskConfig, opener: &DeviceOpener) -> Result<OpenDisk, DiskError> {
+    let path = || socket.to_owned();
+    if !opener.shared_memory {
+        return Err(DiskError::NotShared { socket: path() });
+    }
+    let Some(helper) = opener.helper.clone() else {
+        return Err(DiskError::NoHelper { socket: path() });
+    };
+    let place = path();
+    let dial = Arc::new(move || helper.connect(&place));
+    let on_start = opener.sandbox.thread(Kind::DiskLink);
+    let options = FrontEndOptions {
+        name: config.id.to_string(),
+        queues: u16::from(config.queues),
+        queue_size: config.queue_size.get(),
+        on_start: Some(Box::new(on_start)),
+        observer: Arc::new(Recorder {
+            id: config.id.clone(),
+            events: opener.events.clone(),
+        }),
+    };
+    let device = VhostUserBlk::open(dial, options).map_err(|source| DiskError::Served {
+        socket: path(),
+        source,
+    })?;
+    let link = device.handle();
+    if config.read_only && !link.is_read_only() {
+        return Err(DiskError::Writable { socket: path() });
+    }
+    Ok(OpenDisk {
+        device: Box::new(device),
+        workers: Vec::new(),
+        size: ByteSize::from_bytes(link.size()),
+        guard: None,
+        link: Some(link),
+    })
+}
+
+/// Notes in the VM's log how it goes with a disk's server.
+struct Recorder {
+    id: DeviceId,
+    events: Arc<EventLog>,
+}
+
+impl LinkEvents for Recorder {
+    fn lost(&self, reason: &str) {
+        self.events.record(EventKind::DiskServerLost {
+            id: self.id.clone(),
+            reason: reason.to_owned(),
+        });
+    }
+
+    fn back(&self) {
+        let id = self.id.clone();
+        self.events.record(EventKind::DiskServerBack { id });
+    }
 }
 
 /// What the guest reads as serial number: by default the identifier, as much of it as fits.

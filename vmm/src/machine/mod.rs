@@ -41,7 +41,7 @@ use crate::boot::{BootError, BootFiles, Kernel};
 use crate::config::{ConsoleSpec, HugePages, VmConfig};
 use crate::console::{self, ConsoleError};
 use crate::devices::event_loop::Subscriber;
-use crate::devices::net::Launcher;
+use crate::devices::net::{Launcher, Sockets};
 use crate::host::Remains;
 use crate::memory::{MemoryError, Pages, Ram, RamOptions};
 use crate::sandbox::{self, Sandbox, SandboxError};
@@ -154,6 +154,31 @@ fn initial_status(config: &VmConfig) -> VmStatus {
     }
 }
 
+/// The sockets of disks that other processes serve.
+fn served_disks(config: &VmConfig) -> impl Iterator<Item = &PathBuf> {
+    config.disks.iter().filter_map(|disk| disk.vhost_user.as_ref())
+}
+
+/// Starts the helper, if there may be something for it to do: only who can be asked for more devices, or whose disks are served
+/// by others, needs it. To be called first of all, as it shall inherit as little as possible.
+fn start_helper(config: &VmConfig) -> Result<Option<Arc<Launcher>>, MachineError> {
+    if config.management.is_none() && served_disks(config).next().is_none() {
+        return Ok(None);
+    }
+    let sockets = if config.sandbox.landlock {
+        Sockets::At(
+            served_disks(config)
+                .chain(&config.sandbox.paths)
+                .cloned()
+                .collect(),
+        )
+    } else {
+        Sockets::Any
+    };
+    let helper = Launcher::start(&sockets).map_err(MachineError::system("start a helper"))?;
+    Ok(Some(Arc::new(helper)))
+}
+
 /// Sockets and links that this process makes, and removes when the VM has ended.
 fn removed_at_end(config: &VmConfig) -> Vec<PathBuf> {
     let consoles = [Some(&config.console.serial), config.console.virtio.as_ref()];
@@ -194,14 +219,12 @@ impl Vm {
         pool: Option<Arc<dyn PoolDisks>>,
     ) -> Result<Self, MachineError> {
         let started = Instant::now();
-        // Only who can be asked for more devices needs it; and it shall inherit as little as possible.
-        let passt = match config.management {
-            Some(_) => {
-                let launcher = Launcher::start().map_err(MachineError::system("start a helper"))?;
-                StartPasst::There(Arc::new(launcher))
-            }
-            None => StartPasst::No,
+        let helper = start_helper(&config)?;
+        let passt = match &helper {
+            Some(helper) if config.management.is_some() => StartPasst::There(helper.clone()),
+            _ => StartPasst::No,
         };
+        let shared_memory = config.memory.shared || served_disks(&config).next().is_some();
         let kvm = open_kvm()?;
         let kernel = Kernel::open(BootFiles {
             kernel: config.boot.kernel.clone(),
@@ -216,7 +239,7 @@ impl Vm {
                 HugePages::Size2M => Pages::Huge2M,
                 HugePages::Size1G => Pages::Huge1G,
             },
-            shared: config.memory.shared,
+            shared: shared_memory,
             prefault: config.memory.prefault,
         })?;
         let mut main_loop = MainLoop::new().map_err(|error| MachineError::MainLoop(error.to_string()))?;
@@ -228,6 +251,9 @@ impl Vm {
             pool,
             settings,
             passt: StartPasst::Here,
+            helper,
+            shared_memory,
+            events: events.clone(),
         };
         let later = devices::DeviceOpener {
             passt,

@@ -48,6 +48,11 @@ impl DiskSetting {
         &self.controls
     }
 
+    /// Who serves it takes no writes.
+    pub(super) fn make_read_only(&self) {
+        locked(&self.config).read_only = true;
+    }
+
     /// Why its requests wait.
     pub(super) fn stopped(&self) -> Option<String> {
         locked(&self.stopped).clone()
@@ -148,6 +153,13 @@ impl DiskSettings {
             let problem = Problem::new(ProblemKind::NotFound, format!("the VM has no disk `{id}`"));
             return Err(problem.about(id).remedy("`smsvmm vm status` lists the disks"));
         };
+        if setting.config().vhost_user.is_some() {
+            let problem = Problem::new(
+                ProblemKind::Conflict,
+                format!("`{id}` is served by another process, which has its settings"),
+            );
+            return Err(problem.about(id).remedy("set them where it is served"));
+        }
         let changed = setting.config().changed(change).map_err(impossible)?;
         setting.put(changed);
         Ok(())

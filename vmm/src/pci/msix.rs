@@ -5,11 +5,11 @@
 //! eventfd: that *is* the pending bit. Connecting it again delivers it. So there is no pending-bit state to keep, and none to
 //! get wrong.
 
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::eventfds;
 use crate::platform::GuestLines;
 use crate::vm::{KvmError, MsiMessage, Vm};
 
@@ -139,7 +139,7 @@ impl Msix {
         self.update_all();
         for source in &self.sources {
             // What the device signalled before the reset must not surface after it.
-            drain(&source.event);
+            eventfds::drain(&source.event);
         }
     }
 
@@ -185,7 +185,9 @@ impl Msix {
 
     fn is_pending(&self, vector: usize) -> bool {
         self.sources.iter().any(|source| {
-            usize::from(source.vector) == vector && source.connected.is_none() && is_readable(&source.event)
+            usize::from(source.vector) == vector
+                && source.connected.is_none()
+                && eventfds::is_signalled(&source.event)
         })
     }
 
@@ -234,22 +236,6 @@ fn reconnect(vm: &Vm, source: &mut Source, wanted: Option<&Entry>) -> Result<(),
         }
     }
     Ok(())
-}
-
-fn is_readable(event: &EventFd) -> bool {
-    let mut poll = libc::pollfd {
-        fd: event.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: `poll` is one valid pollfd; a time-out of zero does not block.
-    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 && poll.revents & libc::POLLIN != 0 }
-}
-
-fn drain(event: &EventFd) {
-    if is_readable(event) {
-        let _ = event.read();
-    }
 }
 
 impl Drop for Msix {

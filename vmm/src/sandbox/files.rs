@@ -80,7 +80,12 @@ impl Files {
         let ruleset = match kind {
             Kind::Main => &self.main,
             Kind::Management => &self.management,
-            Kind::Signals | Kind::Vcpu | Kind::DiskWorker | Kind::PoolWorker | Kind::NetQueue => &self.others,
+            Kind::Signals
+            | Kind::Vcpu
+            | Kind::DiskWorker
+            | Kind::PoolWorker
+            | Kind::NetQueue
+            | Kind::DiskLink => &self.others,
         };
         let status = ruleset.try_clone()?.restrict_self().map_err(io::Error::other)?;
         let version = match status.landlock {

@@ -17,11 +17,13 @@ pub enum Kind {
     PoolWorker,
     /// Moves the packets of a network card.
     NetQueue,
+    /// Speaks with the process that serves a disk.
+    DiskLink,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Main,
         Self::Management,
         Self::Signals,
@@ -29,6 +31,7 @@ impl Kind {
         Self::DiskWorker,
         Self::PoolWorker,
         Self::NetQueue,
+        Self::DiskLink,
     ];
 
     /// Kinds of threads that start one of this kind inside the sandbox. A filter is inherited and cannot be widened, so each
@@ -40,7 +43,7 @@ impl Kind {
             Self::Main | Self::Management | Self::Signals | Self::PoolWorker => &[],
             Self::Vcpu => &[Self::Main],
             // Also by whoever opens the VM, before the sandbox is entered.
-            Self::DiskWorker => &[Self::Management],
+            Self::DiskWorker | Self::DiskLink => &[Self::Management],
             Self::NetQueue => &[Self::Vcpu],
         }
     }
@@ -55,6 +58,7 @@ impl Kind {
             Self::DiskWorker => "disk worker",
             Self::PoolWorker => "pool worker",
             Self::NetQueue => "network queue",
+            Self::DiskLink => "disk link",
         }
     }
 }

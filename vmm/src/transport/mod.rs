@@ -31,6 +31,7 @@ use virtio_core::virtio_queue::{Queue, QueueState, QueueT};
 use virtio_core::{Activation, ActiveQueue, DeviceEvents, GuestMemory, VirtioDevice, device_type, feature};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::eventfds;
 use crate::pci::{BarKind, ConfigSpace, Identity, Msix, NO_VECTOR, PciFunction};
 use crate::platform::GuestLines;
 use crate::vm::{KvmError, Vm};
@@ -147,7 +148,7 @@ impl QueueSetup {
         (self.size, self.enabled) = (self.max_size, false);
         (self.descriptors, self.driver_area, self.device_area) = (0, 0, 0);
         // A doorbell of the old life must not ring in the new one.
-        let _ = self.kick.read();
+        eventfds::drain(&self.kick);
     }
 
     /// The queue for the device.
@@ -466,7 +467,7 @@ impl VirtioPci {
                 // Only while the doorbell is not connected to KVM, or through the configuration window.
                 let queue = usize::try_from((offset - place::NOTIFY) / DOORBELL_STRIDE).unwrap_or(usize::MAX);
                 if let Some(queue) = inner.queues.get(queue) {
-                    let _ = queue.kick.write(1);
+                    eventfds::signal(&queue.kick);
                 }
             }
             place::MSIX_TABLE..place::MSIX_PENDING => {

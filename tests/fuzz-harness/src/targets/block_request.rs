@@ -83,7 +83,15 @@ fn serve(
     };
     let status = match decoded.request {
         Ok(request) => {
-            let future = pin!(execute(disk, &request, Disk { id: ID, write_back }));
+            let future = pin!(execute(
+                disk,
+                &request,
+                Disk {
+                    id: ID,
+                    write_back,
+                    outlived: write_back
+                }
+            ));
             match future.poll(&mut Context::from_waker(Waker::noop())) {
                 Poll::Ready(outcome) => status_of(&outcome),
                 Poll::Pending => panic!("this disk answers at once"),

@@ -1,13 +1,17 @@
-//! Starts passt for a process that may not start programs any more.
+//! Starts passt, and connects to the servers of disks, for a process that may do neither any more.
 //!
-//! Inside the sandbox no thread may start a program, and passt could not set up its own sandbox inside of ours. So a VM that
-//! can be managed has a helper, forked before the sandbox is entered and before there is anything to be inherited: no guest
-//! memory, no open files. It knows one request, a network card's settings, and answers with passt's socket. Who takes over
-//! the VM's process can have more passts started, with arguments of a fixed form, and nothing else.
+//! Inside the sandbox no thread may start a program, and passt could not set up its own sandbox inside of ours; nor may a thread
+//! connect a socket. So a VM that can be managed, or has disks that other processes serve, has a helper, forked before the
+//! sandbox is entered and before there is anything to be inherited: no guest memory, no open files. It knows two requests: a
+//! network card's settings, which it answers with passt's socket, and the path of a server's socket, which it answers with a
+//! connection. Who takes over the VM's process can have more passts started, with arguments of a fixed form, and connections
+//! made to sockets that the configuration allows, and nothing else.
 //!
 //! ```text
 //!   VM ── settings of a card (TOML) ──► launcher ── fork, exec ──► passt
 //!      ◄── 1, process number, socket, pipe with its words ── or ── 0, why not
+//!   VM ── path of a socket (TOML) ────► launcher ── connect ──► server of a disk
+//!      ◄── 2, connection, both ends of its way back ── or ── 0, error number, why not
 //! ```
 //!
 //! The helper ends when the VM's end of their socket closes, however that happens.
@@ -17,6 +21,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Component, Path, PathBuf};
 use std::process::Child;
 use std::sync::{Mutex, PoisonError};
 
@@ -28,6 +33,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use storage_virtualizer::vhost_user::front_end::{Dialled, dial};
 
 use super::backend::NetError;
 use super::passt::{Passt, PasstOptions};
@@ -36,18 +42,51 @@ use super::passt::{Passt, PasstOptions};
 const LONGEST: usize = 64 << 10;
 /// How long an answer may take, in seconds: much longer than the helper waits for passt.
 const ANSWER_TIMEOUT: i64 = 10;
-/// First byte of an answer that comes with a socket.
+/// First byte of an answer that comes with passt's socket.
 const STARTED: u8 = 1;
+/// First byte of an answer that comes with a connection.
+const CONNECTED: u8 = 2;
+/// The most descriptors beside an answer.
+const MOST_DESCRIPTORS: usize = 3;
 
 /// What a VM asks of its launcher.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
-struct Request {
-    mac: MacAddress,
-    mtu: Option<u16>,
-    forward: Vec<PortForward>,
+#[serde(tag = "want", rename_all = "kebab-case")]
+enum Request {
+    /// A passt for this card.
+    Passt {
+        mac: MacAddress,
+        mtu: Option<u16>,
+        forward: Vec<PortForward>,
+    },
+    /// A connection to the server of a disk.
+    Connection { socket: PathBuf },
 }
 
-/// The helper that starts passt. Dropping it ends the helper; what it started goes on.
+/// To which sockets the helper connects.
+#[derive(Debug, Clone)]
+pub enum Sockets {
+    /// Those at or beneath these paths.
+    At(Vec<PathBuf>),
+    /// Any: the VM's sandbox does not look at files.
+    Any,
+}
+
+impl Sockets {
+    fn allow(&self, socket: &Path) -> bool {
+        match self {
+            Self::Any => true,
+            Self::At(places) => {
+                let strays = socket.components().any(|part| part == Component::ParentDir);
+                places
+                    .iter()
+                    .any(|place| socket == place || (!strays && socket.starts_with(place)))
+            }
+        }
+    }
+}
+
+/// The helper that starts passt and connects. Dropping it ends the helper; what it started goes on.
 #[derive(Debug)]
 pub struct Launcher {
     /// None when the helper failed us: its next answer might be to an old question.
@@ -57,11 +96,11 @@ pub struct Launcher {
 }
 
 impl Launcher {
-    /// Forks the helper. To be called early: it keeps the memory that this process has by now.
+    /// Forks the helper, which connects to `sockets`. To be called early: it keeps the memory that this process has by now.
     ///
     /// # Errors
     /// The system is out of processes or descriptors.
-    pub fn start() -> io::Result<Self> {
+    pub fn start(sockets: &Sockets) -> io::Result<Self> {
         let (ours, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -74,7 +113,7 @@ impl Launcher {
             -1 => Err(io::Error::last_os_error()),
             0 => {
                 drop(ours);
-                let served = std::panic::catch_unwind(|| serve(&theirs));
+                let served = std::panic::catch_unwind(|| serve(&theirs, sockets));
                 // SAFETY: ends the child without running anything of the parent's.
                 unsafe { libc::_exit(i32::from(served.is_err())) }
             }
@@ -95,23 +134,50 @@ impl Launcher {
 
     /// Has the helper start passt. The program of `options` does not count, the search path decides.
     pub(super) fn passt(&self, options: &PasstOptions) -> Result<(Passt, UnixStream), NetError> {
-        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        let connected = socket.as_ref().ok_or(Errno::PIPE.into());
-        match connected.and_then(|socket| ask(socket, options)) {
-            Ok(Answer::Started {
+        let request = Request::Passt {
+            mac: options.mac,
+            mtu: options.mtu,
+            forward: options.forward.clone(),
+        };
+        let unreachable = |source| NetError::Passt {
+            action: "reach the helper that starts passt",
+            source,
+        };
+        match self.ask(&request).map_err(unreachable)? {
+            Answer::Started {
                 process_id,
                 socket,
                 output,
-            }) => Ok((Passt::launched(process_id, output), socket)),
-            Ok(Answer::Failed(text)) => Err(NetError::Launcher(text)),
-            Err(source) => {
-                *socket = None;
-                Err(NetError::Passt {
-                    action: "reach the helper that starts passt",
-                    source,
-                })
-            }
+            } => Ok((Passt::launched(process_id, output), socket)),
+            Answer::Failed(error) => Err(NetError::Launcher(error.to_string())),
+            Answer::Connected(_) => Err(unreachable(io::ErrorKind::InvalidData.into())),
         }
+    }
+
+    /// Has the helper connect to the server of a disk.
+    ///
+    /// # Errors
+    /// Nobody serves there, or it is not allowed to look there, or it is gone.
+    pub fn connect(&self, socket: &Path) -> io::Result<Dialled> {
+        let request = Request::Connection {
+            socket: socket.to_owned(),
+        };
+        match self.ask(&request)? {
+            Answer::Connected(dialled) => Ok(dialled),
+            Answer::Failed(error) => Err(error),
+            Answer::Started { .. } => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    fn ask(&self, request: &Request) -> io::Result<Answer> {
+        let text = toml::to_string(request).map_err(io::Error::other)?;
+        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let connected = socket.as_ref().ok_or(Errno::PIPE.into());
+        let answer = connected.and_then(|socket| ask(socket, &text));
+        if answer.is_err() {
+            *socket = None;
+        }
+        answer
     }
 }
 
@@ -121,20 +187,15 @@ enum Answer {
         socket: UnixStream,
         output: OwnedFd,
     },
-    Failed(String),
+    Connected(Dialled),
+    Failed(io::Error),
 }
 
-fn ask(socket: &OwnedFd, options: &PasstOptions) -> io::Result<Answer> {
-    let request = Request {
-        mac: options.mac,
-        mtu: options.mtu,
-        forward: options.forward.clone(),
-    };
-    let text = toml::to_string(&request).map_err(io::Error::other)?;
-    rustix::net::send(socket, text.as_bytes(), SendFlags::NOSIGNAL)?;
+fn ask(socket: &OwnedFd, request: &str) -> io::Result<Answer> {
+    rustix::net::send(socket, request.as_bytes(), SendFlags::NOSIGNAL)?;
 
     let mut bytes = vec![0; LONGEST];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut descriptors = RecvAncillaryBuffer::new(&mut space);
     let received = rustix::net::recvmsg(
         socket,
@@ -155,13 +216,25 @@ fn ask(socket: &OwnedFd, options: &PasstOptions) -> io::Result<Answer> {
             }),
             _ => Err(io::ErrorKind::InvalidData.into()),
         },
-        Some([0, text @ ..]) => Ok(Answer::Failed(String::from_utf8_lossy(text).into_owned())),
+        Some(&[CONNECTED]) => match (descriptors.next(), descriptors.next(), descriptors.next()) {
+            (Some(socket), Some(ours), Some(theirs)) => Ok(Answer::Connected(Dialled {
+                socket: socket.into(),
+                ours: ours.into(),
+                theirs: theirs.into(),
+            })),
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        },
+        // An error of the system by its number, so that it is the same on both sides; others by their words.
+        Some([0, a, b, c, d, text @ ..]) => Ok(Answer::Failed(match i32::from_le_bytes([*a, *b, *c, *d]) {
+            0 => io::Error::other(String::from_utf8_lossy(text).into_owned()),
+            number => io::Error::from_raw_os_error(number),
+        })),
         _ => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
 
 /// The helper's life.
-fn serve(socket: &OwnedFd) {
+fn serve(socket: &OwnedFd, sockets: &Sockets) {
     let _ = rustix::thread::set_name(c"smsvmm-launcher");
     close_all_but(socket.as_raw_fd());
     let mut children: Vec<(Child, OwnedFd)> = Vec::new();
@@ -173,8 +246,8 @@ fn serve(socket: &OwnedFd) {
         if count == 0 {
             return;
         }
-        let sent = match start(&bytes[..count]) {
-            Ok((passt, ours)) => {
+        let sent = match obey(&bytes[..count], sockets) {
+            Ok(Done::Started(passt, ours)) => {
                 let mut answer = vec![STARTED];
                 answer.extend_from_slice(&passt.process_id().to_le_bytes());
                 let sent = send(socket, &answer, &[ours.as_fd(), passt.output_pipe()]);
@@ -184,7 +257,24 @@ fn serve(socket: &OwnedFd) {
                 }));
                 sent
             }
-            Err(text) => send(socket, &[&[0], text.as_bytes()].concat(), &[]),
+            Ok(Done::Connected(Dialled {
+                socket: connection,
+                ours,
+                theirs,
+            })) => send(
+                socket,
+                &[CONNECTED],
+                &[connection.as_fd(), ours.as_fd(), theirs.as_fd()],
+            ),
+            Err(error) => {
+                let number = error.raw_os_error().unwrap_or(0);
+                let text = chain(&error);
+                send(
+                    socket,
+                    &[&[0], &number.to_le_bytes()[..], text.as_bytes()].concat(),
+                    &[],
+                )
+            }
         };
         if sent.is_err() {
             return;
@@ -212,25 +302,42 @@ fn wait(socket: &OwnedFd, children: &mut Vec<(Child, OwnedFd)>) -> bool {
     }
 }
 
-/// Starts passt as `request` says. The error is for the VM's log.
-fn start(request: &[u8]) -> Result<(Passt, UnixStream), String> {
-    let text = std::str::from_utf8(request).map_err(|error| error.to_string())?;
-    let request: Request = toml::from_str(text).map_err(|error| error.to_string())?;
-    let options = PasstOptions {
-        mtu: request.mtu,
-        forward: request.forward,
-        ..PasstOptions::new(request.mac)
-    };
-    Passt::start(&options).map_err(|error| {
-        let mut text = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            text.push_str(&format!(": {error}"));
-            cause = error.source();
+/// What was asked for.
+enum Done {
+    Started(Passt, UnixStream),
+    Connected(Dialled),
+}
+
+/// Does what `request` says. The error is for the VM's log.
+fn obey(request: &[u8], sockets: &Sockets) -> io::Result<Done> {
+    let text = std::str::from_utf8(request).map_err(io::Error::other)?;
+    match toml::from_str(text).map_err(io::Error::other)? {
+        Request::Passt { mac, mtu, forward } => {
+            let options = PasstOptions {
+                mtu,
+                forward,
+                ..PasstOptions::new(mac)
+            };
+            let started = Passt::start(&options).map_err(|error| io::Error::other(chain(&error)))?;
+            Ok(Done::Started(started.0, started.1))
         }
-        text.truncate(text.floor_char_boundary(LONGEST - 1));
-        text
-    })
+        Request::Connection { socket } if !sockets.allow(&socket) => Err(io::Error::other(
+            "it lies outside of sandbox.paths, and no disk of vm.toml is served there",
+        )),
+        Request::Connection { socket } => dial(&socket).map(Done::Connected),
+    }
+}
+
+/// An error and its causes in one line that fits in an answer.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text.truncate(text.floor_char_boundary(LONGEST / 2));
+    text
 }
 
 fn send(
@@ -238,7 +345,7 @@ fn send(
     bytes: &[u8],
     descriptors: &[std::os::fd::BorrowedFd<'_>],
 ) -> rustix::io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() {
         ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
@@ -277,29 +384,53 @@ mod tests {
 
     #[test]
     fn a_request_survives_its_way() {
-        let mac = "02:00:00:00:00:01".parse().unwrap();
-        let request = Request {
-            mac,
+        let request = Request::Passt {
+            mac: "02:00:00:00:00:01".parse().unwrap(),
             mtu: Some(9000),
             forward: vec!["tcp:8022:22".parse().unwrap()],
         };
-        let text = toml::to_string(&request).unwrap();
-        let back: Request = toml::from_str(&text).unwrap();
-        assert_eq!(
-            (back.mac, back.mtu, back.forward),
-            (request.mac, request.mtu, request.forward)
-        );
+        let connection = Request::Connection {
+            socket: "/run/a.sock".into(),
+        };
+        for request in [request, connection] {
+            let text = toml::to_string(&request).unwrap();
+            let back: Request = toml::from_str(&text).unwrap();
+            assert_eq!(format!("{back:?}"), format!("{request:?}"));
+        }
     }
 
     #[test]
     fn nonsense_is_refused_with_words() {
-        assert!(start(b"\xff").is_err());
-        assert!(start(b"program = \"/bin/sh\"").is_err());
+        assert!(obey(b"\xff", &Sockets::Any).is_err());
+        assert!(obey(b"program = \"/bin/sh\"", &Sockets::Any).is_err());
+    }
+
+    #[test]
+    fn connections_lead_to_sockets_that_are_allowed() {
+        let folder = tempfile::tempdir().unwrap();
+        let inside = folder.path().join("inside");
+        std::fs::create_dir(&inside).unwrap();
+        let allowed = inside.join("a.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&allowed).unwrap();
+        let launcher = Launcher::start(&Sockets::At(vec![inside.clone()])).unwrap();
+        let mut dialled = launcher.connect(&allowed).unwrap();
+        let (mut accepted, _) = listener.accept().unwrap();
+        std::io::Write::write_all(&mut dialled.socket, b"x").unwrap();
+        let mut byte = [0];
+        std::io::Read::read_exact(&mut accepted, &mut byte).unwrap();
+        assert_eq!(&byte, b"x");
+        assert!(dialled.socket.read_timeout().unwrap().is_some());
+        let missing = launcher.connect(&inside.join("b.sock")).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+        for outside in [folder.path().join("a.sock"), inside.join("../inside/a.sock")] {
+            let refused = launcher.connect(&outside).unwrap_err().to_string();
+            assert!(refused.contains("sandbox.paths"), "{refused}");
+        }
     }
 
     #[test]
     fn the_helper_ends_with_its_owner_and_not_before() {
-        let launcher = Launcher::start().unwrap();
+        let launcher = Launcher::start(&Sockets::Any).unwrap();
         let socket = launcher.socket.lock().unwrap().take().unwrap();
         // An impossible request is answered, not fatal.
         for _ in 0..2 {
@@ -316,7 +447,7 @@ mod tests {
 
     #[test]
     fn passt_is_started_or_its_absence_explained() {
-        let launcher = Launcher::start().unwrap();
+        let launcher = Launcher::start(&Sockets::Any).unwrap();
         let options = PasstOptions::new("02:00:00:00:00:01".parse().unwrap());
         match launcher.passt(&options) {
             Ok((passt, socket)) => {

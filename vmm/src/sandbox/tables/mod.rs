@@ -15,7 +15,12 @@ pub(super) fn hot(kind: Kind) -> Option<&'static Rule> {
     match kind {
         // vCPU threads also go through the filter of the main thread, which starts them.
         Kind::Main | Kind::Vcpu => kvm::RUN.first(),
-        Kind::Management | Kind::Signals | Kind::DiskWorker | Kind::PoolWorker | Kind::NetQueue => None,
+        Kind::Management
+        | Kind::Signals
+        | Kind::DiskWorker
+        | Kind::PoolWorker
+        | Kind::NetQueue
+        | Kind::DiskLink => None,
     }
 }
 
@@ -66,6 +71,12 @@ pub(super) fn of(kind: Kind) -> &'static [&'static [Rule]] {
             runtime::EVERY_THREAD,
             work::EVENT_LOOP,
             work::NET_QUEUE,
+            runtime::NO_FILES,
+        ],
+        Kind::DiskLink => &[
+            runtime::EVERY_THREAD,
+            work::EVENT_LOOP,
+            work::DISK_LINK,
             runtime::NO_FILES,
         ],
     }

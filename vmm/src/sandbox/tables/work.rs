@@ -23,6 +23,7 @@ pub(in crate::sandbox) const EVENT_LOOP: &[Rule] = &[
 #[rustfmt::skip]
 pub(in crate::sandbox) const GUEST_FACING: &[Rule] = &[
     allow_masked(SYS_sendto, 4, u64::MAX, 0, "console output to a connected socket"),
+    allow(SYS_preadv2, "doorbells and interrupts are emptied without waiting, whoever shares them"),
     allow(SYS_sched_setaffinity, "vCPUs stay on the CPUs that the configuration names"),
     ioctl(0x4004_54d0, "TUNSETOFFLOAD: the guest's driver takes a network card into use"),
     ioctl(0x4004_54d9, "TUNSETQUEUE: the guest uses more or fewer queues"),
@@ -67,6 +68,14 @@ pub(in crate::sandbox) const REMOTE_DEVICE: &[Rule] = &[
     allow(SYS_sendmsg, "requests with data to a connected socket"),
     allow(SYS_readv, "data from a connected socket"),
     allow(SYS_shutdown, "end of a connection"),
+];
+
+/// Messages to the process that serves a disk, over a socket that a helper has connected.
+#[rustfmt::skip]
+pub(in crate::sandbox) const DISK_LINK: &[Rule] = &[
+    allow_masked(SYS_sendto, 4, u64::MAX, 0, "requests to the helper that connects"),
+    allow(SYS_sendmsg, "messages with descriptors to a connected socket"),
+    allow(SYS_recvmsg, "answers, and connected sockets from the helper"),
 ];
 
 /// Whoever lets go of an image last unlocks it.
