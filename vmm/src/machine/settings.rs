@@ -79,7 +79,7 @@ struct Group {
 /// The settings of all disks of a VM.
 pub(super) struct DiskSettings {
     groups: BTreeMap<DeviceId, Group>,
-    /// A disk that was detached is gone from here as soon as the name is used again.
+    /// Those that were detached go when the next one comes.
     disks: Mutex<BTreeMap<DeviceId, Weak<DiskSetting>>>,
     events: Arc<EventLog>,
     pause: Arc<OnceLock<Pause>>,
@@ -141,9 +141,12 @@ impl DiskSettings {
         Some(setting)
     }
 
-    /// A disk is in use from now on, and may be changed.
+    /// A disk is in use from now on, and may be changed. If its name is taken, the machine will refuse it, and the one that has the
+    /// name stays.
     pub(super) fn enter(&self, id: DeviceId, setting: &Arc<DiskSetting>) {
-        locked(&self.disks).insert(id, Arc::downgrade(setting));
+        let mut disks = locked(&self.disks);
+        disks.retain(|_, disk| disk.strong_count() > 0);
+        disks.entry(id).or_insert_with(|| Arc::downgrade(setting));
     }
 
     /// Changes a disk that is in use.
@@ -278,6 +281,29 @@ mod tests {
         drop(setting);
         let problem = settings.change(&config.id, &DiskChange::default()).unwrap_err();
         assert_eq!(problem.kind, ProblemKind::NotFound, "it was detached: {problem}");
+    }
+
+    #[test]
+    fn a_disk_with_a_taken_name_does_not_push_out_the_one_that_has_it() {
+        let settings = settings();
+        let config = disk("d", None);
+        let first = settings.of(&config).unwrap();
+        settings.enter(config.id.clone(), &first);
+        let second = settings.of(&config).unwrap();
+        settings.enter(config.id.clone(), &second);
+        let change = DiskChange {
+            poll_us: Some(30),
+            ..DiskChange::default()
+        };
+        settings.change(&config.id, &change).unwrap();
+        assert_eq!(
+            (first.config().poll_us, second.config().poll_us),
+            (Some(30), None)
+        );
+        drop(first);
+        settings.enter(config.id.clone(), &second);
+        settings.change(&config.id, &change).unwrap();
+        assert_eq!(second.config().poll_us, Some(30), "the name was free again");
     }
 
     #[test]

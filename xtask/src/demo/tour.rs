@@ -95,10 +95,10 @@ fn walk(
     );
     let sum = write_everywhere(guest, summary)?;
 
-    // passt: the guest's gateway is the host.
+    // passt: the guest's gateway is the host. On a busy machine it gives up on a guest that takes seconds to answer; hence the retries.
     let fetched = guest.ask(&format!(
         "for n in $(seq 60); do gateway=$(ip -4 route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p'); [ -n \"$gateway\" ] && break; sleep 1; done; \
-         curl --silent --show-error --max-time 60 http://$gateway:{port}/"
+         curl --silent --show-error --max-time 60 --retry 5 --retry-all-errors http://$gateway:{port}/"
     ))?;
     ensure!(
         fetched.contains(GREETING),
