@@ -87,8 +87,6 @@ for disk in /sys/block/vd*; do
     [ "$(cat $disk/serial)" != tools ] || device=/dev/${disk##*/}
 done
 mkdir -p /tools
-# A module in some kernels.
-modprobe ext4 2> /dev/null || true
 mount -t ext4 -o ro $device /tools
 ln -s /tools/lib64 /lib64
 ln -s /tools/lib/x86_64-linux-gnu /lib/x86_64-linux-gnu

@@ -1,8 +1,8 @@
 //! Guests' file systems on disks of a pool: ext4, XFS and btrfs of the kernels of Debian 11, 12 and 13, under a load that knows what must
 //! be there, while snapshots are made, redo layers are committed, a device fails, and the whole process is killed.
 //!
-//! `SMSVMM_CAMPAIGN=N` makes it a campaign: N rounds of load and `kill -9`, with other random numbers each, and takes the other two
-//! kernels of Debian 12 as well.
+//! `SMSVMM_CAMPAIGN=N` makes it a campaign: N rounds of load and `kill -9`, with other random numbers each, and takes the backported
+//! kernel of Debian 12 as well. (Its general one cannot mount the disk of tools: its ext4 wants a module that is not in the initrd.)
 
 use std::fs;
 use std::path::Path;
@@ -304,7 +304,7 @@ fn debian_11_finds_what_was_durable_on_ext4_xfs_and_btrfs_after_a_kill() {
 
 #[test]
 fn debian_12_finds_what_was_durable_on_ext4_xfs_and_btrfs_after_a_kill() {
-    told(&[Kernel::Debian12Cloud, Kernel::Debian12, Kernel::Debian12Backports]);
+    told(&[Kernel::Debian12Cloud, Kernel::Debian12Backports]);
 }
 
 #[test]

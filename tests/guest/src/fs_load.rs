@@ -16,7 +16,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead as _, Error, ErrorKind, Result, Write as _};
+use std::io::{BufRead, Error, ErrorKind, Result, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, symlink};
 use std::path::{Path, PathBuf};
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
             }
         }
         ["check", folder, seed] => match number(seed) {
-            Some(seed) => check(Path::new(folder), seed),
+            Some(seed) => check(Path::new(folder), seed, std::io::stdin().lock()),
             None => return usage(),
         },
         _ => return usage(),
@@ -111,10 +111,10 @@ fn sync() {
 }
 
 /// Reads a journal, and what it says.
-fn check(folder: &Path, seed: u64) -> Result<String> {
+fn check(folder: &Path, seed: u64, journal: impl BufRead) -> Result<String> {
     let mut latest = BTreeMap::new();
     let mut files = 0;
-    for line in std::io::stdin().lock().lines() {
+    for line in journal.lines() {
         let line = line?;
         let words: Vec<&str> = line.split_whitespace().collect();
         let bad = || Error::other(format!("the journal says {line:?}"));
@@ -527,5 +527,60 @@ fn overwrite(bytes: &mut Vec<u8>, offset: u64, new: &[u8]) {
     }
     if let Some(range) = bytes.get_mut(begin..end) {
         range.copy_from_slice(new);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A load in a folder of its own, without the end that drops the page cache.
+    fn loaded(folder: &Path) -> (Worker, String) {
+        let mut worker = Worker::new(folder, 7, 0, None).unwrap();
+        worker.work(4000).unwrap();
+        let load = folder.display();
+        let journal = format!(
+            "{load} file 0 {}\n/elsewhere file 0 9999\n{load} latest 0 {}\n",
+            worker.durable, worker.latest
+        );
+        (worker, journal)
+    }
+
+    #[test]
+    fn a_file_that_is_not_what_was_written_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let (worker, _) = loaded(folder.path());
+        assert!(worker.verify_all().unwrap() > DURABLE);
+        let shadow = worker
+            .files
+            .values()
+            .find(|shadow| !shadow.bytes.is_empty())
+            .unwrap();
+        let file = OpenOptions::new().write(true).open(&shadow.path).unwrap();
+        let last = shadow.bytes.len() - 1;
+        file.write_all_at(&[!shadow.bytes[last]], last as u64).unwrap();
+        let said = worker.verify_all().unwrap_err().to_string();
+        assert!(said.contains(&format!("at {last} of")), "{said}");
+        file.write_all_at(&[shadow.bytes[last]], last as u64).unwrap();
+        File::create(worker.folder.join("a/more")).unwrap();
+        let said = worker.verify_all().unwrap_err().to_string();
+        assert!(said.contains("a/more should not be there"), "{said}");
+    }
+
+    #[test]
+    fn what_was_durable_and_is_gone_or_older_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let (worker, journal) = loaded(folder.path());
+        let look = || check(folder.path(), 7, journal.as_bytes());
+        assert!(look().unwrap().starts_with("1 durable files are there, worker 0"));
+        let latest = worker.folder.join("latest");
+        fs::write(&latest, content(7, 0, worker.latest - 1)).unwrap();
+        let said = look().unwrap_err().to_string();
+        assert!(said.contains("was durable"), "{said}");
+        fs::write(&latest, content(7, 0, worker.latest + 1)).unwrap();
+        look().unwrap();
+        fs::remove_file(worker.folder.join(format!("durable{}", worker.durable))).unwrap();
+        let said = look().unwrap_err().to_string();
+        assert!(said.contains("No such file"), "{said}");
     }
 }
