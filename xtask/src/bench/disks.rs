@@ -105,9 +105,6 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         load: program("vhost-user-load")?,
         tree: programs()?,
     };
-    host::step("making the images and the pool");
-    place.make_images()?;
-    place.pool().make()?;
     let loads: Vec<&Load> = LOADS
         .iter()
         .filter(|load| options.loads.is_empty() || options.loads.iter().any(|name| name == load.name))
@@ -120,6 +117,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
                 && loads.iter().any(|load| subject.takes(load))
         })
         .collect();
+    host::step("making the images and the pool");
+    place.make_images()?;
+    let disks = chosen.iter().filter_map(|subject| subject.disk()).collect::<Vec<_>>();
+    if !disks.is_empty() {
+        place.pool().make(&disks)?;
+    }
     let mut measured = Measured::new();
     for round in 0..options.rounds {
         host::step(&format!("round {} of {}", round + 1, options.rounds));

@@ -15,7 +15,7 @@ const DEVICE: u64 = 6 << 30;
 /// Layers of the long chain.
 const DEPTH: usize = 8;
 /// What every layer of it has of its own: one 4 KiB block in so many bytes.
-const SPACING: [&str; DEPTH - 1] = ["32768", "36864", "40960", "45056", "49152", "53248", "57344"];
+const SPACING: [&str; DEPTH - 1] = ["196608", "212992", "229376", "245760", "262144", "278528", "294912"];
 
 /// A disk of the pool.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -51,8 +51,8 @@ impl Disk {
 pub(super) struct Pool<'a>(pub(super) &'a Place);
 
 impl Pool<'_> {
-    /// Makes the pool, its volumes, and the disks, all of which are full.
-    pub(super) fn make(&self) -> Result<()> {
+    /// Makes the pool, its volumes, and those disks that are wanted, all of which are full.
+    pub(super) fn make(&self, wanted: &[Disk]) -> Result<()> {
         let devices = DEVICES.map(|name| self.0.path(name));
         for device in &devices {
             fs::File::create(device)?.set_len(DEVICE)?;
@@ -76,13 +76,16 @@ impl Pool<'_> {
             (Disk::Mirror, "mirror"),
             (Disk::Stripe, "stripe"),
         ];
-        for (disk, volume) in disks {
+        for (disk, volume) in disks.into_iter().filter(|(disk, _)| wanted.contains(disk)) {
             let size = SIZE.to_string();
             self.command(&["disk", "create", disk.path(), "--size", &size, "--volume", volume])?;
             self.write(disk, &["--pattern", "write", "--block-size", "131072"])?;
         }
-        self.command(&["disk", "snapshot", Disk::Fresh.path(), "--name", "full"])?;
-        for (number, spacing) in SPACING.iter().enumerate() {
+        if wanted.contains(&Disk::Fresh) {
+            self.command(&["disk", "snapshot", Disk::Fresh.path(), "--name", "full"])?;
+        }
+        let layers = if wanted.contains(&Disk::Chain) { SPACING.len() } else { 0 };
+        for (number, spacing) in SPACING.iter().enumerate().take(layers) {
             let name = format!("layer-{number}");
             self.command(&["disk", "snapshot", Disk::Chain.path(), "--name", &name])?;
             self.write(Disk::Chain, &["--pattern", "randwrite", "--stride", spacing])?;

@@ -83,6 +83,14 @@ impl Subject {
     pub(super) fn takes(&self, load: &Load) -> bool {
         self.loads.contains(&load.name)
     }
+
+    /// The disk of the pool that it needs.
+    pub(super) fn disk(&self) -> Option<Disk> {
+        match self.kind {
+            Kind::Pool(disk, _) => Some(disk),
+            _ => None,
+        }
+    }
 }
 
 pub(super) enum Kind {
