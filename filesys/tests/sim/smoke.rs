@@ -1,6 +1,6 @@
 //! The thinnest slices.
 
-use block_io::{BlockDevice, ZeroMode};
+use block_io::BlockDevice;
 use filesys::{Access, Snapshot};
 
 use crate::harness::*;
@@ -130,32 +130,5 @@ fn a_layer_shows_its_parent_until_it_is_written_and_is_merged_back() {
         assert_eq!(names, ["a"]);
         drop(file);
         fs.close().await.map_err(failed)
-    });
-}
-
-#[test]
-fn a_volume_whose_bitmap_has_several_pages_is_opened_again() {
-    const SIZE: u64 = 5 << 30;
-    run(world(1, SIZE), async |sim| {
-        let fs = format(&sim, 1).await.map_err(failed)?;
-        fs.create("/large.dsk", &thin(SIZE)).await.map_err(failed)?;
-        let file = fs
-            .open_file("/large.dsk", Access::Write)
-            .await
-            .map_err(failed)?;
-        // A page of the bitmap covers 2 GiB.
-        for part in 0..3_u64 {
-            let offset = part << 30;
-            file.write_zeroes(offset, 1 << 30, ZeroMode::KeepAllocated)
-                .await
-                .map_err(failed)?;
-        }
-        drop(file);
-        fs.checkpoint().await.map_err(failed)?;
-        fs.close().await.map_err(failed)?;
-
-        let fs = open(&sim).await.map_err(failed)?;
-        fs.close().await.map_err(failed)?;
-        Ok(())
     });
 }

@@ -119,7 +119,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         .collect();
     host::step("making the images and the pool");
     place.make_images()?;
-    let disks = chosen.iter().filter_map(|subject| subject.disk()).collect::<Vec<_>>();
+    let disks = chosen
+        .iter()
+        .filter_map(|subject| subject.disk())
+        .collect::<Vec<_>>();
     if !disks.is_empty() {
         place.pool().make(&disks)?;
     }

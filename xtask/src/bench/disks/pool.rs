@@ -15,7 +15,9 @@ const DEVICE: u64 = 6 << 30;
 /// Layers of the long chain.
 const DEPTH: usize = 8;
 /// What every layer of it has of its own: one 4 KiB block in so many bytes.
-const SPACING: [&str; DEPTH - 1] = ["196608", "212992", "229376", "245760", "262144", "278528", "294912"];
+const SPACING: [&str; DEPTH - 1] = [
+    "196608", "212992", "229376", "245760", "262144", "278528", "294912",
+];
 
 /// A disk of the pool.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -84,7 +86,11 @@ impl Pool<'_> {
         if wanted.contains(&Disk::Fresh) {
             self.command(&["disk", "snapshot", Disk::Fresh.path(), "--name", "full"])?;
         }
-        let layers = if wanted.contains(&Disk::Chain) { SPACING.len() } else { 0 };
+        let layers = if wanted.contains(&Disk::Chain) {
+            SPACING.len()
+        } else {
+            0
+        };
         for (number, spacing) in SPACING.iter().enumerate().take(layers) {
             let name = format!("layer-{number}");
             self.command(&["disk", "snapshot", Disk::Chain.path(), "--name", &name])?;
