@@ -150,6 +150,14 @@ impl<V> VolumeCore<V> {
         Ok(())
     }
 
+    /// [`Self::count_free`], if that was never done.
+    pub(crate) fn count_free_once(&self) -> Result<(), Missing> {
+        if self.free.borrow().is_empty() {
+            self.count_free()?;
+        }
+        Ok(())
+    }
+
     /// The page with this cluster's bit is in memory.
     pub(crate) fn ensure(&self, cluster: u64) -> Result<(), Missing> {
         self.bitmap.look(cluster).map(|_| ())

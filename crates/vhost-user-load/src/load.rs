@@ -5,7 +5,7 @@
 //! for writes that a killed server left open both are right, old and new.
 
 use std::fmt;
-use std::fs;
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -63,6 +63,10 @@ pub struct Load {
     pub duration: Duration,
     /// Bytes of the disk that are used, from its beginning; all by default.
     pub range: Option<u64>,
+    /// Use each place once only: the load ends when all were used, or when its time is over.
+    pub once: bool,
+    /// Requests begin at multiples of this many bytes; by default of the block size.
+    pub stride: Option<u32>,
     /// Check what is read.
     pub verify: bool,
     /// A flush after so many requests; 0 for none.
@@ -116,10 +120,19 @@ pub fn run(load: &Load) -> Result<Report> {
         block != 0 && block % 512 == 0,
         "a block has a multiple of 512 bytes"
     );
+    let stride = load.stride.map_or(block, u64::from);
+    ensure!(
+        stride >= block && stride % 512 == 0,
+        "the distance of requests is a multiple of 512 bytes, and not below the block size"
+    );
+    ensure!(
+        !load.verify || stride == block,
+        "only what is everywhere can be checked"
+    );
     let mut front_end = FrontEnd::connect(&load.front_end)?;
     let writes = !matches!(load.pattern, Pattern::RandRead | Pattern::Read);
     ensure!(!(writes && front_end.is_read_only()), "the disk is read-only");
-    let blocks = load.range.unwrap_or(u64::MAX).min(front_end.capacity()) / block;
+    let blocks = load.range.unwrap_or(u64::MAX).min(front_end.capacity()) / stride;
     let queues = front_end.queues()?;
     let each = blocks / queues.len() as u64;
     ensure!(
@@ -233,21 +246,48 @@ fn has_gone(front_end: &FrontEnd) -> Result<bool> {
     }
 }
 
-/// User and system time of a process.
+/// User and system time of a process, to the nanosecond: some loads are short.
 fn cpu_time(pid: u32) -> Result<Duration> {
-    let path = format!("/proc/{pid}/stat");
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-    // The name is in parentheses and may contain anything; utime and stime are fields 14 and 15.
-    let rest = text.rsplit(')').next().unwrap_or_default();
-    let ticks: u64 = rest
-        .split_whitespace()
-        .skip(11)
-        .take(2)
-        .filter_map(|field| field.parse::<u64>().ok())
-        .sum();
-    Ok(Duration::from_millis(
-        ticks * 1000 / rustix::param::clock_ticks_per_second(),
+    let pid = i32::try_from(pid)?;
+    let mut clock = 0;
+    // SAFETY: the clock's number is written to a variable.
+    let answer = unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) };
+    ensure!(
+        answer == 0,
+        "process {pid} has no clock: {}",
+        io::Error::from_raw_os_error(answer)
+    );
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the time is written to a variable.
+    let answer = unsafe { libc::clock_gettime(clock, &raw mut time) };
+    ensure!(
+        answer == 0,
+        "the clock of process {pid} cannot be read: {}",
+        io::Error::last_os_error()
+    );
+    Ok(Duration::new(
+        u64::try_from(time.tv_sec)?,
+        u32::try_from(time.tv_nsec)?,
     ))
+}
+
+/// The place for a turn, so that all of `count` get one, and not in their order.
+fn scattered(turn: u64, count: u64) -> u64 {
+    // About the golden ratio of them, with no common divisor.
+    let near = u128::from(count) * 1_618_033_989 / 1_000_000_000 + 1;
+    let common = |mut one: u128, mut other: u128| {
+        while other != 0 {
+            (one, other) = (other, one % other);
+        }
+        one
+    };
+    let step = (near..)
+        .find(|step| common(*step, count.into()) == 1)
+        .unwrap_or(1);
+    u64::try_from(u128::from(turn) * step % u128::from(count.max(1))).unwrap_or(0)
 }
 
 /// A number that no other run has.
@@ -332,14 +372,15 @@ impl<'a> Lane<'a> {
         let mut heard = start;
         loop {
             let now = Instant::now();
-            if now < end {
+            let over = now >= end || self.has_used_all();
+            if !over {
                 self.refill(now)?;
             } else if self.load.verify && self.sweep != Some(self.count) {
                 self.measured.get_or_insert(now - start);
                 self.sweep_on(now)?;
             }
             self.queue.notify()?;
-            if self.free.len() == usize::from(self.load.depth) && now >= end {
+            if self.free.len() == usize::from(self.load.depth) && over {
                 self.measured.get_or_insert(now - start);
                 return Ok(());
             }
@@ -365,7 +406,9 @@ impl<'a> Lane<'a> {
 
     /// Has as many requests in flight as is wanted.
     fn refill(&mut self, now: Instant) -> Result<()> {
-        while let Some(slot) = self.free.pop() {
+        while !self.has_used_all()
+            && let Some(slot) = self.free.pop()
+        {
             if self.load.flush_every != 0 && self.since_flush >= self.load.flush_every {
                 self.since_flush = 0;
                 self.submit(slot, kind::FLUSH, 0, now)?;
@@ -383,8 +426,20 @@ impl<'a> Lane<'a> {
         Ok(())
     }
 
+    fn has_used_all(&self) -> bool {
+        self.load.once && self.next >= self.count
+    }
+
     /// A block of this lane that nothing is in flight for, if that matters.
     fn choose(&mut self) -> Result<u64> {
+        if self.load.once {
+            let turn = self.next;
+            self.next += 1;
+            return Ok(match self.load.pattern {
+                Pattern::Read | Pattern::Write => turn,
+                _ => scattered(turn, self.count),
+            });
+        }
         loop {
             let block = match self.load.pattern {
                 Pattern::Read | Pattern::Write => {
@@ -433,7 +488,7 @@ impl<'a> Lane<'a> {
             }
         }
         self.pending[usize::from(slot)] = Some(Pending { kind, block, since });
-        let sector = (self.first + block) * u64::from(size / 512);
+        let sector = (self.first + block) * u64::from(self.load.stride.unwrap_or(size) / 512);
         match kind {
             kind::FLUSH => self.queue.submit(slot, kind, 0, 0, false),
             _ => self.queue.submit(slot, kind, sector, size, kind == kind::IN),
@@ -481,5 +536,19 @@ impl<'a> Lane<'a> {
             )?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_place_has_one_turn() {
+        for count in [1, 2, 3, 89, 4096, 6765, 10_000] {
+            let mut turns: Vec<u64> = (0..count).map(|turn| scattered(turn, count)).collect();
+            turns.sort_unstable();
+            assert!(turns.into_iter().eq(0..count), "{count}");
+        }
     }
 }

@@ -38,6 +38,12 @@ struct Arguments {
     /// Use so many bytes of the disk only, from its beginning.
     #[arg(long, value_name = "BYTES")]
     range: Option<u64>,
+    /// Use each place once only, and end when all were used.
+    #[arg(long)]
+    once: bool,
+    /// Requests begin at multiples of this [default: the block size].
+    #[arg(long, value_name = "BYTES")]
+    stride: Option<u32>,
     /// A flush after so many requests.
     #[arg(long, default_value_t = 0, value_name = "NUMBER")]
     flush_every: u32,
@@ -77,6 +83,8 @@ fn main() -> ExitCode {
         depth: arguments.depth,
         duration: Duration::from_secs_f64(arguments.seconds.max(0.0)),
         range: arguments.range,
+        once: arguments.once,
+        stride: arguments.stride,
         verify: arguments.verify,
         flush_every: arguments.flush_every,
         reconnect: arguments.reconnect,

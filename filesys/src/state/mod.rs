@@ -227,8 +227,9 @@ impl<V: BlockDevice> State<V> {
     }
 
     fn load_volume(&self, record: VolumeRecord) -> Result<(), Stop> {
-        if self.volumes.borrow().contains_key(&record.index) {
-            return Ok(());
+        let known = self.volumes.borrow().get(&record.index).map(Rc::clone);
+        if let Some(known) = known {
+            return Ok(known.count_free_once()?);
         }
         let tree = |id, kind| -> Result<Tree, Stop> {
             match self.object(id)? {
@@ -244,10 +245,10 @@ impl<V: BlockDevice> State<V> {
         let bitmap = tree(record.bitmap, TreeKind::Bits)?;
         let sums = tree(record.sums, TreeKind::Sums)?;
         let device = self.device_of(&record)?;
-        let volume = VolumeCore::new(record, device, bitmap, sums);
-        volume.count_free()?;
-        self.volumes.borrow_mut().insert(volume.index, Rc::new(volume));
-        Ok(())
+        let volume = Rc::new(VolumeCore::new(record, device, bitmap, sums));
+        // Kept also if pages are missing: they are loaded into these trees, and looked for in them when this is called again.
+        self.volumes.borrow_mut().insert(volume.index, Rc::clone(&volume));
+        Ok(volume.count_free_once()?)
     }
 
     fn device_of(&self, record: &VolumeRecord) -> Result<Rc<V>, Damage> {

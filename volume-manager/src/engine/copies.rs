@@ -27,7 +27,7 @@ use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoBuf, IoCause, Io
 use super::disk::Disk;
 use super::join::{self, Boxed};
 use super::list;
-use super::map::{Payload, SectionMap};
+use super::map::{Payload, Put, SectionMap};
 use super::rows::{index, parity_of, whole};
 use super::volume::Volume;
 
@@ -322,13 +322,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
     ) -> Result<(), IoError> {
         let length = list::length(buffers);
         let payload = Payload::Data(buffers, Durability::Durable);
-        let (mut failed, mut bad) = (Vec::new(), None);
-        for written in self.put_columns(section, from, length, payload).await {
-            if !written.good {
-                bad = written.error.or(bad);
-            }
-            failed.extend(written.failed);
-        }
+        let Put { failed, bad } = self.put_columns(section, from, length, payload).await;
         if section.redundant {
             self.give_up(&failed, section, from, length).await?;
         }

@@ -341,6 +341,41 @@ impl<D> Written<D> {
     }
 }
 
+/// How the writes of several columns ended.
+pub(crate) struct Put<D> {
+    /// Devices that did not take it.
+    pub(crate) failed: Vec<Rc<Disk<D>>>,
+    /// Why a column has it on no member that is in sync.
+    pub(crate) bad: Option<IoError>,
+}
+
+impl<D> Default for Put<D> {
+    fn default() -> Self {
+        Self {
+            failed: Vec::new(),
+            bad: None,
+        }
+    }
+}
+
+impl<D> From<Written<D>> for Put<D> {
+    fn from(written: Written<D>) -> Self {
+        Self {
+            failed: written.failed,
+            bad: written.error.filter(|_| !written.good),
+        }
+    }
+}
+
+impl<D> Put<D> {
+    /// One column more.
+    pub(crate) fn add(&mut self, written: Written<D>) {
+        let Self { failed, bad } = written.into();
+        self.failed.extend(failed);
+        self.bad = bad.or(self.bad.take());
+    }
+}
+
 impl<D: BlockDevice> MemberMap<D> {
     pub(crate) fn new(member: &model::Member, disk: &dyn Fn(DeviceId) -> Rc<Disk<D>>) -> Self {
         let mut at = 0;

@@ -409,8 +409,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
             failed.extend(self.put_rows(target, within, &buffer).await);
         } else {
             let payload = Payload::Data(&memory, Durability::Volatile);
-            let written = self.put_columns(target, within, length, payload).await;
-            failed.extend(written.into_iter().flat_map(|written| written.failed));
+            failed.extend(self.put_columns(target, within, length, payload).await.failed);
         }
         if failed.is_empty() {
             return Ok(copied);
@@ -425,8 +424,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
     async fn zero_rows(&self, target: &SectionMap<D>, from: u64, length: u64) -> Vec<Rc<Disk<D>>> {
         let (payload, shape) = (Payload::Zero(ZeroMode::MayUnmap), &target.shape);
         if shape.parity == 0 {
-            let written = self.put_columns(target, from, length, payload).await;
-            return written.into_iter().flat_map(|written| written.failed).collect();
+            return self.put_columns(target, from, length, payload).await.failed;
         }
         let row = shape.row_bytes();
         let (first, last) = (

@@ -23,7 +23,7 @@ use super::core::Core;
 use super::counters::Counters;
 use super::join::{self, Boxed};
 use super::list;
-use super::map::{Map, Payload, SectionMap};
+use super::map::{Map, Payload, Put, SectionMap, Written};
 use super::ranges::{Held, Ranges};
 use super::relayout::Touched;
 use super::usage::Usage;
@@ -273,15 +273,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         } else {
             None
         };
-        let mut failed = Vec::new();
-        let mut bad = None;
-        let columns = self.put_columns(section, from, length, payload).await;
-        for written in columns {
-            if !written.good {
-                bad = written.error.or(bad);
-            }
-            failed.extend(written.failed);
-        }
+        let Put { failed, bad } = self.put_columns(section, from, length, payload).await;
         if !failed.is_empty() && section.redundant {
             let lost = self.core.fail(&failed).await;
             if let (Err(reason), None) = (lost, &bad) {
@@ -301,7 +293,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         from: u64,
         length: u64,
         payload: Payload<'_>,
-    ) -> Vec<super::map::Written<D>> {
+    ) -> Put<D> {
         let (clock, redundant) = (self.clock(), section.redundant);
         let piece = section.shape.piece(from, length);
         if section.shape.columns == 1 || piece.length == length {
@@ -314,11 +306,12 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
                 )
             };
             return match section.columns.get(column) {
-                Some(column) => vec![column.write(clock, at, length, payload, redundant).await],
-                None => Vec::new(),
+                // The usual way of a small write: no list of results.
+                Some(column) => column.write(clock, at, length, payload, redundant).await.into(),
+                None => Put::default(),
             };
         }
-        let mut writes: Vec<Boxed<'_, super::map::Written<D>>> = Vec::new();
+        let mut writes: Vec<Boxed<'_, Written<D>>> = Vec::new();
         if let Payload::Data(buffers, durability) = payload {
             for (column, at, memory) in Self::columns(section, from, buffers) {
                 let Some(column) = section.columns.get(column) else {
@@ -351,7 +344,12 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
                 }));
             }
         }
-        join::all(writes).await
+        let mut put = Put::default();
+        join::all(writes)
+            .await
+            .into_iter()
+            .for_each(|written| put.add(written));
+        put
     }
 
     /// Makes durable that the range is being changed, as far as somebody has to know it after a crash.

@@ -1,7 +1,16 @@
 //! `cargo xtask bench disks`: disks over vhost-user-blk, ours beside qemu-storage-daemon's and what fio gets without any of it.
 //!
+//! ```text
+//!   subjects   who is measured, and by which loads
+//!   pool       a pool with the disks that the subjects of the full stack serve
+//!   goals      the ratios that were to be reached, and whether they were
+//! ```
 //! All in one run, in turns, on files in memory (XFS on zram if this may be made, else tmpfs, which has no O_DIRECT on older
 //! kernels), from the same load generator: compare within a run. CPU time is that of the serving process, user and system.
+
+mod goals;
+mod pool;
+mod subjects;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,92 +21,52 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use lab::finish;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use super::filesys::{Zram, programs};
 use crate::{build, host};
+use pool::Pool;
+use subjects::{Kind, LOADS, Load, SUBJECTS, Subject};
 
-const SIZE: u64 = 1 << 30;
+/// Bytes of each disk.
+const SIZE: u64 = 512 << 20;
 
 /// What to run.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// How long each load runs, in seconds
-    #[arg(long, default_value_t = 3)]
-    seconds: u32,
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
     /// How often each is measured; the middle counts
-    #[arg(long, default_value_t = 3)]
-    rounds: u32,
-    /// Only subjects whose name contains this
-    #[arg(long)]
-    only: Option<String>,
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Only subjects whose names contain one of these
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Only these loads: rr1, rw1, rr32, rw32, fw32, r128, w128
+    #[arg(long, value_delimiter = ',')]
+    loads: Vec<String>,
     /// Files in this folder instead of memory
     #[arg(long)]
     folder: Option<PathBuf>,
+    /// Measure these programs, which are built, instead of building them
+    #[arg(long, value_name = "FOLDER")]
+    programs: Option<PathBuf>,
 }
-
-/// A load: name, pattern (as fio calls it, too), block size, depth.
-const LOADS: [(&str, &str, u32, u32); 6] = [
-    ("rr1", "randread", 4096, 1),
-    ("rw1", "randwrite", 4096, 1),
-    ("rr32", "randread", 4096, 32),
-    ("rw32", "randwrite", 4096, 32),
-    ("r128", "read", 128 << 10, 16),
-    ("w128", "write", 128 << 10, 16),
-];
-
-/// Who is measured.
-struct Subject {
-    name: &'static str,
-    kind: Kind,
-}
-
-enum Kind {
-    /// fio on the file.
-    Fio,
-    /// `smsvmm share vhost-user` with these arguments behind the socket. IMAGE is the raw file.
-    Ours(&'static [&'static str]),
-    /// qemu-storage-daemon with this format on this file.
-    Qemu(&'static str, &'static str),
-}
-
-const SUBJECTS: &[Subject] = &[
-    Subject {
-        name: "limit: fio io_uring",
-        kind: Kind::Fio,
-    },
-    Subject {
-        name: "floor",
-        kind: Kind::Ours(&["--image", "IMAGE"]),
-    },
-    Subject {
-        name: "floor, polling 50 µs",
-        kind: Kind::Ours(&["--poll-us", "50", "--image", "IMAGE"]),
-    },
-    Subject {
-        name: "qemu-storage-daemon raw",
-        kind: Kind::Qemu("raw", "disk.raw"),
-    },
-    Subject {
-        name: "qemu-storage-daemon qcow2",
-        kind: Kind::Qemu("qcow2", "disk.qcow2"),
-    },
-    Subject {
-        name: "qemu-storage-daemon overlay",
-        kind: Kind::Qemu("qcow2", "overlay.qcow2"),
-    },
-];
-
-/// What ratios refer to.
-const REFERENCE: &str = "qemu-storage-daemon raw";
 
 /// One measurement.
 #[derive(Clone, Copy)]
 struct Figures {
     iops: f64,
+    /// CPU time per request in µs.
     micros: f64,
+    /// The middle latency in µs.
     latency: f64,
 }
+
+/// What was measured: of each subject and load one per round.
+type Measured = BTreeMap<(&'static str, &'static str), Vec<Option<Figures>>>;
 
 struct Place {
     folder: PathBuf,
@@ -124,79 +93,86 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let folder = tempfile::Builder::new()
         .prefix("bench-disks.")
         .tempdir_in(folder)?;
+    let program = |name| {
+        options
+            .programs
+            .as_ref()
+            .map_or_else(|| build::release(name), |folder| Ok(folder.join(name)))
+    };
     let place = Place {
         folder: folder.path().to_path_buf(),
-        smsvmm: build::release("smsvmm")?,
-        load: build::release("vhost-user-load")?,
+        smsvmm: program("smsvmm")?,
+        load: program("vhost-user-load")?,
         tree: programs()?,
     };
-    place.make_images()?;
-    let chosen: Vec<_> = SUBJECTS
+    let loads: Vec<&Load> = LOADS
+        .iter()
+        .filter(|load| options.loads.is_empty() || options.loads.iter().any(|name| name == load.name))
+        .collect();
+    let chosen: Vec<&Subject> = SUBJECTS
         .iter()
         .filter(|subject| {
-            options
-                .only
-                .as_ref()
-                .is_none_or(|only| subject.name.contains(only))
+            let named = |only: &String| subject.name.contains(only.as_str());
+            (options.only.is_empty() || options.only.iter().any(named))
+                && loads.iter().any(|load| subject.takes(load))
         })
         .collect();
-    let mut figures: BTreeMap<(&str, &str), Vec<Figures>> = BTreeMap::new();
+    host::step("making the images and the pool");
+    place.make_images()?;
+    let disks = chosen
+        .iter()
+        .filter_map(|subject| subject.disk())
+        .collect::<Vec<_>>();
+    if !disks.is_empty() {
+        place.pool().make(&disks)?;
+    }
+    let mut measured = Measured::new();
     for round in 0..options.rounds {
+        host::step(&format!("round {} of {}", round + 1, options.rounds));
         for subject in &chosen {
-            host::step(&format!("round {}: {}", round + 1, subject.name));
-            match place.measure(subject, options.seconds) {
+            match place.measure(subject, &loads, options.seconds) {
                 Ok(all) => {
                     for (load, found) in all {
-                        figures.entry((subject.name, load)).or_default().push(found);
+                        let rounds = measured.entry((subject.name, load)).or_default();
+                        rounds.resize(round, None);
+                        rounds.push(Some(found));
                     }
                 }
                 Err(error) => host::step(&format!("without {}: {error:#}", subject.name)),
             }
         }
     }
-    print(&chosen, &figures);
+    print(&chosen, &loads, &measured);
+    goals::print(&measured);
     Ok(ExitCode::SUCCESS)
 }
 
-/// The middle of what was measured, by IOPS.
-fn middle(found: &[Figures]) -> Option<Figures> {
-    let mut sorted = found.to_vec();
-    sorted.sort_by(|one, other| one.iops.total_cmp(&other.iops));
-    sorted.get(sorted.len() / 2).copied()
+/// The middle of some numbers.
+fn median(mut numbers: Vec<f64>) -> Option<f64> {
+    numbers.sort_by(f64::total_cmp);
+    numbers.get(numbers.len() / 2).copied()
 }
 
-fn print(subjects: &[&Subject], figures: &BTreeMap<(&str, &str), Vec<Figures>>) {
-    let of = |subject, load| figures.get(&(subject, load)).and_then(|found| middle(found));
-    type Column = fn(Figures, Option<Figures>) -> String;
-    let tables: [(&str, Column); 3] = [
-        (
-            "thousands of IOPS (times qemu-storage-daemon raw)",
-            |found, reference| {
-                let times = reference.map_or(f64::NAN, |reference| found.iops / reference.iops);
-                format!("{:.1} ({times:.2})", found.iops / 1e3)
-            },
-        ),
-        (
-            "µs of CPU time per request (times qemu-storage-daemon raw)",
-            |found, reference| {
-                let times = reference.map_or(f64::NAN, |reference| found.micros / reference.micros);
-                format!("{:.2} ({times:.2})", found.micros)
-            },
-        ),
-        ("µs of latency, mean", |found, _| format!("{:.1}", found.latency)),
+fn print(subjects: &[&Subject], loads: &[&Load], measured: &Measured) {
+    let tables: [(&str, fn(&Figures) -> f64); 3] = [
+        ("thousands of IOPS", |found| found.iops / 1e3),
+        ("µs of CPU time per request", |found| found.micros),
+        ("µs of latency, the middle of all requests", |found| {
+            found.latency
+        }),
     ];
     for (title, column) in tables {
-        println!(
-            "\n{title}\n{:<28}{}",
-            "",
-            LOADS.map(|load| format!("{:>16}", load.0)).concat()
-        );
+        let names: String = loads.iter().map(|load| format!("{:>9}", load.name)).collect();
+        println!("\n{title}: medians of the rounds\n{:<30}{names}", "");
         for subject in subjects {
-            print!("{:<28}", subject.name);
-            for (load, ..) in LOADS {
-                let text = of(subject.name, load)
-                    .map_or_else(String::new, |found| column(found, of(REFERENCE, load)));
-                print!("{text:>16}");
+            print!("{:<30}", subject.name);
+            for load in loads {
+                let rounds = measured.get(&(subject.name, load.name));
+                let all = rounds.map(|rounds| rounds.iter().flatten().map(column).collect());
+                match all.and_then(median) {
+                    Some(middle) => print!("{middle:>9.2}"),
+                    None => print!("{:>9}", ""),
+                }
             }
             println!();
         }
@@ -208,7 +184,13 @@ struct Server(Child);
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It may have ended.
+        // One that has a pool open closes it; whoever does not end is killed. It may have ended.
+        let pid = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw);
+        let _ = pid.map(|pid| kill_process(pid, Signal::TERM));
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_secs(5) && matches!(self.0.try_wait(), Ok(None)) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -230,7 +212,7 @@ impl Place {
         }
     }
 
-    /// A raw file full of data that does not compress, a qcow2 file with the same, an empty overlay over another such.
+    /// A raw file full of data that does not compress, a qcow2 file with the same, another such to be below overlays.
     fn make_images(&self) -> Result<()> {
         let raw = self.path("disk.raw");
         let mut random = fs::File::open("/dev/urandom")?;
@@ -248,60 +230,66 @@ impl Place {
         let qcow2 = self.path("disk.qcow2");
         let mut convert = self.qemu("qemu-img");
         finish(convert.args(["convert", "-O", "qcow2"]).arg(&raw).arg(&qcow2))?;
-        let base = self.path("base.qcow2");
-        fs::copy(&qcow2, &base)?;
-        let mut create = self.qemu("qemu-img");
-        create.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]);
-        finish(create.arg(&base).arg(self.path("overlay.qcow2")))?;
+        fs::copy(&qcow2, self.path("base.qcow2"))?;
         Ok(())
     }
 
-    fn measure(&self, subject: &Subject, seconds: u32) -> Result<Vec<(&'static str, Figures)>> {
+    /// An empty overlay.
+    fn make_overlay(&self, file: &str, options: &str) -> Result<()> {
+        let mut create = self.qemu("qemu-img");
+        create.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-o", options, "-b"]);
+        finish(create.arg(self.path("base.qcow2")).arg(self.path(file)))?;
+        Ok(())
+    }
+
+    fn pool(&self) -> Pool<'_> {
+        Pool(self)
+    }
+
+    fn measure(
+        &self,
+        subject: &Subject,
+        loads: &[&Load],
+        seconds: f64,
+    ) -> Result<Vec<(&'static str, Figures)>> {
+        let loads = loads.iter().filter(|load| subject.takes(load));
         let socket = self.path("disk.sock");
         let mut command = match &subject.kind {
-            Kind::Fio => {
-                return LOADS
-                    .iter()
-                    .map(|load| Ok((load.0, self.fio(*load, seconds)?)))
+            Kind::Fio(arguments) => {
+                return loads
+                    .map(|load| Ok((load.name, self.fio(load, arguments, seconds)?)))
                     .collect();
             }
-            Kind::Ours(arguments) => {
-                let mut command = Command::new(&self.smsvmm);
-                command.args(["share", "vhost-user", "--socket"]).arg(&socket);
-                let image = self.path("disk.raw");
-                command.args(arguments.iter().map(|argument| match *argument {
-                    "IMAGE" => image.as_os_str(),
-                    other => other.as_ref(),
-                }));
+            Kind::Image(arguments) => {
+                let mut command = self.share(&socket, arguments);
+                command.arg("--image").arg(self.path("disk.raw"));
+                command
+            }
+            Kind::Pool(disk, arguments) => {
+                if disk.is_fresh() {
+                    self.pool().freshen(*disk)?;
+                }
+                let mut command = self.share(&socket, arguments);
+                self.pool().serve(*disk, &mut command);
                 command
             }
             Kind::Qemu(format, file) => self.storage_daemon(format, file, &socket),
-        };
-        // What a killed server left.
-        let _ = fs::remove_file(&socket);
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        let mut start = || -> Result<Server> {
-            let child = command.spawn();
-            Ok(Server(
-                child.with_context(|| format!("cannot start {}", subject.name))?,
-            ))
-        };
-        let mut server = start()?;
-        let begin = Instant::now();
-        while !socket.exists() {
-            if begin.elapsed() > Duration::from_secs(20) {
-                bail!("it does not listen");
+            Kind::Overlay(options) => {
+                self.make_overlay("overlay.qcow2", options)?;
+                self.storage_daemon("qcow2", "overlay.qcow2", &socket)
             }
-            std::thread::sleep(Duration::from_millis(50));
-            if server.0.try_wait()?.is_some() {
-                // The file of a server that has just ended may be locked for a while: the kernel lets go of it late.
-                server = start()?;
-            }
-        }
-        LOADS
-            .iter()
-            .map(|load| Ok((load.0, self.load(*load, &socket, seconds)?)))
+        };
+        let _server = start(&mut command, &socket).with_context(|| subject.name)?;
+        loads
+            .map(|load| Ok((load.name, self.load(load, &socket, seconds)?)))
             .collect()
+    }
+
+    fn share(&self, socket: &Path, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.smsvmm);
+        command.args(["share", "vhost-user", "--socket"]).arg(socket);
+        command.args(arguments);
+        command
     }
 
     fn storage_daemon(&self, format: &str, file: &str, socket: &Path) -> Command {
@@ -324,57 +312,67 @@ impl Place {
         command
     }
 
-    fn load(&self, load: (&str, &str, u32, u32), socket: &Path, seconds: u32) -> Result<Figures> {
-        let (_, pattern, block, depth) = load;
-        let mut command = Command::new(&self.load);
-        command.arg("--json").arg("--socket").arg(socket);
-        for (key, value) in [
-            ("--pattern", pattern.to_owned()),
-            ("--block-size", block.to_string()),
-            ("--depth", depth.to_string()),
-            ("--seconds", seconds.to_string()),
-        ] {
-            command.args([key, &value]);
-        }
-        let report: Value = serde_json::from_slice(&finish(&mut command)?)?;
+    fn load(&self, load: &Load, socket: &Path, seconds: f64) -> Result<Figures> {
+        let seconds = seconds.to_string();
+        let mut arguments = vec!["--json", "--seconds", &seconds];
+        arguments.extend(load.arguments);
+        let report: Value = serde_json::from_slice(&self.generate(socket, &arguments)?)?;
         let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
         Ok(Figures {
             iops: number(&report["iops"]),
             micros: number(&report["server_cpu_micros"]),
-            latency: number(&report["latency"]["mean"]),
+            latency: number(&report["latency"]["p50"]),
         })
     }
 
-    fn fio(&self, load: (&str, &str, u32, u32), seconds: u32) -> Result<Figures> {
-        let (_, pattern, block, depth) = load;
+    /// Runs the load generator.
+    fn generate(&self, socket: &Path, arguments: &[&str]) -> Result<Vec<u8>> {
+        let mut command = Command::new(&self.load);
+        finish(command.arg("--socket").arg(socket).args(arguments))
+    }
+
+    fn fio(&self, load: &Load, arguments: &[&str], seconds: f64) -> Result<Figures> {
         let mut command = Command::new("fio");
         command.args([
             "--name=limit",
             "--direct=1",
             "--ioengine=io_uring",
             "--time_based",
+            "--lat_percentiles=1",
             "--output-format=json",
         ]);
         command.arg(format!("--filename={}", self.path("disk.raw").display()));
-        command
-            .arg(format!("--rw={pattern}"))
-            .arg(format!("--bs={block}"));
-        command
-            .arg(format!("--iodepth={depth}"))
-            .arg(format!("--runtime={seconds}"));
-        let report: Value = serde_json::from_slice(&finish(&mut command)?)?;
+        command.arg(format!("--runtime={}ms", (seconds * 1e3).round()));
+        let report: Value = serde_json::from_slice(&finish(command.args(load.fio).args(arguments))?)?;
         let job = &report["jobs"][0];
-        let side = &job[if pattern.ends_with("read") {
-            "read"
-        } else {
-            "write"
-        }];
+        let side = &job[if load.writes() { "write" } else { "read" }];
         let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
         let iops = number(&side["iops"]);
         Ok(Figures {
             iops,
             micros: (number(&job["usr_cpu"]) + number(&job["sys_cpu"])) / 100.0 * 1e6 / iops,
-            latency: number(&side["lat_ns"]["mean"]) / 1e3,
+            latency: number(&side["lat_ns"]["percentile"]["50.000000"]) / 1e3,
         })
     }
+}
+
+/// Starts a server, and waits until it listens.
+fn start(command: &mut Command, socket: &Path) -> Result<Server> {
+    // What a killed server left.
+    let _ = fs::remove_file(socket);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut launch = || -> Result<Server> { Ok(Server(command.spawn().context("cannot start the server")?)) };
+    let mut server = launch()?;
+    let begin = Instant::now();
+    while !socket.exists() {
+        if begin.elapsed() > Duration::from_secs(20) {
+            bail!("the server does not listen");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        if server.0.try_wait()?.is_some() {
+            // The file of a server that has just ended may be locked for a while: the kernel lets go of it late.
+            server = launch()?;
+        }
+    }
+    Ok(server)
 }

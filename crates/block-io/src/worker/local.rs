@@ -145,6 +145,8 @@ pub(super) struct Local {
     pub(super) rest: Rest,
     /// When this turn began, if somebody has asked.
     moment: Cell<Option<Instant>>,
+    /// See [`turns`].
+    turns: Cell<u64>,
     stop: Cell<bool>,
 }
 
@@ -188,6 +190,12 @@ pub(crate) fn moment() -> Instant {
     with_local(Local::moment).unwrap_or_else(Instant::now)
 }
 
+/// How often the worker of this thread has called the kernel to submit requests and to learn what has ended: with io_uring these are all the
+/// system calls that its requests cost. None outside of workers.
+pub fn turns() -> Option<u64> {
+    with_local(|local| local.turns.get())
+}
+
 /// Runs `future` as a task of the worker whose task calls this, or of the simulation.
 ///
 /// # Errors
@@ -218,6 +226,7 @@ impl Local {
             engine,
             rest: Rest::new(busy_poll),
             moment: Cell::new(None),
+            turns: Cell::new(0),
             stop: Cell::new(false),
         }
     }
@@ -353,6 +362,7 @@ impl Local {
     /// Submits what tasks have prepared and takes completions; `wait` for at least one if there is none yet.
     pub(super) fn turn(&self, wait: bool) {
         self.engine.enter(wait);
+        self.turns.set(self.turns.get() + 1);
         self.moment.set(None);
         while let Some(completion) = self.engine.next_completion() {
             self.dispatch(completion);

@@ -41,7 +41,7 @@ pub(crate) use engine::{Call, Request};
 pub use events::{EventSignal, EventWatch};
 pub(crate) use files::FileNumber;
 pub(crate) use local::moment;
-pub use local::{spawn_local, yield_now};
+pub use local::{spawn_local, turns, yield_now};
 pub(crate) use ops::Operation;
 pub(crate) use pool::execute_at_once;
 pub use pool::prepare_pool;

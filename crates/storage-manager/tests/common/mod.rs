@@ -28,12 +28,24 @@ pub(crate) fn pool(folder: &Path) -> Vec<String> {
         force: false,
     });
     storage_manager::create("tank", devices.collect(), &mut go_on).unwrap();
+    let format = FileOperation::Format {
+        meta_size: None,
+        meta_copies: None,
+        force: false,
+    };
+    storage_manager::execute_file(paths.clone(), format, &mut go_on).unwrap();
+    volume(&paths, "data", LayoutKind::Mirror, 16 << 20);
+    paths
+}
+
+/// Adds a volume.
+pub(crate) fn volume(devices: &[String], name: &str, layout: LayoutKind, size: u64) {
     let volume = Operation::CreateVolume {
-        name: "data".into(),
-        size: 16 << 20,
+        name: name.into(),
+        size,
         block: 4096,
         shape: Shape {
-            layout: LayoutKind::Mirror,
+            layout,
             columns: 0,
             copies: 0,
             stripe_unit: 0,
@@ -43,12 +55,5 @@ pub(crate) fn pool(folder: &Path) -> Vec<String> {
         read_policy: api::storage::ReadPolicy::default(),
         raw: false,
     };
-    let format = FileOperation::Format {
-        meta_size: None,
-        meta_copies: None,
-        force: false,
-    };
-    storage_manager::execute_file(paths.clone(), format, &mut go_on).unwrap();
-    storage_manager::execute(paths.clone(), Force::No, volume, &mut go_on).unwrap();
-    paths
+    storage_manager::execute(devices.to_vec(), Force::No, volume, &mut go_on).unwrap();
 }

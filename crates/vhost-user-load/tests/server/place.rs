@@ -51,6 +51,8 @@ impl Place {
             depth: 32,
             duration: Duration::from_secs(1),
             range: None,
+            once: false,
+            stride: None,
             verify: true,
             flush_every: 50,
             reconnect: false,
