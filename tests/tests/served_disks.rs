@@ -7,9 +7,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use rustix::process::Signal;
-use stories::{Disk, Host, Kernel, Server, Vm, story};
+use stories::{Disk, Host, Kernel, Server, Story, Vm};
 
 const DEVICES: &str = "d0.img,d1.img";
+/// How long a machine may run. Most of these stories is waiting for servers to come and go, on a host that has one processor.
+const PATIENCE: Duration = Duration::from_secs(360);
+
+fn tell<F: FnOnce(&Host) -> Result<()>>(story: F) {
+    Story::default().limit(2 * PATIENCE).tell(story);
+}
 
 /// Runs smsvmm on the host; its output.
 fn smsvmm(host: &Host, arguments: &str) -> Result<String> {
@@ -100,7 +106,7 @@ cd / && umount /disk
 
 #[test]
 fn a_disk_of_a_pool_goes_on_when_its_server_is_killed_and_started_again() {
-    story(|host| {
+    tell(|host| {
         pool(host)?;
         let mut server = serve(host)?;
         let mut vm = host
@@ -110,6 +116,7 @@ fn a_disk_of_a_pool_goes_on_when_its_server_is_killed_and_started_again() {
             .file("/load", 0o644, LOAD)
             .file("/check", 0o644, CHECK)
             .disk(Disk::served_at(host.folder().join("root.sock")).set("queues", "2"))
+            .limit(PATIENCE)
             .interactive()?;
         assert_eq!(vm.guest("cat /sys/block/vda/serial")?.trim(), "root.dsk");
         assert_eq!(vm.guest("ls /sys/block/vda/mq | wc -l")?.trim(), "2");
@@ -160,13 +167,14 @@ fn a_disk_of_a_pool_goes_on_when_its_server_is_killed_and_started_again() {
 
 #[test]
 fn a_served_disk_is_attached_and_detached_while_the_guest_runs_and_the_guest_is_paused_meanwhile() {
-    story(|host| {
+    tell(|host| {
         pool(host)?;
         let server = serve(host)?;
         let mut vm = host
             .vm("plugged")
             .argument("--set")
             .argument("memory.shared=true")
+            .limit(PATIENCE)
             .interactive()?;
         // As udev would, when the first one comes.
         vm.guest("modprobe virtio_blk")?;
@@ -230,7 +238,7 @@ fn storage_daemon(folder: &Path) -> Result<Server> {
 
 #[test]
 fn qemus_storage_daemon_serves_a_guest_and_is_killed_and_started_again_while_nothing_is_in_flight() {
-    story(|host| {
+    tell(|host| {
         host.image("disk.img", 128)?;
         let mut server = storage_daemon(host.folder())?;
         let mut vm = host
@@ -240,6 +248,7 @@ fn qemus_storage_daemon_serves_a_guest_and_is_killed_and_started_again_while_not
             .file("/load", 0o644, LOAD)
             .file("/check", 0o644, CHECK)
             .disk(Disk::served_at(host.folder().join("qemu.sock")).set("queues", "2"))
+            .limit(PATIENCE)
             .interactive()?;
         vm.guest("mke2fs -q /dev/vda > /dev/null; mkdir /disk; mount -t ext4 /dev/vda /disk")?;
         vm.guest("sh /load > /dev/null 2>&1 & sleep 5; touch /stop")?;
@@ -275,10 +284,15 @@ fn qemus_storage_daemon_serves_a_guest_and_is_killed_and_started_again_while_not
 
 #[test]
 fn a_server_that_is_missing_or_hangs_is_named_and_the_machine_ends() {
-    story(|host| {
+    tell(|host| {
         host.image("disk.img", 64)?;
         let socket = host.folder().join("disk.sock");
-        let machine = |name| host.vm(name).disk(Disk::served_at(&socket)).interactive();
+        let machine = |name| {
+            host.vm(name)
+                .disk(Disk::served_at(&socket))
+                .limit(PATIENCE)
+                .interactive()
+        };
         let error = machine("missing")
             .err()
             .map(|error| format!("{error:#}"))
