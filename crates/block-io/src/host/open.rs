@@ -133,8 +133,8 @@ pub(super) struct Opened {
 /// closed it or was killed, when its requests have ended and its ring is gone (some 35 ms).
 const BUSY_TRIES: u32 = 20;
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
-/// How often one is tried that no process has any more.
-const ORPHAN_TRIES: u32 = 500;
+/// How often one is tried that no process has any more: on a busy machine, the kernel takes seconds to end the ring of a killed process.
+const ORPHAN_TRIES: u32 = 3000;
 
 /// The unit in which guests see image files, whatever the host's file system prefers: images hold partition tables that
 /// count in it.
