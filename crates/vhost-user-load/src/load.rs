@@ -122,7 +122,7 @@ pub fn run(load: &Load) -> Result<Report> {
     );
     let stride = load.stride.map_or(block, u64::from);
     ensure!(
-        stride >= block && stride % 512 == 0,
+        stride >= block && stride.is_multiple_of(512),
         "the distance of requests is a multiple of 512 bytes, and not below the block size"
     );
     ensure!(

@@ -154,7 +154,8 @@ fn median(mut numbers: Vec<f64>) -> Option<f64> {
 }
 
 fn print(subjects: &[&Subject], loads: &[&Load], measured: &Measured) {
-    let tables: [(&str, fn(&Figures) -> f64); 3] = [
+    type Column = fn(&Figures) -> f64;
+    let tables: [(&str, Column); 3] = [
         ("thousands of IOPS", |found| found.iops / 1e3),
         ("µs of CPU time per request", |found| found.micros),
         ("µs of latency, the middle of all requests", |found| {
