@@ -79,6 +79,8 @@ fn what_a_front_end_was_told_is_written_survives_the_kill_of_the_server() {
         depth: 16,
         duration: Duration::from_secs(6),
         range: None,
+        once: false,
+        stride: None,
         verify: true,
         // Seldom, so that most kills meet writes that no flush has followed.
         flush_every: 5000,
