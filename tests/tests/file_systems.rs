@@ -223,7 +223,9 @@ fn survives(host: &Host, kernel: Kernel, seed: u64) -> Result<()> {
         host.image(device, 768)?;
     }
     let pool = pool(host, &DEVICES, &ALL)?;
-    let mut machine = pool.vm(&format!("victim{seed}")).kernel(kernel).toml(JOURNAL);
+    // A folder of its own, or the journal of another round is in it.
+    let round = format!("{}-{seed}", kernel.name());
+    let mut machine = pool.vm(&format!("victim-{round}")).kernel(kernel).toml(JOURNAL);
     for system in &ALL {
         machine = machine.disk(system.disk(""));
     }
@@ -246,7 +248,7 @@ fn survives(host: &Host, kernel: Kernel, seed: u64) -> Result<()> {
 
     pool.check()?;
     let mut machine = pool
-        .vm(&format!("heir{seed}"))
+        .vm(&format!("heir-{round}"))
         .kernel(kernel)
         .toml(JOURNAL)
         .file("/until-monday", 0o644, until_monday)
