@@ -446,8 +446,11 @@ mod tests {
     fn groups_without_data_on_the_volume_stay_and_others_must_be_known() {
         let other = map(0, 1, Entry::at(at(2, 3)).with_subs(1, 0));
         let noted = added(0, at(2, 3), 1, 0);
-        assert_eq!(left(&[other.clone()], &[noted]).unwrap(), None);
-        assert!(matches!(left(&[other.clone()], &[]), Err(NotTakenBack::Order)));
+        assert_eq!(left(std::slice::from_ref(&other), &[noted]).unwrap(), None);
+        assert!(matches!(
+            left(std::slice::from_ref(&other), &[]),
+            Err(NotTakenBack::Order)
+        ));
         let elsewhere = added(1, at(2, 3), 1, 0);
         assert!(matches!(left(&[other], &[elsewhere]), Err(NotTakenBack::Order)));
     }
