@@ -213,6 +213,26 @@ fn a_file_truncated_while_in_use_is_an_error_and_not_zeroes() {
 }
 
 #[test]
+fn a_file_truncated_while_in_use_is_noticed_by_a_flush_even_if_a_write_made_it_longer_again() {
+    let worker = worker(EngineKind::Uring);
+    let file = file_of(&std::env::temp_dir(), 65536);
+    let device = Arc::new(HostDevice::open(file.path(), &OpenOptions::default()).unwrap());
+    let again = Arc::clone(&device);
+    worker.run(move || async move { again.flush().await.unwrap() });
+    file.as_file().set_len(0).unwrap();
+    worker.run(move || async move {
+        let buffer = AlignedBuffer::new(8192);
+        // SAFETY: the buffer lives until the write has ended.
+        let piece = unsafe { buffer.io(0, 8192) };
+        device.write(8192, &[piece], Durability::Volatile).await.unwrap();
+        let error = device.flush().await.unwrap_err();
+        assert!(matches!(error.cause(), IoCause::Truncated), "{error:?}");
+        let error = device.flush().await.unwrap_err();
+        assert!(matches!(error.cause(), IoCause::EarlierFlushFailed), "{error:?}");
+    });
+}
+
+#[test]
 fn a_grown_file_is_seen_when_the_size_is_refreshed() {
     let file = file_of(&std::env::temp_dir(), 4096);
     let device = HostDevice::open(file.path(), &OpenOptions::default()).unwrap();

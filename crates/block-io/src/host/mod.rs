@@ -113,6 +113,14 @@ impl HostDevice {
         self.flush_failed.load(Ordering::Relaxed)
     }
 
+    /// Whether the file has become shorter than the device, but for its last sector.
+    fn is_truncated(&self) -> bool {
+        let size = self.size.load(Ordering::Relaxed);
+        // The one way to ask that every sandbox allows. Nothing uses the file's position.
+        let end = || rustix::fs::seek(&self.file, rustix::fs::SeekFrom::End(0));
+        self.kind == Kind::RegularFile && end().is_ok_and(|end| end + u64::from(open::SECTOR) <= size)
+    }
+
     /// An administrator knows of the failed flush and wants to go on.
     pub fn acknowledge_flush_failure(&self) {
         self.flush_failed.store(false, Ordering::Relaxed);
@@ -259,7 +267,12 @@ impl BlockDevice for HostDevice {
         if self.flush_has_failed() {
             return Err(self.error(Operation::Flush, 0, 0, IoCause::EarlierFlushFailed));
         }
-        match self.call(Call::Sync).await {
+        let flushed = match self.call(Call::Sync).await {
+            // A write behind the new end has made the file longer again, and what was cut off is zeroes: no read would notice.
+            Ok(_) if self.is_truncated() => Err(IoCause::Truncated),
+            flushed => flushed,
+        };
+        match flushed {
             Ok(_) => Ok(()),
             Err(cause) => {
                 self.flush_failed.store(true, Ordering::Relaxed);
