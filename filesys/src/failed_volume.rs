@@ -38,12 +38,14 @@ use crate::units::{FileId, Location, VolumeIndex};
 use crate::volume::VolumeCore;
 use crate::wire::{Malformed, Reader, Writer};
 
-/// Sub-clusters of one cluster that a record made valid.
+/// Sub-clusters that a record made valid, the same ones of clusters that follow each other in the file and on the volume.
 #[derive(Debug, Clone, Copy)]
 struct Added {
     group: u64,
     file: FileId,
+    /// The first cluster, and how many.
     cluster: u32,
+    count: u32,
     at: Location,
     /// Those that were not valid before.
     subs: u16,
@@ -51,7 +53,29 @@ struct Added {
     zero: u16,
 }
 
-/// What records of groups that are not durable made valid, cluster by cluster in the order of the journal.
+impl Added {
+    /// Whether `next`, of the same record, goes on where this ends.
+    fn continues(&self, next: &Self) -> bool {
+        (next.file, next.cluster) == (self.file, self.cluster + self.count)
+            && next.at == self.at.plus(self.count.into())
+            && (next.subs, next.zero) == (self.subs, self.zero)
+    }
+
+    /// Cluster by cluster.
+    fn each(self) -> impl Iterator<Item = Self> {
+        (0..self.count).map(move |number| Self {
+            cluster: self.cluster + number,
+            count: 1,
+            at: self.at.plus(number.into()),
+            ..self
+        })
+    }
+}
+
+/// Memory for so many is kept.
+const KEPT: usize = 1 << 14;
+
+/// What records of groups that are not durable made valid, in the order of the journal. Mostly one item for each record.
 #[derive(Debug, Default)]
 pub(crate) struct Unproven(VecDeque<Added>);
 
@@ -60,6 +84,9 @@ impl Unproven {
     pub(crate) fn forget(&mut self, durable: u64) {
         while self.0.front().is_some_and(|added| added.group <= durable) {
             self.0.pop_front();
+        }
+        if self.0.is_empty() && self.0.capacity() > KEPT {
+            self.0.shrink_to(KEPT);
         }
     }
 
@@ -79,6 +106,7 @@ impl Unproven {
             return Ok(());
         };
         let core = state.file(file)?;
+        let begin = self.0.len();
         for number in 0..count {
             let cluster = first + number;
             let old = core
@@ -92,14 +120,19 @@ impl Unproven {
                 0
             };
             let subs = new.valid() & !before;
-            self.0.push_back(Added {
+            let added = Added {
                 group: u64::MAX,
                 file,
                 cluster,
+                count: 1,
                 at,
                 subs,
                 zero: old.zero() & subs,
-            });
+            };
+            match self.0.range_mut(begin..).next_back() {
+                Some(last) if last.continues(&added) => last.count += 1,
+                _ => self.0.push_back(added),
+            }
         }
         Ok(())
     }
@@ -195,12 +228,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let from = self.journal.first_unwritten();
         let unproven = self.unproven.borrow();
         let begin = unproven.0.partition_point(|added| added.group < from);
-        let added = || unproven.0.range(begin..);
+        let added = || unproven.0.range(begin..).copied().flat_map(Added::each);
         let mut lost = AllLost::new();
         for added in added().filter(|added| added.at.volume == volume.index) {
             lost.entry((added.file, added.cluster))
-                .and_modify(|lost| lost.and(added))
-                .or_insert_with(|| Lost::of(added));
+                .and_modify(|lost| lost.and(&added))
+                .or_insert_with(|| Lost::of(&added));
         }
         if lost.is_empty() {
             return Ok(());
@@ -283,10 +316,10 @@ pub(crate) fn failed<V>(volume: &VolumeCore<V>) -> IoError {
 }
 
 /// The records of a group without what is lost; none if nothing is. `added` goes along.
-fn without<'a>(
+fn without(
     bytes: &[u8],
     volume: VolumeIndex,
-    added: &mut impl Iterator<Item = &'a Added>,
+    added: &mut impl Iterator<Item = Added>,
     lost: &mut AllLost,
 ) -> Result<Option<Vec<u8>>, NotTakenBack> {
     let mut reader = Reader(bytes);
@@ -309,8 +342,8 @@ fn without<'a>(
             entries.push(if here {
                 let lost = lost
                     .entry((file, cluster))
-                    .and_modify(|lost| lost.and(noted))
-                    .or_insert_with(|| Lost::of(noted));
+                    .and_modify(|lost| lost.and(&noted))
+                    .or_insert_with(|| Lost::of(&noted));
                 lost.taken_from(entry)
             } else {
                 entry
@@ -375,6 +408,7 @@ mod tests {
             group: 1,
             file: FILE,
             cluster,
+            count: 1,
             at,
             subs,
             zero,
@@ -391,7 +425,7 @@ mod tests {
         without(
             &bytes(records),
             VolumeIndex(1),
-            &mut added.iter(),
+            &mut added.iter().copied(),
             &mut AllLost::new(),
         )
     }
@@ -421,6 +455,24 @@ mod tests {
             records[2].clone(),
         ];
         assert_eq!(left(&records, &noted).unwrap(), Some(bytes(&expected)));
+    }
+
+    #[test]
+    fn what_follows_is_noted_as_one_and_given_back_one_by_one() {
+        let first = added(5, at(1, 70), 0xff, 0);
+        let mut run = first;
+        for (number, next) in [added(6, at(1, 71), 0xff, 0), added(7, at(1, 72), 0xff, 0)]
+            .iter()
+            .enumerate()
+        {
+            assert!(run.continues(next), "{number}");
+            run.count += 1;
+        }
+        assert!(
+            !run.continues(&added(8, at(1, 74), 0xff, 0)) && !run.continues(&added(8, at(1, 73), 0xff, 1))
+        );
+        let each: Vec<_> = run.each().map(|one| (one.cluster, one.count, one.at)).collect();
+        assert_eq!(each, [(5, 1, at(1, 70)), (6, 1, at(1, 71)), (7, 1, at(1, 72))]);
     }
 
     #[test]
