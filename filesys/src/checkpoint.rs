@@ -397,16 +397,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
     }
 
-    /// Commits what nobody asks for, some time later.
+    /// Commits what nobody asks for, some time later, or when it is much.
     async fn commit_lately(&self) {
         let is_over = || self.closing.get() || self.check().is_err();
         loop {
             self.changed
                 .until(|| (is_over() || self.lingering.get()).then_some(()))
                 .await;
-            let end = self.changed.until(|| is_over().then_some(()));
+            let many = || self.unproven.borrow().are_many();
+            let end = self.changed.until(|| (is_over() || many()).then_some(()));
             let pause = self.clock.sleep(self.options.commit_after);
-            if is_over() || matches!(gate::first(end, pause).await, Either::First(())) {
+            if is_over() {
+                return;
+            }
+            gate::first(end, pause).await;
+            if is_over() {
                 return;
             }
             self.lingering.set(false);

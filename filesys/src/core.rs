@@ -385,9 +385,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         };
         writer.0.clear();
         self.bytes.replace(writer.0);
-        self.unproven.borrow_mut().appended(noted, group);
+        let many = self.unproven.borrow_mut().appended(noted, group);
         self.take_effects(effects, group);
-        if !self.lingering.replace(true) {
+        if !self.lingering.replace(true) || many {
             self.changed.notify();
         }
         self.after_change();

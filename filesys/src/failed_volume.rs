@@ -74,6 +74,8 @@ impl Added {
 
 /// Memory for so many is kept.
 const KEPT: usize = 1 << 14;
+/// When there are more, what is not durable is made so without being asked for: 6 MiB.
+const MOST: usize = 1 << 17;
 
 /// What records of groups that are not durable made valid, in the order of the journal. Mostly one item for each record.
 #[derive(Debug, Default)]
@@ -95,9 +97,15 @@ impl Unproven {
         self.0.len()
     }
 
-    /// What was noted after the first `count` is in this group.
-    pub(crate) fn appended(&mut self, count: usize, group: u64) {
+    /// What was noted after the first `count` is in this group. Whether there are too many now, and were not before.
+    pub(crate) fn appended(&mut self, count: usize, group: u64) -> bool {
         self.0.range_mut(count..).for_each(|added| added.group = group);
+        count <= MOST && self.are_many()
+    }
+
+    /// Whether there are too many.
+    pub(crate) fn are_many(&self) -> bool {
+        self.0.len() > MOST
     }
 
     /// A record is about to be applied, in the order of the journal; [`Self::appended`] says later in which group it is.
