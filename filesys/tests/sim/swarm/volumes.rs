@@ -549,7 +549,7 @@ fn a_device_of_a_mirror_fails() {
 }
 
 #[test]
-#[ignore = "did not end in five minutes of a busy machine, probably as a failing history is being made shorter: to be looked into"]
+#[ignore = "100 histories take minutes: `cargo test -p filesys --test sim -- --ignored raid5`"]
 fn a_device_of_raid5_fails() {
     demand(&run(RAID5, FAULTS, false, 12), &MARKS);
 }
