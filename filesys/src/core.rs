@@ -17,13 +17,13 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use block_io::{AlignedBuffer, BlockDevice, Clock, IoError};
+use block_io::{AlignedBuffer, BlockDevice, Clock, IoError, error_chain};
 
 use crate::checkpoint::Asked;
 use crate::epochs::Epochs;
 use crate::error::{FsError, Refusal};
 use crate::event::Event;
-use crate::failed_volume::{Unproven, failed};
+use crate::failed_volume::Unproven;
 use crate::file::whole;
 use crate::file_core::{Chain, FileCore, MOST_LAYERS};
 use crate::gate::{self, Boxed, Signal};
@@ -183,13 +183,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
 
     /// Something failed that must not: nothing is changed from now on.
     pub(crate) fn fail(&self, error: &dyn std::error::Error) -> FsError {
-        let mut reason = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            reason = format!("{reason}: {cause}");
-            source = cause.source();
-        }
-        let reason: Arc<str> = reason.into();
+        let reason: Arc<str> = error_chain(error).into();
         if self.failure.borrow().is_none() {
             tracing::error!(%reason, "the file system takes no more changes");
             self.event(Event::Failed {
@@ -481,9 +475,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             if volume.flushed.get() >= written {
                 return Ok(());
             }
-            if volume.failed.get() {
-                return Err(failed(volume));
-            }
+            volume.check_works()?;
             if volume.flushing.get().is_some() {
                 self.changed
                     .until(|| volume.flushing.get().is_none().then_some(()))

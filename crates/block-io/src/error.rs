@@ -7,6 +7,17 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+/// An error and its causes in one line.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    text
+}
+
 /// The operations of a block device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {

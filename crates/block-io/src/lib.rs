@@ -52,7 +52,7 @@ mod worker;
 pub use buffer::{AlignedBuffer, IoBuf};
 pub use clock::{Clock, WorkerClock};
 pub use device::{BlockDevice, Durability, Geometry, ZeroMode};
-pub use error::{IoCause, IoError, Operation};
+pub use error::{IoCause, IoError, Operation, error_chain};
 pub use host::{Cache, HostDevice, OpenError, OpenOptions};
 pub use kinds::{Device, DeviceError, DeviceOptions, SinglePath};
 pub use multipath::{DevicePath, MultiPath, MultiPathError, MultiPathOptions};

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use api::Problem;
 use api::virtual_disk::VirtualDiskStatus;
-use block_io::{BlockDevice, HostDevice, OpenOptions};
+use block_io::{BlockDevice, HostDevice, OpenOptions, error_chain};
 use serde::Serialize;
 use storage_manager::Flow;
 use vmm::boot::{BootFiles, Kernel};
@@ -81,7 +81,11 @@ fn examine(config: &VmConfig) -> Vec<Finding> {
 fn kvm() -> Finding {
     match host::can_boot_stock_kernel() {
         Ok(_) => Finding::ok("host", "KVM runs stock kernels"),
-        Err(error) => Finding::fail("host", chain(&error), "`smsvmm host check` shows everything"),
+        Err(error) => Finding::fail(
+            "host",
+            error_chain(&error),
+            "`smsvmm host check` shows everything",
+        ),
     }
 }
 
@@ -96,7 +100,7 @@ fn kernel(config: &VmConfig) -> Finding {
         Ok(_) => Finding::ok("boot", format!("{} can be booted", boot.kernel.display())),
         Err(error) => Finding::fail(
             "boot",
-            chain(&error),
+            error_chain(&error),
             "set boot.kernel, boot.initrd, boot.cmdline",
         ),
     }
@@ -242,7 +246,7 @@ fn image(disk: &DiskConfig) -> Finding {
         Ok(device) => device,
         Err(error) => {
             let remedy = "give a raw image or block device that this user may open";
-            return Finding::fail(TOPIC, format!("{}: {}", disk.id, chain(&error)), remedy);
+            return Finding::fail(TOPIC, format!("{}: {}", disk.id, error_chain(&error)), remedy);
         }
     };
     if device.geometry().size == 0 {
@@ -398,16 +402,4 @@ fn folder_problem(path: &Path) -> Option<String> {
             folder.display()
         )),
     }
-}
-
-/// An error with all its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

@@ -1,11 +1,11 @@
 //! Servers that are broken, or mean harm: what they do is said, and nobody hangs.
 
-use std::error::Error;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use block_io::error_chain;
 use storage_virtualizer::vhost_user::front_end::VhostUserBlk;
 use storage_virtualizer::vhost_user::message::{
     F_PROTOCOL_FEATURES, backend_request, protocol_feature, request,
@@ -27,13 +27,7 @@ fn refused(character: Character) -> String {
     let start = Instant::now();
     let error = open(fake.path(), 2, 64).unwrap_err();
     assert!(start.elapsed() < Duration::from_secs(5), "{error}");
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
+    error_chain(&error)
 }
 
 /// A device with one queue in use.

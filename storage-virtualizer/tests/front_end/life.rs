@@ -175,8 +175,7 @@ fn a_disk_that_grows_is_told_to_the_guest() {
     let memory = shared_memory();
     let driver = Driver::new(&memory, 0, 64, true);
     let events = activate(&mut device, &memory, FEATURES, vec![driver.active(0)]);
-    let file = File::options().write(true).open(place.image()).unwrap();
-    file.set_len(2 * DISK).unwrap();
+    place.grow(2 * DISK);
     served.disk.refresh_size().unwrap();
     served.server.size_changed();
     wait_until("the guest is told", || {
@@ -200,8 +199,7 @@ fn a_disk_that_grew_while_its_server_was_away_is_told_to_the_guest() {
     let events = activate(&mut device, &memory, FEATURES, vec![driver.active(0)]);
     served.server.stop();
     drop(served.disk);
-    let file = File::options().write(true).open(place.image()).unwrap();
-    file.set_len(2 * DISK).unwrap();
+    place.grow(2 * DISK);
     let _served = place.serve();
     wait_until("the guest is told", || {
         events.config_changes.load(Ordering::Relaxed) == 1

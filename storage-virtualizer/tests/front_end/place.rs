@@ -1,5 +1,6 @@
 //! A guest's memory, a server, and a device between them.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -109,6 +110,11 @@ impl Place {
 
     pub(crate) fn image(&self) -> PathBuf {
         self.0.path().join("disk.img")
+    }
+
+    pub(crate) fn grow(&self, size: u64) {
+        let file = File::options().write(true).open(self.image()).unwrap();
+        file.set_len(size).unwrap();
     }
 
     pub(crate) fn socket(&self) -> PathBuf {

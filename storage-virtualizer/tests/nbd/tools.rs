@@ -25,26 +25,37 @@ pub(crate) fn run(program: &str, arguments: &[&str]) -> Option<Output> {
 
 /// The same for a program that must succeed; what it prints.
 pub(crate) fn succeed(program: &str, arguments: &[&str]) -> Option<String> {
-    let output = run(program, arguments)?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}\n{text}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Some(text)
+    Some(printed(
+        &format!("{program} {arguments:?}"),
+        &run(program, arguments)?,
+    ))
 }
 
 /// The same for one that must fail; what it complains about.
 pub(crate) fn fail(program: &str, arguments: &[&str]) -> Option<String> {
-    let output = run(program, arguments)?;
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    Some(complaint(
+        &format!("{program} {arguments:?}"),
+        &run(program, arguments)?,
+    ))
+}
+
+/// What a program that must have succeeded has printed.
+fn printed(what: &str, output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(
-        !output.status.success(),
-        "{program} {arguments:?} succeeded: {text}"
+        output.status.success(),
+        "{what}: {}\n{text}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
     );
-    Some(text)
+    text
+}
+
+/// What a program that must have failed has complained about.
+fn complaint(what: &str, output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "{what} succeeded: {text}");
+    text
 }
 
 /// Runs `program` with Debian's Python first: nbdsh starts the first `python3` of the path, which may be one without libnbd.
@@ -56,23 +67,12 @@ fn with_debians_python(program: &str, script: &str) -> Option<Output> {
 
 /// Runs a script in nbdsh, which must succeed; what it prints. `None` if it, or Python's libnbd, is missing.
 pub(crate) fn nbdsh(script: &str) -> Option<String> {
-    let output = nbdsh_output(script)?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(
-        output.status.success(),
-        "nbdsh: {}\n{text}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Some(text)
+    Some(printed("nbdsh", &nbdsh_output(script)?))
 }
 
 /// The same for a script that must fail; what it complains about.
 pub(crate) fn nbdsh_fails(script: &str) -> Option<String> {
-    let output = nbdsh_output(script)?;
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success(), "nbdsh succeeded: {text}");
-    Some(text)
+    Some(complaint("nbdsh", &nbdsh_output(script)?))
 }
 
 fn nbdsh_output(script: &str) -> Option<Output> {

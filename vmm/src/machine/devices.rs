@@ -10,7 +10,7 @@ use api::{
     ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventLog, NetBackend as NetKind, NetConfig,
     NetStatus, Problem, ProblemKind, VmName, VmStatus,
 };
-use block_io::Worker;
+use block_io::{Worker, error_chain};
 use event_manager::SubscriberOps;
 use storage_virtualizer::vhost_user::front_end::FrontEndHandle;
 use virtio_core::VirtioDevice;
@@ -248,19 +248,8 @@ fn free_id(id: DeviceId, prefix: &str, status: &VmStatus) -> DeviceId {
 
 /// The whole chain of an error in one line, as a problem of the host.
 fn problem(id: &DeviceId, error: &dyn std::error::Error) -> Problem {
-    let text = format!("cannot open `{id}`: {}", chain(error));
+    let text = format!("cannot open `{id}`: {}", error_chain(error));
     Problem::new(ProblemKind::Host, text).about(id)
-}
-
-/// An error with all its causes.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
 }
 
 /// The consoles of a VM.

@@ -14,7 +14,7 @@ use std::time::Duration;
 use api::{
     DeviceId, DiskChange, DiskConfig, DiskLimits, EventKind, EventLog, InvalidValue, Problem, ProblemKind,
 };
-use block_io::IoError;
+use block_io::{IoError, error_chain};
 use storage_virtualizer::virtio_blk::{DiskControls, DiskEvents, ErrorPolicy, Rate, RateLimit, RateLimiter};
 
 /// Has the machine paused. Called on a disk's worker: must not wait.
@@ -211,7 +211,7 @@ struct Stopping {
 
 impl DiskEvents for Stopping {
     fn stopped(&self, error: &IoError) {
-        let reason = super::devices::chain(error);
+        let reason = error_chain(error);
         tracing::error!(disk = %self.id, reason, "a disk failed a request, and the VM is paused; `smsvmm vm resume` has it tried again");
         *locked(&self.reason) = Some(reason.clone());
         let id = self.id.clone();

@@ -1,12 +1,11 @@
 //! Servers that lie, talk rubbish, or lose what they promised to keep: errors that say so, soon.
 
-use std::error::Error;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use block_io::{BlockDevice, Durability, IoCause, IoError, NbdDevice, NbdOptions};
+use block_io::{BlockDevice, Durability, IoCause, IoError, NbdDevice, NbdOptions, error_chain};
 
 use super::fake::{
     Export, FLUSH_COMMAND, Request, WRITE, answer_option, chunk, data, greet, handshake, option, request,
@@ -28,16 +27,6 @@ fn patient() -> NbdOptions {
         patience: Duration::from_secs(60),
         ..Default::default()
     }
-}
-
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(error) = next {
-        text = format!("{text}: {error}");
-        next = error.source();
-    }
-    text
 }
 
 #[test]
@@ -148,7 +137,7 @@ fn a_server_that_breaks_the_handshake_is_refused_with_the_reason() {
             stream.shutdown(std::net::Shutdown::Write)?;
             stream.read_to_end(&mut Vec::new()).map(drop)
         });
-        let error = chain(&NbdDevice::open(&address, &options()).unwrap_err());
+        let error = error_chain(&NbdDevice::open(&address, &options()).unwrap_err());
         assert!(error.contains(reason), "{error}, expected {reason}");
     }
 }
@@ -244,7 +233,7 @@ fn an_answer_that_is_none_fails_the_request_and_says_why() {
     ];
     for (reason, structured, answer) in cases {
         let error = read_answered(*structured, *answer).unwrap_err();
-        let text = chain(&error);
+        let text = error_chain(&error);
         assert!(
             error.is_transport() && text.contains(reason),
             "{text}, expected {reason}"
@@ -425,7 +414,7 @@ fn an_export_that_shrank_or_lost_abilities_is_not_used() {
                 .await
                 .unwrap();
             let error = device.flush().await.unwrap_err();
-            let text = chain(&error);
+            let text = error_chain(&error);
             assert!(error.is_transport() && text.contains(reason), "{text}");
         });
     }

@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
+use block_io::error_chain;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::SendFlags;
 use virtio_core::Activation;
@@ -363,7 +364,7 @@ impl Thread {
     }
 
     fn lost(&mut self, error: &LinkError) {
-        let reason = chain(error);
+        let reason = error_chain(error);
         let was_connected = self.link.take().is_some();
         self.shared.set_link(None);
         if was_connected {
@@ -399,7 +400,7 @@ impl Thread {
             Err(error) => {
                 self.link = None;
                 self.shared.set_link(None);
-                self.put_off(chain(&error));
+                self.put_off(error_chain(&error));
             }
         }
     }
@@ -439,15 +440,4 @@ fn ready<const N: usize>(fds: [Option<std::os::fd::BorrowedFd<'_>>; N], until: O
 fn drain(bell: &EventFd) {
     // It does not block.
     let _ = bell.read();
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
 }

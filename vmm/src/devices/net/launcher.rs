@@ -26,6 +26,7 @@ use std::process::Child;
 use std::sync::{Mutex, PoisonError};
 
 use api::{MacAddress, PortForward};
+use block_io::error_chain;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
@@ -330,12 +331,7 @@ fn obey(request: &[u8], sockets: &Sockets) -> io::Result<Done> {
 
 /// An error and its causes in one line that fits in an answer.
 fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
+    let mut text = error_chain(error);
     text.truncate(text.floor_char_boundary(LONGEST / 2));
     text
 }
