@@ -7,13 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use rustix::net::SendFlags;
+use storage_virtualizer::vhost_user::client::Client;
 use storage_virtualizer::vhost_user::message::{
-    Body, F_PROTOCOL_FEATURES, HEADER, Header, InflightArea, Region, protocol_feature, request,
+    self, Body, F_PROTOCOL_FEATURES, InflightArea, Region, RingAddresses, protocol_feature, request,
 };
-use storage_virtualizer::vhost_user::socket::{Received, receive, send};
 use storage_virtualizer::virtio_blk::blk_feature;
 use virtio_core::feature;
 use virtio_core::vm_memory::{FileOffset, MmapRegion};
@@ -47,7 +46,7 @@ pub struct Options {
 #[derive(Debug)]
 pub struct FrontEnd {
     options: Options,
-    socket: UnixStream,
+    client: Client,
     memory: File,
     size: u64,
     mapping: Arc<MmapRegion>,
@@ -55,7 +54,6 @@ pub struct FrontEnd {
     events: Vec<(EventFd, EventFd)>,
     inflight: Option<(InflightArea, OwnedFd)>,
     features: u64,
-    protocol: u64,
     capacity: u64,
     read_only: bool,
 }
@@ -88,7 +86,7 @@ impl FrontEnd {
             .map(|_| Ok((EventFd::new(0)?, EventFd::new(0)?)))
             .collect::<Result<Vec<_>>>()?;
         let mut front_end = Self {
-            socket: dial(&options.socket, options.patience)?,
+            client: Client::new(dial(&options.socket, options.patience)?),
             options: options.clone(),
             memory,
             size: size as u64,
@@ -97,7 +95,6 @@ impl FrontEnd {
             events,
             inflight: None,
             features: 0,
-            protocol: 0,
             capacity: 0,
             read_only: false,
         };
@@ -144,7 +141,7 @@ impl FrontEnd {
 
     /// The socket, to notice that the server has gone.
     pub fn socket(&self) -> &UnixStream {
-        &self.socket
+        self.client.socket()
     }
 
     /// Connects again to a server that was restarted; the queues go on.
@@ -159,7 +156,7 @@ impl FrontEnd {
                 end.saturating_duration_since(Instant::now()),
             )
             .and_then(|socket| {
-                self.socket = socket;
+                self.client = Client::new(socket);
                 self.set_up()
             });
             match again {
@@ -172,7 +169,7 @@ impl FrontEnd {
     }
 
     fn set_up(&mut self) -> Result<()> {
-        let offered = self.ask_number(request::GET_FEATURES)?;
+        let offered = self.client.ask_number(request::GET_FEATURES)?;
         ensure!(
             offered & F_PROTOCOL_FEATURES != 0,
             "the server has no protocol features"
@@ -190,29 +187,23 @@ impl FrontEnd {
             | blk_feature::WRITE_ZEROES;
         self.features = offered & wanted;
         self.read_only = offered & blk_feature::RO != 0;
-        let protocol = self.ask_number(request::GET_PROTOCOL_FEATURES)?;
         let mut wanted = protocol_feature::MQ | protocol_feature::REPLY_ACK | protocol_feature::CONFIG;
         if self.options.inflight {
             wanted |= protocol_feature::INFLIGHT_SHMFD;
         }
-        self.protocol = 0;
-        self.tell(
-            request::SET_PROTOCOL_FEATURES,
-            &(protocol & wanted).to_le_bytes(),
-            &[],
-        )?;
-        self.protocol = protocol & wanted;
-        if self.protocol & protocol_feature::MQ != 0 {
-            let queues = self.ask_number(request::GET_QUEUE_NUM)?;
+        self.client.agree(wanted)?;
+        if self.client.has(protocol_feature::MQ) {
+            let queues = self.client.ask_number(request::GET_QUEUE_NUM)?;
             ensure!(
                 queues >= u64::from(self.options.queues),
                 "the server has {queues} queues only"
             );
         }
-        self.tell(request::SET_OWNER, &[], &[])?;
+        self.client.tell(request::SET_OWNER, &[], &[])?;
         self.read_config()?;
         self.set_up_inflight()?;
-        self.tell(request::SET_FEATURES, &self.features.to_le_bytes(), &[])?;
+        let features = self.features.to_le_bytes();
+        self.client.tell(request::SET_FEATURES, &features, &[])?;
         self.share_memory()?;
         (0..self.options.queues).try_for_each(|index| self.start_queue(index))?;
         // What was made available meanwhile has been announced to a server that is gone.
@@ -223,10 +214,8 @@ impl FrontEnd {
     }
 
     fn read_config(&mut self) -> Result<()> {
-        let length = u32::try_from(CONFIG_LENGTH)?;
-        let mut body = [0_u32.to_le_bytes(), length.to_le_bytes(), [0; 4]].concat();
-        body.resize(12 + CONFIG_LENGTH, 0);
-        let answer = self.ask(request::GET_CONFIG, &body)?;
+        let body = message::config(0, &[0; CONFIG_LENGTH]);
+        let answer = self.client.ask(request::GET_CONFIG, &body)?;
         let (_, space) = Body::new(request::GET_CONFIG, &answer.body).config()?;
         let sectors = space.first_chunk::<8>().context("no capacity")?;
         self.capacity = u64::from_le_bytes(*sectors) * 512;
@@ -234,7 +223,7 @@ impl FrontEnd {
     }
 
     fn set_up_inflight(&mut self) -> Result<()> {
-        if self.protocol & protocol_feature::INFLIGHT_SHMFD == 0 {
+        if !self.client.has(protocol_feature::INFLIGHT_SHMFD) {
             return Ok(());
         }
         if self.inflight.is_none() {
@@ -244,7 +233,9 @@ impl FrontEnd {
                 queues: self.options.queues,
                 entries: self.options.queue_size,
             };
-            let mut answer = self.ask(request::GET_INFLIGHT_FD, &padded(asked))?;
+            let mut answer = self
+                .client
+                .ask(request::GET_INFLIGHT_FD, &asked.encode_padded())?;
             let area = Body::new(request::GET_INFLIGHT_FD, &answer.body).inflight()?;
             let fd = answer
                 .fds
@@ -253,7 +244,8 @@ impl FrontEnd {
             self.inflight = Some((area, fd));
         }
         if let Some((area, fd)) = &self.inflight {
-            self.tell(request::SET_INFLIGHT_FD, &padded(*area), &[fd.as_fd()])?;
+            let body = area.encode_padded();
+            self.client.tell(request::SET_INFLIGHT_FD, &body, &[fd.as_fd()])?;
         }
         Ok(())
     }
@@ -265,82 +257,32 @@ impl FrontEnd {
             user: USER_BASE,
             offset: 0,
         };
-        let body = [&[1_u8, 0, 0, 0, 0, 0, 0, 0], region.encode().as_slice()].concat();
-        self.tell(request::SET_MEM_TABLE, &body, &[self.memory.as_fd()])
+        let body = message::memory_table(&[region]);
+        let memory = [self.memory.as_fd()];
+        Ok(self.client.tell(request::SET_MEM_TABLE, &body, &memory)?)
     }
 
     fn start_queue(&self, index: u16) -> Result<()> {
         let layout = &self.layouts[usize::from(index)];
         let (kick, call) = &self.events[usize::from(index)];
-        let state = |number: u32| [u32::from(index).to_le_bytes(), number.to_le_bytes()].concat();
-        self.tell(request::SET_VRING_NUM, &state(layout.entries.into()), &[])?;
+        let tell = |request, body: &[u8], fds: &[BorrowedFd<'_>]| self.client.tell(request, body, fds);
+        let state = |number: u32| message::ring_state(index.into(), number);
+        tell(request::SET_VRING_NUM, &state(layout.entries.into()), &[])?;
         // Like QEMU after its back-end has gone: what was not answered is to be done.
         let used = layout.used_index(&self.mapping);
-        self.tell(request::SET_VRING_BASE, &state(used.into()), &[])?;
-        let user = |offset: usize| (USER_BASE + offset as u64).to_le_bytes();
-        let addresses = [
-            state(0).as_slice(),
-            &user(layout.descriptors()),
-            &user(layout.used()),
-            &user(layout.available()),
-            &[0; 8],
-        ]
-        .concat();
-        self.tell(request::SET_VRING_ADDR, &addresses, &[])?;
-        let number = u64::from(index).to_le_bytes();
-        self.tell(request::SET_VRING_CALL, &number, &[borrow(call)])?;
-        self.tell(request::SET_VRING_KICK, &number, &[borrow(kick)])?;
-        self.tell(request::SET_VRING_ENABLE, &state(1), &[])
-    }
-
-    fn ask_number(&self, request: u32) -> Result<u64> {
-        let answer = self.ask(request, &[])?;
-        Ok(Body::new(request, &answer.body).number()?)
-    }
-
-    fn ask(&self, request: u32, body: &[u8]) -> Result<Received> {
-        self.send(request, body, &[], false)?;
-        self.answer(request)
-    }
-
-    /// Sends a message; waits until the server has obeyed, if it can say so.
-    fn tell(&self, request: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
-        let acknowledged = self.protocol & protocol_feature::REPLY_ACK != 0;
-        self.send(request, body, fds, acknowledged)?;
-        if acknowledged {
-            let answer = self.answer(request)?;
-            let outcome = Body::new(request, &answer.body).number()?;
-            ensure!(outcome == 0, "the server refused message {request}");
-        }
-        Ok(())
-    }
-
-    fn send(&self, request: u32, body: &[u8], fds: &[BorrowedFd<'_>], needs_reply: bool) -> Result<()> {
-        let header = Header {
-            request,
-            is_reply: false,
-            needs_reply,
-            size: 0,
+        tell(request::SET_VRING_BASE, &state(used.into()), &[])?;
+        let user = |offset: usize| USER_BASE + offset as u64;
+        let addresses = RingAddresses {
+            descriptors: user(layout.descriptors()),
+            used: user(layout.used()),
+            available: user(layout.available()),
         };
-        debug_assert_eq!(header.encode().len(), HEADER);
-        send(&self.socket, header, body, fds, SendFlags::empty())
-            .with_context(|| format!("cannot send message {request}"))
+        tell(request::SET_VRING_ADDR, &addresses.encode(index.into()), &[])?;
+        let number = u64::from(index).to_le_bytes();
+        tell(request::SET_VRING_CALL, &number, &[borrow(call)])?;
+        tell(request::SET_VRING_KICK, &number, &[borrow(kick)])?;
+        Ok(tell(request::SET_VRING_ENABLE, &state(1), &[])?)
     }
-
-    fn answer(&self, request: u32) -> Result<Received> {
-        let answer = receive(&self.socket).with_context(|| format!("no answer to message {request}"))?;
-        if answer.header.request != request || !answer.header.is_reply {
-            bail!("message {request} was answered by {:?}", answer.header);
-        }
-        Ok(answer)
-    }
-}
-
-/// C's padding.
-fn padded(area: InflightArea) -> [u8; 24] {
-    let mut bytes = [0; 24];
-    bytes[..InflightArea::LENGTH].copy_from_slice(&area.encode());
-    bytes
 }
 
 pub(crate) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
