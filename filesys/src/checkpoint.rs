@@ -81,33 +81,26 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             let written = file.written.borrow();
             written.iter().map(|(volume, stamp)| (*volume, *stamp)).collect()
         };
+        let mut volumes = Vec::with_capacity(written.len());
         for (index, stamp) in written {
             let volume = self.state.volume(index)?;
             if !volume.failed.get() {
-                self.flush_volume(&volume, stamp).await?;
+                volumes.push((volume, stamp));
             }
         }
-        Ok(())
+        let flushes = volumes
+            .iter()
+            .map(|(volume, stamp)| -> Boxed<'_, _> { Box::pin(self.flush_volume(volume, *stamp)) });
+        Ok(gate::all(flushes.collect())
+            .await
+            .into_iter()
+            .collect::<Result<(), _>>()?)
     }
 
     /// Everything that was written to a file before is durable afterwards.
     pub(crate) async fn flush_file(&self, file: &FileCore) -> Result<(), FsError> {
         let group = file.group.get();
-        let written: Vec<_> = {
-            let written = file.written.borrow();
-            written.iter().map(|(volume, stamp)| (*volume, *stamp)).collect()
-        };
-        let mut volumes = Vec::with_capacity(written.len());
-        for (index, stamp) in written {
-            volumes.push((self.state.volume(index)?, stamp));
-        }
-        let flushes = volumes
-            .iter()
-            .map(|(volume, stamp)| -> Boxed<'_, _> { Box::pin(self.flush_volume(volume, *stamp)) });
-        gate::all(flushes.collect())
-            .await
-            .into_iter()
-            .collect::<Result<(), _>>()?;
+        self.flush_written(file).await?;
         self.commit(group).await?;
         self.check_durable(file)
     }
@@ -407,9 +400,6 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             let many = || self.unproven.borrow().are_many();
             let end = self.changed.until(|| (is_over() || many()).then_some(()));
             let pause = self.clock.sleep(self.options.commit_after);
-            if is_over() {
-                return;
-            }
             gate::first(end, pause).await;
             if is_over() {
                 return;
@@ -422,36 +412,23 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     async fn keep_house(self: &Rc<Self>) {
+        let is_over = || self.closing.get() || self.check().is_err();
+        let is_due = || self.housekeeping.get() && self.quiet.get() == 0;
         loop {
-            let work = self.changed.until(|| self.next_work()).await;
-            let done = match work {
-                Work::Orphans => {
-                    self.housekeeping.set(false);
-                    self.settling.set(true);
-                    let settled = self.settle_orphans().await;
-                    self.settling.set(false);
-                    self.changed.notify();
-                    settled
-                }
-                Work::End => return,
-            };
-            if let Err(error) = done {
+            self.changed.until(|| (is_over() || is_due()).then_some(())).await;
+            if is_over() {
+                return;
+            }
+            self.housekeeping.set(false);
+            self.settling.set(true);
+            let settled = self.settle_orphans().await;
+            self.settling.set(false);
+            self.changed.notify();
+            if let Err(error) = settled {
                 tracing::warn!(%error, "housekeeping of the file system");
             }
         }
     }
-
-    fn next_work(&self) -> Option<Work> {
-        if self.closing.get() || self.check().is_err() {
-            return Some(Work::End);
-        }
-        (self.housekeeping.get() && self.quiet.get() == 0).then_some(Work::Orphans)
-    }
-}
-
-enum Work {
-    Orphans,
-    End,
 }
 
 /// No other checkpoint runs.

@@ -93,7 +93,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     async fn copy_span(&self, file: &FileCore, span: &Span<V>) -> Result<(), FsError> {
-        self.check_volume(span.target.index)?;
+        span.target.check_works()?;
         let (first, to_first) = (span.from / SUB_CLUSTER, span.to / SUB_CLUSTER);
         let count = span.length / SUB_CLUSTER;
         let checking = self

@@ -24,7 +24,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
-use block_io::{BlockDevice, Clock, IoCause, IoError, Operation};
+use block_io::{BlockDevice, Clock, IoError};
 
 use crate::core::Core;
 use crate::entry::Entry;
@@ -236,26 +236,24 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         let from = self.journal.first_unwritten();
         let unproven = self.unproven.borrow();
         let begin = unproven.0.partition_point(|added| added.group < from);
-        let added = || unproven.0.range(begin..).copied().flat_map(Added::each);
-        let mut lost = AllLost::new();
-        for added in added().filter(|added| added.at.volume == volume.index) {
-            lost.entry((added.file, added.cluster))
-                .and_modify(|lost| lost.and(&added))
-                .or_insert_with(|| Lost::of(&added));
-        }
-        if lost.is_empty() {
+        if !unproven
+            .0
+            .range(begin..)
+            .any(|added| added.at.volume == volume.index)
+        {
             return Ok(());
         }
         block_io::cover!("filesys: writes to a volume that failed are taken back");
-        let mut waiting = added();
-        let mut lost_so_far = AllLost::new();
+        let mut added = unproven.0.range(begin..).copied().flat_map(Added::each);
+        let mut lost = AllLost::new();
         let rewritten = self.journal.rewrite(|bytes| -> Result<_, NotTakenBack> {
-            without(bytes, volume.index, &mut waiting, &mut lost_so_far)
+            without(bytes, volume.index, &mut added, &mut lost)
         });
         rewritten.map_err(|error| FsError::State {
             object: format!("volume {}", volume.record().name),
             problem: format!("its flush failed, and what was written to it cannot be taken back: {error}"),
         })?;
+        drop(added);
         drop(unproven);
         let mut effects = Effects::default();
         for ((file, cluster), lost) in &lost {
@@ -277,7 +275,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                     entry: left,
                     moved: false,
                 };
-                self.state.apply(&record, &mut effects).map_err(not_applied)?;
+                self.state.apply(&record, &mut effects).map_err(Stop::left_out)?;
             }
         }
         self.take_effects(effects, self.journal.open_group());
@@ -288,42 +286,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// before is not, but nobody counts that.
     pub(crate) fn check_durable(&self, file: &FileCore) -> Result<(), FsError> {
         for index in file.written.borrow().keys() {
-            if let Ok(volume) = self.state.volume(*index)
-                && volume.failed.get()
-            {
-                return Err(failed(&volume).into());
+            if let Ok(volume) = self.state.volume(*index) {
+                volume.check_works()?;
             }
         }
         Ok(())
     }
-
-    /// An error if a volume takes no more writes.
-    pub(crate) fn check_volume(&self, index: VolumeIndex) -> Result<(), FsError> {
-        let volume = self.state.volume(index)?;
-        if volume.failed.get() {
-            return Err(failed(&volume).into());
-        }
-        Ok(())
-    }
 }
 
-fn not_applied(stop: Stop) -> FsError {
-    match stop {
-        Stop::Damaged(damage) => damage.into(),
-        Stop::Missing(missing) => {
-            let problem = format!("block {} is missing", missing.ptr.block);
-            Damage::new("a change that is taken back", problem).into()
-        }
-    }
-}
-
-/// What is said of a volume that takes no more writes.
-pub(crate) fn failed<V>(volume: &VolumeCore<V>) -> IoError {
-    let name = volume.record().name.into();
-    IoError::new(&name, Operation::Flush, 0, 0, IoCause::EarlierFlushFailed)
-}
-
-/// The records of a group without what is lost; none if nothing is. `added` goes along.
+/// The records of a group without what is lost, which is collected in `lost`; none if nothing is. `added` goes along.
 fn without(
     bytes: &[u8],
     volume: VolumeIndex,
@@ -360,31 +331,13 @@ fn without(
         changed |= (0_u64..)
             .zip(&entries)
             .any(|(number, left)| !entry.continues(*left, number));
-        for run in runs(first, &entries) {
-            let (first, count, entry) = run;
-            Record::Map {
-                file,
-                first,
-                count,
-                entry,
-                moved: false,
-            }
-            .encode(&mut writer);
+        let mut records = Vec::new();
+        for (cluster, entry) in (first..).zip(entries) {
+            Record::push_map(&mut records, file, cluster, entry, false);
         }
+        records.iter().for_each(|record| record.encode(&mut writer));
     }
     Ok(changed.then_some(writer.0))
-}
-
-/// Entries from cluster `first` on as runs: first cluster, count, entry.
-fn runs(first: u32, entries: &[Entry]) -> Vec<(u32, u32, Entry)> {
-    let mut runs: Vec<(u32, u32, Entry)> = Vec::new();
-    for (cluster, entry) in (first..).zip(entries) {
-        match runs.last_mut() {
-            Some((_, count, begin)) if begin.continues(*entry, u64::from(*count)) => *count += 1,
-            _ => runs.push((cluster, 1, *entry)),
-        }
-    }
-    runs
 }
 
 #[cfg(test)]

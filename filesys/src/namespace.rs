@@ -228,18 +228,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                     Entry::at(location)
                 };
                 let new = base.with_kept(true).with_subs(old.valid(), zero);
-                match records.last_mut() {
-                    Some(Record::Map { count, entry, .. }) if entry.continues(new, u64::from(*count)) => {
-                        *count += 1
-                    }
-                    _ => records.push(Record::Map {
-                        file: file.id,
-                        first: index,
-                        count: 1,
-                        entry: new,
-                        moved: false,
-                    }),
-                }
+                Record::push_map(&mut records, file.id, index, new, false);
             }
             let (group, ()) = self
                 .transact_admitted(&ticket, |_| Ok((records.clone(), ())))

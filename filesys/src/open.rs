@@ -333,7 +333,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         }
         core.commit(core.journal.open_group()).await?;
         let volumes = core.state.volumes.borrow();
-        volumes.keys().try_for_each(|volume| core.check_volume(*volume))
+        Ok(volumes.values().try_for_each(|volume| volume.check_works())?)
     }
 }
 

@@ -3,6 +3,7 @@
 
 use crate::entry::Entry;
 use crate::inode::{Attributes, Inode, MAX_CLASS};
+use crate::tree::node::FANOUT;
 use crate::tree::table::MAX_DATA;
 use crate::units::{FileId, MAX_ID, MAX_NAME, MAX_VOLUMES, VolumeIndex};
 use crate::wire::{Malformed, Reader, Writer};
@@ -245,6 +246,28 @@ fn put_entry(entry: Entry, to: &mut Writer) {
 }
 
 impl Record {
+    /// Appends what becomes of one more cluster of a file: as a part of the last record, if it goes on where that ends in the same page of
+    /// the map.
+    pub(crate) fn push_map(records: &mut Vec<Self>, file: FileId, cluster: u32, new: Entry, moved: bool) {
+        if let Some(Self::Map {
+            first, count, entry, ..
+        }) = records.last_mut()
+            && *first + *count == cluster
+            && entry.continues(new, u64::from(*count))
+            && u64::from(*first) / FANOUT as u64 == u64::from(cluster) / FANOUT as u64
+        {
+            *count += 1;
+            return;
+        }
+        records.push(Self::Map {
+            file,
+            first: cluster,
+            count: 1,
+            entry: new,
+            moved,
+        });
+    }
+
     /// Appends it.
     pub(crate) fn encode(&self, to: &mut Writer) {
         let mut of = |code: u8, id: &FileId| {

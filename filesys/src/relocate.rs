@@ -277,22 +277,7 @@ fn map_records(file: FileId, moves: &[Move]) -> Vec<Record> {
     let mut records: Vec<Record> = Vec::new();
     for step in moves {
         let new = step.entry.moved(step.to);
-        if let Some(Record::Map {
-            first, count, entry, ..
-        }) = records.last_mut()
-            && *first + *count == step.index
-            && entry.continues(new, u64::from(*count))
-        {
-            *count += 1;
-            continue;
-        }
-        records.push(Record::Map {
-            file,
-            first: step.index,
-            count: 1,
-            entry: new,
-            moved: true,
-        });
+        Record::push_map(&mut records, file, step.index, new, true);
     }
     records
 }

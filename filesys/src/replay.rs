@@ -84,21 +84,10 @@ async fn make_sorted<V: BlockDevice>(
     load_all(meta, state, || sorted.missing(state), healer).await?;
     let bits = match sorted.apply(state) {
         Ok(bits) => bits,
-        Err(stop) => return Err(left_out(stop)),
+        Err(stop) => return Err(stop.left_out()),
     };
     load_all(meta, state, || bits.missing(state), healer).await?;
-    bits.apply(state).map_err(left_out)
-}
-
-/// All was looked at, so nothing can be missing.
-fn left_out(stop: Stop) -> FsError {
-    match stop {
-        Stop::Damaged(damage) => damage.into(),
-        Stop::Missing(missing) => {
-            let problem = format!("block {} is missing after it was loaded", missing.ptr.block);
-            Damage::new("the metadata volume", problem).into()
-        }
-    }
+    bits.apply(state).map_err(Stop::left_out)
 }
 
 /// Loads pages, in order of their blocks, until none is missing.

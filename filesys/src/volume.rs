@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 
+use block_io::{IoCause, IoError, Operation};
 use volume_manager::Usage;
 
 use crate::record::VolumeRecord;
@@ -107,6 +108,21 @@ impl<V> VolumeCore<V> {
             return Err(missing);
         }
         self.no_group_until.set(0);
+        Ok(())
+    }
+
+    /// An error if it takes no more writes.
+    pub(crate) fn check_works(&self) -> Result<(), IoError> {
+        if self.failed.get() {
+            let name = self.record().name.into();
+            return Err(IoError::new(
+                &name,
+                Operation::Flush,
+                0,
+                0,
+                IoCause::EarlierFlushFailed,
+            ));
+        }
         Ok(())
     }
 

@@ -18,7 +18,6 @@ use super::read::is_aligned;
 use crate::core::Need;
 use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
-use crate::failed_volume::failed;
 use crate::file_core::FileCore;
 use crate::gate::{self, Boxed, Pass};
 use crate::record::{MAP_BYTES, Record, UNCHECKED_BYTES};
@@ -111,11 +110,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             ..
         }) = pieces.only()
         {
-            check_works(volume)?;
+            volume.check_works()?;
             volume.device.write(*offset, buffers, durability).await?;
             note_written(file, volume, durability);
             self.commit_durable(file, durability).await?;
-            return check_works(volume);
+            return Ok(volume.check_works()?);
         }
         let mut writes: Vec<Boxed<'_, Result<(), IoError>>> = Vec::new();
         let mut done = 0;
@@ -123,7 +122,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             let memory = memory::part(buffers, done, piece.length);
             done += piece.length;
             if let Source::Data { volume, offset, .. } = &piece.source {
-                check_works(volume)?;
+                volume.check_works()?;
                 writes.push(Box::pin(async move {
                     volume.device.write(*offset, &memory, durability).await?;
                     note_written(file, volume, durability);
@@ -134,7 +133,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         gate::all(writes).await.into_iter().collect::<Result<(), _>>()?;
         self.commit_durable(file, durability).await?;
         pieces.iter().try_for_each(|piece| match &piece.source {
-            Source::Data { volume, .. } => check_works(volume),
+            Source::Data { volume, .. } => Ok(volume.check_works()?),
             Source::Zero => Ok(()),
         })
     }
@@ -330,18 +329,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
 }
 
 /// A volume that has failed takes no writes.
-fn check_works<V>(volume: &VolumeCore<V>) -> Result<(), FsError> {
-    if volume.failed.get() {
-        return Err(failed(volume).into());
-    }
-    Ok(())
-}
-
 fn check_places<V: BlockDevice>(state: &State<V>, located: &[(Part, Location)]) -> Result<(), FsError> {
     let mut before = None;
     for (_, at) in located {
         if before.replace(at.volume) != Some(at.volume) {
-            check_works(&*state.volume(at.volume)?)?;
+            state.volume(at.volume)?.check_works()?;
         }
     }
     Ok(())
@@ -452,23 +444,7 @@ fn map_records<V>(
         if new == old {
             continue;
         }
-        if let Some(Record::Map {
-            first, count, entry, ..
-        }) = records.last_mut()
-            && *first + *count == part.index()
-            && entry.continues(new, u64::from(*count))
-            && u64::from(*first) / FANOUT as u64 == part.cluster / FANOUT as u64
-        {
-            *count += 1;
-            continue;
-        }
-        records.push(Record::Map {
-            file: file.id,
-            first: part.index(),
-            count: 1,
-            entry: new,
-            moved: false,
-        });
+        Record::push_map(&mut records, file.id, part.index(), new, false);
     }
     Ok(records)
 }

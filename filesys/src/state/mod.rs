@@ -31,6 +31,7 @@ use std::rc::Rc;
 
 use block_io::BlockDevice;
 
+use crate::error::FsError;
 use crate::file_core::FileCore;
 use crate::hash::siphash;
 use crate::inode::{Inode, Kind};
@@ -79,6 +80,19 @@ pub(crate) enum Stop {
     Missing(Missing),
     /// It cannot be done.
     Damaged(Damage),
+}
+
+impl Stop {
+    /// What it means where all was looked at before, so that nothing can be missing.
+    pub(crate) fn left_out(self) -> FsError {
+        match self {
+            Self::Damaged(damage) => damage.into(),
+            Self::Missing(missing) => {
+                let problem = format!("block {} is missing after it was loaded", missing.ptr.block);
+                Damage::new("the metadata volume", problem).into()
+            }
+        }
+    }
 }
 
 impl From<Missing> for Stop {
