@@ -39,7 +39,7 @@ pub use agent::Events;
 pub use host::{Host, Kernel};
 pub use lab::Output;
 pub use place::program;
-pub use pool::Pool;
+pub use pool::{MappedDevice, Pool};
 pub use server::Server;
 pub use terminal::{Mode, Terminal};
 pub use vm::{Disk, Outcome, Vm, VmBuilder};

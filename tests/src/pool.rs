@@ -21,7 +21,7 @@ impl<'a> Pool<'a> {
             host,
             devices: devices.iter().map(ToString::to_string).collect(),
         };
-        smsvmm(host, &format!("pool create tank {}", devices.join(" ")))?;
+        host.administer(&format!("pool create tank {}", devices.join(" ")))?;
         pool.run("file format --meta-size 64M")?;
         pool.run("volume create safe --size 512M --layout mirror")?;
         pool.run("volume create fast --size 512M --layout stripe")?;
@@ -35,10 +35,9 @@ impl<'a> Pool<'a> {
     /// When it fails.
     pub fn run(&self, arguments: &str) -> Result<String> {
         let (command, rest) = arguments.split_once(' ').context("a command")?;
-        smsvmm(
-            self.host,
-            &format!("{command} --devices {} {rest}", self.devices.join(",")),
-        )
+        let devices = self.devices.join(",");
+        self.host
+            .administer(&format!("{command} --devices {devices} {rest}"))
     }
 
     /// Describes a virtual machine that has this pool.
@@ -66,10 +65,47 @@ impl<'a> Pool<'a> {
     }
 }
 
-/// Runs smsvmm on the host, which must succeed; what it says.
-fn smsvmm(host: &Host, arguments: &str) -> Result<String> {
-    let words: Vec<&str> = arguments.split_whitespace().collect();
-    succeeded(arguments, &host.run_smsvmm(&words)?)
+/// A device of the mapper for a story that changes the host, `/dev/dm-0`: a file of 768 MiB until told otherwise.
+pub struct MappedDevice<'a>(&'a Host);
+
+impl<'a> MappedDevice<'a> {
+    /// Its path.
+    pub const PATH: &'static str = "/dev/dm-0";
+
+    /// Makes it.
+    ///
+    /// # Errors
+    /// The host cannot.
+    pub fn create(host: &'a Host) -> Result<Self> {
+        host.sh("modprobe -a loop dm-mod\n\
+             truncate -s 768M backing && busybox losetup /dev/loop0 backing\n\
+             echo 0 1572864 linear /dev/loop0 0 | dmsetup create --noudevsync first")?;
+        Ok(Self(host))
+    }
+
+    /// All its requests fail from now on.
+    ///
+    /// # Errors
+    /// The host cannot.
+    pub fn fail(&self) -> Result<()> {
+        self.becomes("error")
+    }
+
+    /// It is the file again, with what that had.
+    ///
+    /// # Errors
+    /// The host cannot.
+    pub fn mend(&self) -> Result<()> {
+        self.becomes("linear /dev/loop0 0")
+    }
+
+    fn becomes(&self, target: &str) -> Result<()> {
+        let table = format!("echo 0 1572864 {target} | dmsetup load first");
+        self.0.sh(&format!(
+            "dmsetup suspend first; {table}; dmsetup resume --noudevsync first"
+        ))?;
+        Ok(())
+    }
 }
 
 fn succeeded(arguments: &str, output: &Output) -> Result<String> {
@@ -82,15 +118,25 @@ fn succeeded(arguments: &str, output: &Output) -> Result<String> {
     Ok(text)
 }
 
-impl Vm {
-    /// `smsvmm COMMAND --config vm.toml ARGUMENTS`, as an administrator on the same host, while it runs; what it says.
+impl Host {
+    /// `smsvmm ARGUMENTS`, which must succeed; what it says.
     ///
     /// # Errors
     /// When it fails.
     pub fn administer(&self, arguments: &str) -> Result<String> {
-        let (command, rest) = arguments.split_once(' ').context("a command")?;
-        let mut words = vec![command, "--config", "vm.toml"];
-        words.extend(rest.split_whitespace());
+        let words: Vec<&str> = arguments.split_whitespace().collect();
+        succeeded(arguments, &self.run_smsvmm(&words)?)
+    }
+}
+
+impl Vm {
+    /// `smsvmm ARGUMENTS --config vm.toml`, as an administrator on the same host, while it runs; what it says.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn administer(&self, arguments: &str) -> Result<String> {
+        let mut words: Vec<&str> = arguments.split_whitespace().collect();
+        words.extend(["--config", "vm.toml"]);
         succeeded(arguments, &self.smsvmm(&words)?)
     }
 }

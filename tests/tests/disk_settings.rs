@@ -4,53 +4,24 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use stories::{Disk, Host, Vm, VmBuilder, story};
+use stories::{Disk, Host, VmBuilder, story};
 
 const DEVICES: &str = "d0.img,d1.img";
-
-/// Runs smsvmm on the host; its output.
-fn smsvmm(host: &Host, arguments: &str) -> Result<String> {
-    let words: Vec<&str> = arguments.split_whitespace().collect();
-    let output = host.run_smsvmm(&words)?;
-    let text = output.text();
-    ensure!(
-        output.success(),
-        "smsvmm {arguments} ended with {}: {text}",
-        output.status
-    );
-    Ok(text)
-}
-
-/// The same beside a machine that runs, which is named by its vm.toml.
-fn administer(vm: &Vm, arguments: &str) -> Result<String> {
-    let mut words: Vec<&str> = arguments.split_whitespace().collect();
-    words.extend(["--config", "vm.toml"]);
-    let output = vm.smsvmm(&words)?;
-    let text = output.text();
-    ensure!(
-        output.success(),
-        "smsvmm {arguments} ended with {}: {text}",
-        output.status
-    );
-    Ok(text)
-}
 
 /// A pool with one volume, and a disk on it.
 fn pool(host: &Host, volume: &str, disk: &str) -> Result<()> {
     for device in DEVICES.split(',') {
         host.image(device, 512)?;
     }
-    smsvmm(host, &format!("pool create tank {}", DEVICES.replace(',', " ")))?;
-    smsvmm(host, &format!("file --devices {DEVICES} format"))?;
-    smsvmm(
-        host,
-        &format!("volume --devices {DEVICES} create data --layout concat --size {volume}"),
-    )?;
-    smsvmm(host, &format!("file --devices {DEVICES} mkdir /vm"))?;
-    smsvmm(
-        host,
-        &format!("disk --devices {DEVICES} create /vm/a.dsk --size {disk}"),
-    )?;
+    host.administer(&format!("pool create tank {}", DEVICES.replace(',', " ")))?;
+    host.administer(&format!("file --devices {DEVICES} format"))?;
+    host.administer(&format!(
+        "volume --devices {DEVICES} create data --layout concat --size {volume}"
+    ))?;
+    host.administer(&format!("file --devices {DEVICES} mkdir /vm"))?;
+    host.administer(&format!(
+        "disk --devices {DEVICES} create /vm/a.dsk --size {disk}"
+    ))?;
     Ok(())
 }
 
@@ -77,7 +48,7 @@ fn limits_hold_a_guest_back_and_are_changed_while_it_waits() {
         )
         .disk(Disk::new(&image).set("limits", "{ bytes = \"64K\", bytes-burst = \"4K\" }"))
         .interactive()?;
-        let status = administer(&vm, "vm status")?;
+        let status = vm.administer("vm status")?;
         assert!(
             status.contains("limits of bulk") && status.contains("64K/s (burst 4K)"),
             "{status}"
@@ -96,7 +67,7 @@ fn limits_hold_a_guest_back_and_are_changed_while_it_waits() {
             // A limit that is taken away counts for those that wait already: a minute's requests do not take one.
             vm.guest(&format!("dd if=/dev/{disk} of=/dev/null bs=4k count=2000 skip=200 iflag=direct 2> /dev/null & echo $! > /pid"))?;
             let begin = Instant::now();
-            let told = administer(&vm, &format!("vm {free}"))?;
+            let told = vm.administer(&format!("vm {free}"))?;
             assert!(told.contains("no limit"), "{told}");
             vm.guest("while kill -0 $(cat /pid) 2> /dev/null; do usleep 50000; done")?;
             assert!(
@@ -105,22 +76,22 @@ fn limits_hold_a_guest_back_and_are_changed_while_it_waits() {
                 begin.elapsed()
             );
         }
-        let refused = administer(&vm, "vm set-limits other --limit-iops 5")
+        let refused = vm
+            .administer("vm set-limits other --limit-iops 5")
             .unwrap_err()
             .to_string();
         assert!(refused.contains("no limit group `other`"), "{refused}");
         // The pool has one worker; its disks poll each for themselves.
-        let told = administer(&vm, "vm set-disk disk0 --poll-us 50")?;
+        let told = vm.administer("vm set-disk disk0 --poll-us 50")?;
         assert!(told.contains("polls for 50 us"), "{told}");
         vm.guest("dd if=/dev/vda of=/dev/null bs=4k count=40 iflag=direct 2> /dev/null")?;
         // So does one that comes later, with limits of its own.
-        administer(&vm, "disk create /vm/late.dsk --size 16M")?;
-        administer(
-            &vm,
+        vm.administer("disk create /vm/late.dsk --size 16M")?;
+        vm.administer(
             "vm attach-disk --file /vm/late.dsk --id late --limit-iops 20 --limit-iops-burst 1 --poll-us 30",
         )?;
         vm.guest_until("[ -b /dev/vdc ]")?;
-        let status = administer(&vm, "vm status")?;
+        let status = vm.administer("vm status")?;
         assert!(
             status.contains("/vm/late.dsk, 20 requests/s (burst 1), polls for 30 us"),
             "{status}"
@@ -128,7 +99,8 @@ fn limits_hold_a_guest_back_and_are_changed_while_it_waits() {
         let begin = Instant::now();
         vm.guest("dd if=/dev/vdc of=/dev/null bs=4k count=40 skip=100 iflag=direct 2> /dev/null")?;
         assert!(begin.elapsed() > Duration::from_secs(1), "{:?}", begin.elapsed());
-        let refused = administer(&vm, "vm attach-disk --file /vm/none.dsk")
+        let refused = vm
+            .administer("vm attach-disk --file /vm/none.dsk")
             .unwrap_err()
             .to_string();
         assert!(refused.contains("there is no disk /vm/none.dsk"), "{refused}");
@@ -151,7 +123,7 @@ fn a_disk_that_finds_no_space_stops_the_machine_until_there_is_some() {
         )?;
         let begin = Instant::now();
         let stopped = loop {
-            let events = administer(&vm, "vm events")?;
+            let events = vm.administer("vm events")?;
             if events.contains("stopped") && events.contains("paused") {
                 break events;
             }
@@ -162,14 +134,14 @@ fn a_disk_that_finds_no_space_stops_the_machine_until_there_is_some() {
             std::thread::sleep(Duration::from_millis(200));
         };
         assert!(stopped.contains("disk0 stopped: "), "{stopped}");
-        let status = administer(&vm, "vm status")?;
+        let status = vm.administer("vm status")?;
         assert!(
             status.contains("paused") && status.contains("`smsvmm vm resume`"),
             "{status}"
         );
 
-        administer(&vm, "volume create more --layout concat --size 128M")?;
-        administer(&vm, "vm resume")?;
+        vm.administer("volume create more --layout concat --size 128M")?;
+        vm.administer("vm resume")?;
         vm.guest_until("[ -e /done ]")?;
         assert_ne!(vm.try_guest("ls /failed")?.0, 0, "the guest was told of an error");
         let wanted = vm.guest("cat /noise /noise /noise /noise /noise /noise | sha256sum")?;
@@ -178,7 +150,7 @@ fn a_disk_that_finds_no_space_stops_the_machine_until_there_is_some() {
             wanted
         );
         assert_eq!(vm.guest("dmesg | grep -ci 'i/o error' || true")?, "0\n");
-        let status = administer(&vm, "vm status")?;
+        let status = vm.administer("vm status")?;
         assert!(
             status.contains("running") && !status.contains("stopped"),
             "{status}"
@@ -193,14 +165,15 @@ fn what_an_undoable_disk_has_at_power_off_is_kept_committed_or_discarded_as_vm_t
     story(|host| {
         pool(host, "256M", "8M")?;
         let content = |host: &Host| -> Result<String> {
-            smsvmm(
-                host,
-                &format!("disk --devices {DEVICES} export /vm/a.dsk a.raw --force"),
-            )?;
+            host.administer(&format!(
+                "disk --devices {DEVICES} export /vm/a.dsk a.raw --force"
+            ))?;
             Ok(host.run("head -c 16 a.raw")?.text())
         };
         let undecided = |host: &Host| -> Result<bool> {
-            Ok(smsvmm(host, &format!("disk --devices {DEVICES} list"))?.contains("undoable"))
+            Ok(host
+                .administer(&format!("disk --devices {DEVICES} list"))?
+                .contains("undoable"))
         };
         for (decision, word, kept) in [("commit", "first", "first"), ("discard", "second", "first")] {
             let disk = Disk::in_pool("/vm/a.dsk")
@@ -222,7 +195,7 @@ fn what_an_undoable_disk_has_at_power_off_is_kept_committed_or_discarded_as_vm_t
             .run()?
             .success()?;
         assert!(undecided(host)?, "somebody has decided");
-        smsvmm(host, &format!("disk --devices {DEVICES} commit /vm/a.dsk"))?;
+        host.administer(&format!("disk --devices {DEVICES} commit /vm/a.dsk"))?;
         let content = content(host)?;
         assert!(content.starts_with("third"), "{content:?}");
         Ok(())

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
-use stories::{Disk, Host, Kernel, Pool, Story, Vm, VmBuilder};
+use stories::{Disk, Host, Kernel, MappedDevice, Pool, Story, Vm, VmBuilder};
 
 const DEVICES: [&str; 4] = ["d0.img", "d1.img", "d2.img", "d3.img"];
 
@@ -318,22 +318,19 @@ fn debian_13_finds_what_was_durable_on_ext4_xfs_and_btrfs_after_a_kill() {
 fn a_mirrors_device_fails_and_a_redo_layer_is_committed_under_load() {
     let story = Story::default().changes_the_host().guest_tools();
     story.limit(Duration::from_secs(600)).tell(|host| {
-        let devices = ["/dev/dm-0", "d1.img", "d2.img", "d3.img"];
-        host.sh(
-            "modprobe -a loop dm-mod\n\
-             truncate -s 768M backing && busybox losetup /dev/loop0 backing\n\
-             echo 0 1572864 linear /dev/loop0 0 | dmsetup create --noudevsync first",
-        )?;
-        let becomes = |target: &str| {
-            host.sh(&format!(
-                "dmsetup suspend first; echo 0 1572864 {target} | dmsetup load first; dmsetup resume --noudevsync first"
-            ))
-        };
+        let devices = [MappedDevice::PATH, "d1.img", "d2.img", "d3.img"];
+        let mapped = MappedDevice::create(host)?;
         for device in &devices[1..] {
             host.image(device, 768)?;
         }
         // Both on the mirror: the stripe would not survive it.
-        let systems = [EXT4, FileSystem { volume: "safe", ..XFS }];
+        let systems = [
+            EXT4,
+            FileSystem {
+                volume: "safe",
+                ..XFS
+            },
+        ];
         let [ext4, xfs] = &systems;
         let pool = pool(host, &devices, &systems)?;
         let machine = pool
@@ -348,7 +345,7 @@ fn a_mirrors_device_fails_and_a_redo_layer_is_committed_under_load() {
         let before = wait_for_progress(&vm, &systems, "", 3)?;
         vm.administer("disk commit /vm/xfs.dsk")?;
         let before = wait_for_progress(&vm, &systems, &before, 3)?;
-        becomes("error")?;
+        mapped.fail()?;
         let until_tuesday = wait_for_progress(&vm, &systems, &before, 3)?;
         vm.administer("disk snapshot --name tuesday /vm/ext4.dsk")?;
         let until_commit = wait_for_progress(&vm, &systems, &until_tuesday, 3)?;
@@ -367,7 +364,7 @@ fn a_mirrors_device_fails_and_a_redo_layer_is_committed_under_load() {
         vm.finish()?;
 
         // What was written since the commit goes; and the device is back with what it had.
-        becomes("linear /dev/loop0 0")?;
+        mapped.mend()?;
         pool.run("disk discard /vm/xfs.dsk")?;
         pool.run("disk revert /vm/ext4.dsk@tuesday")?;
         let machine = pool

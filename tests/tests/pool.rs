@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use stories::{Disk, Host, Pool, Story, VmBuilder, story};
+use stories::{Disk, Host, MappedDevice, Pool, Story, VmBuilder, story};
 
 const DEVICES: [&str; 4] = ["d0.img", "d1.img", "d2.img", "d3.img"];
 
@@ -87,12 +87,8 @@ fn a_guest_writes_is_snapshotted_meanwhile_and_reverted() {
 #[test]
 fn a_device_fails_under_a_guest_that_notices_nothing() {
     Story::default().changes_the_host().tell(|host| {
-        let devices = ["/dev/dm-0", "d1.img", "d2.img", "d3.img"];
-        host.sh(
-            "modprobe -a loop dm-mod\n\
-             truncate -s 768M backing && busybox losetup /dev/loop0 backing\n\
-             echo 0 1572864 linear /dev/loop0 0 | dmsetup create --noudevsync first",
-        )?;
+        let devices = [MappedDevice::PATH, "d1.img", "d2.img", "d3.img"];
+        let device = MappedDevice::create(host)?;
         files(host)?;
         let pool = pool(host, &devices)?;
         // The stripe would not survive it.
@@ -103,7 +99,7 @@ fn a_device_fails_under_a_guest_that_notices_nothing() {
         vm.guest("mke2fs -q /dev/vda > /dev/null; mkdir /vda; mount -t ext4 /dev/vda /vda")?;
         vm.guest("dd if=/dev/urandom of=/vda/before bs=1M count=8 2> /dev/null && sync")?;
         let before = vm.guest("sha256sum < /vda/before")?;
-        host.sh("dmsetup suspend first; echo 0 1572864 error | dmsetup load first; dmsetup resume --noudevsync first")?;
+        device.fail()?;
         vm.guest("dd if=/dev/urandom of=/vda/after bs=1M count=8 2> /dev/null && sync && echo 3 > /proc/sys/vm/drop_caches")?;
         let after = vm.guest("sha256sum < /vda/after")?;
         assert_eq!(vm.guest("sha256sum < /vda/before")?, before);
@@ -112,7 +108,7 @@ fn a_device_fails_under_a_guest_that_notices_nothing() {
         assert!(status.contains("faulty") || status.contains("failed") || status.contains("degraded"), "{status}");
         vm.finish()?;
 
-        host.sh("dmsetup suspend first; echo 0 1572864 linear /dev/loop0 0 | dmsetup load first; dmsetup resume --noudevsync first")?;
+        device.mend()?;
         let mut vm = pool
             .vm("again")
             .disk(Disk::in_pool("/vm/safe.dsk"))

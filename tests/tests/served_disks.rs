@@ -17,35 +17,20 @@ fn tell<F: FnOnce(&Host) -> Result<()>>(story: F) {
     Story::default().limit(2 * PATIENCE).tell(story);
 }
 
-/// Runs smsvmm on the host; its output.
-fn smsvmm(host: &Host, arguments: &str) -> Result<String> {
-    let words: Vec<&str> = arguments.split_whitespace().collect();
-    let output = host.run_smsvmm(&words)?;
-    let text = output.text();
-    ensure!(
-        output.success(),
-        "smsvmm {arguments} ended with {}: {text}",
-        output.status
-    );
-    Ok(text)
-}
-
 /// A pool of two devices with a mirrored volume, and two disks on it.
 fn pool(host: &Host) -> Result<()> {
     host.image("d0.img", 768)?;
     host.image("d1.img", 768)?;
-    smsvmm(host, "pool create tank d0.img d1.img")?;
-    smsvmm(host, &format!("file --devices {DEVICES} format --meta-size 64M"))?;
-    smsvmm(
-        host,
-        &format!("volume --devices {DEVICES} create safe --size 512M --layout mirror"),
-    )?;
-    smsvmm(host, &format!("file --devices {DEVICES} mkdir /vm"))?;
+    host.administer("pool create tank d0.img d1.img")?;
+    host.administer(&format!("file --devices {DEVICES} format --meta-size 64M"))?;
+    host.administer(&format!(
+        "volume --devices {DEVICES} create safe --size 512M --layout mirror"
+    ))?;
+    host.administer(&format!("file --devices {DEVICES} mkdir /vm"))?;
     for disk in ["root", "data"] {
-        smsvmm(
-            host,
-            &format!("disk --devices {DEVICES} create /vm/{disk}.dsk --size 128M --volume safe"),
-        )?;
+        host.administer(&format!(
+            "disk --devices {DEVICES} create /vm/{disk}.dsk --size 128M --volume safe"
+        ))?;
     }
     Ok(())
 }
@@ -104,20 +89,24 @@ done
 cd / && umount /disk
 "#;
 
+/// A guest that can load and check its disk, which is served at `socket`.
+fn loaded(host: &Host, name: &str, kernel: Kernel, socket: &str) -> Result<Vm> {
+    host.vm(name)
+        .cpus(2)
+        .kernel(kernel)
+        .file("/load", 0o644, LOAD)
+        .file("/check", 0o644, CHECK)
+        .disk(Disk::served_at(host.folder().join(socket)).set("queues", "2"))
+        .limit(PATIENCE)
+        .interactive()
+}
+
 #[test]
 fn a_disk_of_a_pool_goes_on_when_its_server_is_killed_and_started_again() {
     tell(|host| {
         pool(host)?;
         let mut server = serve(host)?;
-        let mut vm = host
-            .vm("front")
-            .cpus(2)
-            .kernel(Kernel::Debian12Cloud)
-            .file("/load", 0o644, LOAD)
-            .file("/check", 0o644, CHECK)
-            .disk(Disk::served_at(host.folder().join("root.sock")).set("queues", "2"))
-            .limit(PATIENCE)
-            .interactive()?;
+        let mut vm = loaded(host, "front", Kernel::Debian12Cloud, "root.sock")?;
         assert_eq!(vm.guest("cat /sys/block/vda/serial")?.trim(), "root.dsk");
         assert_eq!(vm.guest("ls /sys/block/vda/mq | wc -l")?.trim(), "2");
         let line = status(&vm, "disk0")?;
@@ -159,7 +148,7 @@ fn a_disk_of_a_pool_goes_on_when_its_server_is_killed_and_started_again() {
         let ended = vm.finish()?;
         assert_eq!(ended.exit_code(), Some(0));
         server.end()?;
-        let checked = smsvmm(host, &format!("file --devices {DEVICES} check"))?;
+        let checked = host.administer(&format!("file --devices {DEVICES} check"))?;
         assert!(!checked.contains("problem"), "{checked}");
         Ok(())
     });
@@ -241,15 +230,7 @@ fn qemus_storage_daemon_serves_a_guest_and_is_killed_and_started_again_while_not
     tell(|host| {
         host.image("disk.img", 128)?;
         let mut server = storage_daemon(host.folder())?;
-        let mut vm = host
-            .vm("guest")
-            .cpus(2)
-            .kernel(Kernel::Debian13Cloud)
-            .file("/load", 0o644, LOAD)
-            .file("/check", 0o644, CHECK)
-            .disk(Disk::served_at(host.folder().join("qemu.sock")).set("queues", "2"))
-            .limit(PATIENCE)
-            .interactive()?;
+        let mut vm = loaded(host, "guest", Kernel::Debian13Cloud, "qemu.sock")?;
         vm.guest("mke2fs -q /dev/vda > /dev/null; mkdir /disk; mount -t ext4 /dev/vda /disk")?;
         vm.guest("sh /load > /dev/null 2>&1 & sleep 5; touch /stop")?;
         vm.guest("until [ -e /stopped ]; do usleep 20000; done; umount /disk; [ ! -e /failed ]")?;

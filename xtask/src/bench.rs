@@ -259,6 +259,19 @@ fn extended(base: &Path, files: &Archive, to: &Path) -> Result<PathBuf> {
     Ok(to.to_path_buf())
 }
 
+/// A guest that runs `script`, with io-load; its own initrd is put at `initrd`.
+fn with_io_load(folder: &Path, images: &Path, initrd: &Path, script: impl Into<Vec<u8>>) -> Result<Machine> {
+    let mut files = Archive::default();
+    files.copy(&folder.join("io-load"), "bin/io-load", 0o755)?;
+    files.file("story", 0o755, script);
+    Ok(Machine {
+        folder: folder.to_path_buf(),
+        kernel: images.join("bzImage"),
+        initrd: extended(&images.join("initrd"), &files, initrd)?,
+        command_line: "console=ttyS0 quiet panic=-1".into(),
+    })
+}
+
 fn smsvmm(machine: &Machine, kernel: &str, sections: &str) -> Result<Command> {
     let Machine {
         folder,
@@ -275,6 +288,18 @@ fn smsvmm(machine: &Machine, kernel: &str, sections: &str) -> Result<Command> {
     let mut command = Command::new(folder.join("smsvmm"));
     command.arg("run").arg(config);
     Ok(command)
+}
+
+/// QEMU's pc with a disk on an I/O thread of its own, through io_uring.
+fn qemu_with_disk(machine: &Machine, disk: &Path, cache: &str) -> Command {
+    let mut command = qemu(machine, "pc");
+    command.args(["-object", "iothread,id=worker", "-drive"]);
+    command.arg(format!(
+        "file={},format=raw,if=none,id=disk,cache={cache},aio=io_uring",
+        disk.display()
+    ));
+    command.args(["-device", "virtio-blk-pci,drive=disk,iothread=worker,romfile="]);
+    command
 }
 
 fn qemu(machine: &Machine, kind: &str) -> Command {

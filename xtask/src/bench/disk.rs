@@ -9,10 +9,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use lab::Archive;
 use stories::Vm;
 
-use super::{Machine, extended, qemu, smsvmm};
+use super::{qemu_with_disk, smsvmm, with_io_load};
 
 const EVENTS: [&str; 5] = [
     "kvm:kvm_exit",
@@ -70,30 +69,12 @@ fn run(
     depth: u32,
     count: u32,
 ) -> Result<Vec<f64>> {
-    let mut files = Archive::default();
-    files.copy(&folder.join("io-load"), "bin/io-load", 0o755)?;
-    files.file(
-        "story",
-        0o755,
-        format!("io-load /dev/vda {block} {depth} {count}"),
-    );
-    let machine = Machine {
-        folder: folder.to_path_buf(),
-        kernel: images.join("bzImage"),
-        initrd: extended(&images.join("initrd"), &files, &folder.join("initrd-load"))?,
-        command_line: "console=ttyS0 quiet panic=-1".into(),
-    };
+    let script = format!("io-load /dev/vda {block} {depth} {count}");
+    let machine = with_io_load(folder, images, &folder.join("initrd-load"), script)?;
     let vmm = if contender == "smsvmm" {
         smsvmm(&machine, "bzImage", &format!("[[disk]]\nimage = {disk:?}\n"))?
     } else {
-        let mut command = qemu(&machine, "pc");
-        command.args(["-object", "iothread,id=worker", "-drive"]);
-        command.arg(format!(
-            "file={},format=raw,if=none,id=disk,cache=none,aio=io_uring",
-            disk.display()
-        ));
-        command.args(["-device", "virtio-blk-pci,drive=disk,iothread=worker,romfile="]);
-        command
+        qemu_with_disk(&machine, disk, "none")
     };
     let counts = folder.join("counts");
     let mut command = Command::new("perf");

@@ -13,11 +13,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use lab::Archive;
 use stories::Vm;
 
 use super::probe::Counts;
-use super::{Machine, extended, qemu, smsvmm};
+use super::{qemu_with_disk, smsvmm, with_io_load};
 
 /// A load: name, block size in bytes, requests in flight, and the two numbers of requests.
 const LOADS: [(&str, u32, u32, [u32; 2]); 2] = [
@@ -107,32 +106,17 @@ fn print_line(load: &str, contender: &str, counts: Counts, requests: u32) {
 }
 
 fn start(folder: &Path, images: &Path, contender: &str, disk: &Path) -> Result<Vm> {
-    let mut files = Archive::default();
-    files.copy(&folder.join("io-load"), "bin/io-load", 0o755)?;
-    files.file("story", 0o755, SCRIPT);
-    let machine = Machine {
-        folder: folder.to_path_buf(),
-        kernel: images.join("bzImage"),
-        initrd: extended(&images.join("initrd"), &files, &folder.join("initrd-exits"))?,
-        command_line: "console=ttyS0 quiet panic=-1".into(),
-    };
+    let machine = with_io_load(folder, images, &folder.join("initrd-exits"), SCRIPT)?;
     let command = if contender == "smsvmm" {
         smsvmm(&machine, "bzImage", &format!("[[disk]]\nimage = {disk:?}\n"))?
     } else {
-        let mut command = qemu(&machine, "pc");
-        command.args(["-object", "iothread,id=worker", "-drive"]);
         // Files in memory take no O_DIRECT.
         let cache = if disk == Path::new(AWAY.1) {
             "none"
         } else {
             "writeback"
         };
-        command.arg(format!(
-            "file={},format=raw,if=none,id=disk,cache={cache},aio=io_uring",
-            disk.display()
-        ));
-        command.args(["-device", "virtio-blk-pci,drive=disk,iothread=worker,romfile="]);
-        command
+        qemu_with_disk(&machine, disk, cache)
     };
     Vm::launch(command, folder, LIMIT).with_context(|| format!("{contender} cannot be started"))
 }

@@ -15,11 +15,11 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use lab::{Archive, Cache, Lab};
+use lab::{Cache, Lab};
 use stories::Vm;
 
 use super::probe::Counts;
-use super::{Machine, extended, qemu, smsvmm};
+use super::{qemu_with_disk, smsvmm, with_io_load};
 use crate::{build, host, setup};
 
 /// What to run.
@@ -238,23 +238,11 @@ fn print_load(load: &Load, results: &[Vec<Measured>]) {
 fn start(folder: &Path, images: &Path, name: &str) -> Result<Vm> {
     let folder_of_machine = folder.join(name);
     fs::create_dir_all(&folder_of_machine)?;
-    let mut files = Archive::default();
-    files.copy(&folder.join("io-load"), "bin/io-load", 0o755)?;
-    files.file("story", 0o755, SCRIPT);
-    let machine = Machine {
-        folder: folder.to_path_buf(),
-        kernel: images.join("bzImage"),
-        initrd: extended(&images.join("initrd"), &files, &folder_of_machine.join("initrd"))?,
-        command_line: "console=ttyS0 quiet panic=-1".into(),
-    };
+    let machine = with_io_load(folder, images, &folder_of_machine.join("initrd"), SCRIPT)?;
     let command = if name == "ours" {
         smsvmm(&machine, "bzImage", DISKS)?
     } else {
-        let mut command = qemu(&machine, "pc");
-        command.args(["-object", "iothread,id=worker", "-drive"]);
-        command.arg("file=/files/qemu.img,format=raw,if=none,id=disk,cache=none,aio=io_uring");
-        command.args(["-device", "virtio-blk-pci,drive=disk,iothread=worker,romfile="]);
-        command
+        qemu_with_disk(&machine, Path::new("/files/qemu.img"), "none")
     };
     let begin = Instant::now();
     let vm = Vm::launch(command, &folder_of_machine, LIMIT)?;
