@@ -29,6 +29,14 @@ const PROCESSOR: &str = "EPYC-Rome,+svm,+npt";
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet mitigations=off nokaslr tsc=reliable no_timer_check \
      random.trust_cpu=on audit=0 nmi_watchdog=0 nowatchdog";
 
+/// A lab did not do in time what it was asked for, and was ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the lab was ended: no result within {limit:?}")]
+pub struct Overdue {
+    /// The time that it had.
+    pub limit: Duration,
+}
+
 /// Where a host begins.
 pub(crate) enum Start<'a> {
     /// At power-on; with its memory in a file if its state is to be saved.
@@ -238,7 +246,9 @@ impl Machine {
             if let Some(line) = self.lines.next() {
                 return Ok(line);
             }
-            self.wait(&[(&self.control, PollFlags::IN)], end, limit)?;
+            if !ready(&[(&self.control, PollFlags::IN)], end)? {
+                return Err(self.overdue(limit));
+            }
             if !self.lines.fill(&self.control)? {
                 bail!(self.autopsy("the lab host ended"));
             }
@@ -263,11 +273,9 @@ impl Machine {
             } else {
                 PollFlags::IN | PollFlags::OUT
             };
-            self.wait(
-                &[(&self.control, PollFlags::IN), (&self.data, wanted)],
-                end,
-                limit,
-            )?;
+            if !ready(&[(&self.control, PollFlags::IN), (&self.data, wanted)], end)? {
+                return Err(self.overdue(limit));
+            }
             if !rest.is_empty() {
                 let count = ignore_would_block(self.data.write(rest))?;
                 rest = rest.get(count..).unwrap_or_default();
@@ -339,27 +347,24 @@ impl Machine {
         }
     }
 
-    /// Waits until one of the sockets is ready. When the time is over, the machine is killed.
-    fn wait(&self, sockets: &[(&UnixStream, PollFlags)], end: Instant, limit: Duration) -> Result<()> {
-        let left = end.saturating_duration_since(Instant::now());
-        let mut fds: Vec<PollFd<'_>> = sockets
-            .iter()
-            .map(|(socket, flags)| PollFd::new(*socket, *flags))
-            .collect();
-        let timeout = Timespec::try_from(left).ok();
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(0) => {
-                let _gone = rustix::process::kill_process(pid(&self.child)?, Signal::KILL);
-                let console = self
-                    .console
-                    .try_clone()
-                    .map(|mut file| tail(&mut file))
-                    .unwrap_or_default();
-                bail!("the lab was ended: no result within {limit:?}. The end of its console:\n{console}");
-            }
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+    /// Kills a machine that took too long; the error has what its processor and its timer were doing.
+    fn overdue(&mut self, limit: Duration) -> anyhow::Error {
+        let state: String = ["info status", "info registers", "info lapic"]
+            .map(|question| {
+                let answer = self
+                    .qmp
+                    .execute("human-monitor-command", &json!({ "command-line": question }));
+                match answer {
+                    Ok(said) => format!("{question}:\n{}\n", said.as_str().unwrap_or_default()),
+                    Err(error) => format!("{question}: {error:#}\n"),
+                }
+            })
+            .concat();
+        end(&mut self.child);
+        anyhow::Error::new(Overdue { limit }).context(format!(
+            "{state}The end of the lab's console:\n{}",
+            tail(&mut self.console)
+        ))
     }
 
     /// What happened, with what QEMU and the host's kernel said last.
@@ -475,14 +480,23 @@ fn spawn(command: &mut Command) -> Result<Child> {
         .with_context(|| format!("cannot start {}", command.get_program().display()))
 }
 
+/// Waits until one of the sockets is ready, or the time is over.
+fn ready(sockets: &[(&UnixStream, PollFlags)], end: Instant) -> Result<bool> {
+    let left = end.saturating_duration_since(Instant::now());
+    let mut fds: Vec<PollFd<'_>> = sockets
+        .iter()
+        .map(|(socket, flags)| PollFd::new(*socket, *flags))
+        .collect();
+    match poll(&mut fds, Timespec::try_from(left).ok().as_ref()) {
+        Ok(count) => Ok(count != 0),
+        Err(rustix::io::Errno::INTR) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn end(child: &mut Child) {
     let _already_gone = child.kill();
     let _reaped = child.wait();
-}
-
-fn pid(child: &Child) -> Result<rustix::process::Pid> {
-    let raw = i32::try_from(child.id())?;
-    rustix::process::Pid::from_raw(raw).context("the child has no process number")
 }
 
 fn drain(stream: &mut UnixStream, chunk: &mut [u8], sink: &mut impl FnMut(&[u8])) -> Result<()> {
