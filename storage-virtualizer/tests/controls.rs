@@ -16,9 +16,8 @@ use block_io::{
     BlockDevice, Durability, Geometry, IoBuf, IoCause, IoError, Operation, Worker, WorkerOptions, ZeroMode,
 };
 use driver::{Descriptor, Driver, Events, PATIENCE, activate, memory, readable, reset_and_wait, writable};
-use storage_virtualizer::virtio_blk::{
-    DiskControls, DiskEvents, ErrorPolicy, Rate, RateLimit, RateLimiter, VirtioBlk, VirtioBlkOptions, kind,
-};
+use storage_virtualizer::controls::{DiskControls, DiskEvents, ErrorPolicy, Rate, RateLimit, RateLimiter};
+use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions, kind};
 use storage_virtualizer::{DiskHandle, PinnedDisk};
 use virtio_core::feature;
 use virtio_core::vm_memory::{Bytes, GuestAddress};

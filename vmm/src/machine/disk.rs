@@ -9,10 +9,11 @@ use api::{
     ByteSize, DeviceId, DiskConfig, DiskSource, EventKind, EventLog, Problem, StorageAnswer, StorageRequest,
 };
 use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
+use storage_virtualizer::controls::DiskControls;
 use storage_virtualizer::vhost_user::front_end::{
     FrontEndError, FrontEndHandle, FrontEndOptions, LinkEvents, VhostUserBlk,
 };
-use storage_virtualizer::virtio_blk::{DiskControls, VirtioBlk, VirtioBlkOptions, fitting_serial};
+use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions, fitting_serial};
 use virtio_core::VirtioDevice;
 
 use super::devices::DeviceOpener;

@@ -1,25 +1,27 @@
 //! Where requests wait that may not go to the disk yet: it is stopped, or its rate is limited.
 //!
-//! Requests at a limit stand in line per queue. The first is the *pacer*: it sleeps on a timer; whoever goes calls the next,
-//! who goes too or becomes the pacer. So a queue has one timer, however many wait.
+//! Requests at a limit stand in line, one line per queue and disk. The first is the *pacer*: it sleeps on a timer; whoever goes
+//! calls the next, who goes too or becomes the pacer. So a line has one timer, however many wait.
 
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::ops::Deref;
+use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use block_io::{BlockDevice, Clock, WorkerClock};
+use block_io::{Clock, IoError, WorkerClock};
 
 use super::control::Waiting;
-use super::request::Request;
-use super::server::Server;
+use super::server::ServerLink;
+use crate::controls::DiskControls;
 
 /// The longest sleep of a pacer: so soon a changed limit is noticed, and a stop.
 const SLICE: Duration = Duration::from_millis(50);
 
 /// What becomes of a request that had to wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Admission {
+pub(crate) enum Admission {
     /// It goes to the disk.
     Go,
     /// It is not answered: the server ends.
@@ -28,22 +30,52 @@ pub(super) enum Admission {
     Fail,
 }
 
-impl<L> Server<L>
-where
-    L: Deref<Target: BlockDevice + Sized> + 'static,
-{
-    /// Waits until `request` may go.
-    pub(super) async fn admit(&self, request: &Request<'_>) -> Admission {
+/// The way of one queue's requests to one disk.
+pub(crate) struct Gate {
+    controls: Arc<DiskControls>,
+    /// Requests that wait for the disk to be resumed.
+    held: RefCell<Vec<Waker>>,
+    /// Requests that wait at a limit, but for the first.
+    line: RefCell<VecDeque<Waker>>,
+    /// There is a first in line.
+    pacing: Cell<bool>,
+}
+
+impl Gate {
+    pub(crate) fn new(controls: Arc<DiskControls>) -> Self {
+        Self {
+            controls,
+            held: RefCell::default(),
+            line: RefCell::default(),
+            pacing: Cell::new(false),
+        }
+    }
+
+    /// Whether a request must be [admitted](Self::admit) before it goes to the disk.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.controls.gates()
+    }
+
+    /// The disk failed: whether the request waits instead of being answered.
+    pub(crate) fn stops_on(&self, error: &IoError) -> bool {
+        self.controls.stops_on(error)
+    }
+
+    pub(crate) fn longest_spin(&self) -> Duration {
+        self.controls.polling()
+    }
+
+    /// Waits until a request may go that moves so many bytes, or none: then no limit holds it.
+    pub(crate) async fn admit(&self, server: &ServerLink, bytes: Option<u64>) -> Admission {
         while self.controls.is_stopped() {
-            match self.control.stopping() {
+            match server.stopping() {
                 Some(Waiting::Abandon) => return Admission::Abandon,
                 Some(Waiting::Finish) => return Admission::Fail,
-                None => self.wait_for_resume().await,
+                None => self.wait_for_resume(server).await,
             }
         }
-        let bytes = match request {
-            Request::Flush | Request::GetId { .. } => return Admission::Go,
-            request => request.data_length(),
+        let Some(bytes) = bytes else {
+            return Admission::Go;
         };
         let tickets = self.controls.take(bytes);
         let mut is_pacer = false;
@@ -55,7 +87,7 @@ where
                 }
                 return Admission::Go;
             }
-            match self.control.stopping() {
+            match server.stopping() {
                 Some(Waiting::Abandon) => return Admission::Abandon,
                 Some(Waiting::Finish) => return Admission::Go,
                 None => {}
@@ -70,19 +102,19 @@ where
         }
     }
 
-    async fn wait_for_resume(&self) {
+    async fn wait_for_resume(&self, server: &ServerLink) {
         let mut waited = false;
         poll_fn(|context| {
             if std::mem::replace(&mut waited, true) {
                 return Poll::Ready(());
             }
             self.held.borrow_mut().push(context.waker().clone());
-            if let Some(server) = &*self.waker.borrow() {
-                self.controls.await_resume(server.clone());
+            if let Some(waker) = server.waker() {
+                self.controls.await_resume(waker);
             }
             // It may have been resumed before it was told of the waker.
             if !self.controls.is_stopped() {
-                self.wake();
+                server.wake();
             }
             Poll::Pending
         })
@@ -111,20 +143,17 @@ where
     }
 
     /// Whether those that wait for the disk to be resumed can go on.
-    pub(super) fn can_release(&self) -> bool {
+    pub(crate) fn can_release(&self) -> bool {
         !self.held.borrow().is_empty() && !self.controls.is_stopped()
     }
 
-    /// Has all look again that wait for the disk to be resumed.
-    pub(super) fn release_held(&self) {
+    /// Has all look again that wait for the disk to be resumed; if the server ends, all that wait for anything.
+    pub(crate) fn release(&self, server: &ServerLink) {
         let held = self.held.take();
         held.into_iter().for_each(Waker::wake);
-    }
-
-    /// Has all look again that wait for anything: the server ends.
-    pub(super) fn release_all(&self) {
-        self.release_held();
-        let line = self.line.take();
-        line.into_iter().for_each(Waker::wake);
+        if server.stopping().is_some() {
+            let line = self.line.take();
+            line.into_iter().for_each(Waker::wake);
+        }
     }
 }
