@@ -20,6 +20,7 @@ mod disk_handle;
 pub mod fuzz;
 mod inflight;
 pub mod nbd;
+pub mod scsi;
 pub mod vhost_user;
 pub mod virtio_blk;
 
