@@ -22,6 +22,7 @@ pub mod fuzz;
 mod inflight;
 pub mod nbd;
 mod queue;
+pub mod scsi;
 pub mod vhost_user;
 pub mod virtio_blk;
 

@@ -49,7 +49,7 @@ mod spec;
 mod unflushed;
 mod worker;
 
-pub use buffer::{AlignedBuffer, IoBuf};
+pub use buffer::{AlignedBuffer, IoBuf, list};
 pub use clock::{Clock, WorkerClock};
 pub use device::{BlockDevice, Durability, Geometry, ZeroMode};
 pub use error::{IoCause, IoError, Operation, error_chain};
