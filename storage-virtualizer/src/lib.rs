@@ -25,6 +25,7 @@ mod queue;
 pub mod scsi;
 pub mod vhost_user;
 pub mod virtio_blk;
+pub mod virtio_scsi;
 
 pub use disk_handle::{DiskHandle, DiskHandleError, PinnedDisk};
 pub use queue::{Counters, QueueStatistics};

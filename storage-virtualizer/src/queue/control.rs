@@ -59,7 +59,8 @@ impl Control {
         self.wake();
     }
 
-    fn wake(&self) {
+    /// Has the server look around.
+    pub(crate) fn wake(&self) {
         let waker = lock(&self.waker).clone();
         if let Some(waker) = waker {
             waker.wake();

@@ -26,7 +26,7 @@ pub(crate) enum Admission {
     Go,
     /// It is not answered: the server ends.
     Abandon,
-    /// It is answered with an error: the server ends and nobody would repeat it.
+    /// It is answered with an error: nobody wants it any more, or the server ends and nobody would repeat it.
     Fail,
 }
 
@@ -65,9 +65,18 @@ impl Gate {
         self.controls.polling()
     }
 
-    /// Waits until a request may go that moves so many bytes, or none: then no limit holds it.
-    pub(crate) async fn admit(&self, server: &ServerLink, bytes: Option<u64>) -> Admission {
+    /// Waits until a request may go that moves so many bytes, or none: then no limit holds it. It fails instead if `is_ended`
+    /// is found to say so by the next [`Self::release`].
+    pub(crate) async fn admit(
+        &self,
+        server: &ServerLink,
+        bytes: Option<u64>,
+        is_ended: impl Fn() -> bool,
+    ) -> Admission {
         while self.controls.is_stopped() {
+            if is_ended() {
+                return Admission::Fail;
+            }
             match server.stopping() {
                 Some(Waiting::Abandon) => return Admission::Abandon,
                 Some(Waiting::Finish) => return Admission::Fail,
@@ -147,10 +156,13 @@ impl Gate {
         !self.held.borrow().is_empty() && !self.controls.is_stopped()
     }
 
-    /// Has all look again that wait for the disk to be resumed; if the server ends, all that wait for anything.
-    pub(crate) fn release(&self, server: &ServerLink) {
-        let held = self.held.take();
-        held.into_iter().for_each(Waker::wake);
+    /// Has all look again that wait for the disk to be resumed, if it is or some of them have ended; if the server ends, all
+    /// that wait for anything.
+    pub(crate) fn release(&self, server: &ServerLink, some_ended: bool) {
+        if some_ended || self.can_release() || server.stopping().is_some() {
+            let held = self.held.take();
+            held.into_iter().for_each(Waker::wake);
+        }
         if server.stopping().is_some() {
             let line = self.line.take();
             line.into_iter().for_each(Waker::wake);

@@ -43,7 +43,7 @@ where
         loop {
             if self.gate.is_closed() {
                 // Not on the usual way: memory for it only where it is needed.
-                match Box::pin(self.gate.admit(server, request.limited_bytes())).await {
+                match Box::pin(self.gate.admit(server, request.limited_bytes(), || false)).await {
                     Admission::Go => {}
                     Admission::Fail => return Some(Status::IoError),
                     Admission::Abandon => return None,
@@ -111,7 +111,7 @@ where
     }
 
     fn release(&self, server: &ServerLink) {
-        self.gate.release(server);
+        self.gate.release(server, false);
     }
 
     fn longest_spin(&self) -> Duration {
