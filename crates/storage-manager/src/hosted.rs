@@ -149,7 +149,7 @@ impl HostedPool {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let (path, handle) = (path.to_owned(), self.worker().clone());
-        let (disk, size) = self.worker.run(move || async move {
+        let (disk, size, identity) = self.worker.run(move || async move {
             let open = open_pool()?;
             let disk = open.storage.disk(&path, options).await?;
             let resized = Resized::default();
@@ -162,16 +162,19 @@ impl HostedPool {
             let (size, path) = (disk.geometry().size, disk.path().to_string());
             let pinned = PinnedDisk::new(Rc::clone(&disk), &handle)
                 .map_err(|error| Problem::new(ProblemKind::Host, error.to_string()))?;
+            let snapshot = disk.snapshot().map(|name| format!("@{name}")).unwrap_or_default();
+            let identity = format!("{}{path}{snapshot}", open.storage.pool.configuration().pool);
             open.disks.borrow_mut().insert(number, Hosted { disk, resized });
             if !options.read_only {
                 // What was not done when the process ended.
                 shorten(&open, path);
             }
-            Ok::<_, Problem>((pinned, size))
+            Ok::<_, Problem>((pinned, size, identity))
         })?;
         Ok(HostedDisk {
             handle: disk,
             size,
+            identity,
             guard: DiskGuard {
                 number,
                 worker: self.worker().clone(),
@@ -277,6 +280,7 @@ impl HostedPool {
 pub struct HostedDisk {
     handle: PinnedDisk<VirtualDisk>,
     size: u64,
+    identity: String,
     guard: DiskGuard,
 }
 
@@ -289,6 +293,11 @@ impl HostedDisk {
     /// Bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// A name that no other disk has, in no pool: the pool's identifier and the path. Stays as long as the disk is not moved.
+    pub fn identity(&self) -> &str {
+        &self.identity
     }
 
     /// `tell` is called on the pool's worker whenever the size has changed; the handle knows the new one then.
