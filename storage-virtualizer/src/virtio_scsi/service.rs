@@ -205,6 +205,7 @@ impl<H: DiskHandle> Service for CommandService<H> {
                 let units = self.units.borrow();
                 let known = units.known.iter().map(|(_, unit)| unit);
                 known.chain(&units.leaving).any(|unit| unit.gate.can_release())
+                    || units.leaving.iter().any(|unit| Rc::strong_count(unit) == 1)
             }
     }
 
