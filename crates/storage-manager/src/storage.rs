@@ -11,7 +11,6 @@ use api::storage::PoolEvent;
 use api::{Problem, ProblemKind};
 use block_io::WorkerClock;
 use filesys::{Copies, GivenVolume, Redundancy};
-use volume_manager::model::JobState;
 
 use crate::device::{self, Device, DevicePaths};
 use crate::disks::Disks;
@@ -57,7 +56,12 @@ impl Storage {
     pub async fn open(paths: &DevicePaths, access: Access) -> Result<Self, Problem> {
         let mut storage = Self::open_pool(paths, access).await?;
         match storage.open_files().await {
-            Ok(()) => Ok(storage),
+            Ok(()) => {
+                if access == Access::Write {
+                    storage.pool.let_jobs_begin();
+                }
+                Ok(storage)
+            }
             Err(problem) => {
                 // What matters is why there are no files.
                 let _ = storage.pool.close().await;
@@ -66,7 +70,8 @@ impl Storage {
         }
     }
 
-    /// Opens a pool without looking for files.
+    /// Opens a pool without looking for files. Its jobs wait ([`Pool::let_jobs_begin`]) until the file system has said what is in
+    /// use, or it is known that it will not.
     pub(crate) async fn open_pool(paths: &DevicePaths, access: Access) -> Result<Self, Problem> {
         match access {
             Access::Write => {
@@ -283,21 +288,14 @@ pub(crate) fn redundancy(meta: &Rc<Volume>, volumes: &[GivenVolume<Volume>]) -> 
     redundancy
 }
 
-/// Opens a pool whose devices are not changed.
+/// Opens a pool whose devices are not changed. Its jobs do nothing.
 pub(crate) async fn open_covered(devices: Vec<(String, Rc<Device>)>) -> Result<Pool, Problem> {
     let devices = devices.into_iter();
     let devices = devices.map(|(path, device)| (path, Rc::new(Member::Covered(Sheet::new(device)))));
     let options = offline::options(volume_manager::store::Force::No)?;
     let pool = Box::pin(Pool::open(devices.collect(), &options, WorkerClock::new())).await;
-    let pool = pool.map_err(|error| of_pool("pool", error))?;
-    // Their work would fill the memory, and is for nothing.
-    for job in pool.jobs() {
-        if job.state == JobState::Running {
-            let paused = pool.steer(job.id, JobState::Paused).await;
-            paused.map_err(|error| of_pool(&format!("job {}", job.id.0), error))?;
-        }
-    }
-    Ok(pool)
+    // Jobs wait for ever: their work would fill the memory, and is for nothing.
+    pool.map_err(|error| of_pool("pool", error))
 }
 
 /// Seconds since 1970.
