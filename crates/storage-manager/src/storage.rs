@@ -303,3 +303,78 @@ pub(crate) fn now() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| since.as_secs())
 }
+
+#[cfg(test)]
+mod tests {
+    use api::file::FileOperation;
+    use api::storage::{LayoutKind, NewDevice, Operation, Shape};
+    use block_io::{Worker, WorkerOptions};
+    use volume_manager::model::JobKind;
+
+    use super::*;
+    use crate::{Flow, Notice};
+
+    #[test]
+    fn jobs_that_go_on_when_a_pool_is_opened_leave_out_what_no_file_uses() {
+        let go_on = |_: Notice<'_>| Flow::GoOn;
+        let folder = tempfile::tempdir().unwrap();
+        let file = |number: u32| {
+            let path = folder.path().join(format!("d{number}"));
+            std::fs::File::create(&path).unwrap().set_len(64 << 20).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let paths: Vec<String> = (0..2).map(file).collect();
+        let device = |path: &String| NewDevice {
+            path: path.clone(),
+            spare: false,
+            class: String::new(),
+            enclosure: String::new(),
+            force: false,
+        };
+        crate::create("tank", paths.iter().map(device).collect(), &mut go_on.clone()).unwrap();
+        let format = FileOperation::Format {
+            meta_size: None,
+            meta_copies: None,
+            force: false,
+        };
+        crate::execute_file(paths.clone(), format, &mut go_on.clone()).unwrap();
+        let volume = Operation::CreateVolume {
+            name: "data".into(),
+            size: 16 << 20,
+            block: 4096,
+            shape: Shape {
+                layout: LayoutKind::Mirror,
+                columns: 0,
+                copies: 0,
+                stripe_unit: 0,
+                class: String::new(),
+                devices: Vec::new(),
+            },
+            read_policy: api::storage::ReadPolicy::default(),
+            raw: false,
+        };
+        crate::execute(paths.clone(), Force::No, volume, &mut go_on.clone()).unwrap();
+
+        let worker = Worker::start("test", WorkerOptions::default()).unwrap();
+        worker.run(move || async move {
+            let (pool, _) = offline::open(&paths, &Force::No, Vec::new()).await.unwrap();
+            let config = pool.configuration();
+            let data = config
+                .volumes
+                .iter()
+                .find(|volume| volume.name == "data")
+                .unwrap();
+            let scrub = JobKind::Scrub {
+                volume: Some(data.id),
+            };
+            // All of the volume would take it an hour.
+            let job = pool.start(scrub, 4096).await.unwrap();
+            pool.close().await.unwrap();
+
+            let storage = Storage::open(&paths, Access::Write).await.unwrap();
+            assert_eq!(storage.pool.job(job).unwrap().done, 0);
+            storage.pool.wait(job).await.unwrap();
+            storage.close().await.unwrap();
+        });
+    }
+}

@@ -7,7 +7,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use block_io::Operation;
+use block_io::{Clock, Operation};
 use block_io::sim::{Ended, Failure, Fault, FaultRule, Medium, Numbers, RunOptions, Scenario, World};
 
 use crate::exhaustive::factor;
