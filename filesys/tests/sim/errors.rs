@@ -7,8 +7,8 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use block_io::{Clock, Operation};
 use block_io::sim::{Ended, Failure, Fault, FaultRule, Medium, Numbers, RunOptions, Scenario, World};
+use block_io::{Clock, Operation};
 
 use crate::exhaustive::factor;
 use crate::harness;
