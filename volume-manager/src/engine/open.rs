@@ -7,7 +7,7 @@
 //!    and until then every read of them is answered by the same leg.
 //! 4. The parity logs are replayed.
 //! 5. Devices that were out of service and are here again are taken in, and catch up.
-//! 6. Jobs go on where they were.
+//! 6. Jobs go on where they were: at once, or when the layer above has said what is in use.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -127,6 +127,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         }
         core.begin(next).await?;
         let pool = Self(core);
+        pool.0.jobs_wait.set(options.jobs_wait);
         for volume in pool.0.volumes() {
             pool.load_bitmap(&volume).await?;
             pool.recover_volume(&volume).await?;
