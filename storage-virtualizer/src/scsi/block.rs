@@ -1,8 +1,9 @@
 //! Commands that read, write and flush blocks.
 
 use std::borrow::Cow;
+use std::sync::atomic::Ordering;
 
-use block_io::{AlignedBuffer, BlockDevice, Durability, IoBuf, IoError, list};
+use block_io::{AlignedBuffer, BlockDevice, Durability, IoBuf, IoError, Operation, list};
 
 use super::dispatch::Call;
 use super::flight::Writing;
@@ -106,6 +107,11 @@ fn failed(unit: &Unit, error: &IoError, block: u32) -> Outcome {
 
 #[cold]
 fn of_disk(unit: &Unit, error: &IoError, block: u32) -> Sense {
+    let counter = match error.operation() {
+        Operation::Read => &unit.counters.read_errors,
+        _ => &unit.counters.write_errors,
+    };
+    counter.fetch_add(1, Ordering::Relaxed);
     tracing::debug!(
         unit = unit.options().identity.serial,
         error = block_io::error_chain(error),
@@ -181,11 +187,16 @@ impl<D: BlockDevice> Call<'_, D> {
         Err(Sense::new(Key::DataProtect, code).into())
     }
 
+    /// Whether there is no write cache for initiators.
+    pub(super) fn write_through(&self) -> bool {
+        self.unit.word() & mode_bit::WRITE_THROUGH != 0
+    }
+
     /// How durable the command's writes are.
     pub(super) fn durability(&self) -> Durability {
         let six = self.cdb.first().is_some_and(|opcode| *opcode < 0x20);
         let forced = !six && self.cdb.get(1).is_some_and(|byte| byte & FUA != 0);
-        if forced || self.unit.word() & mode_bit::WRITE_THROUGH != 0 {
+        if forced || self.write_through() {
             Durability::Durable
         } else {
             Durability::Volatile
@@ -214,7 +225,7 @@ impl<D: BlockDevice> Call<'_, D> {
     }
 
     /// Writes the first `length` bytes of the data, or what there is of them in whole blocks.
-    pub(super) async fn write_data(&self, blocks: Blocks) -> Check<Moved> {
+    pub(super) async fn write_data(&self, blocks: Blocks, durability: Durability) -> Check<Moved> {
         let wanted = blocks.length();
         let given = total(self.command.data_out);
         let length = if given >= wanted {
@@ -224,7 +235,7 @@ impl<D: BlockDevice> Call<'_, D> {
         };
         if length > 0 {
             let data: Cow<'_, [IoBuf]> = first(self.command.data_out, length);
-            let write = self.disk.write(blocks.offset(), &data, self.durability());
+            let write = self.disk.write(blocks.offset(), &data, durability);
             self.writing(blocks.offset(), length, write).await?;
         }
         Ok(Moved {
@@ -267,7 +278,7 @@ pub(super) async fn read<D: BlockDevice>(call: &Call<'_, D>) -> Check<Moved> {
 pub(super) async fn write<D: BlockDevice>(call: &Call<'_, D>) -> Check<Moved> {
     let blocks = call.blocks()?;
     call.check_writable()?;
-    call.write_data(blocks).await
+    call.write_data(blocks, call.durability()).await
 }
 
 /// SYNCHRONIZE CACHE (SBC-4 §5.29). All of the cache is flushed, whatever the range; IMMED is answered when it is done, which
@@ -275,5 +286,11 @@ pub(super) async fn write<D: BlockDevice>(call: &Call<'_, D>) -> Check<Moved> {
 pub(super) async fn synchronize_cache<D: BlockDevice>(call: &Call<'_, D>) -> Check<Moved> {
     call.blocks()?;
     call.disk.flush().await.map_err(|error| call.failure(&error))?;
+    Ok(Moved::NOTHING)
+}
+
+/// PRE-FETCH (SBC-4 §5.11). There is no cache of which a part could be asked for, so GOOD says that the blocks did not fit.
+pub(super) fn pre_fetch<D: BlockDevice>(call: &Call<'_, D>) -> Check<Moved> {
+    call.blocks()?;
     Ok(Moved::NOTHING)
 }

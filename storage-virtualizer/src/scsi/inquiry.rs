@@ -6,6 +6,7 @@ use super::dispatch::Call;
 use super::sense::Sense;
 use super::transfer::{Moved, length16, number, put};
 use super::unit::{Provisioning, UnitOptions};
+use super::vendor::VENDOR_PAGE;
 use super::{Check, Command, Nexus};
 
 /// Who made this, as in the list of vendors of T10: eight bytes.
@@ -85,7 +86,7 @@ fn standard(options: &UnitOptions, has_groups: bool) -> Vec<u8> {
     // SPC-4; HISUP, format 2.
     (data[2], data[3], data[4]) = (0x06, 0x12, 64 - 5);
     // Implicit ALUA; 3PC.
-    data[5] = if has_groups { 0x10 } else { 0 };
+    data[5] = 0x08 | if has_groups { 0x10 } else { 0 };
     // CMDQUE.
     data[7] = 0x02;
     data[8..16].copy_from_slice(VENDOR);
@@ -104,13 +105,23 @@ fn vital_page<D: BlockDevice>(call: &Call<'_, D>, page: u8) -> Check<Vec<u8>> {
     let options = call.unit.options();
     let geometry = call.disk.geometry();
     Ok(match page {
-        0x00 => PAGES.to_vec(),
+        0x00 => {
+            let mut pages = PAGES.to_vec();
+            if options.vendor.is_some() {
+                pages.push(VENDOR_PAGE);
+            }
+            pages
+        }
         0x80 => serial(options),
         0x83 => identification(options, call.nexus, group_of(call)),
         0x86 => extended(),
         0xb0 => block_limits(options, &geometry),
         0xb1 => characteristics(),
         0xb2 => provisioning(options),
+        VENDOR_PAGE => match &options.vendor {
+            Some(vendor) => vendor.page(call.nexus),
+            None => return Err(Sense::in_cdb(2, None).into()),
+        },
         _ => return Err(Sense::in_cdb(2, None).into()),
     })
 }

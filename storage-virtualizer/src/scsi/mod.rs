@@ -10,8 +10,10 @@
 //!        └──────────► execute(disk, unit, nexus, command) ─────────────┘
 //!                        │             │
 //!      READ and WRITE with nothing     │ everything else: `dispatch`, driven by `table`
-//!      special: straight to the disk   ├─ attentions, ports, reservations: may it run?
-//!                        │             ├─ `block`: commands on blocks    `inquiry`, `report`: what the unit is
+//!      special: straight to the disk   ├─ attentions, ports, `reservations`: may it run?
+//!                        │             ├─ `block`, `compare`, `provision`: commands on blocks
+//!                        │             ├─ `inquiry`, `report`, `supported`, `logs`: what the unit is
+//!                        │             ├─ `mode`, `control`, `persistent`: how it works, who may use it
 //!                        ▼             └─ each wrong field: `sense`, with its place
 //!                   BlockDevice
 //! ```
@@ -20,25 +22,37 @@
 //! worker, or everywhere.
 
 mod block;
+mod compare;
+mod control;
+mod copy;
 mod dispatch;
 mod flight;
 mod inquiry;
+mod logs;
+mod mode;
 mod nexus;
+mod persistent;
+mod provision;
 mod report;
+mod reservations;
 mod sense;
+mod supported;
 mod table;
 mod target;
 mod transfer;
 mod unit;
+mod vendor;
 
 use block_io::{BlockDevice, IoBuf, list};
 
 pub use nexus::{Nexus, TransportId};
+pub use reservations::{ReservationStore, RestoreError, StoreError};
 pub use sense::{Code, Field, Key, Sense, SenseData};
 pub use target::{
     Found, Lun, MAX_LUNS, Target, TargetError, Visible, decode_lun, encode_lun, execute_without_unit,
 };
 pub use unit::{Identity, PortGroup, PortState, Provisioning, Reset, Unit, UnitOptions};
+pub use vendor::{VENDOR_OPCODES, VENDOR_PAGE, VendorCommands};
 
 use transfer::Moved;
 
@@ -97,6 +111,11 @@ impl Outcome {
             wanted: moved.wanted,
             moved: moved.moved,
         }
+    }
+
+    /// A command that succeeded, would have moved `wanted` bytes, and moved `moved`.
+    pub fn done(wanted: u64, moved: u64) -> Self {
+        Self::good(Moved { wanted, moved })
     }
 
     /// A command that failed with `sense`, in the format that `unit` has been told to use.

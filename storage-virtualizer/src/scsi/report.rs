@@ -117,3 +117,16 @@ pub(super) fn read_capacity_16<D: BlockDevice>(call: &Call<'_, D>) -> Check<Move
     data.resize(32, 0);
     Ok(put(call.command, &data, number::u32(call.cdb, 10).into()))
 }
+
+/// READ DEFECT DATA(10) and (12) (SBC-4 §5.19): both lists are empty.
+pub(super) fn read_defect_data<D>(call: &Call<'_, D>) -> Check<Moved> {
+    let cdb = call.cdb;
+    let (flags, allocation) = if cdb[0] == 0x37 {
+        (cdb[2], number::u16(cdb, 7).into())
+    } else {
+        (cdb[1], number::u32(cdb, 6))
+    };
+    let mut data = vec![0, flags & 0x1f];
+    data.resize(if cdb[0] == 0x37 { 4 } else { 8 }, 0);
+    Ok(put(call.command, &data, allocation.into()))
+}

@@ -13,11 +13,18 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Poll, Waker};
+use std::time::Instant;
 
+use super::copy::Ended;
 use super::flight::{Flight, Ranges};
-use super::nexus::Nexus;
+use super::logs::SelfTest;
+use super::mode::Parameters;
+use super::nexus::{Nexus, TransportId};
+use super::reservations::{ReservationStore, Reservations, RestoreError};
 use super::sense::Code;
+use super::vendor::VendorCommands;
 
 /// Nexuses that have a bit of their own; more of them share bits.
 pub(super) const SLOTS: u64 = 48;
@@ -134,8 +141,15 @@ pub struct UnitOptions {
     pub read_only: bool,
     /// What becomes of unmapped blocks.
     pub provisioning: Provisioning,
-    /// Groups of target ports; none: the unit says nothing of ALUA.
+    /// Groups of target ports at first ([`Unit::set_port_groups`]); none: the unit says nothing of ALUA.
     pub port_groups: Vec<PortGroup>,
+    /// Task management functions that the transport has, as the first two bytes of REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS
+    /// (SPC-4 §6.36.2).
+    pub task_management: [u8; 2],
+    /// Keeps persistent reservations over a loss of power; without it initiators are told that this cannot be.
+    pub store: Option<Arc<dyn ReservationStore>>,
+    /// Does vendor-specific commands; without it they do not exist.
+    pub vendor: Option<Arc<dyn VendorCommands>>,
 }
 
 impl UnitOptions {
@@ -147,13 +161,19 @@ impl UnitOptions {
             read_only: false,
             provisioning: Provisioning::Full,
             port_groups: Vec::new(),
+            // ABORT TASK, ABORT TASK SET, CLEAR TASK SET, LOGICAL UNIT RESET; I_T NEXUS RESET.
+            task_management: [0xd8, 0x01],
+            store: None,
+            vendor: None,
         }
     }
 }
 
 /// What a nexus has of a unit.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct NexusState {
+    pub(super) initiator: TransportId,
+    pub(super) target_port: u16,
     /// What it is to be told, oldest first.
     pub(super) attentions: VecDeque<Code>,
     /// It forbade to take the medium out.
@@ -168,6 +188,17 @@ pub(super) struct State {
     /// Slots of which no nexus has come yet.
     fresh: u64,
     pub(super) ranges: Ranges,
+    pub(super) mode: Parameters,
+    pub(super) reservations: Reservations,
+    /// A PERSISTENT RESERVE OUT is being done; others wait.
+    reserving: bool,
+    reserve_waiting: Vec<Waker>,
+    pub(super) self_tests: VecDeque<SelfTest>,
+    pub(super) copies: VecDeque<Ended>,
+    /// Starts after a stop.
+    pub(super) cycles: u32,
+    /// Power on.
+    pub(super) since: Instant,
     pub(super) groups: Vec<PortGroup>,
     pub(super) loaded: bool,
     pub(super) started: bool,
@@ -187,6 +218,8 @@ impl State {
     pub(super) fn nexus(&mut self, nexus: &Nexus) -> &mut NexusState {
         self.fresh &= !nexus.mask();
         self.nexuses.entry(nexus.number()).or_insert_with(|| NexusState {
+            initiator: nexus.initiator().clone(),
+            target_port: nexus.target_port(),
             attentions: VecDeque::from([Code::POWER_ON_OCCURRED]),
             prevents_removal: false,
         })
@@ -199,7 +232,12 @@ impl State {
             word |= bit(!nexus.attentions.is_empty(), 1 << (number % SLOTS));
         }
         word | bit(!self.started || !self.loaded, mode_bit::STOPPED)
-            | bit(options.read_only, mode_bit::WRITE_PROTECTED)
+            | bit(
+                options.read_only || self.mode.write_protected(),
+                mode_bit::WRITE_PROTECTED,
+            )
+            | bit(!self.mode.write_cache(), mode_bit::WRITE_THROUGH)
+            | bit(self.reservations.is_reserved(), mode_bit::RESERVED)
             | bit(self.ranges.is_claimed(), mode_bit::CLAIMED)
             | bit(
                 self.groups
@@ -224,7 +262,32 @@ pub struct Unit {
     word: AtomicU64,
     descriptor_sense: AtomicBool,
     pub(super) flight: Flight,
+    pub(super) counters: Counters,
     state: Mutex<State>,
+}
+
+/// What is counted beside reads and writes that succeed.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) read_errors: AtomicU64,
+    pub(super) write_errors: AtomicU64,
+    pub(super) verify_errors: AtomicU64,
+    /// Bytes.
+    pub(super) verified: AtomicU64,
+}
+
+/// It is the turn of one PERSISTENT RESERVE OUT until this is dropped.
+#[derive(Debug)]
+pub(super) struct ReservationTurn<'a>(&'a Unit);
+
+impl Drop for ReservationTurn<'_> {
+    fn drop(&mut self) {
+        let waiting = self.0.with(|state| {
+            state.reserving = false;
+            std::mem::take(&mut state.reserve_waiting)
+        });
+        waiting.into_iter().for_each(Waker::wake);
+    }
 }
 
 impl fmt::Debug for Unit {
@@ -244,6 +307,14 @@ impl Unit {
             nexuses: BTreeMap::new(),
             fresh: (1 << SLOTS) - 1,
             ranges: Ranges::default(),
+            mode: Parameters::default(),
+            reservations: Reservations::default(),
+            reserving: false,
+            reserve_waiting: Vec::new(),
+            self_tests: VecDeque::new(),
+            copies: VecDeque::new(),
+            cycles: 0,
+            since: Instant::now(),
             groups: options.port_groups.clone(),
             loaded: true,
             started: true,
@@ -253,6 +324,7 @@ impl Unit {
             options,
             descriptor_sense: AtomicBool::new(false),
             flight: Flight::default(),
+            counters: Counters::default(),
             state: Mutex::new(state),
         }
     }
@@ -281,6 +353,8 @@ impl Unit {
         if word != self.word.load(Ordering::Relaxed) {
             self.word.store(word, Ordering::SeqCst);
         }
+        self.descriptor_sense
+            .store(state.mode.descriptor_sense(), Ordering::Relaxed);
         result
     }
 
@@ -296,17 +370,39 @@ impl Unit {
     pub fn detach(&self, nexus: &Nexus) {
         self.with(|state| {
             state.nexuses.remove(&nexus.number());
+            let legacy = &mut state.reservations.legacy;
+            legacy.take_if(|holder| *holder == nexus.number());
         });
+    }
+
+    /// Takes over what a [`ReservationStore`] had kept, before initiators come.
+    ///
+    /// # Errors
+    /// It is damaged; nothing has changed.
+    pub fn restore_reservations(&self, kept: &[u8]) -> Result<(), RestoreError> {
+        let reservations = Reservations::decode(kept).ok_or(RestoreError::Damaged)?;
+        self.with(|state| state.reservations = reservations);
+        Ok(())
+    }
+
+    /// Waits until no PERSISTENT RESERVE OUT is being done.
+    pub(super) async fn reservation_turn(&self) -> ReservationTurn<'_> {
+        std::future::poll_fn(|context| {
+            self.with(|state| {
+                if !std::mem::replace(&mut state.reserving, true) {
+                    return Poll::Ready(());
+                }
+                state.reserve_waiting.push(context.waker().clone());
+                Poll::Pending
+            })
+        })
+        .await;
+        ReservationTurn(self)
     }
 
     /// The disk's size has changed: all initiators are told.
     pub fn capacity_changed(&self) {
         self.with(|state| state.attend(Code::CAPACITY_CHANGED, None));
-    }
-
-    /// Tells `nexus`, or all, of something.
-    pub(super) fn attend(&self, code: Code) {
-        self.with(|state| state.attend(code, None));
     }
 
     /// Changes the groups of target ports, or their states: all initiators are told.
@@ -331,6 +427,9 @@ impl Unit {
                 nexus.attentions.clear();
                 nexus.prevents_removal = false;
             }
+            state.reservations.legacy = None;
+            // Mode pages are as at power on; persistent reservations stay (SAM-5 §6.3.3, SPC-4 §5.13.2).
+            state.mode = Parameters::default();
             state.attend(code, None);
         });
     }
@@ -338,6 +437,8 @@ impl Unit {
     /// I_T NEXUS RESET (SAM-5 §7.7): the transport has ended the nexus' commands before.
     pub fn reset_nexus(&self, nexus: &Nexus) {
         self.with(|state| {
+            let legacy = &mut state.reservations.legacy;
+            legacy.take_if(|holder| *holder == nexus.number());
             let nexus = state.nexus(nexus);
             nexus.prevents_removal = false;
             nexus.attend(Code::NEXUS_LOSS);
