@@ -15,6 +15,7 @@ use crate::device::DevicePaths;
 use crate::disks_view as view;
 use crate::file_view;
 use crate::files::walk;
+use crate::moment;
 use crate::offline;
 use crate::problem::{of_disks, of_files};
 use crate::storage::{Access, Storage, Volume, now};
@@ -228,6 +229,7 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
             name,
             description,
         } => {
+            moment::check_name(&name)?;
             let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
             let new = NewSnapshot {
                 name,
@@ -241,6 +243,7 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
             name,
             description,
         } => {
+            name.as_deref().map_or(Ok(()), moment::check_name)?;
             let (disk, snapshot) = snapshot_of(&path)?;
             done(Box::pin(describe(disks, &disk, snapshot, name, description)).await)
         }
