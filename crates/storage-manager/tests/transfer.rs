@@ -8,6 +8,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
@@ -258,6 +259,19 @@ fn noise(setup: &Setup, name: &str, size: usize) -> Vec<u8> {
     content
 }
 
+/// QEMU's tool says that a raw and a qcow2 image are the same.
+fn identical(setup: &Setup, raw: &str, qcow2: &str) {
+    let compared = Command::new("qemu-img")
+        .args(["compare", "-f", "raw", "-F", "qcow2", raw, qcow2])
+        .current_dir(setup.folder.path())
+        .output();
+    match compared {
+        Ok(compared) => assert!(compared.status.success(), "{compared:?}"),
+        Err(error) if std::env::var_os("CI").is_some() => panic!("qemu-img (package qemu-utils): {error}"),
+        Err(_) => println!("qemu-img is not here (package qemu-utils): not compared with it"),
+    }
+}
+
 #[test]
 fn an_image_becomes_a_disk_while_another_disk_is_written() {
     let setup = Setup::new();
@@ -277,6 +291,7 @@ fn an_image_becomes_a_disk_while_another_disk_is_written() {
         assert!(done.verified, "{done:?}");
     }
     assert!(fs::read(setup.path("out.raw")).unwrap() == content);
+    identical(&setup, "in.raw", "out.qcow2");
     drop(new);
     // And what QEMU's format makes of it comes back.
     setup.import("out.qcow2", "/again.dsk").unwrap();

@@ -194,9 +194,11 @@ impl Hearing {
                 // If the task has ended, the last word is on its way.
                 Ok(Some(frame)) => match self.item(frame) {
                     Ok(item) => drop(self.to.put(item)),
-                    Err(error) => break Err(error),
+                    Err(error) => break Err::<(), _>(error),
                 },
                 Ok(None) => break Ok(()),
+                // It went away in the middle of a frame.
+                Err(error) if error.kind() != io::ErrorKind::InvalidData => break Ok(()),
                 Err(error) => break Err(error),
             }
         };

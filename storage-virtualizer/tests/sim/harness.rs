@@ -1,0 +1,48 @@
+//! Requests as a guest makes them: 4 KiB, all of one number.
+
+use block_io::sim::Failure;
+use block_io::{AlignedBuffer, BlockDevice, Durability, IoBuf, IoError};
+
+/// What one request covers.
+pub(crate) const BLOCK: u64 = 4096;
+
+pub(crate) fn failed(error: impl std::error::Error) -> Failure {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    text.as_str().into()
+}
+
+fn memory(buffer: &AlignedBuffer) -> [IoBuf; 1] {
+    // SAFETY: all callers keep the buffer until the request has ended.
+    [unsafe { buffer.io(0, buffer.as_slice().len()) }]
+}
+
+pub(crate) async fn put<D: BlockDevice>(
+    disk: &D,
+    place: u64,
+    stamp: u64,
+    durability: Durability,
+) -> Result<(), IoError> {
+    let mut buffer = AlignedBuffer::new(4096);
+    for word in buffer.as_mut_slice().chunks_mut(8) {
+        word.copy_from_slice(&stamp.to_le_bytes());
+    }
+    disk.write(place * BLOCK, &memory(&buffer), durability).await
+}
+
+/// The number at a place, which all of the 4 KiB there must be.
+pub(crate) async fn get<D: BlockDevice>(disk: &D, place: u64) -> Result<u64, Failure> {
+    let buffer = AlignedBuffer::new(4096);
+    disk.read(place * BLOCK, &memory(&buffer)).await.map_err(failed)?;
+    let words = buffer.as_slice().chunks(8);
+    let mut numbers = words.map(|word| u64::from_le_bytes(word.try_into().unwrap()));
+    let first = numbers.next().unwrap_or(0);
+    match numbers.all(|number| number == first) {
+        true => Ok(first),
+        false => Err(format!("torn at place {place}").as_str().into()),
+    }
+}
