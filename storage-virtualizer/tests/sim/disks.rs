@@ -9,7 +9,7 @@ use block_io::{BlockDevice, Clock, Durability, ZeroMode};
 use filesys::{CheckOptions, FileSystem};
 use storage_virtualizer::disk::{DiskError, DiskMode, DiskOptions, Disks, NewDisk, NewSnapshot, VirtualDisk};
 
-use crate::harness::{BLOCK, failed, get, put};
+use crate::harness::{BLOCK, failed, get, put, whole};
 use crate::model::{Begun, Content, DISKS, Entry, Model, OWN, PLACES, WRITERS};
 use crate::rig::SimVolume;
 
@@ -426,7 +426,7 @@ impl Session {
         put(&*opened, place, stamp, Durability::Durable)
             .await
             .map_err(failed)?;
-        content[usize::try_from(place).unwrap()] = stamp;
+        content[usize::try_from(place).unwrap()] = whole(stamp);
         self.disks.close(opened, 5).await.map_err(failed)?;
         self.promise.borrow_mut().clones.insert(to, content);
         self.ended();
@@ -457,7 +457,7 @@ impl Session {
         self.shorten(disk);
         let open = self.open.borrow()[disk].clone();
         if let Some(open) = open.filter(|_| size > SIZE)
-            && get(&*open, (size - 1) / BLOCK).await? != 0
+            && get(&*open, (size - 1) / BLOCK).await? != whole(0)
         {
             return Err(format!("disk {disk} has grown, and not by zeroes")
                 .as_str()
@@ -644,7 +644,11 @@ impl Guest {
                 self.promise.borrow().stamp
             }
         };
-        let entry = Entry { disk, place, value };
+        let entry = Entry {
+            disk,
+            place,
+            value: whole(value),
+        };
         self.promise.borrow_mut().write_begins(self.writer, entry);
         let open = &*self.open[disk];
         let done = match way {
@@ -657,9 +661,9 @@ impl Guest {
         self.promise.borrow_mut().written(self.writer, entry, way == 2);
         if self.sim.random(|rng| rng.chance(1, 6)) {
             let found = get(open, place).await?;
-            if found != value {
+            if found != whole(value) {
                 return Err(
-                    format!("disk {disk} has {found} at {place} just after {value} was written")
+                    format!("disk {disk} has {found:?} at {place} just after {value} was written")
                         .as_str()
                         .into(),
                 );

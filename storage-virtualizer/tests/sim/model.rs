@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 
 use block_io::sim::Failure;
 
+use crate::harness::{Block, whole};
+
 /// Disks of a history.
 pub(crate) const DISKS: usize = 2;
 pub(crate) const WRITERS: usize = 3;
@@ -17,14 +19,14 @@ pub(crate) const OWN: u64 = 12;
 pub(crate) const PLACES: u64 = WRITERS as u64 * OWN;
 
 /// What all places of a disk have.
-pub(crate) type Content = Vec<u64>;
+pub(crate) type Content = Vec<Block>;
 
 /// A request of a writer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Entry {
     pub(crate) disk: usize,
     pub(crate) place: u64,
-    pub(crate) value: u64,
+    pub(crate) value: Block,
 }
 
 /// What a writer has done since its log was begun.
@@ -38,7 +40,7 @@ pub(crate) struct Log {
 /// What a place may have after a crash: what was flushed, and everything since.
 #[derive(Debug, Clone)]
 struct Place {
-    may: Vec<u64>,
+    may: Vec<Block>,
     /// The place of what was acknowledged last.
     last: usize,
 }
@@ -94,9 +96,9 @@ pub(crate) struct Model {
 
 impl Model {
     pub(crate) fn new(size: u64) -> Self {
-        let zeroes = vec![0; usize::try_from(PLACES).unwrap()];
+        let zeroes = vec![whole(0); usize::try_from(PLACES).unwrap()];
         let place = Place {
-            may: vec![0],
+            may: vec![whole(0)],
             last: 0,
         };
         Self {
@@ -145,9 +147,12 @@ impl Model {
     }
 
     /// It did. Values of one place are all different, but for zeroes, of which the last one counts.
-    pub(crate) fn flushed(&mut self, disk: usize, covered: &[u64]) {
+    pub(crate) fn flushed(&mut self, disk: usize, covered: &[Block]) {
         for (place, value) in self.places[disk].iter_mut().zip(covered) {
-            let at = place.may.iter().rposition(|may| may == value && *value != 0);
+            let at = place
+                .may
+                .iter()
+                .rposition(|may| may == value && *value != whole(0));
             // Which of several zeroes it was is not known: then nothing is certain.
             let Some(at) = at else { continue };
             place.may.drain(..at);
@@ -164,7 +169,7 @@ impl Model {
     }
 
     /// What a writer's places of a disk had after so many entries of its log.
-    fn own_at(&self, disk: usize, writer: usize, end: usize) -> Vec<u64> {
+    fn own_at(&self, disk: usize, writer: usize, end: usize) -> Content {
         let first = writer * usize::try_from(OWN).unwrap();
         let mut own = self.base[disk][first..first + usize::try_from(OWN).unwrap()].to_vec();
         for entry in self.logs[writer].entries.iter().take(end) {
@@ -204,11 +209,13 @@ impl Model {
     }
 
     /// What a crash has left of a disk must be allowed.
-    pub(crate) fn check_left(&self, disk: usize, found: &[u64]) -> Result<(), Failure> {
+    pub(crate) fn check_left(&self, disk: usize, found: &[Block]) -> Result<(), Failure> {
         for (number, (place, value)) in self.places[disk].iter().zip(found).enumerate() {
-            if !place.may.contains(value) {
+            let allowed =
+                (0..value.len()).all(|sector| place.may.iter().any(|may| may[sector] == value[sector]));
+            if !allowed {
                 return Err(format!(
-                    "disk {disk} has {value} at place {number} after a crash, and may have {:?}",
+                    "disk {disk} has {value:?} at place {number} after a crash, and may have {:?}",
                     place.may
                 )
                 .as_str()
