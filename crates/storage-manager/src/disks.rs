@@ -133,13 +133,19 @@ async fn perform(
     };
     // What is not needed any more goes now, as nobody else will have the pool open in a moment.
     settle(storage, reporter).await?;
-    match Box::pin(storage.merge_disk(&path)).await {
-        Ok(_) => {}
-        // It was deleted.
-        Err(problem) if problem.kind == ProblemKind::NotFound => {}
-        Err(problem) => return Err(problem),
+    // What the file system merges by itself may be in the way of the first try.
+    for _ in 0..2 {
+        let merged = match Box::pin(storage.merge_disk(&path)).await {
+            Ok(merged) => merged,
+            // It was deleted.
+            Err(problem) if problem.kind == ProblemKind::NotFound => true,
+            Err(problem) => return Err(problem),
+        };
+        settle(storage, reporter).await?;
+        if merged {
+            break;
+        }
     }
-    settle(storage, reporter).await?;
     Ok(answer)
 }
 

@@ -75,7 +75,13 @@ fn shorten(open: &Rc<Open>, path: String) {
     let open = Rc::clone(open);
     open.merging.set(open.merging.get() + 1);
     let spawned = spawn_local(async move {
-        match open.storage.merge_disk(&path).await {
+        let mut merged = open.storage.merge_disk(&path).await;
+        if let (Ok(false), Ok(files)) = (&merged, open.storage.files()) {
+            // What the file system merges by itself may have been in the way.
+            files.settled().await;
+            merged = open.storage.merge_disk(&path).await;
+        }
+        match merged {
             Ok(_) => {}
             // It was deleted.
             Err(problem) if problem.kind == ProblemKind::NotFound => {}

@@ -376,7 +376,7 @@ fn what_is_broken_off_leaves_nothing() {
     let setup = Setup::new();
     let disk = setup.open(DiskMode::Persistent);
     let guest = Guest::start(&setup, &disk);
-    guest.wait(BLOCKS as usize);
+    guest.wait(700);
     noise(&setup, "in.raw", 16 << 20);
     // The last one never comes, so that breaking off happens before anything is told, or not at all.
     let mut broken_off = 0;
@@ -496,7 +496,7 @@ fn a_machine_that_ends_breaks_off_what_is_under_way() {
     let setup = Setup::new();
     let disk = setup.open(DiskMode::Persistent);
     let guest = Guest::start(&setup, &disk);
-    guest.wait(BLOCKS as usize);
+    guest.wait(700);
     let (mut import, import_thread) = import_by_hand(&setup);
     import.write_all(&frame(1, 4096, &[7; 4096])).unwrap();
     // Nobody reads this one.

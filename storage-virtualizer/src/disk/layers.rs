@@ -136,6 +136,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             if self.files().stat_of(file).await?.is_none() {
                 return Ok(true);
             }
+            if self.files().stat(path.as_str()).await?.id == file {
+                return Ok(false);
+            }
             let Some(name) = self.files().path_of(file).await? else {
                 return Ok(true);
             };

@@ -135,8 +135,14 @@ impl Session {
                 block_io::cover!("disks: a crash in a revert");
                 let content = self.read(&path(disk)).await?;
                 let wanted = self.promise.borrow().snapshots[disk][&name].clone();
+                let status = self.disks.status(&path(disk)).await.map_err(failed)?;
+                let mut model = self.promise.borrow_mut();
                 if content == wanted {
-                    self.promise.borrow_mut().reverted(disk, &wanted);
+                    model.reverted(disk, &wanted);
+                    let then = status.snapshots.iter().find(|one| one.name == name);
+                    if then.is_some_and(|then| then.size == status.size) {
+                        model.sizes[disk] = status.size;
+                    }
                 }
             }
             Begun::Resize { disk, size } => {
@@ -567,11 +573,19 @@ impl Session {
         self.trouble()?;
         self.files.settled().await;
         for disk in 0..DISKS {
-            let whole = self.disks.merge(&path(disk), 6).await.map_err(failed)?;
-            self.files.settled().await;
+            let mut whole = false;
+            // What the file system merges by itself may be in the way of the first try.
+            for _ in 0..2 {
+                whole = self.disks.merge(&path(disk), 6).await.map_err(failed)?;
+                self.files.settled().await;
+                if whole {
+                    break;
+                }
+                block_io::cover!("disks: a merge is asked for once more");
+            }
             let status = self.disks.status(&path(disk)).await.map_err(failed)?;
             if !whole || status.depth != 1 {
-                return Err(format!("disk {disk} has {} layers at last", status.depth)
+                return Err(format!("disk {disk} is not whole ({whole}) at last: {status:?}")
                     .as_str()
                     .into());
             }

@@ -162,7 +162,7 @@ impl Order {
         let length = u64::try_from(piece.length).map_err(io::Error::other)?;
         let end = piece.offset.checked_add(length).filter(|end| *end <= self.size);
         match end {
-            Some(end) if piece.offset >= self.at && piece.offset % SECTOR == 0 => {
+            Some(end) if piece.offset >= self.at && piece.offset.is_multiple_of(SECTOR) => {
                 // The rest of a sector is zeroes.
                 self.at = end.checked_next_multiple_of(SECTOR).unwrap_or(end);
                 Ok(())
