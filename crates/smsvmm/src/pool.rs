@@ -4,7 +4,8 @@ use std::error::Error;
 use std::sync::Arc;
 
 use anyhow::Context;
-use api::{AtPowerOff, ByteSize, DiskConfig, Problem, ProblemKind, StorageAnswer, StorageRequest};
+use api::virtual_disk::TransferRequest;
+use api::{AtPowerOff, ByteSize, DiskConfig, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
 use block_io::WorkerOptions;
 use storage_manager::{DevicePaths, DiskOptions, HostedPool, PowerOff};
 use storage_virtualizer::controls::DiskControls;
@@ -110,5 +111,9 @@ impl PoolDisks for VmPool {
 
     fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         self.0.execute(request)
+    }
+
+    fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem> {
+        self.0.transfer(request)
     }
 }

@@ -92,7 +92,7 @@ impl Sizes {
         put(4, &u32::from(queue_size).saturating_sub(2).max(1).to_le_bytes());
         put(8, &MAX_SECTORS.to_le_bytes());
         put(12, &COMMANDS_PER_UNIT.to_le_bytes());
-        put(16, &u32::try_from(EVENT_LENGTH).unwrap_or(0).to_le_bytes());
+        put(16, &EVENT_LENGTH.to_le_bytes());
         put(20, &self.sense.load(Ordering::Relaxed).to_le_bytes());
         put(24, &self.cdb.load(Ordering::Relaxed).to_le_bytes());
         // One channel, 0.

@@ -15,7 +15,7 @@ use crate::chain::Buffers;
 use crate::queue::{ServerLink, Service};
 
 /// Bytes of an event.
-pub(super) const EVENT_LENGTH: usize = 16;
+pub(super) const EVENT_LENGTH: u32 = 16;
 /// Events that wait for a buffer at most.
 const MAX_WAITING: usize = 64;
 
@@ -38,7 +38,7 @@ pub(super) enum Event {
 }
 
 impl Event {
-    fn encode(self, address: [u8; 8], missed: bool) -> [u8; EVENT_LENGTH] {
+    fn encode(self, address: [u8; 8], missed: bool) -> [u8; EVENT_LENGTH as usize] {
         let (event, reason) = match self {
             Self::Added => (TRANSPORT_RESET, RESET_RESCAN),
             Self::Removed => (TRANSPORT_RESET, RESET_REMOVED),
@@ -48,8 +48,8 @@ impl Event {
     }
 }
 
-fn layout(event: u32, address: [u8; 8], reason: u32) -> [u8; EVENT_LENGTH] {
-    let mut bytes = [0; EVENT_LENGTH];
+fn layout(event: u32, address: [u8; 8], reason: u32) -> [u8; EVENT_LENGTH as usize] {
+    let mut bytes = [0; EVENT_LENGTH as usize];
     bytes[..4].copy_from_slice(&event.to_le_bytes());
     bytes[4..12].copy_from_slice(&address);
     bytes[12..].copy_from_slice(&reason.to_le_bytes());
@@ -87,7 +87,7 @@ impl Events {
         waiting.events.is_empty() && !waiting.missed
     }
 
-    fn take(&self) -> Option<[u8; EVENT_LENGTH]> {
+    fn take(&self) -> Option<[u8; EVENT_LENGTH as usize]> {
         let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let missed = std::mem::take(&mut waiting.missed);
         match waiting.events.pop_front() {
@@ -115,7 +115,7 @@ impl EventService {
 
 impl Service for EventService {
     async fn serve(&self, server: &ServerLink, buffers: &mut Buffers) -> Result<Option<u32>, String> {
-        if (buffers.writable_length() as usize) < EVENT_LENGTH {
+        if buffers.writable_length() < EVENT_LENGTH {
             return Err(format!("a buffer for events has at least {EVENT_LENGTH} bytes"));
         }
         let event = poll_fn(|context| match self.events.take() {
@@ -129,7 +129,7 @@ impl Service for EventService {
         .await;
         let Some(event) = event else { return Ok(None) };
         list::scatter(buffers.writable(), 0, &event);
-        Ok(Some(EVENT_LENGTH as u32))
+        Ok(Some(EVENT_LENGTH))
     }
 
     fn can_release(&self, _: &ServerLink) -> bool {

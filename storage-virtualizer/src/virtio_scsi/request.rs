@@ -34,8 +34,6 @@ pub(super) enum Response {
     Aborted = 2,
     /// There is no such target.
     BadTarget = 3,
-    /// None of these.
-    Failure = 9,
     /// Task management was done, though there was nothing to do.
     FunctionSucceeded = 10,
     /// There is no such function.
@@ -57,7 +55,7 @@ impl Front<'_> {
     fn put(&self, bytes: &[u8]) {
         list::scatter(self.whole, 0, bytes);
         if let Some(last) = self.last {
-            let before = list::total_length(self.whole) as usize;
+            let before = self.whole.iter().map(IoBuf::len).sum();
             last.copy_from_slice(bytes.get(before..).unwrap_or_default());
         }
     }

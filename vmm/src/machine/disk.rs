@@ -5,9 +5,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use api::virtual_disk::TransferRequest;
 use api::{
     ByteSize, DeviceId, DiskBus, DiskConfig, DiskSource, EventKind, EventLog, Problem, StorageAnswer,
-    StorageRequest,
+    StorageRequest, Transfer,
 };
 use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerHandle, WorkerOptions};
 use storage_virtualizer::DiskHandle;
@@ -41,6 +42,12 @@ pub trait PoolDisks: Send + Sync + fmt::Debug {
     /// # Errors
     /// The request is refused or fails.
     fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem>;
+
+    /// What moves data between the pool and who is at the other end of a connection, while its disks are in use.
+    ///
+    /// # Errors
+    /// The request is impossible.
+    fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem>;
 }
 
 /// A disk of the pool.
