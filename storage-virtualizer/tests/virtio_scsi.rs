@@ -17,7 +17,7 @@ use driver::fickle::Fickle;
 use driver::{Descriptor, Driver, Events, PATIENCE, activate, memory, readable, reset_and_wait, writable};
 use storage_virtualizer::DiskHandle;
 use storage_virtualizer::controls::{DiskControls, ErrorPolicy};
-use storage_virtualizer::scsi::{Identity, TransportId, Unit, UnitOptions};
+use storage_virtualizer::scsi::{Identity, Provisioning, TransportId, Unit, UnitOptions};
 use storage_virtualizer::virtio_scsi::{
     AddUnitError, VirtioScsi, VirtioScsiHandle, VirtioScsiOptions, scsi_feature,
 };
@@ -416,6 +416,31 @@ fn task_management_ends_what_has_not_gone_to_the_disk() {
     assert_eq!(machine.function(2, lun(0, 0), 0), FUNCTION_REJECTED);
     assert_eq!(machine.function(5, lun(0, 9), 0), INCORRECT_LUN);
     assert_eq!(machine.function(5, lun(3, 0), 0), BAD_TARGET);
+}
+
+#[test]
+fn what_a_disk_says_of_its_holes_reaches_the_driver() {
+    let mut machine = Machine::start();
+    let unit = Unit::new(UnitOptions {
+        provisioning: Provisioning::ThinZeroes,
+        ..UnitOptions::new(Identity::from_name("thin", "thin"))
+    });
+    let disk = Arc::<Fickle>::default();
+    machine
+        .handle
+        .add(0, 0, Arc::new(unit), disk, Arc::default())
+        .unwrap();
+    machine.greet(lun(0, 0));
+    let get_lba_status = [0x9e, 0x12, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 24, 0, 0];
+    let data = Some(writable(DATA, 24));
+    assert_eq!(machine.command(lun(0, 0), &get_lba_status, data), Answer::good());
+    let mut status = [0; 24];
+    machine.get(DATA, &mut status);
+    // From block 8 to the end, deallocated.
+    let blocks = ((1_u32 << 30) / 512 - 8).to_be_bytes();
+    assert_eq!(status[8..16], [0, 0, 0, 0, 0, 0, 0, 8]);
+    assert_eq!(status[16..20], blocks);
+    assert_eq!(status[20], 1);
 }
 
 #[test]

@@ -142,8 +142,10 @@ impl<H> Target<H> {
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Table<H>> {
+        let table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock: whoever sees the new generation finds what it is about.
         self.generation.fetch_add(1, Ordering::Release);
-        self.table.write().unwrap_or_else(PoisonError::into_inner)
+        table
     }
 
     /// Changes whenever [`Self::find`] may answer otherwise: who remembers its answers looks here first.

@@ -5,7 +5,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use block_io::{BlockDevice, Durability, Geometry, IoBuf, IoCause, IoError, Operation, ZeroMode, list};
+use block_io::{
+    Allocation, BlockDevice, Durability, Geometry, IoBuf, IoCause, IoError, Operation, ZeroMode, list,
+};
 
 use super::adapter::{Adapter, UnitDisk};
 use super::request::{Attribute, Request, Response};
@@ -336,5 +338,9 @@ impl<H: DiskHandle> BlockDevice for Gated<'_, H> {
             disk.write_zeroes(offset, length, mode).await
         })
         .await
+    }
+
+    async fn allocation(&self, offset: u64, length: u64) -> Result<(Allocation, u64), IoError> {
+        self.unit.disk.allocation(offset, length).await
     }
 }

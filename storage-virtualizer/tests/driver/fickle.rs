@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use block_io::{BlockDevice, Durability, Geometry, IoBuf, IoCause, IoError, Operation, ZeroMode};
+use block_io::{Allocation, BlockDevice, Durability, Geometry, IoBuf, IoCause, IoError, Operation, ZeroMode};
 
 /// A disk that fails when told to, and else only counts.
 #[derive(Default)]
@@ -56,5 +56,9 @@ impl BlockDevice for Fickle {
 
     async fn write_zeroes(&self, _: u64, _: u64, _: ZeroMode) -> Result<(), IoError> {
         Ok(())
+    }
+
+    async fn allocation(&self, _: u64, length: u64) -> Result<(Allocation, u64), IoError> {
+        Ok((Allocation::Hole, length))
     }
 }
