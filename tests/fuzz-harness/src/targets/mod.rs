@@ -16,6 +16,7 @@ mod platform;
 mod pool_device;
 mod rng;
 mod rtc;
+mod scsi_queue;
 mod serial;
 mod transport;
 mod vhost_user;
@@ -72,6 +73,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 1024,
         is_possible: always,
         body: block_queue::run,
+    },
+    Target {
+        name: "scsi-queue",
+        about: "virtio-scsi: queues served by an I/O worker, units that come and go",
+        max_length: 1024,
+        is_possible: always,
+        body: scsi_queue::run,
     },
     Target {
         name: "rng",
