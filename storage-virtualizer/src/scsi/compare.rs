@@ -7,10 +7,9 @@ use block_io::{AlignedBuffer, BlockDevice, Durability, list};
 use super::Check;
 use super::block::Blocks;
 use super::dispatch::Call;
-use super::inquiry::MAX_COMPARE_BLOCKS;
 use super::sense::{Code, Key, Sense};
 use super::total;
-use super::transfer::{Moved, part};
+use super::transfer::{Moved, number, part};
 
 /// So much is compared at a time.
 const CHUNK: u64 = 256 << 10;
@@ -143,8 +142,8 @@ async fn read_into<D: BlockDevice>(
 
 /// COMPARE AND WRITE (SBC-4 §5.3): the data are what is expected, and then what is written if that is there.
 pub(super) async fn compare_and_write<D: BlockDevice>(call: &Call<'_, D>) -> Check<Moved> {
-    let count = u64::from(call.cdb[13].min(MAX_COMPARE_BLOCKS));
-    let blocks = call.checked(super::transfer::number::u64(call.cdb, 2), count)?;
+    // Byte 13 can say no more than is possible.
+    let blocks = call.checked(number::u64(call.cdb, 2), call.cdb[13].into())?;
     call.check_writable()?;
     let length = blocks.length();
     if length == 0 {

@@ -25,7 +25,7 @@ pub(super) const MAX_RANGE_BLOCKS: u32 = 1 << 22;
 /// The most descriptors of an UNMAP.
 pub(super) const MAX_UNMAP_DESCRIPTORS: u32 = 256;
 /// The most blocks of a COMPARE AND WRITE.
-pub(super) const MAX_COMPARE_BLOCKS: u8 = 255;
+const MAX_COMPARE_BLOCKS: u8 = u8::MAX;
 
 pub(super) fn inquiry<D: BlockDevice>(call: &Call<'_, D>) -> Check<Moved> {
     let options = call.unit.options();

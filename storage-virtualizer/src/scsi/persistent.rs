@@ -419,9 +419,9 @@ impl Change<'_> {
         if !takes_over && !self.now.registrations.iter().any(|one| one.key == key) {
             return Err(Fail::Conflict);
         }
-        let (gone, stay) = self.now.registrations.drain(..).partition(goes);
+        let (gone, stay): (Vec<_>, Vec<_>) = self.now.registrations.drain(..).partition(goes);
         self.now.registrations = stay;
-        for one in Vec::<Registration>::from(gone) {
+        for one in gone {
             self.told
                 .push((Whom::Port(one.port), Code::REGISTRATIONS_PREEMPTED));
         }
