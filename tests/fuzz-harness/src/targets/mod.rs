@@ -16,6 +16,7 @@ mod platform;
 mod pool_device;
 mod rng;
 mod rtc;
+mod scsi;
 mod serial;
 mod transport;
 mod vhost_user;
@@ -156,6 +157,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 512,
         is_possible: always,
         body: vhost_user::run,
+    },
+    Target {
+        name: "scsi",
+        about: "SCSI disks: commands of two initiators against a model disk",
+        max_length: 1024,
+        is_possible: always,
+        body: scsi::run,
     },
 ];
 
