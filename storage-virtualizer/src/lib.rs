@@ -20,6 +20,8 @@ mod disk_handle;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod inflight;
+#[cfg(any(test, feature = "fuzzing"))]
+mod memory_disk;
 pub mod nbd;
 mod queue;
 pub mod scsi;

@@ -39,6 +39,8 @@ mod sense;
 mod supported;
 mod table;
 mod target;
+#[cfg(test)]
+mod tests;
 mod transfer;
 mod unit;
 mod vendor;

@@ -94,4 +94,5 @@ replays! {
     disk_descriptor: "disk-descriptor", 20_000;
     disk_image: "disk-image", 2_000;
     vhost_user: "vhost-user", 3_000;
+    scsi: "scsi", 5_000;
 }

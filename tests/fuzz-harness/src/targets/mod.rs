@@ -16,6 +16,7 @@ mod platform;
 mod pool_device;
 mod rng;
 mod rtc;
+mod scsi;
 mod scsi_queue;
 mod serial;
 mod transport;
@@ -164,6 +165,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 512,
         is_possible: always,
         body: vhost_user::run,
+    },
+    Target {
+        name: "scsi",
+        about: "SCSI disks: commands of two initiators against a model disk",
+        max_length: 1024,
+        is_possible: always,
+        body: scsi::run,
     },
 ];
 
