@@ -81,7 +81,12 @@ async fn step(sim: &Sim, rig: &Rig, session: &Session, step: &Step) -> Result<()
         Step::DeviceFails { device, way } => {
             rig.device_fails(sim, rig.damage.candidate(*device), *way);
         }
-        Step::Heal => rig.heal(sim).await?,
+        Step::Heal => {
+            // A request that was hit before, and has not ended, would be the damage of a device that counts as whole.
+            session.stop().await?;
+            rig.heal(sim).await?;
+            session.start().await?;
+        }
         Step::Crash { .. } => {}
     }
     session.trouble()
