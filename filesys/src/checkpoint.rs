@@ -376,13 +376,16 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// A checkpoint whenever half of the journal is full, or somebody waits for room in it.
     async fn keep_journal_short(&self) {
         let half = self.journal.capacity() / 2;
+        let is_over = || self.closing.get() || self.check().is_err();
         loop {
-            let end = self
-                .changed
-                .until(|| (self.closing.get() || self.check().is_err()).then_some(()));
+            let end = self.changed.until(|| is_over().then_some(()));
             match gate::first(self.journal.pressure(half), end).await {
                 Either::First(Ok(())) => {}
                 Either::First(Err(_)) | Either::Second(()) => return,
+            }
+            // After a failure the journal stays as full as it is, and nothing here would wait any more.
+            if is_over() {
+                return;
             }
             if let Err(error) = self.checkpoint_now().await {
                 tracing::warn!(%error, "no checkpoint");

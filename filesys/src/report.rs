@@ -3,8 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use block_io::{BlockDevice, Clock};
+use block_io::{Allocation, BlockDevice, Clock};
 
+use crate::File;
 use crate::core::Core;
 use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
@@ -197,6 +198,31 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             Ok((self.chain(file.id)?, size))
         })
         .await
+    }
+}
+
+impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
+    /// As [`BlockDevice::allocation`].
+    pub(crate) async fn allocation_at(&self, offset: u64, length: u64) -> Result<(Allocation, u64), FsError> {
+        let chain = self.chain().await?;
+        let mut ranges = Vec::new();
+        let from = offset - offset % SUB_CLUSTER;
+        let next = self
+            .core
+            .ranges(&chain, self.size(), from, 1, &mut ranges)
+            .await?;
+        let (kind, end) = match ranges.first() {
+            Some(range) if range.offset > offset => (Allocation::Hole, Some(range.offset)),
+            Some(range) => {
+                let kind = match range.kind {
+                    RangeKind::Data => Allocation::Data,
+                    RangeKind::Zero => Allocation::Zeroes,
+                };
+                (kind, Some(range.offset + range.length))
+            }
+            None => (Allocation::Hole, next),
+        };
+        Ok((kind, end.map_or(length, |end| length.min(end - offset))))
     }
 }
 

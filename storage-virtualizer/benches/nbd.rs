@@ -220,7 +220,8 @@ fn measure(
         .arg(format!("--rw={kind}"))
         .arg(format!("--bs={block}"))
         .arg(format!("--iodepth={depth}"))
-        .arg(format!("--runtime={seconds}"))
+        // fio takes "0.8" for 0, and then ends after one pass.
+        .arg(format!("--runtime={}ms", (seconds * 1e3).round()))
         .arg(format!("--size={SIZE}"))
         .output()
         .unwrap();

@@ -4,17 +4,16 @@
 //! worker, with a disk in memory. Whatever the input: no panic, no hang, no memory touched that is not the guest's, and no
 //! more answers than requests.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use block_io::{
-    BlockDevice, Durability, Geometry, IoBuf, IoCause, IoError, Operation, Worker, WorkerOptions, ZeroMode,
-};
+use block_io::{Worker, WorkerOptions};
 use virtio_core::virtio_queue::{Queue, QueueT};
 use virtio_core::vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use virtio_core::{Activation, ActiveQueue, DeviceEvents, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::memory_disk::MemoryDisk;
 use crate::virtio_blk::{VirtioBlk, VirtioBlkOptions};
 
 const QUEUE_SIZE: u16 = 64;
@@ -27,86 +26,6 @@ const MAX_CONTENT: usize = LOW - 0x3000;
 const LOW: usize = 0x1_0000;
 const HIGH: u64 = 0x2_0000;
 const DISK: usize = 64 << 10;
-
-/// A disk in memory that answers at once.
-struct MemoryDisk {
-    name: Arc<str>,
-    bytes: Mutex<Vec<u8>>,
-}
-
-impl MemoryDisk {
-    fn with<R>(
-        &self,
-        operation: Operation,
-        offset: u64,
-        length: u64,
-        change: impl FnOnce(&mut [u8]) -> R,
-    ) -> Result<R, IoError> {
-        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        let size = bytes.len() as u64;
-        let range = offset
-            .checked_add(length)
-            .and_then(|end| Some(usize::try_from(offset).ok()?..usize::try_from(end).ok()?))
-            .and_then(|range| bytes.get_mut(range));
-        match range {
-            Some(bytes) if (offset | length).is_multiple_of(512) => Ok(change(bytes)),
-            _ => Err(IoError::new(
-                &self.name,
-                operation,
-                offset,
-                length,
-                IoCause::OutOfRange { size },
-            )),
-        }
-    }
-}
-
-fn total(buffers: &[IoBuf]) -> u64 {
-    buffers.iter().map(|buffer| buffer.len() as u64).sum()
-}
-
-impl BlockDevice for MemoryDisk {
-    fn geometry(&self) -> Geometry {
-        Geometry {
-            size: DISK as u64,
-            logical_block: 512,
-            physical_block: 4096,
-            optimal_io: 0,
-            discard_granularity: 4096,
-            read_only: false,
-        }
-    }
-
-    async fn read(&self, offset: u64, buffers: &[IoBuf]) -> Result<(), IoError> {
-        self.with(Operation::Read, offset, total(buffers), |mut bytes| {
-            for buffer in buffers {
-                buffer.copy_from_slice(bytes);
-                bytes = &mut bytes[buffer.len()..];
-            }
-        })
-    }
-
-    async fn write(&self, offset: u64, buffers: &[IoBuf], _: Durability) -> Result<(), IoError> {
-        self.with(Operation::Write, offset, total(buffers), |mut bytes| {
-            for buffer in buffers {
-                buffer.copy_to_slice(bytes);
-                bytes = &mut bytes[buffer.len()..];
-            }
-        })
-    }
-
-    async fn flush(&self) -> Result<(), IoError> {
-        Ok(())
-    }
-
-    async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {
-        self.with(Operation::Discard, offset, length, |_| ())
-    }
-
-    async fn write_zeroes(&self, offset: u64, length: u64, _: ZeroMode) -> Result<(), IoError> {
-        self.with(Operation::WriteZeroes, offset, length, |bytes| bytes.fill(0))
-    }
-}
 
 struct Silent;
 
@@ -164,10 +83,7 @@ pub fn fuzz_virtio_blk(data: &[u8]) {
     queue.set_event_idx(options & 2 != 0);
     queue.set_ready(true);
     let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
-    let disk = MemoryDisk {
-        name: "memory".into(),
-        bytes: Mutex::new(vec![0; DISK]),
-    };
+    let disk = MemoryDisk::new(DISK as u64, 512);
     let options = VirtioBlkOptions {
         queue_size: QUEUE_SIZE,
         ..Default::default()

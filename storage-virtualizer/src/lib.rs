@@ -6,7 +6,7 @@
 //! processes.
 //!
 //! ```text
-//!   virtqueue ─► chain: descriptors → pieces of memory ─► virtio_blk::request: what is asked for
+//!   virtqueue ─► queue, chain: descriptors → pieces of memory ─► virtio_blk::request: what is asked for
 //!                                                              │
 //!             status byte, used ring ◄── one place ◄── virtio_blk::execute: operations on the disk
 //!                                                              │
@@ -14,13 +14,20 @@
 //! ```
 
 pub mod chain;
+pub mod controls;
 pub mod disk;
 mod disk_handle;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod inflight;
+#[cfg(any(test, feature = "fuzzing"))]
+mod memory_disk;
 pub mod nbd;
+mod queue;
+pub mod scsi;
 pub mod vhost_user;
 pub mod virtio_blk;
+pub mod virtio_scsi;
 
 pub use disk_handle::{DiskHandle, DiskHandleError, PinnedDisk};
+pub use queue::{Counters, QueueStatistics};

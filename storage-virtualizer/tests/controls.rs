@@ -8,74 +8,18 @@
 
 mod driver;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use block_io::{
-    BlockDevice, Durability, Geometry, IoBuf, IoCause, IoError, Operation, Worker, WorkerOptions, ZeroMode,
-};
+use block_io::{IoError, Worker, WorkerOptions};
+use driver::fickle::Fickle;
 use driver::{Descriptor, Driver, Events, PATIENCE, activate, memory, readable, reset_and_wait, writable};
-use storage_virtualizer::virtio_blk::{
-    DiskControls, DiskEvents, ErrorPolicy, Rate, RateLimit, RateLimiter, VirtioBlk, VirtioBlkOptions, kind,
-};
+use storage_virtualizer::controls::{DiskControls, DiskEvents, ErrorPolicy, Rate, RateLimit, RateLimiter};
+use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions, kind};
 use storage_virtualizer::{DiskHandle, PinnedDisk};
 use virtio_core::feature;
 use virtio_core::vm_memory::{Bytes, GuestAddress};
-
-/// A disk that fails when told to, and else only counts.
-#[derive(Default)]
-struct Fickle {
-    fails: AtomicBool,
-    writes: AtomicU32,
-    pieces: AtomicU32,
-}
-
-impl BlockDevice for Fickle {
-    fn geometry(&self) -> Geometry {
-        Geometry {
-            size: 1 << 30,
-            logical_block: 512,
-            physical_block: 4096,
-            optimal_io: 0,
-            discard_granularity: 4096,
-            read_only: false,
-        }
-    }
-
-    async fn read(&self, _: u64, _: &[IoBuf]) -> Result<(), IoError> {
-        Ok(())
-    }
-
-    async fn write(&self, offset: u64, pieces: &[IoBuf], _: Durability) -> Result<(), IoError> {
-        if self.fails.load(Ordering::SeqCst) {
-            let full = std::io::Error::from_raw_os_error(libc::ENOSPC);
-            let device: Arc<str> = "fickle".into();
-            return Err(IoError::new(
-                &device,
-                Operation::Write,
-                offset,
-                0,
-                IoCause::Os(full),
-            ));
-        }
-        self.writes.fetch_add(1, Ordering::SeqCst);
-        self.pieces.store(pieces.len() as u32, Ordering::SeqCst);
-        Ok(())
-    }
-
-    async fn flush(&self) -> Result<(), IoError> {
-        Ok(())
-    }
-
-    async fn discard(&self, _: u64, _: u64) -> Result<(), IoError> {
-        Ok(())
-    }
-
-    async fn write_zeroes(&self, _: u64, _: u64, _: ZeroMode) -> Result<(), IoError> {
-        Ok(())
-    }
-}
 
 /// Notes what the owner is told.
 #[derive(Clone, Default)]

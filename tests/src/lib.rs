@@ -30,6 +30,7 @@ mod server;
 mod terminal;
 pub mod transfer;
 mod vm;
+mod watchdog;
 
 use std::time::Duration;
 
@@ -43,6 +44,19 @@ pub use pool::{MappedDevice, Pool};
 pub use server::Server;
 pub use terminal::{Mode, Terminal};
 pub use vm::{Disk, Outcome, Vm, VmBuilder};
+
+/// Rounds of a campaign, if this is one: `SMSVMM_CAMPAIGN`.
+///
+/// # Panics
+/// When that is no number of rounds.
+#[must_use]
+pub fn campaign() -> Option<u32> {
+    let rounds = std::env::var("SMSVMM_CAMPAIGN").ok()?;
+    match rounds.parse() {
+        Ok(rounds) if rounds != 0 => Some(rounds),
+        _ => panic!("SMSVMM_CAMPAIGN is a number of rounds, not {rounds:?}"),
+    }
+}
 
 /// What a story needs of the place where it is told.
 #[derive(Clone, Debug)]

@@ -4,11 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::host::Place;
+use crate::watchdog::{self, Watchdog};
 use crate::{Host, Story};
 
 /// Set for the test program in the lab.
@@ -25,6 +26,9 @@ const TOOLS_IN_LAB: &str = "/dev/vdd";
 
 /// What the environment asks for, before looking at KVM.
 const PLACE: &str = "SMSVMM_STORIES";
+
+/// How much longer than its story a lab may take: the [`Watchdog`] in it speaks first.
+const PATIENCE_WITH_WATCHDOG: Duration = Duration::from_secs(40);
 
 /// Variables that reach the test program in the lab.
 const PASSED_ON: [&str; 3] = ["SMSVMM_VMM", "SMSVMM_CAMPAIGN", "RUST_LOG"];
@@ -48,28 +52,46 @@ fn name_by_type<F>() -> String {
 pub(crate) fn tell(needs: &Story, name: &str, story: impl FnOnce(&Host) -> Result<()>) -> Result<()> {
     if std::env::var_os(INSIDE).is_some() {
         let test = std::env::current_exe()?;
-        return story(&Host::new(Place {
+        let host = Host::new(Place {
             images: PathBuf::from("/images"),
             program: program()?,
             static_program: test.with_file_name(STATIC_PROGRAM),
             guest_program: test.with_file_name(GUEST_PROGRAM),
             guest_tools: PathBuf::from(TOOLS_IN_LAB),
-        })?);
+        })?;
+        let _watchdog = Watchdog::start(needs.limit, host.folder());
+        return story(&host);
     }
     if !needs.changes_the_host && kvm_is_good() {
         let cache = lab::Cache::locate();
-        return story(&Host::new(Place {
+        let host = Host::new(Place {
             images: cache.image("lab-images")?.join("links"),
             program: program()?,
             static_program: static_file("smsvmm", needs.static_program)?,
             guest_program: static_file(GUEST_PROGRAM, needs.guest_tools)?,
             guest_tools: cache.path("current/guest-tools/tools.ext4"),
-        })?);
+        })?;
+        let _watchdog = Watchdog::start(needs.limit, host.folder());
+        return story(&host);
     }
-    in_lab(needs, name)
+    match in_lab(needs, name) {
+        Err(error) if error.is::<LabStoodStill>() => {
+            println!("{name}: {error:?}\n{name}: told once more, in another lab");
+            in_lab(needs, name)
+        }
+        result => result,
+    }
 }
 
+/// The emulated host did nothing any more: not even the story's watchdog spoke. That is not the story's fault.
+#[derive(Debug, thiserror::Error)]
+#[error("the lab stood still")]
+struct LabStoodStill;
+
 /// Runs this test program for one test in a lab host.
+///
+/// # Errors
+/// The story failed; [`LabStoodStill`] if the lab did.
 fn in_lab(needs: &Story, name: &str) -> Result<()> {
     let begin = Instant::now();
     let temporary = lab::Cache::locate().path("tmp");
@@ -90,7 +112,10 @@ fn in_lab(needs: &Story, name: &str) -> Result<()> {
         place(&program, &folder.path().join(GUEST_PROGRAM))?;
         lab = lab.disk(lab::Cache::locate().image("guest-tools")?.join("tools.ext4"));
     }
-    let mut lab = lab.start()?;
+    let mut lab = lab.start().map_err(|error| match error.is::<lab::Overdue>() {
+        true => error.context(LabStoodStill),
+        false => error,
+    })?;
     let mut variables = format!("{INSIDE}=1 SMSVMM_BIN=$PWD/smsvmm RUST_BACKTRACE=0");
     for variable in PASSED_ON {
         if let Ok(value) = std::env::var(variable) {
@@ -99,7 +124,8 @@ fn in_lab(needs: &Story, name: &str) -> Result<()> {
     }
     let command = format!("{variables} ./test --exact {name} --nocapture --include-ignored --test-threads=1");
     let mut said = Vec::new();
-    let result = lab.run_streaming(&command, needs.limit, |bytes| said.extend_from_slice(bytes));
+    let limit = needs.limit + PATIENCE_WITH_WATCHDOG;
+    let result = lab.run_streaming(&command, limit, |bytes| said.extend_from_slice(bytes));
     let said = String::from_utf8_lossy(&said).into_owned();
     keep_log(name, &said);
     println!(
@@ -111,6 +137,9 @@ fn in_lab(needs: &Story, name: &str) -> Result<()> {
         Ok(0) if said.contains("1 passed") => Ok(()),
         Ok(0) => bail!("the test program in the lab ran no test of this name"),
         Ok(status) => bail!("it failed in the lab (exit status {status}); its output is above"),
+        Err(error) if !said.contains(watchdog::COMPLAINT) && error.is::<lab::Overdue>() => {
+            Err(error.context(LabStoodStill))
+        }
         Err(error) => Err(error.context("its output until then is above")),
     }
 }

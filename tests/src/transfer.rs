@@ -5,15 +5,20 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{Host, Vm};
 
 /// Bytes of one transfer.
 pub const SIZE: u64 = 4 << 20;
+
+/// For how long a transfer may make no progress at all.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Makes [`SIZE`] random bytes in the guest and on the host.
 ///
@@ -35,7 +40,7 @@ pub fn upload(host: &Host, vm: &mut Vm, address: &str) -> Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     let port = listener.local_addr()?.port();
     let mut file = File::create(host.folder().join("up"))?;
-    let receiver = thread::spawn(move || io::copy(&mut listener.accept()?.0, &mut file));
+    let receiver = thread::spawn(move || io::copy(&mut accept(&listener)?, &mut file));
     vm.guest(&format!("nc {address} {port} -e cat /tmp/up"))?;
     let received = joined(receiver)?;
     ensure!(received == SIZE, "{received} bytes arrived");
@@ -51,10 +56,25 @@ pub fn download(host: &Host, vm: &mut Vm, address: &str) -> Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     let port = listener.local_addr()?.port();
     let mut file = File::open(host.folder().join("down"))?;
-    let sender = thread::spawn(move || io::copy(&mut file, &mut listener.accept()?.0));
+    let sender = thread::spawn(move || io::copy(&mut file, &mut accept(&listener)?));
     vm.guest(&format!("nc {address} {port} <> /tmp/open > /tmp/down"))?;
     joined(sender)?;
     same(host, "down", vm, "/tmp/down")
+}
+
+/// The guest's connection, which fails when nothing moves on it any more.
+fn accept(listener: &TcpListener) -> io::Result<TcpStream> {
+    let limit = Timespec::try_from(PATIENCE).ok();
+    if poll(&mut [PollFd::new(listener, PollFlags::IN)], limit.as_ref())? == 0 {
+        return Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the guest did not connect",
+        ));
+    }
+    let (stream, _) = listener.accept()?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
 }
 
 fn joined<T>(thread: JoinHandle<io::Result<T>>) -> Result<T> {

@@ -273,12 +273,8 @@ fn survives(host: &Host, kernel: Kernel, seed: u64) -> Result<()> {
 
 /// Tells it once with the first of the kernels; in a campaign, as often as that wants it, with all.
 fn told(kernels: &[Kernel]) {
-    let campaign = std::env::var("SMSVMM_CAMPAIGN").ok();
-    let rounds = match &campaign {
-        Some(number) => number.parse().unwrap_or(0),
-        None => 1,
-    };
-    assert_ne!(rounds, 0, "SMSVMM_CAMPAIGN is a number of rounds");
+    let campaign = stories::campaign();
+    let rounds = campaign.unwrap_or(1);
     let kernels = if campaign.is_some() {
         kernels
     } else {

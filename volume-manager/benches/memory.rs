@@ -95,6 +95,7 @@ fn options(number: u128) -> OpenOptions {
         pool: None,
         force: Force::No,
         limits: Limits::default(),
+        jobs_wait: false,
     }
 }
 

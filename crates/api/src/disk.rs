@@ -197,6 +197,9 @@ impl DiskConfig {
             let text =
                 format!("the path has {length} bytes, a Unix socket's has at most {most}; use a shorter one");
             ("vhost-user", text)
+        } else if self.bus != DiskBus::default() {
+            let text = "`virtio-scsi` is for disks that this process serves, and this one is a virtio-blk device of another";
+            ("bus", text.to_owned())
         } else if self.mode != DiskMode::default() {
             let text =
                 "is for disks of a pool, and this one is served by another process, which may know of modes";
@@ -309,6 +312,8 @@ pub enum DiskBus {
     /// A virtio block device of its own (/dev/vda in Linux).
     #[default]
     VirtioBlk,
+    /// A SCSI disk on a virtio adapter of its own (/dev/sda in Linux).
+    VirtioScsi,
 }
 
 /// Serial number of a disk: up to 20 printable ASCII characters (virtio 1.2 §5.2.6.1).

@@ -331,6 +331,19 @@ pub struct CopyRequest {
     pub verify: bool,
 }
 
+/// Data that are to go into a pool, out of it, or from one disk to another, while its disks are in use; the body of
+/// `POST /v1/storage/transfer`. What the image is called, and what it is, matters only to who asks: that one has it open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "transfer")]
+pub enum TransferRequest {
+    /// An image comes in; its size must be given.
+    Import(ImportRequest),
+    /// A disk goes out.
+    Export(ExportRequest),
+    /// A disk is copied.
+    Copy(CopyRequest),
+}
+
 /// What was imported, exported or copied.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

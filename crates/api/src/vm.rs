@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::os::unix::net::UnixStream;
 
 use serde::{Deserialize, Serialize};
 
 use crate::event::EventLog;
+use crate::virtual_disk::TransferRequest;
 use crate::{
     ByteSize, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, NetConfig, NetStatus, Problem,
     StorageAnswer, StorageRequest, VmName,
@@ -96,6 +98,9 @@ pub struct VmStatus {
     pub last_event: u64,
 }
 
+/// Serves one connection until the data are moved, on a thread that may block.
+pub type Transfer = Box<dyn FnOnce(UnixStream) + Send>;
+
 /// What can be done to a running machine. The machine in `vmm` implements it; the management server and the signal handler
 /// call it, from any thread.
 ///
@@ -172,6 +177,12 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// The machine has no pool, or the request is refused or fails.
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem>;
+
+    /// What moves data between the machine's pool and who is at the other end of a connection, while the guest uses its disks.
+    ///
+    /// # Errors
+    /// The machine has no pool, or the request is impossible. What is found out later is told over the connection.
+    fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem>;
 
     /// What happened so far and will happen.
     fn events(&self) -> &EventLog;

@@ -288,7 +288,8 @@ fn fio(path: &Path, load: Load, seconds: f64, batched: bool) -> Option<Figures> 
         format!("--bs={}", load.block),
         format!("--iodepth={}", load.depth),
         format!("--size={SIZE}"),
-        format!("--runtime={seconds}"),
+        // fio takes "0.8" for 0, and then ends after one pass.
+        format!("--runtime={}ms", (seconds * 1e3).round()),
     ])?;
     // What fio needs to start and to report is not the load's.
     let idle = fio_cpu(&["--ioengine=null".into(), "--size=4k".into(), "--rw=read".into()])?;

@@ -95,11 +95,11 @@ impl IoBuf {
 }
 
 /// Operations on whole scatter lists.
-pub(crate) mod list {
+pub mod list {
     use super::IoBuf;
 
     /// Sum of the lengths.
-    pub(crate) fn total_length(buffers: &[IoBuf]) -> u64 {
+    pub fn total_length(buffers: &[IoBuf]) -> u64 {
         buffers.iter().map(|buffer| buffer.len() as u64).sum()
     }
 
@@ -114,12 +114,12 @@ pub(crate) mod list {
     }
 
     /// Copies of what follows the first `skip` bytes.
-    pub(crate) fn after(buffers: &[IoBuf], skip: u64) -> Vec<IoBuf> {
+    pub fn after(buffers: &[IoBuf], skip: u64) -> Vec<IoBuf> {
         tail(buffers, skip).collect()
     }
 
     /// Copies `source` into the list, from byte `start` of the list on.
-    pub(crate) fn scatter(buffers: &[IoBuf], start: u64, mut source: &[u8]) {
+    pub fn scatter(buffers: &[IoBuf], start: u64, mut source: &[u8]) {
         for buffer in tail(buffers, start) {
             if source.is_empty() {
                 break;
@@ -130,7 +130,7 @@ pub(crate) mod list {
     }
 
     /// Copies bytes of the list, from byte `start` on, into `target`.
-    pub(crate) fn gather(buffers: &[IoBuf], start: u64, mut target: &mut [u8]) {
+    pub fn gather(buffers: &[IoBuf], start: u64, mut target: &mut [u8]) {
         for buffer in tail(buffers, start) {
             if target.is_empty() {
                 break;

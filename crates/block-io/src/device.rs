@@ -40,6 +40,17 @@ pub enum ZeroMode {
     KeepAllocated,
 }
 
+/// How a range of a disk is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Allocation {
+    /// Space with content, or not known.
+    Data,
+    /// Space that reads as zeroes.
+    Zeroes,
+    /// No space; reads as zeroes.
+    Hole,
+}
+
 /// Something that behaves like a disk: an array of bytes, addressed in blocks, with a volatile cache.
 ///
 /// # Rules
@@ -92,4 +103,15 @@ pub trait BlockDevice {
         length: u64,
         mode: ZeroMode,
     ) -> impl Future<Output = Result<(), IoError>>;
+
+    /// How the beginning of the range is stored, and for how many bytes that is so, at least one and at most `length`, which
+    /// is not 0. What is not known is said to be [`Allocation::Data`]: that is always right.
+    fn allocation(
+        &self,
+        offset: u64,
+        length: u64,
+    ) -> impl Future<Output = Result<(Allocation, u64), IoError>> {
+        let _ = offset;
+        std::future::ready(Ok((Allocation::Data, length)))
+    }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::buffer::IoBuf;
 use crate::clock::WorkerClock;
-use crate::device::{BlockDevice, Durability, Geometry, ZeroMode};
+use crate::device::{Allocation, BlockDevice, Durability, Geometry, ZeroMode};
 use crate::error::IoError;
 use crate::host::{HostDevice, OpenError, OpenOptions};
 use crate::multipath::{DevicePath, MultiPath, MultiPathError, MultiPathOptions};
@@ -245,6 +245,13 @@ macro_rules! dispatch {
                 match self {
                     Self::Host(device) => device.discard(offset, length).await,
                     $(Self::$boxed(device) => Box::pin(device.discard(offset, length)).await),+
+                }
+            }
+
+            async fn allocation(&self, offset: u64, length: u64) -> Result<(Allocation, u64), IoError> {
+                match self {
+                    Self::Host(device) => device.allocation(offset, length).await,
+                    $(Self::$boxed(device) => Box::pin(device.allocation(offset, length)).await),+
                 }
             }
 

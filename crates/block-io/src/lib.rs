@@ -49,9 +49,9 @@ mod spec;
 mod unflushed;
 mod worker;
 
-pub use buffer::{AlignedBuffer, IoBuf};
+pub use buffer::{AlignedBuffer, IoBuf, list};
 pub use clock::{Clock, WorkerClock};
-pub use device::{BlockDevice, Durability, Geometry, ZeroMode};
+pub use device::{Allocation, BlockDevice, Durability, Geometry, ZeroMode};
 pub use error::{IoCause, IoError, Operation, error_chain};
 pub use host::{Cache, HostDevice, OpenError, OpenOptions};
 pub use kinds::{Device, DeviceError, DeviceOptions, SinglePath};

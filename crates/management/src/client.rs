@@ -4,19 +4,22 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use api::virtual_disk::TransferRequest;
 use api::{
     DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage, NetConfig, NetStatus,
     Problem, Removal, StorageAnswer, StorageRequest, VmStatus,
 };
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
-use hyper::header::{CONTENT_TYPE, HOST};
-use hyper::{Method, Request, StatusCode};
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
+
+use crate::transfer::PROTOCOL;
 
 /// Longest time for an answer, beyond what the request itself waits.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -145,6 +148,20 @@ impl Client {
         self.post("/v1/storage", request, crate::routes::STORAGE_TIMEOUT + TIMEOUT)
     }
 
+    /// Has data moved between the machine's pool and the connection that is returned, which blocks, with what has arrived already.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn transfer(
+        &self,
+        request: &TransferRequest,
+    ) -> Result<(Vec<u8>, std::os::unix::net::UnixStream), ClientError> {
+        let body = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
+        let exchange = self.upgrade("/v1/storage/transfer", body);
+        let answered = self.runtime.block_on(async { timeout(TIMEOUT, exchange).await });
+        answered.map_err(|_| ClientError::Timeout(TIMEOUT))?
+    }
+
     /// Asks the guest to let a disk or network card go; see [`Self::wait_for_removal`].
     ///
     /// # Errors
@@ -253,6 +270,38 @@ impl Client {
     }
 
     async fn exchange(&self, method: &Method, path: &str, body: Vec<u8>) -> Result<Reply, ClientError> {
+        let answer = self.answer(method, path, body, None).await?;
+        read_all(answer).await
+    }
+
+    async fn upgrade(
+        &self,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<(Vec<u8>, std::os::unix::net::UnixStream), ClientError> {
+        let broken = |error: io::Error| ClientError::Broken(error.into());
+        let answer = self.answer(&Method::POST, path, body, Some(PROTOCOL)).await?;
+        if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(ClientError::Problem(Box::new(decode(&read_all(answer).await?)?)));
+        }
+        let upgraded = hyper::upgrade::on(answer).await;
+        let upgraded = upgraded.map_err(|error| ClientError::Broken(error.into()))?;
+        let parts = upgraded
+            .downcast::<TokioIo<UnixStream>>()
+            .map_err(|_| broken(io::Error::other("the connection is not what was made")))?;
+        let stream = parts.io.into_inner().into_std().map_err(broken)?;
+        stream.set_nonblocking(false).map_err(broken)?;
+        Ok((parts.read_buf.to_vec(), stream))
+    }
+
+    /// Sends a request, and waits for the beginning of its answer.
+    async fn answer(
+        &self,
+        method: &Method,
+        path: &str,
+        body: Vec<u8>,
+        upgrade: Option<&str>,
+    ) -> Result<Response<Incoming>, ClientError> {
         let broken = |error: hyper::Error| ClientError::Broken(error.into());
         let stream = UnixStream::connect(&self.path)
             .await
@@ -263,25 +312,32 @@ impl Client {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(broken)?;
-        tokio::spawn(connection);
-        let request = Request::builder()
+        tokio::spawn(connection.with_upgrades());
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
             .header(HOST, "smsvmm")
-            .header(CONTENT_TYPE, "application/json")
+            .header(CONTENT_TYPE, "application/json");
+        if let Some(protocol) = upgrade {
+            request = request.header(CONNECTION, "upgrade").header(UPGRADE, protocol);
+        }
+        let request = request
             .body(Full::new(Bytes::from(body)))
             .map_err(|error| ClientError::Broken(error.into()))?;
-        let answer = sender.send_request(request).await.map_err(broken)?;
-        let status = answer.status();
-        let body = Limited::new(answer.into_body(), MAX_ANSWER)
-            .collect()
-            .await
-            .map_err(ClientError::Broken)?;
-        Ok(Reply {
-            status,
-            body: body.to_bytes(),
-        })
+        sender.send_request(request).await.map_err(broken)
     }
+}
+
+async fn read_all(answer: Response<Incoming>) -> Result<Reply, ClientError> {
+    let status = answer.status();
+    let body = Limited::new(answer.into_body(), MAX_ANSWER)
+        .collect()
+        .await
+        .map_err(ClientError::Broken)?;
+    Ok(Reply {
+        status,
+        body: body.to_bytes(),
+    })
 }
 
 struct Reply {

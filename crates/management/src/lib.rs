@@ -14,6 +14,8 @@
 //! | POST /v1/vm/disks | attaches the [`DiskConfig`](api::DiskConfig) of the body | 201 `DiskStatus` |
 //! | DELETE /v1/vm/disks/{id} | asks the guest to let it go | 202 [`Removal`](api::Removal), later an event |
 //! | the same for /v1/vm/nets | network cards | |
+//! | POST /v1/storage | does the [`StorageRequest`](api::StorageRequest) of the body | 200 [`StorageAnswer`](api::StorageAnswer) |
+//! | POST /v1/storage/transfer, to be upgraded | the [`TransferRequest`](api::virtual_disk::TransferRequest) of the body | 101, then data in both directions |
 //! | GET /v1/events?after=N&wait=SECONDS | events with numbers above N, waits for the first | 200 [`EventPage`](api::EventPage) |
 //!
 //! Everything else is a [`Problem`](api::Problem) as `application/problem+json`. One request per connection; sizes, times and
@@ -26,6 +28,7 @@ mod client;
 mod routes;
 mod server;
 mod socket;
+mod transfer;
 
 pub use client::{Client, ClientError, Removed};
 pub use server::{Server, ServerHandle};

@@ -13,8 +13,10 @@ use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue, LOCATION};
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
+
+use crate::transfer;
 
 /// Longest time that a client may wait for events.
 pub(crate) const MAX_WAIT: Duration = Duration::from_secs(60);
@@ -36,15 +38,21 @@ pub(crate) struct Context {
     vm: Arc<dyn Vm>,
     /// The number of the newest event.
     news: watch::Receiver<u64>,
+    /// Room for transfers.
+    pub(crate) transfers: Arc<Semaphore>,
 }
 
 impl Context {
     pub(crate) fn new(vm: Arc<dyn Vm>, news: watch::Receiver<u64>) -> Self {
-        Self { vm, news }
+        Self {
+            vm,
+            news,
+            transfers: Arc::new(Semaphore::new(transfer::MAX_TRANSFERS)),
+        }
     }
 
     /// Asks the machine, on a helper thread, because it may take a moment.
-    async fn ask<T: Send + 'static>(
+    pub(crate) async fn ask<T: Send + 'static>(
         &self,
         question: impl FnOnce(&dyn Vm) -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, Problem> {
@@ -121,6 +129,10 @@ async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, 
                     .await?;
                 Ok(json(StatusCode::OK, &answered))
             }
+            _ => Ok(not_allowed(&method, "POST")),
+        },
+        ["v1", "storage", "transfer"] => match method {
+            Method::POST => transfer::answer(context, request).await,
             _ => Ok(not_allowed(&method, "POST")),
         },
         ["v1", "events"] => match method {
@@ -329,7 +341,7 @@ async fn events(context: &Context, query: &Query) -> EventPage {
 }
 
 /// The body of a request as a `T`.
-async fn body<T: DeserializeOwned>(body: Incoming) -> Result<T, Problem> {
+pub(crate) async fn body<T: DeserializeOwned>(body: Incoming) -> Result<T, Problem> {
     let collected = timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
     let bytes = match collected {
         Ok(Ok(collected)) => collected.to_bytes(),

@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use api::virtual_disk::{CopyRequest, ExportRequest, ImageFormat, TransferRequest};
 use api::{
     ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventLog,
-    NetBackend, NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Vm, VmState,
-    VmStatus,
+    NetBackend, NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, Vm,
+    VmState, VmStatus,
 };
 use management::{Client, ClientError, Removed, Server, ServerHandle};
 
@@ -136,6 +137,19 @@ impl Vm for FakeVm {
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         self.note(&format!("storage: {request:?}"))?;
         Err(Problem::new(ProblemKind::Conflict, "this machine has no pool"))
+    }
+
+    fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem> {
+        let TransferRequest::Copy(copy) = request else {
+            return Err(Problem::new(ProblemKind::Conflict, "this machine has no pool"));
+        };
+        Ok(Box::new(move |mut line| {
+            // It speaks first, and then says everything again.
+            line.write_all(copy.path.as_bytes()).unwrap();
+            let mut said = Vec::new();
+            line.read_to_end(&mut said).unwrap();
+            line.write_all(&said).unwrap();
+        }))
     }
 
     fn events(&self) -> &EventLog {
@@ -526,4 +540,73 @@ fn the_server_ends_with_its_handle_and_takes_the_socket_along() {
     assert!(started.elapsed() < Duration::from_secs(5));
     assert_eq!(waiting.join().unwrap().events.len(), 1);
     assert!(!path.exists());
+}
+
+fn copying(path: &str) -> TransferRequest {
+    TransferRequest::Copy(CopyRequest {
+        path: path.into(),
+        to: "/to.dsk".into(),
+        thick: false,
+        verify: false,
+    })
+}
+
+#[test]
+fn a_transfer_has_a_connection_of_its_own_in_both_directions() {
+    let setup = setup();
+    let (early, mut line) = setup.client.transfer(&copying("/from.dsk")).unwrap();
+    // More than any buffer in between holds, and longer than a request may take.
+    let data: Vec<u8> = (0..3_000_000u32).flat_map(u32::to_le_bytes).collect();
+    line.write_all(&data).unwrap();
+    // The machine answers others meanwhile.
+    assert_eq!(setup.client.status().unwrap().name.as_str(), "fake");
+    line.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut said = early;
+    line.read_to_end(&mut said).unwrap();
+    assert!(said == [b"/from.dsk", data.as_slice()].concat());
+}
+
+#[test]
+fn a_transfer_is_refused_as_any_other_request() {
+    let setup = setup();
+    let export = TransferRequest::Export(ExportRequest {
+        path: "/from.dsk".into(),
+        image: "out.raw".into(),
+        format: ImageFormat::Raw,
+        force: false,
+        verify: false,
+    });
+    let problem = problem_of(setup.client.transfer(&export));
+    assert_eq!(problem.kind, ProblemKind::Conflict);
+    let (status, body) = raw(&setup.path, &request("POST", "/v1/storage/transfer", "{}"));
+    assert!(
+        status.contains("400") && body.contains("smsvmm-transfer"),
+        "{status} {body}"
+    );
+    let (status, _) = raw(&setup.path, &request("GET", "/v1/storage/transfer", ""));
+    assert!(status.contains("405"), "{status}");
+    // Four at a time.
+    let mut lines: Vec<_> = (0..4)
+        .map(|_| setup.client.transfer(&copying("/a.dsk")).unwrap().1)
+        .collect();
+    let problem = problem_of(setup.client.transfer(&copying("/a.dsk")));
+    assert_eq!(problem.kind, ProblemKind::Exhausted);
+    lines.pop();
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    while let Err(error) = setup.client.transfer(&copying("/a.dsk")) {
+        assert!(std::time::Instant::now() < end, "{error}");
+    }
+}
+
+#[test]
+fn a_transfer_client_that_does_not_wait_for_the_answer_is_let_go() {
+    let setup = setup();
+    let body = serde_json::to_string(&copying("/from.dsk")).unwrap();
+    let head = format!(
+        "POST /v1/storage/transfer HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: smsvmm-transfer\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    let (status, rest) = raw(&setup.path, &format!("{head}{body}too early"));
+    assert!(status.contains("101"), "{status}");
+    assert_eq!(rest, "");
 }

@@ -4,12 +4,14 @@ use std::error::Error;
 use std::sync::Arc;
 
 use anyhow::Context;
-use api::{AtPowerOff, ByteSize, DiskConfig, Problem, ProblemKind, StorageAnswer, StorageRequest};
+use api::virtual_disk::TransferRequest;
+use api::{AtPowerOff, ByteSize, DiskConfig, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
 use block_io::WorkerOptions;
 use storage_manager::{DevicePaths, DiskOptions, HostedPool, PowerOff};
-use storage_virtualizer::virtio_blk::{DiskControls, VirtioBlk, VirtioBlkOptions};
+use storage_virtualizer::controls::DiskControls;
+use storage_virtualizer::scsi::Provisioning;
 use vmm::config::VmConfig;
-use vmm::machine::{self, PoolDisk, PoolDisks};
+use vmm::machine::{self, GuestDisk, PoolDisk, PoolDisks};
 use vmm::sandbox::{Kind, Sandbox};
 
 use crate::logs;
@@ -91,17 +93,17 @@ impl PoolDisks for VmPool {
             let text = format!("{path} is empty; `smsvmm disk resize` gives it a size");
             return Err(Box::new(Problem::new(ProblemKind::Conflict, text)));
         }
-        let options = VirtioBlkOptions {
-            serial: machine::serial(config),
-            queues: u16::from(config.queues),
-            queue_size: config.queue_size.get(),
+        let GuestDisk { device, resized } = machine::guest_disk(
+            config,
+            disk.handle().clone(),
+            disk.identity(),
+            Provisioning::ThinZeroes,
             controls,
-        };
-        let device = VirtioBlk::new(disk.handle().clone(), &options, vec![self.0.worker().clone()])?;
-        let handle = device.handle();
-        disk.on_resize(move || handle.size_changed());
+            self.0.worker().clone(),
+        )?;
+        disk.on_resize(resized);
         Ok(PoolDisk {
-            device: Box::new(device),
+            device,
             size,
             guard: Box::new(disk.into_guard()),
         })
@@ -109,5 +111,9 @@ impl PoolDisks for VmPool {
 
     fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         self.0.execute(request)
+    }
+
+    fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem> {
+        self.0.transfer(request)
     }
 }

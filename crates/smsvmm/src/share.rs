@@ -8,10 +8,9 @@ use anyhow::Context;
 use block_io::{Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
 use clap::{Args, Subcommand};
 use storage_manager::HostedPool;
+use storage_virtualizer::controls::{DiskControls, Rate, RateLimit};
 use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
-use storage_virtualizer::virtio_blk::{
-    DiskControls, MAX_QUEUES, Rate, RateLimit, VirtioBlkOptions, fitting_serial,
-};
+use storage_virtualizer::virtio_blk::{MAX_QUEUES, VirtioBlkOptions, fitting_serial};
 
 use crate::exit::{Exit, UsageError};
 use crate::logs;

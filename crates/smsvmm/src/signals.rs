@@ -142,9 +142,10 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::mpsc;
 
+    use api::virtual_disk::TransferRequest;
     use api::{
         DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, NetConfig, NetStatus, Problem,
-        ProblemKind, StorageAnswer, StorageRequest, VmStatus,
+        ProblemKind, StorageAnswer, StorageRequest, Transfer, VmStatus,
     };
 
     use super::*;
@@ -224,6 +225,10 @@ mod tests {
         }
 
         fn storage(&self, _request: StorageRequest) -> Result<StorageAnswer, Problem> {
+            never()
+        }
+
+        fn transfer(&self, _request: TransferRequest) -> Result<Transfer, Problem> {
             never()
         }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use api::storage::JobStatus;
 use api::{Problem, ProblemKind};
-use block_io::{Worker, WorkerOptions};
+use block_io::{Worker, WorkerHandle, WorkerOptions};
 
 /// Between two looks at jobs and at whether the caller wants to stop.
 pub(crate) const TICK: Duration = Duration::from_millis(100);
@@ -88,11 +88,25 @@ where
 {
     let worker = Worker::start("storage", WorkerOptions::default())
         .map_err(|error| Problem::new(ProblemKind::Host, crate::problem::chain(&error)))?;
+    on_handle(worker.handle(), &Arc::default(), notify, make)
+}
+
+/// As [`on_worker`], on a worker that there is; not to be called from it. Others may set `stop` as well.
+pub(crate) fn on_handle<T, M, F>(
+    worker: &WorkerHandle,
+    stop: &Arc<AtomicBool>,
+    notify: &mut dyn FnMut(Notice<'_>) -> Flow,
+    make: M,
+) -> Result<T, Problem>
+where
+    T: Send + 'static,
+    M: FnOnce(Reporter<T>) -> F + Send + 'static,
+    F: Future<Output = Result<T, Problem>> + 'static,
+{
     let (sender, receiver) = mpsc::channel();
-    let stop = Arc::new(AtomicBool::new(false));
     let reporter = Reporter {
         sender: sender.clone(),
-        stop: Arc::clone(&stop),
+        stop: Arc::clone(stop),
     };
     worker.spawn(move || async move {
         let done = make(reporter).await;

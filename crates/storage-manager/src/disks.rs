@@ -15,6 +15,7 @@ use crate::device::DevicePaths;
 use crate::disks_view as view;
 use crate::file_view;
 use crate::files::walk;
+use crate::moment;
 use crate::offline;
 use crate::problem::{of_disks, of_files};
 use crate::storage::{Access, Storage, Volume, now};
@@ -132,13 +133,19 @@ async fn perform(
     };
     // What is not needed any more goes now, as nobody else will have the pool open in a moment.
     settle(storage, reporter).await?;
-    match Box::pin(storage.merge_disk(&path)).await {
-        Ok(_) => {}
-        // It was deleted.
-        Err(problem) if problem.kind == ProblemKind::NotFound => {}
-        Err(problem) => return Err(problem),
+    // What the file system merges by itself may be in the way of the first try.
+    for _ in 0..2 {
+        let merged = match Box::pin(storage.merge_disk(&path)).await {
+            Ok(merged) => merged,
+            // It was deleted.
+            Err(problem) if problem.kind == ProblemKind::NotFound => true,
+            Err(problem) => return Err(problem),
+        };
+        settle(storage, reporter).await?;
+        if merged {
+            break;
+        }
     }
-    settle(storage, reporter).await?;
     Ok(answer)
 }
 
@@ -228,6 +235,7 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
             name,
             description,
         } => {
+            moment::check_name(&name)?;
             let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
             let new = NewSnapshot {
                 name,
@@ -241,6 +249,7 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
             name,
             description,
         } => {
+            name.as_deref().map_or(Ok(()), moment::check_name)?;
             let (disk, snapshot) = snapshot_of(&path)?;
             done(Box::pin(describe(disks, &disk, snapshot, name, description)).await)
         }

@@ -4,16 +4,16 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 
-use api::virtual_disk::{ExportRequest, ImageFormat, Transferred};
+use api::virtual_disk::{ExportRequest, ImageFormat, TransferRequest, Transferred};
 use api::{Problem, ProblemKind};
 use block_io::{AlignedBuffer, BlockDevice};
-use storage_virtualizer::disk::DiskOptions;
 use storage_virtualizer::disk::image::qcow2::{Qcow2, Qcow2Writer, is_qcow2};
 use storage_virtualizer::disk::image::{Image, ImageError, ImageWriter, Raw, RawWriter};
 
 use crate::conversation::{Flow, Notice, Reporter, on_worker};
-use crate::device::DevicePaths;
-use crate::disks_transfer::{Of, PIECE, PIECES, Piece, compare, send_all, thread};
+use crate::disks_transfer::{Of, PIECE, PIECES, Piece, broken_off, compare, send_all, thread};
+use crate::live::{PoolAt, Side, converse};
+use crate::moment::Moment;
 use crate::pipe::{Pipe, pipe};
 use crate::storage::{Access, Storage};
 
@@ -259,7 +259,7 @@ fn writer(file: File, format: ImageFormat, size: u64) -> Result<Box<dyn ImageWri
 }
 
 /// What the task tells the thread.
-enum Message {
+pub(crate) enum Message {
     /// The disk has so many bytes.
     Size(u64),
     Piece(Piece),
@@ -272,7 +272,7 @@ enum Message {
 /// # Errors
 /// The disk or the pool cannot be opened or read, the image cannot be made, or they differ afterwards. Then there is no new image.
 pub fn export_disk(
-    paths: DevicePaths,
+    pool: PoolAt,
     request: ExportRequest,
     notify: &mut dyn FnMut(Notice<'_>) -> Flow,
 ) -> Result<Transferred, Problem> {
@@ -294,13 +294,33 @@ pub fn export_disk(
         flow
     };
     let asked = request.clone();
-    let done = on_worker(&mut notify, |reporter| async move {
-        let storage = Storage::open(&paths, Access::Read).await?;
-        let done = Box::pin(export(&storage, &asked, here, checks_here, &reporter)).await;
-        let (mut done, events) = storage.end(done).await?;
-        done.events = events;
-        Ok(done)
-    });
+    let (done, refused) = match pool {
+        PoolAt::Devices(paths) => {
+            let done = on_worker(&mut notify, |reporter| async move {
+                let storage = Storage::open(&paths, Access::Read).await?;
+                let (done, _) = Box::pin(export(&storage, &asked, here, checks_here, &reporter)).await;
+                let (mut done, events) = storage.end(done).await?;
+                done.events = events;
+                Ok(done)
+            });
+            (done, false)
+        }
+        PoolAt::Machine(connect) => match connect(&TransferRequest::Export(asked)) {
+            Ok(line) => {
+                let side = Side {
+                    up: None,
+                    data: Some(here),
+                    checks: Some(checks_here),
+                    size: 0,
+                };
+                converse(line, side, &mut notify)
+            }
+            Err(problem) => {
+                drop((here, checks_here));
+                (Err(problem), false)
+            }
+        },
+    };
     let taken = sink.join();
     let taken = taken.unwrap_or_else(|_| {
         Err(Problem::new(
@@ -309,10 +329,13 @@ pub fn export_disk(
         ))
     });
     if stopped {
-        let detail = format!("exporting {} was broken off; nothing is left of it", request.path);
-        return Err(Problem::new(ProblemKind::Stopping, detail).about(&request.path));
+        return Err(broken_off("exporting", &request.path));
     }
-    let done = done?;
+    let (done, taken) = match (done, taken) {
+        // It ended because of that.
+        (_, Err(problem)) if refused => return Err(problem),
+        (done, taken) => (done?, taken),
+    };
     taken?;
     draft.finish()?;
     Ok(done)
@@ -349,28 +372,46 @@ fn take(
     compare(image.as_mut(), checks, name)
 }
 
-async fn export(
+/// Also tells which disk may have a layer more than it needs.
+pub(crate) async fn export(
     storage: &Storage,
     request: &ExportRequest,
     to: Pipe<Message>,
     checks: Pipe<Piece>,
     reporter: &Reporter<Transferred>,
+) -> (Result<Transferred, Problem>, Option<String>) {
+    storage
+        .at_a_moment(&request.path, async |moment| {
+            read_out(storage, moment, request, to, checks, reporter).await
+        })
+        .await
+}
+
+async fn read_out(
+    storage: &Storage,
+    moment: &Moment,
+    request: &ExportRequest,
+    to: Pipe<Message>,
+    checks: Pipe<Piece>,
+    reporter: &Reporter<Transferred>,
 ) -> Result<Transferred, Problem> {
-    let options = DiskOptions {
-        read_only: true,
-        ..DiskOptions::default()
-    };
-    let disk = storage.disk(&request.path, options).await?;
+    let (disk, of) = (&*moment.disk, Of::Disk(&moment.path));
     let size = disk.size();
     // Who does not take it any more says why.
     let _ = to.send(Message::Size(size)).await;
-    let of = Of::Disk(&request.path);
     let what = format!("export {}", request.path);
-    let data = send_all(storage, of, &*disk, &Wrap(&to), reporter, &what).await?;
+    let data = send_all(storage, of, disk, &Wrap(&to), reporter, &what).await?;
+    if reporter.stopped() {
+        return Err(broken_off("exporting", &request.path));
+    }
     let _ = to.send(Message::End).await;
+    drop(to);
     if request.verify {
         let what = format!("verify {}", request.path);
-        send_all(storage, of, &*disk, &checks, reporter, &what).await?;
+        send_all(storage, of, disk, &checks, reporter, &what).await?;
+    }
+    if reporter.stopped() {
+        return Err(broken_off("exporting", &request.path));
     }
     Ok(Transferred {
         path: request.path.clone(),

@@ -10,17 +10,18 @@
 
 use std::ops::Range;
 
-use api::virtual_disk::{CopyRequest, ImportRequest, Transferred};
+use api::virtual_disk::{CopyRequest, ImportRequest, TransferRequest, Transferred};
 use api::{Problem, ProblemKind};
 use block_io::{AlignedBuffer, BlockDevice, Durability};
 use filesys::{FsError, NewFile, RangeKind};
+use storage_virtualizer::disk::DiskPath;
 use storage_virtualizer::disk::image::{Image, difference, first_non_zero};
-use storage_virtualizer::disk::{DiskOptions, DiskPath};
 
 use crate::conversation::{Flow, Notice, Reporter, Work, on_worker};
-use crate::device::DevicePaths;
-use crate::disks::{VirtualDisk, attributes_at, failed};
+use crate::disks::{attributes_at, failed};
 use crate::disks_image::{self as host, of_image};
+use crate::live::{PoolAt, Side, converse};
+use crate::moment::Moment;
 use crate::pipe::{Pipe, pipe};
 use crate::problem::{of_file_io, of_files};
 use crate::storage::{Access, File, Storage, now};
@@ -184,7 +185,7 @@ fn rename_in(mut problem: Problem, part: &str, path: &str) -> Problem {
     problem
 }
 
-fn broken_off(what: &str, path: &str) -> Problem {
+pub(crate) fn broken_off(what: &str, path: &str) -> Problem {
     Problem::new(
         ProblemKind::Stopping,
         format!("{what} {path} was broken off; nothing is left of it"),
@@ -197,8 +198,8 @@ fn broken_off(what: &str, path: &str) -> Problem {
 /// # Errors
 /// The image or the pool cannot be opened or read, the disk cannot be made, or they differ afterwards. Then there is no new disk.
 pub fn import_disk(
-    paths: DevicePaths,
-    request: ImportRequest,
+    pool: PoolAt,
+    mut request: ImportRequest,
     notify: &mut dyn FnMut(Notice<'_>) -> Flow,
 ) -> Result<Transferred, Problem> {
     let (image, format) = host::open(&request.image, request.format, request.backing)?;
@@ -211,6 +212,7 @@ pub fn import_disk(
         );
         return Err(Problem::new(ProblemKind::Invalid, detail).about(&request.image));
     }
+    request.size = Some(size);
     let (there, here) = pipe(PIECES);
     let (to_check, checks) = pipe(PIECES);
     let closers = (here.closer(), to_check.closer());
@@ -225,18 +227,32 @@ pub fn import_disk(
         }
         flow
     };
-    let done = on_worker(&mut notify, move |reporter| async move {
-        let storage = Storage::open(&paths, Access::Write).await?;
-        let done = Box::pin(import(&storage, &request, size, &here, to_check, &reporter)).await;
-        // The thread must not wait for a task that is gone.
-        drop(here);
-        let (mut done, events) = storage.end(done).await?;
-        done.format = Some(format);
-        done.events = events;
-        Ok(done)
-    });
+    let done = match pool {
+        PoolAt::Devices(paths) => on_worker(&mut notify, move |reporter| async move {
+            let storage = Storage::open(&paths, Access::Write).await?;
+            let done = Box::pin(import(&storage, &request, size, &here, to_check, &reporter)).await;
+            // The thread must not wait for a task that is gone.
+            drop(here);
+            let (mut done, events) = storage.end(done).await?;
+            done.events = events;
+            Ok(done)
+        }),
+        PoolAt::Machine(connect) => {
+            let line = connect(&TransferRequest::Import(request))?;
+            let side = Side {
+                up: Some(here),
+                data: None,
+                checks: Some(to_check),
+                size,
+            };
+            converse(line, side, &mut notify).0
+        }
+    };
     drop(feeder);
-    done
+    done.map(|mut done| {
+        done.format = Some(format);
+        done
+    })
 }
 
 /// Reads all data of an image; then, if it is wanted, compares what the disk has with it.
@@ -288,7 +304,7 @@ fn differs(name: &str, place: u64) -> Problem {
     .remedy("see whether somebody else writes to it, then do it again")
 }
 
-async fn import(
+pub(crate) async fn import(
     storage: &Storage,
     request: &ImportRequest,
     size: u64,
@@ -466,51 +482,64 @@ impl<'a> Pieces<'a> {
 /// Copies a disk or a snapshot.
 ///
 /// # Errors
-/// There is none, it is in use, the new name is taken, or there is no space. Then there is no new disk.
+/// There is none, it cannot be read now, the new name is taken, or there is no space. Then there is no new disk.
 pub fn copy_disk(
-    paths: DevicePaths,
+    pool: PoolAt,
     request: CopyRequest,
     notify: &mut dyn FnMut(Notice<'_>) -> Flow,
 ) -> Result<Transferred, Problem> {
-    on_worker(notify, |reporter| async move {
-        let storage = Storage::open(&paths, Access::Write).await?;
-        let done = Box::pin(copy(&storage, &request, &reporter)).await;
-        let (mut done, events) = storage.end(done).await?;
-        done.events = events;
-        Ok(done)
-    })
+    match pool {
+        PoolAt::Devices(paths) => on_worker(notify, |reporter| async move {
+            let storage = Storage::open(&paths, Access::Write).await?;
+            let (done, _) = Box::pin(copy(&storage, &request, &reporter)).await;
+            let (mut done, events) = storage.end(done).await?;
+            done.events = events;
+            Ok(done)
+        }),
+        PoolAt::Machine(connect) => {
+            let line = connect(&TransferRequest::Copy(request))?;
+            let side = Side {
+                up: None,
+                data: None,
+                checks: None,
+                size: 0,
+            };
+            converse(line, side, notify).0
+        }
+    }
 }
 
-async fn copy(
+/// Also tells which disk may have a layer more than it needs.
+pub(crate) async fn copy(
     storage: &Storage,
     request: &CopyRequest,
     reporter: &Reporter<Transferred>,
-) -> Result<Transferred, Problem> {
-    let options = DiskOptions {
-        read_only: true,
-        ..DiskOptions::default()
-    };
-    let disk = storage.disk(&request.path, options).await?;
-    let size = disk.size();
-    let mut draft = Draft::new(storage, &request.to, size, request.thick).await?;
-    let copied = copy_data(storage, &disk, &mut draft, request, reporter).await;
-    draft.end(copied, &request.to, size, request.verify).await
+) -> (Result<Transferred, Problem>, Option<String>) {
+    storage
+        .at_a_moment(&request.path, async |moment| {
+            let size = moment.disk.size();
+            let mut draft = Draft::new(storage, &request.to, size, request.thick).await?;
+            let copied = copy_data(storage, moment, &mut draft, request, reporter).await;
+            draft.end(copied, &request.to, size, request.verify).await
+        })
+        .await
 }
 
 async fn copy_data(
     storage: &Storage,
-    disk: &VirtualDisk,
+    moment: &Moment,
     draft: &mut Draft<'_>,
     request: &CopyRequest,
     reporter: &Reporter<Transferred>,
 ) -> Result<u64, Problem> {
+    let disk = &*moment.disk;
     let size = disk.size();
     let mut data = 0;
     for verify in [false, true] {
         if verify && !request.verify {
             continue;
         }
-        let mut pieces = Pieces::new(storage, Of::Disk(&request.path), size);
+        let mut pieces = Pieces::new(storage, Of::Disk(&moment.path), size);
         while let Some(range) = pieces.next().await? {
             if reporter.stopped() {
                 return Err(broken_off("copying", &request.to));

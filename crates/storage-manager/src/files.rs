@@ -39,6 +39,7 @@ pub fn execute_file(
                 force,
             };
             let mut storage = Storage::open_pool(&paths, Access::Write).await?;
+            storage.pool.let_jobs_begin();
             let made = Box::pin(format::format(&mut storage, wishes)).await;
             return end(storage, made.map(FileAnswer::FileSystem), &reporter).await;
         }

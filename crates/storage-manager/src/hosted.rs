@@ -4,6 +4,7 @@
 //!   any thread                               the pool's worker
 //!   HostedPool::disk ───── waits ──────────► Open { storage, disks } ─► VirtualDisk ◄── queue servers: HostedDisk::handle
 //!   HostedPool::execute ── waits ──────────►   the same Storage: snapshots of disks that are being written, status, jobs
+//!   HostedPool::transfer ── waits ─────────►   the same Storage: images that come and go
 //!   DiskGuard is dropped ──────────────────►   waits for the last request, then power-off as the disk's mode wants it
 //!   HostedPool::close ──── waits ──────────►   waits for all disks and for merges, closes the file system, then the pool
 //! ```
@@ -21,7 +22,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use api::storage::{Operation, Outcome, PoolEvent};
-use api::{Problem, ProblemKind, StorageAnswer, StorageRequest};
+use api::virtual_disk::{TransferRequest, Transferred};
+use api::{Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
 use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOptions, spawn_local};
 use storage_virtualizer::PinnedDisk;
 use storage_virtualizer::disk::DiskOptions;
@@ -30,7 +32,11 @@ use storage_virtualizer::nbd::{NbdOptions, NbdServer, NbdServerError};
 use crate::conversation::Reporter;
 use crate::device::DevicePaths;
 use crate::disks::{self, VirtualDisk};
+use crate::disks_image::{self, Message};
+use crate::disks_transfer::{self, Piece};
 use crate::export::DiskExport;
+use crate::live::{self, Transfers};
+use crate::pipe::Pipe;
 use crate::storage::{Access, Storage};
 use crate::{files, offline, volumes};
 
@@ -69,7 +75,13 @@ fn shorten(open: &Rc<Open>, path: String) {
     let open = Rc::clone(open);
     open.merging.set(open.merging.get() + 1);
     let spawned = spawn_local(async move {
-        match open.storage.merge_disk(&path).await {
+        let mut merged = open.storage.merge_disk(&path).await;
+        if let (Ok(false), Ok(files)) = (&merged, open.storage.files()) {
+            // What the file system merges by itself may have been in the way.
+            files.settled().await;
+            merged = open.storage.merge_disk(&path).await;
+        }
+        match merged {
             Ok(_) => {}
             // It was deleted.
             Err(problem) if problem.kind == ProblemKind::NotFound => {}
@@ -92,6 +104,7 @@ fn open_pool() -> Result<Rc<Open>, Problem> {
 #[derive(Debug)]
 pub struct HostedPool {
     worker: Worker,
+    transfers: Transfers,
     notes: Vec<String>,
 }
 
@@ -120,7 +133,11 @@ impl HostedPool {
             })));
             Ok(notes)
         })?;
-        Ok(Self { worker, notes })
+        Ok(Self {
+            worker,
+            transfers: Transfers::default(),
+            notes,
+        })
     }
 
     /// What a person should know of the devices.
@@ -149,9 +166,12 @@ impl HostedPool {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let (path, handle) = (path.to_owned(), self.worker().clone());
-        let (disk, size) = self.worker.run(move || async move {
+        let (disk, size, identity) = self.worker.run(move || async move {
             let open = open_pool()?;
             let disk = open.storage.disk(&path, options).await?;
+            if !options.read_only {
+                open.storage.forget_moments(disk.path().as_str()).await?;
+            }
             let resized = Resized::default();
             let tell = Rc::clone(&resized);
             disk.on_resize(move |_| {
@@ -162,16 +182,19 @@ impl HostedPool {
             let (size, path) = (disk.geometry().size, disk.path().to_string());
             let pinned = PinnedDisk::new(Rc::clone(&disk), &handle)
                 .map_err(|error| Problem::new(ProblemKind::Host, error.to_string()))?;
+            let snapshot = disk.snapshot().map(|name| format!("@{name}")).unwrap_or_default();
+            let identity = format!("{}{path}{snapshot}", open.storage.pool.configuration().pool);
             open.disks.borrow_mut().insert(number, Hosted { disk, resized });
             if !options.read_only {
                 // What was not done when the process ended.
                 shorten(&open, path);
             }
-            Ok::<_, Problem>((pinned, size))
+            Ok::<_, Problem>((pinned, size, identity))
         })?;
         Ok(HostedDisk {
             handle: disk,
             size,
+            identity,
             guard: DiskGuard {
                 number,
                 worker: self.worker().clone(),
@@ -230,17 +253,26 @@ impl HostedPool {
         })
     }
 
+    /// What moves data between the pool and who is at the other end of a connection, while disks are in use.
+    ///
+    /// # Errors
+    /// The request is impossible.
+    pub fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem> {
+        live::transfer(self.worker().clone(), self.transfers.clone(), request)
+    }
+
     /// What happened since this was asked last.
     pub fn take_events(&self) -> Vec<PoolEvent> {
         self.worker
             .run(|| async { open_pool().map_or_else(|_| Vec::new(), |open| open.storage.take_events()) })
     }
 
-    /// Waits until all disks are closed, then closes the file system and the pool. Who asks for something afterwards is refused.
+    /// Breaks off what moves data, waits until all disks are closed, then closes the file system and the pool. Who asks for something afterwards is refused.
     ///
     /// # Errors
     /// Something could not be written, or a disk's mode could not be obeyed. What was acknowledged is not lost by that.
     pub fn close(&self) -> Result<(), Problem> {
+        self.transfers.close();
         self.worker.run(|| async {
             let Some(mut open) = OPEN.take() else {
                 return Ok(());
@@ -277,6 +309,7 @@ impl HostedPool {
 pub struct HostedDisk {
     handle: PinnedDisk<VirtualDisk>,
     size: u64,
+    identity: String,
     guard: DiskGuard,
 }
 
@@ -289,6 +322,11 @@ impl HostedDisk {
     /// Bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// A name that no other disk has, in no pool: the pool's identifier and the path. Stays as long as the disk is not moved.
+    pub fn identity(&self) -> &str {
+        &self.identity
     }
 
     /// `tell` is called on the pool's worker whenever the size has changed; the handle knows the new one then.
@@ -347,6 +385,51 @@ async fn power_off(storage: &Storage, disk: Rc<VirtualDisk>) -> Result<(), Probl
         clock.sleep(LOOK).await;
     }
     storage.close_disk(disk).await
+}
+
+/// What a transfer reads and writes instead of an image.
+pub(crate) struct Ends {
+    /// Of the image that comes in.
+    pub(crate) size: u64,
+    pub(crate) up: Pipe<Result<Option<Piece>, Problem>>,
+    pub(crate) data: Pipe<Message>,
+    pub(crate) checks: Pipe<Piece>,
+}
+
+/// Does a transfer, on the pool's worker.
+pub(crate) async fn move_data(
+    request: TransferRequest,
+    ends: Ends,
+    reporter: Reporter<Transferred>,
+) -> Result<Transferred, Problem> {
+    let Ends {
+        size,
+        up,
+        data,
+        checks,
+    } = ends;
+    let open = open_pool()?;
+    let storage = &open.storage;
+    let (done, longer) = match &request {
+        TransferRequest::Import(request) => {
+            drop(data);
+            let done = disks_transfer::import(storage, request, size, &up, checks, &reporter);
+            (Box::pin(done).await, None)
+        }
+        TransferRequest::Export(request) => {
+            Box::pin(disks_image::export(storage, request, data, checks, &reporter)).await
+        }
+        TransferRequest::Copy(request) => {
+            drop((data, checks));
+            Box::pin(disks_transfer::copy(storage, request, &reporter)).await
+        }
+    };
+    if let Some(path) = longer {
+        shorten(&open, path);
+    }
+    let mut done = done?;
+    done.events = storage.take_events();
+    Ok(done)
 }
 
 async fn answer(storage: &Storage, request: StorageRequest) -> Result<StorageAnswer, Problem> {

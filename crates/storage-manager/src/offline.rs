@@ -167,6 +167,7 @@ async fn operate(
     reporter: &Reporter<Outcome>,
 ) -> Result<(Vec<JobStatus>, bool), Problem> {
     volumes::before(storage, &operation).await?;
+    storage.pool.let_jobs_begin();
     let done = perform(&storage.pool, operation.clone(), reporter).await?;
     volumes::after(storage, &operation).await?;
     Ok(done)
@@ -178,6 +179,7 @@ pub(crate) fn options(force: store::Force) -> Result<OpenOptions, Problem> {
         pool: None,
         force,
         limits: volume_manager::logs::hot::Limits::default(),
+        jobs_wait: true,
     })
 }
 

@@ -11,7 +11,6 @@ use api::storage::PoolEvent;
 use api::{Problem, ProblemKind};
 use block_io::WorkerClock;
 use filesys::{Copies, GivenVolume, Redundancy};
-use volume_manager::model::JobState;
 
 use crate::device::{self, Device, DevicePaths};
 use crate::disks::Disks;
@@ -57,7 +56,12 @@ impl Storage {
     pub async fn open(paths: &DevicePaths, access: Access) -> Result<Self, Problem> {
         let mut storage = Self::open_pool(paths, access).await?;
         match storage.open_files().await {
-            Ok(()) => Ok(storage),
+            Ok(()) => {
+                if access == Access::Write {
+                    storage.pool.let_jobs_begin();
+                }
+                Ok(storage)
+            }
             Err(problem) => {
                 // What matters is why there are no files.
                 let _ = storage.pool.close().await;
@@ -66,7 +70,8 @@ impl Storage {
         }
     }
 
-    /// Opens a pool without looking for files.
+    /// Opens a pool without looking for files. Its jobs wait ([`Pool::let_jobs_begin`]) until the file system has said what is in
+    /// use, or it is known that it will not.
     pub(crate) async fn open_pool(paths: &DevicePaths, access: Access) -> Result<Self, Problem> {
         match access {
             Access::Write => {
@@ -283,25 +288,93 @@ pub(crate) fn redundancy(meta: &Rc<Volume>, volumes: &[GivenVolume<Volume>]) -> 
     redundancy
 }
 
-/// Opens a pool whose devices are not changed.
+/// Opens a pool whose devices are not changed. Its jobs do nothing.
 pub(crate) async fn open_covered(devices: Vec<(String, Rc<Device>)>) -> Result<Pool, Problem> {
     let devices = devices.into_iter();
     let devices = devices.map(|(path, device)| (path, Rc::new(Member::Covered(Sheet::new(device)))));
     let options = offline::options(volume_manager::store::Force::No)?;
     let pool = Box::pin(Pool::open(devices.collect(), &options, WorkerClock::new())).await;
-    let pool = pool.map_err(|error| of_pool("pool", error))?;
-    // Their work would fill the memory, and is for nothing.
-    for job in pool.jobs() {
-        if job.state == JobState::Running {
-            let paused = pool.steer(job.id, JobState::Paused).await;
-            paused.map_err(|error| of_pool(&format!("job {}", job.id.0), error))?;
-        }
-    }
-    Ok(pool)
+    // Jobs wait for ever: their work would fill the memory, and is for nothing.
+    pool.map_err(|error| of_pool("pool", error))
 }
 
 /// Seconds since 1970.
 pub(crate) fn now() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use api::file::FileOperation;
+    use api::storage::{LayoutKind, NewDevice, Operation, Shape};
+    use block_io::{Worker, WorkerOptions};
+    use volume_manager::model::JobKind;
+
+    use super::*;
+    use crate::{Flow, Notice};
+
+    #[test]
+    fn jobs_that_go_on_when_a_pool_is_opened_leave_out_what_no_file_uses() {
+        let go_on = |_: Notice<'_>| Flow::GoOn;
+        let folder = tempfile::tempdir().unwrap();
+        let file = |number: u32| {
+            let path = folder.path().join(format!("d{number}"));
+            std::fs::File::create(&path).unwrap().set_len(64 << 20).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let paths: Vec<String> = (0..2).map(file).collect();
+        let device = |path: &String| NewDevice {
+            path: path.clone(),
+            spare: false,
+            class: String::new(),
+            enclosure: String::new(),
+            force: false,
+        };
+        crate::create("tank", paths.iter().map(device).collect(), &mut go_on.clone()).unwrap();
+        let format = FileOperation::Format {
+            meta_size: None,
+            meta_copies: None,
+            force: false,
+        };
+        crate::execute_file(paths.clone(), format, &mut go_on.clone()).unwrap();
+        let volume = Operation::CreateVolume {
+            name: "data".into(),
+            size: 16 << 20,
+            block: 4096,
+            shape: Shape {
+                layout: LayoutKind::Mirror,
+                columns: 0,
+                copies: 0,
+                stripe_unit: 0,
+                class: String::new(),
+                devices: Vec::new(),
+            },
+            read_policy: api::storage::ReadPolicy::default(),
+            raw: false,
+        };
+        crate::execute(paths.clone(), Force::No, volume, &mut go_on.clone()).unwrap();
+
+        let worker = Worker::start("test", WorkerOptions::default()).unwrap();
+        worker.run(move || async move {
+            let (pool, _) = offline::open(&paths, &Force::No, Vec::new()).await.unwrap();
+            let config = pool.configuration();
+            let data = config
+                .volumes
+                .iter()
+                .find(|volume| volume.name == "data")
+                .unwrap();
+            let scrub = JobKind::Scrub {
+                volume: Some(data.id),
+            };
+            // All of the volume would take it an hour.
+            let job = pool.start(scrub, 4096).await.unwrap();
+            pool.close().await.unwrap();
+
+            let storage = Storage::open(&paths, Access::Write).await.unwrap();
+            assert_eq!(storage.pool.job(job).unwrap().done, 0);
+            storage.pool.wait(job).await.unwrap();
+            storage.close().await.unwrap();
+        });
+    }
 }

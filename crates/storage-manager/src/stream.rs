@@ -71,13 +71,13 @@ pub fn write_file(
     })
 }
 
-/// Reads pieces until the end, or until nobody wants them.
-fn feed(mut source: impl Read, to: &Pipe<io::Result<Piece>>) {
+/// Reads pieces until the end, which it tells, or until nobody wants them: a queue that just ends was broken off.
+fn feed(mut source: impl Read, to: &Pipe<io::Result<Option<Piece>>>) {
     loop {
         let mut buffer = AlignedBuffer::new(PIECE);
         let (length, error) = fill(&mut source, buffer.as_mut_slice());
         let ended = length < PIECE;
-        if length > 0 && to.put(Ok(Piece { buffer, length })).is_err() {
+        if length > 0 && to.put(Ok(Some(Piece { buffer, length }))).is_err() {
             return;
         }
         if let Some(error) = error {
@@ -86,6 +86,7 @@ fn feed(mut source: impl Read, to: &Pipe<io::Result<Piece>>) {
             return;
         }
         if ended {
+            let _ = to.put(Ok(None));
             return;
         }
     }
@@ -108,7 +109,7 @@ fn fill(source: &mut impl Read, buffer: &mut [u8]) -> (usize, Option<io::Error>)
 async fn write(
     storage: &Storage,
     request: WriteRequest,
-    from: &Pipe<io::Result<Piece>>,
+    from: &Pipe<io::Result<Option<Piece>>>,
     reporter: &Reporter<Written>,
 ) -> Result<Written, Problem> {
     check_multiple("--offset", request.offset.unwrap_or(0))?;
@@ -225,7 +226,7 @@ impl FileTarget<'_> {
         &self,
         request: &WriteRequest,
         made: bool,
-        from: &Pipe<io::Result<Piece>>,
+        from: &Pipe<io::Result<Option<Piece>>>,
         reporter: &Reporter<Written>,
     ) -> Result<(u64, u64), Problem> {
         let start = request.offset.unwrap_or(0);
@@ -237,10 +238,15 @@ impl FileTarget<'_> {
         }
         let (mut at, mut zeroes) = (start, 0);
         let before = self.file.size();
-        while let Some(piece) = from.receive().await {
+        loop {
+            let Some(piece) = from.receive().await else {
+                let detail = format!("writing {} was broken off after {} bytes", self.path, at - start);
+                return Err(Problem::new(ProblemKind::Stopping, detail).about(self.path));
+            };
             let piece = piece.map_err(|error| {
                 Problem::new(ProblemKind::Host, format!("cannot read the input: {error}"))
             })?;
+            let Some(piece) = piece else { break };
             let end = at.saturating_add(piece.length as u64);
             self.grow(end).await?;
             zeroes += self.put(at, piece).await?;
@@ -250,10 +256,6 @@ impl FileTarget<'_> {
                 done: at - start,
                 total: request.expected.unwrap_or(0),
             });
-        }
-        if reporter.stopped() {
-            let detail = format!("writing {} was broken off after {} bytes", self.path, at - start);
-            return Err(Problem::new(ProblemKind::Stopping, detail).about(self.path));
         }
         if request.size.is_none() {
             let keep = if made { 0 } else { before };

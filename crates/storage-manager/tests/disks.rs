@@ -10,7 +10,7 @@ use api::ProblemKind;
 use api::virtual_disk::{DiskAnswer, DiskOperation, ExportRequest, ImageFormat};
 use block_io::{AlignedBuffer, BlockDevice, Durability, Worker, WorkerOptions};
 use common::go_on;
-use storage_manager::{Access, DiskMode, DiskOptions, Storage, VirtualDisk};
+use storage_manager::{Access, DiskMode, DiskOptions, PoolAt, Storage, VirtualDisk};
 
 /// A pool with two disks, and the paths of its devices.
 fn pool(folder: &tempfile::TempDir) -> Vec<String> {
@@ -157,6 +157,6 @@ fn an_image_is_exported_while_others_look_at_the_pool() {
         force: false,
         verify: true,
     };
-    let done = storage_manager::export_disk(paths, export, &mut go_on).unwrap();
+    let done = storage_manager::export_disk(PoolAt::Devices(paths), export, &mut go_on).unwrap();
     assert!(done.verified && done.size == 1 << 20);
 }

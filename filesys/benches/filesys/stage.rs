@@ -36,6 +36,7 @@ fn options() -> PoolOptions {
         pool: None,
         force: Force::No,
         limits: Limits::default(),
+        jobs_wait: false,
     }
 }
 

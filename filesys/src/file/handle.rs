@@ -4,7 +4,9 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use block_io::{BlockDevice, Clock, Durability, Geometry, IoBuf, IoCause, IoError, Operation, ZeroMode};
+use block_io::{
+    Allocation, BlockDevice, Clock, Durability, Geometry, IoBuf, IoCause, IoError, Operation, ZeroMode,
+};
 
 use super::layer_cache::LayerCache;
 use super::memory;
@@ -105,7 +107,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
     }
 
     /// The file and its ancestors as they are now.
-    pub(super) async fn chain(&self) -> Result<Chain, FsError> {
+    pub(crate) async fn chain(&self) -> Result<Chain, FsError> {
         while self.chain_seen.get() != self.core.chains.get() {
             let seen = self.core.chains.get();
             let id = self.id();
@@ -254,6 +256,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> BlockDevice for File<
         self.check(Operation::Discard, offset, length)?;
         let cleared = self.discard_range(offset, length).await;
         cleared.map_err(|error| self.io(error, Operation::Discard, offset, length))
+    }
+
+    async fn allocation(&self, offset: u64, length: u64) -> Result<(Allocation, u64), IoError> {
+        self.check(Operation::Read, offset, length)?;
+        let found = Box::pin(self.allocation_at(offset, length)).await;
+        found.map_err(|error| self.io(error, Operation::Read, offset, length))
     }
 
     async fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), IoError> {

@@ -40,6 +40,7 @@ fn options(incarnation: u64) -> volume_manager::OpenOptions {
         pool: None,
         force: Force::No,
         limits: Limits::default(),
+        jobs_wait: false,
     }
 }
 

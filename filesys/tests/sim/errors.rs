@@ -5,11 +5,13 @@
 //! afterwards by a file system that goes on, survives a power cut; with good devices, the file system can be opened again.
 
 use std::rc::Rc;
+use std::time::Duration;
 
-use block_io::Operation;
 use block_io::sim::{Ended, Failure, Fault, FaultRule, Medium, Numbers, RunOptions, Scenario, World};
+use block_io::{Clock, Operation};
 
 use crate::exhaustive::factor;
+use crate::harness;
 use crate::machine::Promise;
 use crate::scripts::{ALL, Machine, Op, Script, prepared};
 
@@ -206,4 +208,37 @@ fn a_request_fails_while_the_file_system_is_opened_after_a_crash() {
         "superblock: too few copies are written",
     ];
     explore(&scripts, When::Opening, 1000, &marks);
+}
+
+/// Found by the fuzz target `filesys-image`: the task that watches the journal asked for checkpoints again and again, and never waited.
+#[test]
+fn a_checkpoint_that_fails_while_the_journal_is_full_leaves_the_worker_to_others() {
+    let mut refused = 0;
+    for after in 0..60 {
+        let mut world = harness::world(1, 1 << 20);
+        let ran = world.run(&RunOptions::in_order(), async |sim| {
+            let fs = harness::format(&sim, 1).await.map_err(harness::failed)?;
+            let rule = FaultRule::once(Fault::Error, Operation::Write).after(after);
+            sim.inject(0, rule);
+            for number in 0..60 {
+                let made = fs.make_directory(&format!("/{number}"), None, 1).await;
+                if made.is_err() || fs.sync().await.is_err() {
+                    break;
+                }
+            }
+            sim.clock().sleep(Duration::from_secs(1)).await;
+            let is_refused = fs.make_directory("/last", None, 1).await.is_err();
+            let _ = fs.close().await;
+            Ok::<bool, Failure>(is_refused)
+        });
+        match ran
+            .unwrap_or_else(|failure| panic!("write {after} fails: {failure}"))
+            .ended
+        {
+            Ended::Done(Ok(is_refused)) => refused += u32::from(is_refused),
+            Ended::Done(Err(failure)) => panic!("write {after} fails: {failure}"),
+            Ended::Crashed => unreachable!("nothing crashes it"),
+        }
+    }
+    assert!(refused >= 20, "only {refused} failures were noticed");
 }

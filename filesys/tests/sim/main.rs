@@ -18,6 +18,7 @@ mod model;
 mod names;
 mod points;
 mod pools;
+mod rig;
 mod scripts;
 mod smoke;
 mod swarm;

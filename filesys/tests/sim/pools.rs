@@ -14,6 +14,7 @@ pub(crate) fn options(incarnation: u128) -> OpenOptions {
         pool: None,
         force: Force::No,
         limits: volume_manager::logs::hot::Limits::default(),
+        jobs_wait: false,
     }
 }
 

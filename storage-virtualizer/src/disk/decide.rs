@@ -88,6 +88,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             if descriptor.doomed.is_empty() {
                 return Ok(true);
             }
+            let base = self.files().stat(path.as_str()).await?;
+            if !base.absorbed && !descriptor.doomed.contains(&base.id) {
+                block_io::cover!("disk: the first layer stays, and another one waits to go");
+                return Ok(false);
+            }
             let Some(child) = Box::pin(self.child_of_base(&path, descriptor.top())).await? else {
                 return Ok(false);
             };

@@ -115,15 +115,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         }
         let mut left = Vec::new();
         for file in descriptor.doomed.clone() {
-            // The disk keeps its name: its first layer goes by a merge.
-            let is_base = self.files().stat(path.as_str()).await?.id == file;
-            match is_base {
-                true => left.push(file),
-                false => match Box::pin(self.delete_layer(file)).await {
-                    Ok(()) => {}
-                    Err(DiskError::Files(FsError::Busy { .. })) => left.push(file),
-                    Err(error) => return Err(error),
-                },
+            if !Box::pin(self.delete_doomed(path, file)).await? {
+                left.push(file);
             }
         }
         if left != descriptor.doomed {
@@ -133,6 +126,33 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         match changed {
             true => Box::pin(self.store(path, descriptor, now)).await,
             false => Ok(()),
+        }
+    }
+
+    /// Deletes a layer that is not needed. False if it is still there: it is in use, or the first one, which has the disk's name and goes by
+    /// a merge. A merge that ends meanwhile makes another one the first.
+    async fn delete_doomed(&self, path: &DiskPath, file: FileId) -> Result<bool, DiskError> {
+        loop {
+            if self.files().stat_of(file).await?.is_none() {
+                return Ok(true);
+            }
+            if self.files().stat(path.as_str()).await?.id == file {
+                return Ok(false);
+            }
+            let Some(name) = self.files().path_of(file).await? else {
+                return Ok(true);
+            };
+            if name == path.as_str() {
+                return Ok(false);
+            }
+            match Box::pin(self.files().delete(&name)).await {
+                Ok(()) => return Ok(true),
+                Err(FsError::Busy { .. }) => return Ok(false),
+                Err(FsError::NotFound { .. }) => {
+                    block_io::cover!("disk: a layer that goes has got another name");
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
     }
 

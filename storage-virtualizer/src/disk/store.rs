@@ -13,6 +13,9 @@ pub(super) fn whole(buffer: &AlignedBuffer) -> [IoBuf; 1] {
     [unsafe { buffer.io(0, buffer.as_slice().len()) }]
 }
 
+/// Looks at a chain that changes meanwhile.
+const MOST_TRIES: usize = 8;
+
 fn damaged(path: &DiskPath, problem: impl Into<String>) -> DiskError {
     DiskError::Descriptor {
         path: path.descriptor(),
@@ -75,7 +78,7 @@ pub(super) async fn load<V: BlockDevice + 'static, C: Clock + Clone + 'static>(
         // A deletion goes by numbers.
         (Some(descriptor), _) if descriptor.deleted => Ok(descriptor),
         (Some(descriptor), _) => {
-            check_same_disk(files, path, &descriptor, stat.id).await?;
+            check_same_disk(files, path, &descriptor).await?;
             Ok(descriptor)
         }
         // A crash while the first one was written: there is nothing to describe yet.
@@ -115,20 +118,36 @@ async fn check_same_disk<V: BlockDevice + 'static, C: Clock + Clone + 'static>(
     files: &FileSystem<V, C>,
     path: &DiskPath,
     descriptor: &Descriptor,
-    base: FileId,
 ) -> Result<(), DiskError> {
-    let mut at = descriptor.head;
+    // A merge may end meanwhile, which takes a layer out of the chain, and gives the disk's name to the one above.
+    for _ in 0..MOST_TRIES {
+        let base = files.stat(path.as_str()).await?.id;
+        if is_below(files, base, descriptor.head).await? {
+            return Ok(());
+        }
+        block_io::cover!("disk: the chain is looked at once more");
+    }
+    let problem = "the file of that name is another one: move it back, or delete the descriptor, which forgets its snapshots";
+    Err(damaged(path, problem))
+}
+
+/// Whether a layer is another one, or an ancestor of it.
+async fn is_below<V: BlockDevice + 'static, C: Clock + Clone + 'static>(
+    files: &FileSystem<V, C>,
+    base: FileId,
+    top: FileId,
+) -> Result<bool, DiskError> {
+    let mut at = top;
     for _ in 0..10_000 {
         if at == base {
-            return Ok(());
+            return Ok(true);
         }
         match files.stat_of(at).await?.and_then(|stat| stat.parent) {
             Some(parent) => at = parent,
             None => break,
         }
     }
-    let problem = "the file of that name is another one: move it back, or delete the descriptor, which forgets its snapshots";
-    Err(damaged(path, problem))
+    Ok(false)
 }
 
 /// Makes a descriptor durable.

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::fmt;
 use std::rc::Rc;
 
-use block_io::{BlockDevice, Clock, Durability, Geometry, IoBuf, IoError, ZeroMode};
+use block_io::{Allocation, BlockDevice, Clock, Durability, Geometry, IoBuf, IoError, ZeroMode};
 use filesys::File;
 
 use super::disks::{Disks, Entry};
@@ -112,6 +112,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> BlockDevice for Virtu
 
     fn settle(&self) -> impl Future<Output = Result<(), IoError>> {
         self.file.settle()
+    }
+
+    fn allocation(
+        &self,
+        offset: u64,
+        length: u64,
+    ) -> impl Future<Output = Result<(Allocation, u64), IoError>> {
+        self.file.allocation(offset, length)
     }
 
     fn discard(&self, offset: u64, length: u64) -> impl Future<Output = Result<(), IoError>> {

@@ -1,6 +1,6 @@
 //! A file or device of the host, or whatever else block-io opens, as an export.
 
-use block_io::{BlockDevice, Device, IoError};
+use block_io::{Allocation, BlockDevice, Device, IoError};
 
 use super::export::{Export, Extent, Extents};
 
@@ -52,39 +52,19 @@ impl Export for DeviceExport {
     }
 
     async fn allocation(&self, offset: u64, length: u64, extents: &mut Extents) -> Result<(), IoError> {
-        let Device::Host(device) = &self.device else {
-            extents.add(length, Extent::Data);
-            return Ok(());
-        };
         let end = offset + length;
         let mut at = offset;
         while at < end && !extents.is_full() {
-            // Both ask the file system, which has this in memory; neither reads the file.
-            match device.next_data(at) {
-                Ok(Some(data)) if data > at => {
-                    extents.add(data.min(end) - at, Extent::Hole);
-                    at = data;
-                }
-                Ok(None) => {
-                    extents.add(end - at, Extent::Hole);
-                    at = end;
-                }
-                Ok(Some(_)) => match device.next_hole(at) {
-                    Ok(hole) if hole > at => {
-                        extents.add(hole.min(end) - at, Extent::Data);
-                        at = hole;
-                    }
-                    _ => {
-                        extents.add(end - at, Extent::Data);
-                        at = end;
-                    }
+            let (kind, bytes) = self.device.allocation(at, end - at).await?;
+            extents.add(
+                bytes,
+                match kind {
+                    Allocation::Data => Extent::Data,
+                    Allocation::Zeroes => Extent::Zeroes,
+                    Allocation::Hole => Extent::Hole,
                 },
-                // A block device, or a file system that does not tell.
-                Err(_) => {
-                    extents.add(end - at, Extent::Data);
-                    at = end;
-                }
-            }
+            );
+            at += bytes;
         }
         Ok(())
     }

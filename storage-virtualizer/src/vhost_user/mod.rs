@@ -1,12 +1,12 @@
 //! Disks for virtual machines of others: QEMU, Cloud Hypervisor, our own VM process (vhost-user-blk).
 //!
 //! A front-end connects to a Unix socket, shares its guest's memory and virtqueues, and the queues are served right there by
-//! `virtio_blk::server`, the same as for a VM in this process: no copy, no proxy.
+//! `queue::server`, the same as for a VM in this process: no copy, no proxy.
 //!
 //! ```text
 //!   front-end ──socket──► session (a thread): features, memory, rings, configuration      control
 //!       │                     │ starts and stops
-//!       └─ shared memory ─► virtio_blk::server (on the disk's worker) ─► disk             data
+//!       └─ shared memory ─► queue::server (on the disk's worker) ─► disk             data
 //!          kick, call
 //! ```
 //!
@@ -45,7 +45,8 @@ use virtio_core::DeviceEvents;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::disk_handle::DiskHandle;
-use crate::virtio_blk::{Counters, VirtioBlk, VirtioBlkError, VirtioBlkHandle, VirtioBlkOptions};
+use crate::queue::Counters;
+use crate::virtio_blk::{VirtioBlk, VirtioBlkError, VirtioBlkHandle, VirtioBlkOptions};
 use session::{Channel, Session};
 
 /// How long a front-end waits for its predecessor to go before it is refused.

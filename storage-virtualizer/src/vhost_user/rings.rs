@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!               kick fd                   enabled, memory, size, addresses
-//!   stopped ───────────────► started ────────────────────────────────────────► served by virtio_blk::server
+//!   stopped ───────────────► started ────────────────────────────────────────► served by queue::server
 //!      ▲                                                                          │
 //!      └────────────── GET_VRING_BASE, reset, the front-end has gone ◄─────────────┘
 //! ```
@@ -20,8 +20,8 @@ use super::message::RingAddresses;
 use super::sigbus::Guard;
 use crate::disk_handle::DiskHandle;
 use crate::inflight::{InflightError, InflightQueue};
-use crate::virtio_blk::control::{Control, Outcome, Waiting};
-use crate::virtio_blk::{MAX_QUEUE_SIZE, QueueStart, VirtioBlk};
+use crate::queue::{Control, Outcome, QueueStart, Waiting};
+use crate::virtio_blk::{MAX_QUEUE_SIZE, VirtioBlk};
 
 /// A queue cannot be served as the front-end set it up.
 #[derive(Debug, thiserror::Error)]

@@ -27,7 +27,7 @@ use super::sigbus::Guard;
 use super::socket::{Received, SocketError, receive, send};
 use crate::disk_handle::DiskHandle;
 use crate::inflight::queue_length;
-use crate::virtio_blk::control::Waiting;
+use crate::queue::Waiting;
 use crate::virtio_blk::{MAX_QUEUE_SIZE, MAX_QUEUES, VirtioBlk};
 
 const PROTOCOL_FEATURES: u64 = protocol_feature::MQ

@@ -1,40 +1,28 @@
 //! virtio-blk: a disk as Linux and everything else expects it in a virtual machine (virtio 1.2 §5.2).
 //!
-//! Every file here is a step of a request's way: `server` takes chains out of a queue, `request` says what they ask for, `gate`
-//! is where they wait if the disk's `controls` say so (`rate` counts there), `execute` has the disk do it, `config` is what the
-//! driver sees before all that, `stats` counts. `control` is how a device talks to its servers.
+//! [`crate::queue`] takes chains out of a queue; `service` counts them and has them wait if they must, `request` says what they
+//! ask for, `execute` has the disk do it, `config` is what the driver sees before all that.
 
 mod config;
-pub(crate) mod control;
-mod controls;
 mod execute;
-mod gate;
-mod log_limit;
-mod rate;
 mod request;
-mod server;
-mod stats;
+mod service;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use block_io::WorkerHandle;
-use virtio_core::{
-    Activation, ActiveQueue, DeviceError, DeviceEvents, GuestMemory, VirtioDevice, device_type, feature,
-    read_config_bytes,
-};
+use virtio_core::{Activation, DeviceError, DeviceEvents, VirtioDevice, device_type, read_config_bytes};
 
 pub use config::feature as blk_feature;
-pub use controls::{DiskControls, DiskEvents, ErrorPolicy};
 pub use execute::{Context, ID_LENGTH, execute, status_of};
-pub use rate::{Rate, RateLimit, RateLimiter};
 pub use request::{Decoded, Range, Ranges, Request, Status, Unanswerable, decode, kind};
-pub use stats::{Counters, QueueStatistics};
 
+use crate::controls::DiskControls;
 use crate::disk_handle::DiskHandle;
-use crate::inflight::InflightQueue;
-use control::{Control, Done, ServerParts, Settings, Waiting};
+use crate::queue::{Control, Counters, Gate, QueueStart, QueueStatistics, Waiting};
+use service::{BlkService, Settings};
 
 /// The unit in which virtio-blk counts, whatever the block size (§5.2.4).
 pub const SECTOR: u64 = 512;
@@ -250,41 +238,26 @@ where
         let index = usize::from(start.queue.index);
         let statistics = self.shared.statistics.get(index)?;
         let has = |feature| start.features & feature == feature;
-        let control = Arc::<Control>::default();
-        let parts = ServerParts {
-            disk: self.shared.disk.clone(),
-            memory: start.memory,
-            queue: start.queue,
-            events: start.events,
-            settings: Arc::clone(&self.shared.settings),
-            statistics: Arc::clone(statistics),
-            controls: Arc::clone(&self.shared.controls),
-            done: Done(Arc::clone(&control)),
-            indirect: has(feature::RING_INDIRECT_DESC),
-            flush: has(blk_feature::FLUSH),
-            config_wce: has(blk_feature::CONFIG_WCE),
-            inflight: start.inflight,
-            unanswered: start.unanswered,
-        };
-        self.workers[index % self.workers.len()].spawn(move || server::serve(parts));
-        Some(control)
+        let (flush, config_wce) = (has(blk_feature::FLUSH), has(blk_feature::CONFIG_WCE));
+        let outlived = start.inflight.is_some();
+        let shared = Arc::clone(&self.shared);
+        let worker = &self.workers[index % self.workers.len()];
+        Some(start.serve(worker, statistics, move || {
+            Ok(BlkService {
+                disk: shared.disk.local()?,
+                settings: Arc::clone(&shared.settings),
+                statistics: Arc::clone(&shared.statistics[index]),
+                gate: Gate::new(Arc::clone(&shared.controls)),
+                flush,
+                config_wce,
+                outlived,
+            })
+        }))
     }
 
     fn queues(&self) -> u16 {
         u16::try_from(self.queue_sizes.len()).unwrap_or(MAX_QUEUES)
     }
-}
-
-/// A queue that is to be served.
-pub(crate) struct QueueStart {
-    pub(crate) memory: GuestMemory,
-    pub(crate) features: u64,
-    pub(crate) queue: ActiveQueue,
-    pub(crate) events: Arc<dyn DeviceEvents>,
-    /// Where to note what is in flight.
-    pub(crate) inflight: Option<InflightQueue>,
-    /// Chains that were taken before, and not answered: they come first.
-    pub(crate) unanswered: Vec<u16>,
 }
 
 impl<H> VirtioDevice for VirtioBlk<H>

@@ -99,13 +99,14 @@ pub enum Request<'a> {
 }
 
 impl Request<'_> {
-    /// Bytes that move between memory and disk.
-    pub(super) fn data_length(&self) -> u64 {
+    /// Bytes that move between memory and disk, as a rate limit counts them; none if it does not count the request.
+    pub(super) fn limited_bytes(&self) -> Option<u64> {
         match self {
             Self::Read { data, .. } | Self::Write { data, .. } => {
-                data.iter().map(|piece| piece.len() as u64).sum()
+                Some(data.iter().map(|piece| piece.len() as u64).sum())
             }
-            _ => 0,
+            Self::Discard(_) | Self::WriteZeroes(_) => Some(0),
+            Self::Flush | Self::GetId { .. } => None,
         }
     }
 }

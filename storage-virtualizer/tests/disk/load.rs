@@ -81,6 +81,38 @@ async fn check_snapshot(disks: &SimDisks, name: &str, expected: &BTreeMap<u64, u
     Ok(())
 }
 
+/// Results of those who work beside the story.
+type Results = Rc<RefCell<Vec<Result<u64, Failure>>>>;
+
+/// In half of the orders, somebody merges and somebody looks all the time, while everything else is done. How many they are.
+fn spawn_managers(sim: &Sim, disks: &SimDisks, stop: &Rc<Cell<bool>>, ended: &Results) -> usize {
+    let managers = sim.random(|rng| rng.index(2)) * 2;
+    for manager in 0..managers {
+        let (sim_of_manager, disks) = (sim.clone(), disks.clone());
+        let (stop, ended) = (Rc::clone(stop), Rc::clone(ended));
+        sim.spawn(&format!("manager {manager}"), async move {
+            let mut done = 0;
+            let result = loop {
+                let result = match manager {
+                    0 => disks.merge(D, 3).await.map(drop),
+                    _ => disks.status(D).await.map(drop),
+                };
+                if let Err(error) = result {
+                    break Err(failed(error));
+                }
+                done += 1;
+                if stop.get() {
+                    break Ok(done);
+                }
+                let pause = std::time::Duration::from_micros(300);
+                sim_of_manager.clock().sleep(pause).await;
+            };
+            ended.borrow_mut().push(result);
+        });
+    }
+    managers
+}
+
 async fn story(sim: Sim) -> Result<(), Failure> {
     let fs = format(&sim).await?;
     let disks = Disks::new(fs.clone());
@@ -91,7 +123,7 @@ async fn story(sim: Sim) -> Result<(), Failure> {
     };
     let disk = attach(&disks, D, mode).await?;
     let (known, stop) = (Rc::new(RefCell::new(Known::default())), Rc::new(Cell::new(false)));
-    let ended: Rc<RefCell<Vec<Result<u64, Failure>>>> = Rc::default();
+    let ended = Results::default();
     for writer in 0..WRITERS {
         let (disk, known, stop, ended) = (
             Rc::clone(&disk),
@@ -105,6 +137,7 @@ async fn story(sim: Sim) -> Result<(), Failure> {
             ended.borrow_mut().push(result);
         });
     }
+    let managers = spawn_managers(&sim, &disks, &stop, &ended);
     let mut kept: BTreeMap<String, BTreeMap<u64, u64>> = BTreeMap::new();
     for step in 0..24 {
         sim.clock().sleep(std::time::Duration::from_micros(200)).await;
@@ -149,7 +182,7 @@ async fn story(sim: Sim) -> Result<(), Failure> {
         }
     }
     stop.set(true);
-    while ended.borrow().len() < WRITERS as usize {
+    while ended.borrow().len() < WRITERS as usize + managers {
         sim.clock().sleep(std::time::Duration::from_millis(1)).await;
     }
     for result in ended.take() {

@@ -436,3 +436,31 @@ fn without_space_nothing_is_half_done() {
         is_sound(&fs).await
     });
 }
+
+#[test]
+fn a_merge_spares_a_first_layer_that_is_a_snapshot_while_another_one_waits_to_go() {
+    run(|sim| async move {
+        let (fs, disks) = disks(&sim).await?;
+        let disk = attach(&disks, D, DiskMode::Persistent).await?;
+        for (stamp, name) in [(1, "monday"), (2, "tuesday"), (3, "friday")] {
+            write(&*disk, 0, stamp).await?;
+            disks.snapshot(&[D], &named(name)).await.map_err(failed)?;
+        }
+        write(&*disk, 0, 4).await?;
+        // Somebody has the layer of friday open as a file, so it cannot go now.
+        let opened = fs.open_file("/root-2.redo", filesys::Access::Read).await;
+        let opened = opened.map_err(failed)?;
+        disks.delete_snapshot(D, "friday", 7).await.map_err(failed)?;
+        same(&disks.merge(D, 7).await.map_err(failed)?, &false)?;
+        for (stamp, name) in [(1, "monday"), (2, "tuesday")] {
+            same(&look(&disks, &format!("{D}@{name}")).await?[0], &stamp)?;
+        }
+        drop(opened);
+        disks.merge(D, 7).await.map_err(failed)?;
+        fs.settled().await;
+        same(&look(&disks, &format!("{D}@monday")).await?[0], &1)?;
+        disks.close(disk, 7).await.map_err(failed)?;
+        same(&look(&disks, D).await?[0], &4)?;
+        is_sound(&fs).await
+    });
+}

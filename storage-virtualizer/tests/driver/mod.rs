@@ -8,6 +8,8 @@
     reason = "test support"
 )]
 
+pub mod fickle;
+
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};

@@ -4,8 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
+use storage_virtualizer::controls::{Rate, RateLimit};
 use storage_virtualizer::vhost_user::VhostUserOptions;
-use storage_virtualizer::virtio_blk::{Rate, RateLimit, blk_feature, kind};
+use storage_virtualizer::virtio_blk::{blk_feature, kind};
 use virtio_core::{VirtioDevice, feature};
 
 use crate::driver::{Driver, activate, reset_and_wait};

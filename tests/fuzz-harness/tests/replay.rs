@@ -81,6 +81,7 @@ replays! {
     rtc: "rtc", 10_000;
     block_request: "block-request", 5_000;
     block_queue: "block-queue", 5_000;
+    scsi_queue: "scsi-queue", 3_000;
     rng: "rng", 10_000;
     console: "console", 5_000;
     net: "net", 2_000;
@@ -93,4 +94,5 @@ replays! {
     disk_descriptor: "disk-descriptor", 20_000;
     disk_image: "disk-image", 2_000;
     vhost_user: "vhost-user", 3_000;
+    scsi: "scsi", 5_000;
 }

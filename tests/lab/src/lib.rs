@@ -44,6 +44,8 @@ pub use cpio::Archive;
 pub use share::Share;
 pub use toolbox::{Toolbox, finish};
 
+pub use machine::Overdue;
+
 use machine::{Machine, Start};
 
 /// The network card of a lab host.
@@ -216,8 +218,8 @@ impl Lab {
     /// Runs a bash script and returns its output. Ten minutes at most.
     ///
     /// # Errors
-    /// When the lab itself fails or the time is over (then the host is gone, and the error shows the end of its console); a
-    /// script that fails is not an error.
+    /// When the lab itself fails or the time is over (an [`Overdue`]; then the host is gone, and the error shows what it did
+    /// last); a script that fails is not an error.
     pub fn run(&mut self, script: &str) -> Result<Output> {
         let mut bytes = Vec::new();
         let status = self.run_streaming(script, Duration::from_secs(600), |chunk| {

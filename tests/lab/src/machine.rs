@@ -29,6 +29,17 @@ const PROCESSOR: &str = "EPYC-Rome,+svm,+npt";
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet mitigations=off nokaslr tsc=reliable no_timer_check \
      random.trust_cpu=on audit=0 nmi_watchdog=0 nowatchdog";
 
+/// A lab did not do in time what it was asked for, and was ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the lab was ended: no result within {limit:?}")]
+pub struct Overdue {
+    /// The time that it had.
+    pub limit: Duration,
+}
+
+/// After how much silence a machine is poked.
+const SILENCE: Duration = Duration::from_secs(1);
+
 /// Where a host begins.
 pub(crate) enum Start<'a> {
     /// At power-on; with its memory in a file if its state is to be saved.
@@ -47,6 +58,7 @@ pub(crate) struct Machine {
     terminal: UnixStream,
     console: File,
     complaints: File,
+    deterministic: bool,
 }
 
 impl Machine {
@@ -149,6 +161,7 @@ impl Machine {
             terminal,
             console,
             complaints,
+            deterministic: builder.deterministic,
         };
         match start {
             Start::Restore(saved) => {
@@ -238,7 +251,14 @@ impl Machine {
             if let Some(line) = self.lines.next() {
                 return Ok(line);
             }
-            self.wait(&[(&self.control, PollFlags::IN)], end, limit)?;
+            let until = self.next_poke(end);
+            if !ready(&[(&self.control, PollFlags::IN)], until)? {
+                if Instant::now() >= end {
+                    return Err(self.overdue(limit));
+                }
+                self.poke()?;
+                continue;
+            }
             if !self.lines.fill(&self.control)? {
                 bail!(self.autopsy("the lab host ended"));
             }
@@ -263,11 +283,14 @@ impl Machine {
             } else {
                 PollFlags::IN | PollFlags::OUT
             };
-            self.wait(
-                &[(&self.control, PollFlags::IN), (&self.data, wanted)],
-                end,
-                limit,
-            )?;
+            let until = self.next_poke(end);
+            if !ready(&[(&self.control, PollFlags::IN), (&self.data, wanted)], until)? {
+                if Instant::now() >= end {
+                    return Err(self.overdue(limit));
+                }
+                self.poke()?;
+                continue;
+            }
             if !rest.is_empty() {
                 let count = ignore_would_block(self.data.write(rest))?;
                 rest = rest.get(count..).unwrap_or_default();
@@ -318,8 +341,11 @@ impl Machine {
                 PollFd::new(&self.terminal, PollFlags::IN),
                 PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN),
             ];
-            poll(&mut fds, None)?;
+            let silent = poll(&mut fds, Timespec::try_from(SILENCE).ok().as_ref())? == 0;
             let typed = !fds[2].revents().is_empty();
+            if silent {
+                self.poke()?;
+            }
             if typed {
                 let count = rustix::io::read(&stdin, &mut chunk)?;
                 self.terminal.set_nonblocking(false)?;
@@ -339,27 +365,43 @@ impl Machine {
         }
     }
 
-    /// Waits until one of the sockets is ready. When the time is over, the machine is killed.
-    fn wait(&self, sockets: &[(&UnixStream, PollFlags)], end: Instant, limit: Duration) -> Result<()> {
-        let left = end.saturating_duration_since(Instant::now());
-        let mut fds: Vec<PollFd<'_>> = sockets
-            .iter()
-            .map(|(socket, flags)| PollFd::new(*socket, *flags))
-            .collect();
-        let timeout = Timespec::try_from(left).ok();
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(0) => {
-                let _gone = rustix::process::kill_process(pid(&self.child)?, Signal::KILL);
-                let console = self
-                    .console
-                    .try_clone()
-                    .map(|mut file| tail(&mut file))
-                    .unwrap_or_default();
-                bail!("the lab was ended: no result within {limit:?}. The end of its console:\n{console}");
-            }
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-            Err(error) => Err(error.into()),
+    /// When a machine that says nothing is to be poked, or has had its time.
+    fn next_poke(&self, end: Instant) -> Instant {
+        if self.deterministic {
+            return end;
         }
+        end.min(Instant::now() + SILENCE)
+    }
+
+    /// Sends a machine that says nothing an interrupt.
+    ///
+    /// QEMU can forget that an interrupt is pending: where VMRUN and #VMEXIT of the emulated processor change the set of pending
+    /// kinds (`target/i386/tcg/system/svm_helper.c` of QEMU 10.0, `interrupt_request`), they do so without the lock and not
+    /// atomically, and what a device adds at that moment is gone. If it was the timer's, and the guest spins, the machine stands
+    /// still for good, with the vector in the APIC's IRR. Any further interrupt has the APIC look again.
+    fn poke(&mut self) -> Result<()> {
+        let key = json!({ "keys": [{ "type": "qcode", "data": "shift" }], "hold-time": 1 });
+        self.qmp.execute("send-key", &key).map(drop)
+    }
+
+    /// Kills a machine that took too long; the error has what its processor and its timer were doing.
+    fn overdue(&mut self, limit: Duration) -> anyhow::Error {
+        let state: String = ["info status", "info registers", "info lapic"]
+            .map(|question| {
+                let answer = self
+                    .qmp
+                    .execute("human-monitor-command", &json!({ "command-line": question }));
+                match answer {
+                    Ok(said) => format!("{question}:\n{}\n", said.as_str().unwrap_or_default()),
+                    Err(error) => format!("{question}: {error:#}\n"),
+                }
+            })
+            .concat();
+        end(&mut self.child);
+        anyhow::Error::new(Overdue { limit }).context(format!(
+            "{state}The end of the lab's console:\n{}",
+            tail(&mut self.console)
+        ))
     }
 
     /// What happened, with what QEMU and the host's kernel said last.
@@ -475,14 +517,23 @@ fn spawn(command: &mut Command) -> Result<Child> {
         .with_context(|| format!("cannot start {}", command.get_program().display()))
 }
 
+/// Waits until one of the sockets is ready, or the time is over.
+fn ready(sockets: &[(&UnixStream, PollFlags)], end: Instant) -> Result<bool> {
+    let left = end.saturating_duration_since(Instant::now());
+    let mut fds: Vec<PollFd<'_>> = sockets
+        .iter()
+        .map(|(socket, flags)| PollFd::new(*socket, *flags))
+        .collect();
+    match poll(&mut fds, Timespec::try_from(left).ok().as_ref()) {
+        Ok(count) => Ok(count != 0),
+        Err(rustix::io::Errno::INTR) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn end(child: &mut Child) {
     let _already_gone = child.kill();
     let _reaped = child.wait();
-}
-
-fn pid(child: &Child) -> Result<rustix::process::Pid> {
-    let raw = i32::try_from(child.id())?;
-    rustix::process::Pid::from_raw(raw).context("the child has no process number")
 }
 
 fn drain(stream: &mut UnixStream, chunk: &mut [u8], sink: &mut impl FnMut(&[u8])) -> Result<()> {

@@ -57,9 +57,12 @@ fn a_command_that_takes_too_long_ends_the_lab() {
     let begin = Instant::now();
     let error = lab
         .run_streaming("sleep 100", Duration::from_secs(2), |_| ())
-        .unwrap_err()
-        .to_string();
-    assert!(error.contains("no result within 2s"), "{error}");
+        .unwrap_err();
+    assert!(error.is::<lab::Overdue>());
+    let error = format!("{error:#}");
+    for part in ["no result within 2s", "RIP=", "current_count"] {
+        assert!(error.contains(part), "{part} is not in {error}");
+    }
     assert!(begin.elapsed() < Duration::from_secs(20));
     assert!(lab.run("true").is_err());
 }

@@ -325,11 +325,11 @@ fn each_mistake_in_the_file_has_its_message() {
         ),
         (
             "[[disk]]\nimage = \"a\"\nbus = \"ide\"",
-            "vm.toml:7: disk.0.bus: `ide` is not known here; use `virtio-blk`",
+            "vm.toml:7: disk.0.bus: `ide` is not known here; use `virtio-blk`, `virtio-scsi`",
         ),
         (
             "[[disk]]\nimage = \"a\"\nbus = 1",
-            "vm.toml:7: disk.0.bus: expected a text in quotes, found a whole number; use `virtio-blk`",
+            "vm.toml:7: disk.0.bus: expected a text in quotes, found a whole number; use `virtio-blk`, `virtio-scsi`",
         ),
         (
             "[[disk]]\nserial = \"x\"",

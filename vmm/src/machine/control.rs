@@ -8,13 +8,15 @@
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use api::virtual_disk::TransferRequest;
 use api::{
     DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, NetConfig, NetStatus, Problem,
-    ProblemKind, StorageAnswer, StorageRequest, VmState, VmStatus,
+    ProblemKind, StorageAnswer, StorageRequest, Transfer, VmState, VmStatus,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::devices::{DeviceOpener, HostDevice};
+use super::disk::PoolDisks;
 use crate::console::ConsoleCommand;
 
 /// A request to the main loop.
@@ -55,6 +57,15 @@ pub struct Control(Arc<Shared>);
 impl std::fmt::Debug for Control {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("Control").finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn pool(&self) -> Result<&dyn PoolDisks, Problem> {
+        self.opener.pool.as_deref().ok_or_else(|| {
+            Problem::new(ProblemKind::Conflict, "this machine has no pool")
+                .remedy("its vm.toml has no [pool]; a pool by itself is named with --devices")
+        })
     }
 }
 
@@ -206,11 +217,11 @@ impl api::Vm for Control {
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        match &self.0.opener.pool {
-            Some(pool) => pool.execute(request),
-            None => Err(Problem::new(ProblemKind::Conflict, "this machine has no pool")
-                .remedy("its vm.toml has no [pool]; a pool by itself is named with --devices")),
-        }
+        self.0.pool()?.execute(request)
+    }
+
+    fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem> {
+        self.0.pool()?.transfer(request)
     }
 
     fn events(&self) -> &EventLog {

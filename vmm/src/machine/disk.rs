@@ -1,18 +1,24 @@
-//! Opens a disk of the configuration: image, worker threads, virtio-blk; or has the pool do that, or another process.
+//! Opens a disk of the configuration: image, worker threads, virtual device; or has the pool do that, or another process.
 
 use std::error::Error;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use api::virtual_disk::TransferRequest;
 use api::{
-    ByteSize, DeviceId, DiskConfig, DiskSource, EventKind, EventLog, Problem, StorageAnswer, StorageRequest,
+    ByteSize, DeviceId, DiskBus, DiskConfig, DiskSource, EventKind, EventLog, Problem, StorageAnswer,
+    StorageRequest, Transfer,
 };
-use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
+use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerHandle, WorkerOptions};
+use storage_virtualizer::DiskHandle;
+use storage_virtualizer::controls::DiskControls;
+use storage_virtualizer::scsi::{Identity, Provisioning, TransportId, Unit, UnitOptions};
 use storage_virtualizer::vhost_user::front_end::{
     FrontEndError, FrontEndHandle, FrontEndOptions, LinkEvents, VhostUserBlk,
 };
-use storage_virtualizer::virtio_blk::{DiskControls, VirtioBlk, VirtioBlkOptions, fitting_serial};
+use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions, fitting_serial};
+use storage_virtualizer::virtio_scsi::{VirtioScsi, VirtioScsiOptions};
 use virtio_core::VirtioDevice;
 
 use super::devices::DeviceOpener;
@@ -21,7 +27,7 @@ use crate::sandbox::{Kind, Sandbox};
 
 /// Who has the disks that are not images of the host: the pool.
 pub trait PoolDisks: Send + Sync + fmt::Debug {
-    /// Opens a disk, and makes a virtio-blk device on it, which obeys `controls`.
+    /// Opens a disk, and makes a [virtual device](guest_disk) on it, which obeys `controls`.
     ///
     /// # Errors
     /// There is no such disk, it is in use, or it cannot be used as the configuration wants it.
@@ -36,6 +42,12 @@ pub trait PoolDisks: Send + Sync + fmt::Debug {
     /// # Errors
     /// The request is refused or fails.
     fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem>;
+
+    /// What moves data between the pool and who is at the other end of a connection, while its disks are in use.
+    ///
+    /// # Errors
+    /// The request is impossible.
+    fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem>;
 }
 
 /// A disk of the pool.
@@ -140,10 +152,94 @@ pub(super) enum DiskError {
     Worker(#[from] block_io::WorkerError),
     /// The options of the virtual device.
     #[error(transparent)]
-    Options(#[from] storage_virtualizer::virtio_blk::VirtioBlkError),
+    Options(#[from] GuestDiskError),
 }
 
-/// Opens what the disk lies on and makes a virtio-blk device of it.
+/// A virtual device cannot be as the configuration wants it.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestDiskError {
+    /// A virtio block device.
+    #[error(transparent)]
+    Blk(#[from] storage_virtualizer::virtio_blk::VirtioBlkError),
+    /// A SCSI adapter.
+    #[error(transparent)]
+    Scsi(#[from] storage_virtualizer::virtio_scsi::VirtioScsiError),
+    /// Its disk.
+    #[error(transparent)]
+    Unit(#[from] storage_virtualizer::virtio_scsi::AddUnitError),
+}
+
+/// A disk as the guest sees it.
+pub struct GuestDisk {
+    /// The device.
+    pub device: Box<dyn VirtioDevice>,
+    /// Tells the guest that the disk's size has changed, when the disk's handle knows it.
+    pub resized: Box<dyn Fn() + Send>,
+}
+
+/// Makes the virtual device that `config` wants on `disk`, served by `worker`.
+///
+/// A SCSI disk's identifiers, by which a guest knows it again on whatever adapter and machine, are made of `name`: it must be no
+/// other disk's, anywhere. `provisioning` is what a guest is told of unmapped blocks if the disk can be unmapped.
+///
+/// # Errors
+/// The configuration is impossible.
+pub fn guest_disk<H: DiskHandle>(
+    config: &DiskConfig,
+    disk: H,
+    name: &str,
+    provisioning: Provisioning,
+    controls: Arc<DiskControls>,
+    worker: WorkerHandle,
+) -> Result<GuestDisk, GuestDiskError> {
+    let queues = u16::from(config.queues);
+    let queue_size = config.queue_size.get();
+    let serial = serial(config);
+    match config.bus {
+        DiskBus::VirtioBlk => {
+            let options = VirtioBlkOptions {
+                serial,
+                queues,
+                queue_size,
+                controls,
+            };
+            let device = VirtioBlk::new(disk, &options, vec![worker])?;
+            let handle = device.handle();
+            Ok(GuestDisk {
+                device: Box::new(device),
+                resized: Box::new(move || handle.size_changed()),
+            })
+        }
+        DiskBus::VirtioScsi => {
+            let identity = Identity::from_name(name, &serial);
+            let options = VirtioScsiOptions {
+                initiator: TransportId::sas(u64::from_be_bytes(identity.naa())),
+                queues,
+                queue_size,
+                last_target: 0,
+            };
+            let geometry = disk.geometry();
+            let unit = Unit::new(UnitOptions {
+                read_only: geometry.read_only,
+                provisioning: if geometry.discard_granularity == 0 {
+                    Provisioning::Full
+                } else {
+                    provisioning
+                },
+                ..UnitOptions::new(identity)
+            });
+            let device = VirtioScsi::new(&options, vec![worker])?;
+            let handle = device.handle();
+            handle.add(0, 0, Arc::new(unit), disk, controls)?;
+            Ok(GuestDisk {
+                device: Box::new(device),
+                resized: Box::new(move || handle.size_changed(0, 0)),
+            })
+        }
+    }
+}
+
+/// Opens what the disk lies on and makes a virtual device of it.
 pub(super) fn open(
     config: &DiskConfig,
     controls: &Arc<DiskControls>,
@@ -169,7 +265,7 @@ pub(super) fn open(
     }
 }
 
-/// Opens the image, starts a confined worker, and makes a virtio-blk device of both.
+/// Opens the image, starts a confined worker, and makes a virtual device of both.
 fn open_image(
     path: &Path,
     config: &DiskConfig,
@@ -196,12 +292,6 @@ fn open_image(
         let path = path.to_owned();
         return Err(DiskError::Empty { path });
     }
-    let options = VirtioBlkOptions {
-        serial: serial(config),
-        queues: u16::from(config.queues),
-        queue_size: config.queue_size.get(),
-        controls: Arc::clone(controls),
-    };
     let worker = Worker::start(
         &format!("io-{}", config.id),
         WorkerOptions {
@@ -209,9 +299,17 @@ fn open_image(
             ..Default::default()
         },
     )?;
-    let device = VirtioBlk::new(Arc::new(image), &options, vec![worker.handle().clone()])?;
+    let GuestDisk { device, .. } = guest_disk(
+        config,
+        Arc::new(image),
+        &path.display().to_string(),
+        // Zeroes may have to be written to it one by one.
+        Provisioning::Thin,
+        Arc::clone(controls),
+        worker.handle().clone(),
+    )?;
     Ok(OpenDisk {
-        device: Box::new(device),
+        device,
         workers: vec![worker],
         size,
         guard: None,

@@ -34,7 +34,7 @@ use kvm_ioctls::Kvm;
 
 pub use control::Control;
 use devices::StartPasst;
-pub use disk::{PoolDisk, PoolDisks, serial};
+pub use disk::{GuestDisk, GuestDiskError, PoolDisk, PoolDisks, guest_disk, serial};
 pub use slots::SlotError;
 
 use crate::boot::{BootError, BootFiles, Kernel};

@@ -15,7 +15,7 @@ use api::{
     DeviceId, DiskChange, DiskConfig, DiskLimits, EventKind, EventLog, InvalidValue, Problem, ProblemKind,
 };
 use block_io::{IoError, error_chain};
-use storage_virtualizer::virtio_blk::{DiskControls, DiskEvents, ErrorPolicy, Rate, RateLimit, RateLimiter};
+use storage_virtualizer::controls::{DiskControls, DiskEvents, ErrorPolicy, Rate, RateLimit, RateLimiter};
 
 /// Has the machine paused. Called on a disk's worker: must not wait.
 type Pause = Box<dyn Fn() + Send + Sync>;

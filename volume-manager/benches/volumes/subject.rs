@@ -1,6 +1,7 @@
 //! The volumes that are measured.
 
 use std::cell::RefCell;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -56,6 +57,19 @@ pub(crate) const SUBJECTS: &[Subject] = &[
     },
 ];
 
+/// Bytes of a column in a row.
+const UNIT: usize = 64 << 10;
+
+impl Subject {
+    /// To so many files goes a request of so many bytes, as one request each.
+    pub(crate) fn pieces(&self, block: usize) -> u32 {
+        match self.layout {
+            Layout::Stripe { columns } if block >= UNIT * columns as usize => columns,
+            _ => 1,
+        }
+    }
+}
+
 thread_local! {
     /// The worker's volumes.
     pub(crate) static VOLUMES: RefCell<Vec<FileVolume>> = const { RefCell::new(Vec::new()) };
@@ -78,6 +92,7 @@ fn options() -> OpenOptions {
         pool: None,
         force: Force::No,
         limits: Limits::default(),
+        jobs_wait: false,
     }
 }
 
@@ -90,14 +105,16 @@ fn device(path: &Path) -> Rc<HostDevice> {
     Rc::new(HostDevice::open(path, &HostOptions::default()).unwrap())
 }
 
-/// Makes a subject's pool on new files.
-pub(crate) fn open(directory: &Path, subject: &Subject) -> Open {
+/// Makes a subject's pool on new files, or on block devices.
+pub(crate) fn open(place: &dyn Fn(u64) -> PathBuf, subject: &Subject) -> Open {
     let layout = subject.layout;
     let count = u64::from(layout.columns() * layout.legs()) * subject.volumes;
-    let files: Vec<PathBuf> = (0..count)
-        .map(|index| directory.join(format!("d{index}")))
-        .collect();
-    for file in &files {
+    let files: Vec<PathBuf> = (0..count).map(place).collect();
+    let is_device = |file: &Path| {
+        file.metadata()
+            .is_ok_and(|found| found.file_type().is_block_device())
+    };
+    for file in files.iter().filter(|file| !is_device(file)) {
         let _ = std::fs::remove_file(file);
         std::fs::File::create(file).unwrap().set_len(DATA + REST).unwrap();
     }
@@ -114,18 +131,15 @@ pub(crate) fn open(directory: &Path, subject: &Subject) -> Open {
             enclosure: String::new(),
             spare: false,
         });
-        let mut pool = Pool::create(
-            "bench",
-            Uuid(7),
-            devices.collect(),
-            &options(),
-            WorkerClock::new(),
-        )
-        .await
-        .unwrap();
+        let devices: Vec<_> = devices.collect();
+        let blocks = devices.iter().map(|new| new.device.geometry().logical_block);
+        let block = blocks.max().unwrap();
+        let mut pool = Pool::create("bench", Uuid(7), devices, &options(), WorkerClock::new())
+            .await
+            .unwrap();
         for number in 0..volumes {
             let volume = pool
-                .create_volume(new_volume(number, layout, size))
+                .create_volume(new_volume(number, layout, size, block))
                 .await
                 .unwrap();
             fill(&volume).await;
@@ -165,18 +179,18 @@ pub(crate) fn open(directory: &Path, subject: &Subject) -> Open {
     }
 }
 
-fn new_volume(number: u64, layout: Layout, size: u64) -> NewVolume {
+fn new_volume(number: u64, layout: Layout, size: u64, block: u32) -> NewVolume {
     NewVolume {
         name: format!("v{number}"),
         uuid: Uuid(77 + u128::from(number)),
         size,
         attributes: Attributes {
             layout,
-            stripe_unit: 64 << 10,
+            stripe_unit: UNIT as u64,
             class: String::new(),
             devices: Vec::new(),
         },
-        block: 512,
+        block,
         read_policy: volume_manager::model::ReadPolicy::Balanced,
         region: 0,
     }

@@ -72,6 +72,8 @@ pub(crate) struct Core<D, C> {
     next_reservation: Cell<u64>,
     /// Running jobs.
     pub(crate) controls: RefCell<BTreeMap<JobId, Rc<Control>>>,
+    /// Jobs do nothing yet: see [`OpenOptions`](super::pool::OpenOptions).
+    pub(crate) jobs_wait: Cell<bool>,
     /// How often devices were taken out of service.
     pub(crate) failures: Cell<u64>,
     /// Background tasks that have not ended.
@@ -122,6 +124,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             reserved: RefCell::default(),
             next_reservation: Cell::new(0),
             controls: RefCell::default(),
+            jobs_wait: Cell::new(false),
             failures: Cell::new(0),
             tasks: Cell::new(0),
             closing: Cell::new(false),

@@ -57,22 +57,24 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
 
     /// Moves the tail of a parity log as far as it goes.
     pub(crate) async fn advance(&self, volume: VolumeId, log: &ParityLog<D>) -> Result<(), Refused> {
+        let mut tried = None;
         loop {
             let before = self.config().epoch;
             match log.advance(&async || self.flush_members(volume).await).await {
                 Ok(()) => return Ok(()),
-                Err(error) => self.log_failed(error, before).await?,
+                Err(error) => self.log_failed(error, before, &mut tried).await?,
             }
         }
     }
 
     /// Lets regions leave the activity logs that nobody has written lately.
     pub(crate) async fn clean_idle(&self) -> Result<(), Refused> {
+        let mut tried = None;
         loop {
             let before = self.config().epoch;
             match self.hot.clean_idle(&Releasing(self)).await {
                 Ok(_) => return Ok(()),
-                Err(error) => self.log_failed(error, before).await?,
+                Err(error) => self.log_failed(error, before, &mut tried).await?,
             }
         }
     }
@@ -274,6 +276,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
         volume: &Rc<VolumeCore<D>>,
         regions: &[u32],
     ) -> Result<(), Refused> {
+        let mut tried = None;
         loop {
             let Some(bitmap) = self.bitmap_of(volume) else {
                 return Ok(());
@@ -281,17 +284,28 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             let before = self.config().epoch;
             match bitmap.set(regions).await {
                 Ok(()) => return Ok(()),
-                Err(error) => self.log_failed(error, before).await?,
+                Err(error) => self.log_failed(error, before, &mut tried).await?,
             }
         }
     }
 
     /// A log failed: takes its device out of service; then what needed it may be tried again. `before`: the epoch of the
-    /// configuration with which it was begun, as another one may have taken the device out of service meanwhile.
-    pub(super) async fn log_failed(&self, error: LogError, before: u64) -> Result<(), Refused> {
+    /// configuration with which it was begun, as another one may have taken the device out of service meanwhile. `tried`: which
+    /// device had failed the last time, and with which configuration: a log whose last copy is lost keeps it, and fails again.
+    async fn log_failed(
+        &self,
+        error: LogError,
+        before: u64,
+        tried: &mut Option<(DeviceId, u64)>,
+    ) -> Result<(), Refused> {
         match error {
+            LogError::Device { device, .. } if *tried == Some((device, before)) => {
+                cover!("core: the last copy of a log is lost");
+                Err(Refused::because("all copies of a log are lost", &error))
+            }
             LogError::Device { device, .. } => {
                 cover!("core: a log device failed");
+                *tried = Some((device, before));
                 self.fail(&[self.disk(device)]).await
             }
             _ if !self.newly_dead().is_empty() => {
@@ -315,11 +329,12 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
         if let Some(guard) = self.hot.try_acquire(volume, regions.clone()) {
             return Ok(guard);
         }
+        let mut tried = None;
         loop {
             let before = self.config().epoch;
             match self.hot.acquire(volume, regions.clone(), &Releasing(self)).await {
                 Ok(guard) => return Ok(guard),
-                Err(error) => self.log_failed(error, before).await?,
+                Err(error) => self.log_failed(error, before, &mut tried).await?,
             }
         }
     }
@@ -332,6 +347,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
         row: u64,
         pieces: &[Piece<'_>],
     ) -> Result<Ticket, Refused> {
+        let mut tried = None;
         loop {
             let before = self.config().epoch;
             match log
@@ -339,7 +355,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
                 .await
             {
                 Ok(ticket) => return Ok(ticket),
-                Err(error) => self.log_failed(error, before).await?,
+                Err(error) => self.log_failed(error, before, &mut tried).await?,
             }
             self.check()?;
         }

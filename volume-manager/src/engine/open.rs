@@ -7,7 +7,7 @@
 //!    and until then every read of them is answered by the same leg.
 //! 4. The parity logs are replayed.
 //! 5. Devices that were out of service and are here again are taken in, and catch up.
-//! 6. Jobs go on where they were.
+//! 6. Jobs go on where they were: at once, or when the layer above has said what is in use.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -20,7 +20,7 @@ use super::degrade::degrade;
 use super::disk::Disk;
 use super::event::Event;
 use super::keep;
-use super::map::{Payload, SectionMap};
+use super::map::Payload;
 use super::pool::{OpenOptions, Pool, PoolError, log_shape};
 use super::volume::VolumeCore;
 use crate::logs::LogError;
@@ -127,6 +127,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         }
         core.begin(next).await?;
         let pool = Self(core);
+        pool.0.jobs_wait.set(options.jobs_wait);
         for volume in pool.0.volumes() {
             pool.load_bitmap(&volume).await?;
             pool.recover_volume(&volume).await?;
@@ -167,47 +168,47 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
 
     /// Replays the parity logs of a volume.
     async fn recover_volume(&self, volume: &Rc<VolumeCore<D>>) -> Result<(), PoolError> {
-        let map = volume.map();
-        for (section, model) in map.sections.iter().zip(&map.volume.sections) {
-            if model.parity == 0 {
-                continue;
+        for index in 0..volume.map().sections.len() {
+            if let Some((section, log)) = self.replay(volume, index).await? {
+                volume.logs.borrow_mut().insert(section, Rc::new(log));
             }
-            let Some(log) = self.replay(volume, section, model).await? else {
-                continue;
-            };
-            volume.logs.borrow_mut().insert(section.id, Rc::new(log));
         }
         Ok(())
     }
 
-    /// Replays one section's log; none if all its copies are lost.
+    /// Replays one section's log; none if it has none, if all its copies are lost, or if too many devices are missing for that.
     async fn replay(
         &self,
         volume: &Rc<VolumeCore<D>>,
-        section: &SectionMap<D>,
-        model: &model::Section,
-    ) -> Result<Option<ParityLog<D>>, PoolError> {
+        index: usize,
+    ) -> Result<Option<(u32, ParityLog<D>)>, PoolError> {
         let core = &self.0;
-        let bytes = section.shape.row_bytes();
         let mut replayed = BTreeSet::new();
         loop {
-            let recovery = match ParityLog::open(
-                log_shape(volume.map().volume.uuid, model),
-                core.copies(&model.log),
-            )
-            .await
-            {
-                Ok(recovery) => recovery,
-                Err(LogError::Device { device, .. }) => {
-                    core.fail(&[core.disk(device)]).await?;
-                    continue;
-                }
-                Err(error) => {
-                    cover!("pool: all copies of a parity log are lost");
-                    tracing::error!(%error, volume = %volume.name, "the volume takes no writes here");
-                    return Ok(None);
-                }
+            // Anew in every round: what failed in the last one is not written to any more.
+            let map = volume.map();
+            let (Some(section), Some(model)) = (map.sections.get(index), map.volume.sections.get(index))
+            else {
+                return Ok(None);
             };
+            if model.parity == 0 {
+                return Ok(None);
+            }
+            let bytes = section.shape.row_bytes();
+            let epoch = core.config().epoch;
+            let recovery =
+                match ParityLog::open(log_shape(map.volume.uuid, model), core.copies(&model.log)).await {
+                    Ok(recovery) => recovery,
+                    Err(LogError::Device { device, .. }) => {
+                        core.fail(&[core.disk(device)]).await?;
+                        continue;
+                    }
+                    Err(error) => {
+                        cover!("pool: all copies of a parity log are lost");
+                        tracing::error!(%error, volume = %volume.name, "the volume takes no writes here");
+                        return Ok(None);
+                    }
+                };
             let mut failed = Vec::new();
             let mut apply = async |row: u64, pieces: &[Piece<'_>]| {
                 cover!("pool: a parity log is replayed");
@@ -237,13 +238,18 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             if core.flush_members(volume.id).await.is_err() || !failed.is_empty() {
                 // Once more without what failed.
                 core.fail(&failed).await?;
+                if core.config().epoch == epoch {
+                    cover!("pool: a parity log cannot be replayed without what is missing");
+                    tracing::error!(volume = %volume.name, "too many devices are missing: the volume takes no writes here");
+                    return Ok(None);
+                }
                 continue;
             }
             done?;
             // Detached members miss these rows. That must be known before the log forgets them, as the next crash may come between.
             core.note_replayed(volume, &replayed).await?;
             match recovery.restart().await {
-                Ok(log) => return Ok(Some(log)),
+                Ok(log) => return Ok(Some((section.id, log))),
                 Err(LogError::Device { device, .. }) => core.fail(&[core.disk(device)]).await?,
                 Err(error) => return Err(error.into()),
             }

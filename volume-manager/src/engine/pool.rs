@@ -83,6 +83,9 @@ pub struct OpenOptions {
     pub force: store::Force,
     /// Sizes of the activity logs' contents; tests make them small.
     pub limits: Limits,
+    /// Jobs that go on or begin at the open do nothing before [`Pool::let_jobs_begin`]: for who first wants to say what is in use
+    /// ([`Volume::set_usage`]), as they copy everything until then.
+    pub jobs_wait: bool,
 }
 
 /// A volume that is to be made.
@@ -213,6 +216,11 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             .iter()
             .map(|disk| (disk.id, disk.counters.get()))
             .collect()
+    }
+
+    /// Has jobs begin that wait since the open: see [`OpenOptions::jobs_wait`]. To be called again does nothing.
+    pub fn let_jobs_begin(&self) {
+        self.0.jobs_wait.set(false);
     }
 
     /// Whether no region is in doubt since a crash.

@@ -31,7 +31,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         }
     }
 
-    /// Waits until no earlier job works on the same volume.
+    /// Waits until jobs may begin and no earlier one works on the same volume.
     async fn turn(&self, job: &Job, control: &Control) -> Result<(), Stop> {
         let mine = volumes_of(&self.0.config(), &job.kind);
         loop {
@@ -45,7 +45,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             let busy = earlier
                 .flat_map(|other| volumes_of(&config, &other.kind))
                 .any(|volume| mine.contains(&volume));
-            if !busy {
+            if !busy && !self.0.jobs_wait.get() {
                 return Ok(());
             }
             self.0.clock.sleep(LOOK).await;

@@ -199,19 +199,21 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
 
     /// Cuts a part of a section without parity into columns: column, first byte of the member, memory.
     pub(super) fn columns(section: &SectionMap<D>, offset: u64, buffers: &[IoBuf]) -> Parts {
-        let mut parts: Parts = Vec::new();
-        let (mut at, mut skip, total) = (offset, 0, list::length(buffers));
-        while skip < total {
-            let piece = section.shape.piece(at, total - skip);
+        let mut parts: Parts = Vec::with_capacity(section.columns.len());
+        let mut rest = list::Rest::of(buffers);
+        let (mut at, end) = (offset, offset + list::length(buffers));
+        while at < end {
+            let piece = section.shape.piece(at, end - at);
             let column = section.shape.data_column(piece.row, piece.data);
-            let memory = list::part(buffers, skip, piece.length);
             // The next row's unit follows in the member.
-            match parts.iter_mut().find(|part| part.0 == column) {
-                Some(part) => part.2.extend(memory),
-                None => parts.push((column, section.shape.in_member(&piece), memory)),
+            let index = parts.iter().position(|part| part.0 == column).unwrap_or_else(|| {
+                parts.push((column, section.shape.in_member(&piece), Vec::new()));
+                parts.len() - 1
+            });
+            if let Some((_, _, memory)) = parts.get_mut(index) {
+                rest.take(piece.length, memory);
             }
             at += piece.length;
-            skip += piece.length;
         }
         parts
     }

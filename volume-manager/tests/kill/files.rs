@@ -29,6 +29,7 @@ fn options(incarnation: u64) -> OpenOptions {
         pool: None,
         force: Force::No,
         limits: Limits::default(),
+        jobs_wait: false,
     }
 }
 

@@ -104,6 +104,7 @@ pub(crate) fn options(model: &Model) -> OpenOptions {
         pool: None,
         force: Force::No,
         limits: Limits::default(),
+        jobs_wait: false,
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use block_io::sim::{DiskOptions, Ended, Failure, Rng, RunOptions, Schedule, Sim, SimClock, SimDisk, World};
 use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoBuf};
 use volume_manager::model::{DeviceId, JobKind, Layout};
-use volume_manager::{Event, NewDevice, Usage, Volume};
+use volume_manager::{Event, NewDevice, OpenOptions, Usage, Volume};
 
 use crate::harness::{
     self, Model, SimPool, UNIT, attributes, create, failed, new_device, new_volume, open, read_bytes, settle,
@@ -400,6 +400,58 @@ fn of_a_gibibyte_with_ten_mebibytes_in_use_ten_are_copied() {
             }
         }
         drop(volume);
+        pool.close().await.map_err(failed)
+    });
+}
+
+async fn open_with_waiting_jobs(sim: &Sim, model: &Model) -> Result<SimPool, Failure> {
+    let disks = sim.disks().into_iter();
+    let devices = disks.map(|disk| (format!("d{}", disk.index()), Rc::new(disk)));
+    let options = OpenOptions {
+        jobs_wait: true,
+        ..harness::options(model)
+    };
+    SimPool::open(devices.collect(), &options, sim.clock())
+        .await
+        .map_err(failed)
+}
+
+#[test]
+fn a_job_that_goes_on_at_an_open_waits_until_it_is_known_what_is_in_use() {
+    let disks = (0..4).map(|index| DiskOptions::new(&format!("d{index}"), 3 << 30));
+    let mut world = World::new(disks);
+    run(&mut world, &RunOptions::in_order(), "jobs wait", async |sim| {
+        let model = Model::default();
+        let pool = create(&sim, &model, 4).await?;
+        let mut new = new_volume(Layout::Mirror { legs: 2 }, 1 << 30);
+        new.region = 0;
+        pool.create_volume(new).await.map_err(failed)?;
+        let third_leg = JobKind::Relayout {
+            volume: pool.configuration().volumes[0].id,
+            target: attributes(Layout::Mirror { legs: 3 }),
+        };
+        pool.start(third_leg, MIB).await.map_err(failed)?;
+        pool.close().await.map_err(failed)?;
+
+        let pool = open_with_waiting_jobs(&sim, &model).await?;
+        sim.clock().sleep(Duration::from_secs(60)).await;
+        assert_eq!(traffic(&pool), (0, 0), "a job works although it should wait");
+        let volume = pool.volume("v").map_err(failed)?;
+        volume.set_usage(Some(Rc::new(Tenths)));
+        pool.let_jobs_begin();
+        settle(&pool).await?;
+        let (read, written) = traffic(&pool);
+        let copied = 9 * MIB..=11 * MIB;
+        assert!(copied.contains(&read), "{read} bytes were read");
+        assert!(copied.contains(&written), "{written} bytes were written");
+
+        // One that never begins does not keep the pool from being closed.
+        let scrub = pool.start(JobKind::Scrub { volume: None }, MIB).await;
+        scrub.map_err(failed)?;
+        drop(volume);
+        pool.close().await.map_err(failed)?;
+        let pool = open_with_waiting_jobs(&sim, &model).await?;
+        assert!(pool.jobs().iter().any(|job| job.is_live()));
         pool.close().await.map_err(failed)
     });
 }

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rustix::fs::SeekFrom;
 
 use crate::buffer::{IoBuf, list};
-use crate::device::{BlockDevice, Durability, Geometry, ZeroMode};
+use crate::device::{Allocation, BlockDevice, Durability, Geometry, ZeroMode};
 use crate::error::{IoCause, IoError, Operation};
 use crate::worker::{Call, FileNumber, Request};
 
@@ -279,6 +279,21 @@ impl BlockDevice for HostDevice {
                 Err(self.error(Operation::Flush, 0, 0, cause))
             }
         }
+    }
+
+    /// Asks the file system, and so may block where it has to read its maps.
+    async fn allocation(&self, offset: u64, length: u64) -> Result<(Allocation, u64), IoError> {
+        let whole = (Allocation::Data, length);
+        Ok(match self.next_data(offset) {
+            Ok(Some(data)) if data > offset => (Allocation::Hole, length.min(data - offset)),
+            Ok(None) => (Allocation::Hole, length),
+            Ok(Some(_)) => match self.next_hole(offset) {
+                Ok(hole) if hole > offset => (Allocation::Data, length.min(hole - offset)),
+                _ => whole,
+            },
+            // A block device, or a file system that does not tell.
+            Err(_) => whole,
+        })
     }
 
     async fn discard(&self, offset: u64, length: u64) -> Result<(), IoError> {

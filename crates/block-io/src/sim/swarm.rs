@@ -90,6 +90,8 @@ pub fn swarm<W: Workload>(workload: &W, options: &SwarmOptions) -> Result<Number
         let seed = only.unwrap_or_else(|| mix(options.seed.wrapping_add(index)));
         let history = workload.generate(&mut Rng::new(seed));
         if let Err(failure) = run(workload, seed, &history) {
+            // Making it shorter may take many times as long as it took.
+            eprintln!("history of seed {seed:#x} fails, and is made shorter: {failure}");
             return Err(shrink(workload, seed, history, failure));
         }
         numbers.histories += 1;

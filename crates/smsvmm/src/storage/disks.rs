@@ -1,4 +1,4 @@
-//! `smsvmm disk`: virtual disks of a pool that nobody has open.
+//! `smsvmm disk`: virtual disks of a pool, by the machine that has it open if there is one.
 
 use std::path::Path;
 
@@ -34,8 +34,8 @@ pub(crate) fn disk(arguments: VirtualDiskArguments) -> anyhow::Result<Exit> {
                 thick,
                 verify,
             };
-            transfer(&which, "imported", |devices, notify| {
-                storage_manager::import_disk(devices, request, notify)
+            transfer(&which, "imported", |pool, notify| {
+                storage_manager::import_disk(pool, request, notify)
             })
         }
         DiskCommand::Export {
@@ -56,8 +56,8 @@ pub(crate) fn disk(arguments: VirtualDiskArguments) -> anyhow::Result<Exit> {
                 force,
                 verify,
             };
-            transfer(&which, "exported", |devices, notify| {
-                storage_manager::export_disk(devices, request, notify)
+            transfer(&which, "exported", |pool, notify| {
+                storage_manager::export_disk(pool, request, notify)
             })
         }
         DiskCommand::Copy {
@@ -72,8 +72,8 @@ pub(crate) fn disk(arguments: VirtualDiskArguments) -> anyhow::Result<Exit> {
                 thick,
                 verify,
             };
-            transfer(&which, "copied", |devices, notify| {
-                storage_manager::copy_disk(devices, request, notify)
+            transfer(&which, "copied", |pool, notify| {
+                storage_manager::copy_disk(pool, request, notify)
             })
         }
         command => operate(&which, command),
@@ -91,14 +91,14 @@ type Notify<'a> = &'a mut dyn FnMut(storage_manager::Notice<'_>) -> storage_mana
 fn transfer(
     which: &Which,
     what: &str,
-    run: impl FnOnce(
-        storage_manager::DevicePaths,
-        Notify<'_>,
-    ) -> Result<api::virtual_disk::Transferred, api::Problem>,
+    run: impl FnOnce(storage_manager::PoolAt, Notify<'_>) -> Result<api::virtual_disk::Transferred, api::Problem>,
 ) -> anyhow::Result<Exit> {
-    let devices = select::devices(which)?;
+    let pool = live::pool(which)?;
     let mut watch = Watch::new(which.json)?;
-    let done = run(devices, &mut |notice| watch.notice(&notice));
+    if matches!(pool, storage_manager::PoolAt::Machine(_)) {
+        watch.breaks_off();
+    }
+    let done = run(pool, &mut |notice| watch.notice(&notice));
     watch.clear();
     let done = done?;
     if which.json {

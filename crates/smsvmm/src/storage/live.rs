@@ -1,7 +1,10 @@
 //! The pool of a machine that runs: asked through the machine's management socket.
 
-use api::{StorageAnswer, StorageRequest};
+use std::os::unix::net::UnixStream;
+
+use api::{Problem, ProblemKind, StorageAnswer, StorageRequest};
 use management::{Client, ClientError};
+use storage_manager::{Line, PoolAt};
 
 use super::arguments::Which;
 use super::select;
@@ -22,6 +25,28 @@ pub(crate) fn ask(
         Err(ClientError::Connect { .. }) => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Where the pool is: a machine that has it open is asked to move data.
+///
+/// # Errors
+/// The configuration cannot be read.
+pub(crate) fn pool(which: &Which) -> anyhow::Result<PoolAt> {
+    let socket = select::socket(which)?.filter(|socket| UnixStream::connect(socket).is_ok());
+    let Some(socket) = socket else {
+        return Ok(PoolAt::Devices(select::devices(which)?));
+    };
+    let client = Client::new(&socket)?;
+    Ok(PoolAt::Machine(Box::new(move |request| {
+        match client.transfer(request) {
+            Ok((early, stream)) => Ok(Line { early, stream }),
+            Err(ClientError::Problem(problem)) => Err(*problem),
+            Err(error) => Err(Problem::new(
+                ProblemKind::Host,
+                format!("{:#}", anyhow::Error::new(error)),
+            )),
+        }
+    })))
 }
 
 /// The answer is not one to what was asked.

@@ -18,6 +18,8 @@ const BAR: u64 = 24;
 pub(crate) struct Watch {
     signals: Signals,
     stopping: bool,
+    /// What a signal makes it do.
+    end: &'static str,
     terminal: bool,
     /// There is a line of progress on the terminal.
     shown: bool,
@@ -29,9 +31,15 @@ impl Watch {
         Ok(Self {
             signals: Signals::block().context("cannot block signals")?,
             stopping: false,
+            end: "closing the pool",
             terminal: !json && io::stdout().is_terminal(),
             shown: false,
         })
+    }
+
+    /// The pool is not open here: a signal breaks off what is done with it.
+    pub(crate) fn breaks_off(&mut self) {
+        self.end = "breaking it off";
     }
 
     /// For the operation to call now and then.
@@ -44,9 +52,7 @@ impl Watch {
                 std::process::exit(Exit::Failed as i32);
             }
             self.clear();
-            logs::say(&format!(
-                "smsvmm: {signal}: closing the pool; again to exit at once"
-            ));
+            logs::say(&format!("smsvmm: {signal}: {}; again to exit at once", self.end));
             self.stopping = true;
         }
         if self.terminal && !self.stopping {

@@ -39,6 +39,7 @@ where
             pool: None,
             force: Force::No,
             limits: Limits::default(),
+            jobs_wait: false,
         };
         let pool = OpenPool::open(opened.collect(), &options, WorkerClock::new()).await;
         let pool = pool.unwrap_or_else(|error| panic!("the pool does not open: {error}"));

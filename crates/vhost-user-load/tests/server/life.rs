@@ -126,7 +126,7 @@ fn a_disk_that_grows_is_seen_by_the_next_look() {
 #[test]
 fn a_limit_holds_and_can_be_changed_under_load() {
     use std::sync::Arc;
-    use storage_virtualizer::virtio_blk::{DiskControls, Rate, RateLimit};
+    use storage_virtualizer::controls::{DiskControls, Rate, RateLimit};
     let place = Place::new();
     let controls = Arc::new(DiskControls::default());
     let limit = |per_second| RateLimit {

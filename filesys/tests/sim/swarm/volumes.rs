@@ -9,35 +9,21 @@
 //! directly after it happens. And a crash while whole rows of RAID-5 were overwritten, with a device lost before their parity was computed
 //! anew, is an error that says "parity in doubt", which ends a history.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::Duration;
 
 use block_io::sim::{
-    AtMostDevices, DiskOptions, Ended, Failure, Fault, FaultPlan, FaultPolicy, FaultRates, FaultRule, Hit,
-    Medium, Numbers, Rng, RunOptions, Sim, SimClock, SimDisk, SwarmOptions, Workload, World, swarm,
+    DiskOptions, Ended, Failure, Fault, FaultPlan, FaultPolicy, FaultRates, Medium, Numbers, Rng, RunOptions,
+    Sim, SwarmOptions, Workload, World, swarm,
 };
-use block_io::{Clock, Operation};
-use filesys::{
-    Access, FileSystem, FormatOptions, FsError, GivenVolume, OpenOptions, Pace, Redundancy, ScrubOptions,
-    ScrubReport,
-};
-use volume_manager::model::{DeviceState, Layout, MemberState, Uuid};
-use volume_manager::{Pool, Volume};
+use filesys::{Access, FsError, Pace, ScrubOptions, ScrubReport};
+use volume_manager::model::Layout;
 
 use super::session::Session;
 use super::{Bed, Step, disks, draw};
 use crate::harness::{SimFs, failed};
 use crate::machine::{Handle, Promise, adds_up, is_sound, verify};
-use crate::pools;
-
-type SimPool = Pool<SimDisk, SimClock>;
-type SimVolume = Volume<SimDisk, SimClock>;
-
-const DISKS: usize = 4;
-const DISK: u64 = 24 << 20;
-const META: u64 = 2 << 20;
-const DATA: u64 = 6 << 20;
+use crate::rig::{DISK, DISKS, Damage, Rig, SimVolume, settle};
 
 /// What histories run on.
 #[derive(Debug, Clone, Copy)]
@@ -49,173 +35,7 @@ struct Pools {
     checksums: bool,
 }
 
-/// The metadata volume, the data volumes, and where copies are.
-type Given = (GivenVolume<SimVolume>, Vec<GivenVolume<SimVolume>>, Redundancy);
-
-/// What stays over a power cut, beside the disks.
-#[derive(Clone)]
-struct Damage {
-    policy: Rc<RefCell<AtMostDevices>>,
-    /// Openings so far: each gets an identity of its own.
-    openings: Rc<Cell<u128>>,
-}
-
-impl Damage {
-    fn new() -> Self {
-        Self {
-            policy: Rc::new(RefCell::new(AtMostDevices::new(1))),
-            openings: Rc::default(),
-        }
-    }
-
-    /// Whether this may happen; if so, it is noted.
-    fn allows(&self, disk: usize, fault: Fault) -> bool {
-        let range = 0..DISK;
-        self.policy.borrow_mut().allows(&Hit { disk, fault, range })
-    }
-
-    fn options(&self) -> volume_manager::OpenOptions {
-        self.openings.set(self.openings.get() + 1);
-        pools::options(self.openings.get())
-    }
-
-    /// The device that is damaged, or the one that is asked for.
-    fn candidate(&self, disk: u64) -> usize {
-        let damaged = self.policy.borrow().damaged().first().copied();
-        damaged.unwrap_or_else(|| usize::try_from(disk).unwrap_or(0) % DISKS)
-    }
-}
-
-/// A pool that is open.
-struct Rig {
-    pool: SimPool,
-    damage: Damage,
-}
-
-const NAMES: [&str; 2] = ["one", "two"];
-
 impl Rig {
-    async fn create(sim: &Sim, damage: &Damage, layout: Layout) -> Result<Self, Failure> {
-        let devices = pools::devices(sim, DISKS);
-        let options = damage.options();
-        let pool = Pool::create("tank", Uuid(7), devices, &options, sim.clock())
-            .await
-            .map_err(failed)?;
-        let mirror = Layout::Mirror { legs: 2 };
-        let volumes = [
-            ("meta", META, mirror),
-            (NAMES[0], DATA, layout),
-            (NAMES[1], DATA, layout),
-        ];
-        for (number, (name, size, layout)) in volumes.into_iter().enumerate() {
-            pool.create_volume(pools::volume(number, name, size, layout))
-                .await
-                .map_err(failed)?;
-        }
-        settle(&pool).await;
-        Ok(Self {
-            pool,
-            damage: damage.clone(),
-        })
-    }
-
-    async fn open_pool(sim: &Sim, damage: &Damage) -> Result<Self, Failure> {
-        let devices = sim.disks().into_iter();
-        let devices = devices.map(|disk| (format!("d{}", disk.index()), Rc::new(disk)));
-        let pool = Pool::open(devices.collect(), &damage.options(), sim.clock())
-            .await
-            .map_err(failed)?;
-        Ok(Self {
-            pool,
-            damage: damage.clone(),
-        })
-    }
-
-    fn volume(&self, name: &str) -> Result<SimVolume, FsError> {
-        self.pool
-            .volume(name)
-            .map_err(|error| FsError::Open(error.to_string()))
-    }
-
-    /// The volumes for the file system, and where copies of their data are.
-    fn given(&self) -> Result<Given, FsError> {
-        let redundancy = Redundancy::default();
-        let one = |number: u8, name: &str| {
-            Ok::<_, FsError>(GivenVolume {
-                uuid: [number; 16],
-                name: name.to_owned(),
-                class: String::new(),
-                device: Rc::new(self.volume(name)?),
-            })
-        };
-        let meta = one(9, "meta")?;
-        redundancy.set_meta(Some(Rc::new(self.volume("meta")?)));
-        let mut data = Vec::new();
-        for (number, name) in (1..).zip(NAMES) {
-            redundancy.set_volume([number; 16], Some(Rc::new(self.volume(name)?)));
-            data.push(one(number, name)?);
-        }
-        Ok((meta, data, redundancy))
-    }
-
-    async fn format(&self, sim: &Sim) -> Result<(), FsError> {
-        let (meta, data, redundancy) = self.given()?;
-        let format = FormatOptions {
-            uuid: [9; 16],
-            seed: 77,
-            journal_blocks: Some(64),
-            grow_to: 0,
-        };
-        let fs = FileSystem::format(meta, data, &format, options(redundancy), sim.clock()).await?;
-        fs.close().await
-    }
-
-    /// Nothing is missing, out of date or in doubt.
-    fn is_whole(&self) -> bool {
-        let config = self.pool.configuration();
-        let devices_good = config
-            .devices
-            .iter()
-            .all(|device| device.is_holder() && self.pool.is_in_service(device.id));
-        let in_sync = config
-            .volumes
-            .iter()
-            .flat_map(|volume| &volume.sections)
-            .flat_map(|section| &section.columns)
-            .flat_map(|column| &column.members)
-            .all(|member| member.state == MemberState::InSync);
-        let idle = self.pool.jobs().iter().all(|job| !job.is_live());
-        devices_good && in_sync && idle && self.pool.is_clean()
-    }
-
-    /// Brings everything back and waits until it is whole; what was damaged counts as good again then.
-    async fn heal(&self, sim: &Sim) -> Result<(), Failure> {
-        (0..DISKS).for_each(|disk| sim.with_medium(disk, Medium::repair));
-        for device in self.pool.configuration().devices.clone() {
-            if matches!(device.state, DeviceState::Faulty { .. }) {
-                let disk = usize::try_from(device.id.0).unwrap_or(0);
-                let again = self.pool.readmit(device.id, "again", Rc::new(sim.disk(disk)));
-                if again.await.is_err() {
-                    return Ok(());
-                }
-            }
-        }
-        drop(self.pool.heal().await);
-        settle(&self.pool).await;
-        // Repairs that were begun before may still find out about a fault.
-        for _ in 0..20 {
-            sim.clock().sleep(Duration::from_millis(5)).await;
-        }
-        if self.is_whole() {
-            block_io::cover!("swarm: a damaged device is whole again");
-            let damaged = self.damage.policy.borrow().damaged().clone();
-            for disk in damaged {
-                self.damage.policy.borrow_mut().healed(disk);
-            }
-        }
-        Ok(())
-    }
-
     /// Data of files rot; then all are read, and repaired.
     async fn rot(
         &self,
@@ -278,36 +98,17 @@ impl Rig {
     }
 }
 
-async fn settle(pool: &SimPool) {
-    for job in pool.jobs() {
-        // Those that a fault stops are started again by the next heal.
-        drop(pool.wait(job.id).await);
-    }
-}
-
 async fn scrub(fs: &SimFs<SimVolume>) -> Result<ScrubReport, Failure> {
     fs.scrub(ScrubOptions::default(), |_| Pace::Go)
         .await
         .map_err(failed)
 }
 
-fn options(redundancy: Redundancy) -> OpenOptions {
-    OpenOptions {
-        resume_merges: false,
-        cached_pages: 32,
-        cached_files: 1,
-        dirty_pages: 48,
-        redundancy,
-        ..OpenOptions::default()
-    }
-}
-
 impl Bed for Rig {
     type Device = SimVolume;
 
     async fn open(&self, sim: &Sim) -> Result<SimFs<SimVolume>, FsError> {
-        let (meta, data, redundancy) = self.given()?;
-        FileSystem::open(meta.device, data, options(redundancy), sim.clock()).await
+        self.open_files(sim).await
     }
 
     async fn between(&self, sim: &Sim, session: &Session<SimVolume>, step: &Step) -> Result<(), Failure> {
@@ -316,21 +117,7 @@ impl Bed for Rig {
             Step::Rot { disk, place } => self.rot(sim, session, self.damage.candidate(*disk), *place).await,
             Step::DeviceFails { disk, way } => {
                 let disk = self.damage.candidate(*disk);
-                if !self.damage.allows(disk, Fault::Error) {
-                    return Ok(());
-                }
-                let rule = |operation, times| FaultRule {
-                    times: Some(times),
-                    ..FaultRule::once(Fault::Error, operation).after(way % 5)
-                };
-                match way % 6 {
-                    0 => sim.inject(disk, rule(Operation::Read, 1)),
-                    1 => sim.inject(disk, rule(Operation::Write, 1)),
-                    2 => sim.inject(disk, rule(Operation::Flush, 1)),
-                    3 => sim.inject(disk, rule(Operation::Read, 40)),
-                    4 => sim.inject(disk, rule(Operation::Write, 40)),
-                    _ => sim.detach(disk),
-                }
+                self.device_fails(sim, disk, *way);
                 Ok(())
             }
             _ => Ok(()),

@@ -16,6 +16,8 @@ mod platform;
 mod pool_device;
 mod rng;
 mod rtc;
+mod scsi;
+mod scsi_queue;
 mod serial;
 mod transport;
 mod vhost_user;
@@ -72,6 +74,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 1024,
         is_possible: always,
         body: block_queue::run,
+    },
+    Target {
+        name: "scsi-queue",
+        about: "virtio-scsi: queues served by an I/O worker, units that come and go",
+        max_length: 1024,
+        is_possible: always,
+        body: scsi_queue::run,
     },
     Target {
         name: "rng",
@@ -156,6 +165,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 512,
         is_possible: always,
         body: vhost_user::run,
+    },
+    Target {
+        name: "scsi",
+        about: "SCSI disks: commands of two initiators against a model disk",
+        max_length: 1024,
+        is_possible: always,
+        body: scsi::run,
     },
 ];
 

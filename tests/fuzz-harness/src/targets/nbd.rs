@@ -133,6 +133,8 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
         match client.stream.read(&mut rest) {
             Ok(0) => break,
             Ok(_) => {}
+            // libFuzzer's alarm clock.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
             Err(error) => panic!("the server does not end the connection: {error}"),
         }

@@ -44,7 +44,7 @@ struct Meters {
 
 /// The numbers that a request waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Ticket {
+pub(crate) struct Ticket {
     operations: u128,
     bytes: u128,
 }

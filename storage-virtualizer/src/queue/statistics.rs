@@ -2,8 +2,6 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::request::Request;
-
 /// Counters of one queue. One worker writes them, anybody reads them.
 #[derive(Debug, Default)]
 pub struct QueueStatistics {
@@ -30,7 +28,7 @@ pub struct Counters {
     pub written_bytes: u64,
     /// Flush requests.
     pub flushes: u64,
-    /// Discards, write zeroes, identifiers.
+    /// All that is none of these: discards, write zeroes, identifiers.
     pub others: u64,
     /// Requests that were not answered with success.
     pub errors: u64,
@@ -64,27 +62,29 @@ fn add(counter: &AtomicU64, value: u64) {
 }
 
 impl QueueStatistics {
-    pub(super) fn count_request(&self, request: &Request<'_>) {
-        let length = |data: &[block_io::IoBuf]| data.iter().map(|piece| piece.len() as u64).sum();
-        match request {
-            Request::Read { data, .. } => {
-                add(&self.reads, 1);
-                add(&self.read_bytes, length(data));
-            }
-            Request::Write { data, .. } => {
-                add(&self.writes, 1);
-                add(&self.written_bytes, length(data));
-            }
-            Request::Flush => add(&self.flushes, 1),
-            Request::GetId { .. } | Request::Discard(_) | Request::WriteZeroes(_) => add(&self.others, 1),
-        }
+    pub(crate) fn count_read(&self, bytes: u64) {
+        add(&self.reads, 1);
+        add(&self.read_bytes, bytes);
     }
 
-    pub(super) fn count_error(&self) {
+    pub(crate) fn count_write(&self, bytes: u64) {
+        add(&self.writes, 1);
+        add(&self.written_bytes, bytes);
+    }
+
+    pub(crate) fn count_flush(&self) {
+        add(&self.flushes, 1);
+    }
+
+    pub(crate) fn count_other(&self) {
+        add(&self.others, 1);
+    }
+
+    pub(crate) fn count_error(&self) {
         add(&self.errors, 1);
     }
 
-    pub(super) fn count_interrupt(&self) {
+    pub(crate) fn count_interrupt(&self) {
         add(&self.interrupts, 1);
     }
 

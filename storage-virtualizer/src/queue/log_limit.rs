@@ -9,14 +9,14 @@ const PERIOD: Duration = Duration::from_secs(5);
 
 /// Counts lines of one source.
 #[derive(Debug, Default)]
-pub(super) struct LogLimit {
+pub(crate) struct LogLimit {
     since: Option<Instant>,
     lines: u32,
 }
 
 impl LogLimit {
     /// Whether one more line may be written now.
-    pub(super) fn admits(&mut self) -> bool {
+    pub(crate) fn admits(&mut self) -> bool {
         let now = Instant::now();
         if self.since.is_none_or(|since| now.duration_since(since) >= PERIOD) {
             *self = Self {

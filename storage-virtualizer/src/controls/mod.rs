@@ -1,7 +1,9 @@
 //! What can be set for a disk while guests use it: limits of its rate, what happens when it fails, polling.
 //!
 //! The owner of a disk makes one [`DiskControls`] and gives it to every device and server that shows the disk
-//! (`VirtioBlkOptions::controls`). A request looks at one word to see that nothing of this concerns it.
+//! (as `VirtioBlkOptions::controls` does). A request looks at one word to see that nothing of this concerns it.
+
+mod rate;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,7 +13,9 @@ use std::time::{Duration, Instant};
 
 use block_io::IoError;
 
-use super::rate::{RateLimit, RateLimiter, Ticket};
+pub use rate::{Rate, RateLimit, RateLimiter};
+
+use rate::Ticket;
 
 /// What happens when the disk fails a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -114,17 +118,17 @@ impl DiskControls {
         }
     }
 
-    pub(super) fn polling(&self) -> Duration {
+    pub(crate) fn polling(&self) -> Duration {
         Duration::from_micros(self.poll_micros.load(Ordering::Relaxed).into())
     }
 
     /// Whether a request must look further before it goes to the disk.
-    pub(super) fn gates(&self) -> bool {
+    pub(crate) fn gates(&self) -> bool {
         self.flags.load(Ordering::Relaxed) & GATE != 0
     }
 
     /// The disk failed: whether the request waits instead of being answered.
-    pub(super) fn stops_on(&self, error: &IoError) -> bool {
+    pub(crate) fn stops_on(&self, error: &IoError) -> bool {
         if self.flags.load(Ordering::Relaxed) & STOPS_ON_ERROR == 0 {
             return false;
         }
@@ -137,7 +141,7 @@ impl DiskControls {
     }
 
     /// `waker` is woken by the next [`Self::resume`].
-    pub(super) fn await_resume(&self, waker: Waker) {
+    pub(crate) fn await_resume(&self, waker: Waker) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         if !waiting.iter().any(|kept| kept.will_wake(&waker)) {
             waiting.push(waker);
@@ -145,13 +149,13 @@ impl DiskControls {
     }
 
     /// Gets in line at the limits that there are.
-    pub(super) fn take(&self, bytes: u64) -> [Option<Ticket>; 2] {
+    pub(crate) fn take(&self, bytes: u64) -> [Option<Ticket>; 2] {
         let now = Instant::now();
         self.limiters()
             .map(|limiter| limiter.map(|limiter| limiter.take(bytes, now)))
     }
 
-    pub(super) fn wait(&self, tickets: [Option<Ticket>; 2]) -> Duration {
+    pub(crate) fn wait(&self, tickets: [Option<Ticket>; 2]) -> Duration {
         let now = Instant::now();
         self.limiters()
             .into_iter()

@@ -1,16 +1,10 @@
-//! What a server of a queue is given, and how its device talks to it while it runs.
+//! How a device talks to a running server of one of its queues.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
-use virtio_core::{ActiveQueue, DeviceEvents, GuestMemory};
 use vmm_sys_util::eventfd::EventFd;
-
-use super::controls::DiskControls;
-use super::execute::ID_LENGTH;
-use super::stats::QueueStatistics;
-use crate::inflight::InflightQueue;
 
 /// What a server that stops does with requests that have not gone to the disk: it is stopped or its rate is limited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +59,8 @@ impl Control {
         self.wake();
     }
 
-    fn wake(&self) {
+    /// Has the server look around.
+    pub(crate) fn wake(&self) {
         let waker = lock(&self.waker).clone();
         if let Some(waker) = waker {
             waker.wake();
@@ -121,34 +116,4 @@ impl Drop for Done {
         self.0.done.store(true, Ordering::Release);
         self.0.ended.notify_all();
     }
-}
-
-/// What the servers of a device share with it.
-#[derive(Debug)]
-pub(super) struct Settings {
-    pub(super) id: [u8; ID_LENGTH],
-    /// The driver wants write-back (the `writeback` field).
-    pub(super) write_back: AtomicBool,
-}
-
-/// Everything that a server needs.
-pub(super) struct ServerParts<H> {
-    pub(super) disk: H,
-    pub(super) memory: GuestMemory,
-    pub(super) queue: ActiveQueue,
-    pub(super) events: Arc<dyn DeviceEvents>,
-    pub(super) settings: Arc<Settings>,
-    pub(super) statistics: Arc<QueueStatistics>,
-    pub(super) controls: Arc<DiskControls>,
-    pub(super) done: Done,
-    /// Indirect descriptors were negotiated.
-    pub(super) indirect: bool,
-    /// The driver can flush; without, every write must be durable (virtio 1.2 §5.2.6.2).
-    pub(super) flush: bool,
-    /// The driver may choose write-through.
-    pub(super) config_wce: bool,
-    /// Where to note what is in flight.
-    pub(super) inflight: Option<InflightQueue>,
-    /// Chains that were taken before, and not answered: they come first.
-    pub(super) unanswered: Vec<u16>,
 }

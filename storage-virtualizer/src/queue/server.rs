@@ -1,14 +1,14 @@
-//! Serves one virtqueue of a disk, on a block-io worker.
+//! Serves one virtqueue, on a block-io worker.
 //!
 //! One task waits for the doorbell and takes all that is in the ring in one go. Every chain is handed to a *slot*: a task
-//! with its own scratch memory that decodes the chain, has the disk do it, and puts the answer into the used ring. Slots
-//! are made when so many requests are in flight for the first time, and then reused: in steady state a request allocates
-//! nothing.
+//! with its own scratch memory that takes the chain's buffers, has the [`Service`] do what they ask for, and puts the answer
+//! into the used ring. Slots are made when so many requests are in flight for the first time, and then reused: in steady
+//! state a request allocates nothing.
 //!
 //! ```text
-//!   kick ─► server task: take all heads ──► slot tasks: chain → request → disk … ─► used ring
-//!                ▲                                                                      │
-//!                └───────── woken by the first of a batch, interrupts once at its end ◄─┘
+//!   kick ─► server task: take all heads ──► slot tasks: chain → service … ─► used ring
+//!                ▲                                                               │
+//!                └───── woken by the first of a batch, interrupts once at its end ◄┘
 //! ```
 //!
 //! The doorbell is on only while the worker sleeps ([`PollSource`]). Slots run before the server task is
@@ -18,45 +18,73 @@
 //! is told (`DeviceEvents::needs_reset`).
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use block_io::{BlockDevice, EventSignal, EventWatch, IoError, PollSource, add_poll_source, spawn_local};
+use block_io::{EventSignal, EventWatch, IoError, PollSource, add_poll_source, spawn_local};
 use virtio_core::virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtio_core::vm_memory::{Bytes, GuestAddress};
-use virtio_core::{ActiveQueue, DeviceEvents, GuestMemory};
+use virtio_core::{ActiveQueue, DeviceEvents, GuestMemory, feature};
 
-use super::control::{Control, Done, Outcome, ServerParts, Settings};
-use super::controls::DiskControls;
-use super::execute::{Context, execute, status_of};
-use super::gate::Admission;
+use super::control::{Control, Done, Outcome, Waiting};
 use super::log_limit::LogLimit;
-use super::request::{Request, Status, decode};
-use super::stats::QueueStatistics;
+use super::statistics::QueueStatistics;
+use super::{QueueStart, Service};
 use crate::chain::{Buffers, Table};
-use crate::disk_handle::DiskHandle;
+use crate::disk_handle::DiskHandleError;
 use crate::inflight::InflightQueue;
 
-pub(super) struct Server<L> {
+/// What the requests of a queue may know of their server.
+#[derive(Default)]
+pub(crate) struct ServerLink {
+    control: Arc<Control>,
+    /// The server's task.
+    waker: RefCell<Option<Waker>>,
+    log_limit: RefCell<LogLimit>,
     index: u16,
-    disk: L,
+}
+
+impl ServerLink {
+    /// Whether the server ends, and what becomes of requests that have not gone to the disk.
+    pub(crate) fn stopping(&self) -> Option<Waiting> {
+        self.control.stopping()
+    }
+
+    /// Has the server's task look around.
+    pub(crate) fn wake(&self) {
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// What [`Self::wake`] wakes, for other threads.
+    pub(crate) fn waker(&self) -> Option<Waker> {
+        self.waker.borrow().clone()
+    }
+
+    /// Tells the host's administrator of a disk's failure, not too often.
+    #[cold]
+    pub(crate) fn log(&self, error: &IoError) {
+        if self.log_limit.borrow_mut().admits() {
+            let cause = error.cause();
+            tracing::warn!(%error, %cause, queue = self.index, "a guest's request failed");
+        }
+    }
+}
+
+struct Server<S> {
+    link: ServerLink,
+    service: S,
     memory: GuestMemory,
     table: Table,
     queue: RefCell<Queue>,
     signal: RefCell<EventSignal>,
     events: Arc<dyn DeviceEvents>,
-    pub(super) control: Arc<Control>,
-    settings: Arc<Settings>,
     statistics: Arc<QueueStatistics>,
-    pub(super) controls: Arc<DiskControls>,
-    flush: bool,
-    config_wce: bool,
     inflight: Option<InflightQueue>,
     /// Slots that wait for a chain.
     idle: RefCell<Vec<Rc<Slot>>>,
@@ -71,16 +99,7 @@ pub(super) struct Server<L> {
     doorbell_off: Cell<bool>,
     /// There are chains, says the ring's index.
     announced: Cell<bool>,
-    /// The server's task.
-    pub(super) waker: RefCell<Option<Waker>>,
-    /// Requests that wait for the disk to be resumed.
-    pub(super) held: RefCell<Vec<Waker>>,
-    /// Requests that wait at a limit, but for the first ([`super::gate`]).
-    pub(super) line: RefCell<VecDeque<Waker>>,
-    /// There is a first in line.
-    pub(super) pacing: Cell<bool>,
     abandoned: RefCell<Vec<u16>>,
-    log_limit: RefCell<LogLimit>,
     /// Dropped last, when no slot is left and guest memory was let go.
     _done: Done,
 }
@@ -121,10 +140,15 @@ impl Slot {
     }
 }
 
-/// Serves the queue until [`Control::stop`].
-pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
-    let disk = match parts.disk.local() {
-        Ok(disk) => disk,
+/// Serves the queue until [`Control::stop`]; `service` is made here, on the worker.
+pub(super) async fn serve<S: Service>(
+    parts: QueueStart,
+    statistics: Arc<QueueStatistics>,
+    done: Done,
+    service: impl FnOnce() -> Result<S, DiskHandleError>,
+) {
+    let service = match service() {
+        Ok(service) => service,
         Err(error) => return parts.events.needs_reset(&error.to_string()),
     };
     let ActiveQueue {
@@ -133,7 +157,7 @@ pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
         kick,
         call,
     } = parts.queue;
-    let control = Arc::clone(&parts.done.0);
+    let control = Arc::clone(&done.0);
     let mut kick = match EventWatch::new(kick) {
         Ok(kick) => kick,
         Err(error) => {
@@ -143,23 +167,23 @@ pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
         }
     };
     let server = Rc::new(Server {
-        index,
-        disk,
+        link: ServerLink {
+            control: Arc::clone(&control),
+            index,
+            ..ServerLink::default()
+        },
+        service,
         memory: parts.memory,
         table: Table {
             address: GuestAddress(queue.desc_table()),
             size: queue.size(),
-            indirect: parts.indirect,
+            indirect: parts.features & feature::RING_INDIRECT_DESC != 0,
         },
         heads: RefCell::new(vec![0; usize::from(queue.size()).div_ceil(64)].into()),
         queue: RefCell::new(queue),
         signal: RefCell::new(EventSignal::new(call)),
         events: parts.events,
-        settings: parts.settings,
-        statistics: parts.statistics,
-        controls: parts.controls,
-        flush: parts.flush,
-        config_wce: parts.config_wce,
+        statistics,
         inflight: parts.inflight,
         idle: RefCell::default(),
         in_flight: Cell::new(0),
@@ -167,14 +191,8 @@ pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
         broken: Cell::new(false),
         doorbell_off: Cell::new(false),
         announced: Cell::new(false),
-        control: Arc::clone(&control),
-        waker: RefCell::default(),
-        held: RefCell::default(),
-        line: RefCell::default(),
-        pacing: Cell::new(false),
         abandoned: RefCell::default(),
-        log_limit: RefCell::default(),
-        _done: parts.done,
+        _done: done,
     });
     add_poll_source(&(Rc::clone(&server) as Rc<dyn PollSource>));
     server.repeat(&parts.unanswered);
@@ -182,9 +200,9 @@ pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
     server.drain();
     loop {
         let kicked = poll_fn(|context| {
-            if server.waker.borrow().is_none() {
+            if server.link.waker.borrow().is_none() {
                 // A task's waker stays the same.
-                *server.waker.borrow_mut() = Some(context.waker().clone());
+                *server.link.waker.borrow_mut() = Some(context.waker().clone());
                 control.set_waker(context.waker().clone());
             }
             match kick.poll_wait(context) {
@@ -203,8 +221,8 @@ pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
         if control.has_new_call() {
             server.change_call();
         }
-        if server.can_release() {
-            server.release_held();
+        if server.service.can_release(&server.link) {
+            server.service.release(&server.link);
         }
         match kicked {
             Some(Ok(())) => server.drain(),
@@ -216,10 +234,7 @@ pub(super) async fn serve<H: DiskHandle>(parts: ServerParts<H>) {
     server.end().await;
 }
 
-impl<L> Server<L>
-where
-    L: Deref<Target: BlockDevice + Sized> + 'static,
-{
+impl<S: Service> Server<S> {
     /// Takes all chains that are available and gives them to slots: at most as many as the queue has entries, as a head
     /// that is in flight already is refused. The doorbell stays off until the worker sleeps.
     fn drain(self: &Rc<Self>) {
@@ -266,9 +281,9 @@ where
     fn has_news(&self) -> bool {
         self.completed.get()
             || self.announced.get()
-            || self.control.stopping().is_some()
-            || self.control.has_new_call()
-            || self.can_release()
+            || self.link.stopping().is_some()
+            || self.link.control.has_new_call()
+            || self.service.can_release(&self.link)
     }
 
     fn mark_in_flight(&self, head: u16) -> Result<(), String> {
@@ -311,61 +326,13 @@ where
         }
     }
 
-    /// Has the disk do what the chain asks for; returns how much of its memory the device may have written, or nothing if the
-    /// chain is not to be answered.
+    /// Has the service do what the chain asks for; returns how much of its memory the device may have written, or nothing if
+    /// the chain is not to be answered.
     async fn serve_chain(&self, head: u16, buffers: &mut Buffers) -> Result<Option<u32>, String> {
         buffers
             .take_chain(self.table, &self.memory, head)
             .map_err(|error| error.to_string())?;
-        let written = buffers.writable_length();
-        let decoded = decode(buffers).map_err(|error| error.to_string())?;
-        let status = match decoded.request {
-            Ok(request) => {
-                self.statistics.count_request(&request);
-                match self.have_done(&request).await {
-                    Some(status) => status,
-                    None => return Ok(None),
-                }
-            }
-            Err(status) => status,
-        };
-        if status != Status::Ok {
-            self.statistics.count_error();
-        }
-        decoded.status.fill(status as u8);
-        Ok(Some(written))
-    }
-
-    /// The disk's answer, however long it takes; none if the server ends before.
-    async fn have_done(&self, request: &Request<'_>) -> Option<Status> {
-        loop {
-            if self.controls.gates() {
-                // Not on the usual way: memory for it only where it is needed.
-                match Box::pin(self.admit(request)).await {
-                    Admission::Go => {}
-                    Admission::Fail => return Some(Status::IoError),
-                    Admission::Abandon => return None,
-                }
-            }
-            let context = Context {
-                id: &self.settings.id,
-                write_back: self.writes_back(),
-                // Whoever keeps the record gives it to our successor.
-                outlived: self.inflight.is_some(),
-            };
-            let outcome = execute(&*self.disk, request, context).await;
-            if let Err(error) = &outcome {
-                self.log(error);
-                if self.controls.stops_on(error) {
-                    continue;
-                }
-            }
-            return Some(status_of(&outcome));
-        }
-    }
-
-    fn writes_back(&self) -> bool {
-        self.flush && (!self.config_wce || self.settings.write_back.load(Ordering::Relaxed))
+        self.service.serve(&self.link, buffers).await
     }
 
     fn unmark(&self, head: u16) {
@@ -379,7 +346,7 @@ where
     fn abandon(&self, head: u16) {
         self.unmark(head);
         self.abandoned.borrow_mut().push(head);
-        self.wake();
+        self.link.wake();
     }
 
     fn finish(&self, head: u16, written: u32) {
@@ -397,7 +364,7 @@ where
             self.fail(&error.to_string());
         }
         if !self.completed.replace(true) {
-            self.wake();
+            self.link.wake();
         }
     }
 
@@ -428,7 +395,7 @@ where
     }
 
     fn change_call(&self) {
-        if let Some(call) = self.control.take_call() {
+        if let Some(call) = self.link.control.take_call() {
             self.signal.replace(EventSignal::new(call));
             self.signal();
         }
@@ -445,21 +412,21 @@ where
     /// Stops to take chains, and says why, once.
     fn fail(&self, reason: &str) {
         // A queue that was told to stop has nobody who would reset it.
-        if !self.broken.replace(true) && self.control.stopping().is_none() {
+        if !self.broken.replace(true) && self.link.stopping().is_none() {
             self.events
-                .needs_reset(&format!("virtqueue {}: {reason}", self.index));
+                .needs_reset(&format!("virtqueue {}: {reason}", self.link.index));
         }
     }
 
     /// Waits until nothing is in flight, then ends the slots.
     async fn end(&self) {
-        self.release_all();
+        self.service.release(&self.link);
         poll_fn(|_| {
             if self.completed.take() {
                 self.interrupt();
             }
             // Some may have begun to wait just now.
-            self.release_all();
+            self.service.release(&self.link);
             if self.in_flight.get() == 0 {
                 Poll::Ready(())
             } else {
@@ -467,7 +434,7 @@ where
             }
         })
         .await;
-        self.control.set_outcome(Outcome {
+        self.link.control.set_outcome(Outcome {
             next_avail: self.queue.borrow().next_avail(),
             abandoned: self.abandoned.take(),
         });
@@ -476,38 +443,22 @@ where
         }
     }
 
-    #[cold]
-    fn log(&self, error: &IoError) {
-        if self.log_limit.borrow_mut().admits() {
-            let cause = error.cause();
-            tracing::warn!(%error, %cause, queue = self.index, "a guest's request failed");
-        }
-    }
-}
-
-impl<L> Server<L> {
     /// Has the server task take chains.
     fn announce(&self) -> bool {
         self.announced.set(true);
-        self.wake();
+        self.link.wake();
         true
     }
 
     /// Takes no chains any more.
     fn has_stopped(&self) -> bool {
-        self.broken.get() || self.control.stopping().is_some()
-    }
-
-    pub(super) fn wake(&self) {
-        if let Some(waker) = &*self.waker.borrow() {
-            waker.wake_by_ref();
-        }
+        self.broken.get() || self.link.stopping().is_some()
     }
 }
 
-impl<L> PollSource for Server<L> {
+impl<S: Service> PollSource for Server<S> {
     fn longest_spin(&self) -> Duration {
-        self.controls.polling()
+        self.service.longest_spin()
     }
 
     fn poll(&self) -> bool {

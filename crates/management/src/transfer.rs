@@ -1,0 +1,85 @@
+//! Connections that are taken out of HTTP, for the data of disks.
+//!
+//! The request is one as any other: who may not manage the machine, or wants something impossible, gets a problem. Otherwise the answer
+//! is 101, and a thread of its own has the connection from then on.
+
+use std::sync::Arc;
+use std::thread;
+
+use api::virtual_disk::TransferRequest;
+use api::{Problem, ProblemKind, Transfer};
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{CONNECTION, HeaderValue, UPGRADE};
+use hyper::upgrade::OnUpgrade;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tokio::sync::OwnedSemaphorePermit;
+use tracing::debug;
+
+use crate::routes::{self, Context};
+
+/// What the connection is upgraded to.
+pub(crate) const PROTOCOL: &str = "smsvmm-transfer";
+/// Transfers at a time.
+pub(crate) const MAX_TRANSFERS: usize = 4;
+
+/// `POST /v1/storage/transfer`.
+pub(crate) async fn answer(
+    context: &Context,
+    mut request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Problem> {
+    let wanted = request.headers().get(UPGRADE).map(HeaderValue::as_bytes);
+    if !wanted.is_some_and(|wanted| wanted.eq_ignore_ascii_case(PROTOCOL.as_bytes())) {
+        let problem = Problem::new(
+            ProblemKind::Invalid,
+            "this is only for connections that are upgraded",
+        );
+        return Err(problem.remedy(format!(
+            "send the header Upgrade: {PROTOCOL}, or use `smsvmm disk`"
+        )));
+    }
+    let Ok(room) = Arc::clone(&context.transfers).try_acquire_owned() else {
+        let detail = format!("{MAX_TRANSFERS} imports, exports or copies are under way already");
+        return Err(Problem::new(ProblemKind::Exhausted, detail).remedy("do it again when one has ended"));
+    };
+    let upgrade = hyper::upgrade::on(&mut request);
+    let asked: TransferRequest = routes::body(request.into_body()).await?;
+    let transfer = context.ask(move |vm| vm.transfer(asked)).await?;
+    tokio::spawn(hand_over(upgrade, transfer, room));
+    let mut answer = Response::new(Full::default());
+    *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = answer.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static(PROTOCOL));
+    Ok(answer)
+}
+
+/// Gives the connection to a thread, when it has come out of HTTP.
+async fn hand_over(upgrade: OnUpgrade, transfer: Transfer, room: OwnedSemaphorePermit) {
+    let upgraded = match upgrade.await {
+        Ok(upgraded) => upgraded,
+        Err(error) => return debug!(%error, "a transfer's connection broke"),
+    };
+    let Ok(parts) = upgraded.downcast::<TokioIo<UnixStream>>() else {
+        return debug!("a transfer's connection is not what was accepted");
+    };
+    if !parts.read_buf.is_empty() {
+        // Who sends before it is told that it may does not speak this protocol.
+        return debug!("a transfer's client did not wait for the answer");
+    }
+    let stream = parts.io.into_inner().into_std();
+    let stream = stream.and_then(|stream| stream.set_nonblocking(false).map(|()| stream));
+    let stream = match stream {
+        Ok(stream) => stream,
+        Err(error) => return debug!(%error, "a transfer's connection cannot be used"),
+    };
+    let started = thread::Builder::new().name("transfer".into()).spawn(move || {
+        transfer(stream);
+        drop(room);
+    });
+    if let Err(error) = started {
+        debug!(%error, "there can be no more threads for a transfer");
+    }
+}

@@ -1,0 +1,258 @@
+//! What the queues of an adapter share: its targets with their logical units, and the ways between the queues.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use super::config::{Sizes, feature};
+use super::events::{Event, Events};
+use super::tasks::{Concern, Inbox, Sweep};
+use crate::controls::DiskControls;
+use crate::disk_handle::DiskHandle;
+use crate::queue::{Control, QueueStatistics};
+use crate::scsi::{Found, Lun, Nexus, Target, TargetError, TransportId, Unit, Visible, encode_lun};
+
+/// The disk of a logical unit.
+pub(super) struct UnitDisk<H> {
+    pub(super) disk: H,
+    pub(super) controls: Arc<DiskControls>,
+}
+
+/// A target with the way to it: the driver's port is the initiator.
+pub(super) struct Port<H> {
+    target: Target<UnitDisk<H>>,
+    nexus: Arc<Nexus>,
+}
+
+impl<H> Port<H> {
+    fn new(initiator: &TransportId) -> Self {
+        let port = Self {
+            target: Target::default(),
+            nexus: Arc::new(Nexus::new(initiator.clone(), 1)),
+        };
+        port.target.connect(&port.nexus, Visible::All);
+        port
+    }
+
+    pub(super) fn nexus(&self) -> &Arc<Nexus> {
+        &self.nexus
+    }
+
+    /// The unit that an adapter-wide address means on this target.
+    pub(super) fn find(&self, address: [u8; 8]) -> Found<UnitDisk<H>> {
+        let [_, _, high, low, ..] = address;
+        self.target.find(&self.nexus, [high, low, 0, 0, 0, 0, 0, 0])
+    }
+
+    pub(super) fn reset_nexus(&self) {
+        self.target.reset_nexus(&self.nexus);
+    }
+}
+
+/// How a request queue is told of task management.
+#[derive(Default)]
+struct Way {
+    inbox: Inbox,
+    /// Its server, if it has one.
+    server: Mutex<Option<Arc<Control>>>,
+}
+
+/// The adapter without its queues.
+pub(super) struct Adapter<H> {
+    initiator: TransportId,
+    ports: RwLock<BTreeMap<u8, Arc<Port<H>>>>,
+    generation: AtomicU64,
+    pub(super) sizes: Sizes,
+    pub(super) events: Arc<Events>,
+    event_server: Mutex<Option<Arc<Control>>>,
+    /// What the driver has negotiated.
+    features: AtomicU64,
+    ways: Vec<Way>,
+    pub(super) statistics: Vec<Arc<QueueStatistics>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Adapter-wide address of a logical unit (virtio 1.2 §5.6.6.1).
+pub(super) fn address(target: u8, lun: u16) -> [u8; 8] {
+    let [high, low, ..] = encode_lun(lun);
+    // Flat addressing throughout, as Linux has it.
+    [1, target, high | 0x40, low, 0, 0, 0, 0]
+}
+
+impl<H> Adapter<H> {
+    pub(super) fn new(initiator: TransportId, queues: u16) -> Self {
+        Self {
+            initiator,
+            ports: RwLock::default(),
+            generation: AtomicU64::new(0),
+            sizes: Sizes::default(),
+            events: Arc::default(),
+            event_server: Mutex::default(),
+            features: AtomicU64::new(0),
+            ways: (0..queues).map(|_| Way::default()).collect(),
+            statistics: (0..queues).map(|_| Arc::default()).collect(),
+        }
+    }
+
+    /// Changes after a unit was added or removed: what a queue remembers is good as long as this stays.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    fn changed(&self) {
+        self.generation.fetch_add(1, Ordering::Release);
+        self.ways.iter().for_each(|way| way.wake());
+    }
+
+    fn port(&self, target: u8) -> Option<Arc<Port<H>>> {
+        let ports = self.ports.read().unwrap_or_else(PoisonError::into_inner);
+        ports.get(&target).cloned()
+    }
+
+    /// The target that an adapter-wide address means.
+    pub(super) fn port_of(&self, address: [u8; 8]) -> Option<Arc<Port<H>>> {
+        match address {
+            [1, target, ..] => self.port(target),
+            // The well-known units of the adapter (virtio 1.2 §5.6.6.1): those of its first target.
+            [0xc1, 0x01, ..] => self.port(0),
+            _ => None,
+        }
+    }
+
+    /// Whether `lun` is still a unit of the adapter.
+    pub(super) fn has(&self, lun: &Arc<Lun<UnitDisk<H>>>) -> bool {
+        let ports: Vec<_> = {
+            let ports = self.ports.read().unwrap_or_else(PoisonError::into_inner);
+            ports.values().cloned().collect()
+        };
+        ports
+            .iter()
+            .any(|port| port.target.luns().iter().any(|other| Arc::ptr_eq(other, lun)))
+    }
+
+    /// Adds a unit and tells the driver.
+    pub(super) fn add(
+        &self,
+        target: u8,
+        lun: u16,
+        unit: Arc<Unit>,
+        disk: UnitDisk<H>,
+    ) -> Result<(), TargetError> {
+        let port = {
+            let mut ports = self.ports.write().unwrap_or_else(PoisonError::into_inner);
+            let port = ports
+                .entry(target)
+                .or_insert_with(|| Arc::new(Port::new(&self.initiator)));
+            Arc::clone(port)
+        };
+        port.target.add(lun, unit, disk)?;
+        self.changed();
+        self.tell(target, lun, Event::Added);
+        Ok(())
+    }
+
+    /// Removes a unit and tells the driver. Commands in flight end before its disk is let go of. False if there is none.
+    pub(super) fn remove(&self, target: u8, lun: u16) -> bool {
+        let Some(port) = self.port(target) else {
+            return false;
+        };
+        if port.target.remove(lun).is_none() {
+            return false;
+        }
+        if port.target.luns().is_empty() {
+            let mut ports = self.ports.write().unwrap_or_else(PoisonError::into_inner);
+            ports.retain(|_, port| !port.target.luns().is_empty());
+        }
+        self.changed();
+        self.tell(target, lun, Event::Removed);
+        true
+    }
+
+    /// The size of a unit's disk has changed.
+    pub(super) fn size_changed(&self, target: u8, lun: u16) {
+        let unit = self.port(target).and_then(|port| {
+            let luns = port.target.luns();
+            luns.into_iter().find(|other| other.number == lun)
+        });
+        if let Some(unit) = unit {
+            unit.unit.capacity_changed();
+            self.tell(target, lun, Event::Changed(0x2a, 0x09));
+        }
+    }
+
+    fn tell(&self, target: u8, lun: u16, event: Event) {
+        let wanted = match event {
+            Event::Added | Event::Removed => feature::HOTPLUG,
+            Event::Changed(..) => feature::CHANGE,
+        };
+        if self.features.load(Ordering::Acquire) & wanted == 0 {
+            return;
+        }
+        self.events.push(address(target, lun), event);
+        if let Some(server) = &*lock(&self.event_server) {
+            server.wake();
+        }
+    }
+
+    /// A driver is there.
+    pub(super) fn begin(&self, features: u64, event_server: Option<Arc<Control>>) {
+        *lock(&self.event_server) = event_server;
+        self.features.store(features, Ordering::Release);
+    }
+
+    /// Request queue `queue` is served.
+    pub(super) fn serve(&self, queue: usize, server: Arc<Control>) {
+        if let Some(way) = self.ways.get(queue) {
+            *lock(&way.server) = Some(server);
+        }
+    }
+
+    /// The driver has reset the adapter: as if power had gone and come (virtio 1.2 §5.6.5).
+    pub(super) fn reset(&self) {
+        self.features.store(0, Ordering::Release);
+        *lock(&self.event_server) = None;
+        self.ways.iter().for_each(|way| *lock(&way.server) = None);
+        self.events.clear();
+        self.sizes.reset();
+        let ports = self.ports.read().unwrap_or_else(PoisonError::into_inner);
+        ports.values().for_each(|port| port.target.reset());
+    }
+
+    pub(super) fn inbox(&self, queue: usize) -> &Inbox {
+        // Queues have numbers below what the adapter was made with.
+        &self.ways[queue].inbox
+    }
+
+    /// Has all request queues look for commands that a function concerns.
+    pub(super) fn sweep(&self, concern: Concern, ends: bool) -> Arc<Sweep> {
+        let sweep = Sweep::new(concern, ends, self.ways.len());
+        for way in &self.ways {
+            match &*lock(&way.server) {
+                Some(server) if !server.is_done() => {
+                    way.inbox.put(Arc::clone(&sweep));
+                    server.wake();
+                }
+                _ => sweep.done(),
+            }
+        }
+        sweep
+    }
+}
+
+impl Way {
+    fn wake(&self) {
+        if let Some(server) = &*lock(&self.server) {
+            server.wake();
+        }
+    }
+}
+
+impl<H: DiskHandle> Adapter<H> {
+    /// Number of request queues.
+    pub(super) fn queues(&self) -> u16 {
+        u16::try_from(self.ways.len()).unwrap_or(u16::MAX)
+    }
+}
