@@ -221,7 +221,10 @@ mod tests {
     fn first_writes_to_a_group_and_discards_stay_a_row() {
         let mut leaf = MapLeaf::empty();
         for index in [255, 0, 77] {
-            leaf.set(index, place(3, 1000 + index as u64).with_subs(1 << (index % 16), 0));
+            leaf.set(
+                index,
+                place(3, 1000 + index as u64).with_subs(1 << (index % 16), 0),
+            );
         }
         leaf.set(9, Entry::HOLE.with_subs(0, 0xf0));
         leaf.set(77, Entry::HOLE);
@@ -259,18 +262,20 @@ mod tests {
     /// Entries as maps have them, mostly in order, seldom odd.
     fn entry() -> impl Strategy<Value = (usize, Entry)> {
         let subs = (any::<u16>(), any::<u16>()).prop_map(|(valid, zero)| (valid, zero & !valid));
-        (0..FANOUT, 0..100_u8, subs, any::<[bool; 2]>()).prop_map(|(index, kind, (valid, zero), [kept, checked])| {
-            let entry = match kind {
-                0..60 => place(1, 4096 + index as u64).with_subs(valid, zero),
-                60..75 => Entry::HOLE.with_subs(0, zero),
-                75..85 => place(1, u64::from(valid)).with_subs(valid, zero),
-                85..90 => place(1, u64::from(u32::MAX)).with_subs(valid, zero),
-                90..94 => place(1, index as u64 % 3).with_kept(kept).with_checked(checked),
-                94..97 => place(2, (1 << 40) - 1).with_subs(valid, zero),
-                _ => Entry::HOLE,
-            };
-            (index, entry)
-        })
+        (0..FANOUT, 0..100_u8, subs, any::<[bool; 2]>()).prop_map(
+            |(index, kind, (valid, zero), [kept, checked])| {
+                let entry = match kind {
+                    0..60 => place(1, 4096 + index as u64).with_subs(valid, zero),
+                    60..75 => Entry::HOLE.with_subs(0, zero),
+                    75..85 => place(1, u64::from(valid)).with_subs(valid, zero),
+                    85..90 => place(1, u64::from(u32::MAX)).with_subs(valid, zero),
+                    90..94 => place(1, index as u64 % 3).with_kept(kept).with_checked(checked),
+                    94..97 => place(2, (1 << 40) - 1).with_subs(valid, zero),
+                    _ => Entry::HOLE,
+                };
+                (index, entry)
+            },
+        )
     }
 
     proptest! {
