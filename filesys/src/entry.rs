@@ -167,6 +167,37 @@ impl Entry {
         self.nth(index) == other
     }
 
+    /// The entry that has this one as its number `index` of a run.
+    pub(crate) fn nth_before(self, index: u64) -> Self {
+        self.nth(0_u64.wrapping_sub(index))
+    }
+
+    /// Valid and zero sub-clusters in one word, to be put back by [`Self::with_all_subs`].
+    pub(crate) fn all_subs(self) -> u32 {
+        self.subs
+    }
+
+    pub(crate) fn with_all_subs(self, subs: u32) -> Self {
+        Self { subs, ..self }
+    }
+
+    /// Whether such a word has valid sub-clusters.
+    pub(crate) fn has_valid(subs: u32) -> bool {
+        subs & 0xffff != 0
+    }
+
+    /// The lower 32 bits of the cluster of its place.
+    pub(crate) fn low_cluster(self) -> u32 {
+        (self.place >> 16 & 0xffff_ffff) as u32
+    }
+
+    pub(crate) fn with_low_cluster(self, low: u32) -> Self {
+        Self {
+            place: self.place & !(0xffff_ffff << 16) | u64::from(low) << 16,
+            ..self
+        }
+    }
+
     pub(crate) fn to_bytes(self) -> [u8; 16] {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&self.place.to_le_bytes());

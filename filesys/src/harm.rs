@@ -135,7 +135,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 if let Some(map) = file.map() {
                     map.change(&state.pages, cluster, |body| {
                         if let Body::Map(entries) = body {
-                            entries[slot] = Entry::at(place).with_subs(u16::MAX, 0);
+                            entries.set(slot, Entry::at(place).with_subs(u16::MAX, 0));
                         }
                     })?;
                 }

@@ -8,7 +8,6 @@ use super::mend::{Edit, Mend};
 use super::report::Severity;
 use super::walk::{Piece, Walker};
 use super::{Check, file};
-use crate::entry::Entry;
 use crate::error::FsError;
 use crate::inode::Kind;
 use crate::state::ROOT;
@@ -270,14 +269,13 @@ fn for_each_run(piece: &Piece, mut each: impl FnMut(u64, u64, Location)) {
             let Body::Map(entries) = &*body else { return };
             let mut index = 0;
             while index < FANOUT {
-                let Some(at) = entries[index].location() else {
+                let Some(at) = entries.get(index).location() else {
                     index += 1;
                     continue;
                 };
-                let place = |entry: &Entry| entry.location();
                 let count = (1_u64..)
-                    .zip(&entries[index + 1..])
-                    .take_while(|(ahead, entry)| place(entry) == Some(at.plus(*ahead)))
+                    .zip(index + 1..FANOUT)
+                    .take_while(|(ahead, next)| entries.get(*next).location() == Some(at.plus(*ahead)))
                     .count();
                 each(start + index as u64, count as u64 + 1, at);
                 index += count + 1;

@@ -172,7 +172,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 Look::Leaf(node) => match &*node.body.borrow() {
                     Body::Map(entries) => {
                         let placed =
-                            |(index, entry): (usize, &Entry)| entry.location().and_then(|at| base(index, at));
+                            |(index, entry): (usize, Entry)| entry.location().and_then(|at| base(index, at));
                         entries.iter().enumerate().find_map(placed)
                     }
                     _ => None,

@@ -10,6 +10,7 @@ use crate::file_core::FileCore;
 use crate::inode::{Flags, Inode};
 use crate::record::{PinRecord, Record, VolumeRecord};
 use crate::tree::codec::Kind as TreeKind;
+use crate::tree::leaf::MapLeaf;
 use crate::tree::node::{Body, Child, FANOUT};
 use crate::tree::radix::{Look, Tree};
 use crate::units::{FileId, MAX_FILE, SUB_CLUSTER, SUBS, SubMask, VolumeIndex};
@@ -432,7 +433,7 @@ pub(crate) fn entries_of(map: &Tree, first: u64) -> Result<[Entry; FANOUT], Miss
         Look::Empty => [Entry::HOLE; FANOUT],
         Look::Run(entry) => std::array::from_fn(|number| entry.nth(number as u64)),
         Look::Leaf(node) => match &*node.body.borrow() {
-            Body::Map(entries) => **entries,
+            Body::Map(leaf) => leaf.entries(),
             _ => [Entry::HOLE; FANOUT],
         },
     })
@@ -458,7 +459,7 @@ pub(super) fn leaf_child<V: BlockDevice>(state: &State<V>, entries: &[Entry; FAN
             Child::Run(first)
         };
     }
-    Child::Loaded(state.pages.created(0, Body::Map(Box::new(*entries))))
+    Child::Loaded(state.pages.created(0, Body::Map(MapLeaf::of(entries))))
 }
 
 pub(super) const MAP_PAGE: u64 = PAGE;

@@ -21,6 +21,7 @@ use super::{Damage, State, Stop};
 use crate::entry::Entry;
 use crate::file_core::FileCore;
 use crate::record::Record;
+use crate::tree::leaf::MapLeaf;
 use crate::tree::node::{Body, FANOUT, Missing};
 use crate::units::{FileId, Location, SUBS};
 
@@ -231,7 +232,7 @@ fn apply_page<V: BlockDevice>(
     if after != before {
         map.change(&state.pages, first, |body| {
             if let Body::Map(entries) = body {
-                **entries = after;
+                *entries = MapLeaf::of(&after);
             }
         })?;
     }

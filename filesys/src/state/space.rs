@@ -124,7 +124,7 @@ impl<V: BlockDevice> State<V> {
                 map.change(&self.pages, at, |body| {
                     if let Body::Map(entries) = body {
                         for cluster in at..end {
-                            entries[slot(cluster)] = entry.nth(cluster - first);
+                            entries.set(slot(cluster), entry.nth(cluster - first));
                         }
                     }
                 })?;

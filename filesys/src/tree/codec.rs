@@ -1,6 +1,7 @@
 //! Pages on media: `docs/src/formats/filesys.md`. A page has no header. Its parent knows its checksum, so a page that is torn, old,
 //! or somebody else's is not taken for good.
 
+use super::leaf::MapLeaf;
 use super::node::{Body, Child, FANOUT, Node, Ptr, Root};
 use super::table;
 use crate::checksum::crc32c;
@@ -244,13 +245,15 @@ fn decode_inner(level: u8, kind: Kind, page: &[u8]) -> Result<Body, &'static str
 fn decode_leaf(kind: Kind, page: &[u8]) -> Result<Body, &'static str> {
     let mut body = Body::empty_leaf(kind);
     match &mut body {
-        Body::Map(entries) => {
+        Body::Map(leaf) => {
+            let mut entries = [Entry::HOLE; FANOUT];
             for (entry, bytes) in entries.iter_mut().zip(page.as_chunks::<SLOT>().0) {
                 *entry = Entry::from_bytes(bytes).ok_or("an entry is none")?;
             }
             if entries.iter().all(|entry| entry.is_hole()) {
                 return Err("a page of holes");
             }
+            *leaf = MapLeaf::of(&entries);
         }
         Body::Bits(words) => {
             for (word, bytes) in words.iter_mut().zip(page.as_chunks::<8>().0) {

@@ -20,6 +20,7 @@ use std::collections::VecDeque;
 use std::rc::{Rc, Weak};
 
 use super::codec::Kind;
+use super::leaf::MapLeaf;
 use super::table::Item;
 use crate::entry::Entry;
 
@@ -91,7 +92,7 @@ pub(crate) enum Body {
     /// Children.
     Inner(Box<[Child; FANOUT]>),
     /// Entries of a file's map.
-    Map(Box<[Entry; FANOUT]>),
+    Map(MapLeaf),
     /// Which clusters of a volume are in use.
     Bits(Box<[u64; WORDS]>),
     /// CRC-32C of sub-clusters of a volume; 0 is unknown.
@@ -106,7 +107,7 @@ impl Body {
     /// A leaf of a tree of this kind with nothing in it.
     pub(crate) fn empty_leaf(kind: Kind) -> Self {
         match kind {
-            Kind::Map => Self::Map(Box::new([Entry::HOLE; FANOUT])),
+            Kind::Map => Self::Map(MapLeaf::empty()),
             Kind::Bits => Self::Bits(Box::new([0; WORDS])),
             Kind::Sums => Self::Sums(Box::new([0; SUMS])),
             Kind::Table => Self::Table(Vec::new()),

@@ -13,6 +13,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use super::codec::{Kind, MAX_LEVEL};
+use super::leaf::MapLeaf;
 use super::node::{Body, Child, FANOUT, Missing, Node, Pages, Place, Root};
 use crate::entry::Entry;
 
@@ -180,7 +181,7 @@ impl Tree {
             Look::Empty => Entry::HOLE,
             Look::Run(entry) => entry,
             Look::Leaf(node) => match &*node.body.borrow() {
-                Body::Map(entries) => entries[usize::try_from(index % FANOUT as u64).unwrap_or(0)],
+                Body::Map(leaf) => leaf.get(usize::try_from(index % FANOUT as u64).unwrap_or(0)),
                 _ => Entry::HOLE,
             },
         })
@@ -198,9 +199,9 @@ impl Tree {
             Body::Inner(children) if level > 0 => {
                 self.entry_below(&children[self.slot(index, level)], index, level - 1)
             }
-            Body::Map(entries) => {
+            Body::Map(leaf) => {
                 node.use_it();
-                Some(entries[usize::try_from(index % FANOUT as u64).unwrap_or(0)])
+                Some(leaf.get(usize::try_from(index % FANOUT as u64).unwrap_or(0)))
             }
             _ => Some(Entry::HOLE),
         }
@@ -379,10 +380,8 @@ impl Tree {
                         *child = Child::Run(first.nth(number * below));
                     }
                 }
-                Body::Map(entries) => {
-                    for (number, entry) in (0..).zip(entries.iter_mut()) {
-                        *entry = first.nth(number);
-                    }
+                Body::Map(leaf) => {
+                    *leaf = MapLeaf::of(&std::array::from_fn(|number| first.nth(number as u64)));
                 }
                 Body::Bits(words) => words.fill(u64::MAX),
                 Body::Sums(_) | Body::Table(_) | Body::Objects(_) => {}
@@ -536,13 +535,13 @@ fn collapse(child: &mut Child, kind: Kind, level: u8) {
 }
 
 /// Looks at three of them first: most pages are not uniform.
-fn uniform_map(entries: &[Entry; FANOUT]) -> Option<Child> {
-    let first = entries[0];
-    let all = first.continues(entries[255], 255)
-        && first.continues(entries[127], 127)
+fn uniform_map(leaf: &MapLeaf) -> Option<Child> {
+    let first = leaf.get(0);
+    let all = first.continues(leaf.get(255), 255)
+        && first.continues(leaf.get(127), 127)
         && (0_u64..)
-            .zip(entries)
-            .all(|(number, entry)| first.continues(*entry, number));
+            .zip(leaf.iter())
+            .all(|(number, entry)| first.continues(entry, number));
     if !all {
         return None;
     }
