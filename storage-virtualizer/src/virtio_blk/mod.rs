@@ -1,6 +1,6 @@
 //! virtio-blk: a disk as Linux and everything else expects it in a virtual machine (virtio 1.2 §5.2).
 //!
-//! [`crate::queue`] takes chains out of a queue; `service` counts them and has them wait if they must, `request` says what they
+//! `crate::queue` takes chains out of a queue; `service` counts them and has them wait if they must, `request` says what they
 //! ask for, `execute` has the disk do it, `config` is what the driver sees before all that.
 
 mod config;
