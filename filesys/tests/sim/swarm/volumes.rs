@@ -336,7 +336,6 @@ fn a_device_of_a_mirror_fails() {
 }
 
 #[test]
-#[ignore = "100 histories take minutes: `cargo test -p filesys --test sim -- --ignored raid5`"]
 fn a_device_of_raid5_fails() {
     demand(&run(RAID5, FAULTS, false, 12), &MARKS);
 }
@@ -347,7 +346,6 @@ fn data_on_a_device_of_a_mirror_rot() {
 }
 
 #[test]
-#[ignore = "did not end in five minutes of a busy machine, probably as a failing history is being made shorter: to be looked into"]
 fn data_on_a_device_of_raid5_rot() {
     demand(&run(RAID5, FaultRates::default(), true, 14), &ROT_MARKS);
 }
