@@ -436,6 +436,9 @@ pub struct FileScrub {
     pub metadata_repaired: u64,
     /// Data whose checksum was not known, and is now.
     pub filled: u64,
+    /// Other copies that could not be read, because a device is missing or fails: it is not known whether they are right.
+    #[serde(default)]
+    pub unread: u64,
     /// What could not be repaired.
     pub lost: u64,
     /// What that is; the first of it.

@@ -37,6 +37,7 @@ pub(crate) async fn scrub(
         repaired: report.repaired * SUB_CLUSTER,
         metadata_repaired: report.blocks_repaired * SUB_CLUSTER,
         filled: report.filled * SUB_CLUSTER,
+        unread: report.unread,
         lost: report.lost * SUB_CLUSTER,
         findings,
         whole: report.position.phase == ScrubPhase::Done,

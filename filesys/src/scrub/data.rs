@@ -137,7 +137,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Scrub<'_, V, C> {
             })
             .await?;
         let mut seen = Seen::Good;
-        let counted = self.report.data;
+        let counted = (self.report.data, self.report.unread);
         for extent in self.extents(&entries, first, end)? {
             let one = match phase {
                 ScrubPhase::Data => self.stored(file, &extent, beside).await?,
@@ -148,7 +148,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Scrub<'_, V, C> {
             }
         }
         if seen == Seen::Again {
-            self.report.data = counted;
+            (self.report.data, self.report.unread) = counted;
         }
         Ok(seen)
     }
@@ -277,7 +277,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Scrub<'_, V, C> {
             let mut buffer = AlignedBuffer::new(usize::try_from(extent.length).unwrap_or(0));
             let read = copies.read_copy(copy, extent.start, &whole(&buffer)).await;
             if read.is_err() {
-                // A device is missing: there is nothing to compare.
+                // A device is missing, or the volume repairs it now: there is nothing to compare.
+                self.report.unread += extent.length;
                 continue;
             }
             self.report.data += extent.length;

@@ -13,6 +13,7 @@ use crate::state::Damage;
 use crate::superblock;
 use crate::tree::codec::{self, Kind};
 use crate::tree::node::{Body, Child, FANOUT, Node, Ptr};
+use crate::units::SUB_CLUSTER;
 
 /// Pages of a step.
 const STEP: usize = 256;
@@ -193,6 +194,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Scrub<'_, V, C> {
         let healer = &self.core.healer;
         for copy in 1..healer.telling(block) {
             let Some(found) = healer.read(copy, block).await else {
+                self.report.unread += SUB_CLUSTER;
                 continue;
             };
             self.report.blocks += 1;

@@ -101,6 +101,9 @@ pub struct ScrubReport {
     pub blocks_repaired: u64,
     /// Sub-clusters whose checksum was not known, and is now.
     pub filled: u64,
+    /// Bytes of other copies that could not be read, so it is not known whether they are right: a device is missing, or could not read
+    /// them and had them written anew.
+    pub unread: u64,
     /// Sub-clusters and blocks that could not be repaired.
     pub lost: u64,
     /// What these are; the first of them.

@@ -27,7 +27,7 @@ use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoBuf, IoCause, Io
 use super::disk::Disk;
 use super::join::{self, Boxed};
 use super::list;
-use super::map::{Payload, Put, SectionMap};
+use super::map::{MemberMap, Payload, Put, SectionMap};
 use super::rows::{index, parity_of, whole};
 use super::volume::Volume;
 
@@ -164,7 +164,8 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
     }
 
     /// Reads one copy of a range, [`Self::copies`] long counted from 0. Where parts of the range have fewer copies, the last one they have.
-    /// Nothing else answers if that copy cannot be read.
+    /// Nothing else answers if that copy cannot be read; what its device could not read is written anew from the others afterwards, as
+    /// when [`Self::read`](BlockDevice::read) meets it.
     ///
     /// # Errors
     /// The copy cannot be read, or cannot be computed because devices are missing.
@@ -221,8 +222,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
             let Some(member) = sources.get(copy.min(sources.len().saturating_sub(1))) else {
                 return Err(self.no_copy(section, from, length));
             };
-            let read = member.read(self.clock(), at, buffers).await;
-            return read.map_err(|(_, error)| error);
+            return self.read_one(section, column, member, at, buffers).await;
         }
         let start = at - piece.row * shape.unit;
         let span = start..start + length;
@@ -240,6 +240,23 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         let content = content.ok_or_else(|| self.no_copy(section, from, length))?;
         list::scatter(buffers, content.as_slice());
         Ok(())
+    }
+
+    /// Reads from one member and no other; if it cannot, what it cannot read is written anew after the claim.
+    async fn read_one(
+        &self,
+        section: &SectionMap<D>,
+        column: usize,
+        member: &MemberMap<D>,
+        at: u64,
+        buffers: &[IoBuf],
+    ) -> Result<(), IoError> {
+        let read = member.read(self.clock(), at, buffers).await;
+        read.map_err(|(disk, error)| {
+            cover!("volume: one copy of a range cannot be read");
+            self.repair_later(section.id, column, member.id, disk, at, list::length(buffers));
+            error
+        })
     }
 
     #[cold]
@@ -268,9 +285,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
             .chain(parities)
             .map(|column| -> Boxed<'_, Option<AlignedBuffer>> {
                 Box::pin(async move {
-                    let member = section.columns.get(column?)?.sources().next()?;
+                    let column = column?;
+                    let member = section.columns.get(column)?.sources().next()?;
                     let buffer = AlignedBuffer::new(length);
-                    let read = member.read(self.clock(), at, &whole(&buffer)).await;
+                    let read = self.read_one(section, column, member, at, &whole(&buffer)).await;
                     read.is_ok().then_some(buffer)
                 })
             });

@@ -288,7 +288,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
             return Ok(());
         }
         cover!("volume: a range that could not be read is written anew");
-        let payload = Payload::Data(&memory, Durability::Volatile);
+        let payload = Payload::Data(&memory, Durability::Durable);
         bad.write(self.clock(), at, length, payload)
             .await
             .map_err(|(_, error)| error)

@@ -112,7 +112,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         let Some(good) = good else { return Ok(0) };
         for member in &bad {
             let content = memory(&good);
-            let payload = Payload::Data(&content, Durability::Volatile);
+            let payload = Payload::Data(&content, Durability::Durable);
             if let Err((device, _)) = member.write(self.clock(), first, last - first, payload).await {
                 self.core.fail(&[device]).await?;
             }

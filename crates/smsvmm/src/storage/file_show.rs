@@ -254,6 +254,12 @@ fn scrubbed(report: &FileScrub) -> String {
         (_, 0) => format!("{} repaired, nothing is lost\n", size(repaired)),
         (_, lost) => format!("{} repaired, {} have no good copy\n", size(repaired), size(lost)),
     };
+    if report.unread > 0 {
+        text += &format!(
+            "{} of other copies could not be read: a device is missing or fails; see `smsvmm pool status`, and verify again when it is mended\n",
+            size(report.unread)
+        );
+    }
     if report.filled > 0 {
         text += &format!(
             "{} had no checksum since a crash, and have one now\n",

@@ -152,6 +152,7 @@ impl<V: BlockDevice + 'static> Session<V> {
             return Ok(());
         }
         self.still.borrow_mut().insert(path.clone());
+        self.resizes.set(self.resizes.get() + 1);
         let what = Change::Resize {
             path: path.clone(),
             size,

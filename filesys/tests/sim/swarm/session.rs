@@ -26,6 +26,8 @@ pub(super) struct Session<V: BlockDevice + 'static> {
     pub(super) busy: RefCell<BTreeSet<String>>,
     /// Names of files that change their size, so nobody writes.
     pub(super) still: RefCell<BTreeSet<String>>,
+    /// Changes of sizes that were begun.
+    pub(super) resizes: Cell<u64>,
 }
 
 impl<V: BlockDevice + 'static> Session<V> {
@@ -39,6 +41,7 @@ impl<V: BlockDevice + 'static> Session<V> {
             failed: Cell::new(false),
             busy: RefCell::default(),
             still: RefCell::default(),
+            resizes: Cell::default(),
         })
     }
 
@@ -188,10 +191,12 @@ impl<V: BlockDevice + 'static> Session<V> {
                 if self.racy {
                     return Ok(());
                 }
-                handle
-                    .check(promise, 0, size)
-                    .await
-                    .map_err(|failure| failure.context(&format!("reading {path}")))
+                let resizes = self.resizes.get();
+                let checked = handle.check(promise, 0, size).await;
+                if self.resizes.get() != resizes {
+                    return Ok(());
+                }
+                checked.map_err(|failure| failure.context(&format!("reading {path}")))
             }
             Step::Checkpoint => self.fs.checkpoint().await.map_err(failed),
             _ => self.change(step).await,

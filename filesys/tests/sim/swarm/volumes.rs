@@ -4,9 +4,10 @@
 //! requests, once or again and again, may be gone, be slow, or have rot in the data of files with checksums; after a power cut, one
 //! may not come back. It counts as damaged until a heal has made everything whole.
 //!
-//! Two things are more than this covers, so histories do not do them: rot in what is written just before a crash, whose checksums
-//! are not trusted; and rot in a row of RAID-5 that is written before it is read, as parity is then computed from it. So rot is looked for
-//! directly after it happens. And a crash while whole rows of RAID-5 were overwritten, with a device lost before their parity was computed
+//! Two things are more than this covers, so histories do not do them: rot within the 4 MiB around what is written just before a crash, whose
+//! checksums are not trusted; and rot in a row of RAID-5 that is written before it is read, as parity is then computed from it. So rot is
+//! looked for directly after it happens; what a crash or another fault kept from being found is taken back before anything else is
+//! written. And a crash while whole rows of RAID-5 were overwritten, with a device lost before their parity was computed
 //! anew, is an error that says "parity in doubt", which ends a history.
 
 use std::cell::RefCell;
@@ -23,7 +24,7 @@ use super::session::Session;
 use super::{Bed, Step, disks, draw};
 use crate::harness::{SimFs, failed};
 use crate::machine::{Handle, Promise, adds_up, is_sound, verify};
-use crate::rig::{DISK, DISKS, Damage, Rig, SimVolume, settle};
+use crate::rig::{DISK, DISKS, Damage, ROT, Rig, SimVolume, settle};
 
 /// What histories run on.
 #[derive(Debug, Clone, Copy)]
@@ -48,6 +49,8 @@ impl Rig {
         session.fs.settled().await;
         // Checksums that a crash has taken away are there again after this.
         scrub(&session.fs).await?;
+        // And no crash takes them away.
+        session.fs.checkpoint().await.map_err(failed)?;
         let paths: Vec<String> = (0..16).filter_map(|file| session.path(file)).collect();
         let Some(path) = paths.get(usize::try_from(place).unwrap_or(0) % paths.len().max(1)) else {
             return Ok(());
@@ -60,21 +63,19 @@ impl Rig {
             Err(error) => return Err(failed(error)),
         };
         let on_disk = extents.iter().filter(|extent| extent.device == disk as u64);
-        let byte = |at| {
-            let mut byte = [0];
-            sim.with_medium(disk, |medium| medium.peek(at, &mut byte));
-            byte
-        };
-        let mut rotten = Vec::new();
         for extent in on_disk.take(3) {
             if !self.damage.allows(disk, Fault::BitRot) {
                 return Ok(());
             }
             let at = extent.start + place * 7919 % extent.length;
-            sim.with_medium(disk, |medium| medium.rot(at, 3));
-            rotten.push((at, byte(at)));
+            let mut byte = [0];
+            sim.with_medium(disk, |medium| {
+                medium.rot(at, ROT);
+                medium.peek(at, &mut byte);
+            });
+            self.damage.rotten.borrow_mut().push((disk, at, byte[0]));
         }
-        if rotten.is_empty() {
+        if self.damage.rotten.borrow().is_empty() {
             return Ok(());
         }
         block_io::cover!("swarm: data of a file rot");
@@ -85,15 +86,11 @@ impl Rig {
             return Err(format!("a second scrub finds {second:?}").as_str().into());
         }
         settle(&self.pool).await;
-        rotten.retain(|(at, rotten)| byte(*at) == *rotten);
-        if !rotten.is_empty() && self.is_whole() {
+        if self.damage.still_rotten(sim) && second.unread == 0 && self.is_whole() {
             return Err("rot was not repaired".into());
         }
-        // The device went out of service before all of it was found. It may come back with it when the checksums have become unknown
-        // in a crash: that is more than is promised.
-        for (at, _) in rotten {
-            sim.with_medium(disk, |medium| medium.rot(at, 3));
-        }
+        // The device went out of service before all of it was found, or could not read it.
+        self.damage.restore(sim);
         Ok(())
     }
 }
@@ -187,6 +184,7 @@ impl Pools {
                 options = options.crash_after(after * 4);
             }
             let ran = world.run(&options, async |sim| {
+                damage.restore(&sim);
                 let rig = Rig::open_pool(&sim, &damage).await?;
                 let fs = rig.open(&sim).await.map_err(failed)?;
                 Session::new(fs, &promise, false, false)
@@ -203,6 +201,7 @@ impl Pools {
         }
         let last = world.run(&RunOptions::random(rng.next_u64()), async |sim| {
             (0..DISKS).for_each(|disk| sim.with_medium(disk, Medium::repair));
+            damage.restore(&sim);
             self.recover(&sim, &damage, &promise).await
         })?;
         let last = last.ended.done().unwrap_or(Ok(()));
