@@ -315,7 +315,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         }
         let (_held, map) = self.claim(offset, length).await;
         cover!("volume: a range is repaired by who knows what it holds");
-        self.note_regions(&map, offset, length, false).await?;
+        self.note_regions(offset, length, false).await?;
         let mut done = 0;
         for (section, from, part) in map.parts(offset, length) {
             let memory = list::part(buffers, done, part);

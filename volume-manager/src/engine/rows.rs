@@ -21,13 +21,12 @@ use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoBuf, IoError, Op
 use super::disk::Disk;
 use super::join::{self, Boxed};
 use super::list;
-use super::map::{Map, Payload, SectionMap, Written};
+use super::map::{Payload, SectionMap, Written};
 use super::volume::Volume;
 use crate::logs::parity::Piece;
 
 /// What is to be written into one row.
 struct RowWrite<'a, D> {
-    map: &'a Map<D>,
     section: &'a SectionMap<D>,
     row: u64,
     /// Per data unit: the bytes of the unit that are new, and where they begin in `new`.
@@ -112,7 +111,6 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
     /// Writes a part of a section with parity.
     pub(crate) async fn write_rows(
         &self,
-        map: &Map<D>,
         section: &SectionMap<D>,
         from: u64,
         length: u64,
@@ -137,7 +135,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
                 Payload::Data(_, durability) => durability,
                 _ => Durability::Volatile,
             };
-            let write = row_write(map, section, row, start, new);
+            let write = row_write(section, row, start, new);
             writes.push(Box::pin(async move { self.write_row(write, durability).await }));
             skip += part;
         }
@@ -191,7 +189,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
             }
             let appended = self.core.append(&self.volume, log, write.row, &pieces).await;
             ticket = Some(appended.map_err(refused)?);
-            if write.map.volume.bitmap_generation != 0 {
+            if self.has_detached() {
                 let regions: Vec<u32> = self.volume.regions(offset, shape.row_bytes()).collect();
                 self.core
                     .mark_changed(&self.volume, &regions)
@@ -199,9 +197,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
                     .map_err(refused)?;
             }
         } else {
-            _hot = self
-                .note_regions(write.map, offset, shape.row_bytes(), true)
-                .await?;
+            _hot = self.note_regions(offset, shape.row_bytes(), true).await?;
         }
         // A durable record is as good as the write itself.
         let durability = if logged { Durability::Volatile } else { durability };
@@ -346,7 +342,6 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
 
 /// The part of row `row` from byte `start` of the row on, with the content `new`.
 fn row_write<'a, D: BlockDevice>(
-    map: &'a Map<D>,
     section: &'a SectionMap<D>,
     row: u64,
     start: u64,
@@ -367,7 +362,6 @@ fn row_write<'a, D: BlockDevice>(
     });
     let touched = touched.collect();
     RowWrite {
-        map,
         section,
         row,
         touched,

@@ -244,9 +244,9 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
             };
             done += part;
             if section.shape.parity > 0 {
-                self.write_rows(&map, section, from, part, payload).await?;
+                self.write_rows(section, from, part, payload).await?;
             } else {
-                self.write_columns(&map, section, from, part, payload).await?;
+                self.write_columns(section, from, part, payload).await?;
             }
         }
         if let Some(shadow) = self.volume.shadow.borrow().as_ref() {
@@ -258,7 +258,6 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
     /// A part of a section without parity.
     async fn write_columns(
         &self,
-        map: &Map<D>,
         section: &SectionMap<D>,
         from: u64,
         length: u64,
@@ -270,7 +269,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
             other => other,
         };
         let _hot = if section.redundant {
-            self.note_regions(map, section.start + from, length, section.has_several_targets())
+            self.note_regions(section.start + from, length, section.has_several_targets())
                 .await?
         } else {
             None
@@ -357,7 +356,6 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
     /// Makes durable that the range is being changed, as far as somebody has to know it after a crash.
     pub(crate) async fn note_regions(
         &self,
-        map: &Map<D>,
         offset: u64,
         length: u64,
         hot: bool,
@@ -374,7 +372,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
         } else {
             None
         };
-        if map.volume.bitmap_generation != 0 {
+        if self.has_detached() {
             let regions: Vec<u32> = regions.collect();
             self.core
                 .mark_changed(&self.volume, &regions)
@@ -382,6 +380,13 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
                 .map_err(refused)?;
         }
         Ok(guard)
+    }
+
+    /// Whether members are detached, and have to be told what they miss. Not what the map of a request says, which may be older: what
+    /// becomes hot, or gets a record in a parity log, before a member is detached is noted by who detaches it; what does so
+    /// afterwards, by who writes.
+    pub(super) fn has_detached(&self) -> bool {
+        self.volume.map().volume.bitmap_generation != 0
     }
 
     async fn flush_all(&self) -> Result<(), IoError> {

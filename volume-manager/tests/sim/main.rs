@@ -3,6 +3,7 @@
 
 mod copies;
 mod crash;
+mod detached;
 mod harness;
 mod interrupted;
 mod load;
