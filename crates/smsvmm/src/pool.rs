@@ -9,7 +9,7 @@ use api::{AtPowerOff, ByteSize, DiskConfig, Problem, ProblemKind, StorageAnswer,
 use block_io::WorkerOptions;
 use storage_manager::{DevicePaths, DiskOptions, HostedPool, PowerOff};
 use storage_virtualizer::controls::DiskControls;
-use storage_virtualizer::scsi::Provisioning;
+use storage_virtualizer::scsi::{Provisioning, VendorCommands};
 use vmm::config::VmConfig;
 use vmm::machine::{self, GuestDisk, PoolDisk, PoolDisks};
 use vmm::sandbox::{Kind, Sandbox};
@@ -50,21 +50,29 @@ pub(crate) fn served(path: &str, read_only: bool) -> DiskOptions {
 
 /// The pool of a machine.
 #[derive(Debug)]
-pub(crate) struct VmPool(HostedPool);
+pub(crate) struct VmPool {
+    pool: HostedPool,
+    /// Who does vendor-specific commands of SCSI disks.
+    vendor: Option<Arc<dyn VendorCommands>>,
+}
 
 impl VmPool {
     /// Opens the pool that the configuration names, if it names one, and confines its worker.
-    pub(crate) fn open(config: &VmConfig, sandbox: &Sandbox) -> anyhow::Result<Option<Arc<Self>>> {
+    pub(crate) fn open(
+        config: &VmConfig,
+        sandbox: &Sandbox,
+        vendor: Option<Arc<dyn VendorCommands>>,
+    ) -> anyhow::Result<Option<Arc<Self>>> {
         let Some(pool) = &config.pool else { return Ok(None) };
-        let open = open("io-pool", pool.devices.clone(), WorkerOptions::default())?;
-        open.confine(sandbox.thread(Kind::PoolWorker))
+        let pool = open("io-pool", pool.devices.clone(), WorkerOptions::default())?;
+        pool.confine(sandbox.thread(Kind::PoolWorker))
             .context("cannot confine the pool's worker")?;
-        Ok(Some(Arc::new(Self(open))))
+        Ok(Some(Arc::new(Self { pool, vendor })))
     }
 
     /// Ends the use of all disks, as their modes want it, and closes the pool.
     pub(crate) fn close(&self) -> anyhow::Result<()> {
-        self.0.close().context("cannot close the pool")
+        self.pool.close().context("cannot close the pool")
     }
 }
 
@@ -75,7 +83,7 @@ impl PoolDisks for VmPool {
         controls: Arc<DiskControls>,
     ) -> Result<PoolDisk, Box<dyn Error + Send + Sync>> {
         let path = config.file.as_deref().unwrap_or_default();
-        let disk = self.0.disk(
+        let disk = self.pool.disk(
             path,
             DiskOptions {
                 mode: storage_manager::disk_mode(config.mode),
@@ -98,8 +106,9 @@ impl PoolDisks for VmPool {
             disk.handle().clone(),
             disk.identity(),
             Provisioning::ThinZeroes,
+            self.vendor.clone(),
             controls,
-            self.0.worker().clone(),
+            self.pool.worker().clone(),
         )?;
         disk.on_resize(resized);
         Ok(PoolDisk {
@@ -110,10 +119,10 @@ impl PoolDisks for VmPool {
     }
 
     fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        self.0.execute(request)
+        self.pool.execute(request)
     }
 
     fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem> {
-        self.0.transfer(request)
+        self.pool.transfer(request)
     }
 }

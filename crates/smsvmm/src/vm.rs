@@ -384,6 +384,22 @@ fn line_of(event: &Event) -> String {
         }
         EventKind::DiskServerBack { id } => format!("{id}: the process that serves it is back"),
         EventKind::DebugLine { text, microseconds } => format!("debug port after {microseconds} us: {text}"),
+        EventKind::GuestCommand {
+            command,
+            object,
+            failure,
+        } => match failure {
+            None => format!("the guest had {command} done: {object}"),
+            Some(failure) => format!("the guest wanted {command} of {object}, which failed: {failure}"),
+        },
+        EventKind::GuestCommandRefused {
+            command,
+            reason,
+            unlisted,
+        } => match unlisted {
+            0 => format!("{command} from the guest was refused: {reason}"),
+            more => format!("{command} from the guest was refused: {reason} (and {more} before)"),
+        },
         EventKind::Stopped { reason } => reason.to_string(),
     };
     format!("{:>5}  {}  {what}", event.sequence, clock(event.time_ms))

@@ -449,20 +449,27 @@ async fn answer(storage: &Storage, request: StorageRequest) -> Result<StorageAns
                 interrupted: false,
             }))
         }
+        StorageRequest::Begin(operation) => {
+            let outcome = operate(storage, operation, &Reporter::impatient()).await?;
+            StorageAnswer::Pool(Box::new(outcome))
+        }
         StorageRequest::Pool(operation) => {
-            let outcome = operate(storage, operation).await?;
+            let outcome = operate(storage, operation, &Reporter::unheard()).await?;
             StorageAnswer::Pool(Box::new(outcome))
         }
     })
 }
 
-async fn operate(storage: &Storage, operation: Operation) -> Result<Outcome, Problem> {
+async fn operate(
+    storage: &Storage,
+    operation: Operation,
+    reporter: &Reporter<Outcome>,
+) -> Result<Outcome, Problem> {
     if !volumes::goes_with_files_in_use(&operation) {
         let text = "volumes cannot be resized or deleted while the pool serves disks";
         return Err(Problem::new(ProblemKind::Conflict, text).remedy("end who serves them first"));
     }
-    let (jobs, interrupted) =
-        offline::perform(&storage.pool, operation.clone(), &Reporter::unheard()).await?;
+    let (jobs, interrupted) = offline::perform(&storage.pool, operation.clone(), reporter).await?;
     volumes::tell(storage, &operation).await?;
     Ok(Outcome {
         jobs,

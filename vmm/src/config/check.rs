@@ -31,6 +31,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), Violation> {
     if let Some(pool) = &config.pool {
         within("pool", pool.check())?;
     }
+    within("expanded-api", config.expanded_api.check())?;
     for (number, disk) in config.disks.iter().enumerate() {
         within(&format!("disk.{number}"), disk.check())?;
         if config.pool.is_none() && disk.file.is_some() {

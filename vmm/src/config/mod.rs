@@ -30,7 +30,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use api::{
-    ByteSize, DeviceId, DiskBus, DiskConfig, DiskLimits, DiskSerial, DiskSource, MacAddress, NetBackend,
+    ByteSize, DeviceId, DiskBus, DiskConfig, DiskLimits, DiskSerial, DiskSource, ExpandedPolicy, MacAddress, NetBackend,
     NetConfig, PortForward, Protocol, QueueSize, Seconds, TapName, VmName,
 };
 pub use boot::BootConfig;
@@ -77,6 +77,9 @@ pub struct VmConfig {
     /// The management socket; without it there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub management: Option<ManagementConfig>,
+    /// What the guest may have storage management do, through its SCSI disks.
+    #[serde(default, skip_serializing_if = "ExpandedPolicy::is_default")]
+    pub expanded_api: ExpandedPolicy,
     /// How the process confines itself.
     #[serde(default)]
     pub sandbox: SandboxConfig,

@@ -12,6 +12,7 @@ use api::{
 };
 use block_io::{Worker, error_chain};
 use event_manager::SubscriberOps;
+use storage_virtualizer::scsi::VendorCommands;
 use storage_virtualizer::vhost_user::front_end::FrontEndHandle;
 use virtio_core::VirtioDevice;
 
@@ -96,6 +97,8 @@ pub(super) struct DeviceOpener {
     pub(super) sandbox: Sandbox,
     /// Who has the disks that are not images.
     pub(super) pool: Option<Arc<dyn PoolDisks>>,
+    /// Who does vendor-specific commands of SCSI disks.
+    pub(super) vendor: Option<Arc<dyn VendorCommands>>,
     /// What can be changed of disks in use.
     pub(super) settings: Arc<DiskSettings>,
     pub(super) passt: StartPasst,

@@ -13,7 +13,7 @@ use api::{
 use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerHandle, WorkerOptions};
 use storage_virtualizer::DiskHandle;
 use storage_virtualizer::controls::DiskControls;
-use storage_virtualizer::scsi::{Identity, Provisioning, TransportId, Unit, UnitOptions};
+use storage_virtualizer::scsi::{Identity, Provisioning, TransportId, Unit, UnitOptions, VendorCommands};
 use storage_virtualizer::vhost_user::front_end::{
     FrontEndError, FrontEndHandle, FrontEndOptions, LinkEvents, VhostUserBlk,
 };
@@ -23,7 +23,7 @@ use virtio_core::VirtioDevice;
 
 use super::devices::DeviceOpener;
 use crate::host::{CutOff, find_cut_off};
-use crate::sandbox::{Kind, Sandbox};
+use crate::sandbox::Kind;
 
 /// Who has the disks that are not images of the host: the pool.
 pub trait PoolDisks: Send + Sync + fmt::Debug {
@@ -180,7 +180,8 @@ pub struct GuestDisk {
 /// Makes the virtual device that `config` wants on `disk`, served by `worker`.
 ///
 /// A SCSI disk's identifiers, by which a guest knows it again on whatever adapter and machine, are made of `name`: it must be no
-/// other disk's, anywhere. `provisioning` is what a guest is told of unmapped blocks if the disk can be unmapped.
+/// other disk's, anywhere. `provisioning` is what a guest is told of unmapped blocks if the disk can be unmapped; `vendor` does a SCSI
+/// disk's vendor-specific commands.
 ///
 /// # Errors
 /// The configuration is impossible.
@@ -189,6 +190,7 @@ pub fn guest_disk<H: DiskHandle>(
     disk: H,
     name: &str,
     provisioning: Provisioning,
+    vendor: Option<Arc<dyn VendorCommands>>,
     controls: Arc<DiskControls>,
     worker: WorkerHandle,
 ) -> Result<GuestDisk, GuestDiskError> {
@@ -226,6 +228,7 @@ pub fn guest_disk<H: DiskHandle>(
                 } else {
                     provisioning
                 },
+                vendor,
                 ..UnitOptions::new(identity)
             });
             let device = VirtioScsi::new(&options, vec![worker])?;
@@ -246,7 +249,7 @@ pub(super) fn open(
     opener: &DeviceOpener,
 ) -> Result<OpenDisk, DiskError> {
     match (config.source(), opener.pool.as_deref()) {
-        (Some(DiskSource::Image(path)), _) => open_image(path, config, controls, &opener.sandbox),
+        (Some(DiskSource::Image(path)), _) => open_image(path, config, controls, opener),
         (Some(DiskSource::VhostUser(socket)), _) => open_served(socket, config, opener),
         (Some(DiskSource::File(_)), Some(pool)) => {
             let disk = pool.open(config, Arc::clone(controls)).map_err(DiskError::Pool)?;
@@ -270,7 +273,7 @@ fn open_image(
     path: &Path,
     config: &DiskConfig,
     controls: &Arc<DiskControls>,
-    sandbox: &Sandbox,
+    opener: &DeviceOpener,
 ) -> Result<OpenDisk, DiskError> {
     let options = OpenOptions {
         read_only: config.read_only,
@@ -295,7 +298,7 @@ fn open_image(
     let worker = Worker::start(
         &format!("io-{}", config.id),
         WorkerOptions {
-            on_start: Some(Box::new(sandbox.thread(Kind::DiskWorker))),
+            on_start: Some(Box::new(opener.sandbox.thread(Kind::DiskWorker))),
             ..Default::default()
         },
     )?;
@@ -305,6 +308,7 @@ fn open_image(
         &path.display().to_string(),
         // Zeroes may have to be written to it one by one.
         Provisioning::Thin,
+        opener.vendor.clone(),
         Arc::clone(controls),
         worker.handle().clone(),
     )?;

@@ -31,6 +31,7 @@ use std::time::Instant;
 use api::{EventKind, EventLog, ExitReason, VmState, VmStatus};
 
 use kvm_ioctls::Kvm;
+use storage_virtualizer::scsi::VendorCommands;
 
 pub use control::Control;
 use devices::StartPasst;
@@ -209,7 +210,8 @@ impl Vm {
         Ok(sandbox)
     }
 
-    /// Opens everything that the VM needs of this host; `pool` has the disks that are not images.
+    /// Opens everything that the VM needs of this host; `pool` has the disks that are not images, `vendor` does vendor-specific
+    /// commands of SCSI disks.
     ///
     /// # Errors
     /// Something is missing, forbidden or in use. What was opened is closed again.
@@ -217,6 +219,7 @@ impl Vm {
         config: VmConfig,
         sandbox: Sandbox,
         pool: Option<Arc<dyn PoolDisks>>,
+        vendor: Option<Arc<dyn VendorCommands>>,
     ) -> Result<Self, MachineError> {
         let started = Instant::now();
         let helper = start_helper(&config)?;
@@ -249,6 +252,7 @@ impl Vm {
             vm: config.name.clone(),
             sandbox: sandbox.clone(),
             pool,
+            vendor,
             settings,
             passt: StartPasst::Here,
             helper,

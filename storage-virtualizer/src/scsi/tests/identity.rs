@@ -369,7 +369,7 @@ impl VendorCommands for Vendor {
         })
     }
 
-    fn page(&self, nexus: &Nexus) -> Vec<u8> {
+    fn page(&self, _: &Unit, nexus: &Nexus) -> Vec<u8> {
         nexus.target_port().to_be_bytes().to_vec()
     }
 }
