@@ -222,6 +222,16 @@ impl<'a> VmBuilder<'a> {
             .file("/tools-on", 0o755, TOOLS_ON))
     }
 
+    /// `sms-agent` in the guest.
+    ///
+    /// # Errors
+    /// When it cannot be read; the story asks for it by [`crate::Story::agent`].
+    pub fn with_agent(self) -> Result<Self> {
+        let program = &self.host.place().agent;
+        let agent = fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
+        Ok(self.file("/bin/sms-agent", 0o755, agent))
+    }
+
     /// One more disk.
     #[must_use]
     pub fn disk(mut self, disk: Disk) -> Self {
