@@ -82,6 +82,16 @@ pub(super) fn address(target: u8, lun: u16) -> [u8; 8] {
     [1, target, high | 0x40, low, 0, 0, 0, 0]
 }
 
+/// The address in an event. Linux takes bytes 2 and 3 for the number of the unit as they are: with flat addressing it would find none of
+/// those that it has scanned.
+fn event_address(target: u8, lun: u16) -> [u8; 8] {
+    let mut address = address(target, lun);
+    if lun < 256 {
+        address[2] = 0;
+    }
+    address
+}
+
 impl<H> Adapter<H> {
     pub(super) fn new(initiator: TransportId, queues: u16) -> Self {
         Self {
@@ -191,7 +201,7 @@ impl<H> Adapter<H> {
         if self.features.load(Ordering::Acquire) & wanted == 0 {
             return;
         }
-        self.events.push(address(target, lun), event);
+        self.events.push(event_address(target, lun), event);
         if let Some(server) = &*lock(&self.event_server) {
             server.wake();
         }
