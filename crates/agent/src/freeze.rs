@@ -56,7 +56,9 @@ fn unescaped(text: &str) -> String {
     let mut parts = text.split('\\');
     let mut result = parts.next().unwrap_or_default().to_owned();
     for part in parts {
-        let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        let code = part
+            .get(..3)
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
         match code {
             Some(code) => {
                 result.push(char::from(code));
@@ -81,7 +83,9 @@ fn disks_of(folder: &Path, found: &mut BTreeSet<String>, depth: u32) {
         }
         return;
     }
-    let Ok(real) = fs::canonicalize(folder) else { return };
+    let Ok(real) = fs::canonicalize(folder) else {
+        return;
+    };
     let disk = match real.join("partition").exists() {
         true => real.parent(),
         false => Some(real.as_path()),
@@ -125,7 +129,13 @@ impl Uninterrupted {
             let mut blocked = std::mem::zeroed::<libc::sigset_t>();
             let mut before = std::mem::zeroed::<libc::sigset_t>();
             libc::sigemptyset(&raw mut blocked);
-            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGPIPE, libc::SIGQUIT] {
+            for signal in [
+                libc::SIGINT,
+                libc::SIGTERM,
+                libc::SIGHUP,
+                libc::SIGPIPE,
+                libc::SIGQUIT,
+            ] {
                 libc::sigaddset(&raw mut blocked, signal);
             }
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const blocked, &raw mut before);

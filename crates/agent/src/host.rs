@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use api::Problem;
-use expanded_api::{Action, Answer, Cdb, GuestEvents, Header, MAJOR, MAX_WAIT_MS, Outcome, PAGE, Page, Request, State};
+use expanded_api::{
+    Action, Answer, Cdb, GuestEvents, Header, MAJOR, MAX_WAIT_MS, Outcome, PAGE, Page, Request, State,
+};
 
 use crate::sg::{CommandError, Data, Refusal, ScsiDisk};
 
@@ -28,17 +30,16 @@ pub(crate) enum AgentError {
     #[error("{} is no disk of smsvmm, or its [expanded-api] is disabled in vm.toml", .0.display())]
     NotSms(PathBuf),
     /// Another language.
-    #[error("the host speaks version {host} of the expanded API, this program version {MAJOR}; use the sms-agent that came with the host")]
+    #[error(
+        "the host speaks version {host} of the expanded API, this program version {MAJOR}; use the sms-agent that came with the host"
+    )]
     Version { host: u8 },
     /// Not root.
     #[error("{}: only root may send commands to a disk", .0.display())]
     NotRoot(PathBuf),
     /// The disk.
     #[error("{}: {source}", path.display())]
-    Command {
-        path: PathBuf,
-        source: CommandError,
-    },
+    Command { path: PathBuf, source: CommandError },
     /// The host refuses or fails.
     #[error("{0}")]
     Problem(Problem),
@@ -82,7 +83,9 @@ pub(crate) struct Found {
 fn scsi_disks() -> Vec<PathBuf> {
     let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let mut names: Vec<String> = names.filter(|name| name.starts_with("sd") || name.starts_with("sr")).collect();
+    let mut names: Vec<String> = names
+        .filter(|name| name.starts_with("sd") || name.starts_with("sr"))
+        .collect();
     // sdb before sdaa.
     names.sort_by_key(|name| (name.len(), name.clone()));
     names.iter().map(|name| Path::new("/dev").join(name)).collect()
@@ -93,7 +96,9 @@ pub(crate) fn sms_disks() -> Vec<Found> {
     let mut found = Vec::new();
     for path in scsi_disks() {
         let Ok(disk) = ScsiDisk::open(&path) else { continue };
-        let is_ours = disk.vital_page(PAGE).is_ok_and(|page| Page::decode(&page).is_some());
+        let is_ours = disk
+            .vital_page(PAGE)
+            .is_ok_and(|page| Page::decode(&page).is_some());
         if is_ours && let Ok(serial) = disk.vital_page(0x80) {
             let serial = String::from_utf8_lossy(&serial).trim().to_owned();
             found.push(Found { path, serial });
@@ -152,7 +157,11 @@ impl Host {
     /// Sends a command as it is, with `count` zeroes to the disk if any: for those who try what the host refuses.
     pub(crate) fn forge(&self, cdb: &[u8], count: usize) -> Result<(), AgentError> {
         let mut bytes = vec![0; count];
-        let data = if count > 0 { Data::Out(&mut bytes) } else { Data::None };
+        let data = if count > 0 {
+            Data::Out(&mut bytes)
+        } else {
+            Data::None
+        };
         // What the disk had to tell before comes first.
         let _ = self.disk.command(&[0; 6], Data::None);
         let done = self.disk.command(cdb, data);
@@ -207,7 +216,9 @@ impl Host {
         let mut buffer = vec![0; FRAGMENT];
         loop {
             cdb.length = u32::try_from(buffer.len()).unwrap_or(u32::MAX);
-            let moved = self.command(&cdb, &mut buffer).map_err(|error| self.failed(error))?;
+            let moved = self
+                .command(&cdb, &mut buffer)
+                .map_err(|error| self.failed(error))?;
             let header = Header::decode(&buffer[..moved]).ok_or_else(|| strange("no header"))?;
             let end = Header::LENGTH + header.length as usize;
             let piece = buffer.get(Header::LENGTH..end.min(moved)).unwrap_or_default();
@@ -221,7 +232,10 @@ impl Host {
             if piece.is_empty() {
                 return Err(strange("less than it said"));
             }
-            cdb.fragment = cdb.fragment.checked_add(1).ok_or_else(|| strange("more than there can be"))?;
+            cdb.fragment = cdb
+                .fragment
+                .checked_add(1)
+                .ok_or_else(|| strange("more than there can be"))?;
             // All is there.
             cdb.wait_ms = 0;
         }
@@ -242,7 +256,8 @@ impl Host {
         };
         // What the host keeps for us is not needed any more. Who comes later does not need this to succeed.
         let _ = self.command(&Cdb::new(Action::Cancel, tag, 0), &mut []);
-        let outcome = serde_json::from_slice(&outcome).map_err(|error| AgentError::Answer(error.to_string()))?;
+        let outcome =
+            serde_json::from_slice(&outcome).map_err(|error| AgentError::Answer(error.to_string()))?;
         match outcome {
             Outcome::Answer(answer) => Ok(*answer),
             Outcome::Problem(problem) => Err(AgentError::Problem(problem)),

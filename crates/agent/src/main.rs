@@ -77,9 +77,14 @@ fn run(arguments: Arguments) -> Result<ExitCode, AgentError> {
         }
         Command::Forge { cdb, zeroes } => {
             let digits = cdb.as_bytes().chunks(2);
-            let bytes = digits.map(|pair| std::str::from_utf8(pair).ok().and_then(|pair| u8::from_str_radix(pair, 16).ok()));
+            let bytes = digits.map(|pair| {
+                std::str::from_utf8(pair)
+                    .ok()
+                    .and_then(|pair| u8::from_str_radix(pair, 16).ok())
+            });
             let bytes: Option<Vec<u8>> = bytes.collect();
-            let bytes = bytes.ok_or_else(|| AgentError::Text("these are no hexadecimal digits".to_owned()))?;
+            let bytes =
+                bytes.ok_or_else(|| AgentError::Text("these are no hexadecimal digits".to_owned()))?;
             agent.host.forge(&bytes, zeroes).map(|()| ExitCode::SUCCESS)
         }
         Command::Replication => agent.simple(&Request::ReplicationStatus {}),
@@ -137,16 +142,23 @@ impl Agent {
         let found = sms_disks().into_iter().find(|found| found.path == real);
         let found = found.ok_or_else(|| AgentError::NotSms(device.to_owned()))?;
         let disks = self.disks()?;
-        let disk = disks.iter().find(|disk| disk.serial.as_ref() == Some(&found.serial));
+        let disk = disks
+            .iter()
+            .find(|disk| disk.serial.as_ref() == Some(&found.serial));
         disk.and_then(|disk| disk.path.clone()).ok_or_else(|| {
-            AgentError::Text(format!("{} is no disk of a pool: the host cannot manage it", device.display()))
+            AgentError::Text(format!(
+                "{} is no disk of a pool: the host cannot manage it",
+                device.display()
+            ))
         })
     }
 
     fn disk(&self, command: DiskCommand) -> Result<ExitCode, AgentError> {
         let request = match command {
             DiskCommand::List => Request::ListDisks {},
-            DiskCommand::Status { disk } => Request::DiskStatus { disk: self.path(disk)? },
+            DiskCommand::Status { disk } => Request::DiskStatus {
+                disk: self.path(disk)?,
+            },
             DiskCommand::Create {
                 disk,
                 size,
@@ -168,8 +180,12 @@ impl Agent {
                 attach,
             },
             DiskCommand::Attach { disk, read_only } => Request::AttachDisk { disk, read_only },
-            DiskCommand::Detach { disk } => Request::DetachDisk { disk: self.path(disk)? },
-            DiskCommand::Delete { disk } => Request::DeleteDisk { disk: self.path(disk)? },
+            DiskCommand::Detach { disk } => Request::DetachDisk {
+                disk: self.path(disk)?,
+            },
+            DiskCommand::Delete { disk } => Request::DeleteDisk {
+                disk: self.path(disk)?,
+            },
             DiskCommand::Resize { disk, size } => Request::ResizeDisk {
                 disk: self.path(disk)?,
                 size: size.bytes(),
@@ -186,8 +202,12 @@ impl Agent {
             DiskCommand::Snapshots { disk } => return self.snapshots(disk),
             DiskCommand::DeleteSnapshot { snapshot } => Request::DeleteSnapshot { snapshot },
             DiskCommand::Revert { snapshot } => Request::Revert { snapshot },
-            DiskCommand::Commit { disk } => Request::Commit { disk: self.path(disk)? },
-            DiskCommand::Discard { disk } => Request::Discard { disk: self.path(disk)? },
+            DiskCommand::Commit { disk } => Request::Commit {
+                disk: self.path(disk)?,
+            },
+            DiskCommand::Discard { disk } => Request::Discard {
+                disk: self.path(disk)?,
+            },
             DiskCommand::SetAttributes {
                 disk,
                 checksums,
@@ -205,8 +225,12 @@ impl Agent {
                     .target()
                     .ok_or_else(|| AgentError::Text("say where: --volume or --class".to_owned()))?,
             },
-            DiskCommand::Extents { disk } => Request::Extents { disk: self.path(disk)? },
-            DiskCommand::ConfigurationId { disk } => Request::ConfigurationId { disk: self.path(disk)? },
+            DiskCommand::Extents { disk } => Request::Extents {
+                disk: self.path(disk)?,
+            },
+            DiskCommand::ConfigurationId { disk } => Request::ConfigurationId {
+                disk: self.path(disk)?,
+            },
             DiskCommand::Changed { disk, since, until } => Request::Changed {
                 disk: self.path(disk)?,
                 since,
@@ -253,7 +277,12 @@ impl Agent {
                 },
                 job,
             ),
-            VolumeCommand::Move { volume, from, to, job } => (
+            VolumeCommand::Move {
+                volume,
+                from,
+                to,
+                job,
+            } => (
                 Request::MoveVolume {
                     volume,
                     from,
@@ -302,7 +331,11 @@ impl Agent {
         }
         let all_done = jobs.iter().all(|job| job.state == JobState::Done);
         self.show(&Answer::Jobs(jobs))?;
-        Ok(if all_done { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(if all_done {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
     }
 
     fn events(&self, mut after: u32, follow: bool) -> Result<ExitCode, AgentError> {
@@ -343,11 +376,15 @@ impl Agent {
         let milliseconds = frozen.as_millis();
         match &answer {
             Answer::Image(image) if self.json => {
-                let value = serde_json::json!({"image": image, "frozen-ms": u64::try_from(milliseconds).ok()});
+                let value =
+                    serde_json::json!({"image": image, "frozen-ms": u64::try_from(milliseconds).ok()});
                 self.write(&value, String::new);
             }
             answer => {
-                let mounts: Vec<String> = systems.iter().map(|system| system.mount.display().to_string()).collect();
+                let mounts: Vec<String> = systems
+                    .iter()
+                    .map(|system| system.mount.display().to_string())
+                    .collect();
                 print(&show::answer(answer, &[]));
                 print(&format!("{} frozen for {milliseconds} ms\n", mounts.join(", ")));
             }

@@ -92,7 +92,9 @@ pub(crate) fn answer(answer: &Answer, here: &[Found]) -> String {
         Answer::Jobs(all) => jobs(all),
         Answer::Image(image) => {
             let rows = image.disks.iter();
-            let rows: Vec<_> = rows.map(|disk| row([&disk.snapshot, &disk.configuration])).collect();
+            let rows: Vec<_> = rows
+                .map(|disk| row([&disk.snapshot, &disk.configuration]))
+                .collect();
             table(&rows)
         }
         Answer::Extents(all) => {
@@ -121,12 +123,24 @@ pub(crate) fn answer(answer: &Answer, here: &[Found]) -> String {
 }
 
 fn describe(description: &Description) -> String {
-    let rights: Vec<String> = description.rights.iter().map(|right| right.name().to_owned()).collect();
+    let rights: Vec<String> = description
+        .rights
+        .iter()
+        .map(|right| right.name().to_owned())
+        .collect();
     let quota = &description.quota;
-    let bytes = quota.bytes.map(|bytes| format!(", {} together", ByteSize::from_bytes(bytes)));
+    let bytes = quota
+        .bytes
+        .map(|bytes| format!(", {} together", ByteSize::from_bytes(bytes)));
     table(&[
         row(["machine", description.vm.as_str()]),
-        row(["host", &format!("smsvmm {}, expanded API {}", description.product, description.version)]),
+        row([
+            "host",
+            &format!(
+                "smsvmm {}, expanded API {}",
+                description.product, description.version
+            ),
+        ]),
         row(["may", &rights.join(", ")]),
         row(["with disks", &format!("its own; {}", list(&description.objects))]),
         row(["volumes", &list(&description.volumes)]),
@@ -151,13 +165,17 @@ fn disks(all: &[GuestDisk], here: &[Found]) -> String {
     }
     let mut rows = vec![row(["DEVICE", "ID", "SIZE", "SNAPSHOTS", "VOLUMES", "DISK"])];
     for disk in all {
-        let found = here.iter().find(|found| Some(&found.serial) == disk.serial.as_ref());
+        let found = here
+            .iter()
+            .find(|found| Some(&found.serial) == disk.serial.as_ref());
         let device = found.map(|found| found.path.display().to_string());
         let path = disk.path.as_deref().unwrap_or("(not in a pool)");
         let note = if disk.read_only { " (read-only)" } else { "" };
         rows.push(vec![
             device.unwrap_or_else(|| "-".to_owned()),
-            disk.id.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string),
+            disk.id
+                .as_ref()
+                .map_or_else(|| "-".to_owned(), ToString::to_string),
             ByteSize::from_bytes(disk.size).to_string(),
             disk.snapshots.len().to_string(),
             disk.volumes.join(","),
@@ -202,9 +220,15 @@ fn volumes(all: &[GuestVolume]) -> String {
             volume.name.clone(),
             name_of(&volume.state),
             ByteSize::from_bytes(volume.size).to_string(),
-            volume.free.map_or_else(|| "-".to_owned(), |free| ByteSize::from_bytes(free).to_string()),
+            volume
+                .free
+                .map_or_else(|| "-".to_owned(), |free| ByteSize::from_bytes(free).to_string()),
             shape(&volume.shape),
-            if volume.yours { String::new() } else { "not to be changed from here".to_owned() },
+            if volume.yours {
+                String::new()
+            } else {
+                "not to be changed from here".to_owned()
+            },
         ]
     }));
     table(&rows)
@@ -221,14 +245,24 @@ pub(crate) fn jobs(all: &[JobStatus]) -> String {
             (JobState::Failed, Some(reason)) => format!("failed: {reason}"),
             (state, _) => name_of(state),
         };
-        vec![job.id.to_string(), state, format!("{} %", job.percent()), job.what.clone()]
+        vec![
+            job.id.to_string(),
+            state,
+            format!("{} %", job.percent()),
+            job.what.clone(),
+        ]
     }));
     table(&rows)
 }
 
 /// An event in one line.
 pub(crate) fn event(event: &GuestEvent) -> String {
-    let mut text = format!("{:>5}  {}  {}", event.sequence, date(event.time_ms / 1000), event.event);
+    let mut text = format!(
+        "{:>5}  {}  {}",
+        event.sequence,
+        date(event.time_ms / 1000),
+        event.event
+    );
     if let Some(object) = &event.object {
         let _ = write!(text, " {object}");
     }
@@ -249,7 +283,11 @@ fn date(seconds: u64) -> String {
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
     format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}Z")

@@ -156,13 +156,18 @@ impl ExpandedPolicy {
                 return wrong("objects", text);
             }
             if pattern == plain && !plain.ends_with(".dsk") {
-                let text = format!("`{pattern}` is no disk; its path ends with .dsk, or with * for all that begin so");
+                let text = format!(
+                    "`{pattern}` is no disk; its path ends with .dsk, or with * for all that begin so"
+                );
                 return wrong("objects", text);
             }
         }
         for pattern in &self.volumes {
             if pattern.is_empty() || pattern.strip_suffix('*').unwrap_or(pattern).contains('*') {
-                return wrong("volumes", format!("`{pattern}` is no name; `*` may only be the last character"));
+                return wrong(
+                    "volumes",
+                    format!("`{pattern}` is no name; `*` may only be the last character"),
+                );
             }
         }
         if let Some(device) = self.devices.iter().find(|device| !is_device(device)) {
@@ -203,7 +208,8 @@ mod tests {
     #[test]
     fn patterns_have_one_star_at_their_end() {
         let policy = |text: &str| serde_json::from_str::<ExpandedPolicy>(text).unwrap();
-        let good = policy(r#"{"objects": ["/vm1/*", "/x.dsk"], "volumes": ["safe", "web*"], "devices": ["d12"]}"#);
+        let good =
+            policy(r#"{"objects": ["/vm1/*", "/x.dsk"], "volumes": ["safe", "web*"], "devices": ["d12"]}"#);
         good.check().unwrap();
         assert!(good.has_object("/vm1/a/b.dsk") && good.has_object("/x.dsk"));
         assert!(!good.has_object("/vm10/a.dsk") && !good.has_object("/x.dsk.dsk"));

@@ -24,7 +24,7 @@ pub use answer::{
 };
 pub use cdb::{Action, Cdb, Fault, IN, OUT};
 pub use header::{Header, State};
-pub use needs::{Needs, check_disk_path, split_snapshot};
+pub use needs::{Needs, check_disk_path, check_snapshot_name, split_snapshot};
 pub use page::Page;
 pub use request::{DiskAttributes, Request};
 

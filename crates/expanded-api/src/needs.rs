@@ -16,6 +16,8 @@ pub struct Needs<'a> {
     pub changes: Vec<&'a str>,
     /// To make these disks.
     pub makes: Vec<&'a str>,
+    /// These to be names that a snapshot can have.
+    pub names: Vec<&'a str>,
     /// To name these volumes.
     pub volumes: Vec<&'a str>,
     /// To name these storage classes.
@@ -31,6 +33,7 @@ impl Needs<'_> {
             sees: Vec::new(),
             changes: Vec::new(),
             makes: Vec::new(),
+            names: Vec::new(),
             volumes: Vec::new(),
             classes: Vec::new(),
             devices: Vec::new(),
@@ -100,7 +103,10 @@ impl Request {
             Self::DetachDisk { disk } => Needs::seeing(Right::Create, disk),
             Self::DeleteDisk { disk } => Needs::changing(Right::Delete, disk),
             Self::ResizeDisk { disk, .. } => Needs::changing(Right::Resize, disk),
-            Self::Snapshot { disks, .. } => Needs::changing_all(Right::Snapshot, disks),
+            Self::Snapshot { disks, name, .. } => Needs {
+                names: vec![name],
+                ..Needs::changing_all(Right::Snapshot, disks)
+            },
             Self::DeleteSnapshot { snapshot } => Needs::changing(Right::Snapshot, snapshot),
             Self::Revert { snapshot } => Needs::changing(Right::Revert, snapshot),
             Self::Commit { disk } | Self::Discard { disk } => Needs::changing(Right::Revert, disk),
@@ -116,12 +122,15 @@ impl Request {
                 devices: devices.iter().map(String::as_str).collect(),
                 ..Needs::of(Right::Layout)
             },
-            Self::FreezeImage { disks, .. } | Self::ReleaseImage { disks, .. } => {
-                Needs::changing_all(Right::Image, disks)
-            }
-            Self::Extents { disk } | Self::ConfigurationId { disk } | Self::Changed { disk, .. } => {
-                Needs::seeing(Right::Image, disk)
-            }
+            Self::FreezeImage { disks, name } | Self::ReleaseImage { disks, name } => Needs {
+                names: vec![name],
+                ..Needs::changing_all(Right::Image, disks)
+            },
+            Self::Extents { disk } | Self::ConfigurationId { disk } => Needs::seeing(Right::Image, disk),
+            Self::Changed { disk, since, until } => Needs {
+                names: std::iter::once(since).chain(until).map(String::as_str).collect(),
+                ..Needs::seeing(Right::Image, disk)
+            },
         }
     }
 }
@@ -131,6 +140,23 @@ pub fn split_snapshot(path: &str) -> (&str, Option<&str>) {
     match path.rfind(".dsk@") {
         Some(at) if !path[at + 5..].contains('/') => (&path[..at + 4], Some(&path[at + 5..])),
         _ => (path, None),
+    }
+}
+
+/// Sees that a snapshot can be called `name`.
+///
+/// # Errors
+/// What is wrong.
+pub fn check_snapshot_name(name: &str) -> Result<(), &'static str> {
+    if name.is_empty() || name.len() > 63 {
+        return Err("the name of a snapshot has 1 to 63 bytes");
+    }
+    match name
+        .chars()
+        .any(|character| character.is_control() || character.is_whitespace() || "/@".contains(character))
+    {
+        true => Err("the name of a snapshot has no spaces, no control characters, no / and no @"),
+        false => Ok(()),
     }
 }
 
@@ -170,8 +196,20 @@ mod tests {
             check_disk_path(good).unwrap();
         }
         for bad in [
-            "", "a.dsk", "/", "/a", "/.dsk", "//a.dsk", "/a//b.dsk", "/a/../b.dsk", "/./a.dsk", "/a.dsk/", "/a\n.dsk",
-            "/a-1.redo", "/a.disk", "/a.dsk@x.dsk",
+            "",
+            "a.dsk",
+            "/",
+            "/a",
+            "/.dsk",
+            "//a.dsk",
+            "/a//b.dsk",
+            "/a/../b.dsk",
+            "/./a.dsk",
+            "/a.dsk/",
+            "/a\n.dsk",
+            "/a-1.redo",
+            "/a.disk",
+            "/a.dsk@x.dsk",
         ] {
             assert!(check_disk_path(bad).is_err(), "{bad:?}");
         }

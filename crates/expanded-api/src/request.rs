@@ -7,7 +7,12 @@ use serde::{Deserialize, Serialize};
 /// A request. Disks are named by their path in the pool (`/web1/root.dsk`), snapshots with their name behind it
 /// (`/web1/root.dsk@monday`). Sizes are numbers of bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case", tag = "command", deny_unknown_fields)]
+#[serde(
+    rename_all = "kebab-case",
+    rename_all_fields = "kebab-case",
+    tag = "command",
+    deny_unknown_fields
+)]
 pub enum Request {
     /// Who asks, and what it may do.
     Describe {},
@@ -338,8 +343,18 @@ mod tests {
     fn a_request_is_an_object_with_its_command_and_nothing_unknown() {
         let text = r#"{"command": "create-disk", "disk": "/a.dsk", "size": 4096, "attach": true}"#;
         let request: Request = serde_json::from_str(text).unwrap();
-        assert!(matches!(request, Request::CreateDisk { attach: true, thick: false, .. }));
-        assert_eq!((request.name(), request.object().as_str()), ("create-disk", "/a.dsk"));
+        assert!(matches!(
+            request,
+            Request::CreateDisk {
+                attach: true,
+                thick: false,
+                ..
+            }
+        ));
+        assert_eq!(
+            (request.name(), request.object().as_str()),
+            ("create-disk", "/a.dsk")
+        );
         for text in [
             r#"{"command": "describe", "x": 1}"#,
             r#"{"command": "create-disk", "disk": "/a.dsk", "size": -1}"#,
@@ -369,7 +384,9 @@ mod tests {
                 devices: Vec::new(),
                 throttle: 0,
             },
-            Request::ConfigurationId { disk: "/a.dsk".into() },
+            Request::ConfigurationId {
+                disk: "/a.dsk".into(),
+            },
         ] {
             let json = serde_json::to_value(&request).unwrap();
             assert_eq!(json["command"], request.name());

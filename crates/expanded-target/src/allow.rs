@@ -4,7 +4,7 @@
 //! there is such a thing.
 
 use api::{DiskConfig, ExpandedPolicy, Problem, ProblemKind};
-use expanded_api::{Request, check_disk_path, split_snapshot};
+use expanded_api::{Request, check_disk_path, check_snapshot_name, split_snapshot};
 
 /// A disk of the pool that the machine has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,13 +37,22 @@ fn forbidden(detail: String) -> Problem {
 fn disk_of(path: &str) -> Result<&str, Problem> {
     let (disk, snapshot) = split_snapshot(path);
     check_disk_path(disk).map_err(|reason| {
-        Problem::new(ProblemKind::Invalid, format!("`{}` names no disk: {reason}", shown(path)))
+        Problem::new(
+            ProblemKind::Invalid,
+            format!("`{}` names no disk: {reason}", shown(path)),
+        )
     })?;
-    if snapshot.is_some_and(|name| name.is_empty() || name.len() > 63) {
-        let text = format!("`{}` names no snapshot: its name has 1 to 63 bytes", shown(path));
-        return Err(Problem::new(ProblemKind::Invalid, text));
-    }
+    snapshot.map_or(Ok(()), |name| snapshot_name(name))?;
     Ok(disk)
+}
+
+fn snapshot_name(name: &str) -> Result<(), Problem> {
+    check_snapshot_name(name).map_err(|reason| {
+        Problem::new(
+            ProblemKind::Invalid,
+            format!("`{}` names no snapshot: {reason}", shown(name)),
+        )
+    })
 }
 
 /// What a guest wrote, for people: not too long, and in one line.
@@ -63,11 +72,13 @@ pub(crate) fn allow(policy: &ExpandedPolicy, own: &[Own], request: &Request) -> 
     let needs = request.needs();
     if !policy.allows(needs.right) {
         let right = needs.right.name();
-        return Err(
-            forbidden(format!("this guest may not {}: it lacks the right `{right}`", request.name())).remedy(format!(
-                "the administrator gives it by allow = [\"{right}\"] in [expanded-api] of vm.toml"
-            )),
-        );
+        return Err(forbidden(format!(
+            "this guest may not {}: it lacks the right `{right}`",
+            request.name()
+        ))
+        .remedy(format!(
+            "the administrator gives it by allow = [\"{right}\"] in [expanded-api] of vm.toml"
+        )));
     }
     for path in needs.sees {
         let disk = disk_of(path)?;
@@ -79,8 +90,22 @@ pub(crate) fn allow(policy: &ExpandedPolicy, own: &[Own], request: &Request) -> 
             return Err(not_its_own(path));
         }
     }
+    needs.names.iter().try_for_each(|name| snapshot_name(name))?;
+    let of_snapshots = matches!(request, Request::DeleteSnapshot { .. } | Request::Revert { .. });
     for path in needs.changes {
         let disk = disk_of(path)?;
+        if split_snapshot(path).1.is_some() != of_snapshots {
+            let (is, wanted) = match of_snapshots {
+                true => ("disk", "snapshot (/web1/data.dsk@monday)"),
+                false => ("snapshot", "disk"),
+            };
+            let text = format!(
+                "`{}` names a {is}, and {} wants a {wanted}",
+                shown(path),
+                request.name()
+            );
+            return Err(Problem::new(ProblemKind::Invalid, text));
+        }
         if policy.has_object(disk) || own.iter().any(|own| own.path == disk && own.writable) {
             continue;
         }
@@ -114,7 +139,10 @@ pub(crate) fn allow(policy: &ExpandedPolicy, own: &[Own], request: &Request) -> 
         );
         return Err(forbidden(text));
     }
-    let unnamed = needs.devices.iter().find(|device| !policy.devices.iter().any(|own| own == *device));
+    let unnamed = needs
+        .devices
+        .iter()
+        .find(|device| !policy.devices.iter().any(|own| own == *device));
     if let Some(device) = unnamed {
         let text = format!("this guest may not name device {}", shown(device));
         return Err(forbidden(text).remedy(where_it_may("devices", &policy.devices)));
@@ -174,34 +202,130 @@ mod tests {
         for (text, expected) in [
             (r#"{"command": "disk-status", "disk": "/root.dsk"}"#, None),
             (r#"{"command": "disk-status", "disk": "/tools.dsk"}"#, None),
-            (r#"{"command": "disk-status", "disk": "/base.dsk"}"#, Some(Forbidden)),
+            (
+                r#"{"command": "disk-status", "disk": "/base.dsk"}"#,
+                Some(Forbidden),
+            ),
             (r#"{"command": "disk-status", "disk": "/base.dsk@gold"}"#, None),
-            (r#"{"command": "disk-status", "disk": "/base.dsk@iron"}"#, Some(Forbidden)),
-            (r#"{"command": "disk-status", "disk": "/vm2/root.dsk"}"#, Some(Forbidden)),
-            (r#"{"command": "disk-status", "disk": "/vm1/../vm2/root.dsk"}"#, Some(Invalid)),
-            (r#"{"command": "disk-status", "disk": "/vm1//root.dsk"}"#, Some(Invalid)),
-            (r#"{"command": "disk-status", "disk": "/vm1/root-1.redo"}"#, Some(Invalid)),
+            (
+                r#"{"command": "disk-status", "disk": "/base.dsk@iron"}"#,
+                Some(Forbidden),
+            ),
+            (
+                r#"{"command": "disk-status", "disk": "/vm2/root.dsk"}"#,
+                Some(Forbidden),
+            ),
+            (
+                r#"{"command": "disk-status", "disk": "/vm1/../vm2/root.dsk"}"#,
+                Some(Invalid),
+            ),
+            (
+                r#"{"command": "disk-status", "disk": "/vm1//root.dsk"}"#,
+                Some(Invalid),
+            ),
+            (
+                r#"{"command": "disk-status", "disk": "/vm1/root-1.redo"}"#,
+                Some(Invalid),
+            ),
             (r#"{"command": "delete-disk", "disk": "/vm1/a.dsk"}"#, None),
-            (r#"{"command": "delete-disk", "disk": "/vm2/a.dsk"}"#, Some(Forbidden)),
-            (r#"{"command": "resize-disk", "disk": "/tools.dsk", "size": 1}"#, Some(Forbidden)),
-            (r#"{"command": "snapshot", "disks": ["/root.dsk", "/vm2/a.dsk"], "name": "x"}"#, Some(Forbidden)),
+            (
+                r#"{"command": "delete-disk", "disk": "/vm2/a.dsk"}"#,
+                Some(Forbidden),
+            ),
+            (
+                r#"{"command": "resize-disk", "disk": "/tools.dsk", "size": 1}"#,
+                Some(Forbidden),
+            ),
+            (
+                r#"{"command": "snapshot", "disks": ["/root.dsk", "/vm2/a.dsk"], "name": "x"}"#,
+                Some(Forbidden),
+            ),
             (r#"{"command": "snapshot", "disks": [], "name": "x"}"#, None),
             (r#"{"command": "revert", "snapshot": "/vm1/a.dsk@x"}"#, None),
-            (r#"{"command": "revert", "snapshot": "/tools.dsk@x"}"#, Some(Forbidden)),
-            (r#"{"command": "create-disk", "disk": "/vm1/new.dsk", "size": 1}"#, None),
-            (r#"{"command": "create-disk", "disk": "/vm1/new.dsk@x", "size": 1}"#, Some(Invalid)),
-            (r#"{"command": "create-disk", "disk": "/new.dsk", "size": 1}"#, Some(Forbidden)),
-            (r#"{"command": "create-disk", "disk": "/vm1/n.dsk", "size": 1, "target": {"volume": "fast"}}"#, Some(Forbidden)),
-            (r#"{"command": "clone-disk", "source": "/base.dsk@gold", "disk": "/vm1/b.dsk"}"#, None),
-            (r#"{"command": "clone-disk", "source": "/vm2/a.dsk", "disk": "/vm1/b.dsk"}"#, Some(Forbidden)),
-            (r#"{"command": "attach-disk", "disk": "/tools.dsk"}"#, Some(Forbidden)),
-            (r#"{"command": "attach-disk", "disk": "/tools.dsk", "read-only": true}"#, None),
-            (r#"{"command": "move-disk", "disk": "/root.dsk", "to": {"volume": "safe"}}"#, None),
-            (r#"{"command": "move-disk", "disk": "/root.dsk", "to": {"class": "ssd"}}"#, Some(Forbidden)),
-            (r#"{"command": "move-volume", "volume": "safe", "from": "d1"}"#, None),
-            (r#"{"command": "move-volume", "volume": "safe", "to": "/dev/sdb"}"#, Some(Forbidden)),
-            (r#"{"command": "set-layout", "volume": "safe", "layout": "raid5"}"#, None),
-            (r#"{"command": "set-layout", "volume": "fs-meta", "layout": "concat"}"#, Some(Forbidden)),
+            (
+                r#"{"command": "revert", "snapshot": "/vm1/a.dsk"}"#,
+                Some(Invalid),
+            ),
+            (
+                r#"{"command": "delete-disk", "disk": "/vm1/a.dsk@x"}"#,
+                Some(Invalid),
+            ),
+            (
+                r#"{"command": "snapshot", "disks": ["/vm1/a.dsk@x"], "name": "x"}"#,
+                Some(Invalid),
+            ),
+            (
+                r#"{"command": "snapshot", "disks": ["/vm1/a.dsk"], "name": "x/../y"}"#,
+                Some(Invalid),
+            ),
+            (
+                r#"{"command": "release-image", "disks": ["/vm1/a.dsk"], "name": "x@y"}"#,
+                Some(Invalid),
+            ),
+            (
+                r#"{"command": "changed", "disk": "/root.dsk", "since": ""}"#,
+                Some(Invalid),
+            ),
+            (
+                r#"{"command": "revert", "snapshot": "/tools.dsk@x"}"#,
+                Some(Forbidden),
+            ),
+            (
+                r#"{"command": "create-disk", "disk": "/vm1/new.dsk", "size": 1}"#,
+                None,
+            ),
+            (
+                r#"{"command": "create-disk", "disk": "/vm1/new.dsk@x", "size": 1}"#,
+                Some(Invalid),
+            ),
+            (
+                r#"{"command": "create-disk", "disk": "/new.dsk", "size": 1}"#,
+                Some(Forbidden),
+            ),
+            (
+                r#"{"command": "create-disk", "disk": "/vm1/n.dsk", "size": 1, "target": {"volume": "fast"}}"#,
+                Some(Forbidden),
+            ),
+            (
+                r#"{"command": "clone-disk", "source": "/base.dsk@gold", "disk": "/vm1/b.dsk"}"#,
+                None,
+            ),
+            (
+                r#"{"command": "clone-disk", "source": "/vm2/a.dsk", "disk": "/vm1/b.dsk"}"#,
+                Some(Forbidden),
+            ),
+            (
+                r#"{"command": "attach-disk", "disk": "/tools.dsk"}"#,
+                Some(Forbidden),
+            ),
+            (
+                r#"{"command": "attach-disk", "disk": "/tools.dsk", "read-only": true}"#,
+                None,
+            ),
+            (
+                r#"{"command": "move-disk", "disk": "/root.dsk", "to": {"volume": "safe"}}"#,
+                None,
+            ),
+            (
+                r#"{"command": "move-disk", "disk": "/root.dsk", "to": {"class": "ssd"}}"#,
+                Some(Forbidden),
+            ),
+            (
+                r#"{"command": "move-volume", "volume": "safe", "from": "d1"}"#,
+                None,
+            ),
+            (
+                r#"{"command": "move-volume", "volume": "safe", "to": "/dev/sdb"}"#,
+                Some(Forbidden),
+            ),
+            (
+                r#"{"command": "set-layout", "volume": "safe", "layout": "raid5"}"#,
+                None,
+            ),
+            (
+                r#"{"command": "set-layout", "volume": "fs-meta", "layout": "concat"}"#,
+                Some(Forbidden),
+            ),
             (r#"{"command": "extents", "disk": "/vm2/a.dsk"}"#, Some(Forbidden)),
         ] {
             let request = request(text);
@@ -211,7 +335,10 @@ mod tests {
             if request.needs().right != Right::Observe {
                 let refused = allow(&policy(&[]), &own(), &request).unwrap_err();
                 assert_eq!(refused.kind, Forbidden, "{text}");
-                assert!(refused.to_string().contains(request.needs().right.name()), "{refused}");
+                assert!(
+                    refused.to_string().contains(request.needs().right.name()),
+                    "{refused}"
+                );
             }
         }
     }
@@ -233,7 +360,10 @@ mod tests {
         assert_eq!(Own::of(&config), None);
         config.file = Some("//vm///a.dsk@b".into());
         let own = Own::of(&config).unwrap();
-        assert_eq!((own.path.as_str(), own.snapshot.as_deref(), own.writable), ("/vm/a.dsk", Some("b"), false));
+        assert_eq!(
+            (own.path.as_str(), own.snapshot.as_deref(), own.writable),
+            ("/vm/a.dsk", Some("b"), false)
+        );
     }
 
     #[test]

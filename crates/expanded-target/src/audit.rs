@@ -24,7 +24,8 @@ impl Bucket {
 
     /// Whether there is a token, which is taken.
     pub(crate) fn take(&mut self, now: Instant) -> bool {
-        let passed = u64::try_from(now.saturating_duration_since(self.filled).as_millis()).unwrap_or(u64::MAX);
+        let passed =
+            u64::try_from(now.saturating_duration_since(self.filled).as_millis()).unwrap_or(u64::MAX);
         if passed > 0 {
             let more = passed.saturating_mul(u64::from(self.rate));
             self.tokens = self.tokens.saturating_add(more).min(u64::from(self.rate) * 2000);
@@ -80,7 +81,10 @@ mod tests {
         let listed = (0..100).filter_map(|_| audit.refused(start, "SEND", "no".into()));
         assert_eq!(listed.count(), 4);
         let event = audit.refused(start + Duration::from_secs(1), "SEND", "no".into());
-        assert!(matches!(event, Some(EventKind::GuestCommandRefused { unlisted: 96, .. })), "{event:?}");
+        assert!(
+            matches!(event, Some(EventKind::GuestCommandRefused { unlisted: 96, .. })),
+            "{event:?}"
+        );
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
-use api::file::{AttributeChanges, FileAnswer, FileEntry, FileKind, FileOperation, FileStatus, Moved, Target};
+use api::file::{
+    AttributeChanges, FileAnswer, FileEntry, FileKind, FileOperation, FileStatus, Moved, Target,
+};
 use api::storage::{JobStatus, Operation, PoolStatus, Shape};
 use api::virtual_disk::{DiskAnswer, DiskOperation, VirtualDiskStatus};
 use api::{
@@ -30,7 +32,10 @@ pub(crate) struct Doer<'a> {
 }
 
 fn unexpected() -> Problem {
-    Problem::new(ProblemKind::Host, "the pool gave another answer than was asked for")
+    Problem::new(
+        ProblemKind::Host,
+        "the pool gave another answer than was asked for",
+    )
 }
 
 fn conflict(text: impl Into<String>) -> Problem {
@@ -92,7 +97,9 @@ impl Doer<'_> {
                 let operation = DiskOperation::DeleteSnapshot { path: snapshot };
                 self.disk(operation).map(only_done)
             }
-            Request::Revert { snapshot } => self.disk(DiskOperation::Revert { path: snapshot }).map(only_done),
+            Request::Revert { snapshot } => {
+                self.disk(DiskOperation::Revert { path: snapshot }).map(only_done)
+            }
             Request::Commit { disk } => self.disk(DiskOperation::Commit { path: disk }).map(only_done),
             Request::Discard { disk } => self.disk(DiskOperation::Discard { path: disk }).map(only_done),
             Request::SetAttributes { disk, attributes } => {
@@ -201,7 +208,9 @@ impl Doer<'_> {
     }
 
     fn status(&self, disk: &str) -> Result<VirtualDiskStatus, Problem> {
-        match self.disk(DiskOperation::Status { path: disk.to_owned() })? {
+        match self.disk(DiskOperation::Status {
+            path: disk.to_owned(),
+        })? {
             DiskAnswer::Status(status) => Ok(*status),
             _ => Err(unexpected()),
         }
@@ -216,7 +225,11 @@ impl Doer<'_> {
         };
         let known = status.snapshot_list.iter().find(|known| known.name == snapshot);
         known.map(|known| known.size).ok_or_else(|| {
-            Problem::new(ProblemKind::NotFound, format!("{disk} has no snapshot {snapshot}")).about(path)
+            Problem::new(
+                ProblemKind::NotFound,
+                format!("{disk} has no snapshot {snapshot}"),
+            )
+            .about(path)
         })
     }
 
@@ -254,7 +267,12 @@ impl Doer<'_> {
                 return Err(unexpected());
             };
             let FileStatus { volumes: shares, .. } = *status;
-            volumes.extend(shares.into_iter().filter(|share| share.bytes > 0).map(|share| share.volume));
+            volumes.extend(
+                shares
+                    .into_iter()
+                    .filter(|share| share.bytes > 0)
+                    .map(|share| share.volume),
+            );
         }
         Ok(volumes)
     }
@@ -265,7 +283,9 @@ impl Doer<'_> {
         for pattern in &self.policy.objects {
             let folder = pattern.rsplit_once('/').map_or("", |(folder, _)| folder);
             let path = if folder.is_empty() { "/" } else { folder };
-            let disks = match self.disk(DiskOperation::List { path: path.to_owned() }) {
+            let disks = match self.disk(DiskOperation::List {
+                path: path.to_owned(),
+            }) {
                 Ok(DiskAnswer::Disks(disks)) => disks,
                 Ok(_) => return Err(unexpected()),
                 // The folder is made with the first disk.
@@ -290,13 +310,18 @@ impl Doer<'_> {
         let exhausted = |text: String| Err(Problem::new(ProblemKind::Exhausted, text));
         let most = usize::try_from(self.policy.max_disks).unwrap_or(usize::MAX);
         if named.len() + disks > most {
-            return exhausted(format!("this guest may have {most} disks, and has {}", named.len()));
+            return exhausted(format!(
+                "this guest may have {most} disks, and has {}",
+                named.len()
+            ));
         }
         if let Some(most) = self.policy.max_bytes {
             let used: u64 = named.iter().fold(0, |sum, (_, size)| sum.saturating_add(*size));
             if used.saturating_add(bytes) > most.bytes() {
                 let used = api::ByteSize::from_bytes(used);
-                return exhausted(format!("this guest may have disks of {most} together, and has {used}"));
+                return exhausted(format!(
+                    "this guest may have disks of {most} together, and has {used}"
+                ));
             }
         }
         Ok(())
@@ -334,8 +359,7 @@ impl Doer<'_> {
         let (disk, snapshot) = split_snapshot(path);
         let mut disks = self.vm.status().disks.into_iter();
         disks.find(|status| {
-            Own::of(&status.config)
-                .is_some_and(|own| own.path == disk && own.snapshot.as_deref() == snapshot)
+            Own::of(&status.config).is_some_and(|own| own.path == disk && own.snapshot.as_deref() == snapshot)
         })
     }
 
@@ -382,7 +406,12 @@ impl Doer<'_> {
     }
 
     /// Makes it; the disks of which it is.
-    fn snapshot(&self, disks: Vec<String>, name: String, description: String) -> Result<Vec<String>, Problem> {
+    fn snapshot(
+        &self,
+        disks: Vec<String>,
+        name: String,
+        description: String,
+    ) -> Result<Vec<String>, Problem> {
         let disks = match disks.is_empty() {
             false => disks,
             true => {
@@ -397,7 +426,8 @@ impl Doer<'_> {
         for disk in &disks {
             let present = self.status(disk)?.snapshot_list.len();
             if present >= most {
-                let text = format!("a disk of this guest may have {most} snapshots, and {disk} has {present}");
+                let text =
+                    format!("a disk of this guest may have {most} snapshots, and {disk} has {present}");
                 return Err(Problem::new(ProblemKind::Exhausted, text)
                     .about(disk)
                     .remedy("delete one"));
@@ -438,7 +468,9 @@ impl Doer<'_> {
     fn shaped(&self, name: &str, mut shape: Shape) -> Result<Shape, Problem> {
         let volumes = self.pool_status()?.volumes;
         let Some(volume) = volumes.into_iter().find(|volume| volume.name == name) else {
-            return Err(Problem::new(ProblemKind::NotFound, format!("the pool has no volume {name}")).about(name));
+            return Err(
+                Problem::new(ProblemKind::NotFound, format!("the pool has no volume {name}")).about(name),
+            );
         };
         shape.class = volume.shape.class;
         if shape.devices.is_empty() {
@@ -458,7 +490,10 @@ impl Doer<'_> {
         let StorageAnswer::Pool(outcome) = self.vm.storage(StorageRequest::Begin(operation))? else {
             return Err(unexpected());
         };
-        let mut jobs = self.jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut jobs = self
+            .jobs
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         jobs.extend(outcome.jobs.iter().map(|job| job.id));
         while jobs.len() > MAX_JOBS {
             // Their numbers grow.
@@ -469,7 +504,10 @@ impl Doer<'_> {
 
     fn own_jobs(&self) -> Result<Vec<JobStatus>, Problem> {
         let all = self.pool_status()?.jobs;
-        let own = self.jobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let own = self
+            .jobs
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         Ok(all.into_iter().filter(|job| own.contains(&job.id)).collect())
     }
 
@@ -534,7 +572,8 @@ impl Doer<'_> {
         let pool = self.pool_status()?;
         let files = pool.files.map(|files| files.volumes).unwrap_or_default();
         let volumes = pool.volumes.into_iter();
-        let volumes = volumes.filter(|volume| behind.contains(&volume.name) || self.policy.has_volume(&volume.name));
+        let volumes =
+            volumes.filter(|volume| behind.contains(&volume.name) || self.policy.has_volume(&volume.name));
         Ok(volumes
             .map(|mut volume| {
                 volume.shape.devices.clear();
@@ -568,7 +607,9 @@ impl Doer<'_> {
     /// Where the present data of a disk are.
     fn extents(&self, disk: &str) -> Result<Vec<Extent>, Problem> {
         if split_snapshot(disk).1.is_some() {
-            return Err(conflict("where the data of a snapshot are cannot be told; ask for its disk").about(disk));
+            return Err(
+                conflict("where the data of a snapshot are cannot be told; ask for its disk").about(disk),
+            );
         }
         // All layers but the one that is written are frozen.
         let mut head = self.layers(disk)?.into_iter().filter(|layer| !layer.frozen);

@@ -117,7 +117,13 @@ pub(crate) struct Session {
 
 impl Session {
     /// Takes a fragment.
-    pub(crate) fn take(&mut self, tag: u32, fragment: u8, last: bool, bytes: &[u8]) -> Result<Taken, NotTaken> {
+    pub(crate) fn take(
+        &mut self,
+        tag: u32,
+        fragment: u8,
+        last: bool,
+        bytes: &[u8],
+    ) -> Result<Taken, NotTaken> {
         self.next += 1;
         let mut partial = match fragment {
             0 => Partial {
@@ -142,7 +148,9 @@ impl Session {
         self.partial.insert(tag, partial);
         while self.partial.len() > MAX_PARTIAL {
             let oldest = self.partial.iter().min_by_key(|(_, partial)| partial.number);
-            let Some(oldest) = oldest.map(|(tag, _)| *tag) else { break };
+            let Some(oldest) = oldest.map(|(tag, _)| *tag) else {
+                break;
+            };
             self.partial.remove(&oldest);
         }
         Ok(Taken::More)
@@ -289,7 +297,11 @@ mod tests {
         assert_eq!(session.take(2, 1, true, b"x"), Err(NotTaken::OutOfOrder));
         session.take(2, 0, false, b"x").unwrap();
         assert_eq!(session.take(2, 2, false, b"x"), Err(NotTaken::OutOfOrder));
-        assert_eq!(session.take(2, 1, false, b"x"), Err(NotTaken::OutOfOrder), "it began anew");
+        assert_eq!(
+            session.take(2, 1, false, b"x"),
+            Err(NotTaken::OutOfOrder),
+            "it began anew"
+        );
         let much = vec![0; MAX_PAYLOAD];
         session.take(3, 0, false, &much).unwrap();
         assert_eq!(session.take(3, 1, true, b"x"), Err(NotTaken::TooLarge));

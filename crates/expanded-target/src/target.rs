@@ -154,7 +154,9 @@ impl ExpandedTarget {
             let hook = hook();
             let confined = move || match hook() {
                 Ok(()) => body(),
-                Err(error) => tracing::error!(%error, "a thread of the expanded API cannot be confined, and ends"),
+                Err(error) => {
+                    tracing::error!(%error, "a thread of the expanded API cannot be confined, and ends")
+                }
             };
             let builder = std::thread::Builder::new().name(name.to_owned());
             builder.stack_size(STACK_SIZE).spawn(confined).map(drop)
@@ -219,7 +221,10 @@ impl Shared {
     fn refused(&self, command: &str, reason: String) {
         let (event, vm) = {
             let mut inner = self.lock();
-            (inner.audit.refused(Instant::now(), command, reason), inner.vm.clone())
+            (
+                inner.audit.refused(Instant::now(), command, reason),
+                inner.vm.clone(),
+            )
         };
         if let (Some(event), Some(vm)) = (event, vm) {
             if let EventKind::GuestCommandRefused { command, reason, .. } = &event {
@@ -245,7 +250,12 @@ impl Shared {
         match cdb.action {
             Action::Capabilities => {
                 let answer = Answer::Description(Box::new(self.description()));
-                Ok(put(command, &cdb, State::Done, &encode(&Outcome::Answer(Box::new(answer)))))
+                Ok(put(
+                    command,
+                    &cdb,
+                    State::Done,
+                    &encode(&Outcome::Answer(Box::new(answer))),
+                ))
             }
             Action::Send => self.send(command, &cdb).await,
             Action::Receive => self.receive(command, &cdb).await,
@@ -332,7 +342,10 @@ impl Shared {
 
     fn cancel(&self, cdb: &Cdb) -> Result<(u64, u64), Sense> {
         let taken_back = || {
-            let problem = Problem::new(ProblemKind::Conflict, "the request was taken back before it had begun");
+            let problem = Problem::new(
+                ProblemKind::Conflict,
+                "the request was taken back before it had begun",
+            );
             encode(&Outcome::Problem(problem))
         };
         let cancelled = self.lock().session.cancel(cdb.tag, taken_back);

@@ -123,4 +123,3 @@ impl Drop for Wait<'_> {
             .with(|waiting| waiting.wakers.retain(|(number, _, _)| *number != self.number));
     }
 }
-

@@ -11,10 +11,11 @@ use api::file::{FileOperation, Target};
 use api::storage::{JobState, LayoutKind, NewDevice, Operation, ReadPolicy, Shape};
 use api::virtual_disk::DiskOperation;
 use api::{ExpandedPolicy, ProblemKind, Right, StorageRequest};
-use block_io::WorkerOptions;
+use block_io::{AlignedBuffer, BlockDevice, Durability, WorkerOptions};
 use common::{FakeVm, Guest};
 use expanded_api::{Answer, GuestDisk, Request};
-use storage_manager::{DiskOptions, Flow, Force, HostedPool, Notice};
+use storage_manager::{DiskOptions, Flow, Force, HostedDisk, HostedPool, Notice};
+use storage_virtualizer::DiskHandle;
 
 fn go_on(_: Notice<'_>) -> Flow {
     Flow::GoOn
@@ -68,6 +69,23 @@ fn pool(folder: &Path) -> HostedPool {
     HostedPool::open("test", paths, WorkerOptions::default()).unwrap()
 }
 
+/// Writes the first block of a disk, as a queue server would.
+fn write(pool: &HostedPool, disk: &HostedDisk) {
+    let handle = disk.handle().clone();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    pool.worker().spawn(move || async move {
+        let disk = handle.local().unwrap();
+        let mut buffer = AlignedBuffer::new(4096);
+        buffer.as_mut_slice().fill(7);
+        // SAFETY: the buffer outlives the request, which is awaited.
+        let memory = [unsafe { buffer.io(0, 4096) }];
+        disk.write(0, &memory, Durability::Volatile).await.unwrap();
+        disk.flush().await.unwrap();
+        sender.send(()).unwrap();
+    });
+    receiver.recv().unwrap();
+}
+
 fn create(disk: &str, attach: bool) -> Request {
     Request::CreateDisk {
         disk: disk.into(),
@@ -87,7 +105,10 @@ fn disks(guest: &Guest) -> Vec<GuestDisk> {
 }
 
 fn configuration(guest: &Guest, disk: &str) -> String {
-    match guest.ask(&Request::ConfigurationId { disk: disk.into() }).unwrap() {
+    match guest
+        .ask(&Request::ConfigurationId { disk: disk.into() })
+        .unwrap()
+    {
         Answer::ConfigurationId(text) => text,
         other => panic!("{other:?}"),
     }
@@ -139,11 +160,18 @@ fn a_guest_makes_snapshots_moves_and_reshapes_what_is_its_own() {
     assert!(matches!(&attached, Answer::Attached(disk) if disk.path == "/vm1/deep/a.dsk"));
     let a = "/vm1/deep/a.dsk";
     let open = pool.disk(a, DiskOptions::default()).unwrap();
-    assert_eq!(guest.ask(&create(a, true)).unwrap_err().kind, ProblemKind::Conflict);
+    write(&pool, &open);
+    assert_eq!(
+        guest.ask(&create(a, true)).unwrap_err().kind,
+        ProblemKind::Conflict
+    );
     assert_eq!(guest.ask(&create("/vm1/b.dsk", false)).unwrap(), Answer::Done);
     let seen = disks(&guest);
     assert_eq!(seen.len(), 2);
-    assert_eq!((seen[0].path.as_deref(), seen[0].volumes.as_slice()), (Some(a), &["safe".to_owned()][..]));
+    assert_eq!(
+        (seen[0].path.as_deref(), seen[0].volumes.as_slice()),
+        (Some(a), &["safe".to_owned()][..])
+    );
     assert!(seen[0].id.is_some() && seen[1].id.is_none());
 
     let snapshot = |name: &str| Request::Snapshot {
@@ -161,7 +189,10 @@ fn a_guest_makes_snapshots_moves_and_reshapes_what_is_its_own() {
     };
     assert_eq!(image.disks[1].snapshot, "/vm1/b.dsk@image");
     assert_eq!(image.disks[0].configuration, configuration(&guest, a));
-    assert_eq!(guest.ask(&snapshot("third")).unwrap_err().kind, ProblemKind::Exhausted);
+    assert_eq!(
+        guest.ask(&snapshot("third")).unwrap_err().kind,
+        ProblemKind::Exhausted
+    );
     let changed = Request::Changed {
         disk: a.into(),
         since: "image".into(),
@@ -214,8 +245,15 @@ fn a_guest_makes_snapshots_moves_and_reshapes_what_is_its_own() {
         panic!()
     };
     let fast = volumes.iter().find(|volume| volume.name == "fast").unwrap();
-    assert_eq!((fast.shape.layout, fast.shape.copies, fast.yours), (LayoutKind::Mirror, 2, true));
-    assert!(volumes.iter().all(|volume| volume.name != "fs-meta" && volume.shape.devices.is_empty()));
+    assert_eq!(
+        (fast.shape.layout, fast.shape.copies, fast.yours),
+        (LayoutKind::Mirror, 2, true)
+    );
+    assert!(
+        volumes
+            .iter()
+            .all(|volume| volume.name != "fs-meta" && volume.shape.devices.is_empty())
+    );
     // Others' jobs are none of its business.
     let foreign = StorageRequest::Begin(Operation::Scrub {
         volume: None,
@@ -226,12 +264,18 @@ fn a_guest_makes_snapshots_moves_and_reshapes_what_is_its_own() {
         panic!()
     };
     assert!(jobs.iter().all(|job| job.kind != "scrub"), "{jobs:?}");
-    assert_eq!(guest.ask(&Request::CancelJob { job: 1000 }).unwrap_err().kind, ProblemKind::NotFound);
+    assert_eq!(
+        guest.ask(&Request::CancelJob { job: 1000 }).unwrap_err().kind,
+        ProblemKind::NotFound
+    );
 
     // Larger, never smaller; gone when nobody has it any more.
     let resize = |size| Request::ResizeDisk { disk: a.into(), size };
     guest.ask(&resize(2 << 20)).unwrap();
-    assert_eq!(guest.ask(&resize(1 << 20)).unwrap_err().kind, ProblemKind::Conflict);
+    assert_eq!(
+        guest.ask(&resize(1 << 20)).unwrap_err().kind,
+        ProblemKind::Conflict
+    );
     let delete = Request::DeleteDisk { disk: a.into() };
     assert_eq!(guest.ask(&delete).unwrap_err().kind, ProblemKind::Conflict);
     guest.ask(&Request::DetachDisk { disk: a.into() }).unwrap();
@@ -243,7 +287,9 @@ fn a_guest_makes_snapshots_moves_and_reshapes_what_is_its_own() {
     });
     assert!(deleted && disks(&guest).len() == 2);
     // Whatever it did, what is not its own is as it was.
-    let untouched = pool.execute(StorageRequest::Disk(DiskOperation::Status { path: "/other.dsk".into() }));
+    let untouched = pool.execute(StorageRequest::Disk(DiskOperation::Status {
+        path: "/other.dsk".into(),
+    }));
     assert!(untouched.is_ok());
     drop(guest);
     pool.close().unwrap();

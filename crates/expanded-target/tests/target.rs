@@ -29,14 +29,16 @@ fn disk_answer(answer: DiskAnswer) -> Result<StorageAnswer, Problem> {
 /// A pool that does everything at once.
 fn obliging(request: StorageRequest) -> Result<StorageAnswer, Problem> {
     match request {
-        StorageRequest::Disk(DiskOperation::List { .. }) => disk_answer(DiskAnswer::Disks(vec![VirtualDisk {
-            path: "/vm1/old.dsk".into(),
-            size: 1 << 20,
-            allocated: 0,
-            snapshots: 0,
-            redo: None,
-            problem: None,
-        }])),
+        StorageRequest::Disk(DiskOperation::List { .. }) => {
+            disk_answer(DiskAnswer::Disks(vec![VirtualDisk {
+                path: "/vm1/old.dsk".into(),
+                size: 1 << 20,
+                allocated: 0,
+                snapshots: 0,
+                redo: None,
+                problem: None,
+            }]))
+        }
         StorageRequest::Disk(_) => disk_answer(DiskAnswer::Done),
         StorageRequest::File(_) => Ok(StorageAnswer::File(Box::new(FileOutcome {
             answer: FileAnswer::Done,
@@ -62,7 +64,10 @@ fn a_guest_learns_who_it_is_and_what_it_may_without_a_request() {
     let Answer::Description(description) = *answer else {
         panic!("{answer:?}")
     };
-    assert_eq!((description.vm.as_str(), description.objects[0].as_str()), ("fake", "/vm1/*"));
+    assert_eq!(
+        (description.vm.as_str(), description.objects[0].as_str()),
+        ("fake", "/vm1/*")
+    );
     // In pieces as small as they can be, with something in them.
     let mut text: Vec<u8> = Vec::new();
     for fragment in 0..=255 {
@@ -81,13 +86,29 @@ fn a_request_is_done_once_however_often_it_is_sent() {
     let guest = Guest::new(vm.clone(), policy(&[Right::Create]));
     guest.send(7, CREATE).good();
     let outcome = guest.outcome(7);
-    assert!(matches!(&outcome, Outcome::Answer(answer) if matches!(**answer, Answer::Attached(_))), "{outcome:?}");
+    assert!(
+        matches!(&outcome, Outcome::Answer(answer) if matches!(**answer, Answer::Attached(_))),
+        "{outcome:?}"
+    );
     guest.send(7, CREATE).good();
     assert_eq!(guest.outcome(7), outcome);
-    let made = vm.asked.lock().unwrap().iter().filter(|asked| matches!(asked, StorageRequest::Disk(DiskOperation::Create { .. }))).count();
+    let made = vm
+        .asked
+        .lock()
+        .unwrap()
+        .iter()
+        .filter(|asked| matches!(asked, StorageRequest::Disk(DiskOperation::Create { .. })))
+        .count();
     assert_eq!((made, vm.disks.lock().unwrap().len()), (1, 1));
-    assert_eq!(guest.send(7, r#"{"command": "list-jobs"}"#).sense(), Some((0x26, 0)));
-    assert_eq!(guest.outcome(7), outcome, "and the first one's outcome is still there");
+    assert_eq!(
+        guest.send(7, r#"{"command": "list-jobs"}"#).sense(),
+        Some((0x26, 0))
+    );
+    assert_eq!(
+        guest.outcome(7),
+        outcome,
+        "and the first one's outcome is still there"
+    );
     // Forgotten, the tag is free.
     guest.cancel(7).good();
     assert_eq!(guest.receive(7, 0).sense(), Some((0x24, 0)));
@@ -103,11 +124,31 @@ fn what_is_refused_has_sense_data_a_reason_and_an_event_and_does_nothing() {
     let no_rights = Some((0x20, 2));
     let wrong = Some((0x26, 0));
     for (tag, (text, sense, reason)) in [
-        (r#"{"command": "delete-disk", "disk": "/vm1/a.dsk"}"#, no_rights, "lacks the right `delete`"),
-        (r#"{"command": "create-disk", "disk": "/vm2/a.dsk", "size": 1}"#, no_rights, "may not make /vm2/a.dsk"),
-        (r#"{"command": "resize-disk", "disk": "/tools.dsk", "size": 1}"#, no_rights, "only to read"),
-        (r#"{"command": "disk-status", "disk": "/vm2/a.dsk"}"#, no_rights, "no disk of this guest"),
-        (r#"{"command": "disk-status", "disk": "/vm1/../vm2/a.dsk"}"#, wrong, "`..`"),
+        (
+            r#"{"command": "delete-disk", "disk": "/vm1/a.dsk"}"#,
+            no_rights,
+            "lacks the right `delete`",
+        ),
+        (
+            r#"{"command": "create-disk", "disk": "/vm2/a.dsk", "size": 1}"#,
+            no_rights,
+            "may not make /vm2/a.dsk",
+        ),
+        (
+            r#"{"command": "resize-disk", "disk": "/tools.dsk", "size": 1}"#,
+            no_rights,
+            "only to read",
+        ),
+        (
+            r#"{"command": "disk-status", "disk": "/vm2/a.dsk"}"#,
+            no_rights,
+            "no disk of this guest",
+        ),
+        (
+            r#"{"command": "disk-status", "disk": "/vm1/../vm2/a.dsk"}"#,
+            wrong,
+            "`..`",
+        ),
         (r#"{"command": "format"}"#, wrong, "this is no request"),
         (r#"{"command": "describe""#, wrong, "this is no request"),
         ("\0\u{1}\u{2}", wrong, "this is no request"),
@@ -130,7 +171,11 @@ fn what_is_refused_has_sense_data_a_reason_and_an_event_and_does_nothing() {
         };
         assert!(problem.detail.contains(noted), "{noted}");
     }
-    assert_eq!(*vm.asked.lock().unwrap(), [], "storage management was never asked");
+    assert_eq!(
+        *vm.asked.lock().unwrap(),
+        [],
+        "storage management was never asked"
+    );
 }
 
 #[test]
@@ -146,12 +191,24 @@ fn a_request_comes_in_fragments_and_not_otherwise() {
     }
     assert!(matches!(guest.outcome(1), Outcome::Answer(_)));
     let sense = |cdb: Cdb, bytes: &[u8]| guest.raw(&cdb.encode(), bytes, 0).sense();
-    assert_eq!(sense(Cdb::send(2, 1, 1, true), b"x"), Some((0x24, 0)), "there is no first one");
-    assert_eq!(sense(Cdb::send(2, 9, 0, true), b"x"), Some((0x1a, 0)), "less came than was said");
+    assert_eq!(
+        sense(Cdb::send(2, 1, 1, true), b"x"),
+        Some((0x24, 0)),
+        "there is no first one"
+    );
+    assert_eq!(
+        sense(Cdb::send(2, 9, 0, true), b"x"),
+        Some((0x1a, 0)),
+        "less came than was said"
+    );
     let much = vec![b' '; MAX_PAYLOAD];
     let length = u32::try_from(MAX_PAYLOAD).unwrap();
     assert_eq!(sense(Cdb::send(3, length, 0, false), &much), None);
-    assert_eq!(sense(Cdb::send(3, 1, 1, true), b"x"), Some((0x26, 0)), "too much together");
+    assert_eq!(
+        sense(Cdb::send(3, 1, 1, true), b"x"),
+        Some((0x26, 0)),
+        "too much together"
+    );
     let mut cdb = Cdb::send(4, 1, 0, true);
     cdb.length = length + 1;
     assert_eq!(sense(cdb, &much), Some((0x24, 0)), "too much at once");
@@ -184,7 +241,10 @@ fn changes_are_made_one_after_the_other_while_others_look_and_wait() {
     guest.cancel(2).good();
     assert!(matches!(guest.outcome(2), Outcome::Problem(_)));
     // Who only looks is not held up.
-    assert!(matches!(guest.ask(&Request::ReplicationStatus {}), Ok(Answer::NotConfigured(_))));
+    assert!(matches!(
+        guest.ask(&Request::ReplicationStatus {}),
+        Ok(Answer::NotConfigured(_))
+    ));
     go.send(()).unwrap();
     assert!(matches!(guest.outcome(1), Outcome::Answer(_)));
     has_begun.recv().unwrap();
@@ -218,7 +278,11 @@ fn requests_that_have_not_ended_are_counted() {
         disk_answer(DiskAnswer::Done)
     });
     let guest = Guest::new(vm, policy(&[Right::Delete]));
-    let delete = |tag| guest.send(tag, r#"{"command": "delete-disk", "disk": "/vm1/a.dsk"}"#).sense();
+    let delete = |tag| {
+        guest
+            .send(tag, r#"{"command": "delete-disk", "disk": "/vm1/a.dsk"}"#)
+            .sense()
+    };
     let refused: Vec<_> = (0..20).map(delete).collect();
     assert_eq!(refused[..16], [None; 16]);
     assert_eq!(refused[16..], [Some((0x55, 3)); 4]);
@@ -247,10 +311,19 @@ fn quotas_hold() {
         Guest::new(vm.clone(), policy)
     };
     // There is one of 1 MiB.
-    assert_eq!(create(&guest(1, u64::MAX), 1).unwrap_err().kind, ProblemKind::Exhausted);
-    assert_eq!(create(&guest(2, 2 << 20), (1 << 20) + 1).unwrap_err().kind, ProblemKind::Exhausted);
+    assert_eq!(
+        create(&guest(1, u64::MAX), 1).unwrap_err().kind,
+        ProblemKind::Exhausted
+    );
+    assert_eq!(
+        create(&guest(2, 2 << 20), (1 << 20) + 1).unwrap_err().kind,
+        ProblemKind::Exhausted
+    );
     assert_eq!(create(&guest(2, u64::MAX), u64::MAX), Ok(Answer::Done));
-    assert_eq!(create(&guest(2, u64::MAX - 1), u64::MAX).unwrap_err().kind, ProblemKind::Exhausted);
+    assert_eq!(
+        create(&guest(2, u64::MAX - 1), u64::MAX).unwrap_err().kind,
+        ProblemKind::Exhausted
+    );
     assert_eq!(create(&guest(2, 2 << 20), 1 << 20), Ok(Answer::Done));
 }
 
@@ -293,5 +366,8 @@ fn events_are_waited_for_and_say_nothing_of_the_host() {
 fn when_the_machine_ends_nobody_waits_any_more() {
     let mut guest = Guest::new(FakeVm::new(obliging), policy(&[]));
     drop(guest.running.take());
-    assert_eq!(guest.send(1, r#"{"command": "describe"}"#).sense(), Some((0x04, 1)));
+    assert_eq!(
+        guest.send(1, r#"{"command": "describe"}"#).sense(),
+        Some((0x04, 1))
+    );
 }

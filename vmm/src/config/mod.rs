@@ -30,8 +30,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use api::{
-    ByteSize, DeviceId, DiskBus, DiskConfig, DiskLimits, DiskSerial, DiskSource, ExpandedPolicy, MacAddress, NetBackend,
-    NetConfig, PortForward, Protocol, QueueSize, Seconds, TapName, VmName,
+    ByteSize, DeviceId, DiskBus, DiskConfig, DiskLimits, DiskSerial, DiskSource, ExpandedPolicy, MacAddress,
+    NetBackend, NetConfig, PortForward, Protocol, QueueSize, Seconds, TapName, VmName,
 };
 pub use boot::BootConfig;
 pub use console::{ConsoleConfig, ConsoleSpec, EscapeKey};

@@ -10,8 +10,9 @@ use std::thread::Thread;
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, ExpandedPolicy,
-    NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, Vm, VmState, VmStatus,
+    ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog,
+    ExpandedPolicy, NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, Vm,
+    VmState, VmStatus,
 };
 use block_io::AlignedBuffer;
 use expanded_api::{Action, Answer, Cdb, Header, Outcome, Request, State};
@@ -220,7 +221,11 @@ impl Guest {
             data_in: if room == 0 { &[] } else { &data_in },
         };
         let outcome = wait_for(self.target.execute(&self.unit, &self.nexus, &command));
-        let moved = if room == 0 { 0 } else { usize::try_from(outcome.moved).unwrap() };
+        let moved = if room == 0 {
+            0
+        } else {
+            usize::try_from(outcome.moved).unwrap()
+        };
         Answered {
             outcome,
             data: to.as_slice()[..moved].to_vec(),
