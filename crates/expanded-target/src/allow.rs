@@ -42,7 +42,7 @@ fn disk_of(path: &str) -> Result<&str, Problem> {
             format!("`{}` names no disk: {reason}", shown(path)),
         )
     })?;
-    snapshot.map_or(Ok(()), |name| snapshot_name(name))?;
+    snapshot.map_or(Ok(()), snapshot_name)?;
     Ok(disk)
 }
 
