@@ -28,6 +28,7 @@ use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOpti
 use storage_virtualizer::PinnedDisk;
 use storage_virtualizer::disk::DiskOptions;
 use storage_virtualizer::nbd::{NbdOptions, NbdServer, NbdServerError};
+use storage_virtualizer::scsi::Identity;
 
 use crate::conversation::Reporter;
 use crate::device::DevicePaths;
@@ -324,15 +325,42 @@ impl HostedDisk {
         self.size
     }
 
-    /// A name that no other disk has, in no pool: the pool's identifier and the path. Stays as long as the disk is not moved.
-    pub fn identity(&self) -> &str {
-        &self.identity
+    /// By which initiators know the disk again, whatever shows it.
+    pub fn uuid(&self) -> [u8; 16] {
+        Identity::from_name(&self.identity, "").uuid
     }
 
     /// `tell` is called on the pool's worker whenever the size has changed; the handle knows the new one then.
     pub fn on_resize(&self, tell: impl Fn() + Send + 'static) {
-        let (handle, number) = (self.handle.clone(), self.guard.number);
-        self.guard.worker.spawn(move || async move {
+        self.resize_hook().tell(tell);
+    }
+
+    /// For who is to be told of a new size later, but before the disk is closed.
+    pub fn resize_hook(&self) -> ResizeHook {
+        ResizeHook {
+            handle: self.handle.clone(),
+            number: self.guard.number,
+        }
+    }
+
+    /// What closes the disk, to be dropped after all who use it.
+    pub fn into_guard(self) -> DiskGuard {
+        self.guard
+    }
+}
+
+/// Where one says who is to be told of a disk's new size.
+#[derive(Debug)]
+pub struct ResizeHook {
+    handle: PinnedDisk<VirtualDisk>,
+    number: u64,
+}
+
+impl ResizeHook {
+    /// As [`HostedDisk::on_resize`].
+    pub fn tell(self, tell: impl Fn() + Send + 'static) {
+        let Self { handle, number } = self;
+        handle.worker().clone().spawn(move || async move {
             let Ok(open) = open_pool() else { return };
             if let Some(hosted) = open.disks.borrow().get(&number) {
                 *hosted.resized.borrow_mut() = Some(Box::new(move || {
@@ -342,11 +370,6 @@ impl HostedDisk {
                 }));
             }
         });
-    }
-
-    /// What closes the disk, to be dropped after all who use it.
-    pub fn into_guard(self) -> DiskGuard {
-        self.guard
     }
 }
 

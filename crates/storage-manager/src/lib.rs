@@ -48,7 +48,7 @@ pub use disks_transfer::{copy_disk, import_disk};
 pub use disks_view::disk_mode;
 pub use export::DiskExport;
 pub use files::execute_file;
-pub use hosted::{DiskGuard, HostedDisk, HostedPool};
+pub use hosted::{DiskGuard, HostedDisk, HostedPool, ResizeHook};
 pub use live::{Connect, Line, PoolAt};
 pub use load::hot_spots;
 pub use member::{Member, Sheet};
