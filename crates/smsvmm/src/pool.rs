@@ -140,8 +140,8 @@ impl PoolDisks for VmPool {
         Ok(PoolUnit {
             uuid: disk.uuid(),
             geometry,
-            store: None,
-            reservations: Vec::new(),
+            store: disk.reservation_store(),
+            reservations: disk.reservations().to_vec(),
             add,
             on_resize: Box::new(move |tell| told.tell(tell)),
             guard: Box::new(disk.into_guard()),

@@ -34,6 +34,7 @@ mod operation;
 mod pipe;
 mod problem;
 mod random;
+mod reservations;
 mod scrub;
 mod storage;
 mod stream;
