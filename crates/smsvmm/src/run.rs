@@ -45,7 +45,7 @@ pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
     let vendor = expanded
         .clone()
         .map(|expanded| Arc::new(expanded) as Arc<dyn VendorCommands>);
-    let pool = VmPool::open(&config, &sandbox, vendor.clone())?;
+    let pool = VmPool::open(&config, &sandbox)?;
     let disks = pool.clone().map(|pool| pool as Arc<dyn PoolDisks>);
     let machine = match machine::Vm::open(config, sandbox.clone(), disks, vendor) {
         Ok(machine) => machine,
