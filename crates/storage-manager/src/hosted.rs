@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use api::storage::{Operation, Outcome, PoolEvent};
@@ -60,6 +60,8 @@ pub(crate) struct Open {
     closing: Cell<usize>,
     /// Disks whose chains are being made shorter.
     merging: Cell<usize>,
+    /// The pool is to be closed: what takes long and can go on later ends.
+    stopping: Arc<AtomicBool>,
     /// What went wrong with disks that were closed.
     problems: RefCell<Vec<Problem>>,
 }
@@ -109,6 +111,7 @@ pub(crate) fn open_pool() -> Result<Rc<Open>, Problem> {
 pub struct HostedPool {
     worker: Worker,
     transfers: Transfers,
+    stopping: Arc<AtomicBool>,
     notes: Vec<String>,
 }
 
@@ -120,6 +123,8 @@ impl HostedPool {
     pub fn open(name: &str, devices: DevicePaths, options: WorkerOptions) -> Result<Self, Problem> {
         let worker = Worker::start(name, options)
             .map_err(|error| Problem::new(ProblemKind::Host, crate::problem::chain(&error)))?;
+        let stopping = Arc::<AtomicBool>::default();
+        let seen = Arc::clone(&stopping);
         let notes = worker.run(move || async move {
             let storage = Box::pin(Storage::open(&devices, Access::Write)).await?;
             if let Err(problem) = storage.files().map(drop) {
@@ -133,6 +138,7 @@ impl HostedPool {
                 disks: RefCell::default(),
                 closing: Cell::new(0),
                 merging: Cell::new(0),
+                stopping: seen,
                 problems: RefCell::default(),
             })));
             Ok(notes)
@@ -140,6 +146,7 @@ impl HostedPool {
         Ok(Self {
             worker,
             transfers: Transfers::default(),
+            stopping,
             notes,
         })
     }
@@ -255,7 +262,7 @@ impl HostedPool {
                 StorageRequest::Disk(operation) => disks::shortens(operation),
                 _ => None,
             };
-            let answer = Box::pin(answer(&open.storage, request)).await?;
+            let answer = Box::pin(answer(&open.storage, request, &open.stopping)).await?;
             if let Some(path) = shorter {
                 shorten(&open, path);
             }
@@ -277,12 +284,13 @@ impl HostedPool {
             .run(|| async { open_pool().map_or_else(|_| Vec::new(), |open| open.storage.take_events()) })
     }
 
-    /// Breaks off what moves data, waits until all disks are closed, then closes the file system and the pool. Who asks for something afterwards is refused.
+    /// Breaks off what moves data (relocations, and waiting for jobs, go on when they are asked for again), waits until all disks are closed, then closes the file system and the pool. Who asks for something afterwards is refused.
     ///
     /// # Errors
     /// Something could not be written, or a disk's mode could not be obeyed. What was acknowledged is not lost by that.
     pub fn close(&self) -> Result<(), Problem> {
         self.transfers.close();
+        self.stopping.store(true, Ordering::Relaxed);
         self.worker.run(|| async {
             let Some(mut open) = OPEN.take() else {
                 return Ok(());
@@ -497,7 +505,11 @@ pub(crate) async fn move_data(
     Ok(done)
 }
 
-async fn answer(storage: &Storage, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+async fn answer(
+    storage: &Storage,
+    request: StorageRequest,
+    stopping: &Arc<AtomicBool>,
+) -> Result<StorageAnswer, Problem> {
     Ok(match request {
         StorageRequest::Status => StorageAnswer::Status(Box::new(offline::status_of(storage))),
         StorageRequest::Disk(operation) => {
@@ -506,12 +518,12 @@ async fn answer(storage: &Storage, request: StorageRequest) -> Result<StorageAns
             StorageAnswer::Disk(Box::new(api::virtual_disk::DiskOutcome { answer, events }))
         }
         StorageRequest::File(operation) => {
-            let reporter = Reporter::unheard();
+            let reporter = Reporter::until(stopping);
             let answer = files::perform(storage.files()?, operation, &reporter).await?;
             StorageAnswer::File(Box::new(api::file::FileOutcome {
                 answer,
                 events: storage.take_events(),
-                interrupted: false,
+                interrupted: reporter.stopped(),
             }))
         }
         StorageRequest::Begin(operation) => {
@@ -519,7 +531,7 @@ async fn answer(storage: &Storage, request: StorageRequest) -> Result<StorageAns
             StorageAnswer::Pool(Box::new(outcome))
         }
         StorageRequest::Pool(operation) => {
-            let outcome = operate(storage, operation, &Reporter::unheard()).await?;
+            let outcome = operate(storage, operation, &Reporter::until(stopping)).await?;
             StorageAnswer::Pool(Box::new(outcome))
         }
     })

@@ -85,6 +85,11 @@ bytes = "100M"
 [pool]
 devices = ["d0.img"]
 
+[expanded-api]
+allow = ["snapshot", "create"]
+objects = ["/web1/*"]
+max-bytes = "10G"
+
 [[net]]
 forward = ["tcp:8022:22", "udp:127.0.0.1:5353:53"]
 
@@ -219,7 +224,7 @@ fn each_mistake_in_the_file_has_its_message() {
         // Unknown keys.
         (
             "cpu = 2",
-            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `cpus`, `memory`, `boot`, `pool`, `scsi`, `disk`, `limit-groups`, `net`, `console`, `management`, `sandbox`, `power`)",
+            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `cpus`, `memory`, `boot`, `pool`, `scsi`, `disk`, `limit-groups`, `net`, `console`, `management`, `expanded-api`, `sandbox`, `power`)",
         ),
         (
             "[[disk]]\nimage = \"a\"\nreadonly = true",
@@ -399,6 +404,14 @@ fn each_mistake_in_the_file_has_its_message() {
         (
             "[[disk]]\nimage = \"a\"\nlimit-group = \"bulk\"",
             "vm.toml:7: disk.0.limit-group: there is no `bulk`; make it by [limit-groups.bulk] with iops or bytes",
+        ),
+        (
+            "[expanded-api]\nobjects = [\"vm1/*\"]",
+            "vm.toml:6: expanded-api.objects: `vm1/*` is no path of the pool; give one like /web1/data.dsk, or /web1/* for all below",
+        ),
+        (
+            "[expanded-api]\nallow = [\"everything\"]",
+            "vm.toml:6: expanded-api.allow.0: `everything` is not known here; use `observe`, `snapshot`, `revert`, `create`, `delete`, `resize`, `attributes`, `move`, `layout`, `image`",
         ),
         (
             "[limit-groups.bulk]\niops-burst = 5",
