@@ -41,7 +41,7 @@ pub(crate) enum AgentError {
     #[error("{}: {source}", path.display())]
     Command { path: PathBuf, source: CommandError },
     /// The host refuses or fails.
-    #[error("{0}")]
+    #[error("{}", in_the_guest(.0))]
     Problem(Problem),
     /// What it says makes no sense.
     #[error("the host answered what this program does not understand: {0}")]
@@ -55,6 +55,15 @@ pub(crate) enum AgentError {
     /// In words.
     #[error("{0}")]
     Text(String),
+}
+
+/// What is wrong, with the commands that there are here instead of the host's.
+fn in_the_guest(problem: &Problem) -> String {
+    let mut text = problem.to_string();
+    for command in ["disk list", "disk status", "job list", "volume list"] {
+        text = text.replace(&format!("`smsvmm {command}"), &format!("`sms-agent {command}"));
+    }
+    text
 }
 
 fn unreadable(count: usize) -> String {
@@ -310,4 +319,22 @@ fn random() -> u32 {
     hasher.write_u32(std::process::id());
     let number = hasher.finish();
     u32::try_from(number >> 32).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use api::ProblemKind;
+
+    use super::*;
+
+    #[test]
+    fn advice_names_commands_that_there_are_here() {
+        let problem = Problem::new(ProblemKind::NotFound, "there is no disk /a.dsk")
+            .remedy("`smsvmm disk list` shows what there is");
+        let text = AgentError::Problem(problem).to_string();
+        assert_eq!(
+            text,
+            "there is no disk /a.dsk; `sms-agent disk list` shows what there is"
+        );
+    }
 }

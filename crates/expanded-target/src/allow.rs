@@ -73,7 +73,7 @@ pub(crate) fn allow(policy: &ExpandedPolicy, own: &[Own], request: &Request) -> 
     if !policy.allows(needs.right) {
         let right = needs.right.name();
         return Err(forbidden(format!(
-            "this guest may not {}: it lacks the right `{right}`",
+            "this guest lacks the right `{right}`, which {} needs",
             request.name()
         ))
         .remedy(format!(

@@ -274,6 +274,12 @@ impl Doer<'_> {
                     .map(|share| share.volume),
             );
         }
+        if volumes.is_empty()
+            && let Target::Volume(volume) = self.status(disk)?.attributes.target
+        {
+            // Nothing has been written yet: where it will be.
+            volumes.insert(volume);
+        }
         Ok(volumes)
     }
 
