@@ -90,6 +90,7 @@ mkdir -p /tools
 mount -t ext4 -o ro $device /tools
 ln -s /tools/lib64 /lib64
 ln -s /tools/lib/x86_64-linux-gnu /lib/x86_64-linux-gnu
+ln -s /tools/lib/multipath /lib/multipath
 cd /tools/modules/$(uname -r)
 while read -r module; do insmod $module 2> /dev/null || [ -e /sys/module/${module%.ko} ]; done < order
 "#;

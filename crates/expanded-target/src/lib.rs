@@ -20,6 +20,7 @@
 mod allow;
 mod audit;
 mod events;
+mod look;
 mod perform;
 mod session;
 mod target;

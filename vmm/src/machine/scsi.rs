@@ -139,6 +139,9 @@ pub type AddPoolUnit = Box<
         + Sync,
 >;
 
+/// Says once who is to be told of each new size.
+pub type OnResize = Box<dyn FnOnce(Box<dyn Fn() + Send>) + Send>;
+
 /// A disk of the pool that is to be a logical unit.
 pub struct PoolUnit {
     /// Its names; the serial number is chosen by the machine's configuration.
@@ -152,7 +155,7 @@ pub struct PoolUnit {
     /// Adds it to the adapter.
     pub add: AddPoolUnit,
     /// Says who is to be told of a new size, once the disk's handle knows it.
-    pub on_resize: Box<dyn FnOnce(Box<dyn Fn() + Send>) + Send>,
+    pub on_resize: OnResize,
     /// Dropped when the guest has the disk no more: the disk is then closed, as at power-off.
     pub guard: Box<dyn Send>,
 }
