@@ -250,9 +250,12 @@ impl Doer<'_> {
         Ok(())
     }
 
+    /// Makes the folder that the policy names by `/web1/*`, with the first disk in it. Others are the administrator's affair: a guest that could
+    /// make any number of folders would have no quota.
     fn make_folder_of(&self, disk: &str) -> Result<(), Problem> {
         let (folder, _) = disk.rsplit_once('/').unwrap_or_default();
-        if folder.is_empty() {
+        let is_named = |pattern: &String| pattern.strip_suffix("/*") == Some(folder);
+        if folder.is_empty() || !self.policy.objects.iter().any(is_named) {
             return Ok(());
         }
         let operation = FileOperation::MakeDirectory {

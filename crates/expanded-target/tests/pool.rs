@@ -156,9 +156,9 @@ fn a_guest_makes_snapshots_moves_and_reshapes_what_is_its_own() {
     assert_eq!(disks(&guest), []);
 
     // Its folder is made with its first disk.
-    let attached = guest.ask(&create("/vm1/deep/a.dsk", true)).unwrap();
-    assert!(matches!(&attached, Answer::Attached(disk) if disk.path == "/vm1/deep/a.dsk"));
-    let a = "/vm1/deep/a.dsk";
+    let attached = guest.ask(&create("/vm1/a.dsk", true)).unwrap();
+    assert!(matches!(&attached, Answer::Attached(disk) if disk.path == "/vm1/a.dsk"));
+    let a = "/vm1/a.dsk";
     let open = pool.disk(a, DiskOptions::default()).unwrap();
     write(&pool, &open);
     assert_eq!(
@@ -166,6 +166,11 @@ fn a_guest_makes_snapshots_moves_and_reshapes_what_is_its_own() {
         ProblemKind::Conflict
     );
     assert_eq!(guest.ask(&create("/vm1/b.dsk", false)).unwrap(), Answer::Done);
+    // No others.
+    assert_eq!(
+        guest.ask(&create("/vm1/deep/c.dsk", false)).unwrap_err().kind,
+        ProblemKind::NotFound
+    );
     let seen = disks(&guest);
     assert_eq!(seen.len(), 2);
     assert_eq!(
