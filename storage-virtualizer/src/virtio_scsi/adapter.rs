@@ -137,11 +137,11 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Adapter-wide address of a logical unit (virtio 1.2 §5.6.6.1).
+/// Adapter-wide address of a logical unit in an event (virtio 1.2 §5.6.6.1). The LUN is as REPORT LUNS has it, peripheral below 256 and flat
+/// above: Linux takes these bytes for the number by which it knows the unit.
 pub(super) fn address(target: u8, lun: u16) -> [u8; 8] {
     let [high, low, ..] = encode_lun(lun);
-    // Flat addressing throughout, as Linux has it.
-    [1, target, high | 0x40, low, 0, 0, 0, 0]
+    [1, target, high, low, 0, 0, 0, 0]
 }
 
 impl<H> Adapter<H> {
