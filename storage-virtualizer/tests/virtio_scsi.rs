@@ -54,8 +54,8 @@ fn lun(target: u8, number: u16) -> [u8; 8] {
     [1, target, high | 0x40, low, 0, 0, 0, 0]
 }
 
-/// As an event has it, and Linux reads it: the number of the unit as it is, if it is below 256.
-fn event_lun(target: u8, number: u16) -> [u8; 8] {
+/// As [`lun`], in an event: as REPORT LUNS has it.
+fn told(target: u8, number: u16) -> [u8; 8] {
     let mut address = lun(target, number);
     if number < 256 {
         address[2] = 0;
@@ -360,7 +360,7 @@ fn units_come_and_go_while_the_driver_is_told() {
     let (mut machine, _file) = with_disk();
     // What was there at the beginning was told, too: nobody had offered a buffer yet.
     machine.offer_event(0);
-    assert_eq!(machine.event(), (1, event_lun(0, 0), 1));
+    assert_eq!(machine.event(), (1, told(0, 0), 1));
     machine.offer_event(0);
     let (other, other_file) = disk();
     let handle = Arc::downgrade(&other);
@@ -368,7 +368,7 @@ fn units_come_and_go_while_the_driver_is_told() {
         .handle
         .add((2, 300), unit("other"), other, Arc::default(), None)
         .unwrap();
-    assert_eq!(machine.event(), (1, lun(2, 300), 1));
+    assert_eq!(machine.event(), (1, told(2, 300), 1));
     machine.greet(lun(2, 300));
     machine.command(lun(2, 300), &REPORT_LUNS, Some(writable(DATA, 256)));
     let mut list = [0; 16];
@@ -379,13 +379,13 @@ fn units_come_and_go_while_the_driver_is_told() {
     machine.offer_event(1);
     other_file.as_file().set_len(8 << 20).unwrap();
     machine.handle.size_changed(2, 300);
-    assert_eq!(machine.event(), (3, lun(2, 300), 0x092a));
+    assert_eq!(machine.event(), (3, told(2, 300), 0x092a));
     let answer = machine.command(lun(2, 300), &TEST_UNIT_READY, None);
     assert_eq!(answer.sense, Some((6, 0x2a, 0x09)));
 
     assert!(machine.handle.remove(2, 300).is_some());
     assert!(machine.handle.remove(2, 300).is_none());
-    assert_eq!(machine.event(), (1, lun(2, 300), 2));
+    assert_eq!(machine.event(), (1, told(2, 300), 2));
     assert_eq!(
         machine.command(lun(2, 300), &TEST_UNIT_READY, None),
         Answer::refused(BAD_TARGET)
@@ -397,7 +397,7 @@ fn units_come_and_go_while_the_driver_is_told() {
 fn a_driver_that_is_told_of_a_removal_can_write_its_cache_before() {
     let (mut machine, _file) = with_disk();
     machine.offer_event(0);
-    assert_eq!(machine.event(), (1, event_lun(0, 0), 1));
+    assert_eq!(machine.event(), (1, told(0, 0), 1));
     let (disk, _kept) = disk();
     let unit = unit("goes");
     let count = Arc::new(AtomicU32::new(0));
@@ -416,13 +416,13 @@ fn a_driver_that_is_told_of_a_removal_can_write_its_cache_before() {
     machine.greet(lun(0, 0));
     assert_eq!((handle.is_found(0, 1), count.load(Ordering::SeqCst)), (true, 1));
     machine.offer_event(0);
-    assert_eq!(machine.event(), (1, event_lun(0, 1), 1));
+    assert_eq!(machine.event(), (1, told(0, 1), 1));
 
     assert!(!handle.announce_removal(0, 2), "there is no such unit");
     assert!(handle.announce_removal(0, 1));
     machine.offer_event(0);
     machine.offer_event(1);
-    assert_eq!(machine.event(), (1, event_lun(0, 1), 2));
+    assert_eq!(machine.event(), (1, told(0, 1), 2));
     let synchronize_cache = [0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     assert_eq!(
         machine.command(lun(0, 1), &synchronize_cache, None),
@@ -433,7 +433,7 @@ fn a_driver_that_is_told_of_a_removal_can_write_its_cache_before() {
     wait_until("the disk is let go of", || removed.is_idle());
     // Nothing was said a second time: the next event is of something else.
     handle.size_changed(0, 0);
-    assert_eq!(machine.event(), (3, event_lun(0, 0), 0x092a));
+    assert_eq!(machine.event(), (3, told(0, 0), 0x092a));
     reset_and_wait(&mut machine.device);
     assert!(!handle.announce_removal(0, 0), "nobody listens");
 }

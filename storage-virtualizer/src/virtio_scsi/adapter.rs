@@ -137,21 +137,11 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Adapter-wide address of a logical unit (virtio 1.2 §5.6.6.1).
+/// Adapter-wide address of a logical unit in an event (virtio 1.2 §5.6.6.1). The LUN is as REPORT LUNS has it, peripheral below 256 and flat
+/// above: Linux takes these bytes for the number by which it knows the unit.
 pub(super) fn address(target: u8, lun: u16) -> [u8; 8] {
     let [high, low, ..] = encode_lun(lun);
-    // Flat addressing throughout, as Linux has it.
-    [1, target, high | 0x40, low, 0, 0, 0, 0]
-}
-
-/// The address in an event. Linux takes bytes 2 and 3 for the number of the unit as they are: with flat addressing it would find none of
-/// those that it has scanned.
-fn event_address(target: u8, lun: u16) -> [u8; 8] {
-    let mut address = address(target, lun);
-    if lun < 256 {
-        address[2] = 0;
-    }
-    address
+    [1, target, high, low, 0, 0, 0, 0]
 }
 
 impl<H> Adapter<H> {
@@ -283,7 +273,7 @@ impl<H> Adapter<H> {
         if self.features.load(Ordering::Acquire) & wanted == 0 {
             return false;
         }
-        self.events.push(event_address(target, lun), event);
+        self.events.push(address(target, lun), event);
         match &*lock(&self.event_server) {
             Some(server) => {
                 server.wake();
