@@ -100,6 +100,8 @@ pub(crate) struct Inode {
     /// The volume on which it began.
     pub(crate) home: VolumeIndex,
     pub(crate) attributes: Attributes,
+    /// By which those outside know the file: see [`crate::FileSystem::set_identity`].
+    pub(crate) identity: Option<[u8; 16]>,
     pub(crate) parent: Option<FileId>,
     pub(crate) first_child: Option<FileId>,
     pub(crate) next_sibling: Option<FileId>,
@@ -114,6 +116,8 @@ pub(crate) struct Inode {
 /// Most children of a parent.
 const MOST_CHILDREN: u32 = u32::MAX / 2;
 
+/// Beside the flags: the inode ends with its identity.
+const HAS_IDENTITY: u16 = 32;
 const FILE: u8 = 1;
 const DIRECTORY: u8 = 2;
 const THICK: u8 = 1;
@@ -174,6 +178,7 @@ impl Inode {
             created: 0,
             home: VolumeIndex(0),
             attributes: Attributes::default(),
+            identity: None,
             parent: None,
             first_child: None,
             next_sibling: None,
@@ -199,7 +204,7 @@ impl Inode {
             Kind::File => FILE,
             Kind::Directory => DIRECTORY,
         });
-        to.u16(self.flags.0);
+        to.u16(self.flags.0 | if self.identity.is_some() { HAS_IDENTITY } else { 0 });
         to.u64(self.directory.0);
         to.text(&self.name);
         to.u64(self.size);
@@ -217,6 +222,9 @@ impl Inode {
         to.u32(self.children);
         to.u64(self.placement);
         to.u64(self.allocated);
+        if let Some(identity) = &self.identity {
+            to.bytes(identity);
+        }
     }
 
     pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, Malformed> {
@@ -226,11 +234,13 @@ impl Inode {
             DIRECTORY => Kind::Directory,
             _ => return Err(Malformed("an inode of an unknown kind")),
         };
-        let flags = Flags(from.u16()?);
+        let bits = from.u16()?;
+        let has_identity = bits & HAS_IDENTITY != 0;
+        let flags = Flags(bits & !HAS_IDENTITY);
         if flags.0 & !Flags::KNOWN != 0 {
             return Err(Malformed("an inode in an unknown state"));
         }
-        let inode = Self {
+        let mut inode = Self {
             id,
             kind,
             flags,
@@ -240,6 +250,7 @@ impl Inode {
             created: from.u64()?,
             home: VolumeIndex(from.u16()?),
             attributes: Attributes::decode(from)?,
+            identity: None,
             parent: from.maybe()?.map(FileId),
             first_child: from.maybe()?.map(FileId),
             next_sibling: from.maybe()?.map(FileId),
@@ -248,6 +259,9 @@ impl Inode {
             placement: from.u64()?,
             allocated: from.u64()?,
         };
+        if has_identity {
+            inode.identity = Some(from.array()?);
+        }
         inode.is_possible().map(|()| inode)
     }
 

@@ -59,6 +59,8 @@ pub struct Stat {
     pub created: u64,
     /// What was decided for it.
     pub attributes: Attributes,
+    /// By which those outside know it ([`FileSystem::set_identity`]).
+    pub identity: Option<[u8; 16]>,
     /// It takes no writes.
     pub frozen: bool,
     /// The file that answers for what this one does not have.
@@ -492,6 +494,22 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         core.commit(group).await
     }
 
+    /// Says by which identifier those outside know a file, whatever its name becomes. A layer that takes over the file's name when it
+    /// absorbs it takes over the identifier; other layers and clones have none. Durable afterwards.
+    ///
+    /// # Errors
+    /// There is no such file.
+    pub async fn set_identity(&self, path: &str, identity: [u8; 16]) -> Result<(), FsError> {
+        let core = self.core();
+        let (group, ()) = core
+            .transact(LARGEST, Need::Ordinary, |_| {
+                let file = core.find_regular(path)?.id;
+                Ok((vec![Record::Identity { file, identity }], ()))
+            })
+            .await?;
+        core.commit(group).await
+    }
+
     /// Opens a file.
     ///
     /// # Errors
@@ -544,6 +562,7 @@ pub(crate) fn stat_of(file: &FileCore) -> Stat {
         allocated: inode.allocated * CLUSTER,
         created: inode.created,
         attributes: inode.attributes.clone(),
+        identity: inode.identity,
         frozen: inode.is_frozen(),
         parent: inode.parent,
         children: inode.children,

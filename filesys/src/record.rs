@@ -63,6 +63,8 @@ pub(crate) enum Record {
     },
     /// Attributes change.
     Attributes { file: FileId, attributes: Attributes },
+    /// A file is known by this from now on.
+    Identity { file: FileId, identity: [u8; 16] },
     /// The size changes; what lies behind it was cleared before.
     Resize { file: FileId, size: u64 },
     /// Takes no writes any more, or takes them again.
@@ -142,6 +144,7 @@ const UNCHECKED: u8 = 19;
 const ONE: u8 = 20;
 
 const ABSORB_NAMED: u8 = 21;
+const IDENTITY: u8 = 22;
 const MEND_INODE: u8 = 32;
 const MEND_ORPHAN: u8 = 33;
 const MEND_NAME: u8 = 34;
@@ -328,6 +331,10 @@ impl Record {
                 of(ATTRIBUTES, file);
                 attributes.encode(to);
             }
+            Self::Identity { file, identity } => {
+                of(IDENTITY, file);
+                to.bytes(identity);
+            }
             Self::Resize { file, size } => {
                 of(RESIZE, file);
                 to.u64(*size);
@@ -448,6 +455,10 @@ impl Record {
             ATTRIBUTES => Self::Attributes {
                 file: of(from)?,
                 attributes: Attributes::decode(from)?,
+            },
+            IDENTITY => Self::Identity {
+                file: of(from)?,
+                identity: from.array()?,
             },
             RESIZE => Self::Resize {
                 file: of(from)?,

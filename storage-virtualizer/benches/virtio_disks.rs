@@ -261,7 +261,9 @@ fn device(
             let mut device = VirtioScsi::new(&options, workers).unwrap();
             let handle = device.handle();
             let unit = Unit::new(UnitOptions::new(Identity::from_name("bench", "bench")));
-            handle.add(0, 0, Arc::new(unit), disk, Arc::default()).unwrap();
+            handle
+                .add((0, 0), Arc::new(unit), disk, Arc::default(), None)
+                .unwrap();
             let control = Driver::new(memory, 0x8000, 16, true);
             let queues = vec![control.active(0), driver.active(2)];
             activate(&mut device, memory, feature::RING_EVENT_IDX, queues);

@@ -17,6 +17,7 @@ pub mod chain;
 pub mod controls;
 pub mod disk;
 mod disk_handle;
+mod either;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod inflight;
@@ -30,4 +31,5 @@ pub mod virtio_blk;
 pub mod virtio_scsi;
 
 pub use disk_handle::{DiskHandle, DiskHandleError, PinnedDisk};
+pub use either::Either;
 pub use queue::{Counters, QueueStatistics};

@@ -17,8 +17,12 @@ use counting::{ALLOCATIONS, COUNTS};
 use driver::{Driver, activate, memory, readable, reset_and_wait, writable};
 use storage_virtualizer::scsi::{Identity, TransportId, Unit, UnitOptions};
 use storage_virtualizer::virtio_scsi::{VirtioScsi, VirtioScsiOptions};
+use storage_virtualizer::{Either, PinnedDisk};
 use virtio_core::feature;
 use virtio_core::vm_memory::{Bytes, GuestAddress};
+
+/// As a machine's adapter has it: an image, or a disk of a pool.
+type Mixed = Either<Arc<HostDevice>, PinnedDisk<HostDevice>>;
 
 const REQUESTS: u64 = 0x10_0000;
 const ANSWERS: u64 = 0x11_0000;
@@ -42,7 +46,7 @@ fn a_warm_queue_serves_reads_and_writes_without_allocating() {
     let unit = Unit::new(UnitOptions::new(Identity::from_name("disk", "disk")));
     device
         .handle()
-        .add(0, 0, Arc::new(unit), disk, Arc::default())
+        .add((0, 0), Arc::new(unit), Mixed::First(disk), Arc::default(), None)
         .unwrap();
     let memory = memory(4 << 20);
     let control = Driver::new(&memory, 0x8000, 16, true);

@@ -8,19 +8,20 @@
 
 mod driver;
 
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use block_io::{HostDevice, OpenOptions, Worker, WorkerOptions};
 use driver::fickle::Fickle;
 use driver::{Descriptor, Driver, Events, PATIENCE, activate, memory, readable, reset_and_wait, writable};
-use storage_virtualizer::DiskHandle;
 use storage_virtualizer::controls::{DiskControls, ErrorPolicy};
 use storage_virtualizer::scsi::{Identity, Provisioning, TransportId, Unit, UnitOptions};
 use storage_virtualizer::virtio_scsi::{
     AddUnitError, VirtioScsi, VirtioScsiHandle, VirtioScsiOptions, scsi_feature,
 };
+use storage_virtualizer::{DiskHandle, Either, PinnedDisk};
 use tempfile::NamedTempFile;
 use virtio_core::vm_memory::{Bytes, GuestAddress};
 use virtio_core::{GuestMemory, VirtioDevice, feature};
@@ -51,6 +52,15 @@ const TEST_UNIT_READY: [u8; 6] = [0; 6];
 fn lun(target: u8, number: u16) -> [u8; 8] {
     let [high, low] = number.to_be_bytes();
     [1, target, high | 0x40, low, 0, 0, 0, 0]
+}
+
+/// As [`lun`], in an event: as REPORT LUNS has it.
+fn told(target: u8, number: u16) -> [u8; 8] {
+    let mut address = lun(target, number);
+    if number < 256 {
+        address[2] = 0;
+    }
+    address
 }
 
 fn read(lba: u32, blocks: u8) -> [u8; 10] {
@@ -102,7 +112,7 @@ struct Machine<H: DiskHandle> {
     device: VirtioScsi<H>,
     handle: VirtioScsiHandle<H>,
     next_tag: u64,
-    _worker: Worker,
+    worker: Worker,
 }
 
 impl<H: DiskHandle> Machine<H> {
@@ -133,7 +143,7 @@ impl<H: DiskHandle> Machine<H> {
             handle: device.handle(),
             device,
             next_tag: 1,
-            _worker: worker,
+            worker,
         }
     }
 
@@ -239,7 +249,7 @@ fn with_disk() -> (Machine<Arc<HostDevice>>, NamedTempFile) {
     let (disk, file) = disk();
     machine
         .handle
-        .add(0, 0, unit("disk"), disk, Arc::default())
+        .add((0, 0), unit("disk"), disk, Arc::default(), None)
         .unwrap();
     machine.greet(lun(0, 0));
     (machine, file)
@@ -259,7 +269,13 @@ fn with_stopped_disk() -> (Machine<Arc<Fickle>>, Arc<Fickle>, Arc<DiskControls>)
     controls.set_error_policy(ErrorPolicy::Stop);
     machine
         .handle
-        .add(0, 0, unit("stops"), Arc::clone(&disk), Arc::clone(&controls))
+        .add(
+            (0, 0),
+            unit("stops"),
+            Arc::clone(&disk),
+            Arc::clone(&controls),
+            None,
+        )
         .unwrap();
     machine.greet(lun(0, 0));
     disk.fails.store(true, Ordering::SeqCst);
@@ -330,7 +346,9 @@ fn units_that_are_not_there_are_told_from_targets_that_are_not_there() {
     machine.get(DATA, &mut first);
     assert_eq!(first[0], 0x7f);
     let (other, _kept) = disk();
-    let refused = machine.handle.add(4, 0, unit("far"), other, Arc::default());
+    let refused = machine
+        .handle
+        .add((4, 0), unit("far"), other, Arc::default(), None);
     assert_eq!(
         refused.err(),
         Some(AddUnitError::NoSuchTarget { target: 4, last: 3 })
@@ -342,15 +360,15 @@ fn units_come_and_go_while_the_driver_is_told() {
     let (mut machine, _file) = with_disk();
     // What was there at the beginning was told, too: nobody had offered a buffer yet.
     machine.offer_event(0);
-    assert_eq!(machine.event(), (1, lun(0, 0), 1));
+    assert_eq!(machine.event(), (1, told(0, 0), 1));
     machine.offer_event(0);
     let (other, other_file) = disk();
     let handle = Arc::downgrade(&other);
     machine
         .handle
-        .add(2, 300, unit("other"), other, Arc::default())
+        .add((2, 300), unit("other"), other, Arc::default(), None)
         .unwrap();
-    assert_eq!(machine.event(), (1, lun(2, 300), 1));
+    assert_eq!(machine.event(), (1, told(2, 300), 1));
     machine.greet(lun(2, 300));
     machine.command(lun(2, 300), &REPORT_LUNS, Some(writable(DATA, 256)));
     let mut list = [0; 16];
@@ -361,13 +379,13 @@ fn units_come_and_go_while_the_driver_is_told() {
     machine.offer_event(1);
     other_file.as_file().set_len(8 << 20).unwrap();
     machine.handle.size_changed(2, 300);
-    assert_eq!(machine.event(), (3, lun(2, 300), 0x092a));
+    assert_eq!(machine.event(), (3, told(2, 300), 0x092a));
     let answer = machine.command(lun(2, 300), &TEST_UNIT_READY, None);
     assert_eq!(answer.sense, Some((6, 0x2a, 0x09)));
 
-    assert!(machine.handle.remove(2, 300));
-    assert!(!machine.handle.remove(2, 300));
-    assert_eq!(machine.event(), (1, lun(2, 300), 2));
+    assert!(machine.handle.remove(2, 300).is_some());
+    assert!(machine.handle.remove(2, 300).is_none());
+    assert_eq!(machine.event(), (1, told(2, 300), 2));
     assert_eq!(
         machine.command(lun(2, 300), &TEST_UNIT_READY, None),
         Answer::refused(BAD_TARGET)
@@ -376,13 +394,98 @@ fn units_come_and_go_while_the_driver_is_told() {
 }
 
 #[test]
+fn a_driver_that_is_told_of_a_removal_can_write_its_cache_before() {
+    let (mut machine, _file) = with_disk();
+    machine.offer_event(0);
+    assert_eq!(machine.event(), (1, told(0, 0), 1));
+    let (disk, _kept) = disk();
+    let unit = unit("goes");
+    let count = Arc::new(AtomicU32::new(0));
+    let counter = Arc::clone(&count);
+    let found = Arc::new(move || {
+        counter.fetch_add(1, Ordering::SeqCst);
+    });
+    let handle = machine.handle.clone();
+    let controls = Arc::default();
+    handle
+        .add((0, 1), Arc::clone(&unit), disk, controls, Some(found))
+        .unwrap();
+    assert_eq!(handle.size(0, 1), Some(16 << 20));
+    assert_eq!((handle.is_found(0, 1), count.load(Ordering::SeqCst)), (false, 0));
+    machine.greet(lun(0, 1));
+    machine.greet(lun(0, 0));
+    assert_eq!((handle.is_found(0, 1), count.load(Ordering::SeqCst)), (true, 1));
+    machine.offer_event(0);
+    assert_eq!(machine.event(), (1, told(0, 1), 1));
+
+    assert!(!handle.announce_removal(0, 2), "there is no such unit");
+    assert!(handle.announce_removal(0, 1));
+    machine.offer_event(0);
+    machine.offer_event(1);
+    assert_eq!(machine.event(), (1, told(0, 1), 2));
+    let synchronize_cache = [0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    assert_eq!(
+        machine.command(lun(0, 1), &synchronize_cache, None),
+        Answer::good()
+    );
+    assert_eq!(unit.synchronizations(), 1);
+    let removed = handle.remove(0, 1).unwrap();
+    wait_until("the disk is let go of", || removed.is_idle());
+    // Nothing was said a second time: the next event is of something else.
+    handle.size_changed(0, 0);
+    assert_eq!(machine.event(), (3, told(0, 0), 0x092a));
+    reset_and_wait(&mut machine.device);
+    assert!(!handle.announce_removal(0, 0), "nobody listens");
+}
+
+#[test]
+fn one_adapter_has_disks_of_one_worker_beside_disks_for_all() {
+    let mut machine = Machine::<Either<Arc<HostDevice>, PinnedDisk<HostDevice>>>::start();
+    let ((image, image_file), (pinned, pinned_file)) = (disk(), disk());
+    image_file.as_file().write_all_at(b"image", 0).unwrap();
+    pinned_file.as_file().write_all_at(b"pinned", 0).unwrap();
+    let worker = machine.worker.handle().clone();
+    let pinned = machine.worker.run(move || async move {
+        let disk = Arc::into_inner(pinned).unwrap();
+        PinnedDisk::new(std::rc::Rc::new(disk), &worker).unwrap()
+    });
+    for (number, disk) in [(0, Either::First(image)), (7, Either::Second(pinned))] {
+        let unit = unit(&format!("unit {number}"));
+        machine
+            .handle
+            .add((0, number), unit, disk, Arc::default(), None)
+            .unwrap();
+        machine.greet(lun(0, number));
+    }
+    machine.greet(lun(0, 0));
+    for (number, content) in [(0, &b"image\0"[..]), (7, b"pinned")] {
+        let data = Some(writable(DATA, 512));
+        assert_eq!(machine.command(lun(0, number), &read(0, 1), data), Answer::good());
+        let mut found = [0; 6];
+        machine.get(DATA, &mut found);
+        assert_eq!(found, content);
+        let data = Some(readable(DATA, 512));
+        assert_eq!(
+            machine.command(lun(0, number), &write(8, 1), data),
+            Answer::good()
+        );
+    }
+    for (file, content) in [(image_file, &b"image"[..]), (pinned_file, b"pinned")] {
+        let mut found = vec![0; content.len()];
+        file.as_file().read_exact_at(&mut found, 4096).unwrap();
+        assert_eq!(found, content);
+    }
+}
+
+#[test]
 fn a_removed_disk_is_let_go_of_without_a_further_command_though_commands_wait_for_it() {
     let (mut machine, disk, controls) = with_stopped_disk();
     machine.begin(0, lun(0, 0), &write(0, 8), Some(readable(DATA, 4096)));
     wait_until("the disk has stopped", || controls.is_stopped());
-    assert!(machine.handle.remove(0, 0));
+    let removed = machine.handle.remove(0, 0).unwrap();
     let (_, answer) = machine.end();
     assert_eq!(answer.status, CHECK_CONDITION);
+    wait_until("the unit is idle", || removed.is_idle());
     wait_until("the disk is let go of", || Arc::strong_count(&disk) == 1);
 }
 
@@ -428,7 +531,7 @@ fn what_a_disk_says_of_its_holes_reaches_the_driver() {
     let disk = Arc::<Fickle>::default();
     machine
         .handle
-        .add(0, 0, Arc::new(unit), disk, Arc::default())
+        .add((0, 0), Arc::new(unit), disk, Arc::default(), None)
         .unwrap();
     machine.greet(lun(0, 0));
     let get_lba_status = [0x9e, 0x12, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 24, 0, 0];

@@ -53,6 +53,7 @@ pub(crate) struct Place {
     pub(crate) program: PathBuf,
     pub(crate) static_program: PathBuf,
     pub(crate) guest_program: PathBuf,
+    pub(crate) agent: PathBuf,
     /// A disk image, or a block device.
     pub(crate) guest_tools: PathBuf,
 }

@@ -66,6 +66,7 @@ pub struct Story {
     pub(crate) changes_the_host: bool,
     pub(crate) static_program: bool,
     pub(crate) guest_tools: bool,
+    pub(crate) agent: bool,
 }
 
 impl Default for Story {
@@ -76,6 +77,7 @@ impl Default for Story {
             changes_the_host: false,
             static_program: false,
             guest_tools: false,
+            agent: false,
         }
     }
 }
@@ -120,6 +122,13 @@ impl Story {
     #[must_use]
     pub fn guest_tools(mut self) -> Self {
         self.guest_tools = true;
+        self
+    }
+
+    /// Its guests use `sms-agent`: [`VmBuilder::with_agent`].
+    #[must_use]
+    pub fn agent(mut self) -> Self {
+        self.agent = true;
         self
     }
 

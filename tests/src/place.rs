@@ -21,6 +21,9 @@ const STATIC_PROGRAM: &str = "smsvmm-static";
 /// A program for guests, beside the test program in the lab.
 pub(crate) const GUEST_PROGRAM: &str = "fs-load";
 
+/// The agent for guests, beside the test program in the lab.
+pub(crate) const AGENT: &str = "sms-agent";
+
 /// The disk with tools for guests as the lab host sees it: its first extra one.
 const TOOLS_IN_LAB: &str = "/dev/vdd";
 
@@ -57,6 +60,7 @@ pub(crate) fn tell(needs: &Story, name: &str, story: impl FnOnce(&Host) -> Resul
             program: program()?,
             static_program: test.with_file_name(STATIC_PROGRAM),
             guest_program: test.with_file_name(GUEST_PROGRAM),
+            agent: test.with_file_name(AGENT),
             guest_tools: PathBuf::from(TOOLS_IN_LAB),
         })?;
         let _watchdog = Watchdog::start(needs.limit, host.folder());
@@ -69,6 +73,7 @@ pub(crate) fn tell(needs: &Story, name: &str, story: impl FnOnce(&Host) -> Resul
             program: program()?,
             static_program: static_file("smsvmm", needs.static_program)?,
             guest_program: static_file(GUEST_PROGRAM, needs.guest_tools)?,
+            agent: static_file(AGENT, needs.agent)?,
             guest_tools: cache.path("current/guest-tools/tools.ext4"),
         })?;
         let _watchdog = Watchdog::start(needs.limit, host.folder());
@@ -105,6 +110,9 @@ fn in_lab(needs: &Story, name: &str) -> Result<()> {
     if needs.static_program {
         let program = static_file("smsvmm", true)?;
         place(&program, &folder.path().join(STATIC_PROGRAM))?;
+    }
+    if needs.agent {
+        place(&static_file(AGENT, true)?, &folder.path().join(AGENT))?;
     }
     let mut lab = needs.lab.clone().share(folder.path());
     if needs.guest_tools {

@@ -90,6 +90,7 @@ mkdir -p /tools
 mount -t ext4 -o ro $device /tools
 ln -s /tools/lib64 /lib64
 ln -s /tools/lib/x86_64-linux-gnu /lib/x86_64-linux-gnu
+ln -s /tools/lib/multipath /lib/multipath
 cd /tools/modules/$(uname -r)
 while read -r module; do insmod $module 2> /dev/null || [ -e /sys/module/${module%.ko} ]; done < order
 "#;
@@ -220,6 +221,16 @@ impl<'a> VmBuilder<'a> {
             .disk(disk)
             .file("/bin/fs-load", 0o755, load)
             .file("/tools-on", 0o755, TOOLS_ON))
+    }
+
+    /// `sms-agent` in the guest.
+    ///
+    /// # Errors
+    /// When it cannot be read; the story asks for it by [`crate::Story::agent`].
+    pub fn with_agent(self) -> Result<Self> {
+        let program = &self.host.place().agent;
+        let agent = fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
+        Ok(self.file("/bin/sms-agent", 0o755, agent))
     }
 
     /// One more disk.

@@ -73,6 +73,8 @@ pub(crate) fn guest_programs() -> Result<()> {
     std::fs::create_dir_all(&folder)?;
     let program = static_program("guest-tools", "fs-load")?;
     std::fs::copy(program, folder.join("fs-load"))?;
+    let program = static_program("agent", "sms-agent")?;
+    std::fs::copy(program, folder.join("sms-agent"))?;
     Ok(())
 }
 

@@ -258,6 +258,14 @@ pub(crate) fn guest_tools(
                 fs::copy(&from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
             }
         }
+        for name in &tools.folders {
+            let to = disk.join(name);
+            fs::create_dir_all(&to)?;
+            for file in fs::read_dir(tree.join(name)).with_context(|| format!("there is no {name}"))? {
+                let file = file?;
+                fs::copy(file.path(), to.join(file.file_name()))?;
+            }
+        }
         for (_, kernel) in kernels {
             let modules = Modules::of_image(kernel, toolbox)?;
             modules.write_in_order(&disk.join("modules").join(&modules.release), &tools.modules)?;

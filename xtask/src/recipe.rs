@@ -69,6 +69,8 @@ pub(crate) struct GuestTools {
     pub(crate) suite: String,
     pub(crate) packages: Vec<String>,
     pub(crate) programs: Vec<String>,
+    /// With what programs load by name.
+    pub(crate) folders: Vec<String>,
     pub(crate) modules: Vec<String>,
 }
 

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::virtual_disk::DiskMode;
 use crate::{
-    AtPowerOff, ByteSize, DeviceId, DeviceState, DiskChange, DiskLimits, InvalidValue, OnError, string_type,
+    AtPowerOff, ByteSize, DeviceId, DeviceState, DiskChange, DiskLimits, InvalidValue, OnError, ScsiAccess,
+    ScsiPath, string_type,
 };
 
 /// A disk to be given to the guest: a `[[disk]]` of vm.toml, the body of `POST /v1/vm/disks`.
@@ -36,13 +37,25 @@ pub struct DiskConfig {
     /// How the guest sees the disk.
     #[serde(default)]
     pub bus: DiskBus,
+    /// The target of the machine's SCSI adapter that shows the disk, 0 to 254; by default 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<u8>,
+    /// Its LUN there, 0 to 16383; by default the first that is free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lun: Option<u16>,
+    /// How this way gives access to the disk if there are others.
+    #[serde(default, skip_serializing_if = "ScsiAccess::is_default")]
+    pub access: ScsiAccess,
+    /// Further ways to the disk, for multipathing: targets that show it as well.
+    #[serde(default, rename = "path", skip_serializing_if = "Vec::is_empty")]
+    pub paths: Vec<ScsiPath>,
     /// The guest cannot write; several machines may then use the image at once.
     #[serde(default)]
     pub read_only: bool,
     /// What the guest reads as serial number; by default the identifier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<DiskSerial>,
-    /// Request queues, 1 to 16.
+    /// Request queues, 1 to 16. Of a SCSI disk: what the machine's adapter shall have at least, unless `[scsi]` says it.
     #[serde(default = "one")]
     pub queues: u8,
     /// Requests that fit in a queue.
@@ -84,6 +97,10 @@ impl DiskConfig {
             mode: DiskMode::default(),
             at_power_off: None,
             bus: DiskBus::default(),
+            target: None,
+            lun: None,
+            access: ScsiAccess::default(),
+            paths: Vec::new(),
             read_only: false,
             serial: None,
             queues: one(),
@@ -120,6 +137,7 @@ impl DiskConfig {
     /// # Errors
     /// The key that is wrong, and why.
     pub fn check(&self) -> Result<(), (&'static str, InvalidValue)> {
+        self.check_scsi()?;
         if let Some(socket) = &self.vhost_user {
             self.check_served(socket)?;
             return self.check_queues();
@@ -312,7 +330,7 @@ pub enum DiskBus {
     /// A virtio block device of its own (/dev/vda in Linux).
     #[default]
     VirtioBlk,
-    /// A SCSI disk on a virtio adapter of its own (/dev/sda in Linux).
+    /// A SCSI disk on the machine's virtio-scsi adapter (/dev/sda in Linux).
     VirtioScsi,
 }
 

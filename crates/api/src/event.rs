@@ -98,11 +98,35 @@ pub enum EventKind {
         /// When, in microseconds since the machine was started.
         microseconds: u64,
     },
+    /// The guest had storage management do something through one of its disks.
+    GuestCommand {
+        /// The command, as in the expanded API.
+        command: String,
+        /// What it was done to.
+        object: String,
+        /// Why it failed; none if it is done.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failure: Option<String>,
+    },
+    /// The guest sent a command of the expanded API that was refused: forged, too large, or more than it may.
+    GuestCommandRefused {
+        /// The command, as far as it could be told.
+        command: String,
+        /// Why.
+        reason: String,
+        /// So many more were refused since the last such event, of which none tells.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        unlisted: u64,
+    },
     /// The machine ended; the last event.
     Stopped {
         /// Why.
         reason: ExitReason,
     },
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// Events after a given sequence number: the answer of `GET /v1/events`.

@@ -14,6 +14,8 @@ pub enum StorageRequest {
     Status,
     /// Something to be done with devices, volumes, jobs.
     Pool(Operation),
+    /// As [`Self::Pool`], but the answer does not wait for the jobs that are begun by it.
+    Begin(Operation),
     /// Something to be done with files.
     File(FileOperation),
     /// Something to be done with virtual disks.

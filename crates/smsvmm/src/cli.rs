@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use api::{
-    ByteSize, DeviceId, DiskLimits, DiskSerial, MacAddress, NetBackend, OnError, PortForward, QueueSize,
-    Seconds, TapName,
+    ByteSize, DeviceId, DiskBus, DiskLimits, DiskSerial, MacAddress, NetBackend, OnError, PortForward,
+    QueueSize, Seconds, TapName,
 };
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
@@ -204,6 +204,15 @@ pub(crate) struct DiskArguments {
     /// Name within the machine [default: the first free of disk0, disk1, ...].
     #[arg(long)]
     pub(crate) id: Option<DeviceId>,
+    /// How the guest sees it.
+    #[arg(long, value_name = "virtio-blk|virtio-scsi", value_parser = disk_bus, default_value = "virtio-blk")]
+    pub(crate) bus: DiskBus,
+    /// Of a SCSI disk: the target of the machine's adapter that shows it [default: 0].
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) target: Option<u8>,
+    /// Of a SCSI disk: its LUN [default: the first that is free].
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) lun: Option<u16>,
     /// The guest cannot write.
     #[arg(long)]
     pub(crate) read_only: bool,
@@ -224,6 +233,16 @@ pub(crate) struct DiskArguments {
     /// Share these limits, which [limit-groups] in vm.toml names, with other disks.
     #[arg(long, value_name = "GROUP")]
     pub(crate) limit_group: Option<DeviceId>,
+}
+
+fn disk_bus(text: &str) -> Result<DiskBus, String> {
+    match text {
+        "virtio-blk" => Ok(DiskBus::VirtioBlk),
+        "virtio-scsi" => Ok(DiskBus::VirtioScsi),
+        other => Err(format!(
+            "`{other}` is not known here; use virtio-blk or virtio-scsi"
+        )),
+    }
 }
 
 /// What can be changed of a disk while it is used.

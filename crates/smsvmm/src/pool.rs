@@ -1,17 +1,18 @@
 //! Pools whose disks are served: the machine's, opened before the machine and closed after it, and those of `smsvmm share`.
 
 use std::error::Error;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use api::virtual_disk::TransferRequest;
 use api::{AtPowerOff, ByteSize, DiskConfig, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
 use block_io::WorkerOptions;
-use storage_manager::{DevicePaths, DiskOptions, HostedPool, PowerOff};
+use storage_manager::{DevicePaths, DiskOptions, HostedDisk, HostedPool, PowerOff, VirtualDisk};
 use storage_virtualizer::controls::DiskControls;
-use storage_virtualizer::scsi::Provisioning;
+use storage_virtualizer::virtio_scsi::{AddUnitError, VirtioScsiError, VirtioScsiHandle, VirtioScsiOptions};
+use storage_virtualizer::{DiskHandle, Either, PinnedDisk};
 use vmm::config::VmConfig;
-use vmm::machine::{self, GuestDisk, PoolDisk, PoolDisks};
+use vmm::machine::{self, AddPoolUnit, GuestDisk, PoolDisk, PoolDisks, PoolUnit, ScsiAdapter, ScsiUnitDisk};
 use vmm::sandbox::{Kind, Sandbox};
 
 use crate::logs;
@@ -48,9 +49,15 @@ pub(crate) fn served(path: &str, read_only: bool) -> DiskOptions {
     }
 }
 
+/// The machine's SCSI adapter, once there is one.
+type Adapter = Arc<Mutex<Option<VirtioScsiHandle<ScsiUnitDisk<PinnedDisk<VirtualDisk>>>>>>;
+
 /// The pool of a machine.
 #[derive(Debug)]
-pub(crate) struct VmPool(HostedPool);
+pub(crate) struct VmPool {
+    pool: HostedPool,
+    adapter: Adapter,
+}
 
 impl VmPool {
     /// Opens the pool that the configuration names, if it names one, and confines its worker.
@@ -59,12 +66,36 @@ impl VmPool {
         let open = open("io-pool", pool.devices.clone(), WorkerOptions::default())?;
         open.confine(sandbox.thread(Kind::PoolWorker))
             .context("cannot confine the pool's worker")?;
-        Ok(Some(Arc::new(Self(open))))
+        Ok(Some(Arc::new(Self {
+            pool: open,
+            adapter: Adapter::default(),
+        })))
     }
 
     /// Ends the use of all disks, as their modes want it, and closes the pool.
     pub(crate) fn close(&self) -> anyhow::Result<()> {
-        self.0.close().context("cannot close the pool")
+        self.pool.close().context("cannot close the pool")
+    }
+
+    /// Opens a disk as its configuration wants it.
+    fn open_disk(&self, config: &DiskConfig) -> Result<HostedDisk, Problem> {
+        let path = config.file.as_deref().unwrap_or_default();
+        let options = DiskOptions {
+            mode: storage_manager::disk_mode(config.mode),
+            power_off: match config.at_power_off.unwrap_or_default() {
+                AtPowerOff::Keep => PowerOff::Keep,
+                AtPowerOff::Commit => PowerOff::Commit,
+                AtPowerOff::Discard => PowerOff::Discard,
+            },
+            read_only: config.read_only,
+            ..DiskOptions::default()
+        };
+        let disk = self.pool.disk(path, options)?;
+        if disk.size() == 0 {
+            let text = format!("{path} is empty; `smsvmm disk resize` gives it a size");
+            return Err(Problem::new(ProblemKind::Conflict, text));
+        }
+        Ok(disk)
     }
 }
 
@@ -74,46 +105,54 @@ impl PoolDisks for VmPool {
         config: &DiskConfig,
         controls: Arc<DiskControls>,
     ) -> Result<PoolDisk, Box<dyn Error + Send + Sync>> {
-        let path = config.file.as_deref().unwrap_or_default();
-        let disk = self.0.disk(
-            path,
-            DiskOptions {
-                mode: storage_manager::disk_mode(config.mode),
-                power_off: match config.at_power_off.unwrap_or_default() {
-                    AtPowerOff::Keep => PowerOff::Keep,
-                    AtPowerOff::Commit => PowerOff::Commit,
-                    AtPowerOff::Discard => PowerOff::Discard,
-                },
-                read_only: config.read_only,
-                ..DiskOptions::default()
-            },
-        )?;
-        let size = ByteSize::from_bytes(disk.size());
-        if size.bytes() == 0 {
-            let text = format!("{path} is empty; `smsvmm disk resize` gives it a size");
-            return Err(Box::new(Problem::new(ProblemKind::Conflict, text)));
-        }
-        let GuestDisk { device, resized } = machine::guest_disk(
-            config,
-            disk.handle().clone(),
-            disk.identity(),
-            Provisioning::ThinZeroes,
-            controls,
-            self.0.worker().clone(),
-        )?;
+        let disk = self.open_disk(config)?;
+        let worker = self.pool.worker().clone();
+        let GuestDisk { device, resized } =
+            machine::guest_disk(config, disk.handle().clone(), controls, worker)?;
         disk.on_resize(resized);
         Ok(PoolDisk {
             device,
-            size,
+            size: ByteSize::from_bytes(disk.size()),
+            guard: Box::new(disk.into_guard()),
+        })
+    }
+
+    fn adapter(&self, options: &VirtioScsiOptions) -> Result<ScsiAdapter, VirtioScsiError> {
+        let worker = self.pool.worker().clone();
+        let (adapter, handle) = machine::scsi_adapter(options, vec![worker])?;
+        *self.adapter.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
+        Ok(adapter)
+    }
+
+    fn open_unit(&self, config: &DiskConfig) -> Result<PoolUnit, Box<dyn Error + Send + Sync>> {
+        let disk = self.open_disk(config)?;
+        let handle = disk.handle().clone();
+        let geometry = handle.geometry();
+        let adapter = Arc::clone(&self.adapter);
+        let add: AddPoolUnit = Box::new(move |place, unit, controls, found| {
+            let adapter = adapter.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*adapter {
+                Some(adapter) => adapter.add(place, unit, Either::Second(handle.clone()), controls, found),
+                None => Err(AddUnitError::NoAdapter),
+            }
+        });
+        let told = disk.resize_hook();
+        Ok(PoolUnit {
+            uuid: disk.uuid(),
+            geometry,
+            store: disk.reservation_store(),
+            reservations: disk.reservations().to_vec(),
+            add,
+            on_resize: Box::new(move |tell| told.tell(tell)),
             guard: Box::new(disk.into_guard()),
         })
     }
 
     fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        self.0.execute(request)
+        self.pool.execute(request)
     }
 
     fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem> {
-        self.0.transfer(request)
+        self.pool.transfer(request)
     }
 }

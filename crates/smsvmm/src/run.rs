@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use api::Vm;
+use expanded_target::{ExpandedTarget, Hook};
 use management::Server;
+use storage_virtualizer::scsi::VendorCommands;
 use vmm::config::VmConfig;
 use vmm::host;
 use vmm::machine::{self, PoolDisks};
@@ -36,9 +38,16 @@ pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
         .transpose()?;
     // First of all that starts threads: each confines itself.
     let sandbox = machine::Vm::prepare_sandbox(&config)?;
+    let expanded = config
+        .expanded_api
+        .enabled
+        .then(|| ExpandedTarget::new(config.name.clone(), config.expanded_api.clone()));
+    let vendor = expanded
+        .clone()
+        .map(|expanded| Arc::new(expanded) as Arc<dyn VendorCommands>);
     let pool = VmPool::open(&config, &sandbox)?;
     let disks = pool.clone().map(|pool| pool as Arc<dyn PoolDisks>);
-    let machine = match machine::Vm::open(config, sandbox.clone(), disks) {
+    let machine = match machine::Vm::open(config, sandbox.clone(), disks, vendor) {
         Ok(machine) => machine,
         Err(error) => {
             // What matters is why it does not start.
@@ -51,9 +60,16 @@ pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
         .map(|server| server.start(Arc::clone(&control), sandbox.thread(Kind::Management)))
         .transpose()
         .context("cannot start the management server")?;
+    let expanded = expanded
+        .map(|expanded| {
+            let hook = || Box::new(sandbox.thread(Kind::Management)) as Hook;
+            expanded.start(Arc::clone(&control), hook)
+        })
+        .transpose()
+        .context("cannot start what serves the guest's expanded API")?;
     signals.serve(control, patience, sandbox.thread(Kind::Signals))?;
     let ended = machine.run(micro_guest);
-    drop(server);
+    drop((server, expanded));
     let closed = pool.map_or(Ok(()), |pool| pool.close());
     let reason = ended?;
     closed?;

@@ -139,8 +139,11 @@ fn describe(status: &VmStatus) -> Result<String, std::fmt::Error> {
 /// What is set for a disk, other than usual.
 fn settings_of(config: &DiskConfig) -> String {
     let mut text = String::new();
+    for (target, lun) in config.places() {
+        text += &format!(", target {target} LUN {lun}");
+    }
     if !config.limits.is_empty() {
-        text = format!(", {}", limits_in_words(&config.limits));
+        text += &format!(", {}", limits_in_words(&config.limits));
     }
     if let Some(group) = &config.limit_group {
         text += &format!(", limits of {group}");
@@ -210,6 +213,9 @@ fn attach_disk(client: &Client, arguments: DiskArguments, json: bool) -> anyhow:
         file: arguments.file,
         vhost_user,
         id: arguments.id.unwrap_or_default(),
+        bus: arguments.bus,
+        target: arguments.target,
+        lun: arguments.lun,
         read_only: arguments.read_only,
         serial: arguments.serial,
         queues: arguments.queues,
@@ -384,6 +390,22 @@ fn line_of(event: &Event) -> String {
         }
         EventKind::DiskServerBack { id } => format!("{id}: the process that serves it is back"),
         EventKind::DebugLine { text, microseconds } => format!("debug port after {microseconds} us: {text}"),
+        EventKind::GuestCommand {
+            command,
+            object,
+            failure,
+        } => match failure {
+            None => format!("the guest had {command} done: {object}"),
+            Some(failure) => format!("the guest wanted {command} of {object}, which failed: {failure}"),
+        },
+        EventKind::GuestCommandRefused {
+            command,
+            reason,
+            unlisted,
+        } => match unlisted {
+            0 => format!("{command} from the guest was refused: {reason}"),
+            more => format!("{command} from the guest was refused: {reason} (and {more} before)"),
+        },
         EventKind::Stopped { reason } => reason.to_string(),
     };
     format!("{:>5}  {}  {what}", event.sequence, clock(event.time_ms))

@@ -57,11 +57,19 @@ pub(crate) struct Reporter<T> {
 }
 
 impl<T> Reporter<T> {
-    /// Nobody listens, and nobody stops it.
-    pub(crate) fn unheard() -> Self {
+    /// Nobody listens; it ends when `stop` is set.
+    pub(crate) fn until(stop: &Arc<AtomicBool>) -> Self {
         Self {
             sender: mpsc::channel().0,
-            stop: Arc::default(),
+            stop: Arc::clone(stop),
+        }
+    }
+
+    /// Nobody listens, and nobody waits for what takes long.
+    pub(crate) fn impatient() -> Self {
+        Self {
+            sender: mpsc::channel().0,
+            stop: Arc::new(AtomicBool::new(true)),
         }
     }
 

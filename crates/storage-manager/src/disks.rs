@@ -18,6 +18,7 @@ use crate::files::walk;
 use crate::moment;
 use crate::offline;
 use crate::problem::{of_disks, of_files};
+use crate::random;
 use crate::storage::{Access, Storage, Volume, now};
 
 /// All disks of an open pool.
@@ -223,6 +224,7 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
             let new = NewDisk {
                 size,
                 attributes,
+                identity: Some(random::uuid()?.0.to_be_bytes()),
                 now,
             };
             done(Box::pin(disks.create(&path, &new)).await)

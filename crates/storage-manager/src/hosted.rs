@@ -18,7 +18,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use api::storage::{Operation, Outcome, PoolEvent};
@@ -28,6 +29,7 @@ use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOpti
 use storage_virtualizer::PinnedDisk;
 use storage_virtualizer::disk::DiskOptions;
 use storage_virtualizer::nbd::{NbdOptions, NbdServer, NbdServerError};
+use storage_virtualizer::scsi::{Identity, ReservationStore};
 
 use crate::conversation::Reporter;
 use crate::device::DevicePaths;
@@ -37,8 +39,9 @@ use crate::disks_transfer::{self, Piece};
 use crate::export::DiskExport;
 use crate::live::{self, Transfers};
 use crate::pipe::Pipe;
+use crate::reservations::PoolReservations;
 use crate::storage::{Access, Storage};
-use crate::{files, offline, volumes};
+use crate::{files, offline, random, volumes};
 
 /// Between two looks whether a disk is still used.
 const LOOK: Duration = Duration::from_millis(2);
@@ -50,13 +53,15 @@ thread_local! {
     static OPEN: RefCell<Option<Rc<Open>>> = const { RefCell::new(None) };
 }
 
-struct Open {
-    storage: Storage,
+pub(crate) struct Open {
+    pub(crate) storage: Storage,
     disks: RefCell<BTreeMap<u64, Hosted>>,
     /// Disks that are being closed.
     closing: Cell<usize>,
     /// Disks whose chains are being made shorter.
     merging: Cell<usize>,
+    /// The pool is to be closed: what takes long and can go on later ends.
+    stopping: Arc<AtomicBool>,
     /// What went wrong with disks that were closed.
     problems: RefCell<Vec<Problem>>,
 }
@@ -95,7 +100,8 @@ fn shorten(open: &Rc<Open>, path: String) {
     drop(spawned);
 }
 
-fn open_pool() -> Result<Rc<Open>, Problem> {
+/// The pool of the worker that asks.
+pub(crate) fn open_pool() -> Result<Rc<Open>, Problem> {
     let open = OPEN.with_borrow(Clone::clone);
     open.ok_or_else(|| Problem::new(ProblemKind::Stopping, "the pool is being closed"))
 }
@@ -105,6 +111,7 @@ fn open_pool() -> Result<Rc<Open>, Problem> {
 pub struct HostedPool {
     worker: Worker,
     transfers: Transfers,
+    stopping: Arc<AtomicBool>,
     notes: Vec<String>,
 }
 
@@ -116,6 +123,8 @@ impl HostedPool {
     pub fn open(name: &str, devices: DevicePaths, options: WorkerOptions) -> Result<Self, Problem> {
         let worker = Worker::start(name, options)
             .map_err(|error| Problem::new(ProblemKind::Host, crate::problem::chain(&error)))?;
+        let stopping = Arc::<AtomicBool>::default();
+        let seen = Arc::clone(&stopping);
         let notes = worker.run(move || async move {
             let storage = Box::pin(Storage::open(&devices, Access::Write)).await?;
             if let Err(problem) = storage.files().map(drop) {
@@ -129,6 +138,7 @@ impl HostedPool {
                 disks: RefCell::default(),
                 closing: Cell::new(0),
                 merging: Cell::new(0),
+                stopping: seen,
                 problems: RefCell::default(),
             })));
             Ok(notes)
@@ -136,6 +146,7 @@ impl HostedPool {
         Ok(Self {
             worker,
             transfers: Transfers::default(),
+            stopping,
             notes,
         })
     }
@@ -166,8 +177,12 @@ impl HostedPool {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let (path, handle) = (path.to_owned(), self.worker().clone());
-        let (disk, size, identity) = self.worker.run(move || async move {
+        let opened = self.worker.run(move || async move {
             let open = open_pool()?;
+            let options = DiskOptions {
+                identity: Some(random::uuid()?.0.to_be_bytes()),
+                ..options
+            };
             let disk = open.storage.disk(&path, options).await?;
             if !options.read_only {
                 open.storage.forget_moments(disk.path().as_str()).await?;
@@ -179,22 +194,24 @@ impl HostedPool {
                     tell();
                 }
             });
-            let (size, path) = (disk.geometry().size, disk.path().to_string());
-            let pinned = PinnedDisk::new(Rc::clone(&disk), &handle)
-                .map_err(|error| Problem::new(ProblemKind::Host, error.to_string()))?;
-            let snapshot = disk.snapshot().map(|name| format!("@{name}")).unwrap_or_default();
-            let identity = format!("{}{path}{snapshot}", open.storage.pool.configuration().pool);
+            let opened = OpenedDisk {
+                handle: PinnedDisk::new(Rc::clone(&disk), &handle)
+                    .map_err(|error| Problem::new(ProblemKind::Host, error.to_string()))?,
+                size: disk.geometry().size,
+                path: disk.path().to_string(),
+                uuid: uuid_of(&open.storage, &disk),
+                reservations: disk.reservations().to_vec(),
+            };
             open.disks.borrow_mut().insert(number, Hosted { disk, resized });
             if !options.read_only {
                 // What was not done when the process ended.
-                shorten(&open, path);
+                shorten(&open, opened.path.clone());
             }
-            Ok::<_, Problem>((pinned, size, identity))
+            Ok::<_, Problem>(opened)
         })?;
         Ok(HostedDisk {
-            handle: disk,
-            size,
-            identity,
+            opened,
+            is_writable: !options.read_only,
             guard: DiskGuard {
                 number,
                 worker: self.worker().clone(),
@@ -245,7 +262,7 @@ impl HostedPool {
                 StorageRequest::Disk(operation) => disks::shortens(operation),
                 _ => None,
             };
-            let answer = Box::pin(answer(&open.storage, request)).await?;
+            let answer = Box::pin(answer(&open.storage, request, &open.stopping)).await?;
             if let Some(path) = shorter {
                 shorten(&open, path);
             }
@@ -267,12 +284,13 @@ impl HostedPool {
             .run(|| async { open_pool().map_or_else(|_| Vec::new(), |open| open.storage.take_events()) })
     }
 
-    /// Breaks off what moves data, waits until all disks are closed, then closes the file system and the pool. Who asks for something afterwards is refused.
+    /// Breaks off what moves data (relocations, and waiting for jobs, go on when they are asked for again), waits until all disks are closed, then closes the file system and the pool. Who asks for something afterwards is refused.
     ///
     /// # Errors
     /// Something could not be written, or a disk's mode could not be obeyed. What was acknowledged is not lost by that.
     pub fn close(&self) -> Result<(), Problem> {
         self.transfers.close();
+        self.stopping.store(true, Ordering::Relaxed);
         self.worker.run(|| async {
             let Some(mut open) = OPEN.take() else {
                 return Ok(());
@@ -305,34 +323,94 @@ impl HostedPool {
     }
 }
 
-/// An open disk of a [`HostedPool`].
-pub struct HostedDisk {
+/// By which initiators know a disk, or a snapshot of one.
+fn uuid_of(storage: &Storage, disk: &VirtualDisk) -> [u8; 16] {
+    let from_name = |name: String| Identity::from_name(&name, "").uuid;
+    // It was never opened for writing since disks have identifiers.
+    let of_path = || from_name(format!("{}{}", storage.pool.configuration().pool, disk.path()));
+    let own = disk.identity().unwrap_or_else(of_path);
+    match disk.snapshot() {
+        None => own,
+        Some(snapshot) => from_name(format!("{:032x}@{snapshot}", u128::from_be_bytes(own))),
+    }
+}
+
+/// A disk as the pool's worker has opened it.
+struct OpenedDisk {
     handle: PinnedDisk<VirtualDisk>,
     size: u64,
-    identity: String,
+    path: String,
+    uuid: [u8; 16],
+    reservations: Vec<u8>,
+}
+
+/// An open disk of a [`HostedPool`].
+pub struct HostedDisk {
+    opened: OpenedDisk,
+    is_writable: bool,
     guard: DiskGuard,
 }
 
 impl HostedDisk {
     /// For those who serve the disk.
     pub fn handle(&self) -> &PinnedDisk<VirtualDisk> {
-        &self.handle
+        &self.opened.handle
     }
 
     /// Bytes.
     pub fn size(&self) -> u64 {
-        self.size
+        self.opened.size
     }
 
-    /// A name that no other disk has, in no pool: the pool's identifier and the path. Stays as long as the disk is not moved.
-    pub fn identity(&self) -> &str {
-        &self.identity
+    /// By which initiators know the disk again, whatever shows it and wherever it is moved. That of a snapshot follows from the
+    /// disk's and from the snapshot's name.
+    pub fn uuid(&self) -> [u8; 16] {
+        self.opened.uuid
+    }
+
+    /// The persistent reservations that are kept in the pool.
+    pub fn reservations(&self) -> &[u8] {
+        &self.opened.reservations
+    }
+
+    /// Keeps persistent reservations in the pool. None if the disk is read-only.
+    pub fn reservation_store(&self) -> Option<Arc<dyn ReservationStore>> {
+        let path = self.opened.path.clone();
+        self.is_writable
+            .then(|| Arc::new(PoolReservations { path }) as Arc<dyn ReservationStore>)
     }
 
     /// `tell` is called on the pool's worker whenever the size has changed; the handle knows the new one then.
     pub fn on_resize(&self, tell: impl Fn() + Send + 'static) {
-        let (handle, number) = (self.handle.clone(), self.guard.number);
-        self.guard.worker.spawn(move || async move {
+        self.resize_hook().tell(tell);
+    }
+
+    /// For who is to be told of a new size later, but before the disk is closed.
+    pub fn resize_hook(&self) -> ResizeHook {
+        ResizeHook {
+            handle: self.opened.handle.clone(),
+            number: self.guard.number,
+        }
+    }
+
+    /// What closes the disk, to be dropped after all who use it.
+    pub fn into_guard(self) -> DiskGuard {
+        self.guard
+    }
+}
+
+/// Where one says who is to be told of a disk's new size.
+#[derive(Debug)]
+pub struct ResizeHook {
+    handle: PinnedDisk<VirtualDisk>,
+    number: u64,
+}
+
+impl ResizeHook {
+    /// As [`HostedDisk::on_resize`].
+    pub fn tell(self, tell: impl Fn() + Send + 'static) {
+        let Self { handle, number } = self;
+        handle.worker().clone().spawn(move || async move {
             let Ok(open) = open_pool() else { return };
             if let Some(hosted) = open.disks.borrow().get(&number) {
                 *hosted.resized.borrow_mut() = Some(Box::new(move || {
@@ -342,11 +420,6 @@ impl HostedDisk {
                 }));
             }
         });
-    }
-
-    /// What closes the disk, to be dropped after all who use it.
-    pub fn into_guard(self) -> DiskGuard {
-        self.guard
     }
 }
 
@@ -432,7 +505,11 @@ pub(crate) async fn move_data(
     Ok(done)
 }
 
-async fn answer(storage: &Storage, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+async fn answer(
+    storage: &Storage,
+    request: StorageRequest,
+    stopping: &Arc<AtomicBool>,
+) -> Result<StorageAnswer, Problem> {
     Ok(match request {
         StorageRequest::Status => StorageAnswer::Status(Box::new(offline::status_of(storage))),
         StorageRequest::Disk(operation) => {
@@ -441,28 +518,35 @@ async fn answer(storage: &Storage, request: StorageRequest) -> Result<StorageAns
             StorageAnswer::Disk(Box::new(api::virtual_disk::DiskOutcome { answer, events }))
         }
         StorageRequest::File(operation) => {
-            let reporter = Reporter::unheard();
+            let reporter = Reporter::until(stopping);
             let answer = files::perform(storage.files()?, operation, &reporter).await?;
             StorageAnswer::File(Box::new(api::file::FileOutcome {
                 answer,
                 events: storage.take_events(),
-                interrupted: false,
+                interrupted: reporter.stopped(),
             }))
         }
+        StorageRequest::Begin(operation) => {
+            let outcome = operate(storage, operation, &Reporter::impatient()).await?;
+            StorageAnswer::Pool(Box::new(outcome))
+        }
         StorageRequest::Pool(operation) => {
-            let outcome = operate(storage, operation).await?;
+            let outcome = operate(storage, operation, &Reporter::until(stopping)).await?;
             StorageAnswer::Pool(Box::new(outcome))
         }
     })
 }
 
-async fn operate(storage: &Storage, operation: Operation) -> Result<Outcome, Problem> {
+async fn operate(
+    storage: &Storage,
+    operation: Operation,
+    reporter: &Reporter<Outcome>,
+) -> Result<Outcome, Problem> {
     if !volumes::goes_with_files_in_use(&operation) {
         let text = "volumes cannot be resized or deleted while the pool serves disks";
         return Err(Problem::new(ProblemKind::Conflict, text).remedy("end who serves them first"));
     }
-    let (jobs, interrupted) =
-        offline::perform(&storage.pool, operation.clone(), &Reporter::unheard()).await?;
+    let (jobs, interrupted) = offline::perform(&storage.pool, operation.clone(), reporter).await?;
     volumes::tell(storage, &operation).await?;
     Ok(Outcome {
         jobs,

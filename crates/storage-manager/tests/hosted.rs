@@ -188,3 +188,39 @@ fn what_a_nonpersistent_disk_was_given_goes_at_power_off() {
     drop(disk.into_guard());
     pool.close().unwrap();
 }
+
+#[test]
+fn who_waits_for_a_job_does_not_keep_the_pool_from_being_closed() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = pool(folder.path());
+    with_disk(&devices);
+    let pool = Arc::new(open(&devices));
+    // At this rate it takes days.
+    let scrub = Operation::Scrub {
+        volume: None,
+        throttle: 100,
+    };
+    let waits = std::thread::spawn({
+        let (pool, scrub) = (Arc::clone(&pool), scrub.clone());
+        move || pool.execute(StorageRequest::Pool(scrub))
+    });
+    let jobs = |pool: &HostedPool| match pool.execute(StorageRequest::Status).unwrap() {
+        StorageAnswer::Status(status) => status.jobs,
+        other => panic!("{other:?}"),
+    };
+    while !jobs(&pool).iter().any(api::storage::JobStatus::is_live) {
+        std::thread::yield_now();
+    }
+    // Who does not wait for it has its number at once.
+    match pool.execute(StorageRequest::Begin(scrub)) {
+        Ok(StorageAnswer::Pool(outcome)) => assert!(outcome.interrupted && outcome.jobs.len() == 1),
+        Ok(other) => panic!("{other:?}"),
+        // There is one already.
+        Err(problem) => assert_eq!(problem.kind, ProblemKind::Conflict, "{problem}"),
+    }
+    pool.close().unwrap();
+    match waits.join().unwrap() {
+        Ok(StorageAnswer::Pool(outcome)) => assert!(outcome.interrupted),
+        other => panic!("{other:?}"),
+    }
+}

@@ -54,9 +54,10 @@ impl<V: BlockDevice> State<V> {
                 }
                 Ok(())
             }
-            Record::Attributes { file, .. } | Record::Resize { file, .. } | Record::Freeze { file, .. } => {
-                self.file(*file).map(|_| ())
-            }
+            Record::Attributes { file, .. }
+            | Record::Identity { file, .. }
+            | Record::Resize { file, .. }
+            | Record::Freeze { file, .. } => self.file(*file).map(|_| ()),
             Record::Absorb { parent, .. } => {
                 self.file(*parent)?;
                 Ok(self.orphans.ensure(inode_key(*parent))?)
@@ -148,6 +149,11 @@ impl<V: BlockDevice> State<V> {
             Record::Attributes { file, attributes } => {
                 let file = self.file(*file)?;
                 file.change(|inode| inode.attributes = attributes.clone());
+                Ok(())
+            }
+            Record::Identity { file, identity } => {
+                let file = self.file(*file)?;
+                file.change(|inode| inode.identity = Some(*identity));
                 Ok(())
             }
             Record::Resize { file, size } => {

@@ -258,6 +258,11 @@ impl<V: BlockDevice> State<V> {
             if named {
                 self.unname(&child)?;
                 self.name(&child, directory, &name)?;
+                // Who knows the file by this means what has the name.
+                let identity = parent.inode.borrow().identity;
+                if identity.is_some() {
+                    child.change(|inode| inode.identity = identity);
+                }
             }
         }
         self.remove_orphan(parent.id)?;

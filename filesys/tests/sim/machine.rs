@@ -266,11 +266,19 @@ impl Model {
                 stat.frozen,
                 stat.absorbed,
                 stat.attributes.exempt_from_migration,
+                stat.identity.unwrap_or_default(),
             );
-            let shall = (entry.directory, entry.frozen, entry.absorbed, entry.exempt);
+            let identity = [entry.identity; 16];
+            let shall = (
+                entry.directory,
+                entry.frozen,
+                entry.absorbed,
+                entry.exempt,
+                identity,
+            );
             if is != shall {
                 return Err(format!(
-                    "{path}: directory, frozen, absorbed, exempt are {is:?} instead of {shall:?}"
+                    "{path}: directory, frozen, absorbed, exempt, identity are {is:?} instead of {shall:?}"
                 ));
             }
             if !entry.directory && stat.size != entry.size {

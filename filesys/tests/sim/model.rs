@@ -25,6 +25,8 @@ pub(crate) struct Entry {
     pub(crate) frozen: bool,
     pub(crate) absorbed: bool,
     pub(crate) exempt: bool,
+    /// All bytes of it are this; 0: it has none.
+    pub(crate) identity: u8,
     pub(crate) parent: Option<Node>,
 }
 
@@ -55,6 +57,10 @@ pub(crate) enum Change {
     },
     Exempt {
         path: String,
+    },
+    Identify {
+        path: String,
+        identity: u8,
     },
     Freeze {
         path: String,
@@ -183,6 +189,7 @@ impl Model {
                     frozen: false,
                     absorbed: false,
                     exempt: false,
+                    identity: 0,
                     parent: None,
                 };
                 let node = self.add(entry);
@@ -244,6 +251,9 @@ impl Model {
                 }
             }
             Change::Exempt { path } => return self.with(path, |entry| entry.exempt = true),
+            Change::Identify { path, identity } => {
+                return self.with(path, |entry| entry.identity = *identity);
+            }
             Change::Freeze { path, frozen } => return self.with(path, |entry| entry.frozen = *frozen),
             Change::Absorb { layer } => {
                 let parent = self.find(layer).and_then(|node| self.tree.get(&node)?.parent);
@@ -285,6 +295,7 @@ impl Model {
             frozen: false,
             absorbed: false,
             exempt,
+            identity: 0,
             parent: Some(node),
         })
     }
@@ -320,6 +331,9 @@ impl Model {
             entry.parent = gone.parent;
             if let (true, Some(path)) = (named, gone.path) {
                 entry.path = Some(path);
+                if gone.identity != 0 {
+                    entry.identity = gone.identity;
+                }
             }
         }
         true

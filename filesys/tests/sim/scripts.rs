@@ -384,6 +384,7 @@ impl Machine {
                 };
                 let what = Change::Exempt { path: "/c".into() };
                 change(&promise, what, self.fs.set_attributes("/c", attributes)).await?;
+                identify(&promise, &self.fs, "/c", 5).await?;
             }
             Op::Freeze => {
                 let what = Change::Freeze {
@@ -404,6 +405,15 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+async fn identify(promise: &Promise, fs: &SimFs, path: &str, identity: u8) -> Result<(), Failure> {
+    let what = Change::Identify {
+        path: path.into(),
+        identity,
+    };
+    change(promise, what, fs.set_identity(path, [identity; 16])).await?;
+    Ok(())
 }
 
 async fn prepare(sim: &Sim, promise: &Promise) -> Result<(), Failure> {
@@ -450,6 +460,9 @@ async fn prepare(sim: &Sim, promise: &Promise) -> Result<(), Failure> {
     s.write(promise, 0, 4 * KIB, volatile).await?;
     s.flush(promise).await?;
     drop(s);
+    for (path, identity) in [("/base", 1), ("/s", 2)] {
+        identify(promise, &fs, path, identity).await?;
+    }
     for (below, layer, offset) in [("/base", "/mid", 4 * KIB), ("/mid", "/top", 6 * KIB)] {
         let snapshot = Snapshot {
             path: below,

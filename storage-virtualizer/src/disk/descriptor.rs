@@ -21,6 +21,11 @@ pub const MAX_SNAPSHOTS: usize = 256;
 /// Most layers that wait to be deleted.
 const MAX_DOOMED: usize = 1024;
 
+/// Most bytes of reservations.
+pub(crate) const MAX_RESERVATIONS: usize = 192 << 10;
+/// Incompatible feature: reservations follow the snapshots.
+const RESERVATIONS: u32 = 1;
+
 /// A frozen state of a disk that has a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mark {
@@ -99,6 +104,8 @@ pub(crate) struct Descriptor {
     pub(crate) doomed: Vec<FileId>,
     /// In the order in which they were made.
     pub(crate) snapshots: Vec<Mark>,
+    /// Persistent reservations that are kept, as [`crate::scsi`] has them; empty: none.
+    pub(crate) reservations: Vec<u8>,
 }
 
 impl Descriptor {
@@ -113,6 +120,7 @@ impl Descriptor {
             pending: None,
             doomed: Vec::new(),
             snapshots: Vec::new(),
+            reservations: Vec::new(),
         }
     }
 
@@ -209,6 +217,11 @@ impl Descriptor {
             body.text(&mark.name);
             body.text(&mark.description);
         }
+        let has_reservations = !self.reservations.is_empty();
+        if has_reservations {
+            body.u32(u32::try_from(self.reservations.len()).unwrap_or(0));
+            body.0.extend(&self.reservations);
+        }
         let mut slot = Writer::default();
         slot.0.extend(MAGIC);
         slot.u32(u32::from(VERSION));
@@ -216,7 +229,7 @@ impl Descriptor {
         slot.u32(0);
         slot.u64(self.sequence);
         // Features.
-        slot.u32(0);
+        slot.u32(if has_reservations { RESERVATIONS } else { 0 });
         slot.u32(0);
         slot.u32(u32::try_from(body.0.len()).unwrap_or(0));
         slot.u32(0);
@@ -258,13 +271,25 @@ impl Descriptor {
         if crc_fast::crc32_iscsi(checked) != sum {
             return Err(Wrong::Damaged("its checksum differs"));
         }
-        if incompatible != 0 {
+        if incompatible & !RESERVATIONS != 0 {
             return Err(Wrong::Foreign(
                 "it uses features that this version does not know: use a newer one",
             ));
         }
         let body = slot.get(HEADER..end).ok_or("its length cannot be")?;
-        Ok(Some(Self::decode_body(sequence, &mut Reader(body))?))
+        let mut body = Reader(body);
+        let mut descriptor = Self::decode_body(sequence, &mut body)?;
+        if incompatible & RESERVATIONS != 0 {
+            let length = usize::try_from(body.u32()?).unwrap_or(usize::MAX);
+            if length == 0 || length > MAX_RESERVATIONS {
+                return Err(Wrong::Damaged("its reservations cannot be"));
+            }
+            descriptor.reservations = body.take(length)?.to_vec();
+        }
+        match body.0.is_empty() {
+            true => Ok(Some(descriptor)),
+            false => Err(Wrong::Damaged("it has bytes left over")),
+        }
     }
 
     fn decode_body(sequence: u64, from: &mut Reader<'_>) -> Result<Self, &'static str> {
@@ -306,9 +331,6 @@ impl Descriptor {
             }
             snapshots.push(mark);
         }
-        if !from.0.is_empty() {
-            return Err("it has bytes left over");
-        }
         Ok(Self {
             sequence,
             head,
@@ -318,6 +340,7 @@ impl Descriptor {
             pending,
             doomed,
             snapshots,
+            reservations: Vec::new(),
         })
     }
 }
@@ -494,6 +517,7 @@ pub fn example() -> Vec<u8> {
         }),
         doomed: vec![FileId(3)],
         snapshots: (1..=3).map(mark).collect(),
+        reservations: b"reserved".to_vec(),
     };
     descriptor.encode()
 }
@@ -549,6 +573,7 @@ mod tests {
                 description: "x".repeat(MAX_DESCRIPTION),
             })
             .collect();
+        descriptor.reservations = vec![7; MAX_RESERVATIONS];
         let bytes = descriptor.encode();
         assert!(bytes.len() <= SLOT, "{} bytes", bytes.len());
         assert_eq!(Descriptor::decode(&bytes), Ok(Some(descriptor)));

@@ -156,6 +156,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let (path, snapshot) = DiskPath::with_snapshot(path)?;
         let entry = self.entry(&path);
         let turn = entry.turn.take().await;
+        let mut reservations = Vec::new();
         let file = match &snapshot {
             Some(_) if !options.read_only => {
                 return Err(DiskError::State {
@@ -173,7 +174,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             None if options.read_only => {
                 entry.check_unwritten(&path)?;
                 let descriptor = Box::pin(self.look(&path, &entry)).await?;
-                Box::pin(self.open_layer(&path, descriptor.top(), Access::Read)).await?
+                let file = Box::pin(self.open_layer(&path, descriptor.top(), Access::Read)).await?;
+                reservations = descriptor.reservations;
+                file
             }
             None => {
                 entry.check_unwritten(&path)?;
@@ -185,9 +188,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 }
                 let mut descriptor = Box::pin(self.settle(&path, &entry, options.now)).await?;
                 Box::pin(self.prepare(&path, &mut descriptor, options)).await?;
-                Box::pin(self.open_layer(&path, descriptor.top(), Access::Write)).await?
+                let file = Box::pin(self.open_layer(&path, descriptor.top(), Access::Write)).await?;
+                reservations = descriptor.reservations;
+                file
             }
         };
+        let new = options.identity.filter(|_| !options.read_only);
+        let identity = Box::pin(self.identify(&path, new)).await?;
         drop(turn);
         let file = Rc::new(file);
         match &snapshot {
@@ -207,6 +214,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             path,
             snapshot,
             options,
+            identity,
+            reservations,
         })
     }
 

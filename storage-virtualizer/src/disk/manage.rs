@@ -19,6 +19,8 @@ pub struct NewDisk {
     pub size: u64,
     /// Attributes; those of the directory if there are none.
     pub attributes: Option<Attributes>,
+    /// What initiators shall know it by; if nothing, it gets that when it is opened for writing.
+    pub identity: Option<[u8; 16]>,
     /// Seconds since 1970.
     pub now: u64,
 }
@@ -68,6 +70,10 @@ pub struct DiskState {
     pub created: u64,
     /// What was decided for it.
     pub attributes: Attributes,
+    /// What initiators know it by.
+    pub identity: Option<[u8; 16]>,
+    /// Persistent reservations are kept for it.
+    pub reserved: bool,
     /// Layers that are read, one through the other.
     pub depth: usize,
     /// Writes of which it is not decided whether they stay.
@@ -98,7 +104,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             now: new.now,
         };
         Box::pin(self.files().create(path.as_str(), &file)).await?;
-        Ok(())
+        // After a crash in between, it gets one when it is opened.
+        Box::pin(self.identify(&path, new.identity)).await.map(drop)
     }
 
     /// As [`Self::create`], without making it: sees that a disk can be called so.
@@ -257,6 +264,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             allocated: own.values().sum(),
             created: base.created,
             attributes: base.attributes,
+            identity: base.identity,
+            reserved: !descriptor.reservations.is_empty(),
             depth: self.depth(descriptor.top()).await?,
             redo,
             based_on: self.nearest(&descriptor, descriptor.top(), true).await?,

@@ -37,6 +37,7 @@ pub mod image;
 mod layers;
 mod manage;
 mod name;
+mod reservations;
 mod snapshots;
 mod store;
 mod turn;
@@ -87,6 +88,8 @@ pub struct DiskOptions {
     pub power_off: PowerOff,
     /// Nothing is written. Several may have it open like this, and nobody for writing.
     pub read_only: bool,
+    /// Opened for writing, a disk gets this identifier if it has none.
+    pub identity: Option<[u8; 16]>,
     /// Seconds since 1970, for layers that are made.
     pub now: u64,
 }

@@ -25,6 +25,8 @@ pub struct VirtualDisk<V: BlockDevice + 'static, C: Clock + Clone + 'static> {
     pub(super) path: DiskPath,
     pub(super) snapshot: Option<String>,
     pub(super) options: DiskOptions,
+    pub(super) identity: Option<[u8; 16]>,
+    pub(super) reservations: Vec<u8>,
 }
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> VirtualDisk<V, C> {
@@ -44,6 +46,17 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> VirtualDisk<V, C> {
     /// Which snapshot it is; none if it is the disk itself.
     pub fn snapshot(&self) -> Option<&str> {
         self.snapshot.as_deref()
+    }
+
+    /// What initiators know the disk by; of a snapshot, the disk of which it is one. None if it was never given, as it was not opened
+    /// for writing since there are such identifiers.
+    pub fn identity(&self) -> Option<[u8; 16]> {
+        self.identity
+    }
+
+    /// The persistent reservations that were kept when the disk was opened; of a snapshot none.
+    pub fn reservations(&self) -> &[u8] {
+        &self.reservations
     }
 
     /// What becomes of what is written.

@@ -119,7 +119,7 @@ fn vital_page<D: BlockDevice>(call: &Call<'_, D>, page: u8) -> Check<Vec<u8>> {
         0xb1 => characteristics(),
         0xb2 => provisioning(options),
         VENDOR_PAGE => match &options.vendor {
-            Some(vendor) => vendor.page(call.nexus),
+            Some(vendor) => vendor.page(call.unit, call.nexus),
             None => return Err(Sense::in_cdb(2, None).into()),
         },
         _ => return Err(Sense::in_cdb(2, None).into()),

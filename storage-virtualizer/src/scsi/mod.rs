@@ -22,6 +22,7 @@
 //! worker, or everywhere.
 
 mod block;
+mod boxed;
 mod compare;
 mod control;
 mod copy;
@@ -178,7 +179,7 @@ pub async fn execute<D: BlockDevice>(disk: &D, unit: &Unit, nexus: &Nexus, comma
     {
         return outcome;
     }
-    Box::pin(dispatch::execute(disk, unit, nexus, command)).await
+    Box::pin(dispatch::execute(&boxed::Boxed(disk), unit, nexus, command)).await
 }
 
 fn total(buffers: &[IoBuf]) -> u64 {

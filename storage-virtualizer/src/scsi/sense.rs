@@ -46,6 +46,7 @@ macro_rules! codes {
 
 codes! {
     NONE = 0x00, 0x00;
+    NOT_READY_BECOMING_READY = 0x04, 0x01;
     NOT_READY_INITIALIZING_REQUIRED = 0x04, 0x02;
     NOT_READY_TRANSITION = 0x04, 0x0a;
     NOT_READY_STANDBY = 0x04, 0x0b;
@@ -57,6 +58,7 @@ codes! {
     PARAMETER_LIST_LENGTH_ERROR = 0x1a, 0x00;
     MISCOMPARE_DURING_VERIFY = 0x1d, 0x00;
     INVALID_OPERATION_CODE = 0x20, 0x00;
+    ACCESS_DENIED_NO_RIGHTS = 0x20, 0x02;
     LBA_OUT_OF_RANGE = 0x21, 0x00;
     INVALID_FIELD_IN_CDB = 0x24, 0x00;
     LOGICAL_UNIT_NOT_SUPPORTED = 0x25, 0x00;
@@ -88,6 +90,7 @@ codes! {
     REPORTED_LUNS_CHANGED = 0x3f, 0x0e;
     INTERNAL_TARGET_FAILURE = 0x44, 0x00;
     MEDIUM_REMOVAL_PREVENTED = 0x53, 0x02;
+    INSUFFICIENT_RESOURCES = 0x55, 0x03;
     INSUFFICIENT_REGISTRATION_RESOURCES = 0x55, 0x04;
 }
 
@@ -132,7 +135,7 @@ impl Sense {
     }
 
     /// The field of the CDB that begins at byte `byte` is wrong; `bit` is its highest bit if it is not whole bytes.
-    pub(super) const fn in_cdb(byte: u16, bit: Option<u8>) -> Self {
+    pub const fn in_cdb(byte: u16, bit: Option<u8>) -> Self {
         Self::illegal(Code::INVALID_FIELD_IN_CDB).at(true, byte, bit)
     }
 
@@ -141,8 +144,8 @@ impl Sense {
         Self::illegal(Code::INVALID_FIELD_IN_PARAMETER_LIST).at(false, byte, bit)
     }
 
-    /// Names the field.
-    pub(super) const fn at(mut self, in_cdb: bool, byte: u16, bit: Option<u8>) -> Self {
+    /// Names the field: its first byte, and its highest bit if it is not whole bytes.
+    pub const fn at(mut self, in_cdb: bool, byte: u16, bit: Option<u8>) -> Self {
         self.field = Some(Field { in_cdb, byte, bit });
         self
     }

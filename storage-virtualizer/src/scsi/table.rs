@@ -329,12 +329,20 @@ pub(super) fn supported(options: &UnitOptions) -> impl Iterator<Item = &'static 
     })
 }
 
+/// Where SCSI-2 had the LUN in byte 1 of a CDB.
+const LUN_OF_SCSI_2: u8 = 0xe0;
+
 impl Entry {
     /// The first bit of `cdb` that must be zero and is not, or the first byte that is missing: its byte and its bit.
     pub(super) fn flaw(&self, cdb: &[u8]) -> Option<(u16, u8)> {
         let action = if self.action.is_some() { 0x1f } else { 0 };
         for (at, used) in (0_u16..).zip(self.usage).skip(1) {
-            let used = if at == 1 { *used | action } else { *used };
+            let used = match at {
+                // Linux puts bits of the LUN there, as SCSI-2 wanted it, as long as it does not know what the target is.
+                1 if self.op == Op::Inquiry => *used | LUN_OF_SCSI_2,
+                1 => *used | action,
+                _ => *used,
+            };
             let Some(value) = cdb.get(usize::from(at)) else {
                 return Some((at, 7));
             };

@@ -274,6 +274,8 @@ pub(super) struct Counters {
     pub(super) verify_errors: AtomicU64,
     /// Bytes.
     pub(super) verified: AtomicU64,
+    /// SYNCHRONIZE CACHE.
+    pub(super) synchronizations: AtomicU64,
 }
 
 /// It is the turn of one PERSISTENT RESERVE OUT until this is dropped.
@@ -332,6 +334,11 @@ impl Unit {
     /// What it was made with.
     pub fn options(&self) -> &UnitOptions {
         &self.options
+    }
+
+    /// How often an initiator has had the cache written, since the unit was made. A driver does so before it lets go of a disk.
+    pub fn synchronizations(&self) -> u64 {
+        self.counters.synchronizations.load(Ordering::Relaxed)
     }
 
     /// What is special now: see the module.

@@ -25,6 +25,6 @@ pub trait VendorCommands: Send + Sync + fmt::Debug {
         command: &'a Command<'a>,
     ) -> Pin<Box<dyn Future<Output = Outcome> + 'a>>;
 
-    /// What page [`VENDOR_PAGE`] says to `nexus`, without its header of four bytes.
-    fn page(&self, nexus: &Nexus) -> Vec<u8>;
+    /// What page [`VENDOR_PAGE`] of `unit` says to `nexus`, without its header of four bytes.
+    fn page(&self, unit: &Unit, nexus: &Nexus) -> Vec<u8>;
 }

@@ -1,8 +1,9 @@
 //! What the queues of an adapter share: its targets with their logical units, and the ways between the queues.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use super::config::{Sizes, feature};
 use super::events::{Event, Events};
@@ -12,10 +13,66 @@ use crate::disk_handle::DiskHandle;
 use crate::queue::{Control, QueueStatistics};
 use crate::scsi::{Found, Lun, Nexus, Target, TargetError, TransportId, Unit, Visible, encode_lun};
 
+/// Who wants to know that a driver has found a unit. Called on a worker: must not wait.
+pub type FoundUnit = Arc<dyn Fn() + Send + Sync>;
+
 /// The disk of a logical unit.
 pub(super) struct UnitDisk<H> {
-    pub(super) disk: H,
-    pub(super) controls: Arc<DiskControls>,
+    disk: H,
+    controls: Arc<DiskControls>,
+    found: Option<FoundUnit>,
+    /// Something was sent to it since the adapter was reset.
+    is_found: AtomicBool,
+    /// The driver was told that it goes.
+    goes: AtomicBool,
+}
+
+impl<H> UnitDisk<H> {
+    pub(super) fn new(disk: H, controls: Arc<DiskControls>, found: Option<FoundUnit>) -> Self {
+        Self {
+            disk,
+            controls,
+            found,
+            is_found: AtomicBool::new(false),
+            goes: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn disk(&self) -> &H {
+        &self.disk
+    }
+
+    pub(super) fn controls(&self) -> &Arc<DiskControls> {
+        &self.controls
+    }
+
+    /// Something is sent to it.
+    pub(super) fn is_addressed(&self) {
+        if !self.is_found.swap(true, Ordering::Relaxed)
+            && let Some(found) = &self.found
+        {
+            found();
+        }
+    }
+}
+
+/// A logical unit that was removed: its disk is used until the last of its commands has ended.
+pub struct RemovedUnit(pub(super) Box<dyn Fn() -> bool + Send + Sync>);
+
+impl RemovedUnit {
+    /// Whether nothing uses the disk any more.
+    pub fn is_idle(&self) -> bool {
+        (self.0)()
+    }
+}
+
+impl fmt::Debug for RemovedUnit {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("RemovedUnit")
+            .field("is_idle", &self.is_idle())
+            .finish()
+    }
 }
 
 /// A target with the way to it: the driver's port is the initiator.
@@ -25,10 +82,10 @@ pub(super) struct Port<H> {
 }
 
 impl<H> Port<H> {
-    fn new(initiator: &TransportId) -> Self {
+    fn new(initiator: &TransportId, target: u8) -> Self {
         let port = Self {
             target: Target::default(),
-            nexus: Arc::new(Nexus::new(initiator.clone(), 1)),
+            nexus: Arc::new(Nexus::new(initiator.clone(), relative_port(target))),
         };
         port.target.connect(&port.nexus, Visible::All);
         port
@@ -47,6 +104,11 @@ impl<H> Port<H> {
     pub(super) fn reset_nexus(&self) {
         self.target.reset_nexus(&self.nexus);
     }
+}
+
+/// The relative target port identifier of a target's port (SPC-4 §3.1.120): of target 0 it is 1.
+pub fn relative_port(target: u8) -> u16 {
+    u16::from(target) + 1
 }
 
 /// How a request queue is told of task management.
@@ -75,11 +137,11 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Adapter-wide address of a logical unit (virtio 1.2 §5.6.6.1).
+/// Adapter-wide address of a logical unit in an event (virtio 1.2 §5.6.6.1). The LUN is as REPORT LUNS has it, peripheral below 256 and flat
+/// above: Linux takes these bytes for the number by which it knows the unit.
 pub(super) fn address(target: u8, lun: u16) -> [u8; 8] {
     let [high, low, ..] = encode_lun(lun);
-    // Flat addressing throughout, as Linux has it.
-    [1, target, high | 0x40, low, 0, 0, 0, 0]
+    [1, target, high, low, 0, 0, 0, 0]
 }
 
 impl<H> Adapter<H> {
@@ -145,7 +207,7 @@ impl<H> Adapter<H> {
             let mut ports = self.ports.write().unwrap_or_else(PoisonError::into_inner);
             let port = ports
                 .entry(target)
-                .or_insert_with(|| Arc::new(Port::new(&self.initiator)));
+                .or_insert_with(|| Arc::new(Port::new(&self.initiator, target)));
             Arc::clone(port)
         };
         port.target.add(lun, unit, disk)?;
@@ -154,46 +216,70 @@ impl<H> Adapter<H> {
         Ok(())
     }
 
-    /// Removes a unit and tells the driver. Commands in flight end before its disk is let go of. False if there is none.
-    pub(super) fn remove(&self, target: u8, lun: u16) -> bool {
-        let Some(port) = self.port(target) else {
+    /// The unit of this place.
+    pub(super) fn lun(&self, target: u8, lun: u16) -> Option<Arc<Lun<UnitDisk<H>>>> {
+        let luns = self.port(target)?.target.luns();
+        luns.into_iter().find(|other| other.number == lun)
+    }
+
+    /// Tells the driver that a unit is going to be removed. False if there is no driver that listens, or no such unit.
+    pub(super) fn announce_removal(&self, target: u8, lun: u16) -> bool {
+        let Some(found) = self.lun(target, lun) else {
             return false;
         };
-        if port.target.remove(lun).is_none() {
-            return false;
+        self.tell(target, lun, Event::Removed) && {
+            found.handle.goes.store(true, Ordering::Relaxed);
+            true
         }
+    }
+
+    /// Whether something was sent to a unit since the adapter was reset.
+    pub(super) fn is_found(&self, target: u8, lun: u16) -> bool {
+        let lun = self.lun(target, lun);
+        lun.is_some_and(|lun| lun.handle.is_found.load(Ordering::Relaxed))
+    }
+
+    /// Removes a unit and tells the driver, if it does not know. Commands in flight end before its disk is let go of. None if there is
+    /// no such unit.
+    pub(super) fn remove(&self, target: u8, lun: u16) -> Option<Weak<Lun<UnitDisk<H>>>> {
+        let port = self.port(target)?;
+        let removed = port.target.remove(lun)?;
         if port.target.luns().is_empty() {
             let mut ports = self.ports.write().unwrap_or_else(PoisonError::into_inner);
             ports.retain(|_, port| !port.target.luns().is_empty());
         }
         self.changed();
-        self.tell(target, lun, Event::Removed);
-        true
+        if !removed.handle.goes.load(Ordering::Relaxed) {
+            self.tell(target, lun, Event::Removed);
+        }
+        Some(Arc::downgrade(&removed))
     }
 
     /// The size of a unit's disk has changed.
     pub(super) fn size_changed(&self, target: u8, lun: u16) {
-        let unit = self.port(target).and_then(|port| {
-            let luns = port.target.luns();
-            luns.into_iter().find(|other| other.number == lun)
-        });
+        let unit = self.lun(target, lun);
         if let Some(unit) = unit {
             unit.unit.capacity_changed();
             self.tell(target, lun, Event::Changed(0x2a, 0x09));
         }
     }
 
-    fn tell(&self, target: u8, lun: u16, event: Event) {
+    /// Whether a driver listens.
+    fn tell(&self, target: u8, lun: u16, event: Event) -> bool {
         let wanted = match event {
             Event::Added | Event::Removed => feature::HOTPLUG,
             Event::Changed(..) => feature::CHANGE,
         };
         if self.features.load(Ordering::Acquire) & wanted == 0 {
-            return;
+            return false;
         }
         self.events.push(address(target, lun), event);
-        if let Some(server) = &*lock(&self.event_server) {
-            server.wake();
+        match &*lock(&self.event_server) {
+            Some(server) => {
+                server.wake();
+                true
+            }
+            None => false,
         }
     }
 
@@ -218,7 +304,12 @@ impl<H> Adapter<H> {
         self.events.clear();
         self.sizes.reset();
         let ports = self.ports.read().unwrap_or_else(PoisonError::into_inner);
-        ports.values().for_each(|port| port.target.reset());
+        for port in ports.values() {
+            port.target.reset();
+            for lun in port.target.luns() {
+                lun.handle.is_found.store(false, Ordering::Relaxed);
+            }
+        }
     }
 
     pub(super) fn inbox(&self, queue: usize) -> &Inbox {

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use block_io::WorkerHandle;
 use virtio_core::{Activation, ActiveQueue, DeviceError, VirtioDevice, device_type, read_config_bytes};
 
+pub use adapter::{FoundUnit, RemovedUnit, relative_port};
 pub use config::feature as scsi_feature;
 
 use crate::controls::DiskControls;
@@ -85,6 +86,9 @@ pub enum AddUnitError {
         /// The last one.
         last: u8,
     },
+    /// There is nothing to add it to.
+    #[error("there is no SCSI adapter")]
+    NoAdapter,
     /// The LUN.
     #[error(transparent)]
     Lun(#[from] TargetError),
@@ -122,28 +126,49 @@ impl<H> fmt::Debug for VirtioScsiHandle<H> {
 }
 
 impl<H: DiskHandle> VirtioScsiHandle<H> {
-    /// Adds the logical unit `lun` of `target`: `unit` on `disk`, which obeys `controls`. A driver that is there is told.
+    /// Adds the logical unit `lun` of `target`: `unit` on `disk`, which obeys `controls`. A driver that is there is told; `found` is
+    /// called when a driver sends something to the unit for the first time, and again after each reset of the adapter.
     ///
     /// # Errors
     /// It cannot have this place.
     pub fn add(
         &self,
-        target: u8,
-        lun: u16,
+        (target, lun): (u8, u16),
         unit: Arc<Unit>,
         disk: H,
         controls: Arc<DiskControls>,
+        found: Option<FoundUnit>,
     ) -> Result<(), AddUnitError> {
         let last = self.last_target;
         if target > last {
             return Err(AddUnitError::NoSuchTarget { target, last });
         }
-        Ok(self.adapter.add(target, lun, unit, UnitDisk { disk, controls })?)
+        let disk = UnitDisk::new(disk, controls, found);
+        Ok(self.adapter.add(target, lun, unit, disk)?)
     }
 
-    /// Removes a logical unit; commands that are in flight end. A driver that is there is told. False if there is none.
-    pub fn remove(&self, target: u8, lun: u16) -> bool {
-        self.adapter.remove(target, lun)
+    /// Tells a driver that a unit is going to be removed, while the unit still answers: so the driver can write what it still has to.
+    /// False if no driver listens to events, or there is no such unit.
+    pub fn announce_removal(&self, target: u8, lun: u16) -> bool {
+        self.adapter.announce_removal(target, lun)
+    }
+
+    /// Removes a logical unit; commands that are in flight end. A driver that is there is told, unless it
+    /// [was](Self::announce_removal). None if there is no such unit.
+    pub fn remove(&self, target: u8, lun: u16) -> Option<RemovedUnit> {
+        let unit = self.adapter.remove(target, lun)?;
+        Some(RemovedUnit(Box::new(move || unit.strong_count() == 0)))
+    }
+
+    /// Whether a driver has sent something to a unit since the adapter was reset.
+    pub fn is_found(&self, target: u8, lun: u16) -> bool {
+        self.adapter.is_found(target, lun)
+    }
+
+    /// Bytes of a unit's disk; none if there is no such unit.
+    pub fn size(&self, target: u8, lun: u16) -> Option<u64> {
+        let unit = self.adapter.lun(target, lun)?;
+        Some(unit.handle.disk().geometry().size)
     }
 
     /// Tells a driver that the size of a unit's disk has changed; the disk itself knows already.

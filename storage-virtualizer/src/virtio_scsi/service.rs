@@ -93,9 +93,10 @@ impl<H: DiskHandle> CommandService<H> {
         };
         Ok(match port.find(address) {
             Found::Lun(lun) => {
+                lun.handle.is_addressed();
                 let unit = Rc::new(LocalUnit {
-                    disk: lun.handle.disk.local().map_err(|error| error.to_string())?,
-                    gate: Gate::new(Arc::clone(&lun.handle.controls)),
+                    disk: lun.handle.disk().local().map_err(|error| error.to_string())?,
+                    gate: Gate::new(Arc::clone(lun.handle.controls())),
                     nexus: Arc::clone(port.nexus()),
                     lun,
                     is_gone: Cell::new(false),

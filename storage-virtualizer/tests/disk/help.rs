@@ -67,6 +67,7 @@ pub(crate) async fn create(disks: &SimDisks, path: &str, size: u64) -> Result<()
         size,
         attributes: None,
         now: 1,
+        ..NewDisk::default()
     };
     disks.create(path, &new).await.map_err(failed)
 }

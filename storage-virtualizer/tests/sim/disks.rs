@@ -24,6 +24,11 @@ pub(crate) fn path(disk: usize) -> String {
     format!("/d{disk}.dsk")
 }
 
+/// By which initiators know a disk: the first one from its beginning, the others since they are used.
+pub(crate) fn identity(disk: usize) -> [u8; 16] {
+    [u8::try_from(disk).unwrap() + 1; 16]
+}
+
 /// All disks of an open file system.
 pub(crate) struct Session {
     sim: Sim,
@@ -64,6 +69,7 @@ impl Session {
             let new = NewDisk {
                 size: SIZE,
                 attributes: None,
+                identity: (disk == 0).then_some(identity(disk)),
                 now: 1,
             };
             self.disks.create(&path(disk), &new).await.map_err(failed)?;
@@ -145,6 +151,14 @@ impl Session {
                     }
                 }
             }
+            Begun::Reserve { disk, reservations } => {
+                block_io::cover!("disks: a crash while reservations are kept");
+                let found = self.disks.reservations(&path(disk)).await.map_err(failed)?;
+                let mut model = self.promise.borrow_mut();
+                if found == reservations {
+                    model.reservations[disk] = reservations;
+                }
+            }
             Begun::Resize { disk, size } => {
                 let status = self.disks.status(&path(disk)).await.map_err(failed)?;
                 if status.size == size {
@@ -200,13 +214,30 @@ impl Session {
                     );
                 }
             }
-            let size = self.disks.status(&path(disk)).await.map_err(failed)?.size;
+            let reservations = self.disks.reservations(&path(disk)).await.map_err(failed)?;
+            if reservations != self.promise.borrow().reservations[disk] {
+                return Err(format!("disk {disk} has reservations {reservations:?}")
+                    .as_str()
+                    .into());
+            }
+            let status = self.disks.status(&path(disk)).await.map_err(failed)?;
+            let used = self.promise.borrow().used[disk];
+            if status.identity.map_or(used, |found| found != identity(disk)) {
+                return Err(format!("disk {disk} is known by {:?}", status.identity)
+                    .as_str()
+                    .into());
+            }
+            let size = status.size;
             if size != self.promise.borrow().sizes[disk] {
                 return Err(format!("disk {disk} has {size} bytes").as_str().into());
             }
         }
         let clones = self.promise.borrow().clones.clone();
         for (name, content) in clones {
+            let status = self.disks.status(&name).await.map_err(failed)?;
+            if status.identity.is_some() || status.reserved {
+                return Err(format!("clone {name} is taken for its origin").as_str().into());
+            }
             let found = self.read(&name).await?;
             if found != content {
                 return Err(format!("clone {name} has {found:?}, and not {content:?}")
@@ -214,6 +245,22 @@ impl Session {
                     .into());
             }
         }
+        Ok(())
+    }
+
+    /// An initiator has reservations kept, other ones, or none any more.
+    pub(crate) async fn reserve(&self, disk: usize, choice: u64) -> Result<(), Failure> {
+        let length = usize::try_from(choice % 4 * 1500).unwrap();
+        let reservations = vec![choice.to_le_bytes()[1]; length];
+        self.promise.borrow_mut().begun = Some(Begun::Reserve {
+            disk,
+            reservations: reservations.clone(),
+        });
+        let kept = self.disks.keep_reservations(&path(disk), &reservations, 4).await;
+        kept.map_err(failed)?;
+        let mut model = self.promise.borrow_mut();
+        model.begun = None;
+        model.reservations[disk] = reservations;
         Ok(())
     }
 
@@ -229,11 +276,13 @@ impl Session {
     async fn attach(&self, disk: usize) -> Result<(), Failure> {
         let options = DiskOptions {
             mode: self.modes[disk],
+            identity: Some(identity(disk)),
             now: 2,
             ..DiskOptions::default()
         };
         let opened = self.disks.open(&path(disk), options).await.map_err(failed)?;
         self.open.borrow_mut()[disk] = Some(Rc::new(opened));
+        self.promise.borrow_mut().used[disk] = true;
         self.shorten(disk);
         Ok(())
     }

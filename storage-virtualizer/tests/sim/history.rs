@@ -49,6 +49,10 @@ enum Step {
         disk: usize,
         choice: u64,
     },
+    Reserve {
+        disk: usize,
+        choice: u64,
+    },
     /// A device begins to misbehave.
     DeviceFails {
         device: u64,
@@ -78,6 +82,7 @@ async fn step(sim: &Sim, rig: &Rig, session: &Session, step: &Step) -> Result<()
         Step::Resize { disk } => session.resize(*disk).await?,
         Step::Revert { disk, choice } => session.revert(*disk, *choice).await?,
         Step::Changed { disk, choice } => session.changed(*disk, *choice).await?,
+        Step::Reserve { disk, choice } => session.reserve(*disk, *choice).await?,
         Step::DeviceFails { device, way } => {
             rig.device_fails(sim, rig.damage.candidate(*device), *way);
         }
@@ -162,6 +167,7 @@ impl Workload for Machines {
                     45..50 => Step::Crash {
                         after: rng.below(6000),
                     },
+                    50..54 => Step::Reserve { disk, choice },
                     _ => Step::Wait(rng.below(600)),
                 }
             })
@@ -240,7 +246,8 @@ fn run(rates: FaultRates, seed: u64, histories: u64, marks: &[&str]) {
     }
 }
 
-const MARKS: [&str; 6] = [
+const MARKS: [&str; 7] = [
+    "disks: a crash while reservations are kept",
     "disks: a crash in a snapshot",
     "disks: a crash in a deletion",
     "disks: a device is missing after a crash",

@@ -74,6 +74,10 @@ pub(crate) enum Begun {
         disk: usize,
         size: u64,
     },
+    Reserve {
+        disk: usize,
+        reservations: Vec<u8>,
+    },
 }
 
 /// The promise.
@@ -84,6 +88,10 @@ pub(crate) struct Model {
     pub(crate) logs: Vec<Log>,
     places: Vec<Vec<Place>>,
     pub(crate) sizes: Vec<u64>,
+    /// Disks that have been used, and are known by their identifiers since.
+    pub(crate) used: Vec<bool>,
+    /// The persistent reservations that each disk has.
+    pub(crate) reservations: Vec<Vec<u8>>,
     /// What the snapshots of each disk have.
     pub(crate) snapshots: Vec<BTreeMap<String, Content>>,
     /// Clones, and what was written to them.
@@ -106,6 +114,8 @@ impl Model {
             logs: vec![Log::default(); WRITERS],
             places: vec![vec![place; zeroes.len()]; DISKS],
             sizes: vec![size; DISKS],
+            used: vec![true, false],
+            reservations: vec![Vec::new(); DISKS],
             snapshots: vec![BTreeMap::new(); DISKS],
             clones: BTreeMap::new(),
             begun: None,

@@ -95,4 +95,5 @@ replays! {
     disk_image: "disk-image", 2_000;
     vhost_user: "vhost-user", 3_000;
     scsi: "scsi", 5_000;
+    expanded_api: "expanded-api", 1_000;
 }

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::hash::Hash;
 use std::path::{Component, Path, PathBuf};
 
-use super::{ConsoleSpec, DiskConfig, DiskSource, VmConfig};
+use super::{ConsoleSpec, DiskBus, DiskConfig, DiskSource, VmConfig};
 
 /// A rule that is broken: at which key, and what would be accepted.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,6 +31,10 @@ pub(super) fn check(config: &VmConfig) -> Result<(), Violation> {
     if let Some(pool) = &config.pool {
         within("pool", pool.check())?;
     }
+    within("expanded-api", config.expanded_api.check())?;
+    if let Some(scsi) = &config.scsi {
+        within("scsi", scsi.check())?;
+    }
     for (number, disk) in config.disks.iter().enumerate() {
         within(&format!("disk.{number}"), disk.check())?;
         if config.pool.is_none() && disk.file.is_some() {
@@ -48,6 +52,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), Violation> {
         within(&format!("net.{number}"), net.check())?;
     }
     check_devices(config)?;
+    check_scsi(config)?;
     check_images(config)?;
     check_paths(config)?;
     check_power(config)
@@ -69,7 +74,18 @@ fn check_limit_groups(config: &VmConfig) -> Result<(), Violation> {
 }
 
 fn check_devices(config: &VmConfig) -> Result<(), Violation> {
-    let (disks, nets) = (config.disks.len(), config.nets.len());
+    let scsi = config.disks.iter().filter(|disk| disk.bus == DiskBus::VirtioScsi);
+    let scsi = scsi.count();
+    if scsi > VmConfig::MAX_SCSI_DISKS {
+        let most = VmConfig::MAX_SCSI_DISKS;
+        return violation(
+            "disk",
+            format!("{scsi} SCSI disks are too many; a machine has up to {most}"),
+        );
+    }
+    // One adapter has them all.
+    let disks = config.disks.len() - scsi + usize::from(scsi > 0 || config.scsi.is_some());
+    let nets = config.nets.len();
     if disks + nets > VmConfig::MAX_DEVICES {
         let key = if disks > nets { "disk" } else { "net" };
         return violation(
@@ -122,6 +138,34 @@ fn check_devices(config: &VmConfig) -> Result<(), Violation> {
                 .iter()
                 .map(|forward| (forward, format!("net.{number}"))),
         );
+    }
+    Ok(())
+}
+
+/// Each place on the SCSI adapter has one disk, and the adapter has it.
+fn check_scsi(config: &VmConfig) -> Result<(), Violation> {
+    let mut places: HashMap<(u8, u16), usize> = HashMap::new();
+    let targets = config.scsi.as_ref().and_then(|scsi| scsi.targets);
+    for (number, disk) in config.disks.iter().enumerate() {
+        if disk.bus != DiskBus::VirtioScsi {
+            continue;
+        }
+        let (target, lun) = (disk.target.unwrap_or(0), disk.lun);
+        if lun.is_none() {
+            let text = format!("no LUN is left for it on target {target} and on its further ways");
+            return violation(format!("disk.{number}.lun"), text);
+        }
+        for (target, lun) in disk.places() {
+            if targets.is_some_and(|targets| target >= targets) {
+                let text = format!("the adapter has no target {target}; scsi.targets says how many it has");
+                return violation(format!("disk.{number}.target"), text);
+            }
+            if let Some(other) = places.insert((target, lun), number) {
+                let text =
+                    format!("LUN {lun} of target {target} is that of disk.{other}; choose another one");
+                return violation(format!("disk.{number}.lun"), text);
+            }
+        }
     }
     Ok(())
 }

@@ -21,17 +21,18 @@ mod overrides;
 mod policy;
 mod pool;
 mod reader;
+mod scsi;
 mod suggest;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use api::{
-    ByteSize, DeviceId, DiskBus, DiskConfig, DiskLimits, DiskSerial, DiskSource, MacAddress, NetBackend,
-    NetConfig, PortForward, Protocol, QueueSize, Seconds, TapName, VmName,
+    ByteSize, DeviceId, DiskBus, DiskConfig, DiskLimits, DiskSerial, DiskSource, ExpandedPolicy, MacAddress,
+    NetBackend, NetConfig, PortForward, Protocol, QueueSize, Seconds, TapName, VmName,
 };
 pub use boot::BootConfig;
 pub use console::{ConsoleConfig, ConsoleSpec, EscapeKey};
@@ -40,6 +41,7 @@ pub use error::{ConfigError, Place};
 pub use memory::{HugePages, MemoryConfig};
 pub use policy::{ManagementConfig, OnCrash, OnReboot, PowerConfig, SandboxConfig, Seccomp};
 pub use pool::PoolConfig;
+pub use scsi::ScsiConfig;
 use serde::{Deserialize, Serialize};
 
 /// One virtual machine: the contents of vm.toml.
@@ -62,6 +64,9 @@ pub struct VmConfig {
     /// The pool that holds the disks which are not images of the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<PoolConfig>,
+    /// The adapter of the machine's SCSI disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scsi: Option<ScsiConfig>,
     /// Disks, in the order in which the guest finds them.
     #[serde(default, rename = "disk", skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
@@ -77,6 +82,9 @@ pub struct VmConfig {
     /// The management socket; without it there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub management: Option<ManagementConfig>,
+    /// What the guest may have storage management do, through its SCSI disks.
+    #[serde(default, skip_serializing_if = "ExpandedPolicy::is_default")]
+    pub expanded_api: ExpandedPolicy,
     /// How the process confines itself.
     #[serde(default)]
     pub sandbox: SandboxConfig,
@@ -90,8 +98,10 @@ fn yes() -> bool {
 }
 
 impl VmConfig {
-    /// Most disks and network cards together that a configuration may name.
+    /// Most disks and network cards together that a configuration may name; all SCSI disks count as one.
     pub const MAX_DEVICES: usize = 24;
+    /// Most SCSI disks that a configuration may name.
+    pub const MAX_SCSI_DISKS: usize = 256;
 
     /// Largest file that is read as a configuration, in bytes.
     const MAX_FILE: u64 = 1 << 20;
@@ -173,6 +183,7 @@ impl VmConfig {
                 taken.push(id.clone());
             }
         }
+        self.place_scsi_disks();
         for net in &mut self.nets {
             net.mac = Some(net.mac_or_derived(self.name.as_str()));
         }
@@ -184,6 +195,21 @@ impl VmConfig {
                 *path = folder.join(&*path);
             }
         });
+    }
+
+    /// Gives SCSI disks their LUNs: those that say theirs first, then the others in their order. What is impossible stays, and is
+    /// complained of by the checks.
+    fn place_scsi_disks(&mut self) {
+        let scsi = |disk: &&mut DiskConfig| disk.bus == DiskBus::VirtioScsi;
+        let mut taken = BTreeSet::new();
+        for given in [true, false] {
+            for disk in self.disks.iter_mut().filter(scsi) {
+                if disk.lun.is_some() == given && disk.places().iter().all(|place| !taken.contains(place)) {
+                    // As above.
+                    let _ = disk.take_places(&mut taken);
+                }
+            }
+        }
     }
 
     fn for_each_path(&mut self, mut action: impl FnMut(&mut PathBuf)) {

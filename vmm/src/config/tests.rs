@@ -85,6 +85,11 @@ bytes = "100M"
 [pool]
 devices = ["d0.img"]
 
+[expanded-api]
+allow = ["snapshot", "create"]
+objects = ["/web1/*"]
+max-bytes = "10G"
+
 [[net]]
 forward = ["tcp:8022:22", "udp:127.0.0.1:5353:53"]
 
@@ -194,6 +199,19 @@ fn overrides_change_create_and_append() {
 }
 
 #[test]
+fn scsi_disks_get_their_luns_in_order_beside_those_that_are_given() {
+    let text = "[[disk]]\nimage = \"a\"\nbus = \"virtio-scsi\"\nqueues = 3\n\
+                [[disk]]\nimage = \"b\"\nbus = \"virtio-scsi\"\nlun = 0\n\
+                [[disk]]\nimage = \"c\"\nbus = \"virtio-scsi\"\ntarget = 9\n\
+                [[disk.path]]\ntarget = 0\naccess = \"non-optimized\"";
+    let config = load(&with(text), &[]).unwrap();
+    let places: Vec<_> = config.disks.iter().map(DiskConfig::places).collect();
+    assert_eq!(places, [vec![(0, 1)], vec![(0, 0)], vec![(9, 2), (0, 2)]]);
+    let (queues, size, targets) = ScsiConfig::default().for_disks(&config.disks);
+    assert_eq!((queues, size.get(), targets), (3, 256, 10));
+}
+
+#[test]
 fn an_override_extends_the_short_form() {
     let config = load(&with("cpus = 4"), &["cpus.nested=true", "memory.huge-pages=none"]).unwrap();
     assert_eq!((config.cpus.count, config.cpus.nested), (4, true));
@@ -206,11 +224,11 @@ fn each_mistake_in_the_file_has_its_message() {
         // Unknown keys.
         (
             "cpu = 2",
-            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `cpus`, `memory`, `boot`, `pool`, `disk`, `limit-groups`, `net`, `console`, `management`, `sandbox`, `power`)",
+            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `cpus`, `memory`, `boot`, `pool`, `scsi`, `disk`, `limit-groups`, `net`, `console`, `management`, `expanded-api`, `sandbox`, `power`)",
         ),
         (
             "[[disk]]\nimage = \"a\"\nreadonly = true",
-            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
+            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `target`, `lun`, `access`, `path`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
         ),
         (
             "[[disk]]\nfile = \"/a.dsk\"",
@@ -328,6 +346,22 @@ fn each_mistake_in_the_file_has_its_message() {
             "vm.toml:7: disk.0.bus: `ide` is not known here; use `virtio-blk`, `virtio-scsi`",
         ),
         (
+            "[[disk]]\nimage = \"a\"\nlun = 1",
+            "vm.toml:7: disk.0.lun: is for disks with bus = \"virtio-scsi\"",
+        ),
+        (
+            "[scsi]\ntargets = 2\n[[disk]]\nimage = \"a\"\nbus = \"virtio-scsi\"\ntarget = 2",
+            "vm.toml:10: disk.0.target: the adapter has no target 2; scsi.targets says how many it has",
+        ),
+        (
+            "[scsi]\nqueues = 17",
+            "vm.toml:6: scsi.queues: use 1 to 16 queues",
+        ),
+        (
+            "[[disk]]\nimage = \"a\"\nbus = \"virtio-scsi\"\nlun = 1\n[[disk]]\nimage = \"b\"\nbus = \"virtio-scsi\"\nlun = 1",
+            "vm.toml:12: disk.1.lun: LUN 1 of target 0 is that of disk.0; choose another one",
+        ),
+        (
             "[[disk]]\nimage = \"a\"\nbus = 1",
             "vm.toml:7: disk.0.bus: expected a text in quotes, found a whole number; use `virtio-blk`, `virtio-scsi`",
         ),
@@ -372,6 +406,14 @@ fn each_mistake_in_the_file_has_its_message() {
             "vm.toml:7: disk.0.limit-group: there is no `bulk`; make it by [limit-groups.bulk] with iops or bytes",
         ),
         (
+            "[expanded-api]\nobjects = [\"vm1/*\"]",
+            "vm.toml:6: expanded-api.objects: `vm1/*` is no path of the pool; give one like /web1/data.dsk, or /web1/* for all below",
+        ),
+        (
+            "[expanded-api]\nallow = [\"everything\"]",
+            "vm.toml:6: expanded-api.allow.0: `everything` is not known here; use `observe`, `snapshot`, `revert`, `create`, `delete`, `resize`, `attributes`, `move`, `layout`, `image`",
+        ),
+        (
             "[limit-groups.bulk]\niops-burst = 5",
             "vm.toml:6: limit-groups.bulk.iops-burst: is the burst of a limit that is not there; give `iops` as well",
         ),
@@ -397,7 +439,7 @@ fn each_mistake_in_the_file_has_its_message() {
         ),
         (
             "[[disk]]\nvhost_user = \"a.sock\"",
-            "vm.toml:6: disk.0.vhost_user: unknown key; did you mean `vhost-user`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
+            "vm.toml:6: disk.0.vhost_user: unknown key; did you mean `vhost-user`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `target`, `lun`, `access`, `path`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
         ),
         (
             "[[disk]]\nimage = \"a\"\nvhost-user = \"a.sock\"",
@@ -551,7 +593,7 @@ fn each_mistake_in_an_override_has_its_message() {
         ),
         (
             "disk.0.bsu=x",
-            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
+            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `target`, `lun`, `access`, `path`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
         ),
         (
             "disk.3.image=x",

@@ -15,7 +15,7 @@ use api::{
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::devices::{DeviceOpener, HostDevice};
+use super::devices::{Attachment, DeviceOpener};
 use super::disk::PoolDisks;
 use crate::console::ConsoleCommand;
 
@@ -26,7 +26,7 @@ pub(super) enum Request {
     Reset(String, Reply<()>),
     Pause(Reply<()>),
     Resume(Reply<()>),
-    Attach(Box<HostDevice>, Reply<()>),
+    Attach(Box<Attachment>, Reply<Option<DiskStatus>>),
     Detach(DeviceId, Reply<()>),
     Status(Reply<VmStatus>),
 }
@@ -188,12 +188,14 @@ impl api::Vm for Control {
 
     fn attach_disk(&self, disk: DiskConfig) -> Result<DiskStatus, Problem> {
         let (device, status) = self.0.opener.disk(disk, &self.status())?;
-        self.ask(|reply| Request::Attach(Box::new(device), reply))?;
-        Ok(status)
+        // A SCSI disk has its place only now.
+        let placed = self.ask(|reply| Request::Attach(Box::new(device), reply))?;
+        Ok(placed.unwrap_or(status))
     }
 
     fn attach_net(&self, net: NetConfig) -> Result<NetStatus, Problem> {
         let (device, status) = self.0.opener.net(net, &self.status())?;
+        let device = Attachment::Device(device);
         self.ask(|reply| Request::Attach(Box::new(device), reply))?;
         Ok(status)
     }

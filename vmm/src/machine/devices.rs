@@ -7,16 +7,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventLog, NetBackend as NetKind, NetConfig,
-    NetStatus, Problem, ProblemKind, VmName, VmStatus,
+    ByteSize, DeviceId, DeviceState, DiskBus, DiskConfig, DiskStatus, EventLog, NetBackend as NetKind,
+    NetConfig, NetStatus, Problem, ProblemKind, VmName, VmStatus,
 };
-use block_io::{Worker, error_chain};
+use block_io::{Worker, WorkerOptions, error_chain};
 use event_manager::SubscriberOps;
 use storage_virtualizer::vhost_user::front_end::FrontEndHandle;
+use storage_virtualizer::virtio_scsi::VirtioScsiOptions;
 use virtio_core::VirtioDevice;
 
 use super::MachineError;
 use super::disk::{DiskError, OpenDisk, PoolDisks};
+use super::scsi::{ScsiAdapter, ScsiBus, ScsiDisk, scsi_adapter};
 use super::settings::{DiskSetting, DiskSettings};
 use crate::config::{ConsoleSpec, VmConfig};
 use crate::console::{Console, ConsoleHandle, ConsoleOptions};
@@ -37,6 +39,8 @@ pub(super) enum Kind {
     },
     /// A network card.
     Net { config: Box<NetConfig> },
+    /// The adapter of the SCSI disks, which are [its own](super::scsi::ScsiBus).
+    ScsiAdapter,
     /// The entropy source.
     Rng,
     /// The virtio console.
@@ -52,6 +56,17 @@ pub(super) struct HostDevice {
     pub(super) workers: Vec<Worker>,
     /// What else must end after it.
     pub(super) guard: Option<Box<dyn Send>>,
+}
+
+/// What is opened for a running machine.
+pub(super) enum Attachment {
+    /// A device for the PCI bus.
+    Device(HostDevice),
+    /// A SCSI disk; and the adapter, if it is the first one.
+    Scsi {
+        adapter: Option<HostDevice>,
+        disk: ScsiDisk,
+    },
 }
 
 impl Kind {
@@ -94,6 +109,10 @@ pub(super) struct DeviceOpener {
     pub(super) vm: VmName,
     /// Confines the threads of the devices.
     pub(super) sandbox: Sandbox,
+    /// The SCSI disks.
+    pub(super) scsi: Arc<ScsiBus>,
+    /// What the adapter is like if it is made.
+    pub(super) scsi_options: VirtioScsiOptions,
     /// Who has the disks that are not images.
     pub(super) pool: Option<Arc<dyn PoolDisks>>,
     /// What can be changed of disks in use.
@@ -119,18 +138,33 @@ pub(super) enum StartPasst {
 }
 
 impl DeviceOpener {
-    /// Opens a disk for a running VM: fills in what is not given.
+    /// Opens a disk for a running VM: fills in what is not given. A SCSI disk gets its place when it is put in.
     pub(super) fn disk(
         &self,
         mut config: DiskConfig,
         status: &VmStatus,
-    ) -> Result<(HostDevice, DiskStatus), Problem> {
+    ) -> Result<(Attachment, DiskStatus), Problem> {
         config.id = free_id(config.id, "disk", status);
         config
             .check()
             .map_err(|(key, error)| Problem::new(ProblemKind::Invalid, format!("{key} {error}")))?;
-        self.open_disk(config.clone())
-            .map_err(|error| problem(&config.id, &error))
+        let id = config.id.clone();
+        let opened = match config.bus {
+            DiskBus::VirtioBlk => self
+                .open_disk(config)
+                .map(|(device, status)| (Attachment::Device(device), status)),
+            DiskBus::VirtioScsi => self.open_scsi(config).and_then(|disk| {
+                let status = DiskStatus {
+                    config: disk.setting.config(),
+                    state: DeviceState::Attached,
+                    size: ByteSize::from_bytes(disk.geometry().size),
+                    stopped: None,
+                };
+                let adapter = self.adapter()?;
+                Ok((Attachment::Scsi { adapter, disk }, status))
+            }),
+        };
+        opened.map_err(|error| problem(&id, &error))
     }
 
     /// Opens a network card for a running VM: fills in what is not given.
@@ -160,14 +194,57 @@ impl DeviceOpener {
         ))
     }
 
-    fn open_disk(&self, config: DiskConfig) -> Result<(HostDevice, DiskStatus), DiskError> {
-        let setting = self.settings.of(&config).ok_or_else(|| DiskError::NoGroup {
+    fn setting(&self, config: &DiskConfig) -> Result<Arc<DiskSetting>, DiskError> {
+        self.settings.of(config).ok_or_else(|| DiskError::NoGroup {
             group: config
                 .limit_group
                 .as_ref()
                 .map(ToString::to_string)
                 .unwrap_or_default(),
-        })?;
+        })
+    }
+
+    /// Opens a SCSI disk.
+    fn open_scsi(&self, config: DiskConfig) -> Result<ScsiDisk, DiskError> {
+        let setting = self.setting(&config)?;
+        let source = super::disk::open_unit(&config, self)?;
+        self.settings.enter(config.id, &setting);
+        Ok(ScsiDisk { setting, source })
+    }
+
+    /// The SCSI adapter as a device, if there was none before.
+    fn adapter(&self) -> Result<Option<HostDevice>, DiskError> {
+        self.scsi.adapter(|| {
+            let mut workers = Vec::new();
+            let ScsiAdapter { device, units } = if let Some(pool) = &self.pool {
+                pool.adapter(&self.scsi_options)?
+            } else {
+                for number in 0..self.scsi_options.queues {
+                    workers.push(Worker::start(
+                        &format!("io-scsi{number}"),
+                        WorkerOptions {
+                            on_start: Some(Box::new(self.sandbox.thread(sandbox::Kind::DiskWorker))),
+                            ..WorkerOptions::default()
+                        },
+                    )?);
+                }
+                let handles = workers.iter().map(|worker| worker.handle().clone());
+                // There are images only.
+                scsi_adapter::<Arc<block_io::HostDevice>>(&self.scsi_options, handles.collect())?.0
+            };
+            let device = HostDevice {
+                id: adapter_id(),
+                kind: Kind::ScsiAdapter,
+                device,
+                workers,
+                guard: None,
+            };
+            Ok((units, device))
+        })
+    }
+
+    fn open_disk(&self, config: DiskConfig) -> Result<(HostDevice, DiskStatus), DiskError> {
+        let setting = self.setting(&config)?;
         let OpenDisk {
             device,
             workers,
@@ -231,6 +308,12 @@ impl DeviceOpener {
             guard: None,
         })
     }
+}
+
+/// The name of the SCSI adapter.
+fn adapter_id() -> DeviceId {
+    // This is a name.
+    "scsi".parse().unwrap_or_default()
 }
 
 /// `id`, or the first free one with `prefix` if it is unassigned.
@@ -322,11 +405,20 @@ pub(super) fn open_all(
         move |source: Box<dyn std::error::Error + Send + Sync>| MachineError::Device { id, source }
     };
     let mut devices = Vec::new();
+    if config.scsi.is_some() {
+        let adapter = opener.adapter();
+        devices.extend(adapter.map_err(|error| device(&adapter_id())(error.into()))?);
+    }
     for disk in &config.disks {
-        let (disk, _) = opener
-            .open_disk(disk.clone())
-            .map_err(|error| device(&disk.id)(error.into()))?;
-        devices.push(disk);
+        let failed = |error: DiskError| device(&disk.id)(error.into());
+        match disk.bus {
+            DiskBus::VirtioBlk => devices.push(opener.open_disk(disk.clone()).map_err(failed)?.0),
+            DiskBus::VirtioScsi => {
+                devices.extend(opener.adapter().map_err(failed)?);
+                let disk = opener.open_scsi(disk.clone()).map_err(failed)?;
+                opener.scsi.plug(disk).map_err(|problem| failed(problem.into()))?;
+            }
+        }
     }
     for net in &config.nets {
         devices.push(

@@ -7,21 +7,21 @@ use std::sync::Arc;
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    ByteSize, DeviceId, DiskBus, DiskConfig, DiskSource, EventKind, EventLog, Problem, StorageAnswer,
-    StorageRequest, Transfer,
+    ByteSize, DeviceId, DiskConfig, DiskSource, EventKind, EventLog, Problem, StorageAnswer, StorageRequest,
+    Transfer,
 };
 use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerHandle, WorkerOptions};
 use storage_virtualizer::DiskHandle;
 use storage_virtualizer::controls::DiskControls;
-use storage_virtualizer::scsi::{Identity, Provisioning, TransportId, Unit, UnitOptions};
 use storage_virtualizer::vhost_user::front_end::{
     FrontEndError, FrontEndHandle, FrontEndOptions, LinkEvents, VhostUserBlk,
 };
-use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions, fitting_serial};
-use storage_virtualizer::virtio_scsi::{VirtioScsi, VirtioScsiOptions};
+use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkError, VirtioBlkOptions, fitting_serial};
+use storage_virtualizer::virtio_scsi::{VirtioScsiError, VirtioScsiOptions};
 use virtio_core::VirtioDevice;
 
 use super::devices::DeviceOpener;
+use super::scsi::{PoolUnit, ScsiAdapter, ScsiSource};
 use crate::host::{CutOff, find_cut_off};
 use crate::sandbox::{Kind, Sandbox};
 
@@ -36,6 +36,19 @@ pub trait PoolDisks: Send + Sync + fmt::Debug {
         config: &DiskConfig,
         controls: Arc<DiskControls>,
     ) -> Result<PoolDisk, Box<dyn Error + Send + Sync>>;
+
+    /// Makes the machine's SCSI adapter, for disks of the pool and for images, served by the pool's worker
+    /// ([`super::scsi_adapter`]).
+    ///
+    /// # Errors
+    /// The options are impossible.
+    fn adapter(&self, options: &VirtioScsiOptions) -> Result<ScsiAdapter, VirtioScsiError>;
+
+    /// Opens a disk that is to be a logical unit of that adapter.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    fn open_unit(&self, config: &DiskConfig) -> Result<PoolUnit, Box<dyn Error + Send + Sync>>;
 
     /// Does something with the pool while its disks are in use. Blocks until it is done.
     ///
@@ -152,21 +165,13 @@ pub(super) enum DiskError {
     Worker(#[from] block_io::WorkerError),
     /// The options of the virtual device.
     #[error(transparent)]
-    Options(#[from] GuestDiskError),
-}
-
-/// A virtual device cannot be as the configuration wants it.
-#[derive(Debug, thiserror::Error)]
-pub enum GuestDiskError {
-    /// A virtio block device.
+    Options(#[from] VirtioBlkError),
+    /// The options of the SCSI adapter.
     #[error(transparent)]
-    Blk(#[from] storage_virtualizer::virtio_blk::VirtioBlkError),
-    /// A SCSI adapter.
+    Adapter(#[from] VirtioScsiError),
+    /// It cannot have its place on the SCSI adapter.
     #[error(transparent)]
-    Scsi(#[from] storage_virtualizer::virtio_scsi::VirtioScsiError),
-    /// Its disk.
-    #[error(transparent)]
-    Unit(#[from] storage_virtualizer::virtio_scsi::AddUnitError),
+    Place(#[from] Problem),
 }
 
 /// A disk as the guest sees it.
@@ -177,66 +182,28 @@ pub struct GuestDisk {
     pub resized: Box<dyn Fn() + Send>,
 }
 
-/// Makes the virtual device that `config` wants on `disk`, served by `worker`.
-///
-/// A SCSI disk's identifiers, by which a guest knows it again on whatever adapter and machine, are made of `name`: it must be no
-/// other disk's, anywhere. `provisioning` is what a guest is told of unmapped blocks if the disk can be unmapped.
+/// Makes the virtio block device that `config` wants on `disk`, served by `worker`.
 ///
 /// # Errors
 /// The configuration is impossible.
 pub fn guest_disk<H: DiskHandle>(
     config: &DiskConfig,
     disk: H,
-    name: &str,
-    provisioning: Provisioning,
     controls: Arc<DiskControls>,
     worker: WorkerHandle,
-) -> Result<GuestDisk, GuestDiskError> {
-    let queues = u16::from(config.queues);
-    let queue_size = config.queue_size.get();
-    let serial = serial(config);
-    match config.bus {
-        DiskBus::VirtioBlk => {
-            let options = VirtioBlkOptions {
-                serial,
-                queues,
-                queue_size,
-                controls,
-            };
-            let device = VirtioBlk::new(disk, &options, vec![worker])?;
-            let handle = device.handle();
-            Ok(GuestDisk {
-                device: Box::new(device),
-                resized: Box::new(move || handle.size_changed()),
-            })
-        }
-        DiskBus::VirtioScsi => {
-            let identity = Identity::from_name(name, &serial);
-            let options = VirtioScsiOptions {
-                initiator: TransportId::sas(u64::from_be_bytes(identity.naa())),
-                queues,
-                queue_size,
-                last_target: 0,
-            };
-            let geometry = disk.geometry();
-            let unit = Unit::new(UnitOptions {
-                read_only: geometry.read_only,
-                provisioning: if geometry.discard_granularity == 0 {
-                    Provisioning::Full
-                } else {
-                    provisioning
-                },
-                ..UnitOptions::new(identity)
-            });
-            let device = VirtioScsi::new(&options, vec![worker])?;
-            let handle = device.handle();
-            handle.add(0, 0, Arc::new(unit), disk, controls)?;
-            Ok(GuestDisk {
-                device: Box::new(device),
-                resized: Box::new(move || handle.size_changed(0, 0)),
-            })
-        }
-    }
+) -> Result<GuestDisk, VirtioBlkError> {
+    let options = VirtioBlkOptions {
+        serial: serial(config),
+        queues: u16::from(config.queues),
+        queue_size: config.queue_size.get(),
+        controls,
+    };
+    let device = VirtioBlk::new(disk, &options, vec![worker])?;
+    let handle = device.handle();
+    Ok(GuestDisk {
+        device: Box::new(device),
+        resized: Box::new(move || handle.size_changed()),
+    })
 }
 
 /// Opens what the disk lies on and makes a virtual device of it.
@@ -265,13 +232,27 @@ pub(super) fn open(
     }
 }
 
-/// Opens the image, starts a confined worker, and makes a virtual device of both.
-fn open_image(
-    path: &Path,
-    config: &DiskConfig,
-    controls: &Arc<DiskControls>,
-    sandbox: &Sandbox,
-) -> Result<OpenDisk, DiskError> {
+/// Opens what a disk of the SCSI adapter lies on.
+pub(super) fn open_unit(config: &DiskConfig, opener: &DeviceOpener) -> Result<ScsiSource, DiskError> {
+    match (config.source(), opener.pool.as_deref()) {
+        (Some(DiskSource::Image(path)), _) => {
+            let image = open_host(path, config)?;
+            Ok(ScsiSource::Image(Arc::new(image), path.display().to_string()))
+        }
+        (Some(DiskSource::File(_)), Some(pool)) => pool
+            .open_unit(config)
+            .map(ScsiSource::Pool)
+            .map_err(DiskError::Pool),
+        (Some(DiskSource::File(file)), None) => Err(DiskError::NoPool {
+            file: file.to_owned(),
+        }),
+        // The configuration's checks refuse a SCSI disk of another process.
+        (Some(DiskSource::VhostUser(_)) | None, _) => Err(DiskError::NoSource),
+    }
+}
+
+/// Opens an image, and sees that it can be a disk.
+fn open_host(path: &Path, config: &DiskConfig) -> Result<HostDevice, DiskError> {
     let options = OpenOptions {
         read_only: config.read_only,
         cache: if config.direct {
@@ -287,11 +268,22 @@ fn open_image(
         let path = path.to_owned();
         return Err(DiskError::CutOff { path, cut_off });
     }
-    let size = ByteSize::from_bytes(image.geometry().size);
-    if size.bytes() == 0 {
+    if image.geometry().size == 0 {
         let path = path.to_owned();
         return Err(DiskError::Empty { path });
     }
+    Ok(image)
+}
+
+/// Opens the image, starts a confined worker, and makes a virtual device of both.
+fn open_image(
+    path: &Path,
+    config: &DiskConfig,
+    controls: &Arc<DiskControls>,
+    sandbox: &Sandbox,
+) -> Result<OpenDisk, DiskError> {
+    let image = open_host(path, config)?;
+    let size = ByteSize::from_bytes(image.geometry().size);
     let worker = Worker::start(
         &format!("io-{}", config.id),
         WorkerOptions {
@@ -302,9 +294,6 @@ fn open_image(
     let GuestDisk { device, .. } = guest_disk(
         config,
         Arc::new(image),
-        &path.display().to_string(),
-        // Zeroes may have to be written to it one by one.
-        Provisioning::Thin,
         Arc::clone(controls),
         worker.handle().clone(),
     )?;

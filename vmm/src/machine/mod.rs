@@ -19,6 +19,7 @@ mod devices;
 mod disk;
 mod processors;
 mod run;
+mod scsi;
 mod settings;
 mod signals;
 mod slots;
@@ -31,10 +32,13 @@ use std::time::Instant;
 use api::{EventKind, EventLog, ExitReason, VmState, VmStatus};
 
 use kvm_ioctls::Kvm;
+use storage_virtualizer::scsi::VendorCommands;
+use storage_virtualizer::virtio_scsi::VirtioScsiOptions;
 
 pub use control::Control;
 use devices::StartPasst;
-pub use disk::{GuestDisk, GuestDiskError, PoolDisk, PoolDisks, guest_disk, serial};
+pub use disk::{GuestDisk, PoolDisk, PoolDisks, guest_disk, serial};
+pub use scsi::{AddPoolUnit, OnResize, PoolUnit, ScsiAdapter, ScsiUnitDisk, ScsiUnits, scsi_adapter};
 pub use slots::SlotError;
 
 use crate::boot::{BootError, BootFiles, Kernel};
@@ -127,6 +131,7 @@ struct Parts {
     kernel: Kernel,
     consoles: devices::Consoles,
     events: Arc<EventLog>,
+    scsi: Arc<scsi::ScsiBus>,
     started: Instant,
 }
 
@@ -209,7 +214,8 @@ impl Vm {
         Ok(sandbox)
     }
 
-    /// Opens everything that the VM needs of this host; `pool` has the disks that are not images.
+    /// Opens everything that the VM needs of this host; `pool` has the disks that are not images, `vendor` does vendor-specific
+    /// commands of SCSI disks.
     ///
     /// # Errors
     /// Something is missing, forbidden or in use. What was opened is closed again.
@@ -217,6 +223,7 @@ impl Vm {
         config: VmConfig,
         sandbox: Sandbox,
         pool: Option<Arc<dyn PoolDisks>>,
+        vendor: Option<Arc<dyn VendorCommands>>,
     ) -> Result<Self, MachineError> {
         let started = Instant::now();
         let helper = start_helper(&config)?;
@@ -245,8 +252,17 @@ impl Vm {
         let mut main_loop = MainLoop::new().map_err(|error| MachineError::MainLoop(error.to_string()))?;
         let events = Arc::new(EventLog::new());
         let settings = Arc::new(settings::DiskSettings::new(&config.limit_groups, events.clone()));
+        let scsi = Arc::new(scsi::ScsiBus::new(events.clone(), vendor));
+        let (queues, queue_size, targets) = config.scsi.clone().unwrap_or_default().for_disks(&config.disks);
         let opener = devices::DeviceOpener {
             vm: config.name.clone(),
+            scsi: scsi.clone(),
+            scsi_options: VirtioScsiOptions {
+                initiator: scsi::initiator(config.name.as_str()),
+                queues: queues.into(),
+                queue_size: queue_size.get(),
+                last_target: targets.saturating_sub(1),
+            },
             sandbox: sandbox.clone(),
             pool,
             settings,
@@ -272,6 +288,7 @@ impl Vm {
             kernel,
             consoles,
             events,
+            scsi,
             started,
         };
         let session = run::Session::new(parts, main_loop, inbox)?;

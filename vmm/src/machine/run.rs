@@ -3,14 +3,17 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api::{DeviceId, DeviceState, EventKind, EventLog, ExitReason, Problem, ProblemKind, VmState, VmStatus};
+use api::{
+    DeviceId, DeviceState, DiskStatus, EventKind, EventLog, ExitReason, Problem, ProblemKind, VmState,
+    VmStatus,
+};
 use event_manager::{EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::build::{self, Machine};
 use super::control::{Inbox, Reply, Request};
-use super::devices::HostDevice;
+use super::devices::{Attachment, HostDevice};
 use super::signals::{Signal, Signals};
 use super::{MachineError, MainLoop, Parts};
 use crate::config::{OnCrash, OnReboot};
@@ -90,6 +93,7 @@ impl Session {
         micro_guest: Remains,
     ) -> Result<ExitReason, MachineError> {
         let result = self.live(devices, Some(micro_guest));
+        self.parts.scsi.close();
         self.parts.consoles.close();
         result
     }
@@ -138,7 +142,7 @@ impl Session {
     /// Serves signals and requests until the guest's life ends.
     fn serve(&mut self, machine: &mut Machine, signals: &Signals) -> Result<End, MachineError> {
         loop {
-            let timeout = if machine.slots.is_draining() {
+            let timeout = if machine.slots.is_draining() || self.parts.scsi.is_draining() {
                 millis(DRAIN_PERIOD)
             } else {
                 -1
@@ -154,7 +158,15 @@ impl Session {
                     return Ok(end);
                 }
             }
-            for id in machine.slots.collect() {
+            for (id, was_adapter) in machine.slots.collect() {
+                self.parts.events.record(EventKind::DeviceRemoved { id });
+                // The guest has ejected it with all that was on it.
+                let lost = was_adapter.then(|| self.parts.scsi.close());
+                for id in lost.into_iter().flatten() {
+                    self.parts.events.record(EventKind::DeviceRemoved { id });
+                }
+            }
+            for id in self.parts.scsi.collect() {
                 self.parts.events.record(EventKind::DeviceRemoved { id });
             }
         }
@@ -263,13 +275,32 @@ impl Session {
         None
     }
 
-    fn attach(&self, machine: &mut Machine, device: HostDevice) -> Result<(), Problem> {
+    fn attach(&self, machine: &mut Machine, attachment: Attachment) -> Result<Option<DiskStatus>, Problem> {
+        match attachment {
+            Attachment::Device(device) => self.attach_device(machine, device).map(|()| None),
+            Attachment::Scsi { adapter, disk } => {
+                if let Some(adapter) = adapter
+                    && let Err(problem) = self.attach_device(machine, adapter)
+                {
+                    // There is no adapter, then: the next disk tries again.
+                    self.parts.scsi.close();
+                    return Err(problem);
+                }
+                let id = disk.setting.config().id;
+                if machine.slots.has(&id) {
+                    return Err(taken(&id));
+                }
+                let status = self.parts.scsi.plug(disk)?;
+                self.parts.events.record(EventKind::DeviceAttached { id });
+                Ok(Some(status))
+            }
+        }
+    }
+
+    fn attach_device(&self, machine: &mut Machine, device: HostDevice) -> Result<(), Problem> {
         let id = device.id.clone();
-        if machine.slots.has(&id) {
-            let message = format!("the VM has a device `{id}` already");
-            return Err(Problem::new(ProblemKind::Conflict, message)
-                .about(&id)
-                .remedy("choose another id"));
+        if machine.slots.has(&id) || self.parts.scsi.has(&id) {
+            return Err(taken(&id));
         }
         let slot = machine.insert(&self.parts, device).map_err(|error| {
             Problem::new(ProblemKind::Exhausted, format!("cannot attach `{id}`: {error}")).about(&id)
@@ -280,6 +311,12 @@ impl Session {
     }
 
     fn detach(&self, machine: &mut Machine, id: &DeviceId) -> Result<(), Problem> {
+        if self.parts.scsi.detach(id) {
+            self.parts
+                .events
+                .record(EventKind::DeviceRemoving { id: id.clone() });
+            return Ok(());
+        }
         let (number, slot) = machine.slots.find(id).ok_or_else(|| {
             let problem = Problem::new(ProblemKind::NotFound, format!("the VM has no device `{id}`"));
             problem.about(id).remedy("`smsvmm vm status` lists the devices")
@@ -301,7 +338,7 @@ impl Session {
             state: self.state,
             uptime_seconds: self.parts.started.elapsed().as_secs(),
             resets: self.resets,
-            disks: machine.slots.disks(),
+            disks: [machine.slots.disks(), self.parts.scsi.disks()].concat(),
             nets: machine.slots.nets(),
             last_event: self.parts.events.last(),
             ..self.parts.initial_status()
@@ -325,6 +362,13 @@ impl Session {
         }
         Ok(machine.into_devices())
     }
+}
+
+fn taken(id: &DeviceId) -> Problem {
+    let message = format!("the VM has a device `{id}` already");
+    Problem::new(ProblemKind::Conflict, message)
+        .about(id)
+        .remedy("choose another id")
 }
 
 fn answer<T>(reply: Reply<T>, result: Result<T, Problem>) {

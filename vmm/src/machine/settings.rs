@@ -53,6 +53,13 @@ impl DiskSetting {
         locked(&self.config).read_only = true;
     }
 
+    /// It has the places on the SCSI adapter that `config` says.
+    pub(super) fn place(&self, config: &DiskConfig) {
+        let mut own = locked(&self.config);
+        (own.target, own.lun) = (config.target, config.lun);
+        own.paths.clone_from(&config.paths);
+    }
+
     /// Why its requests wait.
     pub(super) fn stopped(&self) -> Option<String> {
         locked(&self.stopped).clone()

@@ -141,13 +141,15 @@ impl Slots {
         !self.leaving.is_empty()
     }
 
-    /// Ends devices that have drained; returns their names.
-    pub(super) fn collect(&mut self) -> Vec<DeviceId> {
+    /// Ends devices that have drained; returns their names, and whether it was the SCSI adapter.
+    pub(super) fn collect(&mut self) -> Vec<(DeviceId, bool)> {
         let (gone, leaving) = std::mem::take(&mut self.leaving)
             .into_iter()
             .partition(|slot| slot.transport.is_idle());
         self.leaving = leaving;
-        gone.into_iter().map(|slot: Slot| slot.id).collect()
+        gone.into_iter()
+            .map(|slot: Slot| (slot.id, matches!(slot.kind, Kind::ScsiAdapter)))
+            .collect()
     }
 
     /// Begins to stop all devices. vCPUs must not run any more.

@@ -220,6 +220,17 @@ fn where_there_is_no_unit_only_a_few_commands_are_answered() {
 }
 
 #[test]
+fn an_inquiry_with_a_lun_of_scsi_2_is_answered() {
+    let bench = Bench::new();
+    for lun in 0..8 {
+        bench.ask(&[0x12, lun << 5, 0, 0, 36, 0]).assert_good();
+    }
+    bench
+        .ask(&[0x12, 0x10, 0, 0, 36, 0])
+        .assert_field(true, (1, Some(4)));
+}
+
+#[test]
 fn the_table_of_commands_is_what_initiators_are_told() {
     let bench = Bench::with(UnitOptions {
         removable: true,
@@ -369,7 +380,7 @@ impl VendorCommands for Vendor {
         })
     }
 
-    fn page(&self, nexus: &Nexus) -> Vec<u8> {
+    fn page(&self, _: &Unit, nexus: &Nexus) -> Vec<u8> {
         nexus.target_port().to_be_bytes().to_vec()
     }
 }

@@ -7,6 +7,7 @@ mod console;
 mod disk_descriptor;
 mod disk_image;
 mod escape;
+mod expanded_api;
 mod filesys_image;
 mod filesys_media;
 mod nbd;
@@ -172,6 +173,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 1024,
         is_possible: always,
         body: scsi::run,
+    },
+    Target {
+        name: "expanded-api",
+        about: "the expanded API: requests, fragments, tags of a guest that may touch only its own",
+        max_length: 512,
+        is_possible: always,
+        body: expanded_api::run,
     },
 ];
 

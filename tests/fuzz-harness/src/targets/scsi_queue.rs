@@ -135,7 +135,9 @@ impl Bench {
                         ..UnitOptions::new(Identity::from_name("fuzz", "fuzz"))
                     });
                     // The place may be taken, or be none.
-                    let _ = self.handle.add(target, lun, Arc::new(unit), disk, Arc::default());
+                    let _ = self
+                        .handle
+                        .add((target, lun), Arc::new(unit), disk, Arc::default(), None);
                 }
             }
         }

@@ -1,0 +1,241 @@
+//! File systems stand still while the host makes a snapshot of all disks under them.
+//!
+//! # Hazards
+//! - *The host does not answer.* A second thread thaws when the time is over, whatever the first one waits for: nothing stays frozen.
+//! - *This program ends.* Its signals end it before anything is frozen or after all is thawed: they are blocked meanwhile. Against SIGKILL there
+//!   is no help but `fsfreeze --unfreeze`.
+//! - *It freezes what it needs itself.* Everything that is read or written is so before and after, not meanwhile; the answer is kept in
+//!   memory that is there.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::host::AgentError;
+
+/// `FIFREEZE` and `FITHAW` (linux/fs.h).
+const FREEZE: libc::Ioctl = 0xc004_5877;
+const THAW: libc::Ioctl = 0xc004_5878;
+
+fn here(what: impl Into<String>) -> impl FnOnce(io::Error) -> AgentError {
+    let what = what.into();
+    move |source| AgentError::Here { what, source }
+}
+
+/// A file system that is to be frozen.
+#[derive(Debug)]
+pub(crate) struct FileSystem {
+    /// Where it is mounted.
+    pub(crate) mount: PathBuf,
+    root: File,
+    /// Names of the disks below it: `sda`.
+    pub(crate) disks: BTreeSet<String>,
+}
+
+/// Where a device is mounted, by /proc/self/mountinfo: the mount that is highest up in the tree of folders.
+fn mount_of(device: (u32, u32), text: &str) -> Option<PathBuf> {
+    let wanted = format!("{}:{}", device.0, device.1);
+    let mounts = text.lines().filter_map(|line| {
+        let mut fields = line.split(' ');
+        let device = fields.nth(2)?;
+        let (root, mount) = (fields.next()?, fields.next()?);
+        // Of a bind mount of a folder it is enough to have any folder.
+        (device == wanted).then(|| (root != "/", mount.len(), unescaped(mount)))
+    });
+    mounts.min().map(|(_, _, mount)| PathBuf::from(mount))
+}
+
+/// Spaces and the like are written in octal.
+fn unescaped(text: &str) -> String {
+    let mut parts = text.split('\\');
+    let mut result = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let code = part
+            .get(..3)
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match code {
+            Some(code) => {
+                result.push(char::from(code));
+                result.push_str(&part[3..]);
+            }
+            None => result.push_str(part),
+        }
+    }
+    result
+}
+
+/// The disks that a block device is made of: itself, the disk of which it is a partition, those below it.
+fn disks_of(folder: &Path, found: &mut BTreeSet<String>, depth: u32) {
+    let slaves: Vec<_> = fs::read_dir(folder.join("slaves"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .collect();
+    if depth < 8 && !slaves.is_empty() {
+        for slave in slaves {
+            disks_of(&slave.path(), found, depth + 1);
+        }
+        return;
+    }
+    let Ok(real) = fs::canonicalize(folder) else {
+        return;
+    };
+    let disk = match real.join("partition").exists() {
+        true => real.parent(),
+        false => Some(real.as_path()),
+    };
+    let name = disk.and_then(Path::file_name);
+    found.extend(name.map(|name| name.to_string_lossy().into_owned()));
+}
+
+/// The file systems on which `files` are, each once.
+pub(crate) fn file_systems(files: &[PathBuf]) -> Result<Vec<FileSystem>, AgentError> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(here("/proc/self/mountinfo"))?;
+    let mut seen = BTreeSet::new();
+    let mut found: Vec<FileSystem> = Vec::new();
+    for file in files {
+        let metadata = fs::metadata(file).map_err(here(file.display().to_string()))?;
+        let device = (libc::major(metadata.dev()), libc::minor(metadata.dev()));
+        if !seen.insert(device) {
+            continue;
+        }
+        let no_disk = || AgentError::Text(format!("{} is not on a file system of one disk", file.display()));
+        let mount = mount_of(device, &mounts).ok_or_else(no_disk)?;
+        let root = File::open(&mount).map_err(here(mount.display().to_string()))?;
+        let mut disks = BTreeSet::new();
+        let folder = PathBuf::from(format!("/sys/dev/block/{}:{}", device.0, device.1));
+        disks_of(&folder, &mut disks, 0);
+        if disks.is_empty() {
+            return Err(no_disk());
+        }
+        found.push(FileSystem { mount, root, disks });
+    }
+    Ok(found)
+}
+
+/// Signals that end a program wait until this is dropped.
+struct Uninterrupted(libc::sigset_t);
+
+impl Uninterrupted {
+    fn begin() -> Self {
+        // SAFETY: the sets are memory of this function, and initialised by the calls before they are read.
+        unsafe {
+            let mut blocked = std::mem::zeroed::<libc::sigset_t>();
+            let mut before = std::mem::zeroed::<libc::sigset_t>();
+            libc::sigemptyset(&raw mut blocked);
+            for signal in [
+                libc::SIGINT,
+                libc::SIGTERM,
+                libc::SIGHUP,
+                libc::SIGPIPE,
+                libc::SIGQUIT,
+            ] {
+                libc::sigaddset(&raw mut blocked, signal);
+            }
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const blocked, &raw mut before);
+            Self(before)
+        }
+    }
+}
+
+impl Drop for Uninterrupted {
+    fn drop(&mut self) {
+        // SAFETY: the set is as the kernel gave it.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut()) };
+    }
+}
+
+fn control(file: &File, request: libc::Ioctl) -> io::Result<()> {
+    // SAFETY: these requests take no memory.
+    match unsafe { libc::ioctl(file.as_raw_fd(), request, 0) } {
+        result if result < 0 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Runs `act` while all file systems are frozen; what it made, and for how long the first of them was frozen. They are thawed after `limit`
+/// in any case, and that is an error.
+pub(crate) fn while_frozen<T>(
+    systems: &[FileSystem],
+    limit: Duration,
+    act: impl FnOnce() -> Result<T, AgentError>,
+) -> Result<(T, Duration), AgentError> {
+    let _signals = Uninterrupted::begin();
+    // Those that are frozen now; whoever takes one out thaws it.
+    let frozen: Mutex<Vec<&FileSystem>> = Mutex::new(Vec::new());
+    let thaw = || {
+        let mut all = frozen.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = all.len();
+        for system in all.drain(..).rev() {
+            // There is nothing else that could be tried.
+            let _ = control(&system.root, THAW);
+        }
+        count
+    };
+    let thaw = &thaw;
+    let (done, watched) = channel::<()>();
+    std::thread::scope(|scope| {
+        let watchdog = scope.spawn(move || {
+            matches!(watched.recv_timeout(limit), Err(RecvTimeoutError::Timeout)) && thaw() > 0
+        });
+        let begin = Instant::now();
+        let mut result = Ok(());
+        for system in systems {
+            let mut all = frozen.lock().unwrap_or_else(PoisonError::into_inner);
+            match control(&system.root, FREEZE) {
+                Ok(()) => all.push(system),
+                Err(source) => {
+                    let what = format!("{} cannot be frozen", system.mount.display());
+                    result = Err(AgentError::Here { what, source });
+                    break;
+                }
+            }
+        }
+        let result = result.and_then(|()| act());
+        thaw();
+        let duration = begin.elapsed();
+        drop(done);
+        let late = watchdog.join().unwrap_or(false) || duration > limit;
+        match result {
+            Ok(_) if late => Err(AgentError::Text(format!(
+                "the host took longer than {} s, and the file systems were thawed meanwhile: the image is not one of a frozen state",
+                limit.as_secs()
+            ))),
+            result => result.map(|made| (made, duration)),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mount_of_a_whole_file_system_is_preferred() {
+        let text = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+                    23 22 8:17 /sub /a rw - ext4 /dev/sdb1 rw\n\
+                    24 22 8:17 / /with\\040space rw - ext4 /dev/sdb1 rw\n";
+        assert_eq!(mount_of((8, 17), text), Some(PathBuf::from("/with space")));
+        assert_eq!(mount_of((8, 1), text), Some(PathBuf::from("/")));
+        assert_eq!(mount_of((8, 2), text), None);
+    }
+
+    #[test]
+    fn what_cannot_be_frozen_is_an_error_and_nothing_is_done() {
+        let folder = tempfile::tempdir().unwrap();
+        let system = FileSystem {
+            mount: folder.path().to_owned(),
+            // Neither a folder nor allowed.
+            root: File::open("/dev/null").unwrap(),
+            disks: BTreeSet::new(),
+        };
+        let acted = while_frozen(&[system], Duration::from_secs(1), || Ok(()));
+        assert!(matches!(acted, Err(AgentError::Here { .. })), "{acted:?}");
+    }
+}

@@ -1,0 +1,313 @@
+//! Answers for people.
+
+use std::fmt::Write;
+
+use api::ByteSize;
+use api::storage::{JobState, JobStatus, Shape};
+use api::virtual_disk::SnapshotStatus;
+use expanded_api::{Answer, Description, GuestDisk, GuestEvent, GuestVolume};
+
+use crate::host::Found;
+
+/// The name of a value as its JSON has it.
+fn name_of(value: &impl serde::Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(name)) => name,
+        _ => String::new(),
+    }
+}
+
+/// Columns that are as wide as what is in them; the last is not filled up.
+fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:width$}"))
+            .collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.iter().map(ToString::to_string).collect()
+}
+
+fn list(names: &[String]) -> String {
+    match names {
+        [] => "none".to_owned(),
+        names => names.join(", "),
+    }
+}
+
+/// What the host did, in words.
+pub(crate) fn answer(answer: &Answer, here: &[Found]) -> String {
+    match answer {
+        Answer::Done => String::new(),
+        Answer::Description(description) => describe(description),
+        Answer::Disks(all) => disks(all, here),
+        Answer::Disk(status) => {
+            let disk = &status.disk;
+            let mut text = format!(
+                "{}: {}, {} of volumes, {} layers\n",
+                disk.path,
+                ByteSize::from_bytes(disk.size),
+                ByteSize::from_bytes(disk.allocated),
+                status.layers
+            );
+            if let Some(base) = &status.based_on {
+                let _ = writeln!(text, "built on snapshot {base}");
+            }
+            text + &snapshots(&status.snapshot_list)
+        }
+        Answer::Volumes(all) => volumes(all),
+        Answer::Attached(disk) => {
+            let device = here.iter().find(|found| found.serial == disk.serial);
+            let device = device.map_or_else(
+                || format!("it comes in a moment, with serial number {}", disk.serial),
+                |found| found.path.display().to_string(),
+            );
+            format!("{}: {device}\n", disk.path)
+        }
+        Answer::Moved(moved) => {
+            let size = ByteSize::from_bytes;
+            match moved.stayed {
+                0 => format!("{} moved\n", size(moved.moved)),
+                stayed => format!(
+                    "{} moved; {} stayed: there is no space for them\n",
+                    size(moved.moved),
+                    size(stayed)
+                ),
+            }
+        }
+        Answer::Jobs(all) => jobs(all),
+        Answer::Image(image) => {
+            let rows = image.disks.iter();
+            let rows: Vec<_> = rows
+                .map(|disk| row([&disk.snapshot, &disk.configuration]))
+                .collect();
+            table(&rows)
+        }
+        Answer::Extents(all) => {
+            let mut rows = vec![row(["OFFSET", "LENGTH", "VOLUME", "START"])];
+            rows.extend(all.iter().map(|extent| {
+                vec![
+                    extent.offset.to_string(),
+                    extent.length.to_string(),
+                    extent.volume.clone(),
+                    extent.start.to_string(),
+                ]
+            }));
+            table(&rows)
+        }
+        Answer::ConfigurationId(text) => format!("{text}\n"),
+        Answer::Changed(ranges) => {
+            let mut rows = vec![row(["OFFSET", "LENGTH", ""])];
+            rows.extend(ranges.iter().map(|range| {
+                let zero = if range.zero { "zeroes" } else { "" };
+                row([&range.offset.to_string(), &range.length.to_string(), zero])
+            }));
+            table(&rows)
+        }
+        Answer::NotConfigured(what) => format!("this host has no {what}\n"),
+    }
+}
+
+fn describe(description: &Description) -> String {
+    let rights: Vec<String> = description
+        .rights
+        .iter()
+        .map(|right| right.name().to_owned())
+        .collect();
+    let quota = &description.quota;
+    let bytes = quota
+        .bytes
+        .map(|bytes| format!(", {} together", ByteSize::from_bytes(bytes)));
+    table(&[
+        row(["machine", description.vm.as_str()]),
+        row([
+            "host",
+            &format!(
+                "smsvmm {}, expanded API {}",
+                description.product, description.version
+            ),
+        ]),
+        row(["may", &rights.join(", ")]),
+        row(["with disks", &format!("its own; {}", list(&description.objects))]),
+        row(["volumes", &list(&description.volumes)]),
+        row(["devices", &list(&description.devices)]),
+        row([
+            "at most",
+            &format!(
+                "{} disks{}, {} snapshots of each, {} jobs at once, {} requests per second",
+                quota.disks,
+                bytes.unwrap_or_default(),
+                quota.snapshots,
+                quota.jobs,
+                quota.rate
+            ),
+        ]),
+    ])
+}
+
+fn disks(all: &[GuestDisk], here: &[Found]) -> String {
+    if all.is_empty() {
+        return "this machine has no disks\n".to_owned();
+    }
+    let mut rows = vec![row(["DEVICE", "ID", "SIZE", "SNAPSHOTS", "VOLUMES", "DISK"])];
+    for disk in all {
+        let found = here
+            .iter()
+            .find(|found| Some(&found.serial) == disk.serial.as_ref());
+        let device = found.map(|found| found.path.display().to_string());
+        let path = disk.path.as_deref().unwrap_or("(not in a pool)");
+        let note = if disk.read_only { " (read-only)" } else { "" };
+        rows.push(vec![
+            device.unwrap_or_else(|| "-".to_owned()),
+            disk.id
+                .as_ref()
+                .map_or_else(|| "-".to_owned(), ToString::to_string),
+            ByteSize::from_bytes(disk.size).to_string(),
+            disk.snapshots.len().to_string(),
+            disk.volumes.join(","),
+            format!("{path}{note}"),
+        ]);
+    }
+    table(&rows)
+}
+
+/// Snapshots of a disk.
+pub(crate) fn snapshots(all: &[SnapshotStatus]) -> String {
+    if all.is_empty() {
+        return "no snapshots\n".to_owned();
+    }
+    let mut rows = vec![row(["SNAPSHOT", "MADE", "SIZE", "WRITTEN BEFORE", "DESCRIPTION"])];
+    rows.extend(all.iter().map(|snapshot| {
+        vec![
+            snapshot.name.clone(),
+            date(snapshot.created),
+            ByteSize::from_bytes(snapshot.size).to_string(),
+            ByteSize::from_bytes(snapshot.allocated).to_string(),
+            snapshot.description.clone(),
+        ]
+    }));
+    table(&rows)
+}
+
+fn shape(shape: &Shape) -> String {
+    let layout = name_of(&shape.layout);
+    match (shape.columns, shape.copies) {
+        (0 | 1, 0 | 1) => layout,
+        (columns, 0 | 1) => format!("{layout} of {columns}"),
+        (0 | 1, copies) => format!("{layout}, {copies} copies"),
+        (columns, copies) => format!("{layout} of {columns}, {copies} copies"),
+    }
+}
+
+fn volumes(all: &[GuestVolume]) -> String {
+    let mut rows = vec![row(["VOLUME", "STATE", "SIZE", "FREE", "LAYOUT", ""])];
+    rows.extend(all.iter().map(|volume| {
+        vec![
+            volume.name.clone(),
+            name_of(&volume.state),
+            ByteSize::from_bytes(volume.size).to_string(),
+            volume
+                .free
+                .map_or_else(|| "-".to_owned(), |free| ByteSize::from_bytes(free).to_string()),
+            shape(&volume.shape),
+            if volume.yours {
+                String::new()
+            } else {
+                "not to be changed from here".to_owned()
+            },
+        ]
+    }));
+    table(&rows)
+}
+
+/// Jobs, one per line.
+pub(crate) fn jobs(all: &[JobStatus]) -> String {
+    if all.is_empty() {
+        return "this machine has begun no jobs\n".to_owned();
+    }
+    let mut rows = vec![row(["JOB", "STATE", "DONE", "WHAT"])];
+    rows.extend(all.iter().map(|job| {
+        let state = match (&job.state, &job.reason) {
+            (JobState::Failed, Some(reason)) => format!("failed: {reason}"),
+            (state, _) => name_of(state),
+        };
+        vec![
+            job.id.to_string(),
+            state,
+            format!("{} %", job.percent()),
+            job.what.clone(),
+        ]
+    }));
+    table(&rows)
+}
+
+/// An event in one line.
+pub(crate) fn event(event: &GuestEvent) -> String {
+    let mut text = format!(
+        "{:>5}  {}  {}",
+        event.sequence,
+        date(event.time_ms / 1000),
+        event.event
+    );
+    if let Some(object) = &event.object {
+        let _ = write!(text, " {object}");
+    }
+    if let Some(reason) = &event.reason {
+        let _ = write!(text, ": {reason}");
+    }
+    text
+}
+
+/// Seconds since 1970 as date and time, UTC.
+fn date(seconds: u64) -> String {
+    let days = seconds / 86_400;
+    // Years that begin in March, from the year 0: leap days are at their end.
+    let shifted = days + 719_468;
+    let era = shifted / 146_097;
+    let day_of_era = shifted % 146_097;
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        assert_eq!(date(0), "1970-01-01 00:00:00Z");
+        assert_eq!(date(951_782_399), "2000-02-28 23:59:59Z");
+        assert_eq!(date(951_782_400), "2000-02-29 00:00:00Z");
+        assert_eq!(date(4_107_542_400), "2100-03-01 00:00:00Z");
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_what_is_in_them() {
+        let text = table(&[row(["A", "B"]), row(["long", ""]), row(["x", "y"])]);
+        assert_eq!(text, "A     B\nlong\nx     y\n");
+    }
+}

@@ -1,0 +1,281 @@
+//! A guest that sends commands, and a machine that does what a test says.
+#![allow(dead_code, reason = "each test uses a part")]
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::Thread;
+
+use api::virtual_disk::TransferRequest;
+use api::{
+    ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog,
+    ExpandedPolicy, NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, Vm,
+    VmState, VmStatus,
+};
+use block_io::AlignedBuffer;
+use expanded_api::{Action, Answer, Cdb, Header, Outcome, Request, State};
+use expanded_target::{ExpandedTarget, Running};
+use storage_virtualizer::scsi::{
+    self, Command, Identity, Nexus, Status, TransportId, Unit, UnitOptions, VendorCommands,
+};
+
+type Pool = Box<dyn Fn(StorageRequest) -> Result<StorageAnswer, Problem> + Send + Sync>;
+
+/// A machine whose pool is a function.
+pub(crate) struct FakeVm {
+    pub(crate) disks: Mutex<Vec<DiskStatus>>,
+    pub(crate) asked: Mutex<Vec<StorageRequest>>,
+    pool: Pool,
+    events: EventLog,
+}
+
+fn no() -> Problem {
+    Problem::new(ProblemKind::Conflict, "not in this test")
+}
+
+impl FakeVm {
+    pub(crate) fn new(
+        pool: impl Fn(StorageRequest) -> Result<StorageAnswer, Problem> + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            disks: Mutex::default(),
+            asked: Mutex::default(),
+            pool: Box::new(pool),
+            events: EventLog::new(),
+        })
+    }
+
+    /// With a disk of the pool attached.
+    pub(crate) fn has(&self, path: &str, read_only: bool) {
+        let config = DiskConfig {
+            image: None,
+            file: Some(path.into()),
+            read_only,
+            ..DiskConfig::new("")
+        };
+        self.attach_disk(config).unwrap();
+    }
+}
+
+impl Vm for FakeVm {
+    fn status(&self) -> VmStatus {
+        VmStatus {
+            name: "fake".parse().unwrap(),
+            state: VmState::Running,
+            pid: 1,
+            uptime_seconds: 0,
+            resets: 0,
+            cpus: 1,
+            memory: ByteSize::from_mib(64),
+            disks: self.disks.lock().unwrap().clone(),
+            nets: Vec::new(),
+            limit_groups: BTreeMap::new(),
+            last_event: 0,
+        }
+    }
+
+    fn power_button(&self) -> Result<(), Problem> {
+        Err(no())
+    }
+
+    fn stop(&self, _: &str) -> Result<(), Problem> {
+        Err(no())
+    }
+
+    fn reset(&self) -> Result<(), Problem> {
+        Err(no())
+    }
+
+    fn pause(&self) -> Result<(), Problem> {
+        Err(no())
+    }
+
+    fn resume(&self) -> Result<(), Problem> {
+        Err(no())
+    }
+
+    fn attach_disk(&self, disk: DiskConfig) -> Result<DiskStatus, Problem> {
+        let mut disks = self.disks.lock().unwrap();
+        let id = DeviceId::first_free("disk", |id| disks.iter().any(|disk| disk.config.id == *id));
+        let status = DiskStatus {
+            config: DiskConfig { id, ..disk },
+            state: DeviceState::Attached,
+            size: ByteSize::from_mib(1),
+            stopped: None,
+        };
+        disks.push(status.clone());
+        Ok(status)
+    }
+
+    fn attach_net(&self, _: NetConfig) -> Result<NetStatus, Problem> {
+        Err(no())
+    }
+
+    fn detach(&self, id: &DeviceId) -> Result<(), Problem> {
+        self.disks.lock().unwrap().retain(|disk| disk.config.id != *id);
+        Ok(())
+    }
+
+    fn change_disk(&self, _: &DeviceId, _: &DiskChange) -> Result<DiskStatus, Problem> {
+        Err(no())
+    }
+
+    fn change_limits(&self, _: &DeviceId, _: &DiskLimits) -> Result<DiskLimits, Problem> {
+        Err(no())
+    }
+
+    fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        self.asked.lock().unwrap().push(request.clone());
+        (self.pool)(request)
+    }
+
+    fn transfer(&self, _: TransferRequest) -> Result<Transfer, Problem> {
+        Err(no())
+    }
+
+    fn events(&self) -> &EventLog {
+        &self.events
+    }
+}
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Waits for a future on this thread.
+pub(crate) fn wait_for<T>(future: impl Future<Output = T>) -> T {
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let mut future = pin!(future);
+    loop {
+        match future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            Poll::Ready(value) => return value,
+            Poll::Pending => std::thread::park(),
+        }
+    }
+}
+
+/// What came of a command.
+#[derive(Debug)]
+pub(crate) struct Answered {
+    pub(crate) outcome: scsi::Outcome,
+    pub(crate) data: Vec<u8>,
+}
+
+impl Answered {
+    /// Additional sense code and qualifier; none if it succeeded.
+    pub(crate) fn sense(&self) -> Option<(u8, u8)> {
+        let sense = self.outcome.sense.as_slice();
+        (self.outcome.status == Status::CheckCondition).then(|| (sense[12], sense[13]))
+    }
+
+    pub(crate) fn good(self) -> Self {
+        assert_eq!(self.sense(), None, "{self:?}");
+        self
+    }
+
+    pub(crate) fn header(&self) -> Header {
+        Header::decode(&self.data).unwrap()
+    }
+}
+
+/// A guest with one disk.
+pub(crate) struct Guest {
+    pub(crate) target: ExpandedTarget,
+    pub(crate) running: Option<Running>,
+    unit: Unit,
+    nexus: Nexus,
+}
+
+impl Guest {
+    pub(crate) fn new(vm: Arc<dyn Vm>, policy: ExpandedPolicy) -> Self {
+        let target = ExpandedTarget::new("fake".parse().unwrap(), policy);
+        let running = target.start(vm, || Box::new(|| Ok(()))).unwrap();
+        Self {
+            target,
+            running: Some(running),
+            unit: Unit::new(UnitOptions::new(Identity::from_name("disk", "serial"))),
+            nexus: Nexus::new(TransportId::sas(1), 1),
+        }
+    }
+
+    pub(crate) fn page(&self) -> Vec<u8> {
+        self.target.page(&self.unit, &self.nexus)
+    }
+
+    /// A command with data from the guest, or room for data to it.
+    pub(crate) fn raw(&self, cdb: &[u8], out: &[u8], room: usize) -> Answered {
+        let mut from = AlignedBuffer::new(out.len().max(1));
+        from.as_mut_slice()[..out.len()].copy_from_slice(out);
+        let to = AlignedBuffer::new(room.max(1));
+        // SAFETY: the buffers outlive the command, and are not touched meanwhile.
+        let (data_out, data_in) = unsafe { ([from.io(0, out.len())], [to.io(0, room)]) };
+        let command = Command {
+            cdb,
+            data_out: if out.is_empty() { &[] } else { &data_out },
+            data_in: if room == 0 { &[] } else { &data_in },
+        };
+        let outcome = wait_for(self.target.execute(&self.unit, &self.nexus, &command));
+        let moved = if room == 0 {
+            0
+        } else {
+            usize::try_from(outcome.moved).unwrap()
+        };
+        Answered {
+            outcome,
+            data: to.as_slice()[..moved].to_vec(),
+        }
+    }
+
+    pub(crate) fn input(&self, cdb: Cdb) -> Answered {
+        self.raw(&cdb.encode(), &[], cdb.length as usize)
+    }
+
+    pub(crate) fn send(&self, tag: u32, text: &str) -> Answered {
+        let length = u32::try_from(text.len()).unwrap();
+        self.raw(&Cdb::send(tag, length, 0, true).encode(), text.as_bytes(), 0)
+    }
+
+    pub(crate) fn receive(&self, tag: u32, wait_ms: u16) -> Answered {
+        self.input(Cdb {
+            wait_ms,
+            ..Cdb::new(Action::Receive, tag, 1 << 16)
+        })
+    }
+
+    pub(crate) fn cancel(&self, tag: u32) -> Answered {
+        self.raw(&Cdb::new(Action::Cancel, tag, 0).encode(), &[], 0)
+    }
+
+    /// What came of a request, when it has ended; it must fit one piece.
+    pub(crate) fn outcome(&self, tag: u32) -> Outcome {
+        loop {
+            let answered = self.receive(tag, 4000).good();
+            let header = answered.header();
+            if matches!(header.state, State::Done | State::Failed) {
+                assert_eq!(header.total, header.length);
+                return serde_json::from_slice(&answered.data[Header::LENGTH..]).unwrap();
+            }
+        }
+    }
+
+    /// Has a request done.
+    pub(crate) fn ask(&self, request: &Request) -> Result<Answer, Problem> {
+        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1000);
+        let tag = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let sent = self.send(tag, &serde_json::to_string(request).unwrap());
+        let outcome = self.outcome(tag);
+        match outcome {
+            Outcome::Answer(answer) => {
+                assert_eq!(sent.sense(), None);
+                Ok(*answer)
+            }
+            Outcome::Problem(problem) => Err(problem),
+        }
+    }
+}
