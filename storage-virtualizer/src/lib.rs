@@ -22,9 +22,11 @@ pub mod fuzz;
 mod inflight;
 #[cfg(any(test, feature = "fuzzing"))]
 mod memory_disk;
+pub mod iscsi;
 pub mod nbd;
 mod queue;
 pub mod scsi;
+mod sockets;
 pub mod vhost_user;
 pub mod virtio_blk;
 pub mod virtio_scsi;

@@ -2,7 +2,7 @@
 
 use block_io::{BlockDevice, Durability, IoError};
 
-use super::buffers::Buffer;
+use crate::sockets::buffers::Buffer;
 use super::connection::Session;
 use super::export::{Export, Extent, Extents, MOST_EXTENTS};
 use super::link::Permit;

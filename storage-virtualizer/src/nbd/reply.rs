@@ -5,7 +5,7 @@ use block_io::nbd::protocol::{
 };
 use block_io::{IoCause, IoError};
 
-use super::buffers::Buffer;
+use crate::sockets::buffers::Buffer;
 use super::link::Permit;
 
 /// Longest head: that of extended headers, and an offset.
@@ -252,7 +252,7 @@ mod tests {
 
     use block_io::Operation;
 
-    use super::super::buffers::Pool;
+    use crate::sockets::buffers::Pool;
     use super::*;
 
     fn bytes(reply: &Reply) -> Vec<u8> {

@@ -23,7 +23,7 @@ use block_io::{
 use rustls::ServerConfig;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::buffers::Pool;
+use crate::sockets::buffers::Pool;
 use super::connection;
 use super::export::Export;
 use super::link::{Allowance, Link};
