@@ -20,9 +20,9 @@ mod disk_handle;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod inflight;
+pub mod iscsi;
 #[cfg(any(test, feature = "fuzzing"))]
 mod memory_disk;
-pub mod iscsi;
 pub mod nbd;
 mod queue;
 pub mod scsi;

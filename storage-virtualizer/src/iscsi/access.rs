@@ -40,7 +40,11 @@ pub fn check_name(name: &str) -> Result<(), NameError> {
     if let Some(rest) = name.strip_prefix("iqn.") {
         let date = rest.as_bytes();
         let digit = |at: usize| date.get(at).is_some_and(u8::is_ascii_digit);
-        let dated = (0..4).all(digit) && date.get(4) == Some(&b'-') && digit(5) && digit(6) && date.get(7) == Some(&b'.');
+        let dated = (0..4).all(digit)
+            && date.get(4) == Some(&b'-')
+            && digit(5)
+            && digit(6)
+            && date.get(7) == Some(&b'.');
         if !dated || date.len() < 9 {
             return refuse("after iqn. comes a date like 2026-11. and a reversed domain");
         }
@@ -53,7 +57,9 @@ pub fn check_name(name: &str) -> Result<(), NameError> {
         lengths.contains(&rest.len()) && rest.bytes().all(|byte| byte.is_ascii_hexdigit())
     };
     if name.strip_prefix("eui.").is_some_and(|rest| digits(rest, &[16]))
-        || name.strip_prefix("naa.").is_some_and(|rest| digits(rest, &[16, 32]))
+        || name
+            .strip_prefix("naa.")
+            .is_some_and(|rest| digits(rest, &[16, 32]))
     {
         return Ok(());
     }
@@ -167,11 +173,17 @@ pub(super) fn check(list: &[Access], luns: &BTreeSet<u16>) -> Result<(), AccessE
         if let Some(initiator) = &access.initiator {
             check_name(initiator)?;
         }
-        if list[..index].iter().any(|other| other.initiator == access.initiator) {
+        if list[..index]
+            .iter()
+            .any(|other| other.initiator == access.initiator)
+        {
             return Err(AccessError::Twice(name.to_owned()));
         }
         if let Some(chap) = &access.chap
-            && chap.mutual.as_ref().is_some_and(|(_, secret)| *secret == chap.secret)
+            && chap
+                .mutual
+                .as_ref()
+                .is_some_and(|(_, secret)| *secret == chap.secret)
         {
             return Err(AccessError::SameSecret(name.to_owned()));
         }
@@ -187,7 +199,9 @@ pub(super) fn check(list: &[Access], luns: &BTreeSet<u16>) -> Result<(), AccessE
 
 /// What `initiator` may do; none: it may not log in.
 pub(super) fn find<'a>(list: &'a [Access], initiator: &str) -> Option<&'a Access> {
-    let named = list.iter().find(|access| access.initiator.as_deref() == Some(initiator));
+    let named = list
+        .iter()
+        .find(|access| access.initiator.as_deref() == Some(initiator));
     named.or_else(|| list.iter().find(|access| access.initiator.is_none()))
 }
 
@@ -238,9 +252,15 @@ mod tests {
         assert_eq!(find(&list, "iqn.2026-11.b"), Some(&b));
         assert_eq!(find(&list, "iqn.2026-11.c"), Some(&list[2]));
         assert_eq!(find(&list[..2], "iqn.2026-11.c"), None);
-        assert!(matches!(check(&[a.clone(), a.clone()], &luns), Err(AccessError::Twice(_))));
+        assert!(matches!(
+            check(&[a.clone(), a.clone()], &luns),
+            Err(AccessError::Twice(_))
+        ));
         let lost = named("iqn.2026-11.a", &[7]);
-        assert!(matches!(check(&[lost], &luns), Err(AccessError::NoSuchLun { lun: 7, .. })));
+        assert!(matches!(
+            check(&[lost], &luns),
+            Err(AccessError::NoSuchLun { lun: 7, .. })
+        ));
         let same = Access {
             chap: Some(Chap {
                 user: "u".to_owned(),
@@ -249,7 +269,10 @@ mod tests {
             }),
             ..a
         };
-        assert!(matches!(check(&[same.clone()], &luns), Err(AccessError::SameSecret(_))));
+        assert!(matches!(
+            check(&[same.clone()], &luns),
+            Err(AccessError::SameSecret(_))
+        ));
         assert!(!format!("{same:?}").contains("0123456789ab"));
         assert_eq!(Secret::new(vec![0; 11]), Err(SecretError::Short(11)));
         assert_eq!(Secret::new(vec![0; 257]), Err(SecretError::Long(257)));

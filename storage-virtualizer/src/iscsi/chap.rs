@@ -96,7 +96,9 @@ impl Question {
             return Err("the initiator's answer to CHAP is incomplete");
         };
         let response = text::binary(response).ok_or("a CHAP response is malformed")?;
-        let expected = self.algorithm.respond(self.identifier, &known.secret, &self.challenge);
+        let expected = self
+            .algorithm
+            .respond(self.identifier, &known.secret, &self.challenge);
         let right = verify_slices_are_equal(&expected, &response).is_ok();
         let named = verify_slices_are_equal(known.user.as_bytes(), name.as_bytes()).is_ok();
         if !right || !named {
@@ -168,7 +170,10 @@ mod tests {
             response: Some(response),
             ..Reply::default()
         };
-        assert_eq!(question.check(&reply("host", &right), &known), Ok(Text::default()));
+        assert_eq!(
+            question.check(&reply("host", &right), &known),
+            Ok(Text::default())
+        );
         assert!(question.check(&reply("host", &wrong), &known).is_err());
         assert!(question.check(&reply("other", &right), &known).is_err());
         assert!(question.check(&Reply::default(), &known).is_err());

@@ -150,7 +150,9 @@ impl<D: BlockDevice + 'static> Connection<D> {
             request::TASK_MANAGEMENT => {
                 let (connection, head) = (Rc::clone(self), *head);
                 // This is a task, so there is a worker.
-                drop(spawn_local(async move { super::manage::manage(&connection, &head).await }));
+                drop(spawn_local(async move {
+                    super::manage::manage(&connection, &head).await
+                }));
             }
             request::LOGOUT => {
                 let (connection, head) = (Rc::clone(self), *head);
@@ -402,7 +404,10 @@ fn login_response(asked: &Head, number: u32, code: u16, flags: u8, tsih: u16) ->
     let mut head = Head::new(response::LOGIN, flags, asked.tag())
         .with(24, number)
         .with(28, asked.command_number())
-        .with(32, asked.command_number().wrapping_add(super::session::WINDOW - 1))
+        .with(
+            32,
+            asked.command_number().wrapping_add(super::session::WINDOW - 1),
+        )
         .with(36, u32::from(code) << 16);
     head.0[8..14].copy_from_slice(&asked.0[8..14]);
     head.0[14..16].copy_from_slice(&tsih.to_be_bytes());
@@ -440,16 +445,25 @@ async fn admit<D: BlockDevice + 'static>(
     agreement: &Agreement,
 ) -> Result<Rc<Session<D>>, Refusal> {
     match server.join(agreement)? {
-        Joined::New => Ok(server.open(agreement).ok_or(Refusal(status::NO_RESOURCES, "too many sessions"))?),
+        Joined::New => Ok(server
+            .open(agreement)
+            .ok_or(Refusal(status::NO_RESOURCES, "too many sessions"))?),
         Joined::Instead(old) => {
             // The old session's commands have ended when the new one begins (RFC 7143 §6.3.5).
             old.close();
             old.released().await;
-            Ok(server.open(agreement).ok_or(Refusal(status::NO_RESOURCES, "too many sessions"))?)
+            Ok(server
+                .open(agreement)
+                .ok_or(Refusal(status::NO_RESOURCES, "too many sessions"))?)
         }
         Joined::Session(session) => {
             let cid = agreement.first.cid;
-            let old = session.connections.borrow().iter().find(|old| old.cid == cid).cloned();
+            let old = session
+                .connections
+                .borrow()
+                .iter()
+                .find(|old| old.cid == cid)
+                .cloned();
             if let Some(old) = old {
                 // The same for a connection (RFC 7143 §6.3.4).
                 old.logged_out.set(true);
@@ -458,7 +472,10 @@ async fn admit<D: BlockDevice + 'static>(
                 for task in session.end_tasks(|task| task.cid == cid) {
                     task.done().await;
                 }
-                session.connections.borrow_mut().retain(|other| !Rc::ptr_eq(other, &old));
+                session
+                    .connections
+                    .borrow_mut()
+                    .retain(|other| !Rc::ptr_eq(other, &old));
             }
             if session.is_closed() {
                 return Err(Refusal(status::NO_SESSION, "a session that has just ended"));
@@ -510,7 +527,11 @@ fn connect<D: BlockDevice + 'static>(
 async fn full_feature<D: BlockDevice + 'static>(connection: &Rc<Connection<D>>, input: &mut Input) -> End {
     loop {
         if let Err(end) = one(connection, input).await {
-            return if connection.logged_out.get() { End::Closed } else { end };
+            return if connection.logged_out.get() {
+                End::Closed
+            } else {
+                end
+            };
         }
     }
 }
@@ -601,7 +622,9 @@ fn long_cdb(head: &Head, mut additional: &[u8]) -> Result<Vec<u8>, End> {
         let length = usize::from(u16::from_be_bytes([segment[0], segment[1]]));
         if segment[2] & 0x3f == EXTENDED_CDB && length > 1 {
             // The length counts a reserved byte.
-            let rest = additional.get(4..3 + length).ok_or(End::Violation("a CDB that is cut off"))?;
+            let rest = additional
+                .get(4..3 + length)
+                .ok_or(End::Violation("a CDB that is cut off"))?;
             cdb = [&head.0[32..48], rest].concat();
         }
         let step = (length + 3).next_multiple_of(4);

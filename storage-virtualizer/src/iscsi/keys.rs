@@ -168,7 +168,9 @@ pub(super) fn outside_login(name: &str) -> String {
 /// Names of all keys that are negotiated here.
 #[cfg(test)]
 pub(super) fn names() -> impl Iterator<Item = &'static str> {
-    KEYS.iter().map(|key| key.name).chain(FIXED.iter().map(|(name, ..)| *name))
+    KEYS.iter()
+        .map(|key| key.name)
+        .chain(FIXED.iter().map(|(name, ..)| *name))
 }
 
 /// What kind of session a key is negotiated for.
@@ -190,7 +192,11 @@ fn yes(value: bool) -> &'static str {
 fn decide(rule: Rule, offer: &str) -> Result<(Value, Option<String>), ()> {
     let ranged = |from: u32, to: u32| {
         let number = text::number(offer).ok_or(())?;
-        if (from..=to).contains(&number) { Ok(number) } else { Err(()) }
+        if (from..=to).contains(&number) {
+            Ok(number)
+        } else {
+            Err(())
+        }
     };
     let flag = || match offer {
         "Yes" => Ok(true),
@@ -367,7 +373,11 @@ mod tests {
             ("HeaderDigest", "Reject"),
         ] {
             let offer = if name == "ErrorRecoveryLevel" { "0" } else { "1" };
-            assert_eq!(one(Context::Discovery, name, offer).1.as_deref(), Some(answer), "{name}");
+            assert_eq!(
+                one(Context::Discovery, name, offer).1.as_deref(),
+                Some(answer),
+                "{name}"
+            );
         }
     }
 }

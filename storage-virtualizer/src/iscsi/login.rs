@@ -249,16 +249,29 @@ impl Login {
         pairs: &[(&str, &str)],
         answer: &mut Text,
     ) -> Result<(), Refusal> {
-        let value = |name: &str| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| *value);
+        let value = |name: &str| {
+            pairs
+                .iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| *value)
+        };
         let initiator = value("InitiatorName").ok_or(Refusal(status::MISSING, "no InitiatorName"))?;
         let initiator = initiator.to_ascii_lowercase();
         if access::check_name(&initiator).is_err() {
-            return Err(Refusal(status::INITIATOR_ERROR, "the initiator's name is not an iSCSI name"));
+            return Err(Refusal(
+                status::INITIATOR_ERROR,
+                "the initiator's name is not an iSCSI name",
+            ));
         }
         let is_discovery = match value("SessionType") {
             None | Some("Normal") => false,
             Some("Discovery") => true,
-            Some(_) => return Err(Refusal(status::SESSION_TYPE, "a type of session that does not exist")),
+            Some(_) => {
+                return Err(Refusal(
+                    status::SESSION_TYPE,
+                    "a type of session that does not exist",
+                ));
+            }
         };
         match value("TargetName") {
             None if !is_discovery => return Err(Refusal(status::MISSING, "no TargetName")),
@@ -267,8 +280,10 @@ impl Login {
             }
             _ => {}
         }
-        let access = access::find(rules.access(), &initiator)
-            .ok_or(Refusal(status::FORBIDDEN, "nothing is shared with this initiator"))?;
+        let access = access::find(rules.access(), &initiator).ok_or(Refusal(
+            status::FORBIDDEN,
+            "nothing is shared with this initiator",
+        ))?;
         let first = First::of(head);
         if first.tsih != 0 {
             let known = rules.session(&initiator, first.isid, first.tsih);
@@ -318,7 +333,12 @@ impl Login {
                 "CHAP_I" => reply.identifier = Some(value),
                 "CHAP_C" => reply.challenge = Some(value),
                 "InitiatorAlias" => {}
-                _ => return Err(Refusal(status::INITIATOR_ERROR, "an operational key in the security stage")),
+                _ => {
+                    return Err(Refusal(
+                        status::INITIATOR_ERROR,
+                        "an operational key in the security stage",
+                    ));
+                }
             }
         }
         let Some(chap) = chap else {
@@ -355,7 +375,10 @@ impl Login {
             return Err(Refusal(status::MISSING, "no InitiatorName"));
         };
         if who.access.chap.is_some() && !matches!(self.auth, Auth::Done) {
-            return Err(Refusal(status::AUTHENTICATION, "the initiator has not proved who it is"));
+            return Err(Refusal(
+                status::AUTHENTICATION,
+                "the initiator has not proved who it is",
+            ));
         }
         let context = match self.first {
             _ if who.is_discovery => Context::Discovery,
@@ -364,7 +387,10 @@ impl Login {
         };
         for (key, value) in pairs {
             if matches!(key, "AuthMethod") || key.starts_with("CHAP_") {
-                return Err(Refusal(status::INITIATOR_ERROR, "a security key in the operational stage"));
+                return Err(Refusal(
+                    status::INITIATOR_ERROR,
+                    "a security key in the operational stage",
+                ));
             }
             if let Some(result) = self.parameters.negotiate(context, key, value) {
                 answer.put(key, &result);

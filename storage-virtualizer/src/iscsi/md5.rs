@@ -11,7 +11,11 @@ const SHIFTS: [[u32; 4]; 4] = [[7, 12, 17, 22], [5, 9, 14, 20], [4, 11, 16, 23],
 fn constant(step: u32) -> u32 {
     let sine = (f64::from(step) + 1.0).sin().abs() * 4_294_967_296.0;
     // Not negative and below 2^32.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "in range, and it is to be cut")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "in range, and it is to be cut"
+    )]
     let value = sine as u32;
     value
 }
@@ -82,7 +86,11 @@ mod tests {
                 "57edf4a22be3c955ac49da2e2107b67a",
             ),
         ] {
-            assert_eq!(hexadecimal(&md5(message.as_bytes())), format!("0x{expected}"), "{message}");
+            assert_eq!(
+                hexadecimal(&md5(message.as_bytes())),
+                format!("0x{expected}"),
+                "{message}"
+            );
         }
     }
 }

@@ -289,7 +289,11 @@ mod tests {
         ] {
             let out = Out::new(head, Body::Bytes(vec![9; length]), digests, None);
             let bytes = out.pieces().concat();
-            assert_eq!((out.length(), bytes.len()), (expected, expected), "{digests:?} {length}");
+            assert_eq!(
+                (out.length(), bytes.len()),
+                (expected, expected),
+                "{digests:?} {length}"
+            );
             let decoded = Head(bytes[..48].try_into().unwrap());
             assert_eq!((decoded.data_length(), decoded.tag()), (length, 7));
             if digests.header {

@@ -86,7 +86,7 @@ impl Default for IscsiOptions {
             memory: 32 << 20,
             login: Duration::from_secs(15),
             stall: Duration::from_secs(60),
-            ping: (Duration::from_secs(15), Duration::from_secs(15)),
+            ping: (Duration::from_secs(15), Duration::from_secs(45)),
             patience: (Duration::from_secs(3), Duration::from_secs(10)),
         }
     }
@@ -140,7 +140,11 @@ impl IscsiServer {
     ///
     /// # Errors
     /// An address cannot be used, or the options are impossible.
-    pub fn start<D, M>(worker: &WorkerHandle, options: IscsiOptions, make: M) -> Result<Self, IscsiServerError>
+    pub fn start<D, M>(
+        worker: &WorkerHandle,
+        options: IscsiOptions,
+        make: M,
+    ) -> Result<Self, IscsiServerError>
     where
         D: BlockDevice + 'static,
         M: FnOnce() -> Vec<IscsiUnit<D>> + Send + 'static,
@@ -173,7 +177,10 @@ impl IscsiServer {
             .iter()
             .map(Listener::bind)
             .collect::<Result<_, _>>()?;
-        let addresses: Vec<_> = listeners.iter().map(|listener| listener.address().clone()).collect();
+        let addresses: Vec<_> = listeners
+            .iter()
+            .map(|listener| listener.address().clone())
+            .collect();
         let stop = EventFd::new(libc::EFD_CLOEXEC)?;
         let watch = EventWatch::new(stop.try_clone()?)?;
         let (end, ended) = mpsc::channel();
@@ -286,7 +293,10 @@ impl<D: BlockDevice + 'static> Drop for Connected<D> {
         self.link.kill();
         self.link.finish();
         self.server.login_ended(&self.link);
-        self.server.links.borrow_mut().retain(|link| !Rc::ptr_eq(link, &self.link));
+        self.server
+            .links
+            .borrow_mut()
+            .retain(|link| !Rc::ptr_eq(link, &self.link));
         self.server.someone_left();
     }
 }
@@ -340,7 +350,9 @@ impl<D: BlockDevice + 'static> Server<D> {
     pub(super) fn portals(&self, local: Option<SocketAddr>) -> Vec<SocketAddr> {
         let mut portals = Vec::new();
         for address in &self.addresses {
-            let ListenAddress::Tcp(address) = address else { continue };
+            let ListenAddress::Tcp(address) = address else {
+                continue;
+            };
             let ip = match local {
                 // It listens on all addresses of one family: told is the one that was used.
                 Some(local) if address.ip().is_unspecified() => local.ip(),
@@ -356,7 +368,9 @@ impl<D: BlockDevice + 'static> Server<D> {
 
     /// The login of a connection has ended.
     pub(super) fn login_ended(&self, link: &Rc<Link>) {
-        self.logging_in.borrow_mut().retain(|other| !Rc::ptr_eq(other, link));
+        self.logging_in
+            .borrow_mut()
+            .retain(|other| !Rc::ptr_eq(other, link));
     }
 
     /// Where a connection belongs that has agreed on something.
@@ -373,7 +387,10 @@ impl<D: BlockDevice + 'static> Server<D> {
             let others = connections.iter().filter(|other| other.cid != first.cid).count();
             let most = usize::try_from(session.parameters.connections).unwrap_or(1);
             if others >= most || session.is_discovery {
-                return Err(Refusal(status::TOO_MANY_CONNECTIONS, "too many connections in its session"));
+                return Err(Refusal(
+                    status::TOO_MANY_CONNECTIONS,
+                    "too many connections in its session",
+                ));
             }
             drop(connections);
             return Ok(Joined::Session(session));
@@ -391,7 +408,9 @@ impl<D: BlockDevice + 'static> Server<D> {
     pub(super) fn open(self: &Rc<Self>, agreement: &Agreement) -> Option<Rc<Session<D>>> {
         let is_free = |tsih: u16| self.sessions.borrow().iter().all(|session| session.tsih != tsih);
         let start = self.last_tsih.get();
-        let tsih = (1..=u16::MAX).map(|step| start.wrapping_add(step)).find(|tsih| *tsih != 0 && is_free(*tsih))?;
+        let tsih = (1..=u16::MAX)
+            .map(|step| start.wrapping_add(step))
+            .find(|tsih| *tsih != 0 && is_free(*tsih))?;
         self.last_tsih.set(tsih);
         let id = TransportId::iscsi(&agreement.initiator, agreement.first.isid);
         let nexus = Arc::new(Nexus::new(id, PORTAL_GROUP));
@@ -405,7 +424,9 @@ impl<D: BlockDevice + 'static> Server<D> {
 
     /// A session has ended.
     pub(super) fn forget(&self, session: &Rc<Session<D>>) {
-        self.sessions.borrow_mut().retain(|other| !Rc::ptr_eq(other, session));
+        self.sessions
+            .borrow_mut()
+            .retain(|other| !Rc::ptr_eq(other, session));
     }
 
     fn someone_left(&self) {
@@ -442,7 +463,10 @@ impl<D: BlockDevice + 'static> Server<D> {
                     self.connect(stream, peer);
                 }
                 Ok((_, peer)) => {
-                    tracing::warn!(peer, "an iSCSI initiator is turned away: there are too many connections");
+                    tracing::warn!(
+                        peer,
+                        "an iSCSI initiator is turned away: there are too many connections"
+                    );
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept an iSCSI initiator");
@@ -508,7 +532,10 @@ impl<D: BlockDevice + 'static> Server<D> {
         let late = |link: &&Rc<Link>| link.deadline().is_some_and(|deadline| deadline <= now);
         let late: Vec<_> = self.links.borrow().iter().filter(late).cloned().collect();
         for link in late {
-            tracing::info!(peer = link.peer, "an iSCSI initiator takes too long: its connection is cut");
+            tracing::info!(
+                peer = link.peer,
+                "an iSCSI initiator takes too long: its connection is cut"
+            );
             link.kill();
         }
         let (ask, cut) = (self.settings.ping.0, self.settings.ping.0 + self.settings.ping.1);

@@ -247,7 +247,9 @@ impl<D: BlockDevice + 'static> Session<D> {
     pub(super) fn drop_held(&self, of: Option<u16>) {
         let mut dropped = Vec::new();
         self.held.borrow_mut().retain(|_, held| {
-            let goes = held.connection().is_some_and(|own| of.is_none_or(|cid| own.cid == cid));
+            let goes = held
+                .connection()
+                .is_some_and(|own| of.is_none_or(|cid| own.cid == cid));
             if goes && let Held::Command(_, task) = held {
                 dropped.push(Rc::clone(task));
             }

@@ -50,7 +50,11 @@ pub(super) struct Cdb {
 
 impl Cdb {
     fn as_slice(&self) -> &[u8] {
-        if self.long.is_empty() { &self.first } else { &self.long }
+        if self.long.is_empty() {
+            &self.first
+        } else {
+            &self.long
+        }
     }
 }
 
@@ -144,7 +148,11 @@ impl Task {
 
     /// Bytes that are to come from the initiator.
     fn outgoing(&self) -> usize {
-        if self.is_write { usize::try_from(self.expected).unwrap_or(usize::MAX) } else { 0 }
+        if self.is_write {
+            usize::try_from(self.expected).unwrap_or(usize::MAX)
+        } else {
+            0
+        }
     }
 
     /// Whether more is to be moved than one command may.
@@ -175,7 +183,11 @@ impl Task {
             return Place::Nowhere;
         }
         inbound.permit = connection.link.try_memory(total);
-        let size = if inbound.permit.is_some() { total } else { total.min(burst) };
+        let size = if inbound.permit.is_some() {
+            total
+        } else {
+            total.min(burst)
+        };
         let buffer = connection.pool().take(size);
         Place::Buffer(buffer, 0)
     }
@@ -202,10 +214,18 @@ impl Task {
         let inbound = &mut *inbound;
         let (expected, at, end) = if transfer_tag == NO_TAG {
             let burst = usize::try_from(connection.session.parameters.first_burst).unwrap_or(usize::MAX);
-            let end = if inbound.unsolicited { self.outgoing().min(burst) } else { 0 };
+            let end = if inbound.unsolicited {
+                self.outgoing().min(burst)
+            } else {
+                0
+            };
             (inbound.unsolicited_sequence, inbound.received, end)
         } else {
-            match inbound.transfers.iter().find(|transfer| transfer.tag == transfer_tag) {
+            match inbound
+                .transfers
+                .iter()
+                .find(|transfer| transfer.tag == transfer_tag)
+            {
                 Some(transfer) => (transfer.sequence, transfer.at, transfer.end),
                 None => return Place::Nowhere,
             }
@@ -244,7 +264,11 @@ impl Task {
         if transfer_tag == NO_TAG {
             inbound.unsolicited_sequence = inbound.unsolicited_sequence.wrapping_add(1);
             inbound.unsolicited &= !head.is_final();
-        } else if let Some(place) = inbound.transfers.iter().position(|transfer| transfer.tag == transfer_tag) {
+        } else if let Some(place) = inbound
+            .transfers
+            .iter()
+            .position(|transfer| transfer.tag == transfer_tag)
+        {
             let transfer = &mut inbound.transfers[place];
             transfer.at += length;
             transfer.sequence = transfer.sequence.wrapping_add(1);
@@ -336,7 +360,9 @@ async fn run<D: BlockDevice + 'static>(connection: &Rc<Connection<D>>, task: &Ta
     }
     let mut data_in = None;
     if task.is_read && task.expected > 0 {
-        let length = usize::try_from(task.expected).unwrap_or(usize::MAX).min(MAX_TRANSFER);
+        let length = usize::try_from(task.expected)
+            .unwrap_or(usize::MAX)
+            .min(MAX_TRANSFER);
         permit = connection.link.memory(length, || task.is_ended.get()).await;
         if permit.is_none() {
             return;
@@ -403,7 +429,9 @@ async fn collect<D: BlockDevice + 'static>(
         }
         if missing {
             let permit = connection.link.memory(total, || task.is_ended.get()).await;
-            let Some(permit) = permit else { return Err(Stop::Ended) };
+            let Some(permit) = permit else {
+                return Err(Stop::Ended);
+            };
             enlarge(connection, task, total, permit);
         }
         ask(connection, task);
@@ -415,12 +443,7 @@ fn ready_to_transfer<D: BlockDevice + 'static>(connection: &Connection<D>) -> us
 }
 
 /// Gives a task memory for all its data, after there was some for the first only.
-fn enlarge<D: BlockDevice + 'static>(
-    connection: &Connection<D>,
-    task: &Task,
-    total: usize,
-    permit: Permit,
-) {
+fn enlarge<D: BlockDevice + 'static>(connection: &Connection<D>, task: &Task, total: usize, permit: Permit) {
     let mut inbound = task.inbound.borrow_mut();
     let mut whole = connection.pool().take(total);
     if let Some(part) = &inbound.buffer {
@@ -523,7 +546,9 @@ fn answer<D: BlockDevice + 'static>(
     let good = outcome.status == Status::Good;
     let mut count = 0;
     if let Some(data) = data.filter(|_| task.is_read && outcome.moved > 0) {
-        let total = usize::try_from(outcome.moved).unwrap_or(0).min(data.as_slice().len());
+        let total = usize::try_from(outcome.moved)
+            .unwrap_or(0)
+            .min(data.as_slice().len());
         let data = Rc::new(data);
         let segment = usize::try_from(connection.send_segment()).unwrap_or(usize::MAX);
         let burst = usize::try_from(connection.session.parameters.burst).unwrap_or(usize::MAX);

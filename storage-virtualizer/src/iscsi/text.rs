@@ -63,7 +63,9 @@ pub(super) fn binary(value: &str) -> Option<Vec<u8>> {
             // An odd number of digits begins with half a byte.
             let padded = format!("{}{digits}", "0".repeat(digits.len() % 2));
             let pairs = padded.as_bytes().chunks(2);
-            pairs.map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?)).collect()
+            pairs
+                .map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?))
+                .collect()
         }
         "0b" | "0B" => base64(digits),
         _ => None,
@@ -71,7 +73,9 @@ pub(super) fn binary(value: &str) -> Option<Vec<u8>> {
 }
 
 fn digit(byte: u8) -> Option<u8> {
-    char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok())
+    char::from(byte)
+        .to_digit(16)
+        .and_then(|digit| u8::try_from(digit).ok())
 }
 
 fn base64(digits: &str) -> Option<Vec<u8>> {
@@ -106,7 +110,10 @@ mod tests {
     #[test]
     fn text_is_pairs_with_names_that_are_possible() {
         let parsed = parse(b"InitiatorName=iqn.a\0\0X-b=c=d\0Empty=\0").unwrap();
-        assert_eq!(parsed, [("InitiatorName", "iqn.a"), ("X-b", "c=d"), ("Empty", "")]);
+        assert_eq!(
+            parsed,
+            [("InitiatorName", "iqn.a"), ("X-b", "c=d"), ("Empty", "")]
+        );
         for bad in [&b"novalue\0"[..], b"=x\0", b"a b=c\0", b"a=\xff\0"] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }

@@ -12,15 +12,15 @@ use block_io::nbd::protocol::{
 };
 use block_io::{BlockDevice, spawn_local};
 
-use crate::sockets::buffers::{Buffer, Pool};
 use super::execute::execute;
 use super::export::{Export, MOST_EXTENTS};
-use crate::sockets::input::{Input, More};
 use super::link::{Link, Permit};
 use super::negotiate::{Agreement, Context, Negotiation, Next};
 use super::reply::{Reply, Style};
 use super::request::{Head, Limits, Request};
 use super::server::Server;
+use crate::sockets::buffers::{Buffer, Pool};
+use crate::sockets::input::{Input, More};
 
 /// Longest data of an option that are looked at.
 const LONGEST_OPTION: usize = 64 << 10;

@@ -3,7 +3,6 @@
 
 use std::io::{self, IoSliceMut};
 
-
 /// Bytes that are taken at once.
 const BUFFER: usize = 128 << 10;
 
