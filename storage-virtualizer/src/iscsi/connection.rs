@@ -319,10 +319,20 @@ pub(super) async fn serve<D: BlockDevice + 'static>(server: Rc<Server<D>>, link:
         Ok(connection) => {
             let session = Rc::clone(&connection.session);
             let end = full_feature(&connection, &mut input).await;
-            let in_order = connection.logged_out.get();
-            session.left(&connection, in_order);
-            // What this connection's commands have of the disk ends first, its answers are sent, then it is gone.
-            for task in session.end_tasks(|task| task.cid == connection.cid) {
+            if server.is_stopping() && link.is_ending() && !link.is_broken() {
+                // What the disk has is finished and answered.
+                for task in session.end_tasks(|task| task.cid == connection.cid && !task.is_executing()) {
+                    task.done().await;
+                }
+                for task in session.tasks(|task| task.cid == connection.cid) {
+                    task.done().await;
+                }
+            }
+            session.left(&connection, connection.logged_out.get());
+            let tasks = session.end_tasks(|task| task.cid == connection.cid);
+            link.flushed().await;
+            link.end_writing();
+            for task in tasks {
                 task.done().await;
             }
             session.drop_held(Some(connection.cid));

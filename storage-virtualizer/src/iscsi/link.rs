@@ -201,9 +201,14 @@ impl Link {
 
     /// Everything is said; what is read from now on is only waited for until the initiator closes its side.
     pub(super) fn linger(&self, within: Duration) {
-        self.stream.end_writing();
+        self.end_writing();
         self.ending.set(false);
         self.set_deadline(Some(within));
+    }
+
+    /// Says that nothing more comes.
+    pub(super) fn end_writing(&self) {
+        self.stream.end_writing();
     }
 
     /// Waits until everything was sent.

@@ -334,6 +334,10 @@ impl<D: BlockDevice + 'static> Server<D> {
         &self.settings.target
     }
 
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.get()
+    }
+
     pub(super) fn sessions(&self) -> Vec<Rc<Session<D>>> {
         self.sessions.borrow().clone()
     }
@@ -600,6 +604,7 @@ async fn end_when_told<D: BlockDevice + 'static>(server: Rc<Server<D>>, mut watc
     tracing::warn!("iSCSI initiators take too long to leave: their connections are cut");
     let links = server.links.borrow().clone();
     links.iter().for_each(|link| link.kill());
+    server.sessions().iter().for_each(Session::close);
     server.everyone_left().await;
 }
 

@@ -101,6 +101,8 @@ pub(super) struct Task {
     /// Bytes that the initiator expects to be moved.
     expected: u32,
     inbound: RefCell<Inbound>,
+    /// All its data are there, and the unit has it.
+    is_executing: Cell<bool>,
     is_ended: Cell<bool>,
     is_done: Cell<bool>,
     waker: RefCell<Option<Waker>>,
@@ -135,6 +137,7 @@ impl Task {
             is_write: head.0[1] & 0x20 != 0,
             expected: head.u32(20),
             inbound: RefCell::default(),
+            is_executing: Cell::new(false),
             is_ended: Cell::new(false),
             is_done: Cell::new(false),
             waker: RefCell::default(),
@@ -294,6 +297,10 @@ impl Task {
         self.wake();
     }
 
+    pub(super) fn is_executing(&self) -> bool {
+        self.is_executing.get()
+    }
+
     pub(super) fn is_ended(&self) -> bool {
         self.is_ended.get()
     }
@@ -372,6 +379,7 @@ async fn run<D: BlockDevice + 'static>(connection: &Rc<Connection<D>>, task: &Ta
     if task.is_ended.get() {
         return;
     }
+    task.is_executing.set(true);
     let outcome = {
         // SAFETY: the buffers live until the command has ended, and nobody looks at them before.
         let buffers = |buffer: &Option<Buffer>| buffer.as_ref().map(|buffer| unsafe { buffer.io() });
