@@ -7,7 +7,12 @@
 //! and as many commands in flight as the depth says. Every server is a process of its own, CPU time is that of all its threads. A
 //! round measures every server; medians of all rounds are shown, and ratios to ours. Package: tgt.
 
-#![allow(missing_docs, clippy::unwrap_used, reason = "a bench fails by panicking")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a bench fails by panicking"
+)]
 #![allow(clippy::cast_precision_loss, reason = "a bench")]
 
 #[path = "../tests/iscsi/initiator.rs"]

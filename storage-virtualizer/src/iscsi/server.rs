@@ -34,7 +34,7 @@ use crate::scsi::{Nexus, Target, TargetError, TransportId, Unit};
 use crate::sockets::buffers::Pool;
 
 /// The most that one command moves, in bytes; announced as such where the unit's options say so.
-pub const MAX_TRANSFER: usize = 16 << 20;
+pub const MAX_TRANSFER: usize = 32 << 20;
 /// How often deadlines and silences are looked at, while there are connections.
 const TICK: Duration = Duration::from_millis(500);
 /// How long an initiator may take to close its side after everything is said.

@@ -102,7 +102,8 @@ fn chap_lets_in_who_knows_the_secret_and_proves_the_target_too() {
 fn who_does_not_know_the_secret_or_leaves_it_out_is_refused() {
     let served = with_chap();
     let login = Login::default();
-    let refused = |make: &dyn Fn(u8, &[u8]) -> Vec<(&'static str, String)>| {
+    type Keys = Vec<(&'static str, String)>;
+    let refused = |make: &dyn Fn(u8, &[u8]) -> Keys| {
         let mut initiator = Initiator::connect(served.address());
         let (identifier, challenge) = question(&mut initiator, &login);
         let keys = make(identifier, &challenge);

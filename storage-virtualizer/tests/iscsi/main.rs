@@ -1,6 +1,6 @@
 //! The iSCSI target against an initiator that does what it is told, and against Debian's clients.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 mod data;
 mod disk;
