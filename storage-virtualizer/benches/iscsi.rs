@@ -183,6 +183,10 @@ impl Running {
             ]);
             let unit = ["--mode", "logicalunit", "--op", "new", "--tid", "1", "--lun", "1"];
             admin(&[&unit[..], &["--backing-store", &file, "--bsoflags", "direct"]].concat());
+            // Else it takes 8 KiB in a PDU, and everything depends on that.
+            let update = ["--mode", "target", "--op", "update", "--tid", "1"];
+            let name = ["--name", "MaxRecvDataSegmentLength", "--value", "262144"];
+            admin(&[&update[..], &name].concat());
             admin(&[
                 "--mode",
                 "target",
@@ -229,9 +233,8 @@ fn measure(
         .key("FirstBurstLength", "262144");
     let mut client = Initiator::login(running.address, &login);
     while client.read(1, &[0; 6], 0).status != 0 {}
-    let most = client.answers["MaxRecvDataSegmentLength"]
-        .parse()
-        .unwrap_or(8192_usize);
+    let most = client.answers.get("MaxRecvDataSegmentLength");
+    let most = most.and_then(|most| most.parse().ok()).unwrap_or(8192_usize);
     let mut load = Load {
         client,
         opcode,

@@ -172,7 +172,11 @@ impl Initiator {
         }
         keys.extend(login.keys.iter().cloned());
         let keys: Vec<(&str, &str)> = keys.iter().map(|(key, value)| (*key, value.as_str())).collect();
-        let answer = self.login_step(login, 0x87, &text(&keys));
+        let mut answer = self.login_step(login, 0x87, &text(&keys));
+        // Others (tgt) declare something of their own first.
+        while answer.head[36] == 0 && answer.head[1] & 0x80 == 0 {
+            answer = self.login_step(login, 0x87, &[]);
+        }
         self.finish_login(login, &answer)
     }
 
