@@ -13,7 +13,11 @@
     clippy::expect_used,
     reason = "a bench fails by panicking"
 )]
-#![allow(clippy::cast_precision_loss, reason = "a bench")]
+#![allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    reason = "a bench"
+)]
 
 #[path = "../tests/iscsi/initiator.rs"]
 mod initiator;

@@ -270,7 +270,7 @@ mod tests {
             ..a
         };
         assert!(matches!(
-            check(&[same.clone()], &luns),
+            check(std::slice::from_ref(&same), &luns),
             Err(AccessError::SameSecret(_))
         ));
         assert!(!format!("{same:?}").contains("0123456789ab"));

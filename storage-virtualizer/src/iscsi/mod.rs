@@ -4,10 +4,10 @@
 //!   socket ──► server: listen, deadlines, pings, stop
 //!                │
 //!                ▼
-//!          connection ── login: Login, a machine without I/O ──► Agreement ──► session (new, or joined, or put anew)
+//!          life ── login: Login, a machine without I/O ──► Agreement ──► session (new, or joined, or put anew)
 //!                │           text, keys, chap
 //!                │
-//!                ├─ input ─► pdu: Head ─► session: in which order? ─► task: data-out, R2T ─► scsi::execute ─► the disk
+//!                ├─ receive ─► pdu: Head ─► session: in which order? ─► task: data-out, R2T ─► scsi::execute ─► the disk
 //!                │                                                        │
 //!                └─ link: queue of PDUs ◄──────────── Data-In, responses ◄┘
 //! ```
@@ -31,15 +31,19 @@ mod access;
 mod chap;
 mod connection;
 mod keys;
+mod life;
 mod link;
 mod login;
 mod manage;
 mod md5;
+mod options;
 mod pdu;
+mod receive;
 mod server;
 mod session;
 mod task;
 mod text;
 
 pub use access::{Access, AccessError, Chap, NameError, Secret, SecretError, check_name};
-pub use server::{IscsiOptions, IscsiServer, IscsiServerError, IscsiUnit, MAX_TRANSFER};
+pub use options::{IscsiOptions, IscsiServerError, IscsiUnit, MAX_TRANSFER};
+pub use server::IscsiServer;

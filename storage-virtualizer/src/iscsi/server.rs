@@ -19,22 +19,20 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use block_io::{
-    BlockDevice, Clock, EventWatch, ListenAddress, ListenError, Listener, Stream, WorkerClock, WorkerHandle,
-    spawn_local,
+    BlockDevice, Clock, EventWatch, ListenAddress, Listener, Stream, WorkerClock, WorkerHandle, spawn_local,
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::access::{self, Access, AccessError, NameError, check_name};
-use super::connection;
+use super::access::{self, Access, check_name};
 use super::keys::Parameters;
+use super::life;
 use super::link::{Allowance, Link};
 use super::login::{Agreement, Refusal, Rules, status};
+use super::options::{IscsiOptions, IscsiServerError, IscsiUnit};
 use super::session::{PORTAL_GROUP, Session};
-use crate::scsi::{Nexus, Target, TargetError, TransportId, Unit};
+use crate::scsi::{Nexus, Target, TransportId};
 use crate::sockets::buffers::Pool;
 
-/// The most that one command moves, in bytes; announced as such where the unit's options say so.
-pub const MAX_TRANSFER: usize = 32 << 20;
 /// How often deadlines and silences are looked at, while there are connections.
 const TICK: Duration = Duration::from_millis(500);
 /// How long an initiator may take to close its side after everything is said.
@@ -46,85 +44,6 @@ const POOL: usize = 32 << 20;
 /// Asynchronous events (RFC 7143 §11.9.1).
 const LOGOUT_WANTED: u8 = 1;
 const ALL_DROPPED: u8 = 3;
-
-/// How to serve.
-#[derive(Debug, Clone)]
-pub struct IscsiOptions {
-    /// The portals: where to listen. TCP, and Unix sockets for tests.
-    pub listen: Vec<ListenAddress>,
-    /// The target's name.
-    pub target: String,
-    /// What people call it; may be empty.
-    pub alias: String,
-    /// Who may log in.
-    pub access: Vec<Access>,
-    /// Most connections at once; further ones are closed at once.
-    pub connections: usize,
-    /// Most connections that have not logged in yet.
-    pub logins: usize,
-    /// Most bytes of data of the commands of a connection; one command is always served.
-    pub memory: usize,
-    /// How long a login may take.
-    pub login: Duration,
-    /// How long an initiator may take to accept anything that waits for it.
-    pub stall: Duration,
-    /// After how long a silence an initiator is asked whether it is there, and how long it has to answer.
-    pub ping: (Duration, Duration),
-    /// How long initiators have to log out when the target stops, and how long their commands are waited for.
-    pub patience: (Duration, Duration),
-}
-
-impl Default for IscsiOptions {
-    fn default() -> Self {
-        Self {
-            listen: Vec::new(),
-            target: String::new(),
-            alias: String::new(),
-            access: vec![Access::everybody()],
-            connections: 64,
-            logins: 16,
-            memory: 32 << 20,
-            login: Duration::from_secs(15),
-            stall: Duration::from_secs(60),
-            ping: (Duration::from_secs(15), Duration::from_secs(45)),
-            patience: (Duration::from_secs(3), Duration::from_secs(10)),
-        }
-    }
-}
-
-/// A logical unit with its disk.
-#[derive(Debug)]
-pub struct IscsiUnit<D> {
-    /// Its number.
-    pub lun: u16,
-    /// Everything of it but the disk.
-    pub unit: Arc<Unit>,
-    /// The disk.
-    pub disk: Rc<D>,
-}
-
-/// The target cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum IscsiServerError {
-    /// An address cannot be listened on.
-    #[error(transparent)]
-    Listen(#[from] ListenError),
-    /// The target's name is none.
-    #[error(transparent)]
-    Name(#[from] NameError),
-    /// Who may log in is not clear.
-    #[error(transparent)]
-    Access(#[from] AccessError),
-    /// A unit cannot have its number.
-    #[error(transparent)]
-    Unit(#[from] TargetError),
-    /// The host lacks something.
-    #[error("cannot start the iSCSI target")]
-    System(#[from] io::Error),
-    /// The worker has ended.
-    #[error("cannot start the iSCSI target: its worker has ended")]
-    NoWorker,
-}
 
 /// A running target. Dropping it is [`Self::stop`].
 #[derive(Debug)]
@@ -499,7 +418,7 @@ impl<D: BlockDevice + 'static> Server<D> {
         // This is a task, so there is a worker.
         drop(spawn_local(async move { writer.write().await }));
         drop(spawn_local(async move {
-            connection::serve(Rc::clone(&connected.server), link).await;
+            life::serve(Rc::clone(&connected.server), link).await;
             drop(connected);
         }));
     }

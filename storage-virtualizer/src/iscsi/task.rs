@@ -19,8 +19,8 @@ use block_io::{BlockDevice, IoBuf, list, spawn_local};
 
 use super::connection::Connection;
 use super::link::Permit;
+use super::options::MAX_TRANSFER;
 use super::pdu::{Body, FINAL, Head, NO_TAG, response};
-use super::server::MAX_TRANSFER;
 use crate::scsi::{self, Code, Command, Found, Key, Outcome, Residual, Sense, Status};
 use crate::sockets::buffers::Buffer;
 
