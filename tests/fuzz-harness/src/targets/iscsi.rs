@@ -278,7 +278,11 @@ impl Initiator {
                 (head[0], head[1]) = (0x42, 0x80 | input.int_in_range(1..=5_u8)?);
                 put(&mut head, 20, self.tag);
                 put(&mut head, 32, self.number.wrapping_sub(1));
-                self.immediate_request(head, &[], 0x22).map(|_| ())
+                let managed = self.immediate_request(head, &[], 0x22);
+                // A reset is told of.
+                managed
+                    .and_then(|_| self.command(&[0; 16], 0x81, 0, &[], 0, 0))
+                    .map(drop)
             }
             _ => {
                 let data = vec![7; input.int_in_range(0..=100_usize)?];
