@@ -82,6 +82,7 @@ fn an_image_is_served_to_whom_it_was_given_until_a_signal_comes() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     image(folder, "disk.img");
+    image(folder, "other.img");
     let arguments =
         "share iscsi --json --image root=disk.img --listen 127.0.0.1:0 --initiator iqn.2026-11.org.example:a";
     let (mut server, told) = start(folder, arguments);

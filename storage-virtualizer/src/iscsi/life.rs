@@ -60,6 +60,7 @@ pub(super) async fn serve<D: BlockDevice + 'static>(server: Rc<Server<D>>, link:
             }
             session.left(&connection, connection.logged_out.get());
             let tasks = session.end_tasks(|task| task.cid == connection.cid);
+            link.wake_waiting();
             link.flushed().await;
             link.end_writing();
             for task in tasks {

@@ -205,6 +205,12 @@ impl<D: BlockDevice + 'static> Session<D> {
     /// Takes a request that came with its number, or is immediate; delivers it, and those that waited for it, when it is their
     /// turn.
     pub(super) fn take(self: &Rc<Self>, number: u32, is_immediate: bool, request: Held<D>) {
+        // What was read together with the end of the session, or of the connection, comes too late: whoever waits for the end
+        // must not see it done afterwards.
+        let is_late = request.connection().is_some_and(|own| own.link.is_ending());
+        if self.is_closed() || is_late {
+            return;
+        }
         if is_immediate {
             if let Held::Command(_, task) = &request {
                 self.immediate.set(self.immediate.get() + 1);

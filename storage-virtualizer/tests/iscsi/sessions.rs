@@ -191,3 +191,32 @@ fn a_stop_asks_to_log_out_finishes_what_was_asked_for_and_ends() {
     assert!(initiator.is_gone());
     stopped.join().unwrap();
 }
+
+#[test]
+fn a_lost_session_leaves_nothing_that_a_new_one_waits_for() {
+    // Memory for one command; others wait for it, and one waits for its data.
+    let served = Served::with(|options| options.memory = 512);
+    for _ in 0..3 {
+        let mut initiator = served.login(&Login::default());
+        served.script.hold(true);
+        for number in 0..4 {
+            let request = initiator.command(0, &rw16(READ, number, 1), 0xc1, 512);
+            initiator.send(request, &[]);
+        }
+        let request = initiator.command(0, &rw16(WRITE, 0, 1), 0xa1, 512);
+        initiator.send(request, &[]);
+        served.script.wait_for(1);
+        drop(initiator);
+        served.script.hold(false);
+        // What comes together with the end of its session is not done.
+        let mut next = served.login(&Login::default());
+        let mut reset = head(0x42, 0x87, 99);
+        put(&mut reset, 24, next.command_number);
+        let mut bytes = next.encode(reset, &[]);
+        let late = next.command(0, &rw16(WRITE, 9, 1), 0xa1, 512);
+        bytes.extend(next.encode(late, &[0xdd; 512]));
+        std::io::Write::write_all(&mut next.stream, &bytes).unwrap();
+        assert!(next.is_gone());
+    }
+    served.login(&Login::default());
+}
