@@ -205,7 +205,12 @@ fn a_lost_session_leaves_nothing_that_a_new_one_waits_for() {
         }
         let request = initiator.command(0, &rw16(WRITE, 0, 1), 0xa1, 512);
         initiator.send(request, &[]);
-        served.script.wait_for(1);
+        // Whoever has the memory is asked for its data, or held by the disk; a ping says that all have come.
+        let mut ping = head(0x40, 0x80, 98);
+        put(&mut ping, 20, u32::MAX);
+        put(&mut ping, 24, initiator.command_number);
+        initiator.send(ping, &[]);
+        while initiator.receive().unwrap().opcode() != 0x20 {}
         drop(initiator);
         served.script.hold(false);
         // What comes together with the end of its session is not done.
