@@ -37,7 +37,7 @@ pub(crate) enum ShareCommand {
     /// Prints an address for each disk when it is ready. Clients that are connected when it ends get answers to what they have
     /// asked for.
     Nbd(NbdArguments),
-    /// Serve disks over iSCSI, to Linux (open-iscsi), Windows, libiscsi, QEMU and others, until SIGTERM, SIGINT or SIGHUP.
+    /// Serve disks over iSCSI, to initiators (libiscsi, QEMU and others), until SIGTERM, SIGINT or SIGHUP.
     ///
     /// All disks are logical units of one target: the first is LUN 0. Prints how to reach it when it is ready. Initiators that are logged in
     /// when it ends are asked to log out, and get answers to what they have asked for.
