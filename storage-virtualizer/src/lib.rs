@@ -21,11 +21,13 @@ mod either;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod inflight;
+pub mod iscsi;
 #[cfg(any(test, feature = "fuzzing"))]
 mod memory_disk;
 pub mod nbd;
 mod queue;
 pub mod scsi;
+mod sockets;
 pub mod vhost_user;
 pub mod virtio_blk;
 pub mod virtio_scsi;

@@ -15,6 +15,7 @@ mod pool;
 mod preflight;
 mod run;
 mod share;
+mod share_iscsi;
 mod share_nbd;
 mod signals;
 mod storage;

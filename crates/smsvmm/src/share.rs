@@ -15,6 +15,7 @@ use storage_virtualizer::virtio_blk::{MAX_QUEUES, VirtioBlkOptions, fitting_seri
 use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::pool::{served, with_pool};
+use crate::share_iscsi::{self, IscsiArguments};
 use crate::share_nbd::{self, NbdArguments};
 use crate::signals::Signals;
 use crate::storage::Which;
@@ -36,6 +37,11 @@ pub(crate) enum ShareCommand {
     /// Prints an address for each disk when it is ready. Clients that are connected when it ends get answers to what they have
     /// asked for.
     Nbd(NbdArguments),
+    /// Serve disks over iSCSI, to initiators (libiscsi, QEMU and others), until SIGTERM, SIGINT or SIGHUP.
+    ///
+    /// All disks are logical units of one target: the first is LUN 0. Prints how to reach it when it is ready. Initiators that are logged in
+    /// when it ends are asked to log out, and get answers to what they have asked for.
+    Iscsi(IscsiArguments),
 }
 
 #[derive(Debug, Args)]
@@ -77,6 +83,7 @@ pub(crate) struct VhostUserArguments {
 pub(crate) fn execute(command: &ShareCommand) -> anyhow::Result<Exit> {
     match command {
         ShareCommand::VhostUser(arguments) => vhost_user(arguments),
+        ShareCommand::Iscsi(arguments) => share_iscsi::iscsi(arguments),
         ShareCommand::Nbd(arguments) => share_nbd::nbd(arguments),
     }
 }

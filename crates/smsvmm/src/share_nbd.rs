@@ -151,7 +151,7 @@ fn images(arguments: &NbdArguments) -> anyhow::Result<Vec<(String, Device)>> {
 }
 
 /// The name under which an image is exported, and where it is.
-fn named(text: &str) -> Result<(String, &str), UsageError> {
+pub(crate) fn named(text: &str) -> Result<(String, &str), UsageError> {
     if let Some((name, image)) = text.split_once('=')
         && !name.contains('/')
         && !image.is_empty()
@@ -233,7 +233,7 @@ fn announce(names: &[String], addresses: &[ListenAddress], arguments: &NbdArgume
 }
 
 /// An address that a client on this host can use.
-fn reachable(address: IpAddr) -> IpAddr {
+pub(crate) fn reachable(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(any) if any.is_unspecified() => IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
         IpAddr::V6(any) if any.is_unspecified() => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),

@@ -28,8 +28,9 @@ use api::{Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
 use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOptions, spawn_local};
 use storage_virtualizer::PinnedDisk;
 use storage_virtualizer::disk::DiskOptions;
+use storage_virtualizer::iscsi::{IscsiOptions, IscsiServer, IscsiServerError, IscsiUnit};
 use storage_virtualizer::nbd::{NbdOptions, NbdServer, NbdServerError};
-use storage_virtualizer::scsi::{Identity, ReservationStore};
+use storage_virtualizer::scsi::{Identity, ReservationStore, Unit};
 
 use crate::conversation::Reporter;
 use crate::device::DevicePaths;
@@ -248,6 +249,37 @@ impl HostedPool {
                 }
             }
             NbdServer::start_here(&options, exports)
+        })
+    }
+
+    /// Serves disks by iSCSI, each as a logical unit, on the pool's worker, until the server is stopped. The disks stay open as long as
+    /// their guards.
+    ///
+    /// # Errors
+    /// The server cannot listen, or the options are impossible.
+    pub fn serve_iscsi(
+        &self,
+        disks: &[(u16, Arc<Unit>, HostedDisk)],
+        options: IscsiOptions,
+    ) -> Result<IscsiServer, IscsiServerError> {
+        let mut numbers = Vec::new();
+        for (lun, unit, disk) in disks {
+            let resized = Arc::clone(unit);
+            disk.on_resize(move || resized.capacity_changed());
+            numbers.push((*lun, Arc::clone(unit), disk.guard.number));
+        }
+        self.worker.run(move || async move {
+            let mut units = Vec::new();
+            if let Ok(open) = open_pool() {
+                let disks = open.disks.borrow();
+                for (lun, unit, number) in numbers {
+                    if let Some(hosted) = disks.get(&number) {
+                        let disk = Rc::clone(&hosted.disk);
+                        units.push(IscsiUnit { lun, unit, disk });
+                    }
+                }
+            }
+            IscsiServer::start_here(&options, units)
         })
     }
 

@@ -34,8 +34,6 @@ pub(crate) struct Damage {
     pub(crate) policy: Rc<RefCell<AtMostDevices>>,
     /// Openings so far: each gets an identity of its own.
     openings: Rc<Cell<u128>>,
-    /// What has rotted and was not put right yet: disk, byte, what is there.
-    pub(crate) rotten: Rc<RefCell<Vec<(usize, u64, u8)>>>,
 }
 
 impl Damage {
@@ -43,7 +41,6 @@ impl Damage {
         Self {
             policy: Rc::new(RefCell::new(AtMostDevices::new(1))),
             openings: Rc::default(),
-            rotten: Rc::default(),
         }
     }
 
@@ -51,26 +48,6 @@ impl Damage {
     pub(crate) fn allows(&self, disk: usize, fault: Fault) -> bool {
         let range = 0..DISK;
         self.policy.borrow_mut().allows(&Hit { disk, fault, range })
-    }
-
-    /// Forgets what was put right of what has rotted; tells whether something is left.
-    pub(crate) fn still_rotten(&self, sim: &Sim) -> bool {
-        let mut rotten = self.rotten.borrow_mut();
-        rotten.retain(|(disk, at, byte)| {
-            let mut now = [0];
-            sim.with_medium(*disk, |medium| medium.peek(*at, &mut now));
-            now == [*byte]
-        });
-        !rotten.is_empty()
-    }
-
-    /// What is rotten yet is so no more.
-    pub(crate) fn restore(&self, sim: &Sim) {
-        if self.still_rotten(sim) {
-            for (disk, at, _) in self.rotten.take() {
-                sim.with_medium(disk, |medium| medium.rot(at, ROT));
-            }
-        }
     }
 
     fn options(&self) -> volume_manager::OpenOptions {
@@ -90,9 +67,6 @@ pub(crate) struct Rig {
     pub(crate) pool: SimPool,
     pub(crate) damage: Damage,
 }
-
-/// The bit of a byte that rots.
-pub(crate) const ROT: u32 = 3;
 
 const NAMES: [&str; 2] = ["one", "two"];
 

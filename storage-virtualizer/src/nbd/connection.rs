@@ -12,15 +12,15 @@ use block_io::nbd::protocol::{
 };
 use block_io::{BlockDevice, spawn_local};
 
-use super::buffers::{Buffer, Pool};
 use super::execute::execute;
 use super::export::{Export, MOST_EXTENTS};
-use super::input::{Input, More};
 use super::link::{Link, Permit};
 use super::negotiate::{Agreement, Context, Negotiation, Next};
 use super::reply::{Reply, Style};
 use super::request::{Head, Limits, Request};
 use super::server::Server;
+use crate::sockets::buffers::{Buffer, Pool};
+use crate::sockets::input::{Input, More};
 
 /// Longest data of an option that are looked at.
 const LONGEST_OPTION: usize = 64 << 10;
@@ -257,7 +257,7 @@ async fn one<E: Export>(session: &Rc<Session<E>>, input: &mut Input) -> Result<b
             Ok(None) => {}
             Err(_) => return Err(End::Violation("a request with a wrong magic number")),
         }
-        if input.more(link).await? == More::End {
+        if input.more(&**link).await? == More::End {
             return if link.is_stopping() {
                 Ok(false)
             } else {
@@ -287,7 +287,7 @@ async fn one<E: Export>(session: &Rc<Session<E>>, input: &mut Input) -> Result<b
             if payload > LONGEST_SKIPPED {
                 return Err(End::Violation("more data than any request may have"));
             }
-            if input.skip(link, payload).await? == More::End {
+            if input.skip(&**link, payload).await? == More::End {
                 return Err(End::Gone);
             }
             let Some(permit) = link.admit(0).await else {
@@ -306,7 +306,7 @@ async fn one<E: Export>(session: &Rc<Session<E>>, input: &mut Input) -> Result<b
     let data = match request {
         Request::Write { length, .. } => {
             let mut data = session.pool.take(length as usize);
-            if input.read(link, data.as_mut_slice()).await? == More::End {
+            if input.read(&**link, data.as_mut_slice()).await? == More::End {
                 return Err(End::Gone);
             }
             Some(data)

@@ -2,13 +2,13 @@
 
 use block_io::{BlockDevice, Durability, IoError};
 
-use super::buffers::Buffer;
 use super::connection::Session;
 use super::export::{Export, Extent, Extents, MOST_EXTENTS};
 use super::link::Permit;
 use super::negotiate::Context;
 use super::reply::{Reply, Style, number_of};
 use super::request::Request;
+use crate::sockets::buffers::Buffer;
 
 /// Longest extent in a reply with 32-bit lengths: a multiple of every block size that is announced.
 const LONGEST_EXTENT: u64 = u32::MAX as u64 & !0xffff;

@@ -12,7 +12,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
@@ -22,6 +22,7 @@ use block_io::Stream;
 
 use super::reply::Reply;
 use super::transport::Transport;
+use crate::sockets::input::Source;
 
 /// Replies that are sent with one system call.
 const BATCH: usize = 64;
@@ -92,6 +93,20 @@ fn keep(slot: &RefCell<Option<Waker>>, waker: &Waker) {
     match &*slot {
         Some(kept) if kept.will_wake(waker) => {}
         _ => *slot = Some(waker.clone()),
+    }
+}
+
+impl Source for Link {
+    async fn readable(&self) -> io::Result<bool> {
+        self.readable().await
+    }
+
+    fn try_read(&self, targets: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        self.transport.try_read(targets)
+    }
+
+    fn short_reads_are_last(&self) -> bool {
+        self.transport.short_reads_are_last()
     }
 }
 

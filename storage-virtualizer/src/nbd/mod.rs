@@ -24,12 +24,10 @@
 //! - Nothing said before TLS counts after it, and nothing sent unencrypted is taken as encrypted (`connection`).
 //! - There is no access control beside client certificates and the mode of a Unix socket.
 
-mod buffers;
 mod connection;
 mod execute;
 mod export;
 mod file;
-mod input;
 mod link;
 mod negotiate;
 mod reply;

@@ -5,8 +5,8 @@ use block_io::nbd::protocol::{
 };
 use block_io::{IoCause, IoError};
 
-use super::buffers::Buffer;
 use super::link::Permit;
+use crate::sockets::buffers::Buffer;
 
 /// Longest head: that of extended headers, and an offset.
 const LONGEST: usize = EXTENDED_CHUNK + 8;
@@ -252,8 +252,8 @@ mod tests {
 
     use block_io::Operation;
 
-    use super::super::buffers::Pool;
     use super::*;
+    use crate::sockets::buffers::Pool;
 
     fn bytes(reply: &Reply) -> Vec<u8> {
         reply.pieces().concat()

@@ -23,12 +23,12 @@ use block_io::{
 use rustls::ServerConfig;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::buffers::Pool;
 use super::connection;
 use super::export::Export;
 use super::link::{Allowance, Link};
 use super::negotiate::{Catalogue, Offer, TlsMode};
 use super::tls::{TlsError, TlsFiles};
+use crate::sockets::buffers::Pool;
 
 /// How often deadlines are looked at, while there are some.
 const TICK: Duration = Duration::from_millis(500);

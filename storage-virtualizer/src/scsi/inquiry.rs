@@ -185,9 +185,10 @@ fn in_blocks(bytes: u64, geometry: &Geometry) -> u32 {
 fn block_limits(options: &UnitOptions, geometry: &Geometry) -> Vec<u8> {
     let mut data = vec![0; 60];
     let mut field = |at: usize, value: u32| data[at - 4..at].copy_from_slice(&value.to_be_bytes());
-    // Each ends at this byte of the page's content: optimal granularity, maximum (not limited), optimum.
+    // Each ends at this byte of the page's content: optimal granularity, maximum (0: not limited), optimum.
     let granularity = in_blocks(geometry.optimal_io.max(geometry.physical_block).into(), geometry);
     field(4, granularity.min(u32::from(u16::MAX)));
+    field(8, in_blocks(options.max_transfer, geometry));
     field(12, in_blocks(OPTIMAL_TRANSFER, geometry));
     if options.provisioning != Provisioning::Full {
         field(20, MAX_RANGE_BLOCKS);

@@ -141,6 +141,8 @@ pub struct UnitOptions {
     pub read_only: bool,
     /// What becomes of unmapped blocks.
     pub provisioning: Provisioning,
+    /// Bytes that one command may move at most (VPD B0h); 0: the transport sets no limit.
+    pub max_transfer: u64,
     /// Groups of target ports at first ([`Unit::set_port_groups`]); none: the unit says nothing of ALUA.
     pub port_groups: Vec<PortGroup>,
     /// Task management functions that the transport has, as the first two bytes of REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS
@@ -160,6 +162,7 @@ impl UnitOptions {
             removable: false,
             read_only: false,
             provisioning: Provisioning::Full,
+            max_transfer: 0,
             port_groups: Vec::new(),
             // ABORT TASK, ABORT TASK SET, CLEAR TASK SET, LOGICAL UNIT RESET; I_T NEXUS RESET.
             task_management: [0xd8, 0x01],

@@ -86,6 +86,7 @@ replays! {
     console: "console", 5_000;
     net: "net", 2_000;
     nbd: "nbd", 1_000;
+    iscsi: "iscsi", 1_000;
     config: "config", 10_000;
     escape: "escape", 10_000;
     pool_device: "pool-device", 20_000;

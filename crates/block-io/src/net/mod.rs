@@ -48,6 +48,12 @@ impl Stream {
         })
     }
 
+    /// The address of this host at which the connection ends, if it is one over TCP.
+    pub fn local_address(&self) -> Option<std::net::SocketAddr> {
+        let address = rustix::net::getsockname(&self.incoming).ok()?;
+        address.try_into().ok()
+    }
+
     /// Fills `target` as far as there is something; 0 is the end of the stream.
     ///
     /// # Errors

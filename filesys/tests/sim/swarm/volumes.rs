@@ -24,7 +24,7 @@ use super::session::Session;
 use super::{Bed, Step, disks, draw};
 use crate::harness::{SimFs, failed};
 use crate::machine::{Handle, Promise, adds_up, is_sound, verify};
-use crate::rig::{DISK, DISKS, Damage, ROT, Rig, SimVolume, settle};
+use crate::rig::{DISK, DISKS, Damage, Rig, SimVolume, settle};
 
 /// What histories run on.
 #[derive(Debug, Clone, Copy)]
@@ -36,7 +36,51 @@ struct Pools {
     checksums: bool,
 }
 
-impl Rig {
+/// The bit of a byte that rots.
+const ROT: u32 = 3;
+
+/// What has rotted and was not put right yet: disk, byte, what is there. Stays over a power cut.
+#[derive(Debug, Default)]
+struct Rotten(RefCell<Vec<(usize, u64, u8)>>);
+
+impl Rotten {
+    fn rot(&self, sim: &Sim, disk: usize, at: u64) {
+        let mut byte = [0];
+        sim.with_medium(disk, |medium| {
+            medium.rot(at, ROT);
+            medium.peek(at, &mut byte);
+        });
+        self.0.borrow_mut().push((disk, at, byte[0]));
+    }
+
+    /// Forgets what was put right; tells whether something is left.
+    fn is_left(&self, sim: &Sim) -> bool {
+        let mut rotten = self.0.borrow_mut();
+        rotten.retain(|(disk, at, byte)| {
+            let mut now = [0];
+            sim.with_medium(*disk, |medium| medium.peek(*at, &mut now));
+            now == [*byte]
+        });
+        !rotten.is_empty()
+    }
+
+    /// What is rotten yet is so no more.
+    fn restore(&self, sim: &Sim) {
+        if self.is_left(sim) {
+            for (disk, at, _) in self.0.take() {
+                sim.with_medium(disk, |medium| medium.rot(at, ROT));
+            }
+        }
+    }
+}
+
+/// A pool in a history.
+struct Decaying<'a> {
+    rig: &'a Rig,
+    rotten: &'a Rotten,
+}
+
+impl Decaying<'_> {
     /// Data of files rot; then all are read, and repaired.
     async fn rot(
         &self,
@@ -45,7 +89,7 @@ impl Rig {
         disk: usize,
         place: u64,
     ) -> Result<(), Failure> {
-        settle(&self.pool).await;
+        settle(&self.rig.pool).await;
         session.fs.settled().await;
         // Checksums that a crash has taken away are there again after this.
         scrub(&session.fs).await?;
@@ -64,18 +108,13 @@ impl Rig {
         };
         let on_disk = extents.iter().filter(|extent| extent.device == disk as u64);
         for extent in on_disk.take(3) {
-            if !self.damage.allows(disk, Fault::BitRot) {
+            if !self.rig.damage.allows(disk, Fault::BitRot) {
                 return Ok(());
             }
-            let at = extent.start + place * 7919 % extent.length;
-            let mut byte = [0];
-            sim.with_medium(disk, |medium| {
-                medium.rot(at, ROT);
-                medium.peek(at, &mut byte);
-            });
-            self.damage.rotten.borrow_mut().push((disk, at, byte[0]));
+            self.rotten
+                .rot(sim, disk, extent.start + place * 7919 % extent.length);
         }
-        if self.damage.rotten.borrow().is_empty() {
+        if !self.rotten.is_left(sim) {
             return Ok(());
         }
         block_io::cover!("swarm: data of a file rot");
@@ -85,12 +124,12 @@ impl Rig {
         if !second.is_clean() {
             return Err(format!("a second scrub finds {second:?}").as_str().into());
         }
-        settle(&self.pool).await;
-        if self.damage.still_rotten(sim) && second.unread == 0 && self.is_whole() {
+        settle(&self.rig.pool).await;
+        if self.rotten.is_left(sim) && second.unread == 0 && self.rig.is_whole() {
             return Err("rot was not repaired".into());
         }
         // The device went out of service before all of it was found, or could not read it.
-        self.damage.restore(sim);
+        self.rotten.restore(sim);
         Ok(())
     }
 }
@@ -101,20 +140,23 @@ async fn scrub(fs: &SimFs<SimVolume>) -> Result<ScrubReport, Failure> {
         .map_err(failed)
 }
 
-impl Bed for Rig {
+impl Bed for Decaying<'_> {
     type Device = SimVolume;
 
     async fn open(&self, sim: &Sim) -> Result<SimFs<SimVolume>, FsError> {
-        self.open_files(sim).await
+        self.rig.open_files(sim).await
     }
 
     async fn between(&self, sim: &Sim, session: &Session<SimVolume>, step: &Step) -> Result<(), Failure> {
         match step {
-            Step::Heal => self.heal(sim).await,
-            Step::Rot { disk, place } => self.rot(sim, session, self.damage.candidate(*disk), *place).await,
+            Step::Heal => self.rig.heal(sim).await,
+            Step::Rot { disk, place } => {
+                self.rot(sim, session, self.rig.damage.candidate(*disk), *place)
+                    .await
+            }
             Step::DeviceFails { disk, way } => {
-                let disk = self.damage.candidate(*disk);
-                self.device_fails(sim, disk, *way);
+                let disk = self.rig.damage.candidate(*disk);
+                self.rig.device_fails(sim, disk, *way);
                 Ok(())
             }
             _ => Ok(()),
@@ -150,7 +192,7 @@ impl Session<SimVolume> {
 impl Pools {
     async fn recover(&self, sim: &Sim, damage: &Damage, promise: &Promise) -> Result<(), Failure> {
         let rig = Rig::open_pool(sim, damage).await?;
-        let fs = rig.open(sim).await.map_err(failed)?;
+        let fs = rig.open_files(sim).await.map_err(failed)?;
         verify(&fs, promise, u64::MAX).await?;
         fs.settled().await;
         adds_up(&fs, promise, None).await?;
@@ -165,7 +207,7 @@ impl Pools {
         let mut rng = Rng::new(seed);
         let disks = (0..DISKS).map(|index| DiskOptions::new(&format!("d{index}"), DISK));
         let mut world = World::new(disks);
-        let (damage, promise) = (Damage::new(), Promise::default());
+        let (damage, promise, rotten) = (Damage::new(), Promise::default(), Rotten::default());
         let made = world.run(&RunOptions::in_order(), async |sim| {
             let rig = Rig::create(&sim, &damage, self.layout).await?;
             rig.format(&sim).await.map_err(failed)?;
@@ -184,11 +226,15 @@ impl Pools {
                 options = options.crash_after(after * 4);
             }
             let ran = world.run(&options, async |sim| {
-                damage.restore(&sim);
+                rotten.restore(&sim);
                 let rig = Rig::open_pool(&sim, &damage).await?;
-                let fs = rig.open(&sim).await.map_err(failed)?;
+                let fs = rig.open_files(&sim).await.map_err(failed)?;
+                let bed = Decaying {
+                    rig: &rig,
+                    rotten: &rotten,
+                };
                 Session::new(fs, &promise, false, false)
-                    .work(&sim, &rig, part)
+                    .work(&sim, &bed, part)
                     .await
                     .map(drop)
             })?;
@@ -201,7 +247,7 @@ impl Pools {
         }
         let last = world.run(&RunOptions::random(rng.next_u64()), async |sim| {
             (0..DISKS).for_each(|disk| sim.with_medium(disk, Medium::repair));
-            damage.restore(&sim);
+            rotten.restore(&sim);
             self.recover(&sim, &damage, &promise).await
         })?;
         let last = last.ended.done().unwrap_or(Ok(()));

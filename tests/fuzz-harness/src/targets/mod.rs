@@ -10,6 +10,7 @@ mod escape;
 mod expanded_api;
 mod filesys_image;
 mod filesys_media;
+mod iscsi;
 mod nbd;
 mod net;
 mod pci;
@@ -110,6 +111,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 1024,
         is_possible: always,
         body: nbd::run,
+    },
+    Target {
+        name: "iscsi",
+        about: "the iSCSI target: login, PDUs in any phase, commands against a model disk",
+        max_length: 1024,
+        is_possible: always,
+        body: iscsi::run,
     },
     Target {
         name: "config",

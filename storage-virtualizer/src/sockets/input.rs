@@ -3,13 +3,11 @@
 
 use std::io::{self, IoSliceMut};
 
-use super::link::Link;
-
 /// Bytes that are taken at once.
 const BUFFER: usize = 128 << 10;
 
 #[derive(Debug)]
-pub(super) struct Input {
+pub(crate) struct Input {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -17,16 +15,28 @@ pub(super) struct Input {
     drained: bool,
 }
 
+/// Where the bytes come from.
+pub(crate) trait Source {
+    /// Waits until the client has sent something. `false`: do not read, this is the end.
+    async fn readable(&self) -> io::Result<bool>;
+
+    /// Fills `targets`, one after the other, as far as there is something; 0 is the end. Never waits.
+    fn try_read(&self, targets: &mut [IoSliceMut<'_>]) -> io::Result<usize>;
+
+    /// Whether a read that filled less than it could have has taken all that there was.
+    fn short_reads_are_last(&self) -> bool;
+}
+
 /// Whether there is more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum More {
+pub(crate) enum More {
     Yes,
     /// The client has ended, or this side wants to.
     End,
 }
 
 impl Input {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             buffer: vec![0; BUFFER].into(),
             start: 0,
@@ -37,12 +47,12 @@ impl Input {
     }
 
     /// What is there.
-    pub(super) fn available(&self) -> &[u8] {
+    pub(crate) fn available(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
     }
 
     /// The first `count` bytes are done with.
-    pub(super) fn consume(&mut self, count: usize) {
+    pub(crate) fn consume(&mut self, count: usize) {
         self.start = (self.start + count).min(self.end);
         if self.start == self.end {
             self.start = 0;
@@ -51,13 +61,13 @@ impl Input {
     }
 
     /// Takes what the client has sent; waits for something.
-    pub(super) async fn more(&mut self, link: &Link) -> io::Result<More> {
+    pub(crate) async fn more(&mut self, link: &impl Source) -> io::Result<More> {
         let (more, _) = self.receive(link, &mut []).await?;
         Ok(more)
     }
 
     /// Receives into `first` and then into the buffer; says how much is in `first`.
-    async fn receive(&mut self, link: &Link, first: &mut [u8]) -> io::Result<(More, usize)> {
+    async fn receive(&mut self, link: &impl Source, first: &mut [u8]) -> io::Result<(More, usize)> {
         if self.end == self.buffer.len() {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
@@ -74,15 +84,15 @@ impl Input {
             let room = &mut self.buffer[self.end..];
             let could = length + room.len();
             let read = if length == 0 {
-                link.transport.try_read(&mut [IoSliceMut::new(room)])
+                link.try_read(&mut [IoSliceMut::new(room)])
             } else {
                 let mut targets = [IoSliceMut::new(&mut *first), IoSliceMut::new(room)];
-                link.transport.try_read(&mut targets)
+                link.try_read(&mut targets)
             };
             match read {
                 Ok(0) => return Ok((More::End, 0)),
                 Ok(count) => {
-                    self.drained = count < could && link.transport.short_reads_are_last();
+                    self.drained = count < could && link.short_reads_are_last();
                     self.end += count.saturating_sub(length);
                     return Ok((More::Yes, count.min(length)));
                 }
@@ -93,7 +103,7 @@ impl Input {
     }
 
     /// Fills `target`.
-    pub(super) async fn read(&mut self, link: &Link, target: &mut [u8]) -> io::Result<More> {
+    pub(crate) async fn read(&mut self, link: &impl Source, target: &mut [u8]) -> io::Result<More> {
         let mut filled = self.available().len().min(target.len());
         target[..filled].copy_from_slice(&self.available()[..filled]);
         self.consume(filled);
@@ -107,7 +117,7 @@ impl Input {
     }
 
     /// Throws `count` bytes away.
-    pub(super) async fn skip(&mut self, link: &Link, mut count: u64) -> io::Result<More> {
+    pub(crate) async fn skip(&mut self, link: &impl Source, mut count: u64) -> io::Result<More> {
         loop {
             let here = self.available().len();
             match usize::try_from(count) {

@@ -12,7 +12,7 @@ const CLASSES: usize = 14;
 
 /// Unused buffers of a worker.
 #[derive(Debug, Default)]
-pub(super) struct Pool {
+pub(crate) struct Pool {
     free: RefCell<[Vec<AlignedBuffer>; CLASSES]>,
     kept: Cell<usize>,
     most: usize,
@@ -20,7 +20,7 @@ pub(super) struct Pool {
 
 /// A buffer that goes back to its pool.
 #[derive(Debug)]
-pub(super) struct Buffer {
+pub(crate) struct Buffer {
     /// Absent only while it is dropped.
     memory: Option<AlignedBuffer>,
     length: usize,
@@ -36,7 +36,7 @@ fn class(length: usize) -> (usize, usize) {
 
 impl Pool {
     /// Keeps unused buffers of at most `most` bytes together.
-    pub(super) fn new(most: usize) -> Rc<Self> {
+    pub(crate) fn new(most: usize) -> Rc<Self> {
         Rc::new(Self {
             most,
             ..Self::default()
@@ -44,7 +44,7 @@ impl Pool {
     }
 
     /// A buffer of `length` bytes with any content: it must be filled before anybody sees it.
-    pub(super) fn take(self: &Rc<Self>, length: usize) -> Buffer {
+    pub(crate) fn take(self: &Rc<Self>, length: usize) -> Buffer {
         let (class, size) = class(length);
         let unused = self.free.borrow_mut().get_mut(class).and_then(Vec::pop);
         let memory = match unused {
@@ -63,14 +63,14 @@ impl Pool {
 }
 
 impl Buffer {
-    pub(super) fn as_slice(&self) -> &[u8] {
+    pub(crate) fn as_slice(&self) -> &[u8] {
         self.memory
             .as_ref()
             .and_then(|memory| memory.as_slice().get(..self.length))
             .unwrap_or_default()
     }
 
-    pub(super) fn as_mut_slice(&mut self) -> &mut [u8] {
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         let length = self.length;
         self.memory
             .as_mut()
@@ -82,7 +82,7 @@ impl Buffer {
     ///
     /// # Safety
     /// As for [`AlignedBuffer::io`]: it lives, and is not used otherwise, until the request has ended.
-    pub(super) unsafe fn io(&self) -> IoBuf {
+    pub(crate) unsafe fn io(&self) -> IoBuf {
         match &self.memory {
             // SAFETY: the caller's promise.
             Some(memory) => unsafe { memory.io(0, self.length) },

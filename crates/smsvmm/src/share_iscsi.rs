@@ -1,0 +1,567 @@
+//! `smsvmm share iscsi`: disks for initiators on a network.
+//!
+//! One worker has the disks, the sockets and the sessions; this thread waits for a signal, and then has the target finish what
+//! initiators have asked for.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use anyhow::Context;
+use api::ByteSize;
+use block_io::{BlockDevice, Device, DeviceOptions, Geometry, ListenAddress, Worker, WorkerOptions};
+use clap::Args;
+use serde::Deserialize;
+use serde_json::json;
+use storage_manager::HostedPool;
+use storage_virtualizer::DiskHandle;
+use storage_virtualizer::iscsi::{
+    Access, Chap, IscsiOptions, IscsiServer, IscsiUnit, MAX_TRANSFER, Secret, check_name,
+};
+use storage_virtualizer::scsi::{Identity, Provisioning, Unit, UnitOptions};
+use storage_virtualizer::virtio_blk::fitting_serial;
+
+use crate::exit::{Exit, UsageError};
+use crate::logs;
+use crate::output::{print, print_json};
+use crate::pool::{served, with_pool};
+use crate::share_nbd::{named, reachable};
+use crate::signals::Signals;
+use crate::storage::Which;
+
+/// iSCSI's port.
+const PORT: u16 = 3260;
+
+#[derive(Debug, Args)]
+pub(crate) struct IscsiArguments {
+    #[command(flatten)]
+    which: Which,
+
+    /// Disks of the pool that --config or --devices names, or snapshots: /vm/root.dsk, /vm/root.dsk@monday.
+    #[arg(conflicts_with = "images", required_unless_present = "images")]
+    paths: Vec<String>,
+
+    /// A file or block device of this host, or nbd://..., under its file name or the one before `=`. May be given several times.
+    #[arg(long = "image", value_name = "[NAME=]FILE")]
+    images: Vec<String>,
+
+    /// Listen on this address; the port is 3260 if none is written. May be given several times: all portals lead to all disks. Anyone who can
+    /// connect can try to log in: take a loopback address or a network of its own, and CHAP.
+    #[arg(long, value_name = "ADDRESS[:PORT]", required = true, value_parser = portal)]
+    listen: Vec<SocketAddr>,
+
+    /// The target's name; by default iqn.2026-11.local.smsvmm: and the host's name.
+    #[arg(long, value_name = "IQN")]
+    target: Option<String>,
+
+    /// Only this initiator may log in. May be given several times.
+    #[arg(long = "initiator", value_name = "IQN", conflicts_with = "access")]
+    initiators: Vec<String>,
+
+    /// Initiators must prove by CHAP that they are this user ...
+    #[arg(
+        long,
+        value_name = "NAME",
+        requires = "chap_secret",
+        conflicts_with = "access"
+    )]
+    chap_user: Option<String>,
+
+    /// ... and know the secret in this file: its first line, 12 to 256 bytes.
+    #[arg(long, value_name = "FILE", requires = "chap_user")]
+    chap_secret: Option<PathBuf>,
+
+    /// For initiators that want the target to prove who it is: its CHAP name ...
+    #[arg(
+        long,
+        value_name = "NAME",
+        requires = "mutual_chap_secret",
+        requires = "chap_user"
+    )]
+    mutual_chap_user: Option<String>,
+
+    /// ... and the file with its secret, another one than that of --chap-secret.
+    #[arg(long, value_name = "FILE", requires = "mutual_chap_user")]
+    mutual_chap_secret: Option<PathBuf>,
+
+    /// Who may log in, sees which disks and proves it how, as a TOML file: [[initiator]] with `name`, `disks`, `chap`, `mutual`.
+    #[arg(long, value_name = "FILE")]
+    access: Option<PathBuf>,
+
+    /// Initiators cannot write.
+    #[arg(long)]
+    read_only: bool,
+
+    /// Use the host's page cache.
+    #[arg(long, conflicts_with = "paths")]
+    buffered: bool,
+
+    /// Connections at once.
+    #[arg(long, value_name = "NUMBER", default_value_t = 64)]
+    connections: usize,
+}
+
+/// An address, with or without a port.
+fn portal(text: &str) -> Result<SocketAddr, String> {
+    let address = || text.trim_matches(['[', ']']).parse::<IpAddr>();
+    text.parse::<SocketAddr>()
+        .or_else(|_| address().map(|ip| SocketAddr::new(ip, PORT)))
+        .map_err(|_| {
+            "write an IP address, perhaps with a port: 127.0.0.1 or 127.0.0.1:3260 or [::1]:3260".to_owned()
+        })
+}
+
+/// A disk as it is told of.
+struct Shown {
+    lun: u16,
+    name: String,
+    size: u64,
+}
+
+pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
+    // Before any thread exists, so that all inherit the mask.
+    let signals = Signals::block().context("cannot block signals")?;
+    let options = options(arguments)?;
+    if !arguments.paths.is_empty() {
+        let serve = |pool: &HostedPool| serve_pool_disks(arguments, options, pool, &signals);
+        with_pool(&arguments.which, "iscsi", serve)?;
+        return Ok(Exit::Success);
+    }
+    let images = images(arguments)?;
+    let names: Vec<&str> = images.iter().map(|(name, _)| name.as_str()).collect();
+    let options = with_access(options, arguments, &names)?;
+    let mut shown = Vec::new();
+    let mut units = Vec::new();
+    for (lun, ((name, device), text)) in (0_u16..).zip(images.into_iter().zip(&arguments.images)) {
+        let geometry = device.geometry();
+        let (_, image) = named(text)?;
+        let identity = std::path::absolute(image).unwrap_or_else(|_| image.into());
+        let identity = Identity::from_name(&identity.to_string_lossy(), &fitting_serial(&name));
+        let unit = Unit::new(unit_options(
+            identity,
+            &geometry,
+            arguments.read_only,
+            Provisioning::Thin,
+        ));
+        shown.push(Shown {
+            lun,
+            name,
+            size: geometry.size,
+        });
+        units.push((lun, Arc::new(unit), device));
+    }
+    let worker = Worker::start("iscsi", WorkerOptions::default())?;
+    let server = IscsiServer::start(worker.handle(), options.clone(), move || {
+        units
+            .into_iter()
+            .map(|(lun, unit, device)| IscsiUnit {
+                lun,
+                unit,
+                disk: Rc::new(device),
+            })
+            .collect()
+    })?;
+    serve(&shown, server, &options, arguments, &signals)?;
+    Ok(Exit::Success)
+}
+
+fn serve(
+    shown: &[Shown],
+    server: IscsiServer,
+    options: &IscsiOptions,
+    arguments: &IscsiArguments,
+    signals: &Signals,
+) -> anyhow::Result<()> {
+    announce(shown, server.addresses(), options, arguments)?;
+    let signal = signals.next();
+    logs::say(&format!(
+        "smsvmm: {signal}: finishing what initiators have asked for; they have {} s to log out",
+        options.patience.0.as_secs()
+    ));
+    server.stop();
+    Ok(())
+}
+
+/// Serves disks of a pool.
+fn serve_pool_disks(
+    arguments: &IscsiArguments,
+    options: IscsiOptions,
+    pool: &HostedPool,
+    signals: &Signals,
+) -> anyhow::Result<()> {
+    let names: Vec<&str> = arguments.paths.iter().map(String::as_str).collect();
+    unique(&names)?;
+    let options = with_access(options, arguments, &names)?;
+    let (mut disks, mut shown) = (Vec::new(), Vec::new());
+    for (lun, path) in (0_u16..).zip(&arguments.paths) {
+        let how = served(path, arguments.read_only);
+        let disk = pool.disk(path, how)?;
+        let geometry = disk.handle().geometry();
+        let name = path.rsplit('/').next().unwrap_or_default();
+        let identity = Identity {
+            uuid: disk.uuid(),
+            ..Identity::from_name(path, &fitting_serial(name))
+        };
+        let unit = Unit::new(UnitOptions {
+            store: disk.reservation_store(),
+            ..unit_options(identity, &geometry, how.read_only, Provisioning::ThinZeroes)
+        });
+        unit.restore_reservations(disk.reservations())
+            .with_context(|| format!("cannot share {path}"))?;
+        shown.push(Shown {
+            lun,
+            name: path.clone(),
+            size: disk.size(),
+        });
+        disks.push((lun, Arc::new(unit), disk));
+    }
+    let server = pool.serve_iscsi(&disks, options.clone())?;
+    serve(&shown, server, &options, arguments, signals)?;
+    for (_, _, disk) in disks {
+        drop(disk.into_guard());
+    }
+    Ok(())
+}
+
+/// A logical unit on a disk of this geometry; `identity` is no other disk's, anywhere.
+fn unit_options(identity: Identity, geometry: &Geometry, read_only: bool, thin: Provisioning) -> UnitOptions {
+    UnitOptions {
+        read_only: read_only || geometry.read_only,
+        provisioning: if geometry.discard_granularity == 0 {
+            Provisioning::Full
+        } else {
+            thin
+        },
+        max_transfer: MAX_TRANSFER as u64,
+        // All but ACA, and resets of the target: ABORT TASK, ABORT TASK SET, CLEAR TASK SET, LOGICAL UNIT RESET, TARGET RESET.
+        task_management: [0xda, 0x00],
+        ..UnitOptions::new(identity)
+    }
+}
+
+/// Names and devices of the images.
+fn images(arguments: &IscsiArguments) -> anyhow::Result<Vec<(String, Device)>> {
+    let mut options = DeviceOptions::default();
+    options.host.read_only = arguments.read_only;
+    options.host.memory_at_once = true;
+    if arguments.buffered {
+        options.host.cache = block_io::Cache::Buffered;
+    }
+    let mut images = Vec::new();
+    for text in &arguments.images {
+        let (name, image) = named(text)?;
+        images.push((name, image));
+    }
+    let names: Vec<&str> = images.iter().map(|(name, _)| name.as_str()).collect();
+    unique(&names)?;
+    let open = |(name, image): (String, &str)| Ok((name, Device::open(image, &options)?));
+    images.into_iter().map(open).collect()
+}
+
+fn unique(names: &[&str]) -> Result<(), UsageError> {
+    let mut seen = BTreeSet::new();
+    match names.iter().find(|name| !seen.insert(**name)) {
+        Some(twice) => Err(UsageError::new(format!(
+            "{twice} is given twice; initiators could not tell the two from each other (images may have a name of their own: NAME=FILE)"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// The target's name where none is given: stays the same on a host.
+fn default_target() -> String {
+    let name = rustix::system::uname();
+    let host = name.nodename().to_string_lossy().to_ascii_lowercase();
+    let fitting = |letter: char| letter.is_ascii_alphanumeric() || letter == '-' || letter == '.';
+    let host: String = host.chars().filter(|letter| fitting(*letter)).take(64).collect();
+    let host = if host.is_empty() { "host" } else { &host };
+    format!("iqn.2026-11.local.smsvmm:{host}")
+}
+
+fn options(arguments: &IscsiArguments) -> anyhow::Result<IscsiOptions> {
+    let target = arguments.target.clone().unwrap_or_else(default_target);
+    check_name(&target).map_err(|error| UsageError::new(format!("--target: {error}")))?;
+    for initiator in &arguments.initiators {
+        check_name(initiator).map_err(|error| UsageError::new(format!("--initiator: {error}")))?;
+    }
+    Ok(IscsiOptions {
+        listen: arguments.listen.iter().copied().map(ListenAddress::Tcp).collect(),
+        target,
+        alias: "smsvmm".to_owned(),
+        connections: arguments.connections.max(1),
+        ..IscsiOptions::default()
+    })
+}
+
+/// Completes the options by who may log in; `names` are those of the disks, in the order of their LUNs.
+fn with_access(
+    mut options: IscsiOptions,
+    arguments: &IscsiArguments,
+    names: &[&str],
+) -> anyhow::Result<IscsiOptions> {
+    options.access = match &arguments.access {
+        Some(file) => access_file(file, names)?,
+        None => {
+            let chap = chap(
+                arguments.chap_user.as_ref().zip(arguments.chap_secret.as_deref()),
+                arguments
+                    .mutual_chap_user
+                    .as_ref()
+                    .zip(arguments.mutual_chap_secret.as_deref()),
+            )?;
+            let access = |initiator: Option<&String>| Access {
+                initiator: initiator.cloned(),
+                luns: None,
+                chap: chap.clone(),
+            };
+            if arguments.initiators.is_empty() {
+                vec![access(None)]
+            } else {
+                arguments
+                    .initiators
+                    .iter()
+                    .map(|name| access(Some(name)))
+                    .collect()
+            }
+        }
+    };
+    let open = options.access.iter().any(|access| access.chap.is_none());
+    if let Some(address) = arguments
+        .listen
+        .iter()
+        .find(|address| !address.ip().is_loopback())
+        && open
+    {
+        let who = if options
+            .access
+            .iter()
+            .any(|access| access.chap.is_none() && access.initiator.is_none())
+        {
+            "everybody who reaches this address can use the disks"
+        } else {
+            "everybody who reaches this address and knows the name of an initiator can use its disks"
+        };
+        tracing::warn!(%address, "{who}: see --chap-user");
+    }
+    Ok(options)
+}
+
+fn chap(own: Option<(&String, &Path)>, mutual: Option<(&String, &Path)>) -> anyhow::Result<Option<Chap>> {
+    let Some((user, file)) = own else { return Ok(None) };
+    let mutual = match mutual {
+        Some((user, file)) => Some((user.clone(), secret(file)?)),
+        None => None,
+    };
+    Ok(Some(Chap {
+        user: user.clone(),
+        secret: secret(file)?,
+        mutual,
+    }))
+}
+
+/// The first line of a file.
+fn secret(file: &Path) -> anyhow::Result<Secret> {
+    let read = || std::fs::read(file);
+    let bytes = read().with_context(|| format!("cannot read the CHAP secret in {}", file.display()))?;
+    let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    if let Ok(metadata) = std::fs::metadata(file) {
+        use std::os::unix::fs::MetadataExt;
+        if metadata.mode() & 0o077 != 0 {
+            tracing::warn!(file = %file.display(), "others can read this CHAP secret: chmod 600");
+        }
+    }
+    Secret::new(line.to_vec()).with_context(|| format!("{} cannot be used", file.display()))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AccessFile {
+    #[serde(default)]
+    initiator: Vec<Initiator>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Initiator {
+    /// Its name, or `*` for all that are not named.
+    name: String,
+    /// Disks that it sees, by the names or paths under which they are served; all if absent.
+    disks: Option<Vec<String>>,
+    chap: Option<User>,
+    mutual: Option<User>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct User {
+    user: String,
+    /// Relative to the file.
+    secret_file: PathBuf,
+}
+
+fn access_file(file: &Path, names: &[&str]) -> anyhow::Result<Vec<Access>> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let parsed: AccessFile =
+        toml::from_str(&text).with_context(|| format!("{} cannot be used", file.display()))?;
+    let folder = file.parent().unwrap_or(Path::new(""));
+    let refuse = |what: String| anyhow::Error::from(UsageError::new(format!("{}: {what}", file.display())));
+    if parsed.initiator.is_empty() {
+        return Err(refuse(
+            "nobody may log in: write at least one [[initiator]]".to_owned(),
+        ));
+    }
+    let mut list = Vec::new();
+    for initiator in parsed.initiator {
+        let name = initiator.name;
+        if name != "*" {
+            check_name(&name).map_err(|error| refuse(error.to_string()))?;
+        }
+        let luns = match initiator.disks {
+            Some(disks) => Some(luns(&disks, names).map_err(|disk| {
+                let known = names.join(", ");
+                refuse(format!(
+                    "{name} is to see {disk}, which is not served; there are {known}"
+                ))
+            })?),
+            None => None,
+        };
+        if initiator.mutual.is_some() && initiator.chap.is_none() {
+            return Err(refuse(format!("{name} has `mutual` without `chap`")));
+        }
+        let files = |user: Option<User>| user.map(|user| (user.user, folder.join(user.secret_file)));
+        let (own, mutual) = (files(initiator.chap), files(initiator.mutual));
+        let chap = chap(
+            own.as_ref().map(|(user, file)| (user, file.as_path())),
+            mutual.as_ref().map(|(user, file)| (user, file.as_path())),
+        )?;
+        list.push(Access {
+            initiator: (name != "*").then_some(name),
+            luns,
+            chap,
+        });
+    }
+    Ok(list)
+}
+
+/// LUNs of disks; the name of one that is not there.
+fn luns(disks: &[String], names: &[&str]) -> Result<BTreeSet<u16>, String> {
+    let lun = |disk: &String| {
+        let place = names.iter().position(|name| name == disk);
+        place
+            .and_then(|place| u16::try_from(place).ok())
+            .ok_or_else(|| disk.clone())
+    };
+    disks.iter().map(lun).collect()
+}
+
+/// Says where the disks are, and how to get at them.
+fn announce(
+    shown: &[Shown],
+    addresses: &[ListenAddress],
+    options: &IscsiOptions,
+    arguments: &IscsiArguments,
+) -> anyhow::Result<()> {
+    let portals: Vec<SocketAddr> = addresses
+        .iter()
+        .filter_map(|address| match address {
+            ListenAddress::Tcp(address) => Some(SocketAddr::new(reachable(address.ip()), address.port())),
+            ListenAddress::Unix(_) => None,
+        })
+        .collect();
+    let target = &options.target;
+    let Some(first) = portals.first() else {
+        return Ok(());
+    };
+    let uri = |lun: u16| format!("iscsi://{first}/{target}/{lun}");
+    if arguments.which.json {
+        let units: Vec<_> = shown
+            .iter()
+            .map(
+                |disk| json!({ "lun": disk.lun, "name": disk.name, "size": disk.size, "uri": uri(disk.lun) }),
+            )
+            .collect();
+        return print_json(&json!({ "target": target, "portals": portals, "units": units }));
+    }
+    let mut text = format!("target {target}\n");
+    for disk in shown {
+        let size = ByteSize::from_bytes(disk.size);
+        writeln!(text, "LUN {}: {}, {size}: {}", disk.lun, disk.name, uri(disk.lun))?;
+    }
+    for portal in &portals {
+        writeln!(text, "portal {portal}")?;
+    }
+    writeln!(text, "libiscsi: iscsi-ls --show-luns iscsi://{first}")?;
+    writeln!(
+        text,
+        "QEMU:     qemu-img info {}",
+        uri(shown.first().map_or(0, |disk| disk.lun))
+    )?;
+    writeln!(text, "Linux:    iscsiadm -m discovery -t sendtargets -p {first}")?;
+    writeln!(text, "          iscsiadm -m node -T {target} -p {first} --login")?;
+    Ok(print(&text)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_portal_has_the_usual_port_if_none_is_written() {
+        for (text, expected) in [
+            ("127.0.0.1", "127.0.0.1:3260"),
+            ("127.0.0.1:3261", "127.0.0.1:3261"),
+            ("::1", "[::1]:3260"),
+            ("[::1]", "[::1]:3260"),
+            ("[::1]:7", "[::1]:7"),
+        ] {
+            assert_eq!(portal(text).unwrap().to_string(), expected);
+        }
+        assert!(portal("localhost").is_err());
+    }
+
+    #[test]
+    fn the_default_name_is_one() {
+        check_name(&default_target()).unwrap();
+    }
+
+    #[test]
+    fn a_file_says_who_sees_what() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("secret"), "0123456789abc\n").unwrap();
+        let file = folder.path().join("access.toml");
+        let write = |text: &str| std::fs::write(&file, text).unwrap();
+        write(
+            "[[initiator]]\nname = \"iqn.2026-11.org.example:a\"\ndisks = [\"two\"]\nchap = { user = \"u\", secret-file = \"secret\" }\n\
+             [[initiator]]\nname = \"*\"\n",
+        );
+        let list = access_file(&file, &["one", "two"]).unwrap();
+        assert_eq!(list[0].luns, Some([1].into()));
+        assert_eq!(list[0].chap.as_ref().unwrap().user, "u");
+        assert_eq!(list[1], Access::everybody());
+        for (text, said) in [
+            ("", "nobody may log in"),
+            ("[[initiator]]\nname = \"a\"\n", "not an iSCSI name"),
+            (
+                "[[initiator]]\nname = \"*\"\ndisks = [\"three\"]\n",
+                "there are one, two",
+            ),
+            (
+                "[[initiator]]\nname = \"*\"\nmutual = { user = \"u\", secret-file = \"secret\" }\n",
+                "without `chap`",
+            ),
+            ("[[initiator]]\nname = \"*\"\nlun = 3\n", "lun"),
+            (
+                "[[initiator]]\nname = \"*\"\nchap = { user = \"u\", secret-file = \"no\" }\n",
+                "no",
+            ),
+        ] {
+            write(text);
+            let error = format!("{:#}", access_file(&file, &["one", "two"]).unwrap_err());
+            assert!(error.contains(said), "{error}");
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! `smsvmm share iscsi` from outside.
+#![allow(clippy::unwrap_used)]
+
+use std::io::Read;
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+fn command(folder: &Path, arguments: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_smsvmm"));
+    command
+        .args(arguments.split_whitespace())
+        .current_dir(folder)
+        .env_remove("SMSVMM_LOG")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+fn finish(folder: &Path, arguments: &str) -> Output {
+    command(folder, arguments).output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// A running target and what it prints when it is ready, as JSON.
+fn start(folder: &Path, arguments: &str) -> (Server, serde_json::Value) {
+    let mut child = command(folder, arguments).spawn().unwrap();
+    let mut text = Vec::new();
+    let mut stdout = child.stdout.take().unwrap();
+    let server = Server(child);
+    loop {
+        let mut byte = [0];
+        assert_eq!(
+            stdout.read(&mut byte).unwrap(),
+            1,
+            "it ended: {}",
+            String::from_utf8_lossy(&text)
+        );
+        text.push(byte[0]);
+        if let Ok(value) = serde_json::from_slice::<serde_json::Value>(&text) {
+            return (server, value);
+        }
+    }
+}
+
+/// One login request of `initiator`; the status.
+fn log_in(portal: &str, target: &str, initiator: &str) -> u16 {
+    let mut stream = TcpStream::connect(portal.parse::<SocketAddr>().unwrap()).unwrap();
+    let text = format!("InitiatorName={initiator}\0TargetName={target}\0");
+    let mut request = vec![0; 48];
+    (request[0], request[1]) = (0x43, 0x87);
+    request[7] = u8::try_from(text.len()).unwrap();
+    request.extend(text.as_bytes());
+    request.resize(request.len().next_multiple_of(4), 0);
+    std::io::Write::write_all(&mut stream, &request).unwrap();
+    let mut answer = [0; 48];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(answer[0], 0x23);
+    u16::from_be_bytes([answer[36], answer[37]])
+}
+
+fn image(folder: &Path, name: &str) {
+    let file = std::fs::File::create(folder.join(name)).unwrap();
+    file.set_len(1 << 20).unwrap();
+}
+
+#[test]
+fn an_image_is_served_to_whom_it_was_given_until_a_signal_comes() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    image(folder, "disk.img");
+    image(folder, "other.img");
+    let arguments =
+        "share iscsi --json --image root=disk.img --listen 127.0.0.1:0 --initiator iqn.2026-11.org.example:a";
+    let (mut server, told) = start(folder, arguments);
+    let (portal, target) = (
+        told["portals"][0].as_str().unwrap(),
+        told["target"].as_str().unwrap(),
+    );
+    assert_eq!(told["units"][0]["name"], "root");
+    assert_eq!(told["units"][0]["size"], 1 << 20);
+    assert_eq!(told["units"][0]["uri"], format!("iscsi://{portal}/{target}/0"));
+    assert_eq!(log_in(portal, target, "iqn.2026-11.org.example:a"), 0);
+    assert_eq!(log_in(portal, target, "iqn.2026-11.org.example:b"), 0x0202);
+    let again = finish(
+        folder,
+        &format!("share iscsi --image other.img --listen {portal}"),
+    );
+    assert_eq!(again.status.code(), Some(1));
+    assert!(said(&again).contains("another process"), "{}", said(&again));
+    let process = i32::try_from(server.0.id()).unwrap();
+    // SAFETY: a signal to our own child.
+    assert_eq!(unsafe { libc::kill(process, libc::SIGTERM) }, 0);
+    assert!(server.0.wait().unwrap().success());
+}
+
+#[test]
+fn disks_of_a_pool_are_served_by_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    for device in ["d0", "d1"] {
+        std::fs::File::create(folder.join(device))
+            .unwrap()
+            .set_len(256 << 20)
+            .unwrap();
+    }
+    for line in [
+        "pool create tank d0 d1",
+        "file --devices d0,d1 format --meta-size 32M",
+        "volume --devices d0,d1 create data --size 64M --layout mirror",
+        "disk --devices d0,d1 create /a.dsk --size 16M",
+    ] {
+        let output = finish(folder, line);
+        assert!(output.status.success(), "{line}: {}", said(&output));
+    }
+    let absent = finish(folder, "share iscsi --devices d0,d1 --listen 127.0.0.1:0 /b.dsk");
+    assert_eq!(absent.status.code(), Some(1));
+    assert!(said(&absent).contains("/b.dsk"), "{}", said(&absent));
+    let (_server, told) = start(
+        folder,
+        "share iscsi --json --devices d0,d1 --listen 127.0.0.1:0 /a.dsk",
+    );
+    assert_eq!(told["units"][0]["size"], 16 << 20);
+    let (portal, target) = (
+        told["portals"][0].as_str().unwrap(),
+        told["target"].as_str().unwrap(),
+    );
+    assert_eq!(log_in(portal, target, "iqn.2026-11.org.example:a"), 0);
+}
+
+#[test]
+fn wrong_usage_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    image(folder, "disk.img");
+    std::fs::write(folder.join("short"), "short\n").unwrap();
+    std::fs::write(folder.join("long"), "long enough for one\n").unwrap();
+    for (arguments, status, expected) in [
+        ("", 2, "--listen"),
+        ("--listen localhost", 2, "127.0.0.1"),
+        (
+            "--listen 127.0.0.1:0 --target disk",
+            2,
+            "iqn.2026-11.org.example:disk",
+        ),
+        ("--listen 127.0.0.1:0 --initiator iqn.X", 2, "--initiator"),
+        ("--listen 127.0.0.1:0 --image disk.img", 2, "given twice"),
+        ("--listen 127.0.0.1:0 --image absent.img", 1, "absent.img"),
+        ("--listen 127.0.0.1:0 --chap-user u", 2, "--chap-secret"),
+        (
+            "--listen 127.0.0.1:0 --chap-user u --chap-secret short",
+            1,
+            "too short",
+        ),
+        (
+            "--listen 127.0.0.1:0 --chap-user u --chap-secret absent",
+            1,
+            "absent",
+        ),
+        (
+            "--listen 127.0.0.1:0 --chap-user u --chap-secret long --mutual-chap-user t --mutual-chap-secret long",
+            1,
+            "the same in both directions",
+        ),
+        ("--listen 127.0.0.1:0 --access absent.toml", 1, "absent.toml"),
+    ] {
+        let output = finish(folder, &format!("share iscsi --image disk.img {arguments}"));
+        assert_eq!(
+            output.status.code(),
+            Some(status),
+            "{arguments}: {}",
+            said(&output)
+        );
+        assert!(said(&output).contains(expected), "{arguments}: {}", said(&output));
+    }
+}
