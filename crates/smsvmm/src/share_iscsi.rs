@@ -87,7 +87,7 @@ pub(crate) struct IscsiArguments {
     #[arg(long, value_name = "FILE", requires = "mutual_chap_user")]
     mutual_chap_secret: Option<PathBuf>,
 
-    /// Who may log in, sees which disks and proves it how, as a TOML file: [[initiator]] with `name`, `disks`, `chap`, `mutual`.
+    /// Who may log in, sees which disks and proves it how, as a TOML file: `[[initiator]]` with `name`, `disks`, `chap`, `mutual`.
     #[arg(long, value_name = "FILE")]
     access: Option<PathBuf>,
 

@@ -167,8 +167,8 @@ fn identification(options: &UnitOptions, nexus: &Nexus, group: Option<u16>) -> V
 /// Extended INQUIRY data (SPC-4 §7.8.7).
 fn extended() -> Vec<u8> {
     let mut data = vec![0; 60];
-    // Simple, ordered, head of queue.
-    data[1] = 0x07;
+    // Simple and head of queue, as transports take them (SPC-4 §7.8.7: HEADSUP, SIMPSUP).
+    data[1] = 0x05;
     // There is a volatile cache.
     data[2] = 0x01;
     // The unit attention of a reset is cleared for each nexus by itself.
