@@ -11,24 +11,29 @@ use volume_manager::model::{DeviceId, Layout};
 
 use crate::harness::{self, Model, check, create, failed, flush, new_volume, open, settle, write};
 
-const REGION: u64 = 16384;
-const REGIONS: u64 = 16;
+/// Places that are written, so far from each other that a device which catches up copies each by itself.
+const PLACES: u64 = 16;
+/// At least a row.
+const LONG: usize = 12288;
 /// Orders of events that are tried for each layout.
-const SEEDS: u64 = 60;
+const SEEDS: u64 = 4;
 
 /// Tells whether writes were on their way when the device failed.
 fn run(layout: Layout, seed: u64) -> Result<bool, Failure> {
     let disks = usize::try_from(layout.columns() * layout.legs()).unwrap_or(2);
+    // 256 KiB of each data column are copied at once.
+    let apart = (256 << 10) * u64::from(layout.columns() - layout.parity());
     let mut world = harness::world(disks as u64);
     let ran = world.run(&RunOptions::random(seed), |sim| async move {
         let model = Model::default();
         let pool = create(&sim, &model, disks).await?;
         let volume = pool
-            .create_volume(new_volume(layout, REGIONS * REGION))
+            .create_volume(new_volume(layout, PLACES * apart))
             .await
             .map_err(failed)?;
-        let whole = usize::try_from(REGIONS * REGION).unwrap();
-        write(&volume, &model, 0, 1, whole, Durability::Volatile).await?;
+        for place in 0..PLACES {
+            write(&volume, &model, place * apart, 1, LONG, Durability::Volatile).await?;
+        }
         drop(volume);
         // What is hot counts as missed, so nothing may be.
         pool.close().await.map_err(failed)?;
@@ -41,15 +46,15 @@ fn run(layout: Layout, seed: u64) -> Result<bool, Failure> {
             ..FaultRule::once(slow, Operation::Read).after(seed % 7)
         };
         sim.inject(disks - 1, rule);
-        let left = Rc::new(Cell::new(REGIONS));
-        for region in 0..REGIONS {
+        let left = Rc::new(Cell::new(PLACES));
+        for place in 0..PLACES {
             let (volume, model, left) = (volume.clone(), model.clone(), Rc::clone(&left));
             let clock = sim.clock();
             sim.spawn("writer", async move {
-                clock.sleep(Duration::from_micros(region * 60)).await;
-                // Parts of rows, and whole ones. No region is written twice: each write has to see to it itself that it is not forgotten.
-                let length = if region % 4 == 3 { 12288 } else { 1536 };
-                let done = write(&volume, &model, region * REGION, 2, length, Durability::Volatile);
+                clock.sleep(Duration::from_micros(place * 60)).await;
+                // Parts of rows, and whole ones. Nothing is written twice: each write has to see to it itself that it is not forgotten.
+                let length = if place % 4 == 3 { LONG } else { 1536 };
+                let done = write(&volume, &model, place * apart, 2, length, Durability::Volatile);
                 drop(done.await);
                 left.set(left.get() - 1);
             });
