@@ -191,6 +191,26 @@ fn a_disk_that_grows_is_told_to_the_guest() {
 }
 
 #[test]
+fn a_disk_that_grows_before_the_driver_is_ready_is_told_to_it_then() {
+    let place = Place::new();
+    let served = place.serve();
+    let (mut device, _) = open(&place.socket(), 1, 64).unwrap();
+    place.grow(2 * DISK);
+    served.disk.refresh_size().unwrap();
+    served.server.size_changed();
+    wait_until("the device knows", || {
+        u64::from_le_bytes(field(&device, 0)) == 2 * DISK / 512
+    });
+    // A driver that has read the old size begins now.
+    let memory = shared_memory();
+    let driver = Driver::new(&memory, 0, 64, true);
+    let events = activate(&mut device, &memory, FEATURES, vec![driver.active(0)]);
+    wait_until("the guest is told", || {
+        events.config_changes.load(Ordering::Relaxed) == 1
+    });
+}
+
+#[test]
 fn a_disk_that_grew_while_its_server_was_away_is_told_to_the_guest() {
     let place = Place::new();
     let served = place.serve();

@@ -74,6 +74,8 @@ pub(super) struct Thread {
     pub(super) first: Offer,
     pub(super) link: Option<Link>,
     active: Option<Active>,
+    /// The configuration has changed while no driver was ready, which may have read it before.
+    is_untold: bool,
     /// Commands that came while something else was waited for.
     pending: VecDeque<Command>,
     trial: Trial,
@@ -106,6 +108,7 @@ impl Thread {
             first,
             link: Some(link),
             active: None,
+            is_untold: false,
             pending: VecDeque::new(),
             trial: Trial {
                 next: now,
@@ -232,6 +235,9 @@ impl Thread {
     fn activate(&mut self, activation: Activation) -> Result<(), LinkError> {
         let errors = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
             .map_err(|error| LinkError::Host("make an eventfd", error))?;
+        if std::mem::take(&mut self.is_untold) {
+            activation.events.config_changed();
+        }
         self.active = Some(Active {
             activation,
             record: None,
@@ -356,10 +362,12 @@ impl Thread {
     }
 
     fn set_config(&mut self, config: [u8; CONFIG_LENGTH]) {
-        if self.shared.set_config(config)
-            && let Some(active) = &self.active
-        {
-            active.activation.events.config_changed();
+        if !self.shared.set_config(config) {
+            return;
+        }
+        match &self.active {
+            Some(active) => active.activation.events.config_changed(),
+            None => self.is_untold = true,
         }
     }
 

@@ -16,6 +16,8 @@ use storage_virtualizer::scsi::{
 use crate::disk::MemoryDisk;
 
 /// Longest data of a command.
+/// INQUIRY (SPC-4 §6.6).
+const INQUIRY: u8 = 0x12;
 const MAX_DATA: usize = 16 << 10;
 /// What the unit has not written in a buffer.
 const UNTOUCHED: u8 = 0xa7;
@@ -406,7 +408,13 @@ impl Machine {
             } else {
                 0
             };
-            is_allowed = (usage[at] | action) & bit != 0;
+            // Where SCSI-2 has the LUN, which Linux writes: not looked at.
+            let old_lun = if at == 1 && known.opcode == INQUIRY {
+                0xe0
+            } else {
+                0
+            };
+            is_allowed = (usage[at] | action | old_lun) & bit != 0;
         }
         if input.ratio(1, 32)? {
             cdb.truncate(input.int_in_range(0..=cdb.len())?);
