@@ -94,7 +94,7 @@ fn limits_of_requests_are_those_of_the_disk() {
     assert_eq!(limits[32..40], (1_u64 << 22).to_be_bytes());
     assert_eq!(vital(&bench, 0xb1)[..2], [0, 1]);
     assert_eq!(vital(&bench, 0xb2), [0, 0xe4, 2, 0]);
-    assert_eq!(vital(&bench, 0x86)[..3], [0, 7, 1]);
+    assert_eq!(vital(&bench, 0x86)[..3], [0, 5, 1]);
     let thin = Bench::with(UnitOptions {
         provisioning: Provisioning::Thin,
         ..options()
