@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use lab::{Archive, Cache, Key, Toolbox, finish};
 
 use crate::apt::{self, Apt};
@@ -61,16 +61,24 @@ fn merged_usr(tree: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Where packages have libraries: all, and those that one keeps for itself, whose path its own libraries have.
+const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
+
+/// Links to the libraries of a tree in one folder, for the loader of this machine.
 fn libraries(tree: &Path, links: &Path) -> Result<()> {
     fs::create_dir_all(links)?;
-    for entry in fs::read_dir(tree.join("usr/lib/x86_64-linux-gnu"))? {
-        let name = entry?.file_name();
-        let text = name.to_string_lossy();
-        if text.contains(".so") && !C_LIBRARY.iter().any(|prefix| text.starts_with(prefix)) {
-            symlink(
-                Path::new("../tree/usr/lib/x86_64-linux-gnu").join(&name),
-                links.join(&name),
-            )?;
+    for folder in LIBRARIES {
+        let Ok(entries) = fs::read_dir(tree.join(folder)) else {
+            continue;
+        };
+        for entry in entries {
+            let name = entry?.file_name();
+            let text = name.to_string_lossy();
+            let link = links.join(&name);
+            let is_ours = text.contains(".so") && !C_LIBRARY.iter().any(|prefix| text.starts_with(prefix));
+            if is_ours && link.symlink_metadata().is_err() {
+                symlink(Path::new("../tree").join(folder).join(&name), link)?;
+            }
         }
     }
     Ok(())
@@ -232,7 +240,7 @@ pub(crate) fn guest_tools(
     let closure = apt.closure(&tools.packages)?;
     let names: Vec<&str> = closure.iter().map(|package| package.file.as_str()).collect();
     let mut key = Key::new()
-        .with("1")
+        .with("2")
         .with(format!("{tools:?}"))
         .with(names.join("\n"));
     for (_, image) in kernels {
@@ -336,6 +344,8 @@ fn files_of_program(toolbox: &Toolbox, program: &str) -> Result<Vec<(PathBuf, St
     let output = finish(toolbox.command("ldd").arg(&path))?;
     let mut files = vec![(path, format!("usr/bin/{program}"))];
     for line in String::from_utf8_lossy(&output).lines() {
+        // The machine may have a library that the tree has not, or the other way round: neither may pass by chance.
+        ensure!(!line.contains("not found"), "{program} needs {}", line.trim());
         let Some(word) = line.split_whitespace().find(|word| word.starts_with('/')) else {
             continue;
         };
@@ -349,11 +359,9 @@ fn files_of_program(toolbox: &Toolbox, program: &str) -> Result<Vec<(PathBuf, St
         } else {
             format!("lib/x86_64-linux-gnu/{name}")
         };
-        let libraries = toolbox.tree().join("usr/lib/x86_64-linux-gnu");
-        // Some packages keep libraries for themselves in a folder of their own, whose path their programs have.
-        let places = [libraries.join(&name), libraries.join("ceph").join(&name)];
-        let from = places
-            .into_iter()
+        let from = LIBRARIES
+            .iter()
+            .map(|folder| toolbox.tree().join(folder).join(&name))
             .find(|place| place.exists())
             .with_context(|| format!("the toolbox has no {name}, which {program} needs"))?;
         files.push((from, to));
