@@ -61,8 +61,12 @@ fn merged_usr(tree: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where packages have libraries: all, and those that one keeps for itself, whose path its own libraries have.
-const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
+/// Where packages have libraries: all, and those that some keep for themselves, whose path their own files have.
+const LIBRARIES: [&str; 3] = [
+    "usr/lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu/ceph",
+    "usr/lib/multipath",
+];
 
 /// Links to the libraries of a tree in one folder, for the loader of this machine.
 fn libraries(tree: &Path, links: &Path) -> Result<()> {
