@@ -61,7 +61,7 @@ fn merged_usr(tree: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where packages have libraries: all, and those that some keep for themselves, whose path their own files have.
+/// Where packages have libraries: most, those that one keeps for itself, and the old place.
 const LIBRARIES: [&str; 3] = [
     "usr/lib/x86_64-linux-gnu",
     "usr/lib/x86_64-linux-gnu/ceph",
