@@ -65,7 +65,7 @@ fn merged_usr(tree: &Path) -> Result<()> {
 const LIBRARIES: [&str; 3] = [
     "usr/lib/x86_64-linux-gnu",
     "usr/lib/x86_64-linux-gnu/ceph",
-    "usr/lib/multipath",
+    "usr/lib",
 ];
 
 /// Links to the libraries of a tree in one folder, for the loader of this machine.
