@@ -2,9 +2,9 @@
 
 use std::fmt::Write;
 
-use api::ByteSize;
 use api::storage::{JobState, JobStatus, Shape};
 use api::virtual_disk::SnapshotStatus;
+use api::{ByteSize, Utc};
 use expanded_api::{Answer, Description, GuestDisk, GuestEvent, GuestVolume};
 
 use crate::host::Found;
@@ -194,7 +194,7 @@ pub(crate) fn snapshots(all: &[SnapshotStatus]) -> String {
     rows.extend(all.iter().map(|snapshot| {
         vec![
             snapshot.name.clone(),
-            date(snapshot.created),
+            Utc::from_unix(snapshot.created).to_string(),
             ByteSize::from_bytes(snapshot.size).to_string(),
             ByteSize::from_bytes(snapshot.allocated).to_string(),
             snapshot.description.clone(),
@@ -260,7 +260,7 @@ pub(crate) fn event(event: &GuestEvent) -> String {
     let mut text = format!(
         "{:>5}  {}  {}",
         event.sequence,
-        date(event.time_ms / 1000),
+        Utc::from_unix(event.time_ms / 1000),
         event.event
     );
     if let Some(object) = &event.object {
@@ -272,38 +272,9 @@ pub(crate) fn event(event: &GuestEvent) -> String {
     text
 }
 
-/// Seconds since 1970 as date and time, UTC.
-fn date(seconds: u64) -> String {
-    let days = seconds / 86_400;
-    // Years that begin in March, from the year 0: leap days are at their end.
-    let shifted = days + 719_468;
-    let era = shifted / 146_097;
-    let day_of_era = shifted % 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 {
-        month_from_march + 3
-    } else {
-        month_from_march - 9
-    };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}Z")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn dates_are_those_of_the_calendar() {
-        assert_eq!(date(0), "1970-01-01 00:00:00Z");
-        assert_eq!(date(951_782_399), "2000-02-28 23:59:59Z");
-        assert_eq!(date(951_782_400), "2000-02-29 00:00:00Z");
-        assert_eq!(date(4_107_542_400), "2100-03-01 00:00:00Z");
-    }
 
     #[test]
     fn columns_are_as_wide_as_what_is_in_them() {

@@ -6,6 +6,7 @@
 //!
 //! Compatibility: a field may be added with a default; a field, variant or meaning never changes within `/v1`.
 
+mod calendar;
 mod device;
 mod disk;
 mod disk_controls;
@@ -21,6 +22,7 @@ mod units;
 pub mod virtual_disk;
 mod vm;
 
+pub use calendar::Utc;
 pub use device::{DeviceId, DeviceState, Removal, VmName};
 pub use disk::{DiskBus, DiskConfig, DiskSerial, DiskSource, DiskStatus, QueueSize};
 pub use disk_controls::{AtPowerOff, DiskChange, DiskLimits, OnError};

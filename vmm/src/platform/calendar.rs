@@ -1,5 +1,7 @@
 //! Seconds since 1970 to dates and back, in the proleptic Gregorian calendar. Time zones and leap seconds do not exist here.
 
+use api::Utc;
+
 /// A date and a time of day, UTC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DateTime {
@@ -21,52 +23,33 @@ pub(super) struct DateTime {
 
 impl DateTime {
     pub(super) fn century(&self) -> u8 {
-        narrow(i64::from(self.year / 100))
+        narrow(u64::from(self.year / 100))
     }
 
     pub(super) fn year_of_century(&self) -> u8 {
-        narrow(i64::from(self.year % 100))
+        narrow(u64::from(self.year % 100))
     }
 }
 
 const SECONDS_PER_DAY: i64 = 86_400;
 /// Days from 0000-03-01 to 1970-01-01.
 const EPOCH_DAYS: i64 = 719_468;
-/// Days in the 400 years after which the calendar repeats.
-const CYCLE_DAYS: i64 = 146_097;
 /// 9999-12-31T23:59:59, what fits into the clock's registers.
 const LAST_SECOND: i64 = 253_402_300_799;
 
 /// The date at `seconds` since 1970, limited to 1970 to 9999.
 pub(super) fn from_unix_seconds(seconds: i64) -> DateTime {
-    let seconds = seconds.clamp(0, LAST_SECOND);
-    let days = seconds / SECONDS_PER_DAY;
-    let of_day = seconds % SECONDS_PER_DAY;
-
-    // Years are counted from 1 March, so that the leap day is a year's last, and months follow one formula.
-    let since_march_0 = days + EPOCH_DAYS;
-    let cycle = since_march_0 / CYCLE_DAYS;
-    let day_of_cycle = since_march_0 % CYCLE_DAYS;
-    let year_of_cycle =
-        (day_of_cycle - day_of_cycle / 1_460 + day_of_cycle / 36_524 - day_of_cycle / 146_096) / 365;
-    let day_of_year = day_of_cycle - (365 * year_of_cycle + year_of_cycle / 4 - year_of_cycle / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 {
-        month_from_march + 3
-    } else {
-        month_from_march - 9
-    };
-    let year = cycle * 400 + year_of_cycle + i64::from(month <= 2);
+    let seconds = seconds.clamp(0, LAST_SECOND).unsigned_abs();
+    let utc = Utc::from_unix(seconds);
     DateTime {
-        year: u16::try_from(year).unwrap_or(u16::MAX),
-        month: narrow(month),
-        day: narrow(day),
-        hour: narrow(of_day / 3600),
-        minute: narrow(of_day / 60 % 60),
-        second: narrow(of_day % 60),
+        year: u16::try_from(utc.year).unwrap_or(u16::MAX),
+        month: narrow(utc.month),
+        day: narrow(utc.day),
+        hour: narrow(utc.hour),
+        minute: narrow(utc.minute),
+        second: narrow(utc.second),
         // 1970-01-01 was a Thursday.
-        weekday: narrow((days + 4) % 7 + 1),
+        weekday: narrow((seconds / SECONDS_PER_DAY.unsigned_abs() + 4) % 7 + 1),
     }
 }
 
@@ -101,7 +84,7 @@ fn days_of_month(year: u16, month: u8) -> u8 {
 }
 
 /// For values that are below 256 by construction.
-fn narrow(value: i64) -> u8 {
+fn narrow(value: u64) -> u8 {
     debug_assert!((0..256).contains(&value));
     u8::try_from(value).unwrap_or(u8::MAX)
 }

@@ -1,5 +1,6 @@
 //! Files and the file system as text for people.
 
+use api::Utc;
 use api::file::{
     CheckFinding, CheckReport, FileAnswer, FileEntry, FileExtent, FileKind, FileOperation, FileScrub,
     FileStatus, FileSystemStatus, Moved, ScrubFinding, Severity, Target, Written,
@@ -300,24 +301,20 @@ pub(crate) fn written(written: &Written) -> String {
     )
 }
 
-/// Seconds since 1970 as "2026-11-28 16:05" in UTC; after Howard Hinnant's days_from_civil.
+/// Seconds since 1970 as "2026-11-28 16:05" in UTC.
 pub(super) fn time(seconds: u64) -> String {
     if seconds == 0 {
         return "-".to_owned();
     }
-    let (days, second) = (seconds / 86_400 + 719_468, seconds % 86_400);
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!(
-        "{year:04}-{month:02}-{day:02} {:02}:{:02}",
-        second / 3600,
-        second / 60 % 60
-    )
+    let Utc {
+        year,
+        month,
+        day,
+        hour,
+        minute,
+        ..
+    } = Utc::from_unix(seconds);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}")
 }
 
 #[cfg(test)]
