@@ -23,6 +23,7 @@ use block_io::Stream;
 
 use super::pdu::Out;
 use crate::sockets::input::Source;
+use crate::sockets::slot::{keep, wake};
 
 /// PDUs that are sent with one system call.
 const BATCH: usize = 64;
@@ -85,21 +86,6 @@ impl Drop for Permit {
         let link = &self.link;
         link.memory.set(link.memory.get() - self.memory);
         link.wake_first();
-    }
-}
-
-fn wake(slot: &RefCell<Option<Waker>>) {
-    let waker = slot.borrow_mut().take();
-    if let Some(waker) = waker {
-        waker.wake();
-    }
-}
-
-fn keep(slot: &RefCell<Option<Waker>>, waker: &Waker) {
-    let mut slot = slot.borrow_mut();
-    match &*slot {
-        Some(kept) if kept.will_wake(waker) => {}
-        _ => *slot = Some(waker.clone()),
     }
 }
 

@@ -9,10 +9,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
-use std::future::{Future, poll_fn};
-use std::io;
+use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, mpsc};
 use std::task::{Poll, Waker};
@@ -21,7 +19,6 @@ use std::time::{Duration, Instant};
 use block_io::{
     BlockDevice, Clock, EventWatch, ListenAddress, Listener, Stream, WorkerClock, WorkerHandle, spawn_local,
 };
-use vmm_sys_util::eventfd::EventFd;
 
 use super::access::{self, Access, check_name};
 use super::keys::Parameters;
@@ -32,7 +29,10 @@ use super::options::{IscsiOptions, IscsiServerError, IscsiUnit};
 use super::session::{PORTAL_GROUP, Session};
 use crate::scsi::{Nexus, Target, TransportId};
 use crate::sockets::buffers::Pool;
+use crate::sockets::ending::{Bell, Ending, Running, start_task};
 
+/// For the log.
+const NAME: &str = "iSCSI target";
 /// How often deadlines and silences are looked at, while there are connections.
 const TICK: Duration = Duration::from_millis(500);
 /// How long an initiator may take to close its side after everything is said.
@@ -49,9 +49,8 @@ const ALL_DROPPED: u8 = 3;
 #[derive(Debug)]
 pub struct IscsiServer {
     addresses: Vec<ListenAddress>,
-    stop: EventFd,
-    /// Hangs up when everything is gone.
-    ended: mpsc::Receiver<()>,
+    /// Last: dropping it waits.
+    _running: Running,
 }
 
 impl IscsiServer {
@@ -100,9 +99,7 @@ impl IscsiServer {
             .iter()
             .map(|listener| listener.address().clone())
             .collect();
-        let stop = EventFd::new(libc::EFD_CLOEXEC)?;
-        let watch = EventWatch::new(stop.try_clone()?)?;
-        let (end, ended) = mpsc::channel();
+        let bell = Bell::new()?;
         let server = Rc::new(Server {
             target,
             settings: options.clone(),
@@ -113,9 +110,7 @@ impl IscsiServer {
             links: RefCell::default(),
             logging_in: RefCell::default(),
             acceptors: Cell::new(0),
-            stopping: Cell::new(false),
-            stop_wakers: RefCell::default(),
-            left: RefCell::default(),
+            ending: Ending::default(),
             janitor: Rc::default(),
         });
         for listener in listeners {
@@ -124,14 +119,9 @@ impl IscsiServer {
             start_task(async move { own.0.accept(listener).await })?;
         }
         start_task(watch_over(Rc::downgrade(&server), Rc::clone(&server.janitor)))?;
-        start_task(async move {
-            end_when_told(server, watch).await;
-            drop(end);
-        })?;
         Ok(Self {
             addresses,
-            stop,
-            ended,
+            _running: Running::start(NAME, bell, |watch| end_when_told(server, watch))?,
         })
     }
 
@@ -148,21 +138,6 @@ impl IscsiServer {
     }
 }
 
-impl Drop for IscsiServer {
-    fn drop(&mut self) {
-        if let Err(error) = self.stop.write(1) {
-            tracing::error!(%error, "cannot tell the iSCSI target to stop");
-            return;
-        }
-        // An error is what it waits for: the other side is gone.
-        let _ = self.ended.recv();
-    }
-}
-
-fn start_task(task: impl Future<Output = ()> + 'static) -> io::Result<()> {
-    spawn_local(task).map_err(|_| io::ErrorKind::NotConnected.into())
-}
-
 /// What all connections share.
 pub(super) struct Server<D: BlockDevice + 'static> {
     pub(super) target: Target<Rc<D>>,
@@ -175,10 +150,7 @@ pub(super) struct Server<D: BlockDevice + 'static> {
     /// Those of them that have not logged in.
     logging_in: RefCell<Vec<Rc<Link>>>,
     acceptors: Cell<usize>,
-    stopping: Cell<bool>,
-    stop_wakers: RefCell<Vec<Waker>>,
-    /// Who waits for tasks to end.
-    left: RefCell<Option<Waker>>,
+    ending: Ending,
     janitor: Rc<RefCell<Option<Waker>>>,
 }
 
@@ -197,7 +169,7 @@ struct Acceptor<D: BlockDevice + 'static>(Rc<Server<D>>);
 impl<D: BlockDevice + 'static> Drop for Acceptor<D> {
     fn drop(&mut self) {
         self.0.acceptors.set(self.0.acceptors.get() - 1);
-        self.0.someone_left();
+        self.0.ending.someone_left();
     }
 }
 
@@ -216,7 +188,7 @@ impl<D: BlockDevice + 'static> Drop for Connected<D> {
             .links
             .borrow_mut()
             .retain(|link| !Rc::ptr_eq(link, &self.link));
-        self.server.someone_left();
+        self.server.ending.someone_left();
     }
 }
 
@@ -254,7 +226,7 @@ impl<D: BlockDevice + 'static> Server<D> {
     }
 
     pub(super) fn is_stopping(&self) -> bool {
-        self.stopping.get()
+        self.ending.has_begun()
     }
 
     pub(super) fn sessions(&self) -> Vec<Rc<Session<D>>> {
@@ -298,7 +270,7 @@ impl<D: BlockDevice + 'static> Server<D> {
 
     /// Where a connection belongs that has agreed on something.
     pub(super) fn join(&self, agreement: &Agreement) -> Result<Joined<D>, Refusal> {
-        if self.stopping.get() {
+        if self.ending.has_begun() {
             return Err(Refusal(status::UNAVAILABLE, "the target is about to end"));
         }
         let first = &agreement.first;
@@ -352,34 +324,9 @@ impl<D: BlockDevice + 'static> Server<D> {
             .retain(|other| !Rc::ptr_eq(other, session));
     }
 
-    fn someone_left(&self) {
-        if let Some(waker) = self.left.borrow_mut().take() {
-            waker.wake();
-        }
-    }
-
-    /// `task`, or `None` if the server stops first.
-    async fn until_stop<T>(&self, task: impl Future<Output = T>) -> Option<T> {
-        let mut task = pin!(task);
-        poll_fn(|context| {
-            if self.stopping.get() {
-                return Poll::Ready(None);
-            }
-            if let Poll::Ready(output) = task.as_mut().poll(context) {
-                return Poll::Ready(Some(output));
-            }
-            let mut wakers = self.stop_wakers.borrow_mut();
-            if !wakers.iter().any(|waker| waker.will_wake(context.waker())) {
-                wakers.push(context.waker().clone());
-            }
-            Poll::Pending
-        })
-        .await
-    }
-
     async fn accept(self: &Rc<Self>, listener: Listener) {
         let clock = WorkerClock::new();
-        while let Some(accepted) = self.until_stop(listener.accept()).await {
+        while let Some(accepted) = self.ending.or(listener.accept()).await {
             let (all, new) = (self.links.borrow().len(), self.logging_in.borrow().len());
             match accepted {
                 Ok((stream, peer)) if all < self.settings.connections && new < self.settings.logins => {
@@ -393,7 +340,7 @@ impl<D: BlockDevice + 'static> Server<D> {
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept an iSCSI initiator");
-                    self.until_stop(clock.sleep(ACCEPT_PAUSE)).await;
+                    self.ending.or(clock.sleep(ACCEPT_PAUSE)).await;
                 }
             }
         }
@@ -423,30 +370,9 @@ impl<D: BlockDevice + 'static> Server<D> {
         }));
     }
 
-    /// Waits until all connections and acceptors are gone.
-    async fn everyone_left(&self) {
-        poll_fn(|context| {
-            if self.acceptors.get() == 0 && self.links.borrow().is_empty() {
-                return Poll::Ready(());
-            }
-            *self.left.borrow_mut() = Some(context.waker().clone());
-            Poll::Pending
-        })
-        .await;
-    }
-
-    /// Whether everyone left within this time.
-    async fn left_within(&self, time: Duration) -> bool {
-        let clock = WorkerClock::new();
-        let mut all = pin!(self.everyone_left());
-        let mut time = pin!(clock.sleep(time));
-        poll_fn(|context| {
-            if all.as_mut().poll(context).is_ready() {
-                return Poll::Ready(true);
-            }
-            time.as_mut().poll(context).map(|()| false)
-        })
-        .await
+    /// Whether all connections and acceptors are gone.
+    fn is_empty(&self) -> bool {
+        self.acceptors.get() == 0 && self.links.borrow().is_empty()
     }
 
     /// Deadlines and silences.
@@ -492,10 +418,7 @@ async fn end_when_told<D: BlockDevice + 'static>(server: Rc<Server<D>>, mut watc
     if let Err(error) = watch.wait().await {
         tracing::error!(%error, "the iSCSI target cannot be told to stop, and stops");
     }
-    server.stopping.set(true);
-    for waker in server.stop_wakers.take() {
-        waker.wake();
-    }
+    server.ending.begin();
     let new = server.logging_in.borrow().clone();
     new.iter().for_each(|link| link.kill());
     let (logout, commands) = server.settings.patience;
@@ -506,7 +429,7 @@ async fn end_when_told<D: BlockDevice + 'static>(server: Rc<Server<D>>, mut watc
             connection.notify(LOGOUT_WANTED, [0, 0, seconds]);
         }
     }
-    if server.left_within(logout).await {
+    if server.ending.left_within(logout, || server.is_empty()).await {
         return;
     }
     for session in server.sessions() {
@@ -517,14 +440,14 @@ async fn end_when_told<D: BlockDevice + 'static>(server: Rc<Server<D>>, mut watc
             connection.link.end();
         }
     }
-    if server.left_within(commands).await {
+    if server.ending.left_within(commands, || server.is_empty()).await {
         return;
     }
     tracing::warn!("iSCSI initiators take too long to leave: their connections are cut");
     let links = server.links.borrow().clone();
     links.iter().for_each(|link| link.kill());
     server.sessions().iter().for_each(Session::close);
-    server.everyone_left().await;
+    server.ending.everyone_left(|| server.is_empty()).await;
 }
 
 async fn watch_over<D: BlockDevice + 'static>(server: Weak<Server<D>>, bell: Rc<RefCell<Option<Waker>>>) {

@@ -23,6 +23,7 @@ use block_io::Stream;
 use super::reply::Reply;
 use super::transport::Transport;
 use crate::sockets::input::Source;
+use crate::sockets::slot::{keep, wake};
 
 /// Replies that are sent with one system call.
 const BATCH: usize = 64;
@@ -78,21 +79,6 @@ impl Drop for Permit {
         link.requests.set(link.requests.get() - 1);
         link.memory.set(link.memory.get() - self.memory);
         wake(&link.room);
-    }
-}
-
-fn wake(slot: &RefCell<Option<Waker>>) {
-    let waker = slot.borrow_mut().take();
-    if let Some(waker) = waker {
-        waker.wake();
-    }
-}
-
-fn keep(slot: &RefCell<Option<Waker>>, waker: &Waker) {
-    let mut slot = slot.borrow_mut();
-    match &*slot {
-        Some(kept) if kept.will_wake(waker) => {}
-        _ => *slot = Some(waker.clone()),
     }
 }
 

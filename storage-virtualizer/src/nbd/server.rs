@@ -8,9 +8,8 @@
 //! ```
 
 use std::cell::{Cell, RefCell};
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::io;
-use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, mpsc};
 use std::task::{Poll, Waker};
@@ -21,7 +20,6 @@ use block_io::{
     spawn_local,
 };
 use rustls::ServerConfig;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::connection;
 use super::export::Export;
@@ -29,7 +27,10 @@ use super::link::{Allowance, Link};
 use super::negotiate::{Catalogue, Offer, TlsMode};
 use super::tls::{TlsError, TlsFiles};
 use crate::sockets::buffers::Pool;
+use crate::sockets::ending::{Bell, Ending, Running, start_task};
 
+/// For the log.
+const NAME: &str = "NBD server";
 /// How often deadlines are looked at, while there are some.
 const TICK: Duration = Duration::from_millis(500);
 /// How long a client may take to close its side after everything is said.
@@ -110,9 +111,8 @@ pub enum NbdServerError {
 #[derive(Debug)]
 pub struct NbdServer {
     addresses: Vec<ListenAddress>,
-    stop: EventFd,
-    /// Hangs up when everything is gone.
-    ended: mpsc::Receiver<()>,
+    /// Last: dropping it waits.
+    _running: Running,
 }
 
 impl NbdServer {
@@ -152,9 +152,7 @@ impl NbdServer {
             .iter()
             .map(|listener| listener.address().clone())
             .collect();
-        let stop = EventFd::new(libc::EFD_CLOEXEC)?;
-        let watch = EventWatch::new(stop.try_clone()?)?;
-        let (end, ended) = mpsc::channel();
+        let bell = Bell::new()?;
         let server = Rc::new(Server {
             exports,
             settings: options.clone(),
@@ -163,9 +161,7 @@ impl NbdServer {
             pool: Pool::new(POOL),
             links: RefCell::default(),
             acceptors: Cell::new(0),
-            stopping: Cell::new(false),
-            stop_wakers: RefCell::default(),
-            left: RefCell::default(),
+            ending: Ending::default(),
             janitor: Rc::default(),
         });
         for listener in listeners {
@@ -174,14 +170,9 @@ impl NbdServer {
             start_task(async move { own.0.accept(listener).await })?;
         }
         start_task(watch_over(Rc::downgrade(&server), Rc::clone(&server.janitor)))?;
-        start_task(async move {
-            end_when_told(server, watch).await;
-            drop(end);
-        })?;
         Ok(Self {
             addresses,
-            stop,
-            ended,
+            _running: Running::start(NAME, bell, |watch| end_when_told(server, watch))?,
         })
     }
 
@@ -196,21 +187,6 @@ impl NbdServer {
     pub fn stop(self) {
         drop(self);
     }
-}
-
-impl Drop for NbdServer {
-    fn drop(&mut self) {
-        if let Err(error) = self.stop.write(1) {
-            tracing::error!(%error, "cannot tell the NBD server to stop");
-            return;
-        }
-        // An error is what it waits for: the other side is gone.
-        let _ = self.ended.recv();
-    }
-}
-
-fn start_task(task: impl Future<Output = ()> + 'static) -> io::Result<()> {
-    spawn_local(task).map_err(|_| io::ErrorKind::NotConnected.into())
 }
 
 fn check<E: Export>(exports: &[E]) -> Result<(), NbdServerError> {
@@ -242,10 +218,7 @@ pub(super) struct Server<E> {
     tls_mode: TlsMode,
     links: RefCell<Vec<Rc<Link>>>,
     acceptors: Cell<usize>,
-    stopping: Cell<bool>,
-    stop_wakers: RefCell<Vec<Waker>>,
-    /// Who waits for tasks to end.
-    left: RefCell<Option<Waker>>,
+    ending: Ending,
     janitor: Rc<RefCell<Option<Waker>>>,
 }
 
@@ -291,7 +264,7 @@ struct Acceptor<E>(Rc<Server<E>>);
 impl<E> Drop for Acceptor<E> {
     fn drop(&mut self) {
         self.0.acceptors.set(self.0.acceptors.get() - 1);
-        self.0.someone_left();
+        self.0.ending.someone_left();
     }
 }
 
@@ -308,7 +281,7 @@ impl<E> Drop for Connected<E> {
             .links
             .borrow_mut()
             .retain(|link| !Rc::ptr_eq(link, &self.link));
-        self.server.someone_left();
+        self.server.ending.someone_left();
     }
 }
 
@@ -320,37 +293,12 @@ impl<E> Server<E> {
     pub(super) fn tls_mode(&self) -> TlsMode {
         self.tls_mode
     }
-
-    fn someone_left(&self) {
-        if let Some(waker) = self.left.borrow_mut().take() {
-            waker.wake();
-        }
-    }
 }
 
 impl<E: Export> Server<E> {
-    /// `task`, or `None` if the server stops first.
-    async fn until_stop<T>(&self, task: impl Future<Output = T>) -> Option<T> {
-        let mut task = pin!(task);
-        poll_fn(|context| {
-            if self.stopping.get() {
-                return Poll::Ready(None);
-            }
-            if let Poll::Ready(output) = task.as_mut().poll(context) {
-                return Poll::Ready(Some(output));
-            }
-            let mut wakers = self.stop_wakers.borrow_mut();
-            if !wakers.iter().any(|waker| waker.will_wake(context.waker())) {
-                wakers.push(context.waker().clone());
-            }
-            Poll::Pending
-        })
-        .await
-    }
-
     async fn accept(self: &Rc<Self>, listener: Listener) {
         let clock = WorkerClock::new();
-        while let Some(accepted) = self.until_stop(listener.accept()).await {
+        while let Some(accepted) = self.ending.or(listener.accept()).await {
             match accepted {
                 Ok((stream, peer)) if self.links.borrow().len() < self.settings.connections => {
                     self.connect(stream, peer);
@@ -363,7 +311,7 @@ impl<E: Export> Server<E> {
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept an NBD client");
-                    self.until_stop(clock.sleep(ACCEPT_PAUSE)).await;
+                    self.ending.or(clock.sleep(ACCEPT_PAUSE)).await;
                 }
             }
         }
@@ -389,16 +337,9 @@ impl<E: Export> Server<E> {
         }));
     }
 
-    /// Waits until all connections and acceptors are gone.
-    async fn everyone_left(&self) {
-        poll_fn(|context| {
-            if self.acceptors.get() == 0 && self.links.borrow().is_empty() {
-                return Poll::Ready(());
-            }
-            *self.left.borrow_mut() = Some(context.waker().clone());
-            Poll::Pending
-        })
-        .await;
+    /// Whether all connections and acceptors are gone.
+    fn is_empty(&self) -> bool {
+        self.acceptors.get() == 0 && self.links.borrow().is_empty()
     }
 }
 
@@ -406,32 +347,19 @@ async fn end_when_told<E: Export>(server: Rc<Server<E>>, mut watch: EventWatch) 
     if let Err(error) = watch.wait().await {
         tracing::error!(%error, "the NBD server cannot be told to stop, and stops");
     }
-    server.stopping.set(true);
-    for waker in server.stop_wakers.take() {
-        waker.wake();
-    }
+    server.ending.begin();
     let links = server.links.borrow().clone();
     for link in &links {
         link.stop();
     }
-    let clock = WorkerClock::new();
-    let patient = {
-        let mut all = pin!(server.everyone_left());
-        let mut time = pin!(clock.sleep(server.settings.patience));
-        poll_fn(|context| {
-            if all.as_mut().poll(context).is_ready() {
-                return Poll::Ready(true);
-            }
-            time.as_mut().poll(context).map(|()| false)
-        })
-        .await
-    };
+    let patience = server.settings.patience;
+    let patient = server.ending.left_within(patience, || server.is_empty()).await;
     if !patient {
         tracing::warn!("NBD clients take too long to leave: their connections are cut");
         for link in &links {
             link.kill();
         }
-        server.everyone_left().await;
+        server.ending.everyone_left(|| server.is_empty()).await;
     }
 }
 

@@ -1,4 +1,7 @@
-//! What the servers on sockets (NBD, iSCSI) have in common: memory for the data of requests, and a buffer for what comes in.
+//! What the servers on sockets (NBD, iSCSI) have in common: memory for the data of requests, a buffer for what comes in,
+//! and how they end.
 
 pub(crate) mod buffers;
+pub(crate) mod ending;
 pub(crate) mod input;
+pub(crate) mod slot;
