@@ -13,11 +13,12 @@
 //! before ([`Core::release_freed`]); then it can be taken.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
 use block_io::{AlignedBuffer, BlockDevice, Clock, IoError, error_chain};
+use smallvec::SmallVec;
 
 use crate::checkpoint::Asked;
 use crate::epochs::Epochs;
@@ -70,7 +71,7 @@ pub(crate) struct Core<V, C> {
     /// What was given up, and could be discarded.
     pub(crate) trims: Trims,
     /// For each group that is not durable: volumes with data that its records speak of.
-    needs: RefCell<BTreeMap<u64, BTreeSet<VolumeIndex>>>,
+    needs: RefCell<Vec<(u64, VolumeIndex)>>,
     /// What groups that are not durable made valid.
     pub(crate) unproven: RefCell<Unproven>,
     /// Grows when groups are taken back.
@@ -329,14 +330,14 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     /// As [`Self::transact`], with room that was waited for before.
-    pub(crate) async fn transact_admitted<R>(
+    pub(crate) async fn transact_admitted<L: AsRef<[Record]>, R>(
         &self,
         _ticket: &Ticket,
-        mut plan: impl FnMut(&State<V>) -> Result<(Vec<Record>, R), Refusal>,
+        mut plan: impl FnMut(&State<V>) -> Result<(L, R), Refusal>,
     ) -> Result<(u64, R), FsError> {
         loop {
             let done = plan(&self.state).and_then(|(records, result)| {
-                let group = self.execute(&records)?;
+                let group = self.execute(records.as_ref())?;
                 Ok((group, result))
             });
             match done {
@@ -417,7 +418,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
 
     /// The records of a group speak of data on this volume that a flush must make durable first.
     pub(crate) fn needs_flush(&self, group: u64, volume: VolumeIndex) {
-        self.needs.borrow_mut().entry(group).or_default().insert(volume);
+        let mut needs = self.needs.borrow_mut();
+        if !needs.iter().rev().any(|need| *need == (group, volume)) {
+            needs.push((group, volume));
+        }
     }
 
     /// A group that is durable makes all durable that was written to a file before.
@@ -496,22 +500,24 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// What a group's records speak of becomes durable. Of a volume that cannot do that they speak no more afterwards
     /// ([`crate::failed_volume`]).
     pub(crate) async fn flush_for(&self, group: u64) {
-        let needed: BTreeSet<VolumeIndex> = {
-            let mut needs = self.needs.borrow_mut();
-            let later = needs.split_off(&(group + 1));
-            std::mem::replace(&mut *needs, later)
-                .into_values()
-                .flatten()
-                .collect()
-        };
-        let volumes: Vec<_> = needed
-            .iter()
-            .filter_map(|index| self.state.volume(*index).ok())
-            .collect();
+        let mut volumes: SmallVec<[Rc<VolumeCore<V>>; 1]> = SmallVec::new();
+        self.needs.borrow_mut().retain(|(of, index)| {
+            if *of <= group
+                && !volumes.iter().any(|volume| volume.index == *index)
+                && let Ok(volume) = self.state.volume(*index)
+            {
+                volumes.push(volume);
+            }
+            *of > group
+        });
+        if let [volume] = &*volumes {
+            // Who cannot be flushed has failed, which is known now.
+            drop(self.flush_volume(volume, volume.written.get()).await);
+            return;
+        }
         let flushes = volumes
             .iter()
             .map(|volume| -> Boxed<'_, _> { Box::pin(self.flush_volume(volume, volume.written.get())) });
-        // Who cannot be flushed has failed, which is known now.
         drop(gate::all(flushes.collect()).await);
     }
 

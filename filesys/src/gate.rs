@@ -17,7 +17,12 @@ impl Signal {
         if self.waiting.borrow().is_empty() {
             return;
         }
-        self.waiting.take().into_iter().for_each(Waker::wake);
+        let mut woken = self.waiting.take();
+        woken.drain(..).for_each(Waker::wake);
+        // The memory is kept: those who wait come again.
+        let mut waiting = self.waiting.borrow_mut();
+        woken.append(&mut waiting);
+        *waiting = woken;
     }
 
     /// Waits until `ready` has an answer; asks now, and after each [`Self::notify`].

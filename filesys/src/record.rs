@@ -1,6 +1,8 @@
 //! Every change of the file system's metadata is one of these records, and is made by [`State::apply`](crate::state): when it happens, and
 //! again when the journal is replayed after a crash. `docs/src/formats/filesys.md` has the bytes.
 
+use std::ops::DerefMut;
+
 use crate::entry::Entry;
 use crate::inode::{Attributes, Inode, MAX_CLASS};
 use crate::tree::node::FANOUT;
@@ -251,7 +253,13 @@ fn put_entry(entry: Entry, to: &mut Writer) {
 impl Record {
     /// Appends what becomes of one more cluster of a file: as a part of the last record, if it goes on where that ends in the same page of
     /// the map.
-    pub(crate) fn push_map(records: &mut Vec<Self>, file: FileId, cluster: u32, new: Entry, moved: bool) {
+    pub(crate) fn push_map(
+        records: &mut (impl DerefMut<Target = [Self]> + Extend<Self>),
+        file: FileId,
+        cluster: u32,
+        new: Entry,
+        moved: bool,
+    ) {
         if let Some(Self::Map {
             first, count, entry, ..
         }) = records.last_mut()
@@ -262,13 +270,13 @@ impl Record {
             *count += 1;
             return;
         }
-        records.push(Self::Map {
+        records.extend(Some(Self::Map {
             file,
             first: cluster,
             count: 1,
             entry: new,
             moved,
-        });
+        }));
     }
 
     /// Appends it.

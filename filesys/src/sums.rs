@@ -127,7 +127,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                     volume: *volume,
                     page: *page,
                 });
-                Ok((records.collect(), ()))
+                Ok((records.collect::<Vec<_>>(), ()))
             })
             .await?;
         let last = {

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use block_io::{BlockDevice, Clock};
+use smallvec::SmallVec;
 
-use super::few::Few;
 use crate::core::Core;
 use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
@@ -24,7 +24,7 @@ const PAGE: u64 = FANOUT as u64;
 pub(crate) struct Places<'a, V> {
     file: &'a FileCore,
     volumes: &'a RefCell<BTreeMap<VolumeIndex, Rc<VolumeCore<V>>>>,
-    clusters: Few<u32>,
+    clusters: SmallVec<[u32; 4]>,
 }
 
 impl<V> Places<'_, V> {
@@ -36,7 +36,7 @@ impl<V> Places<'_, V> {
     /// The map has the places now.
     pub(crate) fn mapped(&self) {
         let mut pending = self.file.pending.borrow_mut();
-        for cluster in self.clusters.iter() {
+        for cluster in &self.clusters {
             if let Some(place) = pending.get_mut(cluster) {
                 place.mapped = true;
             }
@@ -47,7 +47,7 @@ impl<V> Places<'_, V> {
 impl<V> Drop for Places<'_, V> {
     fn drop(&mut self) {
         let mut pending = self.file.pending.borrow_mut();
-        for cluster in self.clusters.iter() {
+        for cluster in &self.clusters {
             let Some(place) = pending.get_mut(cluster) else {
                 continue;
             };
@@ -70,7 +70,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         Places {
             file,
             volumes: &self.state.volumes,
-            clusters: Few::default(),
+            clusters: SmallVec::new(),
         }
     }
 

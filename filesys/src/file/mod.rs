@@ -12,7 +12,6 @@
 //! ```
 
 mod allocate;
-mod few;
 mod handle;
 mod layer_cache;
 mod memory;

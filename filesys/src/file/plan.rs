@@ -3,8 +3,8 @@
 use std::rc::Rc;
 
 use block_io::{BlockDevice, Clock};
+use smallvec::SmallVec;
 
-use super::few::Few;
 use super::handle::File;
 use crate::entry::Entry;
 use crate::file_core::{Chain, FileCore};
@@ -33,6 +33,9 @@ pub(super) struct Piece<V> {
     pub(super) source: Source<V>,
     pub(super) length: u64,
 }
+
+/// Bytes of a request in order; mostly they are one piece, which needs no memory of its own.
+pub(super) type Pieces<V> = SmallVec<[Piece<V>; 1]>;
 
 /// The bytes of one cluster, or of a part of it.
 #[derive(Debug, Clone, Copy)]
@@ -80,8 +83,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         chain: &Chain,
         offset: u64,
         length: u64,
-    ) -> Result<Few<Piece<V>>, Stop> {
-        let mut pieces = Few::default();
+    ) -> Result<Pieces<V>, Stop> {
+        let mut pieces = Pieces::new();
         for part in parts(offset, length) {
             let head = entry(&chain[0], part.cluster)?;
             let mask = part.touched().0;
@@ -132,7 +135,7 @@ fn places_below(chain: &Chain, cluster: u64) -> Result<Vec<Entry>, Missing> {
 /// A part of a cluster of which the head has not all.
 fn push_below<V: BlockDevice>(
     state: &State<V>,
-    pieces: &mut Few<Piece<V>>,
+    pieces: &mut Pieces<V>,
     head: Entry,
     below: &[Entry],
     part: Part,
@@ -167,7 +170,7 @@ fn push_below<V: BlockDevice>(
 /// Bytes `start..end` of a cluster, joined with what is before if they follow it.
 fn push<V: BlockDevice>(
     state: &State<V>,
-    pieces: &mut Few<Piece<V>>,
+    pieces: &mut Pieces<V>,
     owner: Option<(Location, bool)>,
     start: u64,
     end: u64,

@@ -2,10 +2,9 @@
 
 use block_io::{AlignedBuffer, BlockDevice, Clock, IoBuf};
 
-use super::few::Few;
 use super::handle::File;
 use super::memory::{self, whole};
-use super::plan::{Piece, Source};
+use super::plan::{Piece, Pieces, Source};
 use super::write::PAGE_BYTES;
 use crate::checksum::crc32c;
 use crate::error::{FsError, Refusal};
@@ -76,15 +75,17 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         // Places that are looked up now are not given away before this ends.
         let _running = self.core.epochs.begin();
         let pieces = self.read_plan(offset, length).await?;
-        if let Some(Piece {
-            source:
-                Source::Data {
-                    volume,
-                    offset: from,
-                    checked: false,
-                },
-            ..
-        }) = pieces.only()
+        if let [
+            Piece {
+                source:
+                    Source::Data {
+                        volume,
+                        offset: from,
+                        checked: false,
+                    },
+                ..
+            },
+        ] = &*pieces
             && is_aligned(volume, *from, length)
         {
             return Ok(volume.device.read(*from, buffers).await?);
@@ -92,7 +93,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         self.read_pieces(offset, &pieces, buffers, mismatch).await
     }
 
-    async fn read_plan(&self, offset: u64, length: u64) -> Result<Few<Piece<V>>, FsError> {
+    async fn read_plan(&self, offset: u64, length: u64) -> Result<Pieces<V>, FsError> {
         loop {
             let chain = if self.chain_is_fresh() {
                 self.known_chain()
@@ -109,13 +110,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
     async fn read_pieces(
         &self,
         offset: u64,
-        pieces: &Few<Piece<V>>,
+        pieces: &[Piece<V>],
         buffers: &[IoBuf],
         mismatch: Mismatch,
     ) -> Result<(), FsError> {
         let mut reads: Vec<Boxed<'_, Result<(), FsError>>> = Vec::new();
         let mut done = 0;
-        for piece in pieces.iter() {
+        for piece in pieces {
             let memory = memory::part(buffers, done, piece.length);
             let at = offset + done;
             done += piece.length;

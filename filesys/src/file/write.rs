@@ -9,11 +9,11 @@
 use std::rc::Rc;
 
 use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoBuf, IoError};
+use smallvec::SmallVec;
 
-use super::few::Few;
 use super::handle::File;
 use super::memory::{self, whole};
-use super::plan::{Part, Piece, Source, parts};
+use super::plan::{Part, Piece, Pieces, Source, parts};
 use super::read::is_aligned;
 use crate::core::Need;
 use crate::entry::Entry;
@@ -32,7 +32,7 @@ pub(super) const PAGE_BYTES: u64 = FANOUT as u64 * CLUSTER;
 /// How a write is done.
 enum Way<V> {
     /// Over valid data.
-    Over(Few<Piece<V>>),
+    Over(Pieces<V>),
     /// Some clusters get places, or sub-clusters become valid.
     Places,
     /// Parts of sub-clusters that have to be read first.
@@ -101,14 +101,16 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
     async fn write_over(
         &self,
         file: &FileCore,
-        pieces: &Few<Piece<V>>,
+        pieces: &[Piece<V>],
         buffers: &[IoBuf],
         durability: Durability,
     ) -> Result<(), FsError> {
-        if let Some(Piece {
-            source: Source::Data { volume, offset, .. },
-            ..
-        }) = pieces.only()
+        if let [
+            Piece {
+                source: Source::Data { volume, offset, .. },
+                ..
+            },
+        ] = pieces
         {
             volume.check_works()?;
             volume.device.write(*offset, buffers, durability).await?;
@@ -118,7 +120,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
         }
         let mut writes: Vec<Boxed<'_, Result<(), IoError>>> = Vec::new();
         let mut done = 0;
-        for piece in pieces.iter() {
+        for piece in pieces {
             let memory = memory::part(buffers, done, piece.length);
             done += piece.length;
             if let Source::Data { volume, offset, .. } = &piece.source {
@@ -234,7 +236,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             .admit(count.saturating_mul(MAP_BYTES + UNCHECKED_BYTES), Need::Ordinary)
             .await?;
         let mut places = self.core.places(file);
-        let mut located: Vec<(Part, Location)> = Vec::with_capacity(count);
+        let mut located: SmallVec<[(Part, Location); 2]> = SmallVec::new();
         for part in parts(offset, length) {
             let careful = self.careful.get();
             let at = self
@@ -265,7 +267,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
             .transact_admitted(&ticket, |state| {
                 // A volume may have failed while its data were on their way.
                 check_places(state, &located)?;
-                Ok((map_records(state, file, &located, !sums.is_empty())?, ()))
+                Ok((map_records(file, &located, !sums.is_empty())?, ()))
             })
             .await?;
         places.mapped();
@@ -370,7 +372,7 @@ fn way<V: BlockDevice>(state: &State<V>, file: &FileCore, offset: u64, length: u
     if file.inode.borrow().attributes.checksums {
         return Ok(Way::Merge);
     }
-    let mut pieces: Few<Piece<V>> = Few::default();
+    let mut pieces = Pieces::new();
     let mut places = false;
     for part in parts(offset, length) {
         let entry = map.entry(part.cluster)?;
@@ -397,7 +399,7 @@ fn way<V: BlockDevice>(state: &State<V>, file: &FileCore, offset: u64, length: u
     Ok(if places { Way::Places } else { Way::Over(pieces) })
 }
 
-fn over<V>(pieces: &mut Few<Piece<V>>, volume: Rc<VolumeCore<V>>, at: Location, part: Part) {
+fn over<V>(pieces: &mut Pieces<V>, volume: Rc<VolumeCore<V>>, at: Location, part: Part) {
     let (from, length) = (at.offset() + part.start, part.end - part.start);
     if let Some(Piece {
         source: Source::Data {
@@ -424,13 +426,12 @@ fn over<V>(pieces: &mut Few<Piece<V>>, volume: Rc<VolumeCore<V>>, at: Location, 
 }
 
 /// What the map says of clusters whose data are there now.
-fn map_records<V>(
-    _state: &State<V>,
+fn map_records(
     file: &FileCore,
     located: &[(Part, Location)],
     checked: bool,
-) -> Result<Vec<Record>, Refusal> {
-    let mut records: Vec<Record> = Vec::new();
+) -> Result<SmallVec<[Record; 1]>, Refusal> {
+    let mut records = SmallVec::new();
     for (part, at) in located {
         let old = entry_of(file, part.cluster)?;
         let base = if old.location() == Some(*at) {

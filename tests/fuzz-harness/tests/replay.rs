@@ -95,6 +95,7 @@ replays! {
     disk_descriptor: "disk-descriptor", 20_000;
     disk_image: "disk-image", 2_000;
     vhost_user: "vhost-user", 3_000;
+    vhost_user_server: "vhost-user-server", 300;
     scsi: "scsi", 5_000;
     expanded_api: "expanded-api", 1_000;
 }

@@ -23,6 +23,7 @@ mod scsi_queue;
 mod serial;
 mod transport;
 mod vhost_user;
+mod vhost_user_server;
 
 use crate::Target;
 
@@ -174,6 +175,13 @@ pub const TARGETS: &[Target] = &[
         max_length: 512,
         is_possible: always,
         body: vhost_user::run,
+    },
+    Target {
+        name: "vhost-user-server",
+        about: "a disk's front-end: what servers answer, and when",
+        max_length: 256,
+        is_possible: always,
+        body: vhost_user_server::run,
     },
     Target {
         name: "scsi",
