@@ -8,7 +8,6 @@ use block_io::{BlockDevice, Clock};
 use smallvec::SmallVec;
 
 use crate::core::Core;
-use crate::entry::Entry;
 use crate::error::{FsError, Refusal};
 use crate::event::Event;
 use crate::file_core::{FileCore, Pending};
@@ -170,11 +169,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 Look::Empty => None,
                 Look::Run(entry) => entry.location().and_then(|at| base(0, at)),
                 Look::Leaf(node) => match &*node.body.borrow() {
-                    Body::Map(entries) => {
-                        let placed =
-                            |(index, entry): (usize, Entry)| entry.location().and_then(|at| base(index, at));
-                        entries.iter().enumerate().find_map(placed)
-                    }
+                    Body::Map(entries) => entries
+                        .first_placed()
+                        .and_then(|(index, entry)| base(index, entry.location()?)),
                     _ => None,
                 },
             };

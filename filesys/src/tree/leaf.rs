@@ -186,6 +186,32 @@ impl MapLeaf {
         (0..FANOUT).map(|index| self.get(index))
     }
 
+    /// The first entry with a place, and its number. What writers ask for each new place, so not entry by entry.
+    pub(crate) fn first_placed(&self) -> Option<(usize, Entry)> {
+        let index = match self {
+            Self::Row(row) if row.base.is_hole() => None,
+            Self::Row(row) if row.base.is_kept() => Some(0),
+            Self::Row(row) => position(&row.subs, 0, |all, subs| all | subs, Entry::has_valid),
+            Self::Spread(spread) => {
+                position(&spread.low, u32::MAX, |all, low| all & low, |low| low != NOWHERE)
+            }
+            Self::Full(entries) => entries.iter().position(|entry| entry.location().is_some()),
+        }?;
+        Some((index, self.get(index)))
+    }
+
+    /// Whether all entries have the same sub-clusters; true of a leaf of full entries, where it is not worth a look.
+    pub(crate) fn has_equal_subs(&self) -> bool {
+        let subs = match self {
+            Self::Row(row) => &row.subs,
+            Self::Spread(spread) => &spread.subs,
+            Self::Full(_) => return true,
+        };
+        let first = subs[0];
+        let differ = |all, subs| all | (subs ^ first);
+        position(subs, 0, differ, |differ| differ != 0).is_none()
+    }
+
     /// As on media.
     pub(crate) fn entries(&self) -> [Entry; FANOUT] {
         match self {
@@ -193,6 +219,25 @@ impl MapLeaf {
             packed => std::array::from_fn(|index| packed.get(index)),
         }
     }
+}
+
+/// The first of `words` that is `wanted`, looked for in many at once: `join` makes one of two words that is wanted if one of them is, beginning
+/// with `none`.
+fn position(
+    words: &[u32; FANOUT],
+    none: u32,
+    join: impl Fn(u32, u32) -> u32,
+    wanted: impl Fn(u32) -> bool,
+) -> Option<usize> {
+    const MANY: usize = 16;
+    let chunk = words
+        .chunks_exact(MANY)
+        .position(|words| wanted(words.iter().fold(none, |all, word| join(all, *word))))?;
+    let first = chunk * MANY;
+    let found = words[first..first + MANY]
+        .iter()
+        .position(|word| wanted(join(none, *word)))?;
+    Some(first + found)
 }
 
 #[cfg(test)]
@@ -295,6 +340,10 @@ mod tests {
             prop_assert_eq!(leaf.entries(), array);
             prop_assert_eq!(MapLeaf::of(&array).entries(), array);
             prop_assert!(leaf.iter().eq(array));
+            let placed = array.iter().position(|entry| entry.location().is_some());
+            prop_assert_eq!(leaf.first_placed(), placed.map(|index| (index, array[index])));
+            let equal = array.iter().all(|entry| entry.all_subs() == array[0].all_subs());
+            prop_assert!(leaf.has_equal_subs() == equal || form(&leaf) == "full");
         }
     }
 }

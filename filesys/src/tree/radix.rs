@@ -534,10 +534,11 @@ fn collapse(child: &mut Child, kind: Kind, level: u8) {
     }
 }
 
-/// Looks at three of them first: most pages are not uniform.
+/// Looks at three of them first, then at what is cheap to compare: most pages are not uniform.
 fn uniform_map(leaf: &MapLeaf) -> Option<Child> {
     let first = leaf.get(0);
     let all = first.continues(leaf.get(255), 255)
+        && leaf.has_equal_subs()
         && first.continues(leaf.get(127), 127)
         && (0_u64..)
             .zip(leaf.iter())
