@@ -10,6 +10,9 @@ pub enum ProblemKind {
     /// The request is not understood: malformed, unknown key, impossible value.
     #[serde(rename = "urn:smsvmm:problem:invalid")]
     Invalid,
+    /// It is not known who the caller is.
+    #[serde(rename = "urn:smsvmm:problem:unauthenticated")]
+    Unauthenticated,
     /// The caller may not do this.
     #[serde(rename = "urn:smsvmm:problem:forbidden")]
     Forbidden,
@@ -31,6 +34,9 @@ pub enum ProblemKind {
     /// All slots of the guest's bus, or all connections, are taken.
     #[serde(rename = "urn:smsvmm:problem:exhausted")]
     Exhausted,
+    /// The caller has tried too often in vain; it may try again later.
+    #[serde(rename = "urn:smsvmm:problem:too-many")]
+    TooMany,
     /// The machine is about to end.
     #[serde(rename = "urn:smsvmm:problem:stopping")]
     Stopping,
@@ -44,11 +50,13 @@ impl ProblemKind {
     pub const fn status(self) -> u16 {
         match self {
             Self::Invalid => 400,
+            Self::Unauthenticated => 401,
             Self::Forbidden => 403,
             Self::NotFound => 404,
             Self::MethodNotAllowed => 405,
             Self::Conflict => 409,
             Self::TooLarge => 413,
+            Self::TooMany => 429,
             Self::Host => 500,
             Self::Exhausted | Self::Stopping => 503,
             Self::Timeout => 504,
@@ -59,11 +67,13 @@ impl ProblemKind {
     pub const fn title(self) -> &'static str {
         match self {
             Self::Invalid => "the request is invalid",
+            Self::Unauthenticated => "it is not known who asks",
             Self::Forbidden => "not permitted",
             Self::NotFound => "no such object",
             Self::MethodNotAllowed => "the object does not support this method",
             Self::Conflict => "not possible in the present state",
             Self::TooLarge => "the request is too large",
+            Self::TooMany => "too many attempts",
             Self::Host => "the host refused",
             Self::Exhausted => "a resource is used up",
             Self::Stopping => "the machine is stopping",

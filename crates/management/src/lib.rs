@@ -25,6 +25,7 @@
 //! The thread exists only where the configuration has `[management]`.
 
 mod client;
+mod life;
 mod routes;
 mod server;
 mod socket;

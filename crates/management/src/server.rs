@@ -1,6 +1,5 @@
 //! The server: one thread with one tokio runtime, started for a machine that has a management socket.
 
-use std::convert::Infallible;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,27 +7,19 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use api::{Problem, ProblemKind, Vm};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use crate::life;
 use crate::routes::{self, Context};
 use crate::socket::{Listening, SocketError};
 use block_io::SocketFile;
 
 /// Connections that are served at a time.
 const MAX_CONNECTIONS: usize = 64;
-/// Longest time in which a client must have sent its request's head.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest life of a connection: a request that waits for events as long as it may, and the rest.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(routes::MAX_WAIT.as_secs() + 30);
-/// Largest head of a request in bytes.
-const MAX_HEAD: usize = 16 << 10;
 /// Helper threads for requests that wait for the machine.
 const MAX_HELPERS: usize = 4;
 /// How long requests in progress may take to end when the server is stopped.
@@ -157,28 +148,16 @@ async fn serve(
 /// Serves one request.
 async fn connection(stream: UnixStream, context: Arc<Context>) {
     let forbidden = may_not_manage(&stream);
-    let service = service_fn(move |request| {
-        let context = Arc::clone(&context);
-        let forbidden = forbidden.clone();
+    let answer = move |request| {
+        let (context, forbidden) = (Arc::clone(&context), forbidden.clone());
         async move {
-            Ok::<_, Infallible>(match forbidden {
+            match forbidden {
                 None => routes::answer(&context, request).await,
                 Some(problem) => routes::problem(&problem),
-            })
+            }
         }
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
-        .max_buf_size(MAX_HEAD)
-        .keep_alive(false)
-        .serve_connection(TokioIo::new(stream), service)
-        .with_upgrades();
-    match timeout(CONNECTION_TIMEOUT, connection).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => debug!(%error, "a management connection broke"),
-        Err(_) => debug!("a management connection took too long"),
-    }
+    };
+    life::serve(stream, answer).await;
 }
 
 /// Why the process at the other end must not manage this machine.

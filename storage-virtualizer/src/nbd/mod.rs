@@ -33,11 +33,10 @@ mod negotiate;
 mod reply;
 mod request;
 mod server;
-mod tls;
 mod transport;
 
+pub use access::{TlsError, TlsFiles};
 pub use export::{Export, Extent, Extents};
 pub use file::DeviceExport;
 pub use negotiate::TlsMode;
 pub use server::{NbdOptions, NbdServer, NbdServerError};
-pub use tls::{TlsError, TlsFiles};

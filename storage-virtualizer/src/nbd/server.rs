@@ -15,6 +15,7 @@ use std::sync::{Arc, mpsc};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
+use access::{ClientCertificates, TlsError, TlsFiles, Versions};
 use block_io::{
     BlockDevice, Clock, EventWatch, ListenAddress, ListenError, Listener, Stream, WorkerClock, WorkerHandle,
     spawn_local,
@@ -25,7 +26,6 @@ use super::connection;
 use super::export::Export;
 use super::link::{Allowance, Link};
 use super::negotiate::{Catalogue, Offer, TlsMode};
-use super::tls::{TlsError, TlsFiles};
 use crate::sockets::buffers::Pool;
 use crate::sockets::ending::{Bell, Ending, Running, start_task};
 
@@ -140,7 +140,10 @@ impl NbdServer {
     pub fn start_here<E: Export>(options: &NbdOptions, exports: Vec<E>) -> Result<Self, NbdServerError> {
         check(&exports)?;
         let (tls_mode, tls) = match &options.tls {
-            Some((mode, files)) if *mode != TlsMode::Off => (*mode, Some(files.load()?)),
+            Some((mode, files)) if *mode != TlsMode::Off => (
+                *mode,
+                Some(files.load(Versions::Tls12And13, ClientCertificates::Required)?),
+            ),
             _ => (TlsMode::Off, None),
         };
         let listeners: Vec<Listener> = options
