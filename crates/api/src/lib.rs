@@ -33,7 +33,7 @@ pub use problem::{Problem, ProblemKind};
 pub use scsi::{MAX_LUNS, MAX_TARGETS, ScsiAccess, ScsiPath, ScsiPlace};
 pub use storage_request::{StorageAnswer, StorageRequest};
 pub use units::{ByteSize, Seconds};
-pub use vm::{ExitReason, Transfer, Vm, VmState, VmStatus};
+pub use vm::{ExitReason, MachineEntry, Transfer, Vm, VmState, VmStatus};
 
 /// A text that is not a valid value of the type that was asked for; the message says what would be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -69,6 +69,19 @@ impl fmt::Display for ExitReason {
     }
 }
 
+/// A machine of a host: an item of the answer of `GET /v1/vms`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MachineEntry {
+    /// The machine's name.
+    pub name: String,
+    /// Where it is in its life; none if it does not answer.
+    pub state: Option<VmState>,
+    /// Why it does not answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
 /// The answer of `GET /v1/vm`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -1,7 +1,7 @@
 //! The client: one request per call, blocking, for the command line.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use api::virtual_disk::TransferRequest;
@@ -11,14 +11,16 @@ use api::{
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::io::copy_bidirectional;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use crate::target::{Connection, Target, Way};
 use crate::transfer::PROTOCOL;
 
 /// Longest time for an answer, beyond what the request itself waits.
@@ -37,6 +39,23 @@ pub enum ClientError {
         /// Why.
         source: io::Error,
     },
+    /// Nobody answers at the gateway, or it is another one.
+    #[error("cannot reach the gateway {address}")]
+    Gateway {
+        /// Its address.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// An address is none.
+    #[error("`{0}` is not HOST:PORT")]
+    Address(String),
+    /// The files for TLS cannot be used.
+    #[error(transparent)]
+    Tls(access::TlsError),
+    /// The process is out of something.
+    #[error("cannot make a client")]
+    Host(#[source] io::Error),
     /// The machine refused or failed.
     #[error(transparent)]
     Problem(Box<Problem>),
@@ -69,25 +88,29 @@ pub enum Removed {
     Pending,
 }
 
-/// A machine, by its socket.
+/// A machine, by its socket or behind a gateway.
 #[derive(Debug)]
 pub struct Client {
-    path: PathBuf,
+    way: Way,
     runtime: tokio::runtime::Runtime,
 }
 
+fn runtime() -> Result<tokio::runtime::Runtime, ClientError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(ClientError::Host)
+}
+
 impl Client {
-    /// A client for the machine at `path`. Nothing is connected yet.
+    /// A client for the machine at `target`. Nothing is connected yet.
     ///
     /// # Errors
-    /// The process is out of descriptors.
-    pub fn new(path: &Path) -> io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+    /// The process is out of descriptors, or a gateway's files or address cannot be used.
+    pub fn new(target: impl Into<Target>) -> Result<Self, ClientError> {
         Ok(Self {
-            path: path.to_owned(),
-            runtime,
+            way: Way::to(target.into())?,
+            runtime: runtime()?,
         })
     }
 
@@ -157,9 +180,46 @@ impl Client {
         request: &TransferRequest,
     ) -> Result<(Vec<u8>, std::os::unix::net::UnixStream), ClientError> {
         let body = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
-        let exchange = self.upgrade("/v1/storage/transfer", body);
-        let answered = self.runtime.block_on(async { timeout(TIMEOUT, exchange).await });
-        answered.map_err(|_| ClientError::Timeout(TIMEOUT))?
+        let way = self.way.clone();
+        if matches!(way, Way::Socket(_)) {
+            let exchange = upgrade(&way, TRANSFER, body);
+            let answered = self.runtime.block_on(async { timeout(TIMEOUT, exchange).await });
+            let (early, connection) = answered.map_err(|_| ClientError::Timeout(TIMEOUT))??;
+            let Connection::Unix(stream) = connection else {
+                return Err(ClientError::Broken("the connection is not what was made".into()));
+            };
+            return Ok((early, blocking(stream)?));
+        }
+        // What is encrypted is carried by a thread, from and to a connection that is not.
+        let (told, answer) = std::sync::mpsc::channel();
+        let carry = move || {
+            let runtime = match runtime() {
+                Ok(runtime) => runtime,
+                Err(error) => return drop(told.send(Err(error))),
+            };
+            runtime.block_on(async {
+                let upgraded = timeout(TIMEOUT, upgrade(&way, TRANSFER, body)).await;
+                let upgraded = upgraded.map_err(|_| ClientError::Timeout(TIMEOUT)).flatten();
+                let joined = upgraded.and_then(|(early, connection)| {
+                    let (here, there) = UnixStream::pair().map_err(ClientError::Host)?;
+                    Ok((early, connection, here, blocking(there)?))
+                });
+                match joined {
+                    Err(error) => drop(told.send(Err(error))),
+                    Ok((early, mut connection, mut here, there)) => {
+                        if told.send(Ok((early, there))).is_ok() {
+                            // Both ends see how it ended.
+                            let _ = copy_bidirectional(&mut connection, &mut here).await;
+                        }
+                    }
+                }
+            });
+        };
+        let started = std::thread::Builder::new().name("carrier".into()).spawn(carry);
+        started.map_err(ClientError::Host)?;
+        answer
+            .recv()
+            .map_err(|_| ClientError::Broken("the thread that carries it has ended".into()))?
     }
 
     /// Asks the guest to let a disk or network card go; see [`Self::wait_for_removal`].
@@ -270,62 +330,63 @@ impl Client {
     }
 
     async fn exchange(&self, method: &Method, path: &str, body: Vec<u8>) -> Result<Reply, ClientError> {
-        let answer = self.answer(method, path, body, None).await?;
+        let answer = answer(&self.way, method, path, body, None).await?;
         read_all(answer).await
     }
+}
 
-    async fn upgrade(
-        &self,
-        path: &str,
-        body: Vec<u8>,
-    ) -> Result<(Vec<u8>, std::os::unix::net::UnixStream), ClientError> {
-        let broken = |error: io::Error| ClientError::Broken(error.into());
-        let answer = self.answer(&Method::POST, path, body, Some(PROTOCOL)).await?;
-        if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
-            return Err(ClientError::Problem(Box::new(decode(&read_all(answer).await?)?)));
-        }
-        let upgraded = hyper::upgrade::on(answer).await;
-        let upgraded = upgraded.map_err(|error| ClientError::Broken(error.into()))?;
-        let parts = upgraded
-            .downcast::<TokioIo<UnixStream>>()
-            .map_err(|_| broken(io::Error::other("the connection is not what was made")))?;
-        let stream = parts.io.into_inner().into_std().map_err(broken)?;
-        stream.set_nonblocking(false).map_err(broken)?;
-        Ok((parts.read_buf.to_vec(), stream))
-    }
+/// Where data are moved.
+const TRANSFER: &str = "/v1/storage/transfer";
 
-    /// Sends a request, and waits for the beginning of its answer.
-    async fn answer(
-        &self,
-        method: &Method,
-        path: &str,
-        body: Vec<u8>,
-        upgrade: Option<&str>,
-    ) -> Result<Response<Incoming>, ClientError> {
-        let broken = |error: hyper::Error| ClientError::Broken(error.into());
-        let stream = UnixStream::connect(&self.path)
-            .await
-            .map_err(|source| ClientError::Connect {
-                path: self.path.clone(),
-                source,
-            })?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(broken)?;
-        tokio::spawn(connection.with_upgrades());
-        let mut request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header(HOST, "smsvmm")
-            .header(CONTENT_TYPE, "application/json");
-        if let Some(protocol) = upgrade {
-            request = request.header(CONNECTION, "upgrade").header(UPGRADE, protocol);
-        }
-        let request = request
-            .body(Full::new(Bytes::from(body)))
-            .map_err(|error| ClientError::Broken(error.into()))?;
-        sender.send_request(request).await.map_err(broken)
+fn blocking(stream: UnixStream) -> Result<std::os::unix::net::UnixStream, ClientError> {
+    let stream = stream.into_std().map_err(ClientError::Host)?;
+    stream.set_nonblocking(false).map_err(ClientError::Host)?;
+    Ok(stream)
+}
+
+/// Takes a connection out of HTTP; with what has arrived already.
+async fn upgrade(way: &Way, path: &str, body: Vec<u8>) -> Result<(Vec<u8>, Connection), ClientError> {
+    let answer = answer(way, &Method::POST, path, body, Some(PROTOCOL)).await?;
+    if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+        return Err(ClientError::Problem(Box::new(decode(&read_all(answer).await?)?)));
     }
+    let upgraded = hyper::upgrade::on(answer).await;
+    let upgraded = upgraded.map_err(|error| ClientError::Broken(error.into()))?;
+    let parts = upgraded
+        .downcast::<TokioIo<Connection>>()
+        .map_err(|_| ClientError::Broken("the connection is not what was made".into()))?;
+    Ok((parts.read_buf.to_vec(), parts.io.into_inner()))
+}
+
+/// Sends a request, and waits for the beginning of its answer.
+async fn answer(
+    way: &Way,
+    method: &Method,
+    path: &str,
+    body: Vec<u8>,
+    upgrade: Option<&str>,
+) -> Result<Response<Incoming>, ClientError> {
+    let broken = |error: hyper::Error| ClientError::Broken(error.into());
+    let stream = way.connect().await?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(broken)?;
+    tokio::spawn(connection.with_upgrades());
+    let mut request = Request::builder()
+        .method(method)
+        .uri(way.path(path))
+        .header(HOST, "smsvmm")
+        .header(CONTENT_TYPE, "application/json");
+    if let Some(token) = way.token() {
+        request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+    }
+    if let Some(protocol) = upgrade {
+        request = request.header(CONNECTION, "upgrade").header(UPGRADE, protocol);
+    }
+    let request = request
+        .body(Full::new(Bytes::from(body)))
+        .map_err(|error| ClientError::Broken(error.into()))?;
+    sender.send_request(request).await.map_err(broken)
 }
 
 async fn read_all(answer: Response<Incoming>) -> Result<Reply, ClientError> {

@@ -25,12 +25,16 @@
 //! The thread exists only where the configuration has `[management]`.
 
 mod client;
+mod gateway;
 mod life;
 mod routes;
 mod server;
 mod socket;
+mod target;
 mod transfer;
 
 pub use client::{Client, ClientError, Removed};
+pub use gateway::{AuditError, Gateway, GatewayConfig, GatewayError, Machine, Running};
 pub use server::{Server, ServerHandle};
 pub use socket::SocketError;
+pub use target::{Remote, Target};

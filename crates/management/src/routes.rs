@@ -31,7 +31,7 @@ pub(crate) const STORAGE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// Longest time that the machine may take for an answer.
 const MACHINE_TIMEOUT: Duration = Duration::from_secs(20);
 
-type Answer = Response<Full<Bytes>>;
+pub(crate) type Answer = Response<Full<Bytes>>;
 
 /// What requests work on.
 pub(crate) struct Context {
@@ -298,7 +298,7 @@ fn no_such_device(id: &DeviceId) -> Problem {
         .remedy("`smsvmm vm status` lists the devices")
 }
 
-fn no_such_path(path: &str) -> Problem {
+pub(crate) fn no_such_path(path: &str) -> Problem {
     Problem::new(ProblemKind::NotFound, "there is nothing at this path").about(path)
 }
 
@@ -342,27 +342,32 @@ async fn events(context: &Context, query: &Query) -> EventPage {
 
 /// The body of a request as a `T`.
 pub(crate) async fn body<T: DeserializeOwned>(body: Incoming) -> Result<T, Problem> {
+    parse(&bytes(body).await?)
+}
+
+/// A `T` from JSON.
+pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+    serde_json::from_slice(bytes).map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()))
+}
+
+/// The body of a request, not longer and not later than is allowed.
+pub(crate) async fn bytes(body: Incoming) -> Result<Bytes, Problem> {
     let collected = timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
-    let bytes = match collected {
-        Ok(Ok(collected)) => collected.to_bytes(),
+    match collected {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => {
             let detail = format!("the body has more than {MAX_BODY} bytes");
-            return Err(Problem::new(ProblemKind::TooLarge, detail));
+            Err(Problem::new(ProblemKind::TooLarge, detail))
         }
-        Ok(Err(error)) => {
-            return Err(Problem::new(
-                ProblemKind::Invalid,
-                format!("the body broke off: {error}"),
-            ));
-        }
-        Err(_) => {
-            return Err(Problem::new(
-                ProblemKind::Timeout,
-                "the body did not come in time",
-            ));
-        }
-    };
-    serde_json::from_slice(&bytes).map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()))
+        Ok(Err(error)) => Err(Problem::new(
+            ProblemKind::Invalid,
+            format!("the body broke off: {error}"),
+        )),
+        Err(_) => Err(Problem::new(
+            ProblemKind::Timeout,
+            "the body did not come in time",
+        )),
+    }
 }
 
 /// `value` as JSON text with a line break at its end, for those who use curl.
@@ -382,7 +387,7 @@ fn respond(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Ans
     answer
 }
 
-fn json(status: StatusCode, value: &impl Serialize) -> Answer {
+pub(crate) fn json(status: StatusCode, value: &impl Serialize) -> Answer {
     respond(status, "application/json", to_json(value))
 }
 

@@ -1,0 +1,116 @@
+//! Requests on their way to a machine's socket, and answers back.
+
+use std::path::Path;
+use std::time::Duration;
+
+use api::{Problem, ProblemKind};
+use http_body_util::{Either, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderName, UPGRADE};
+use hyper::upgrade::OnUpgrade;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::io::copy_bidirectional;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+use tracing::debug;
+
+/// How long a machine's socket may take to accept.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Headers of an answer that are passed on.
+const PASSED_ON: [HeaderName; 5] = [
+    CONTENT_TYPE,
+    CONNECTION,
+    UPGRADE,
+    hyper::header::LOCATION,
+    hyper::header::ALLOW,
+];
+
+/// The body of an answer: made here, or a machine's.
+pub(super) type AnswerBody = Either<Full<Bytes>, Incoming>;
+
+fn not_running(name: &str, why: impl std::fmt::Display) -> Problem {
+    Problem::new(ProblemKind::NotFound, format!("it does not answer: {why}"))
+        .about(name)
+        .remedy("see whether its process runs; `smsvmm run` starts it")
+}
+
+/// A request for the machine called `name`; `path` is as its socket knows it.
+pub(super) struct Outgoing<'a> {
+    pub(super) name: &'a str,
+    pub(super) socket: &'a Path,
+    pub(super) method: Method,
+    pub(super) path: &'a str,
+    pub(super) body: Bytes,
+    /// The client wants to go on with this, outside of HTTP.
+    pub(super) upgrade: Option<(OnUpgrade, Vec<u8>)>,
+}
+
+/// Asks the machine. The answer may be long in coming.
+pub(super) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBody>, Problem> {
+    let Outgoing {
+        name,
+        socket,
+        method,
+        path,
+        body,
+        upgrade,
+    } = outgoing;
+    let connected = timeout(CONNECT_TIMEOUT, UnixStream::connect(socket)).await;
+    let stream = match connected {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return Err(not_running(name, error)),
+        Err(_) => return Err(not_running(name, "its socket takes no connection")),
+    };
+    let broken = |error: hyper::Error| {
+        Problem::new(
+            ProblemKind::Host,
+            format!("the connection to the machine broke: {error}"),
+        )
+        .about(name)
+    };
+    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+    let (mut sender, connection) = handshake.map_err(broken)?;
+    tokio::spawn(connection.with_upgrades());
+    let mut request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(HOST, "smsvmm")
+        .header(CONTENT_TYPE, "application/json");
+    if let Some((_, protocol)) = &upgrade {
+        request = request
+            .header(CONNECTION, "upgrade")
+            .header(UPGRADE, protocol.as_slice());
+    }
+    let request = request.body(Full::new(body)).map_err(|error| {
+        Problem::new(ProblemKind::Invalid, format!("it cannot be passed on: {error}")).about(path)
+    })?;
+    let mut answer = sender.send_request(request).await.map_err(broken)?;
+    if answer.status() == StatusCode::SWITCHING_PROTOCOLS
+        && let Some((client, _)) = upgrade
+    {
+        let machine = hyper::upgrade::on(&mut answer);
+        tokio::spawn(join(client, machine));
+    }
+    let (parts, body) = answer.into_parts();
+    let mut passed_on = Response::new(Either::Right(body));
+    *passed_on.status_mut() = parts.status;
+    for header in PASSED_ON {
+        if let Some(value) = parts.headers.get(&header) {
+            passed_on.headers_mut().insert(header, value.clone());
+        }
+    }
+    Ok(passed_on)
+}
+
+/// Bytes in both directions, until both ends have ended.
+async fn join(client: OnUpgrade, machine: OnUpgrade) {
+    let (client, machine) = match tokio::try_join!(client, machine) {
+        Ok(both) => both,
+        Err(error) => return debug!(%error, "a transfer broke before it began"),
+    };
+    let (mut client, mut machine) = (TokioIo::new(client), TokioIo::new(machine));
+    if let Err(error) = copy_bidirectional(&mut client, &mut machine).await {
+        debug!(%error, "a transfer broke");
+    }
+}

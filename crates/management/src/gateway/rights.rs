@@ -1,0 +1,95 @@
+//! Which role a request needs: one table.
+
+use access::Role;
+use api::StorageRequest;
+use api::storage::Operation;
+use api::virtual_disk::DiskOperation;
+use hyper::Method;
+
+/// What a request to a machine is, as far as rights are concerned.
+#[derive(Debug)]
+pub(super) enum Asked<'a> {
+    /// Anything but the following two, by method and path behind the machine's name.
+    Path(&'a Method, &'a [&'a str]),
+    /// `POST storage`.
+    Storage(&'a StorageRequest),
+    /// `POST storage/transfer`.
+    Transfer,
+}
+
+impl Asked<'_> {
+    /// The least role that may do it.
+    pub(super) fn needs(&self) -> Role {
+        match self {
+            Self::Path(method, path) => match (*method, *path) {
+                (&Method::GET | &Method::HEAD, _) => Role::Viewer,
+                (&Method::PUT, ["vm", _]) => Role::Operator,
+                (&Method::PATCH, ["vm", "disks" | "limit-groups", _]) => Role::Operator,
+                // Devices are made of files and interfaces of the host.
+                _ => Role::Administrator,
+            },
+            Self::Storage(request) => storage(request),
+            // They have the content of disks.
+            Self::Transfer => Role::Operator,
+        }
+    }
+
+    /// Whether nothing changes.
+    pub(super) fn only_reads(&self) -> bool {
+        self.needs() == Role::Viewer
+    }
+}
+
+fn storage(request: &StorageRequest) -> Role {
+    match request {
+        StorageRequest::Status => Role::Viewer,
+        StorageRequest::File(operation) if operation.only_reads() => Role::Viewer,
+        StorageRequest::Disk(operation) if operation.only_reads() => Role::Viewer,
+        StorageRequest::Disk(DiskOperation::Delete { .. }) => Role::Administrator,
+        StorageRequest::Disk(_) => Role::Operator,
+        StorageRequest::Pool(operation) | StorageRequest::Begin(operation) => match operation {
+            Operation::WaitJob { .. } => Role::Viewer,
+            Operation::PauseJob { .. } | Operation::ResumeJob { .. } => Role::Operator,
+            _ => Role::Administrator,
+        },
+        StorageRequest::File(_) => Role::Administrator,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use api::file::FileOperation;
+
+    use super::*;
+
+    #[test]
+    fn looking_is_for_viewers_using_for_operators_the_rest_for_administrators() {
+        let path = |method: Method, path: &[&str]| Asked::Path(&method, path).needs();
+        assert_eq!(path(Method::GET, &["vm"]), Role::Viewer);
+        assert_eq!(path(Method::GET, &["events"]), Role::Viewer);
+        assert_eq!(path(Method::PUT, &["vm", "stop"]), Role::Operator);
+        assert_eq!(path(Method::PATCH, &["vm", "disks", "d"]), Role::Operator);
+        assert_eq!(path(Method::POST, &["vm", "disks"]), Role::Administrator);
+        assert_eq!(path(Method::DELETE, &["vm", "nets", "n"]), Role::Administrator);
+        assert_eq!(path(Method::POST, &["something", "new"]), Role::Administrator);
+        let storage = |request| Asked::Storage(&request).needs();
+        assert_eq!(storage(StorageRequest::Status), Role::Viewer);
+        let snapshot = DiskOperation::Snapshot {
+            paths: vec!["/a.dsk".into()],
+            name: "one".into(),
+            description: String::new(),
+        };
+        assert_eq!(storage(StorageRequest::Disk(snapshot)), Role::Operator);
+        let delete = DiskOperation::Delete {
+            path: "/a.dsk".into(),
+        };
+        assert_eq!(storage(StorageRequest::Disk(delete)), Role::Administrator);
+        let check = |repair| StorageRequest::File(FileOperation::Check { repair });
+        assert_eq!(storage(check(false)), Role::Viewer);
+        assert_eq!(storage(check(true)), Role::Administrator);
+        assert_eq!(
+            storage(StorageRequest::Begin(Operation::Settle)),
+            Role::Administrator
+        );
+    }
+}

@@ -1,0 +1,627 @@
+//! The gateway's thread: connections, and what is done with each request.
+
+use std::collections::BTreeMap;
+use std::fs::Metadata;
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use access::{
+    ClientCertificates, Credentials, Fingerprint, Principal, Principals, PrincipalsError, TlsError, TlsFiles,
+    TokenHash, Unknown, Versions,
+};
+use api::virtual_disk::TransferRequest;
+use api::{MachineEntry, Problem, ProblemKind, VmStatus};
+use http_body_util::{BodyExt, Either, Limited};
+use hyper::body::Incoming;
+use hyper::header::{AUTHORIZATION, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE};
+use hyper::{Method, Request, Response, StatusCode};
+use tokio::net::TcpStream;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tracing::{debug, warn};
+
+use super::attempts::Attempts;
+use super::audit::{Audit, AuditError, Line};
+use super::forward::{AnswerBody, Outgoing, forward};
+use super::rights::Asked;
+use crate::{life, routes};
+
+/// Connections that are served at a time.
+pub(super) const MAX_CONNECTIONS: usize = 256;
+/// Those of one address.
+pub(super) const MAX_OF_ONE: usize = 64;
+/// Longest time of a TLS handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a machine may take to say how it is, for the list of all.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Largest status of a machine in bytes.
+const MAX_STATUS: usize = 1 << 20;
+/// How long requests in progress may take to end when the gateway is stopped.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// A machine of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    /// Its name, by which it is asked for.
+    pub name: String,
+    /// Its management socket.
+    pub socket: PathBuf,
+}
+
+/// What a gateway needs.
+#[derive(Debug, Clone)]
+pub struct GatewayConfig {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// Its certificate, and the authorities of its clients.
+    pub tls: TlsFiles,
+    /// Who may what: see [`Principals`].
+    pub access: PathBuf,
+    /// The audit log.
+    pub audit: PathBuf,
+    /// The machines.
+    pub machines: Vec<Machine>,
+}
+
+/// A gateway cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// TLS.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The file of principals.
+    #[error(transparent)]
+    Access(#[from] PrincipalsError),
+    /// The audit log.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+    /// The address.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The answer.
+        source: io::Error,
+    },
+    /// The thread.
+    #[error("cannot start the gateway's thread")]
+    Thread(#[source] io::Error),
+}
+
+/// Who may what, as the file says now.
+#[derive(Debug)]
+struct Access {
+    path: PathBuf,
+    /// What the file was when it was read.
+    stamp: Option<(u64, i64, i64, u64)>,
+    principals: Principals,
+}
+
+fn stamp(metadata: &Metadata) -> (u64, i64, i64, u64) {
+    (
+        metadata.ino(),
+        metadata.mtime(),
+        metadata.mtime_nsec(),
+        metadata.size(),
+    )
+}
+
+impl Access {
+    fn open(path: PathBuf) -> Result<Self, PrincipalsError> {
+        let mut access = Self {
+            path,
+            stamp: None,
+            principals: Principals::default(),
+        };
+        access.refresh()?;
+        Ok(access)
+    }
+
+    /// Reads the file again if it has changed. If it cannot be read, nobody is known.
+    fn refresh(&mut self) -> Result<&Principals, PrincipalsError> {
+        let now = std::fs::metadata(&self.path).ok().as_ref().map(stamp);
+        if now.is_none() || now != self.stamp {
+            self.stamp = None;
+            self.principals = Principals::load(&self.path)?;
+            self.stamp = now;
+        }
+        Ok(&self.principals)
+    }
+}
+
+/// What all requests share.
+struct Shared {
+    machines: Vec<Machine>,
+    access: Mutex<Access>,
+    audit: Arc<Mutex<Audit>>,
+    attempts: Mutex<Attempts>,
+    requests: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A gateway that listens and does not answer yet.
+pub struct Gateway {
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Gateway {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Gateway").finish_non_exhaustive()
+    }
+}
+
+impl Gateway {
+    /// Reads all files, and listens.
+    ///
+    /// # Errors
+    /// A file is missing or wrong, or the address cannot be had.
+    pub fn bind(config: GatewayConfig) -> Result<Self, GatewayError> {
+        let GatewayConfig {
+            listen,
+            tls,
+            access,
+            audit,
+            machines,
+        } = config;
+        let tls = tls.load(Versions::Tls13, ClientCertificates::Accepted)?;
+        let access = Access::open(access)?;
+        let audit = Audit::open(&audit)?;
+        let failed = |source| GatewayError::Listen {
+            address: listen,
+            source,
+        };
+        let listener = TcpListener::bind(listen).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self {
+            listener,
+            acceptor: TlsAcceptor::from(tls),
+            shared: Arc::new(Shared {
+                machines,
+                access: Mutex::new(access),
+                audit: Arc::new(Mutex::new(audit)),
+                attempts: Mutex::default(),
+                requests: AtomicU64::new(0),
+            }),
+        })
+    }
+
+    /// Where it listens; the port is known even if none was named.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Answers, on a thread of its own, until what is returned is dropped.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start(self) -> Result<Running, GatewayError> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(4)
+            .build()
+            .map_err(GatewayError::Thread)?;
+        let (stop, stopped) = oneshot::channel();
+        let thread = std::thread::Builder::new()
+            .name("gateway".to_owned())
+            .spawn(move || {
+                if let Err(error) = runtime.block_on(self.serve(stopped)) {
+                    warn!(%error, "the gateway cannot be served");
+                }
+                runtime.shutdown_background();
+            })
+            .map_err(GatewayError::Thread)?;
+        Ok(Running {
+            stop: Some(stop),
+            thread: Some(thread),
+        })
+    }
+
+    async fn serve(self, mut stopped: oneshot::Receiver<()>) -> io::Result<()> {
+        let Self {
+            listener,
+            acceptor,
+            shared,
+        } = self;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let mut connections = JoinSet::new();
+        let by_address: Arc<Mutex<BTreeMap<IpAddr, usize>>> = Arc::default();
+        loop {
+            let (stream, peer) = tokio::select! {
+                _ = &mut stopped => break,
+                accepted = listener.accept() => match accepted {
+                    Ok(accepted) => accepted,
+                    Err(error) => {
+                        warn!(%error, "a connection to the gateway cannot be accepted");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        continue;
+                    }
+                },
+            };
+            while connections.try_join_next().is_some() {}
+            let Some(place) = Place::take(&by_address, peer.ip()) else {
+                debug!(%peer, "too many connections of one address");
+                continue;
+            };
+            let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
+                debug!(%peer, "too many connections");
+                continue;
+            };
+            let (acceptor, shared) = (acceptor.clone(), Arc::clone(&shared));
+            connections.spawn(async move {
+                connection(stream, peer, &acceptor, shared).await;
+                drop((permit, place));
+            });
+        }
+        drop(listener);
+        let _ = timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
+        Ok(())
+    }
+}
+
+/// A running gateway. Dropping it ends the gateway: no new connections, a second for those that are being answered.
+#[derive(Debug)]
+pub struct Running {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            // It may have ended by itself.
+            let _ = stop.send(());
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("the gateway's thread panicked");
+        }
+    }
+}
+
+/// A connection of an address, counted until it is dropped.
+struct Place {
+    all: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
+    address: IpAddr,
+}
+
+impl Place {
+    fn take(all: &Arc<Mutex<BTreeMap<IpAddr, usize>>>, address: IpAddr) -> Option<Self> {
+        let mut counts = lock(all);
+        let count = counts.entry(address).or_default();
+        if *count >= MAX_OF_ONE {
+            return None;
+        }
+        *count += 1;
+        Some(Self {
+            all: Arc::clone(all),
+            address,
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = lock(&self.all);
+        if let Some(count) = counts.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.address);
+            }
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, address: SocketAddr, acceptor: &TlsAcceptor, shared: Arc<Shared>) {
+    // Requests are small, and answered at once.
+    let _ = stream.set_nodelay(true);
+    let stream = match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return debug!(%error, %address, "no TLS"),
+        Err(_) => return debug!(%address, "no TLS in time"),
+    };
+    let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
+    let certificate = certificates
+        .first()
+        .map(|certificate| Fingerprint::of(certificate));
+    let answer = move |request| {
+        let (shared, certificate) = (Arc::clone(&shared), certificate.clone());
+        async move { shared.answer(address, certificate, request).await }
+    };
+    life::serve(stream, answer).await;
+}
+
+/// A request that was passed on, until its end is in the audit log.
+struct Open {
+    audit: Arc<Mutex<Audit>>,
+    request: u64,
+    status: Option<u16>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let line = Line {
+            request: self.request,
+            status: self.status,
+            reason: self
+                .status
+                .is_none()
+                .then_some("the client did not wait for the answer"),
+            ..Line::default()
+        };
+        if let Err(error) = lock(&self.audit).write(line, false) {
+            warn!(%error, "the end of a request is not in the audit log");
+        }
+    }
+}
+
+impl Shared {
+    async fn answer(
+        &self,
+        from: SocketAddr,
+        certificate: Option<Fingerprint>,
+        request: Request<Incoming>,
+    ) -> Response<AnswerBody> {
+        if request.uri().path() == "/healthz" && request.method() == Method::GET {
+            return own(routes::json(StatusCode::OK, &serde_json::json!({"status": "ok"})));
+        }
+        let number = self.requests.fetch_add(1, Ordering::Relaxed) + 1;
+        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+        let mut line = Line {
+            request: number,
+            from: Some(from),
+            method: Some(method.as_str()),
+            path: Some(&path),
+            ..Line::default()
+        };
+        let principal = match self.who(from.ip(), certificate, &request) {
+            Ok(principal) => principal,
+            Err(refusal) => {
+                let Refusal { problem, wait } = refusal;
+                line.reason = Some(&problem.detail);
+                line.status = Some(problem.status);
+                self.note(line);
+                let mut answer = own(routes::problem(&problem));
+                let headers = answer.headers_mut();
+                if problem.kind == ProblemKind::Unauthenticated {
+                    headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+                }
+                if let Some(wait) = wait {
+                    headers.insert(RETRY_AFTER, HeaderValue::from(wait.as_secs() + 1));
+                }
+                return answer;
+            }
+        };
+        line.principal = Some(&principal.name);
+        match self.act(&principal, number, &mut line, request).await {
+            Ok(answer) => answer,
+            Err(problem) => {
+                if matches!(problem.kind, ProblemKind::Forbidden) {
+                    line.reason = Some(&problem.detail);
+                    line.status = Some(problem.status);
+                    self.note(line);
+                }
+                own(routes::problem(&problem))
+            }
+        }
+    }
+
+    /// A line that nothing waits for.
+    fn note(&self, line: Line<'_>) {
+        if let Err(error) = lock(&self.audit).write(line, false) {
+            warn!(%error, "a refusal is not in the audit log");
+        }
+    }
+
+    fn who(
+        &self,
+        address: IpAddr,
+        certificate: Option<Fingerprint>,
+        request: &Request<Incoming>,
+    ) -> Result<Principal, Refusal> {
+        let now = Instant::now();
+        if let Some(wait) = lock(&self.attempts).wait(address, now) {
+            let detail = format!("{address} has failed to show who it is too often");
+            let problem = Problem::new(ProblemKind::TooMany, detail)
+                .remedy(format!("try again in {} seconds", wait.as_secs() + 1));
+            return Err(Refusal {
+                problem,
+                wait: Some(wait),
+            });
+        }
+        let token = request.headers().get(AUTHORIZATION).map(|value| {
+            let text = value.to_str().unwrap_or_default();
+            let scheme = text
+                .get(..7)
+                .filter(|scheme| scheme.eq_ignore_ascii_case("bearer "));
+            TokenHash::of(scheme.and_then(|_| text.get(7..)).unwrap_or_default().trim())
+        });
+        let credentials = Credentials { certificate, token };
+        let mut access = lock(&self.access);
+        let principals = access.refresh().map_err(|error| {
+            warn!(error = %block_io::error_chain(&error), "nobody is let in");
+            let problem = Problem::new(ProblemKind::Host, "the gateway cannot read who may what");
+            Refusal {
+                problem: problem.remedy("see its log"),
+                wait: None,
+            }
+        })?;
+        match principals.find(&credentials) {
+            Ok(principal) => {
+                lock(&self.attempts).succeeded(address);
+                Ok(principal.clone())
+            }
+            Err(unknown) => {
+                lock(&self.attempts).failed(address, now);
+                let remedy = match unknown {
+                    Unknown::Nothing => "use a client certificate, or the header Authorization: Bearer TOKEN",
+                    Unknown::Wrong => {
+                        "ask the administrator; `smsvmm principal list` shows who is known, and until when"
+                    }
+                };
+                let problem = Problem::new(ProblemKind::Unauthenticated, unknown.to_string());
+                Err(Refusal {
+                    problem: problem.remedy(remedy),
+                    wait: None,
+                })
+            }
+        }
+    }
+
+    async fn act(
+        &self,
+        principal: &Principal,
+        number: u64,
+        line: &mut Line<'_>,
+        mut request: Request<Incoming>,
+    ) -> Result<Response<AnswerBody>, Problem> {
+        let method = request.method().clone();
+        let uri = request.uri().clone();
+        let parts: Vec<&str> = uri.path().trim_start_matches('/').split('/').collect();
+        let (name, rest) = match parts.as_slice() {
+            ["v1", "vms"] if method == Method::GET => return Ok(own(self.list(principal).await)),
+            ["v1", "vms", name, rest @ ..] if !rest.is_empty() => (*name, rest),
+            _ => return Err(routes::no_such_path(uri.path())),
+        };
+        let machine = self
+            .machines
+            .iter()
+            .find(|machine| machine.name == name && principal.knows(name));
+        let machine = machine.ok_or_else(|| {
+            Problem::new(ProblemKind::NotFound, "there is no such machine")
+                .about(name)
+                .remedy("GET /v1/vms lists those that you may know")
+        })?;
+        let upgrade = request
+            .headers()
+            .get(UPGRADE)
+            .map(|value| value.as_bytes().to_vec());
+        let upgrade = upgrade.map(|protocol| (hyper::upgrade::on(&mut request), protocol));
+        let body = routes::bytes(request.into_body()).await?;
+        let storage;
+        let asked = match (&method, rest) {
+            (&Method::POST, ["storage"]) => {
+                storage = routes::parse(&body)?;
+                Asked::Storage(&storage)
+            }
+            (&Method::POST, ["storage", "transfer"]) => {
+                let _: TransferRequest = routes::parse(&body)?;
+                Asked::Transfer
+            }
+            _ => Asked::Path(&method, rest),
+        };
+        let needed = asked.needs();
+        if principal.role < needed {
+            let detail = format!(
+                "{} is {}, and this needs {needed}",
+                principal.name, principal.role
+            );
+            return Err(Problem::new(ProblemKind::Forbidden, detail).about(name));
+        }
+        let mut open = None;
+        if !asked.only_reads() {
+            line.body = serde_json::from_slice(&body).ok();
+            let written = lock(&self.audit).write(std::mem::take(line), true);
+            if let Err(error) = written {
+                warn!(error = %block_io::error_chain(&error), "a change is refused");
+                let detail = "the audit log cannot be written, so nothing may be changed";
+                return Err(Problem::new(ProblemKind::Host, detail).remedy("see the gateway's log"));
+            }
+            open = Some(Open {
+                audit: Arc::clone(&self.audit),
+                request: number,
+                status: None,
+            });
+        }
+        let mut path = format!("/v1/{}", rest.join("/"));
+        if let Some(query) = uri.query() {
+            path = format!("{path}?{query}");
+        }
+        let answered = forward(Outgoing {
+            name,
+            socket: &machine.socket,
+            method: method.clone(),
+            path: &path,
+            body,
+            upgrade,
+        })
+        .await;
+        if let Some(open) = &mut open {
+            open.status = Some(match &answered {
+                Ok(answer) => answer.status().as_u16(),
+                Err(problem) => problem.status,
+            });
+        }
+        answered
+    }
+
+    /// The machines that a principal may know.
+    async fn list(&self, principal: &Principal) -> routes::Answer {
+        let known = self
+            .machines
+            .iter()
+            .filter(|machine| principal.knows(&machine.name));
+        let mut entries = Vec::new();
+        for machine in known {
+            let (status, problem) = match timeout(LOOK_TIMEOUT, status_of(machine)).await {
+                Ok(Ok(status)) => (Some(status), None),
+                Ok(Err(problem)) => (None, Some(problem.detail)),
+                Err(_) => (None, Some("it gives no answer".to_owned())),
+            };
+            entries.push(MachineEntry {
+                name: machine.name.clone(),
+                state: status.map(|status| status.state),
+                problem,
+            });
+        }
+        routes::json(StatusCode::OK, &entries)
+    }
+}
+
+async fn status_of(machine: &Machine) -> Result<VmStatus, Problem> {
+    let answer = forward(Outgoing {
+        name: &machine.name,
+        socket: &machine.socket,
+        method: Method::GET,
+        path: "/v1/vm",
+        body: hyper::body::Bytes::new(),
+        upgrade: None,
+    })
+    .await?;
+    let body = Limited::new(answer.into_body(), MAX_STATUS).collect().await;
+    let body =
+        body.map_err(|error| Problem::new(ProblemKind::Host, format!("its answer broke off: {error}")))?;
+    serde_json::from_slice(&body.to_bytes()).map_err(|error| {
+        Problem::new(
+            ProblemKind::Host,
+            format!("its answer is not understood: {error}"),
+        )
+    })
+}
+
+/// Why somebody is not let in, and how long to wait.
+struct Refusal {
+    problem: Problem,
+    wait: Option<Duration>,
+}
+
+fn own(answer: routes::Answer) -> Response<AnswerBody> {
+    answer.map(Either::Left)
+}

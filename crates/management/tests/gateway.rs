@@ -1,0 +1,427 @@
+//! The gateway: who is let in, who may what, and what the audit log says of it.
+#![allow(clippy::unwrap_used)]
+
+mod fake;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use access::{ClientTls, Fingerprint, Principal, Principals, Role, TlsFiles, Token};
+use api::virtual_disk::{CopyRequest, DiskOperation, TransferRequest};
+use api::{ProblemKind, StorageRequest, Vm};
+use fake::FakeVm;
+use management::{
+    Client, ClientError, Gateway, GatewayConfig, Machine, Remote, Running, Server, ServerHandle,
+};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use serde_json::Value;
+
+/// A certificate authority, and what it has signed, in a folder.
+struct Authority {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+    folder: PathBuf,
+}
+
+impl Authority {
+    fn new(folder: &Path, name: &str) -> Self {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        std::fs::write(folder.join(format!("{name}.pem")), issuer.pem()).unwrap();
+        Self {
+            issuer,
+            folder: folder.to_owned(),
+        }
+    }
+
+    /// Files with certificate and key, and the certificate's sum.
+    fn sign(&self, file: &str, host: &str) -> (PathBuf, PathBuf, Fingerprint) {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(vec![host.to_owned()]).unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let (cert_file, key_file) = (
+            self.folder.join(format!("{file}.pem")),
+            self.folder.join(format!("{file}.key")),
+        );
+        std::fs::write(&cert_file, certificate.pem()).unwrap();
+        std::fs::write(&key_file, key.serialize_pem()).unwrap();
+        (cert_file, key_file, Fingerprint::of(certificate.der()))
+    }
+}
+
+struct Setup {
+    folder: tempfile::TempDir,
+    vm: Arc<FakeVm>,
+    address: SocketAddr,
+    authority: Authority,
+    principals: Principals,
+    _gateway: Running,
+    _server: ServerHandle,
+}
+
+impl Setup {
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Adds somebody, and gives its token.
+    fn add(&mut self, name: &str, role: Role, machines: &[&str]) -> String {
+        let token = Token::generate().unwrap();
+        let principal = Principal {
+            name: name.into(),
+            role,
+            machines: machines.iter().map(|name| (*name).to_owned()).collect(),
+            expires: None,
+            token_sha256: Some(token.hash()),
+            certificate_sha256: None,
+        };
+        let path = self.path("access.toml");
+        self.principals.add(principal, &path).unwrap();
+        self.principals.save(&path).unwrap();
+        token.reveal().to_owned()
+    }
+
+    fn client_of(
+        &self,
+        machine: &str,
+        token: Option<String>,
+        certificate: Option<(PathBuf, PathBuf)>,
+    ) -> Client {
+        let remote = Remote {
+            address: format!("localhost:{}", self.address.port()),
+            machine: machine.to_owned(),
+            tls: ClientTls {
+                authorities: self.path("ca.pem"),
+                certificate,
+            },
+            token,
+        };
+        Client::new(management::Target::Remote(Box::new(remote))).unwrap()
+    }
+
+    fn client(&self, token: &str) -> Client {
+        self.client_of("web1", Some(token.to_owned()), None)
+    }
+
+    /// What the audit log says.
+    fn audit(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.path("audit.log")).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+}
+
+fn setup() -> Setup {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new(folder.path(), "ca");
+    let (certificate, key, _) = authority.sign("server", "localhost");
+    let vm = FakeVm::new();
+    let socket = folder.path().join("web1.sock");
+    let server = Server::bind(&socket)
+        .unwrap()
+        .start(Arc::clone(&vm) as Arc<dyn Vm>, || Ok(()))
+        .unwrap();
+    let principals = Principals::default();
+    principals.save(&folder.path().join("access.toml")).unwrap();
+    let machine = |name: &str| Machine {
+        name: name.into(),
+        socket: folder.path().join(format!("{name}.sock")),
+    };
+    let gateway = Gateway::bind(GatewayConfig {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        tls: TlsFiles {
+            certificate,
+            key,
+            client_authorities: Some(folder.path().join("ca.pem")),
+        },
+        access: folder.path().join("access.toml"),
+        audit: folder.path().join("audit.log"),
+        machines: vec![machine("web1"), machine("off")],
+    })
+    .unwrap();
+    let address = gateway.address().unwrap();
+    Setup {
+        vm,
+        address,
+        authority,
+        principals,
+        _gateway: gateway.start().unwrap(),
+        _server: server,
+        folder,
+    }
+}
+
+fn problem_of<T: std::fmt::Debug>(answered: Result<T, ClientError>) -> api::Problem {
+    match answered.unwrap_err() {
+        ClientError::Problem(problem) => *problem,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn each_role_may_what_it_should_and_the_log_has_what_was_changed_and_refused() {
+    let mut setup = setup();
+    let viewer = setup.add("viewer", Role::Viewer, &[]);
+    let operator = setup.add("operator", Role::Operator, &[]);
+    let (viewer, operator) = (setup.client(&viewer), setup.client(&operator));
+
+    assert_eq!(viewer.status().unwrap().name.as_str(), "fake");
+    assert!(setup.audit().is_empty(), "looking is not logged");
+    let refused = problem_of(viewer.act("stop"));
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
+    assert!(
+        refused.detail.contains("viewer") && refused.detail.contains("operator"),
+        "{refused}"
+    );
+    assert!(setup.vm.calls.lock().unwrap().is_empty());
+
+    operator.act("pause").unwrap();
+    assert_eq!(*setup.vm.calls.lock().unwrap(), ["pause"]);
+    let delete = StorageRequest::Disk(DiskOperation::Delete {
+        path: "/a.dsk".into(),
+    });
+    assert_eq!(problem_of(operator.storage(&delete)).kind, ProblemKind::Forbidden);
+
+    let administrator = setup.add("root", Role::Administrator, &[]);
+    let answer = problem_of(setup.client(&administrator).storage(&delete));
+    assert_eq!(answer.detail, "this machine has no pool", "it was passed on");
+
+    let audit = setup.audit();
+    let of = |name: &str| -> Vec<&Value> { audit.iter().filter(|line| line["principal"] == name).collect() };
+    assert_eq!(
+        (of("viewer").len(), of("operator").len(), of("root").len()),
+        (1, 2, 1)
+    );
+    assert_eq!(of("viewer")[0]["status"], 403);
+    assert_eq!(of("operator")[0]["path"], "/v1/vms/web1/vm/pause");
+    let root = of("root")[0];
+    assert_eq!(root["body"]["request"]["path"], "/a.dsk", "{root}");
+    let end = audit.last().unwrap();
+    assert_eq!((&end["request"], &end["status"]), (&root["request"], &409.into()));
+    let text = std::fs::read_to_string(setup.path("audit.log")).unwrap();
+    assert!(!text.contains(&administrator), "a secret is in the log");
+}
+
+#[test]
+fn who_is_not_known_any_more_is_not_let_in_and_has_to_wait() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Administrator, &[]);
+    let client = setup.client(&token);
+    client.status().unwrap();
+    // A certificate of the authority, but nobody's.
+    let (certificate, key, sum) = setup.authority.sign("ben", "ben");
+    let ben = setup.client_of("web1", None, Some((certificate, key)));
+    assert_eq!(problem_of(ben.status()).kind, ProblemKind::Unauthenticated);
+    let path = setup.path("access.toml");
+    let principal = Principal {
+        name: "ben".into(),
+        role: Role::Viewer,
+        machines: Vec::new(),
+        expires: None,
+        token_sha256: None,
+        certificate_sha256: Some(sum),
+    };
+    setup.principals.add(principal, &path).unwrap();
+    setup.principals.save(&path).unwrap();
+    ben.status().unwrap();
+    assert_eq!(problem_of(ben.act("stop")).kind, ProblemKind::Forbidden);
+
+    setup.principals.remove("anna", &path).unwrap();
+    setup.principals.save(&path).unwrap();
+    assert_eq!(problem_of(client.status()).kind, ProblemKind::Unauthenticated);
+    for _ in 0..5 {
+        problem_of(setup.client("smsvmm_00").status());
+    }
+    let refused = problem_of(setup.client("smsvmm_00").status());
+    assert_eq!((refused.kind, refused.status), (ProblemKind::TooMany, 429));
+    assert!(refused.remedy.unwrap().contains("second"));
+    // All that come from there.
+    assert_eq!(problem_of(ben.status()).kind, ProblemKind::TooMany);
+    let refusals = setup.audit().iter().filter(|line| line["status"] == 401).count();
+    assert_eq!(refusals, 7);
+}
+
+#[test]
+fn a_file_of_principals_that_cannot_be_read_lets_nobody_in() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Administrator, &[]);
+    let client = setup.client(&token);
+    client.status().unwrap();
+    std::fs::write(setup.path("access.toml"), "principal = 7").unwrap();
+    assert_eq!(problem_of(client.status()).kind, ProblemKind::Host);
+    std::fs::remove_file(setup.path("access.toml")).unwrap();
+    assert_eq!(problem_of(client.status()).kind, ProblemKind::Host);
+    setup.principals.save(&setup.path("access.toml")).unwrap();
+    client.status().unwrap();
+}
+
+#[test]
+fn nothing_changes_that_cannot_be_logged() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Administrator, &[]);
+    std::fs::remove_file(setup.path("audit.log")).unwrap();
+    std::fs::create_dir(setup.path("audit.log")).unwrap();
+    let client = setup.client(&token);
+    client.status().unwrap();
+    let refused = problem_of(client.act("stop"));
+    assert!(refused.detail.contains("audit log"), "{refused}");
+    assert!(setup.vm.calls.lock().unwrap().is_empty());
+    std::fs::remove_dir(setup.path("audit.log")).unwrap();
+    client.act("pause").unwrap();
+}
+
+#[test]
+fn machines_that_one_may_not_know_are_not_there() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Administrator, &["off"]);
+    let other = problem_of(setup.client(&token).status());
+    let nobody = problem_of(setup.client_of("nobody", Some(token.clone()), None).status());
+    assert_eq!((other.kind, &other.detail), (nobody.kind, &nobody.detail));
+    assert_eq!(other.kind, ProblemKind::NotFound);
+    let off = problem_of(setup.client_of("off", Some(token.clone()), None).status());
+    assert!(off.detail.contains("does not answer"), "{off}");
+    let listed = curl(&setup, "GET", "/v1/vms", &token, "");
+    assert!(listed.contains("\"off\"") && !listed.contains("web1"), "{listed}");
+    let all = setup.add("ben", Role::Viewer, &[]);
+    let listed = curl(&setup, "GET", "/v1/vms", &all, "");
+    assert!(
+        listed.contains("\"running\"") && listed.contains("does not answer"),
+        "{listed}"
+    );
+}
+
+/// As any other client of HTTP over TLS: the whole answer.
+fn curl(setup: &Setup, method: &str, path: &str, token: &str, body: &str) -> String {
+    let tls = ClientTls {
+        authorities: setup.path("ca.pem"),
+        certificate: None,
+    };
+    let name = "localhost".try_into().unwrap();
+    let mut session = rustls::ClientConnection::new(tls.load().unwrap(), name).unwrap();
+    let mut socket = TcpStream::connect(setup.address).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut stream = rustls::Stream::new(&mut session, &mut socket);
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {token}\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    // It may answer before it has read all.
+    let _ = stream.write_all(request.as_bytes());
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[test]
+fn requests_that_are_wrong_are_told_so() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Administrator, &[]);
+    for (method, path, body, status) in [
+        ("GET", "/", "", "404"),
+        ("GET", "/v1/vms/web1", "", "404"),
+        ("GET", "/v1/vms/web1/nothing", "", "404"),
+        ("POST", "/v1/vms", "", "404"),
+        ("GET", "/v1/vms/../vm", "", "404"),
+        ("POST", "/v1/vms/web1/storage", "{", "400"),
+        ("POST", "/v1/vms/web1/storage", "{\"to\": \"moon\"}", "400"),
+        ("POST", "/v1/vms/web1/storage/transfer", "{}", "400"),
+        ("POST", "/v1/vms/web1/storage", &"x".repeat(70_000), "413"),
+        ("DELETE", "/v1/vms/web1/vm", "", "405"),
+        ("GET", "/v1/vms/web1/events?after=x", "", "400"),
+    ] {
+        let answer = curl(&setup, method, path, &token, body);
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status}")),
+            "{method} {path}: {answer}"
+        );
+    }
+    assert!(curl(&setup, "GET", "/healthz", "", "").starts_with("HTTP/1.1 200"));
+    assert!(curl(&setup, "GET", "/v1/vms", "", "").contains("www-authenticate: Bearer"));
+}
+
+#[test]
+fn disks_go_over_it_in_both_directions() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Operator, &[]);
+    let copy = TransferRequest::Copy(CopyRequest {
+        path: "/from.dsk".into(),
+        to: "/a.dsk".into(),
+        thick: false,
+        verify: false,
+    });
+    let (early, mut line) = setup.client(&token).transfer(&copy).unwrap();
+    let data: Vec<u8> = (0..1_000_000_u32).flat_map(u32::to_le_bytes).collect();
+    line.write_all(&data).unwrap();
+    line.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut said = early;
+    line.read_to_end(&mut said).unwrap();
+    assert!(said == [b"/from.dsk", data.as_slice()].concat());
+    let viewer = setup.add("ben", Role::Viewer, &[]);
+    assert_eq!(
+        problem_of(setup.client(&viewer).transfer(&copy)).kind,
+        ProblemKind::Forbidden
+    );
+}
+
+#[test]
+fn a_gateway_of_another_authority_or_name_is_not_spoken_to() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Operator, &[]);
+    let other = tempfile::tempdir().unwrap();
+    Authority::new(other.path(), "ca");
+    let remote = |address: String, authorities: PathBuf| {
+        let tls = ClientTls {
+            authorities,
+            certificate: None,
+        };
+        let remote = Remote {
+            address,
+            machine: "web1".into(),
+            tls,
+            token: Some(token.clone()),
+        };
+        Client::new(management::Target::Remote(Box::new(remote)))
+    };
+    let port = setup.address.port();
+    for (address, authorities) in [
+        (format!("localhost:{port}"), other.path().join("ca.pem")),
+        (format!("127.0.0.1:{port}"), setup.path("ca.pem")),
+    ] {
+        let error = remote(address, authorities).unwrap().status().unwrap_err();
+        assert!(matches!(error, ClientError::Gateway { .. }), "{error:?}");
+    }
+    let wrong = remote("localhost".into(), setup.path("ca.pem"));
+    assert!(matches!(wrong.unwrap_err(), ClientError::Address(_)));
+    let missing = remote("localhost:1".into(), setup.path("nothing.pem"));
+    assert!(matches!(missing.unwrap_err(), ClientError::Tls(_)));
+}
+
+#[test]
+fn clients_that_say_nothing_or_rubbish_keep_nobody_out() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Operator, &[]);
+    let mut rubbish = TcpStream::connect(setup.address).unwrap();
+    rubbish.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    rubbish.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut answer = Vec::new();
+    let _ = rubbish.read_to_end(&mut answer);
+    assert!(!answer.starts_with(b"HTTP"));
+    // Of one address there are 64: some of these are closed at once, the others after ten seconds.
+    let begin = Instant::now();
+    let idle: Vec<TcpStream> = (0..100)
+        .map(|_| TcpStream::connect(setup.address).unwrap())
+        .collect();
+    let client = setup.client(&token);
+    while client.status().is_err() {
+        assert!(
+            begin.elapsed() < Duration::from_secs(60),
+            "nobody gets in any more"
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop(idle);
+}
