@@ -16,5 +16,5 @@ mod token;
 
 pub use fingerprint::Fingerprint;
 pub use principals::{Credentials, Principal, Principals, PrincipalsError, Role, Unknown};
-pub use tls::{ClientCertificates, ClientTls, TlsError, TlsFiles, Versions};
+pub use tls::{ClientCertificates, ClientTls, TlsError, TlsFiles, Versions, first_certificate};
 pub use token::{Token, TokenHash};

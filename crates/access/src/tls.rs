@@ -180,6 +180,18 @@ impl ClientTls {
     }
 }
 
+/// The first certificate of a file in PEM format, in DER.
+///
+/// # Errors
+/// There is none.
+pub fn first_certificate(path: &Path) -> Result<CertificateDer<'static>, TlsError> {
+    let all = certificates("a certificate", path)?;
+    all.into_iter().next().ok_or_else(|| TlsError::Empty {
+        what: "a certificate",
+        path: path.to_owned(),
+    })
+}
+
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
     PrivateKeyDer::from_pem_file(path).map_err(|source| TlsError::File {
         what: "a private key",

@@ -66,10 +66,104 @@ pub(crate) enum Command {
     /// Give disks to virtual machines of other programs.
     #[command(subcommand)]
     Share(ShareCommand),
+    /// Have the machines of this host managed over the network: TLS 1.3, roles, an audit log.
+    ///
+    /// Commands reach them with --config of a file that has [remote] with address, machine, ca, and token-file or certificate and key.
+    Gateway(GatewayArguments),
+    /// Who may come through a gateway, and what they may do.
+    Principal(PrincipalArguments),
+    /// Make a small certificate authority, and certificates of it, for gateways and their clients.
+    #[command(subcommand)]
+    Certificate(CertificateCommand),
     /// Print a script that completes smsvmm's commands in a shell: `source <(smsvmm completions bash)`.
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GatewayArguments {
+    /// The gateway's configuration: listen, certificate, key, client-ca, access, audit, machines.
+    #[arg(value_name = "gateway.toml")]
+    pub(crate) config: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PrincipalArguments {
+    /// The file of principals, which the gateway's configuration names; `add` makes it. Changes take effect at once.
+    #[arg(long, global = true, value_name = "FILE", default_value = "access.toml")]
+    pub(crate) access: PathBuf,
+
+    /// Print JSON.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    #[command(subcommand)]
+    pub(crate) command: PrincipalCommand,
+}
+
+/// What somebody may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RoleName {
+    /// Look.
+    Viewer,
+    /// Run machines, and use their storage.
+    Operator,
+    /// Everything.
+    Administrator,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PrincipalCommand {
+    /// Let somebody in: by a token, which is printed once, or by a client certificate.
+    Add {
+        /// What the audit log calls it.
+        name: String,
+        /// What it may do.
+        #[arg(long, value_enum)]
+        role: RoleName,
+        /// Only this machine; may be repeated [default: all].
+        #[arg(long, value_name = "NAME")]
+        vm: Vec<String>,
+        /// For so many days [default: until it is revoked].
+        #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..))]
+        days: Option<u32>,
+        /// It is known by this certificate (PEM), and has no token.
+        #[arg(long, value_name = "FILE")]
+        certificate: Option<PathBuf>,
+    },
+    /// Let somebody in no more.
+    Revoke {
+        /// Who.
+        name: String,
+    },
+    /// Who is known.
+    List,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CertificateCommand {
+    /// An authority (ca.pem, ca.key), and a gateway's certificate (server.pem, server.key). What is there already stays.
+    Init {
+        /// Where to.
+        folder: PathBuf,
+        /// A name or address by which clients know the gateway's host; may be repeated.
+        #[arg(long, value_name = "NAME", required = true)]
+        host: Vec<String>,
+        /// How long the gateway's certificate is valid.
+        #[arg(long, default_value = "365", value_parser = clap::value_parser!(u32).range(1..36500))]
+        days: u32,
+    },
+    /// A client's certificate (NAME.pem, NAME.key), signed by the authority in the folder.
+    Client {
+        /// Where the authority is.
+        folder: PathBuf,
+        /// The client's name.
+        name: String,
+        /// How long it is valid.
+        #[arg(long, default_value = "365", value_parser = clap::value_parser!(u32).range(1..36500))]
+        days: u32,
     },
 }
 

@@ -6,13 +6,17 @@
 // The way of a request from a virtqueue to a device is one future, of all layers: nothing on it is allocated.
 #![recursion_limit = "256"]
 
+mod certificates;
 mod cli;
 mod exit;
+mod gateway;
 mod host;
 mod logs;
 mod output;
 mod pool;
 mod preflight;
+mod principals;
+mod remote;
 mod run;
 mod share;
 mod share_iscsi;
@@ -67,6 +71,9 @@ fn execute(command: Command) -> anyhow::Result<Exit> {
         Command::Disk(arguments) => storage::disk(arguments),
         Command::Job(arguments) => storage::job(arguments),
         Command::Share(command) => share::execute(&command),
+        Command::Gateway(arguments) => gateway::execute(&arguments),
+        Command::Principal(arguments) => principals::execute(arguments),
+        Command::Certificate(command) => certificates::execute(command),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "smsvmm", &mut script);

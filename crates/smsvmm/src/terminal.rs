@@ -31,6 +31,12 @@ pub(crate) fn console(config: Option<&Path>, name: ConsoleName) -> anyhow::Resul
             UsageError::new("`vm console` needs --config, which says where the console leads").into(),
         );
     };
+    if crate::remote::target(path)?.is_some() {
+        return Err(UsageError::new(
+            "the console of a machine behind a gateway cannot be had; use it on the machine's host",
+        )
+        .into());
+    }
     let config = VmConfig::load(path, &[]).map_err(UsageError::new)?;
     let spec = match name {
         ConsoleName::Serial => Some(&config.console.serial),

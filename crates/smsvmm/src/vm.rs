@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use api::{DeviceState, DiskChange, DiskConfig, DiskLimits, Event, EventKind, NetConfig, OnError, VmStatus};
-use management::{Client, ClientError, Removed};
+use management::{Client, ClientError, Removed, Target};
 use serde_json::json;
 use vmm::config::VmConfig;
 
 use crate::cli::{DiskArguments, DiskSettingArguments, NetArguments, VmArguments, VmCommand};
 use crate::exit::{Exit, UsageError};
 use crate::output::{print, print_json};
-use crate::terminal;
+use crate::{remote, terminal};
 
 /// How long one request for events waits; the next one follows at once.
 const FOLLOW_WAIT: Duration = Duration::from_secs(50);
@@ -28,7 +28,7 @@ pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
     if let VmCommand::Console { console } = command {
         return terminal::console(config.as_deref(), console);
     }
-    let client = Client::new(&find_socket(socket, config)?).context("cannot make a client")?;
+    let client = Client::new(find(socket, config)?)?;
     match command {
         VmCommand::Status => status(&client, json),
         VmCommand::PowerButton => act(&client, "power-button"),
@@ -48,10 +48,10 @@ pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
     }
 }
 
-/// The socket as given, or as the configuration names it.
-fn find_socket(socket: Option<PathBuf>, config: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+/// The machine by its socket, or by a configuration that names its socket or its gateway.
+fn find(socket: Option<PathBuf>, config: Option<PathBuf>) -> anyhow::Result<Target> {
     let path = match (socket, config) {
-        (Some(socket), None) => return Ok(socket),
+        (Some(socket), None) => return Ok(Target::Socket(socket)),
         (None, Some(config)) => config,
         _ => {
             return Err(
@@ -59,9 +59,12 @@ fn find_socket(socket: Option<PathBuf>, config: Option<PathBuf>) -> anyhow::Resu
             );
         }
     };
+    if let Some(remote) = remote::target(&path)? {
+        return Ok(remote);
+    }
     let config = VmConfig::load(&path, &[]).map_err(UsageError::new)?;
     match config.management {
-        Some(management) => Ok(management.socket),
+        Some(management) => Ok(Target::Socket(management.socket)),
         None => Err(UsageError::new(format!(
             "{} has no management socket; add [management] with socket = \"{}.sock\" and start the machine again",
             path.display(),

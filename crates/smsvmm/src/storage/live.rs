@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 
 use api::{Problem, ProblemKind, StorageAnswer, StorageRequest};
-use management::{Client, ClientError};
+use management::{Client, ClientError, Target};
 use storage_manager::{Line, PoolAt};
 
 use super::arguments::Which;
@@ -17,10 +17,10 @@ pub(crate) fn ask(
     which: &Which,
     request: impl FnOnce() -> StorageRequest,
 ) -> anyhow::Result<Option<StorageAnswer>> {
-    let Some(socket) = select::socket(which)? else {
+    let Some(target) = select::target(which)? else {
         return Ok(None);
     };
-    match Client::new(&socket)?.storage(&request()) {
+    match Client::new(target)?.storage(&request()) {
         Ok(answer) => Ok(Some(answer)),
         Err(ClientError::Connect { .. }) => Ok(None),
         Err(error) => Err(error.into()),
@@ -32,11 +32,15 @@ pub(crate) fn ask(
 /// # Errors
 /// The configuration cannot be read.
 pub(crate) fn pool(which: &Which) -> anyhow::Result<PoolAt> {
-    let socket = select::socket(which)?.filter(|socket| UnixStream::connect(socket).is_ok());
-    let Some(socket) = socket else {
+    let answers = |target: &Target| match target {
+        Target::Socket(socket) => UnixStream::connect(socket).is_ok(),
+        // Its devices are not here.
+        Target::Remote(_) => true,
+    };
+    let Some(target) = select::target(which)?.filter(answers) else {
         return Ok(PoolAt::Devices(select::devices(which)?));
     };
-    let client = Client::new(&socket)?;
+    let client = Client::new(target)?;
     Ok(PoolAt::Machine(Box::new(move |request| {
         match client.transfer(request) {
             Ok((early, stream)) => Ok(Line { early, stream }),

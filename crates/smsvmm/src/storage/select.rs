@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use management::Target;
 use serde::Deserialize;
 use storage_manager::DevicePaths;
 
 use super::arguments::Which;
 use crate::exit::UsageError;
+use crate::remote;
 
 /// Largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -67,14 +69,17 @@ fn split(value: &str) -> Result<Vec<String>, UsageError> {
     Ok(devices)
 }
 
-/// The management socket of the configuration, if it has one.
-pub(crate) fn socket(which: &Which) -> anyhow::Result<Option<PathBuf>> {
+/// Where the pool is managed if it is in use, or is elsewhere, as far as the configuration says.
+pub(crate) fn target(which: &Which) -> anyhow::Result<Option<Target>> {
     let Some(path) = &which.config else {
         return Ok(None);
     };
+    if let Some(remote) = remote::target(path)? {
+        return Ok(Some(remote));
+    }
     let folder = path.parent().unwrap_or(Path::new(""));
     let management = read(path)?.management;
-    Ok(management.map(|management| folder.join(management.socket)))
+    Ok(management.map(|management| Target::Socket(folder.join(management.socket))))
 }
 
 fn read(path: &Path) -> anyhow::Result<File> {

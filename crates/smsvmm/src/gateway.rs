@@ -1,0 +1,108 @@
+//! `smsvmm gateway`: the machines of this host for those who come over the network.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use access::TlsFiles;
+use anyhow::{Context, bail};
+use management::{Gateway, GatewayConfig, Machine};
+use serde::Deserialize;
+use vmm::config::VmConfig;
+
+use crate::cli::GatewayArguments;
+use crate::exit::{Exit, UsageError};
+use crate::logs;
+use crate::signals::Signals;
+
+/// A gateway's configuration; relative paths are relative to the file.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct File {
+    listen: SocketAddr,
+    certificate: PathBuf,
+    key: PathBuf,
+    client_ca: Option<PathBuf>,
+    access: PathBuf,
+    audit: PathBuf,
+    machines: Vec<PathBuf>,
+}
+
+/// Reads a file in TOML; an error names the line.
+pub(crate) fn read<T: serde::de::DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+    let shown = path.display();
+    let text = std::fs::read_to_string(path).map_err(UsageError::new);
+    let text = text.with_context(|| format!("cannot read {shown}"))?;
+    toml::from_str(&text).map_err(|error| {
+        let start = error.span().map_or(0, |span| span.start);
+        let before = text.get(..start).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        UsageError::new(format!("{shown}:{line}: {}", error.message().replace('\n', ", "))).into()
+    })
+}
+
+/// The machine that a vm.toml describes.
+fn machine(path: &Path) -> anyhow::Result<Machine> {
+    let config = VmConfig::load(path, &[]).map_err(UsageError::new)?;
+    let Some(management) = config.management else {
+        return Err(UsageError::new(format!(
+            "{} has no management socket; add [management] with socket = \"{}.sock\"",
+            path.display(),
+            config.name
+        ))
+        .into());
+    };
+    Ok(Machine {
+        name: config.name.to_string(),
+        socket: management.socket,
+    })
+}
+
+pub(crate) fn execute(arguments: &GatewayArguments) -> anyhow::Result<Exit> {
+    let path = &arguments.config;
+    let file: File = read(path)?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let machines = file
+        .machines
+        .iter()
+        .map(|path| machine(&folder.join(path)))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    for (number, one) in machines.iter().enumerate() {
+        if machines.iter().take(number).any(|other| other.name == one.name) {
+            bail!(UsageError::new(format!(
+                "{}: two machines are called {}",
+                path.display(),
+                one.name
+            )));
+        }
+    }
+    // Before any thread exists, so that all inherit the mask.
+    let signals = Signals::block().context("cannot block signals")?;
+    let gateway = Gateway::bind(GatewayConfig {
+        listen: file.listen,
+        tls: TlsFiles {
+            certificate: folder.join(file.certificate),
+            key: folder.join(file.key),
+            client_authorities: file.client_ca.map(|path| folder.join(path)),
+        },
+        access: folder.join(file.access),
+        audit: folder.join(file.audit),
+        machines,
+    })?;
+    let address = gateway.address().context("cannot find out the port")?;
+    let names: Vec<String> = file
+        .machines
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
+    let running = gateway.start()?;
+    logs::say(&format!(
+        "smsvmm: {} can be managed at {address}",
+        names.join(", ")
+    ));
+    let signal = signals.next();
+    logs::say(&format!(
+        "smsvmm: {signal}: the gateway is closed; the machines go on"
+    ));
+    drop(running);
+    Ok(Exit::Success)
+}
