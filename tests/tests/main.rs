@@ -7,6 +7,7 @@ mod disks;
 mod errors;
 mod expanded_api;
 mod file_systems;
+mod gateway;
 mod hotplug;
 mod images;
 mod memory;
