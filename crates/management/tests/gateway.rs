@@ -141,6 +141,7 @@ fn setup() -> Setup {
         access: folder.path().join("access.toml"),
         audit: folder.path().join("audit.log"),
         machines: vec![machine("web1"), machine("off")],
+        handshake: Duration::from_secs(3),
     })
     .unwrap();
     let address = gateway.address().unwrap();
@@ -410,7 +411,7 @@ fn clients_that_say_nothing_or_rubbish_keep_nobody_out() {
     let mut answer = Vec::new();
     let _ = rubbish.read_to_end(&mut answer);
     assert!(!answer.starts_with(b"HTTP"));
-    // Of one address there are 64: some of these are closed at once, the others after ten seconds.
+    // Of one address there are 64: some of these are closed at once, the others after three seconds.
     let begin = Instant::now();
     let idle: Vec<TcpStream> = (0..100)
         .map(|_| TcpStream::connect(setup.address).unwrap())

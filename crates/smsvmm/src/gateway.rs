@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use access::TlsFiles;
 use anyhow::{Context, bail};
@@ -13,6 +14,9 @@ use crate::cli::GatewayArguments;
 use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::signals::Signals;
+
+/// Longest time of a TLS handshake: of slow machines, too.
+const HANDSHAKE: Duration = Duration::from_secs(30);
 
 /// A gateway's configuration; relative paths are relative to the file.
 #[derive(Debug, Deserialize)]
@@ -87,6 +91,7 @@ pub(crate) fn execute(arguments: &GatewayArguments) -> anyhow::Result<Exit> {
         access: folder.join(file.access),
         audit: folder.join(file.audit),
         machines,
+        handshake: HANDSHAKE,
     })?;
     let address = gateway.address().context("cannot find out the port")?;
     let names: Vec<String> = file

@@ -18,7 +18,7 @@
 //! | /v1/vms/NAME/vm/..., /v1/vms/NAME/storage/..., /v1/vms/NAME/events | what [`crate`] says of /v1/vm, /v1/storage, /v1/events of that machine |
 //!
 //! # Order of a request
-//! 1. The connection: TLS within ten seconds, at most [`MAX_CONNECTIONS`], of one address [`MAX_OF_ONE`].
+//! 1. The connection: TLS in time, at most [`MAX_CONNECTIONS`], of one address [`MAX_OF_ONE`].
 //! 2. Who is it: a client certificate or `Authorization: Bearer`; who fails too often waits ([`Attempts`](attempts::Attempts)).
 //! 3. May it: a role for each request ([`rights`]), machines by name. Refusals are in the audit log.
 //! 4. A request that changes something is in the audit log, durably, before it is passed on; else it is refused. What came of it follows.

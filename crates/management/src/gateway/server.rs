@@ -26,6 +26,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tracing::{debug, warn};
 
 use super::attempts::Attempts;
@@ -38,8 +39,6 @@ use crate::{life, routes};
 pub(super) const MAX_CONNECTIONS: usize = 256;
 /// Those of one address.
 pub(super) const MAX_OF_ONE: usize = 64;
-/// Longest time of a TLS handshake.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a machine may take to say how it is, for the list of all.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest status of a machine in bytes.
@@ -69,6 +68,8 @@ pub struct GatewayConfig {
     pub audit: PathBuf,
     /// The machines.
     pub machines: Vec<Machine>,
+    /// Longest time of a TLS handshake.
+    pub handshake: Duration,
 }
 
 /// A gateway cannot be started.
@@ -154,6 +155,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Gateway {
     listener: TcpListener,
     acceptor: TlsAcceptor,
+    handshake: Duration,
     shared: Arc<Shared>,
 }
 
@@ -175,6 +177,7 @@ impl Gateway {
             access,
             audit,
             machines,
+            handshake,
         } = config;
         let tls = tls.load(Versions::Tls13, ClientCertificates::Accepted)?;
         let access = Access::open(access)?;
@@ -188,6 +191,7 @@ impl Gateway {
         Ok(Self {
             listener,
             acceptor: TlsAcceptor::from(tls),
+            handshake,
             shared: Arc::new(Shared {
                 machines,
                 access: Mutex::new(access),
@@ -236,6 +240,7 @@ impl Gateway {
         let Self {
             listener,
             acceptor,
+            handshake,
             shared,
         } = self;
         let listener = tokio::net::TcpListener::from_std(listener)?;
@@ -263,9 +268,16 @@ impl Gateway {
                 debug!(%peer, "too many connections");
                 continue;
             };
+            // Requests are small, and answered at once.
+            let _ = stream.set_nodelay(true);
             let (acceptor, shared) = (acceptor.clone(), Arc::clone(&shared));
             connections.spawn(async move {
-                connection(stream, peer, &acceptor, shared).await;
+                let secured = timeout(handshake, acceptor.accept(stream)).await;
+                match secured {
+                    Ok(Ok(stream)) => connection(stream, peer, shared).await,
+                    Ok(Err(error)) => debug!(%error, %peer, "no TLS"),
+                    Err(_) => debug!(%peer, "no TLS in time"),
+                }
                 drop((permit, place));
             });
         }
@@ -329,14 +341,7 @@ impl Drop for Place {
     }
 }
 
-async fn connection(stream: TcpStream, address: SocketAddr, acceptor: &TlsAcceptor, shared: Arc<Shared>) {
-    // Requests are small, and answered at once.
-    let _ = stream.set_nodelay(true);
-    let stream = match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return debug!(%error, %address, "no TLS"),
-        Err(_) => return debug!(%address, "no TLS in time"),
-    };
+async fn connection(stream: TlsStream<TcpStream>, address: SocketAddr, shared: Arc<Shared>) {
     let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let certificate = certificates
         .first()
