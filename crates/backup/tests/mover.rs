@@ -376,6 +376,48 @@ fn an_agent_sends_what_has_no_place_and_gets_it_back() {
     assert!(got == sparse);
 }
 
+#[test]
+fn a_file_in_many_pieces_comes_in_parts() {
+    let setup = Setup::new();
+    setup.snapshot("s");
+    setup.snapshot("t");
+    let disk = &setup.content["raid5"];
+    // Every second sector, from the end: no two lie together.
+    let pieces = backup::plan::MAX_EXTENTS as u64 / 4 + 700;
+    let (mut extents, mut content) = (Vec::new(), Vec::new());
+    for number in 0..pieces {
+        let start = (pieces - number) * 1024;
+        for part in 0..5 {
+            // Five in each sector.
+            let (start, length) = (start + part * 100, 100);
+            content.extend(&disk[start as usize..(start + length) as usize]);
+            extents.push(backup::plan::Extent {
+                offset: content.len() as u64 - length,
+                length,
+                at: Some(backup::plan::Place { disk: 2, start }),
+            });
+        }
+    }
+    let kind = Kind::File {
+        size: content.len() as u64,
+        content: Content::Extents { extents, more: false },
+    };
+    let mover = setup.mover(true);
+    for (name, parent) in [("a", None), ("b", Some("a".to_owned()))] {
+        let mut client = setup.client(&mover);
+        let plan = Plan {
+            parent: parent.clone(),
+            ..plan(name, if parent.is_some() { "t" } else { "s" })
+        };
+        client.begin(&plan).unwrap();
+        client.entry(&entry("f", kind.clone())).unwrap();
+        client.entry(&entry("g", Kind::Directory {})).unwrap();
+        let made = client.finish().unwrap().progress;
+        assert_eq!(made.in_parent == made.bytes, parent.is_some(), "{made:?}");
+        is_whole(&setup, name, &[("f".into(), content.clone())]);
+    }
+}
+
 fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> ProblemKind {
     match result {
         Err(ClientError::Refused(problem)) => problem.kind,
