@@ -541,3 +541,30 @@ fn a_backup_that_broke_off_is_none_and_can_be_gone_on_with() {
     client.abandon().unwrap();
     assert_eq!(client.list().unwrap().len(), 1);
 }
+
+#[test]
+fn what_a_lost_device_had_is_computed_by_the_storage_manager() {
+    let mut setup = Setup::new();
+    setup.snapshot("s");
+    setup.pool.close().unwrap();
+    fs::remove_file(&setup.devices[0]).unwrap();
+    setup.pool = Arc::new(common::hosted(&setup.devices));
+    let mover = setup.mover(true);
+    let mut client = setup.client(&mover);
+    let mut image = plan("a", "s");
+    image
+        .disks
+        .retain(|disk| disk.disk.contains("raid5") || disk.disk.contains("mirror"));
+    client.begin(&image).unwrap();
+    for (number, name) in [(0, "mirror"), (1, "raid5")] {
+        let whole = Kind::Disk {
+            disk: number,
+            size: SIZE,
+        };
+        client.entry(&entry(name, whole)).unwrap();
+    }
+    let made = client.finish().unwrap().progress;
+    assert!(made.from_devices > 0 && made.from_export > 0, "{made:?}");
+    let files = ["mirror", "raid5"].map(|kind| (kind.to_owned(), setup.content[kind].clone()));
+    is_whole(&setup, "a", &files);
+}
