@@ -331,8 +331,8 @@ impl Session {
             notes,
         };
         let mut work = Work::new(draft, image, checker, parent);
-        work.most_bytes = self.served.config.limits.bytes;
-        work.rate = self.served.config.limits.rate;
+        work.most_bytes = self.served.config.limits.bytes.map(|most| most.bytes());
+        work.rate = self.served.config.limits.rate.map(|rate| rate.bytes());
         self.work = Some(work);
         Ok(begun)
     }
