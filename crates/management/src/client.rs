@@ -114,6 +114,17 @@ impl Client {
         })
     }
 
+    /// Another client for the same machine, for another thread.
+    ///
+    /// # Errors
+    /// The process is out of descriptors.
+    pub fn again(&self) -> Result<Self, ClientError> {
+        Ok(Self {
+            way: self.way.clone(),
+            runtime: runtime()?,
+        })
+    }
+
     /// How the machine is.
     ///
     /// # Errors

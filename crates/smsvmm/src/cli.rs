@@ -8,6 +8,7 @@ use api::{
 };
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use crate::mover::MoverArguments;
 use crate::share::ShareCommand;
 use crate::storage::{
     DeviceArguments, FileArguments, JobArguments, PoolArguments, VirtualDiskArguments, VolumeArguments,
@@ -75,6 +76,8 @@ pub(crate) enum Command {
     /// Make a small certificate authority, and certificates of it, for gateways and their clients.
     #[command(subcommand)]
     Certificate(CertificateCommand),
+    /// Backups of guests: made from frozen images while they run, listed, verified, restored.
+    Mover(MoverArguments),
     /// Print a script that completes smsvmm's commands in a shell: `source <(smsvmm completions bash)`.
     Completions {
         /// The shell.

@@ -12,6 +12,7 @@ mod exit;
 mod gateway;
 mod host;
 mod logs;
+mod mover;
 mod output;
 mod pool;
 mod preflight;
@@ -74,6 +75,7 @@ fn execute(command: Command) -> anyhow::Result<Exit> {
         Command::Gateway(arguments) => gateway::execute(&arguments),
         Command::Principal(arguments) => principals::execute(arguments),
         Command::Certificate(command) => certificates::execute(command),
+        Command::Mover(arguments) => mover::execute(&arguments),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "smsvmm", &mut script);

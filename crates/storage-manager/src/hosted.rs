@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use api::storage::{Operation, Outcome, PoolEvent};
-use api::virtual_disk::{TransferRequest, Transferred};
+use api::virtual_disk::{DiskOperation, TransferRequest, Transferred};
 use api::{Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
 use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOptions, spawn_local};
 use storage_virtualizer::PinnedDisk;
@@ -42,10 +42,12 @@ use crate::live::{self, Transfers};
 use crate::pipe::Pipe;
 use crate::reservations::PoolReservations;
 use crate::storage::{Access, Storage};
-use crate::{files, offline, random, volumes};
+use crate::{files, offline, places, random, ranges, volumes};
 
 /// Between two looks whether a disk is still used.
 const LOOK: Duration = Duration::from_millis(2);
+/// Between two looks whether the time of a pin is over.
+const PIN_LOOK: Duration = Duration::from_secs(1);
 /// For so long it is waited until nobody uses a disk that is to be closed.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -65,6 +67,50 @@ pub(crate) struct Open {
     stopping: Arc<AtomicBool>,
     /// What went wrong with disks that were closed.
     problems: RefCell<Vec<Problem>>,
+    /// Somebody sees that pins end.
+    expiring: Cell<bool>,
+}
+
+/// What a pin kept of snapshots that were deleted meanwhile goes.
+fn shorten_all(open: &Rc<Open>) {
+    let disks = open.disks.borrow();
+    let written = disks.values().filter(|hosted| !hosted.disk.is_read_only());
+    let paths: Vec<String> = written.map(|hosted| hosted.disk.path().to_string()).collect();
+    drop(disks);
+    for path in paths {
+        shorten(open, path);
+    }
+}
+
+/// Ends pins when their time is over, as long as there are any.
+fn expire_pins() {
+    let Ok(open) = open_pool() else { return };
+    if open.expiring.replace(true) {
+        return;
+    }
+    drop(open);
+    let spawned = spawn_local(async {
+        let clock = WorkerClock::new();
+        // The pool may be closed meanwhile, which waits for nobody who has it.
+        while let Ok(open) = open_pool() {
+            match places::expire(&open.storage).await {
+                Ok((ended, left)) => {
+                    if ended > 0 {
+                        shorten_all(&open);
+                    }
+                    if left == 0 {
+                        open.expiring.set(false);
+                        return;
+                    }
+                }
+                Err(problem) => tracing::warn!(%problem, "pins whose time is over could not be ended"),
+            }
+            drop(open);
+            clock.sleep(PIN_LOOK).await;
+        }
+    });
+    // This is a worker.
+    drop(spawned);
 }
 
 /// Told of a new size.
@@ -141,7 +187,10 @@ impl HostedPool {
                 merging: Cell::new(0),
                 stopping: seen,
                 problems: RefCell::default(),
+                expiring: Cell::new(false),
             })));
+            // What a process had pinned that did not end well.
+            expire_pins();
             Ok(notes)
         })?;
         Ok(Self {
@@ -290,6 +339,8 @@ impl HostedPool {
     pub fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         self.worker.run(move || async move {
             let open = open_pool()?;
+            let pins = matches!(&request, StorageRequest::Disk(DiskOperation::Pin { .. }));
+            let unpins = matches!(&request, StorageRequest::Disk(DiskOperation::Unpin { .. }));
             let shorter = match &request {
                 StorageRequest::Disk(operation) => disks::shortens(operation),
                 _ => None,
@@ -297,6 +348,12 @@ impl HostedPool {
             let answer = Box::pin(answer(&open.storage, request, &open.stopping)).await?;
             if let Some(path) = shorter {
                 shorten(&open, path);
+            }
+            if pins {
+                expire_pins();
+            }
+            if unpins {
+                shorten_all(&open);
             }
             Ok(answer)
         })
@@ -527,6 +584,10 @@ pub(crate) async fn move_data(
         TransferRequest::Copy(request) => {
             drop((data, checks));
             Box::pin(disks_transfer::copy(storage, request, &reporter)).await
+        }
+        TransferRequest::Read(request) => {
+            drop(checks);
+            Box::pin(ranges::read(storage, request, data, &reporter)).await
         }
     };
     if let Some(path) = longer {

@@ -98,4 +98,6 @@ replays! {
     vhost_user_server: "vhost-user-server", 300;
     scsi: "scsi", 5_000;
     expanded_api: "expanded-api", 1_000;
+    backup_archive: "backup-archive", 3_000;
+    backup_plan: "backup-plan", 10_000;
 }
