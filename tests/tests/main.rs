@@ -20,5 +20,6 @@ mod sandbox;
 mod scsi_disks;
 mod scsi_tools;
 mod served_disks;
+mod shared_scsi;
 mod time;
 mod vhost_user;

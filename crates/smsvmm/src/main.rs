@@ -17,6 +17,7 @@ mod run;
 mod share;
 mod share_iscsi;
 mod share_nbd;
+mod share_scsi;
 mod signals;
 mod storage;
 mod terminal;

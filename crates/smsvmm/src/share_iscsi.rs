@@ -261,11 +261,11 @@ fn images(arguments: &IscsiArguments) -> anyhow::Result<Vec<(String, Device)>> {
     images.into_iter().map(open).collect()
 }
 
-fn unique(names: &[&str]) -> Result<(), UsageError> {
+pub(crate) fn unique(names: &[&str]) -> Result<(), UsageError> {
     let mut seen = BTreeSet::new();
     match names.iter().find(|name| !seen.insert(**name)) {
         Some(twice) => Err(UsageError::new(format!(
-            "{twice} is given twice; initiators could not tell the two from each other (images may have a name of their own: NAME=FILE)"
+            "{twice} is given twice; who uses them could not tell the two from each other (images may have a name of their own: NAME=FILE)"
         ))),
         None => Ok(()),
     }
