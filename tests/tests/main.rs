@@ -9,6 +9,7 @@ mod expanded_api;
 mod file_systems;
 mod hotplug;
 mod images;
+mod iscsi;
 mod memory;
 mod network;
 mod network_kernels;
