@@ -16,6 +16,7 @@ mod preflight;
 mod run;
 mod share;
 mod share_iscsi;
+mod share_iscsi_access;
 mod share_nbd;
 mod share_scsi;
 mod signals;

@@ -46,7 +46,7 @@ pub(crate) enum ShareCommand {
     Nbd(NbdArguments),
     /// Serve disks over iSCSI, to initiators (libiscsi, QEMU and others), until SIGTERM, SIGINT or SIGHUP.
     ///
-    /// All disks are logical units of one target: the first is LUN 0. Prints how to reach it when it is ready. Initiators that are logged in
+    /// All disks are logical units of one target, the first is LUN 0, unless --access says otherwise. Prints how to reach it when it is ready. Initiators that are logged in
     /// when it ends are asked to log out, and get answers to what they have asked for.
     Iscsi(IscsiArguments),
 }
