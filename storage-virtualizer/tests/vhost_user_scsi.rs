@@ -342,6 +342,27 @@ fn units_come_and_go_and_buffers_for_events_outlive_a_pause() {
 }
 
 #[test]
+fn what_is_answered_can_be_found_by_the_next_server_if_there_is_to_be_one() {
+    let place = Place::new(Arc::<Fickle>::default());
+    let _server = place.serve("a");
+    let mut a = place.connect("a");
+    a.greet();
+    let data = || Some(readable(DATA, 512));
+    assert_eq!(a.driver.command(DISK, &write(0, 1), data()), Answer::good());
+    let settled = || place.disk.settled.load(Ordering::SeqCst);
+    assert_eq!(settled(), 0);
+    a.reconnect_with_a_record();
+    a.test();
+    assert_eq!(a.driver.command(DISK, &write(0, 1), data()), Answer::good());
+    assert_eq!(settled(), 1);
+    // With FUA it is durable anyhow.
+    let mut durable = write(0, 1);
+    durable[1] = 0x08;
+    assert_eq!(a.driver.command(DISK, &durable, data()), Answer::good());
+    assert_eq!(settled(), 1);
+}
+
+#[test]
 fn what_is_in_flight_is_repeated_by_the_next_server_and_forgotten_by_a_reset() {
     let place = stopped();
     let server = place.serve("a");

@@ -285,9 +285,10 @@ impl<H: DiskHandle> VirtioScsi<H> {
             index => {
                 let queue = usize::from(index - FIRST_REQUEST_QUEUE);
                 let statistics = Arc::clone(self.adapter.statistics.get(queue)?);
+                let outlived = start.inflight.is_some();
                 let worker = &self.workers[queue % self.workers.len()];
                 let server = start.serve(worker, &Arc::clone(&statistics), move || {
-                    Ok(CommandService::new(adapter, queue, statistics))
+                    Ok(CommandService::new(adapter, queue, statistics, outlived))
                 });
                 self.adapter.serve(queue, Arc::clone(&server));
                 server
