@@ -223,8 +223,7 @@ impl DiskConfig {
         } else if self.bus == DiskBus::VirtioScsi && self.read_only {
             let text = "is for single disks, and this is an adapter with all disks of its server, which says who may write (`--read-only`)";
             ("read-only", text.to_owned())
-        } else if self.bus == DiskBus::VirtioScsi && (self.target.is_some() || self.lun.is_some()) {
-            let key = if self.target.is_some() { "target" } else { "lun" };
+        } else if let (DiskBus::VirtioScsi, Some(key)) = (self.bus, self.place_key()) {
             let text = "is for disks of the machine's own adapter, and this is an adapter with all disks of its server";
             (key, text.to_owned())
         } else if self.mode != DiskMode::default() {
@@ -247,6 +246,16 @@ impl DiskConfig {
             return Ok(());
         };
         Err((problem.0, InvalidValue::new(problem.1)))
+    }
+
+    /// A key that says where on the machine's own adapter a disk is.
+    fn place_key(&self) -> Option<&'static str> {
+        let keys = [
+            ("target", self.target.is_some()),
+            ("lun", self.lun.is_some()),
+            ("path", !self.paths.is_empty()),
+        ];
+        keys.into_iter().find_map(|(key, set)| set.then_some(key))
     }
 
     /// A setting that only who serves the disk can keep.
