@@ -6,6 +6,7 @@
 //!   --socket b ─ adapter, another one  ─┘
 //! ```
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -62,6 +63,14 @@ struct Shown<H> {
 
 pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Result<Exit> {
     arguments.serving.check()?;
+    let mut seen = BTreeSet::new();
+    if let Some(twice) = arguments.sockets.iter().find(|socket| !seen.insert(*socket)) {
+        return Err(UsageError::new(format!(
+            "--socket {} is given twice: each machine needs one of its own",
+            twice.display()
+        ))
+        .into());
+    }
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     if !arguments.paths.is_empty() {
