@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 
 use block_io::{Device, DeviceOptions, ListenAddress, Worker, WorkerOptions};
 use initiator::{Initiator, Login, READ, TARGET, WRITE, rw16, tag_of};
-use storage_virtualizer::iscsi::{IscsiOptions, IscsiServer, IscsiUnit};
+use storage_virtualizer::iscsi::{IscsiOptions, IscsiServer, IscsiTarget, IscsiUnit};
 use storage_virtualizer::scsi::{Identity, Unit, UnitOptions};
 
 const SIZE: u64 = 512 << 20;
@@ -101,7 +101,7 @@ fn serve(file: &str, address: &str) {
     let worker = Worker::start("iscsi", WorkerOptions::default()).unwrap();
     let options = IscsiOptions {
         listen: vec![ListenAddress::Tcp(address.parse().unwrap())],
-        target: TARGET.to_owned(),
+        targets: vec![IscsiTarget::open(TARGET)],
         ..IscsiOptions::default()
     };
     let file = file.to_owned();
@@ -109,6 +109,7 @@ fn serve(file: &str, address: &str) {
         let mut options = DeviceOptions::default();
         options.host.memory_at_once = true;
         vec![IscsiUnit {
+            target: 0,
             lun: 1,
             unit: Arc::new(Unit::new(UnitOptions::new(Identity::from_name("bench", "bench")))),
             disk: Rc::new(Device::open(&file, &options).unwrap()),

@@ -35,6 +35,18 @@ pub(crate) fn queue_length(entries: u16) -> usize {
     (HEADER + usize::from(entries) * ENTRY).next_multiple_of(ALIGNMENT)
 }
 
+/// Makes all records in `memory` empty ones.
+pub(crate) fn forget(memory: &MmapRegion) {
+    let zeroes = [0; 4096];
+    let mut offset = 0;
+    while offset < memory.size() {
+        let length = (memory.size() - offset).min(zeroes.len());
+        let written = memory.as_volatile_slice().write_slice(&zeroes[..length], offset);
+        debug_assert!(written.is_ok(), "within the memory");
+        offset += length;
+    }
+}
+
 /// The record cannot be what it should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum InflightError {

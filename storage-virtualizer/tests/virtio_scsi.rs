@@ -8,6 +8,7 @@
 
 mod driver;
 
+use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use block_io::{HostDevice, OpenOptions, Worker, WorkerOptions};
 use driver::fickle::Fickle;
-use driver::{Descriptor, Driver, Events, PATIENCE, activate, memory, readable, reset_and_wait, writable};
+use driver::scsi::*;
+use driver::{Driver, Events, PATIENCE, activate, memory, readable, reset_and_wait, writable};
 use storage_virtualizer::controls::{DiskControls, ErrorPolicy};
 use storage_virtualizer::scsi::{Identity, Provisioning, TransportId, Unit, UnitOptions};
 use storage_virtualizer::virtio_scsi::{
@@ -23,96 +25,33 @@ use storage_virtualizer::virtio_scsi::{
 };
 use storage_virtualizer::{DiskHandle, Either, PinnedDisk};
 use tempfile::NamedTempFile;
-use virtio_core::vm_memory::{Bytes, GuestAddress};
 use virtio_core::{GuestMemory, VirtioDevice, feature};
-
-/// Every chain has its place here: request, response, data.
-const REQUEST: u64 = 0x10_0000;
-const RESPONSE: u64 = 0x20_0000;
-const DATA: u64 = 0x30_0000;
-/// Bytes of a place.
-const PLACE: u64 = 0x1_0000;
-const COMMAND: usize = 51;
-const ANSWER: usize = 108;
-
-const GOOD: u8 = 0;
-const CHECK_CONDITION: u8 = 2;
-const OK: u8 = 0;
-const OVERRUN: u8 = 1;
-const ABORTED: u8 = 2;
-const BAD_TARGET: u8 = 3;
-const FUNCTION_SUCCEEDED: u8 = 10;
-const FUNCTION_REJECTED: u8 = 11;
-const INCORRECT_LUN: u8 = 12;
-
-const INQUIRY: [u8; 6] = [0x12, 0, 0, 0, 96, 0];
-const REPORT_LUNS: [u8; 12] = [0xa0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0];
-const TEST_UNIT_READY: [u8; 6] = [0; 6];
-
-fn lun(target: u8, number: u16) -> [u8; 8] {
-    let [high, low] = number.to_be_bytes();
-    [1, target, high | 0x40, low, 0, 0, 0, 0]
-}
-
-/// As [`lun`], in an event: as REPORT LUNS has it.
-fn told(target: u8, number: u16) -> [u8; 8] {
-    let mut address = lun(target, number);
-    if number < 256 {
-        address[2] = 0;
-    }
-    address
-}
-
-fn read(lba: u32, blocks: u8) -> [u8; 10] {
-    let [a, b, c, d] = lba.to_be_bytes();
-    [0x28, 0, a, b, c, d, 0, 0, blocks, 0]
-}
-
-fn write(lba: u32, blocks: u8) -> [u8; 10] {
-    let mut cdb = read(lba, blocks);
-    cdb[0] = 0x2a;
-    cdb
-}
 
 fn unit(name: &str) -> Arc<Unit> {
     Arc::new(Unit::new(UnitOptions::new(Identity::from_name(name, name))))
 }
 
-/// What a driver reads of a response.
-#[derive(Debug, PartialEq, Eq)]
-struct Answer {
-    response: u8,
-    status: u8,
-    residual: u32,
-    /// Sense key, additional sense code and its qualifier, of sense data in fixed format.
-    sense: Option<(u8, u8, u8)>,
-}
-
-impl Answer {
-    const fn good() -> Self {
-        Self::refused(OK)
-    }
-
-    const fn refused(response: u8) -> Self {
-        Self {
-            response,
-            status: GOOD,
-            residual: 0,
-            sense: None,
-        }
-    }
-}
-
 struct Machine<H: DiskHandle> {
-    control: Driver,
-    event: Driver,
-    requests: Driver,
+    driver: Initiator,
     memory: GuestMemory,
     events: Arc<Events>,
     device: VirtioScsi<H>,
     handle: VirtioScsiHandle<H>,
-    next_tag: u64,
     worker: Worker,
+}
+
+impl<H: DiskHandle> Deref for Machine<H> {
+    type Target = Initiator;
+
+    fn deref(&self) -> &Initiator {
+        &self.driver
+    }
+}
+
+impl<H: DiskHandle> DerefMut for Machine<H> {
+    fn deref_mut(&mut self) -> &mut Initiator {
+        &mut self.driver
+    }
 }
 
 impl<H: DiskHandle> Machine<H> {
@@ -126,120 +65,25 @@ impl<H: DiskHandle> Machine<H> {
         };
         let mut device = VirtioScsi::new(&options, vec![worker.handle().clone()]).unwrap();
         let memory = memory(16 << 20);
-        let [control, event, requests] =
-            [0x1000, 0x4000, 0x8000].map(|base| Driver::new(&memory, base, 64, true));
+        let driver = Initiator::new(&memory);
         let features = feature::RING_EVENT_IDX
             | feature::RING_INDIRECT_DESC
             | scsi_feature::HOTPLUG
             | scsi_feature::CHANGE;
-        let queues = vec![control.active(0), event.active(1), requests.active(2)];
+        let queues = vec![
+            driver.control.active(0),
+            driver.event.active(1),
+            driver.requests.active(2),
+        ];
         let events = activate(&mut device, &memory, features, queues);
         Self {
-            control,
-            event,
-            requests,
+            driver,
             memory,
             events,
             handle: device.handle(),
             device,
-            next_tag: 1,
             worker,
         }
-    }
-
-    /// Puts a command into the queue; returns its tag. `place` is also its first descriptor.
-    fn begin(&mut self, place: u16, lun: [u8; 8], cdb: &[u8], data: Option<Descriptor>) -> u64 {
-        let tag = self.next_tag;
-        self.next_tag += 1;
-        let mut request = [0; COMMAND];
-        request[..8].copy_from_slice(&lun);
-        request[8..16].copy_from_slice(&tag.to_le_bytes());
-        request[19..19 + cdb.len()].copy_from_slice(cdb);
-        let at = u64::from(place) * PLACE;
-        self.put(REQUEST + at, &request);
-        self.put(RESPONSE + at, &[0xee; ANSWER]);
-        let mut chain = vec![readable(REQUEST + at, COMMAND), writable(RESPONSE + at, ANSWER)];
-        if let Some(data) = data {
-            let place = if data.flags == 0 { 1 } else { 2 };
-            chain.insert(place, data);
-        }
-        self.requests.submit(place, &chain);
-        tag
-    }
-
-    /// Waits for the answer to any command.
-    fn end(&mut self) -> (u16, Answer) {
-        let (place, length) = self.requests.wait_used();
-        assert!(length >= ANSWER as u32);
-        let mut bytes = [0; ANSWER];
-        self.get(RESPONSE + u64::from(place) * PLACE, &mut bytes);
-        let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-        let sense = (number(0) >= 14).then(|| (bytes[12 + 2] & 15, bytes[12 + 12], bytes[12 + 13]));
-        let answer = Answer {
-            response: bytes[11],
-            status: bytes[10],
-            residual: number(4),
-            sense,
-        };
-        (place, answer)
-    }
-
-    fn command(&mut self, lun: [u8; 8], cdb: &[u8], data: Option<Descriptor>) -> Answer {
-        self.begin(0, lun, cdb, data);
-        self.end().1
-    }
-
-    /// As a driver does with a new unit: takes the unit attention away.
-    fn greet(&mut self, lun: [u8; 8]) {
-        let answer = self.command(lun, &TEST_UNIT_READY, None);
-        assert_eq!(answer.sense.unwrap().0, 6, "{answer:?}");
-        assert_eq!(self.command(lun, &TEST_UNIT_READY, None), Answer::good());
-    }
-
-    fn begin_function(&mut self, function: u32, lun: [u8; 8], tag: u64) {
-        let mut request = [0; 24];
-        request[4..8].copy_from_slice(&function.to_le_bytes());
-        request[8..16].copy_from_slice(&lun);
-        request[16..].copy_from_slice(&tag.to_le_bytes());
-        let at = 60 * PLACE;
-        self.put(REQUEST + at, &request);
-        let chain = [readable(REQUEST + at, 24), writable(RESPONSE + at, 1)];
-        self.control.submit(0, &chain);
-    }
-
-    fn function(&mut self, function: u32, lun: [u8; 8], tag: u64) -> u8 {
-        self.begin_function(function, lun, tag);
-        self.end_of_function()
-    }
-
-    fn end_of_function(&mut self) -> u8 {
-        self.control.wait_used();
-        let mut response = [0];
-        self.get(RESPONSE + 60 * PLACE, &mut response);
-        response[0]
-    }
-
-    /// Gives the device a buffer for an event.
-    fn offer_event(&mut self, place: u16) {
-        let at = RESPONSE + (61 + u64::from(place)) * PLACE;
-        self.event.submit(place, &[writable(at, 16)]);
-    }
-
-    fn event(&mut self) -> (u32, [u8; 8], u32) {
-        let (place, length) = self.event.wait_used();
-        assert_eq!(length, 16);
-        let mut bytes = [0; 16];
-        self.get(RESPONSE + (61 + u64::from(place)) * PLACE, &mut bytes);
-        let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-        (number(0), bytes[4..12].try_into().unwrap(), number(12))
-    }
-
-    fn put(&self, address: u64, bytes: &[u8]) {
-        self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
-    }
-
-    fn get(&self, address: u64, bytes: &mut [u8]) {
-        self.memory.read_slice(bytes, GuestAddress(address)).unwrap();
     }
 }
 

@@ -19,7 +19,7 @@ use crate::console::Console;
 use crate::{Outcome, Vm, VmBuilder};
 
 /// The guest's side: it takes one line after the other from its console, and tells how each ended.
-const AGENT: &str = r#"
+pub(crate) const AGENT: &str = r#"
 stty -echo
 echo "guest: ready"
 while read -r line && [ "$line" != "guest: end" ]; do

@@ -23,6 +23,7 @@
 
 mod agent;
 mod console;
+mod emulated;
 mod host;
 mod place;
 mod pool;
@@ -37,6 +38,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 pub use agent::Events;
+pub use emulated::{emulated, emulated_with_tools};
 pub use host::{Host, Kernel};
 pub use lab::Output;
 pub use place::program;

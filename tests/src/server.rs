@@ -1,6 +1,7 @@
 //! A server beside the machines of a story: `smsvmm share`, or another program.
 
 use std::io::{BufRead, BufReader};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -64,6 +65,24 @@ impl Server {
         let begin = Instant::now();
         let mut server = Self(command.spawn().context("cannot start the server")?);
         while !socket.exists() {
+            ensure!(
+                server.0.try_wait()?.is_none(),
+                "the server ended before it served"
+            );
+            ensure!(begin.elapsed() < PATIENCE, "the server does not serve");
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(server)
+    }
+
+    /// Starts a command that serves at a TCP address, and waits until it does.
+    ///
+    /// # Errors
+    /// When it ends before.
+    pub fn listening(mut command: Command, address: &str) -> Result<Self> {
+        let begin = Instant::now();
+        let mut server = Self(command.spawn().context("cannot start the server")?);
+        while TcpStream::connect(address).is_err() {
             ensure!(
                 server.0.try_wait()?.is_none(),
                 "the server ended before it served"

@@ -81,7 +81,7 @@ impl Disk {
 }
 
 /// Mounts the disk with tools, and puts libraries and drivers where they are looked for.
-const TOOLS_ON: &str = r#"
+pub(crate) const TOOLS_ON: &str = r#"
 set -e
 for disk in /sys/block/vd*; do
     [ "$(cat $disk/serial)" != tools ] || device=/dev/${disk##*/}

@@ -210,6 +210,79 @@ fn a_served_disk_is_attached_and_detached_while_the_guest_runs_and_the_guest_is_
     });
 }
 
+/// LUN 0 of the first adapter: which of the disks is `sda` is left to chance.
+const FIRST: &str = "$(ls /sys/bus/scsi/devices/0:0:0:0/block)";
+
+#[test]
+fn an_adapter_with_all_disks_of_a_server_is_there_from_the_start_or_attached_and_goes_on_with_the_next_server()
+ {
+    tell(|host| {
+        pool(host)?;
+        let serve = || {
+            let arguments = format!(
+                "vhost-user-scsi --devices {DEVICES} --queues 2 --socket a.sock --socket b.sock /vm/root.dsk /vm/data.dsk"
+            );
+            let arguments: Vec<&str> = arguments.split(' ').collect();
+            Server::share(host.smsvmm(), host.folder(), &arguments)
+        };
+        let mut server = serve()?;
+        let mut vm = host
+            .vm("adapter")
+            .file("/load", 0o644, LOAD)
+            .file("/check", 0o644, CHECK.replace("vda", FIRST))
+            .disk(
+                Disk::served_at(host.folder().join("a.sock"))
+                    .set("bus", "\"virtio-scsi\"")
+                    .set("queues", "2"),
+            )
+            .limit(PATIENCE)
+            .interactive()?;
+        let luns = |host: u8| format!("ls -d /sys/bus/scsi/devices/{host}:0:0:[01]/block | wc -l");
+        vm.guest_until(&format!("[ $({}) = 2 ]", luns(0)))?;
+        let first = format!("/dev/{FIRST}");
+        vm.guest(&format!(
+            "mke2fs -q {first} > /dev/null; mkdir /disk; mount -t ext4 {first} /disk"
+        ))?;
+        vm.guest("sh /load > /dev/null 2>&1 &")?;
+        for kill in 0_u64..2 {
+            std::thread::sleep(Duration::from_millis(900 + 137 * kill));
+            drop(server);
+            wait_for_state(&vm, "disk0", "waiting")?;
+            server = serve()?;
+            wait_for_state(&vm, "disk0", "active")?;
+        }
+        let rounds: u32 = vm.guest("cat /rounds")?.trim().parse()?;
+        vm.guest_until(&format!("[ $(cat /rounds) -gt {rounds} ]"))?;
+        vm.guest(
+            "touch /stop; until [ -e /stopped ]; do usleep 20000; done; umount /disk; [ ! -e /failed ]",
+        )?;
+        // A second adapter, with the same disks: another initiator.
+        let socket = host.folder().join("b.sock").display().to_string();
+        let attach = [
+            "attach-disk",
+            "--vhost-user",
+            &socket,
+            "--bus",
+            "virtio-scsi",
+            "--id",
+            "other",
+        ];
+        vm.manage(&attach)?;
+        vm.guest_until(&format!("[ $({}) = 2 ]", luns(1)))?;
+        let sum = |disk: &str| format!("$(head -c 1048576 /dev/{disk} | sha256sum)");
+        let other = FIRST.replace("/0:", "/1:");
+        vm.guest(&format!("[ \"{}\" = \"{}\" ]", sum(FIRST), sum(&other)))?;
+        vm.manage(&["detach", "other"])?;
+        vm.guest_until("[ ! -e /sys/bus/scsi/devices/1:0:0:0 ]")?;
+        vm.begin("reboot -f")?;
+        vm.wait_until_ready()?;
+        vm.guest_until(&format!("[ $({}) = 2 ]", luns(0)))?;
+        vm.guest("sh /check")?;
+        vm.finish()?;
+        server.end()
+    });
+}
+
 /// A disk of QEMU's storage daemon.
 fn storage_daemon(folder: &Path) -> Result<Server> {
     let socket = folder.join("qemu.sock");

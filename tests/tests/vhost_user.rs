@@ -10,8 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use lab::{Cache, Toolbox};
-use stories::Server;
+use stories::{Server, emulated};
 
 const SIZE: u64 = 256 << 20;
 /// Each line of the guest comes within this, or it hangs.
@@ -60,45 +59,10 @@ fn serve(folder: &Path) -> Result<Server> {
 
 /// A guest that runs [`SCRIPT`] on the disk.
 fn boot(folder: &Path) -> Result<(Running, Receiver<String>)> {
-    let cache = Cache::locate();
-    let kernel = cache.image("kernel-debian-12-cloud")?;
-    let emulator = Toolbox::emulator(&cache)?;
-    let mut command = emulator.command("qemu-system-x86_64");
-    for firmware in ["usr/share/qemu", "usr/share/seabios"] {
-        command.arg("-L").arg(emulator.tree().join(firmware));
-    }
-    let mut files = lab::Archive::default();
-    files.file("story", 0o755, SCRIPT);
-    let mut initrd = std::fs::read(kernel.join("initrd"))?;
-    initrd.extend_from_slice(&files.bytes()?);
-    std::fs::write(folder.join("initrd"), initrd)?;
-    command.args(["-M", "q35", "-accel", "tcg", "-smp", "2", "-m", "256M"]);
-    command.args([
-        "-display",
-        "none",
-        "-nodefaults",
-        "-no-user-config",
-        "-no-reboot",
-        "-serial",
-        "stdio",
-    ]);
-    command.args(["-object", "memory-backend-memfd,id=memory,size=256M,share=on"]);
-    command.args([
-        "-machine",
-        "memory-backend=memory",
-        "-append",
-        "console=ttyS0 quiet panic=-1",
-    ]);
-    command.arg("-kernel").arg(kernel.join("bzImage"));
-    command.arg("-initrd").arg(folder.join("initrd"));
     let socket = folder.join("disk.sock");
-    command
-        .arg("-chardev")
-        .arg(format!("socket,id=disk,path={},reconnect=1", socket.display()));
-    command.args([
-        "-device",
-        "vhost-user-blk-pci,chardev=disk,num-queues=2,queue-size=256",
-    ]);
+    let disk = format!("socket,id=disk,path={},reconnect=1", socket.display());
+    let device = "vhost-user-blk-pci,chardev=disk,num-queues=2,queue-size=256";
+    let mut command = emulated(folder, SCRIPT, &["-chardev", &disk, "-device", device])?;
     let mut guest = command
         .stdout(Stdio::piped())
         .spawn()

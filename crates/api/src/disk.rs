@@ -122,6 +122,11 @@ impl DiskConfig {
         }
     }
 
+    /// Whether it is a logical unit of the machine's own SCSI adapter. One that another process serves is an adapter of its own.
+    pub fn is_unit(&self) -> bool {
+        self.bus == DiskBus::VirtioScsi && self.vhost_user.is_none()
+    }
+
     /// What the disk lies on; none if nothing is given, or several, which [`Self::check`] refuses.
     pub fn source(&self) -> Option<DiskSource<'_>> {
         match (&self.image, &self.file, &self.vhost_user) {
@@ -215,9 +220,12 @@ impl DiskConfig {
             let text =
                 format!("the path has {length} bytes, a Unix socket's has at most {most}; use a shorter one");
             ("vhost-user", text)
-        } else if self.bus != DiskBus::default() {
-            let text = "`virtio-scsi` is for disks that this process serves, and this one is a virtio-blk device of another";
-            ("bus", text.to_owned())
+        } else if self.bus == DiskBus::VirtioScsi && self.read_only {
+            let text = "is for single disks, and this is an adapter with all disks of its server, which says who may write (`--read-only`)";
+            ("read-only", text.to_owned())
+        } else if let (DiskBus::VirtioScsi, Some(key)) = (self.bus, self.place_key()) {
+            let text = "is for disks of the machine's own adapter, and this is an adapter with all disks of its server";
+            (key, text.to_owned())
         } else if self.mode != DiskMode::default() {
             let text =
                 "is for disks of a pool, and this one is served by another process, which may know of modes";
@@ -238,6 +246,16 @@ impl DiskConfig {
             return Ok(());
         };
         Err((problem.0, InvalidValue::new(problem.1)))
+    }
+
+    /// A key that says where on the machine's own adapter a disk is.
+    fn place_key(&self) -> Option<&'static str> {
+        let keys = [
+            ("target", self.target.is_some()),
+            ("lun", self.lun.is_some()),
+            ("path", !self.paths.is_empty()),
+        ];
+        keys.into_iter().find_map(|(key, set)| set.then_some(key))
     }
 
     /// A setting that only who serves the disk can keep.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use block_io::{Cache, HostDevice, OpenOptions, Worker, WorkerOptions};
+use block_io::{Cache, HostDevice, OpenOptions, Worker, WorkerHandle, WorkerOptions};
 use clap::{Args, Subcommand};
 use storage_manager::HostedPool;
 use storage_virtualizer::controls::{DiskControls, Rate, RateLimit};
@@ -17,6 +17,7 @@ use crate::logs;
 use crate::pool::{served, with_pool};
 use crate::share_iscsi::{self, IscsiArguments};
 use crate::share_nbd::{self, NbdArguments};
+use crate::share_scsi::{self, VhostUserScsiArguments};
 use crate::signals::Signals;
 use crate::storage::Which;
 
@@ -32,6 +33,12 @@ pub(crate) enum ShareCommand {
     /// or SIGHUP; requests in flight are ended then. A front-end that connects again (QEMU: reconnect=1) goes on where it was, also
     /// after this process was killed.
     VhostUser(VhostUserArguments),
+    /// Serve disks as SCSI disks to any vhost-user-scsi front-end: QEMU and others.
+    ///
+    /// All disks are logical units of one target: the first is LUN 0. Each --socket is a SCSI adapter for one machine, and an initiator of
+    /// its own: so several machines can share disks, with persistent reservations between them. Serves until SIGTERM, SIGINT or SIGHUP;
+    /// requests in flight are ended then.
+    VhostUserScsi(VhostUserScsiArguments),
     /// Serve disks over NBD, to qemu, nbdcopy, the Linux kernel and others, until SIGTERM, SIGINT or SIGHUP.
     ///
     /// Prints an address for each disk when it is ready. Clients that are connected when it ends get answers to what they have
@@ -39,7 +46,7 @@ pub(crate) enum ShareCommand {
     Nbd(NbdArguments),
     /// Serve disks over iSCSI, to initiators (libiscsi, QEMU and others), until SIGTERM, SIGINT or SIGHUP.
     ///
-    /// All disks are logical units of one target: the first is LUN 0. Prints how to reach it when it is ready. Initiators that are logged in
+    /// All disks are logical units of one target, the first is LUN 0, unless --access says otherwise. Prints how to reach it when it is ready. Initiators that are logged in
     /// when it ends are asked to log out, and get answers to what they have asked for.
     Iscsi(IscsiArguments),
 }
@@ -60,10 +67,17 @@ pub(crate) struct VhostUserArguments {
     /// The guests cannot write; then several may use a disk at once.
     #[arg(long)]
     read_only: bool,
-    /// Virtqueues that a front-end may have.
+    #[command(flatten)]
+    serving: Serving,
+}
+
+/// How queues and disks are served.
+#[derive(Debug, Args)]
+pub(crate) struct Serving {
+    /// Virtqueues for requests that a front-end may have.
     #[arg(long, default_value_t = 4, value_name = "NUMBER")]
-    queues: u16,
-    /// Threads that serve the queues of each image. Disks of a pool have one thread together.
+    pub(crate) queues: u16,
+    /// Threads that serve the queues of images. Disks of a pool have one thread together.
     #[arg(long, default_value_t = 1, value_name = "NUMBER", conflicts_with = "paths")]
     threads: u16,
     /// Use the host's page cache.
@@ -83,6 +97,7 @@ pub(crate) struct VhostUserArguments {
 pub(crate) fn execute(command: &ShareCommand) -> anyhow::Result<Exit> {
     match command {
         ShareCommand::VhostUser(arguments) => vhost_user(arguments),
+        ShareCommand::VhostUserScsi(arguments) => share_scsi::vhost_user_scsi(arguments),
         ShareCommand::Iscsi(arguments) => share_iscsi::iscsi(arguments),
         ShareCommand::Nbd(arguments) => share_nbd::nbd(arguments),
     }
@@ -97,9 +112,7 @@ fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
         ))
         .into());
     }
-    if !(1..=MAX_QUEUES).contains(&arguments.queues) || !(1..=MAX_QUEUES).contains(&arguments.threads) {
-        return Err(UsageError::new(format!("a disk has 1 to {MAX_QUEUES} queues and threads")).into());
-    }
+    arguments.serving.check()?;
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     if !arguments.paths.is_empty() {
@@ -158,8 +171,8 @@ fn server_options(arguments: &VhostUserArguments, name: &str, read_only: bool) -
     let mut options = VhostUserOptions {
         device: VirtioBlkOptions {
             serial: fitting_serial(name),
-            queues: arguments.queues,
-            controls: Arc::new(controls(arguments)),
+            queues: arguments.serving.queues,
+            controls: Arc::new(arguments.serving.controls()),
             ..VhostUserOptions::default().device
         },
         ..VhostUserOptions::default()
@@ -173,40 +186,66 @@ fn server_options(arguments: &VhostUserArguments, name: &str, read_only: bool) -
 type Share = (VhostUserServer<Arc<HostDevice>>, Vec<Worker>);
 
 fn share(arguments: &VhostUserArguments, image: &Path, socket: &Path) -> anyhow::Result<Share> {
-    let options = OpenOptions {
-        read_only: arguments.read_only,
-        cache: if arguments.buffered {
-            Cache::Buffered
-        } else {
-            Cache::Direct
-        },
-        ..OpenOptions::default()
-    };
-    let disk = HostDevice::open(image, &options)?;
     let name = image
         .file_name()
         .unwrap_or_default()
         .to_string_lossy()
         .into_owned();
-    let workers = (0..arguments.threads)
-        .map(|number| Worker::start(&format!("io-{number}-{name}"), WorkerOptions::default()))
-        .collect::<Result<Vec<_>, _>>()?;
+    let disk = arguments.serving.open(image, arguments.read_only)?;
+    let workers = arguments.serving.workers(&name)?;
     let options = server_options(arguments, &name, arguments.read_only);
-    let handles = workers.iter().map(|worker| worker.handle().clone()).collect();
-    let server = VhostUserServer::start(socket, Arc::new(disk), options, handles)?;
+    let server = VhostUserServer::start(socket, Arc::new(disk), options, handles(&workers))?;
     Ok((server, workers))
 }
 
-fn controls(arguments: &VhostUserArguments) -> DiskControls {
-    let rate = |per_second: u64| Rate {
-        per_second,
-        burst: per_second / BURST_PARTS,
-    };
-    let controls = DiskControls::default();
-    controls.set_polling(Duration::from_micros(arguments.poll_us.into()));
-    controls.set_limit(RateLimit {
-        operations: arguments.limit_iops.map(rate),
-        bytes: arguments.limit_bytes.map(rate),
-    });
-    controls
+pub(crate) fn handles(workers: &[Worker]) -> Vec<WorkerHandle> {
+    workers.iter().map(|worker| worker.handle().clone()).collect()
+}
+
+impl Serving {
+    /// # Errors
+    /// A number is impossible.
+    pub(crate) fn check(&self) -> Result<(), UsageError> {
+        if (1..=MAX_QUEUES).contains(&self.queues) && (1..=MAX_QUEUES).contains(&self.threads) {
+            return Ok(());
+        }
+        Err(UsageError::new(format!(
+            "there are 1 to {MAX_QUEUES} queues and threads"
+        )))
+    }
+
+    /// Opens an image.
+    pub(crate) fn open(&self, image: &Path, read_only: bool) -> anyhow::Result<HostDevice> {
+        let options = OpenOptions {
+            read_only,
+            cache: if self.buffered {
+                Cache::Buffered
+            } else {
+                Cache::Direct
+            },
+            ..OpenOptions::default()
+        };
+        Ok(HostDevice::open(image, &options)?)
+    }
+
+    /// Threads for an image of this name.
+    pub(crate) fn workers(&self, name: &str) -> anyhow::Result<Vec<Worker>> {
+        let start = |number| Worker::start(&format!("io-{number}-{name}"), WorkerOptions::default());
+        Ok((0..self.threads).map(start).collect::<Result<_, _>>()?)
+    }
+
+    /// The settings of one disk.
+    pub(crate) fn controls(&self) -> DiskControls {
+        let rate = |per_second: u64| Rate {
+            per_second,
+            burst: per_second / BURST_PARTS,
+        };
+        let controls = DiskControls::default();
+        controls.set_polling(Duration::from_micros(self.poll_us.into()));
+        controls.set_limit(RateLimit {
+            operations: self.limit_iops.map(rate),
+            bytes: self.limit_bytes.map(rate),
+        });
+        controls
+    }
 }

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -14,12 +14,11 @@ use anyhow::Context;
 use api::ByteSize;
 use block_io::{BlockDevice, Device, DeviceOptions, Geometry, ListenAddress, Worker, WorkerOptions};
 use clap::Args;
-use serde::Deserialize;
 use serde_json::json;
 use storage_manager::HostedPool;
 use storage_virtualizer::DiskHandle;
 use storage_virtualizer::iscsi::{
-    Access, Chap, IscsiOptions, IscsiServer, IscsiUnit, MAX_TRANSFER, Secret, check_name,
+    Access, IscsiOptions, IscsiServer, IscsiTarget, IscsiUnit, MAX_TRANSFER, check_name,
 };
 use storage_virtualizer::scsi::{Identity, Provisioning, Unit, UnitOptions};
 use storage_virtualizer::virtio_blk::fitting_serial;
@@ -28,6 +27,7 @@ use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::output::{print, print_json};
 use crate::pool::{served, with_pool};
+use crate::share_iscsi_access;
 use crate::share_nbd::{named, reachable};
 use crate::signals::Signals;
 use crate::storage::Which;
@@ -87,7 +87,8 @@ pub(crate) struct IscsiArguments {
     #[arg(long, value_name = "FILE", requires = "mutual_chap_user")]
     mutual_chap_secret: Option<PathBuf>,
 
-    /// Who may log in, sees which disks and proves it how, as a TOML file: `[[initiator]]` with `name`, `disks`, `chap`, `mutual`.
+    /// Who may log in, sees which disks and proves it how, as a TOML file: `[[initiator]]` with `name`, `disks`, `chap`, `mutual`. With
+    /// `[[target]]` (`name`, `disks`) and `[[target.initiator]]` there are several targets.
     #[arg(long, value_name = "FILE")]
     access: Option<PathBuf>,
 
@@ -116,6 +117,8 @@ fn portal(text: &str) -> Result<SocketAddr, String> {
 
 /// A disk as it is told of.
 struct Shown {
+    /// Place of its target.
+    target: usize,
     lun: u16,
     name: String,
     size: u64,
@@ -132,10 +135,11 @@ pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
     }
     let images = images(arguments)?;
     let names: Vec<&str> = images.iter().map(|(name, _)| name.as_str()).collect();
-    let options = with_access(options, arguments, &names)?;
+    let (options, places) = with_targets(options, arguments, &names)?;
     let mut shown = Vec::new();
     let mut units = Vec::new();
-    for (lun, ((name, device), text)) in (0_u16..).zip(images.into_iter().zip(&arguments.images)) {
+    for (place, ((name, device), text)) in images.into_iter().zip(&arguments.images).enumerate() {
+        let (target, lun) = places.of(place)?;
         let geometry = device.geometry();
         let (_, image) = named(text)?;
         let identity = std::path::absolute(image).unwrap_or_else(|_| image.into());
@@ -147,17 +151,19 @@ pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
             Provisioning::Thin,
         ));
         shown.push(Shown {
+            target,
             lun,
             name,
             size: geometry.size,
         });
-        units.push((lun, Arc::new(unit), device));
+        units.push(((target, lun), Arc::new(unit), device));
     }
     let worker = Worker::start("iscsi", WorkerOptions::default())?;
     let server = IscsiServer::start(worker.handle(), options.clone(), move || {
         units
             .into_iter()
-            .map(|(lun, unit, device)| IscsiUnit {
+            .map(|((target, lun), unit, device)| IscsiUnit {
+                target,
                 lun,
                 unit,
                 disk: Rc::new(device),
@@ -194,9 +200,10 @@ fn serve_pool_disks(
 ) -> anyhow::Result<()> {
     let names: Vec<&str> = arguments.paths.iter().map(String::as_str).collect();
     unique(&names)?;
-    let options = with_access(options, arguments, &names)?;
+    let (options, places) = with_targets(options, arguments, &names)?;
     let (mut disks, mut shown) = (Vec::new(), Vec::new());
-    for (lun, path) in (0_u16..).zip(&arguments.paths) {
+    for (place, path) in arguments.paths.iter().enumerate() {
+        let (target, lun) = places.of(place)?;
         let how = served(path, arguments.read_only);
         let disk = pool.disk(path, how)?;
         let geometry = disk.handle().geometry();
@@ -212,11 +219,12 @@ fn serve_pool_disks(
         unit.restore_reservations(disk.reservations())
             .with_context(|| format!("cannot share {path}"))?;
         shown.push(Shown {
+            target,
             lun,
             name: path.clone(),
             size: disk.size(),
         });
-        disks.push((lun, Arc::new(unit), disk));
+        disks.push(((target, lun), Arc::new(unit), disk));
     }
     let server = pool.serve_iscsi(&disks, options.clone())?;
     serve(&shown, server, &options, arguments, signals)?;
@@ -261,11 +269,11 @@ fn images(arguments: &IscsiArguments) -> anyhow::Result<Vec<(String, Device)>> {
     images.into_iter().map(open).collect()
 }
 
-fn unique(names: &[&str]) -> Result<(), UsageError> {
+pub(crate) fn unique(names: &[&str]) -> Result<(), UsageError> {
     let mut seen = BTreeSet::new();
     match names.iter().find(|name| !seen.insert(**name)) {
         Some(twice) => Err(UsageError::new(format!(
-            "{twice} is given twice; initiators could not tell the two from each other (images may have a name of their own: NAME=FILE)"
+            "{twice} is given twice; who uses them could not tell the two from each other (images may have a name of their own: NAME=FILE)"
         ))),
         None => Ok(()),
     }
@@ -282,180 +290,108 @@ fn default_target() -> String {
 }
 
 fn options(arguments: &IscsiArguments) -> anyhow::Result<IscsiOptions> {
-    let target = arguments.target.clone().unwrap_or_else(default_target);
-    check_name(&target).map_err(|error| UsageError::new(format!("--target: {error}")))?;
     for initiator in &arguments.initiators {
         check_name(initiator).map_err(|error| UsageError::new(format!("--initiator: {error}")))?;
     }
     Ok(IscsiOptions {
         listen: arguments.listen.iter().copied().map(ListenAddress::Tcp).collect(),
-        target,
-        alias: "smsvmm".to_owned(),
         connections: arguments.connections.max(1),
         ..IscsiOptions::default()
     })
 }
 
-/// Completes the options by who may log in; `names` are those of the disks, in the order of their LUNs.
-fn with_access(
+/// Which target, and which LUN of it, each disk is.
+struct Places(Vec<(usize, u16)>);
+
+impl Places {
+    fn of(&self, disk: usize) -> anyhow::Result<(usize, u16)> {
+        self.0.get(disk).copied().context("a disk without a target")
+    }
+}
+
+/// Completes the options by targets and who may log in; `names` are those of the disks.
+fn with_targets(
     mut options: IscsiOptions,
     arguments: &IscsiArguments,
     names: &[&str],
-) -> anyhow::Result<IscsiOptions> {
-    options.access = match &arguments.access {
-        Some(file) => access_file(file, names)?,
+) -> anyhow::Result<(IscsiOptions, Places)> {
+    let name = arguments.target.clone().unwrap_or_else(default_target);
+    check_name(&name).map_err(|error| UsageError::new(format!("--target: {error}")))?;
+    let targets = match &arguments.access {
+        Some(file) => share_iscsi_access::read(file, names, &name)?,
         None => {
-            let chap = chap(
-                arguments.chap_user.as_ref().zip(arguments.chap_secret.as_deref()),
-                arguments
-                    .mutual_chap_user
-                    .as_ref()
-                    .zip(arguments.mutual_chap_secret.as_deref()),
-            )?;
-            let access = |initiator: Option<&String>| Access {
-                initiator: initiator.cloned(),
-                luns: None,
-                chap: chap.clone(),
+            let target = IscsiTarget {
+                access: access(arguments)?,
+                ..IscsiTarget::open(&name)
             };
-            if arguments.initiators.is_empty() {
-                vec![access(None)]
-            } else {
-                arguments
-                    .initiators
-                    .iter()
-                    .map(|name| access(Some(name)))
-                    .collect()
-            }
+            vec![(target, (0..names.len()).collect())]
         }
     };
-    let open = options.access.iter().any(|access| access.chap.is_none());
+    if arguments.target.is_some() && targets.iter().all(|(target, _)| target.name != name) {
+        let text = "--target and the targets of --access: leave one of them out";
+        return Err(UsageError::new(text.to_owned()).into());
+    }
+    let mut places = vec![(0, 0); names.len()];
+    for (number, (target, disks)) in targets.into_iter().enumerate() {
+        options.targets.push(IscsiTarget {
+            alias: match target.alias {
+                alias if alias.is_empty() => "smsvmm".to_owned(),
+                alias => alias,
+            },
+            ..target
+        });
+        for (lun, disk) in (0_u16..).zip(disks) {
+            places[disk] = (number, lun);
+        }
+    }
+    warn_of_open_portals(&options, arguments);
+    Ok((options, Places(places)))
+}
+
+/// Who may log in, as the command line says.
+fn access(arguments: &IscsiArguments) -> anyhow::Result<Vec<Access>> {
+    let chap = share_iscsi_access::chap(
+        arguments.chap_user.as_ref().zip(arguments.chap_secret.as_deref()),
+        arguments
+            .mutual_chap_user
+            .as_ref()
+            .zip(arguments.mutual_chap_secret.as_deref()),
+    )?;
+    let access = |initiator: Option<&String>| Access {
+        initiator: initiator.cloned(),
+        luns: None,
+        chap: chap.clone(),
+    };
+    if arguments.initiators.is_empty() {
+        return Ok(vec![access(None)]);
+    }
+    Ok(arguments
+        .initiators
+        .iter()
+        .map(|name| access(Some(name)))
+        .collect())
+}
+
+fn warn_of_open_portals(options: &IscsiOptions, arguments: &IscsiArguments) {
+    let mut open = options
+        .targets
+        .iter()
+        .flat_map(|target| &target.access)
+        .filter(|access| access.chap.is_none())
+        .peekable();
     if let Some(address) = arguments
         .listen
         .iter()
         .find(|address| !address.ip().is_loopback())
-        && open
+        && open.peek().is_some()
     {
-        let who = if options
-            .access
-            .iter()
-            .any(|access| access.chap.is_none() && access.initiator.is_none())
-        {
+        let who = if open.any(|access| access.initiator.is_none()) {
             "everybody who reaches this address can use the disks"
         } else {
             "everybody who reaches this address and knows the name of an initiator can use its disks"
         };
         tracing::warn!(%address, "{who}: see --chap-user");
     }
-    Ok(options)
-}
-
-fn chap(own: Option<(&String, &Path)>, mutual: Option<(&String, &Path)>) -> anyhow::Result<Option<Chap>> {
-    let Some((user, file)) = own else { return Ok(None) };
-    let mutual = match mutual {
-        Some((user, file)) => Some((user.clone(), secret(file)?)),
-        None => None,
-    };
-    Ok(Some(Chap {
-        user: user.clone(),
-        secret: secret(file)?,
-        mutual,
-    }))
-}
-
-/// The first line of a file.
-fn secret(file: &Path) -> anyhow::Result<Secret> {
-    let read = || std::fs::read(file);
-    let bytes = read().with_context(|| format!("cannot read the CHAP secret in {}", file.display()))?;
-    let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    let line = line.strip_suffix(b"\r").unwrap_or(line);
-    if let Ok(metadata) = std::fs::metadata(file) {
-        use std::os::unix::fs::MetadataExt;
-        if metadata.mode() & 0o077 != 0 {
-            tracing::warn!(file = %file.display(), "others can read this CHAP secret: chmod 600");
-        }
-    }
-    Secret::new(line.to_vec()).with_context(|| format!("{} cannot be used", file.display()))
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct AccessFile {
-    #[serde(default)]
-    initiator: Vec<Initiator>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Initiator {
-    /// Its name, or `*` for all that are not named.
-    name: String,
-    /// Disks that it sees, by the names or paths under which they are served; all if absent.
-    disks: Option<Vec<String>>,
-    chap: Option<User>,
-    mutual: Option<User>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct User {
-    user: String,
-    /// Relative to the file.
-    secret_file: PathBuf,
-}
-
-fn access_file(file: &Path, names: &[&str]) -> anyhow::Result<Vec<Access>> {
-    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let parsed: AccessFile =
-        toml::from_str(&text).with_context(|| format!("{} cannot be used", file.display()))?;
-    let folder = file.parent().unwrap_or(Path::new(""));
-    let refuse = |what: String| anyhow::Error::from(UsageError::new(format!("{}: {what}", file.display())));
-    if parsed.initiator.is_empty() {
-        return Err(refuse(
-            "nobody may log in: write at least one [[initiator]]".to_owned(),
-        ));
-    }
-    let mut list = Vec::new();
-    for initiator in parsed.initiator {
-        let name = initiator.name;
-        if name != "*" {
-            check_name(&name).map_err(|error| refuse(error.to_string()))?;
-        }
-        let luns = match initiator.disks {
-            Some(disks) => Some(luns(&disks, names).map_err(|disk| {
-                let known = names.join(", ");
-                refuse(format!(
-                    "{name} is to see {disk}, which is not served; there are {known}"
-                ))
-            })?),
-            None => None,
-        };
-        if initiator.mutual.is_some() && initiator.chap.is_none() {
-            return Err(refuse(format!("{name} has `mutual` without `chap`")));
-        }
-        let files = |user: Option<User>| user.map(|user| (user.user, folder.join(user.secret_file)));
-        let (own, mutual) = (files(initiator.chap), files(initiator.mutual));
-        let chap = chap(
-            own.as_ref().map(|(user, file)| (user, file.as_path())),
-            mutual.as_ref().map(|(user, file)| (user, file.as_path())),
-        )?;
-        list.push(Access {
-            initiator: (name != "*").then_some(name),
-            luns,
-            chap,
-        });
-    }
-    Ok(list)
-}
-
-/// LUNs of disks; the name of one that is not there.
-fn luns(disks: &[String], names: &[&str]) -> Result<BTreeSet<u16>, String> {
-    let lun = |disk: &String| {
-        let place = names.iter().position(|name| name == disk);
-        place
-            .and_then(|place| u16::try_from(place).ok())
-            .ok_or_else(|| disk.clone())
-    };
-    disks.iter().map(lun).collect()
 }
 
 /// Says where the disks are, and how to get at them.
@@ -472,36 +408,55 @@ fn announce(
             ListenAddress::Unix(_) => None,
         })
         .collect();
-    let target = &options.target;
     let Some(first) = portals.first() else {
         return Ok(());
     };
-    let uri = |lun: u16| format!("iscsi://{first}/{target}/{lun}");
+    let name = |disk: &Shown| options.targets.get(disk.target).map_or("", |target| &target.name);
+    let uri = |disk: &Shown| format!("iscsi://{first}/{}/{}", name(disk), disk.lun);
     if arguments.which.json {
-        let units: Vec<_> = shown
+        let of = |target: usize| -> Vec<_> {
+            let own = shown.iter().filter(|disk| disk.target == target);
+            own.map(|disk| json!({ "lun": disk.lun, "name": disk.name, "size": disk.size, "uri": uri(disk) }))
+                .collect()
+        };
+        let targets: Vec<_> = options
+            .targets
             .iter()
-            .map(
-                |disk| json!({ "lun": disk.lun, "name": disk.name, "size": disk.size, "uri": uri(disk.lun) }),
-            )
+            .enumerate()
+            .map(|(place, target)| json!({ "target": target.name, "units": of(place) }))
             .collect();
-        return print_json(&json!({ "target": target, "portals": portals, "units": units }));
+        return match targets.as_slice() {
+            [only] => {
+                print_json(&json!({ "target": only["target"], "portals": portals, "units": only["units"] }))
+            }
+            _ => print_json(&json!({ "portals": portals, "targets": targets })),
+        };
     }
-    let mut text = format!("target {target}\n");
-    for disk in shown {
-        let size = ByteSize::from_bytes(disk.size);
-        writeln!(text, "LUN {}: {}, {size}: {}", disk.lun, disk.name, uri(disk.lun))?;
+    let mut text = String::new();
+    for (place, target) in options.targets.iter().enumerate() {
+        writeln!(text, "target {}", target.name)?;
+        let mut own: Vec<_> = shown.iter().filter(|disk| disk.target == place).collect();
+        own.sort_by_key(|disk| disk.lun);
+        for disk in own {
+            let size = ByteSize::from_bytes(disk.size);
+            writeln!(text, "LUN {}: {}, {size}: {}", disk.lun, disk.name, uri(disk))?;
+        }
     }
     for portal in &portals {
         writeln!(text, "portal {portal}")?;
     }
     writeln!(text, "libiscsi: iscsi-ls --show-luns iscsi://{first}")?;
-    writeln!(
-        text,
-        "QEMU:     qemu-img info {}",
-        uri(shown.first().map_or(0, |disk| disk.lun))
-    )?;
+    if let Some(disk) = shown.first() {
+        writeln!(text, "QEMU:     qemu-img info {}", uri(disk))?;
+    }
     writeln!(text, "Linux:    iscsiadm -m discovery -t sendtargets -p {first}")?;
-    writeln!(text, "          iscsiadm -m node -T {target} -p {first} --login")?;
+    for target in &options.targets {
+        writeln!(
+            text,
+            "          iscsiadm -m node -T {} -p {first} --login",
+            target.name
+        )?;
+    }
     Ok(print(&text)?)
 }
 
@@ -526,42 +481,5 @@ mod tests {
     #[test]
     fn the_default_name_is_one() {
         check_name(&default_target()).unwrap();
-    }
-
-    #[test]
-    fn a_file_says_who_sees_what() {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("secret"), "0123456789abc\n").unwrap();
-        let file = folder.path().join("access.toml");
-        let write = |text: &str| std::fs::write(&file, text).unwrap();
-        write(
-            "[[initiator]]\nname = \"iqn.2026-11.org.example:a\"\ndisks = [\"two\"]\nchap = { user = \"u\", secret-file = \"secret\" }\n\
-             [[initiator]]\nname = \"*\"\n",
-        );
-        let list = access_file(&file, &["one", "two"]).unwrap();
-        assert_eq!(list[0].luns, Some([1].into()));
-        assert_eq!(list[0].chap.as_ref().unwrap().user, "u");
-        assert_eq!(list[1], Access::everybody());
-        for (text, said) in [
-            ("", "nobody may log in"),
-            ("[[initiator]]\nname = \"a\"\n", "not an iSCSI name"),
-            (
-                "[[initiator]]\nname = \"*\"\ndisks = [\"three\"]\n",
-                "there are one, two",
-            ),
-            (
-                "[[initiator]]\nname = \"*\"\nmutual = { user = \"u\", secret-file = \"secret\" }\n",
-                "without `chap`",
-            ),
-            ("[[initiator]]\nname = \"*\"\nlun = 3\n", "lun"),
-            (
-                "[[initiator]]\nname = \"*\"\nchap = { user = \"u\", secret-file = \"no\" }\n",
-                "no",
-            ),
-        ] {
-            write(text);
-            let error = format!("{:#}", access_file(&file, &["one", "two"]).unwrap_err());
-            assert!(error.contains(said), "{error}");
-        }
     }
 }

@@ -101,12 +101,17 @@ fn describe(status: &VmStatus) -> Result<String, std::fmt::Error> {
         let config = &disk.config;
         let mode = if config.read_only { ", read-only" } else { "" };
         let settings = settings_of(config);
+        let size = match config.vhost_user.is_some() && disk.size.bytes() == 0 {
+            // An adapter with disks.
+            true => "-".to_owned(),
+            false => disk.size.to_string(),
+        };
         writeln!(
             text,
             "disk  {:12} {:9} {:>8}  {}{mode}{settings}",
             config.id,
             state(disk.state),
-            disk.size,
+            size,
             config
                 .source()
                 .map(|source| source.to_string())

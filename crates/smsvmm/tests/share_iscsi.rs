@@ -58,6 +58,11 @@ fn start(folder: &Path, arguments: &str) -> (Server, serde_json::Value) {
 
 /// One login request of `initiator`; the status.
 fn log_in(portal: &str, target: &str, initiator: &str) -> u16 {
+    connect(portal, target, initiator).1
+}
+
+/// The same; and the connection.
+fn connect(portal: &str, target: &str, initiator: &str) -> (TcpStream, u16) {
     let mut stream = TcpStream::connect(portal.parse::<SocketAddr>().unwrap()).unwrap();
     let text = format!("InitiatorName={initiator}\0TargetName={target}\0");
     let mut request = vec![0; 48];
@@ -69,7 +74,35 @@ fn log_in(portal: &str, target: &str, initiator: &str) -> u16 {
     let mut answer = [0; 48];
     stream.read_exact(&mut answer).unwrap();
     assert_eq!(answer[0], 0x23);
-    u16::from_be_bytes([answer[36], answer[37]])
+    let text = usize::from(answer[7]);
+    let mut keys = vec![0; text.next_multiple_of(4)];
+    stream.read_exact(&mut keys).unwrap();
+    (stream, u16::from_be_bytes([answer[36], answer[37]]))
+}
+
+/// Command `number` of a session, to LUN 0, that reads up to `expected` bytes: its status, and data or sense data.
+fn scsi(stream: &mut TcpStream, number: u32, cdb: &[u8], expected: u32) -> (u8, Vec<u8>) {
+    let mut request = [0; 48];
+    (request[0], request[1]) = (0x01, if expected > 0 { 0xc1 } else { 0x81 });
+    request[16..20].copy_from_slice(&number.to_be_bytes());
+    request[20..24].copy_from_slice(&expected.to_be_bytes());
+    // The login had number 0, and such requests do not count.
+    request[24..28].copy_from_slice(&(number - 1).to_be_bytes());
+    request[32..32 + cdb.len()].copy_from_slice(cdb);
+    std::io::Write::write_all(stream, &request).unwrap();
+    let mut all = Vec::new();
+    loop {
+        let mut answer = [0; 48];
+        stream.read_exact(&mut answer).unwrap();
+        let length = usize::from(u16::from_be_bytes([answer[6], answer[7]]));
+        let mut data = vec![0; length.next_multiple_of(4)];
+        stream.read_exact(&mut data).unwrap();
+        all.extend(&data[..length]);
+        // A response, or data that come with the status.
+        if answer[0] == 0x21 || answer[0] == 0x25 && answer[1] & 1 != 0 {
+            return (answer[3], all);
+        }
+    }
 }
 
 fn image(folder: &Path, name: &str) {
@@ -139,6 +172,70 @@ fn disks_of_a_pool_are_served_by_path() {
         told["target"].as_str().unwrap(),
     );
     assert_eq!(log_in(portal, target, "iqn.2026-11.org.example:a"), 0);
+}
+
+#[test]
+fn a_disk_and_its_snapshot_are_disks_of_two_targets() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    for device in ["d0", "d1"] {
+        let file = std::fs::File::create(folder.join(device)).unwrap();
+        file.set_len(256 << 20).unwrap();
+    }
+    std::fs::write(folder.join("old.img"), vec![0xaa; 1 << 20]).unwrap();
+    for line in [
+        "pool create tank d0 d1",
+        "file --devices d0,d1 format --meta-size 32M",
+        "volume --devices d0,d1 create data --size 64M --layout mirror",
+        "disk --devices d0,d1 import old.img /a.dsk",
+        "disk --devices d0,d1 snapshot /a.dsk --name monday",
+    ] {
+        let output = finish(folder, line);
+        assert!(output.status.success(), "{line}: {}", said(&output));
+    }
+    let target = |name: &str| format!("iqn.2026-11.org.example:{name}");
+    let host = target("host");
+    std::fs::write(
+        folder.join("access.toml"),
+        format!(
+            "[[target]]\nname = {:?}\ndisks = [\"/a.dsk\"]\n[[target.initiator]]\nname = {host:?}\n\
+             [[target]]\nname = {:?}\ndisks = [\"/a.dsk@monday\"]\n[[target.initiator]]\nname = \"*\"\n",
+            target("live"),
+            target("monday"),
+        ),
+    )
+    .unwrap();
+    let serve = "share iscsi --json --devices d0,d1 --listen 127.0.0.1:0 --access access.toml";
+    let (server, told) = start(folder, &format!("{serve} /a.dsk@monday /a.dsk"));
+    let portal = told["portals"][0].as_str().unwrap();
+    assert_eq!(told["targets"][0]["units"][0]["name"], "/a.dsk");
+    assert_eq!(told["targets"][1]["units"][0]["lun"], 0);
+    assert_eq!(log_in(portal, &target("live"), &target("other")), 0x0202);
+    let open = |name: &str| {
+        let (mut stream, status) = connect(portal, &target(name), &host);
+        assert_eq!(status, 0);
+        // That power came on.
+        assert_eq!(scsi(&mut stream, 1, &[0; 6], 0).0, 2);
+        stream
+    };
+    let (mut live, mut monday) = (open("live"), open("monday"));
+    // WRITE SAME (16) with UNMAP and NDOB: eight blocks are zeroes.
+    let read = [0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+    let unmap = [0x93, 0x09, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0];
+    assert_eq!(scsi(&mut live, 2, &unmap, 0), (0, Vec::new()));
+    assert_eq!(scsi(&mut live, 3, &read, 512), (0, vec![0; 512]));
+    assert_eq!(scsi(&mut monday, 2, &read, 512), (0, vec![0xaa; 512]));
+    let (status, sense) = scsi(&mut monday, 3, &unmap, 0);
+    // DATA PROTECT, WRITE PROTECTED, behind the length of the sense data.
+    assert_eq!((status, sense[2 + 2] & 15, sense[2 + 12]), (2, 7, 0x27));
+    drop(server);
+    let unknown = finish(folder, &format!("{serve} /a.dsk"));
+    assert_eq!(unknown.status.code(), Some(2), "{}", said(&unknown));
+    assert!(
+        said(&unknown).contains("which is not served"),
+        "{}",
+        said(&unknown)
+    );
 }
 
 #[test]

@@ -301,30 +301,35 @@ impl HostedPool {
         })
     }
 
-    /// Serves disks by iSCSI, each as a logical unit, on the pool's worker, until the server is stopped. The disks stay open as long as
+    /// Serves disks by iSCSI, each as a logical unit of a target (its place in the options, and the LUN), on the pool's worker, until the server is stopped. The disks stay open as long as
     /// their guards.
     ///
     /// # Errors
     /// The server cannot listen, or the options are impossible.
     pub fn serve_iscsi(
         &self,
-        disks: &[(u16, Arc<Unit>, HostedDisk)],
+        disks: &[((usize, u16), Arc<Unit>, HostedDisk)],
         options: IscsiOptions,
     ) -> Result<IscsiServer, IscsiServerError> {
         let mut numbers = Vec::new();
-        for (lun, unit, disk) in disks {
+        for (place, unit, disk) in disks {
             let resized = Arc::clone(unit);
             disk.on_resize(move || resized.capacity_changed());
-            numbers.push((*lun, Arc::clone(unit), disk.guard.number));
+            numbers.push((*place, Arc::clone(unit), disk.guard.number));
         }
         self.worker.run(move || async move {
             let mut units = Vec::new();
             if let Ok(open) = open_pool() {
                 let disks = open.disks.borrow();
-                for (lun, unit, number) in numbers {
+                for ((target, lun), unit, number) in numbers {
                     if let Some(hosted) = disks.get(&number) {
                         let disk = Rc::clone(&hosted.disk);
-                        units.push(IscsiUnit { lun, unit, disk });
+                        units.push(IscsiUnit {
+                            target,
+                            lun,
+                            unit,
+                            disk,
+                        });
                     }
                 }
             }

@@ -226,21 +226,21 @@ impl<D: BlockDevice + 'static> Connection<D> {
 
     /// RFC 7143 appendix C.
     fn send_targets(&self, value: &str, answer: &mut Text) {
-        let server = &self.session.server;
-        let own = server.name();
-        let wanted = match value {
-            "All" => self.session.is_discovery,
-            "" => !self.session.is_discovery,
-            name => name.eq_ignore_ascii_case(own),
-        };
-        if !wanted {
-            return;
-        }
-        answer.put("TargetName", own);
-        let local = self.link.stream().local_address();
-        for address in server.portals(local) {
-            let group = super::session::PORTAL_GROUP;
-            answer.put("TargetAddress", &format!("{address},{group}"));
+        let (session, local) = (&self.session, self.link.stream().local_address());
+        for target in session.server.told_in(session) {
+            let wanted = match value {
+                "All" => session.is_discovery,
+                "" => !session.is_discovery,
+                name => target.is(name),
+            };
+            if !wanted {
+                continue;
+            }
+            answer.put("TargetName", &target.name);
+            for address in session.server.portals(local) {
+                let group = super::session::PORTAL_GROUP;
+                answer.put("TargetAddress", &format!("{address},{group}"));
+            }
         }
     }
 

@@ -10,6 +10,7 @@
 use super::access::{self, Access};
 use super::chap::{Algorithm, Question, Reply};
 use super::keys::{Context, OUR_SEGMENT, Parameters};
+use super::options::IscsiTarget;
 use super::pdu::{CONTINUE, FINAL, Head};
 use super::text::{self, Text};
 
@@ -43,13 +44,9 @@ pub(super) mod status {
 
 /// What a login is measured against.
 pub(super) trait Rules {
-    /// The target's name.
-    fn target(&self) -> &str;
-    /// What people call it.
-    fn alias(&self) -> &str;
-    fn access(&self) -> &[Access];
-    /// What a session that exists has agreed on.
-    fn session(&self, initiator: &str, isid: [u8; 6], tsih: u16) -> Option<Parameters>;
+    fn targets(&self) -> &[IscsiTarget];
+    /// What a session that exists with this target has agreed on.
+    fn session(&self, target: usize, initiator: &str, isid: [u8; 6], tsih: u16) -> Option<Parameters>;
 }
 
 /// What the first request says.
@@ -80,6 +77,8 @@ pub(super) struct Agreement {
     pub(super) first: First,
     pub(super) initiator: String,
     pub(super) is_discovery: bool,
+    /// The target; of a discovery, the one whose access it was measured against.
+    pub(super) target: usize,
     pub(super) access: Access,
     pub(super) parameters: Parameters,
 }
@@ -114,6 +113,7 @@ enum Auth {
 struct Who {
     initiator: String,
     is_discovery: bool,
+    target: usize,
     access: Access,
 }
 
@@ -273,32 +273,40 @@ impl Login {
                 ));
             }
         };
-        match value("TargetName") {
+        let targets = rules.targets();
+        let may = |target: &IscsiTarget| access::find(&target.access, &initiator).is_some();
+        let target = match value("TargetName") {
             None if !is_discovery => return Err(Refusal(status::MISSING, "no TargetName")),
-            Some(target) if !target.eq_ignore_ascii_case(rules.target()) => {
-                return Err(Refusal(status::NOT_FOUND, "a target that is not here"));
-            }
-            _ => {}
-        }
-        let access = access::find(rules.access(), &initiator).ok_or(Refusal(
+            // Any that it may use.
+            None => targets.iter().position(may).unwrap_or(0),
+            Some(name) => targets
+                .iter()
+                .position(|target| target.is(name))
+                .ok_or(Refusal(status::NOT_FOUND, "a target that is not here"))?,
+        };
+        let own = targets
+            .get(target)
+            .ok_or(Refusal(status::NOT_FOUND, "there is no target"))?;
+        let access = access::find(&own.access, &initiator).ok_or(Refusal(
             status::FORBIDDEN,
             "nothing is shared with this initiator",
         ))?;
         let first = First::of(head);
         if first.tsih != 0 {
-            let known = rules.session(&initiator, first.isid, first.tsih);
+            let known = rules.session(target, &initiator, first.isid, first.tsih);
             let known = known.ok_or(Refusal(status::NO_SESSION, "a session that does not exist"))?;
             self.parameters = Parameters::join(&known);
         }
         if !is_discovery {
             answer.put("TargetPortalGroupTag", &super::session::PORTAL_GROUP.to_string());
-            if !rules.alias().is_empty() {
-                answer.put("TargetAlias", rules.alias());
+            if !own.alias.is_empty() {
+                answer.put("TargetAlias", &own.alias);
             }
         }
         self.who = Some(Who {
             initiator,
             is_discovery,
+            target,
             access: access.clone(),
         });
         Ok(())
@@ -413,6 +421,7 @@ impl Login {
             first,
             initiator: who.initiator,
             is_discovery: who.is_discovery,
+            target: who.target,
             access: who.access,
             parameters: self.parameters,
         })

@@ -56,8 +56,8 @@ pub(super) async fn manage<D: BlockDevice + 'static>(connection: &Rc<Connection<
     answer.0[2] = outcome as u8;
     connection.send(answer, Body::Nothing, None);
     if function == function::TARGET_COLD_RESET && outcome == Response::Complete {
-        // All sessions end (§11.5.1), this one after its answer.
-        for other in session.server.sessions() {
+        // All sessions with the target end (§11.5.1), this one after its answer.
+        for other in session.server.sessions_with(session.target) {
             other.close();
         }
     }
@@ -70,16 +70,16 @@ async fn perform<D: BlockDevice + 'static>(session: &Rc<Session<D>>, head: &Head
         function::TASK_REASSIGN => return Response::NoReassignment,
         function::TARGET_WARM_RESET | function::TARGET_COLD_RESET => {
             // Not what others use and this initiator may not see.
-            if session.nexus.visible().len() < session.server.target.luns().len() {
+            if session.nexus.visible().len() < session.units().luns().len() {
                 return reset_visible(session).await;
             }
             end_everywhere(session, |_| true).await;
-            session.server.target.reset();
+            session.units().reset();
             return Response::Complete;
         }
         _ => {}
     }
-    let Found::Lun(lun) = session.server.target.find(&session.nexus, head.lun()) else {
+    let Found::Lun(lun) = session.units().find(&session.nexus, head.lun()) else {
         return Response::NoUnit;
     };
     let number = lun.number;
@@ -107,7 +107,7 @@ async fn reset_visible<D: BlockDevice + 'static>(session: &Rc<Session<D>>) -> Re
         crate::scsi::decode_lun(task.lun).is_some_and(|lun| visible.binary_search(&lun).is_ok())
     };
     end_everywhere(session, sees).await;
-    for lun in session.server.target.luns() {
+    for lun in session.units().luns() {
         if visible.binary_search(&lun.number).is_ok() {
             lun.unit.reset(Reset::Target);
         }
@@ -118,7 +118,7 @@ async fn reset_visible<D: BlockDevice + 'static>(session: &Rc<Session<D>>) -> Re
 /// Ends the tasks of all sessions that `concern` says.
 async fn end_everywhere<D: BlockDevice + 'static>(session: &Session<D>, concern: impl Fn(&Task) -> bool) {
     let mut tasks = Vec::new();
-    for other in session.server.sessions() {
+    for other in session.server.sessions_with(session.target) {
         tasks.extend(other.end_tasks(&concern));
     }
     for task in tasks {

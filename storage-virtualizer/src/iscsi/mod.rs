@@ -45,5 +45,5 @@ mod task;
 mod text;
 
 pub use access::{Access, AccessError, Chap, NameError, Secret, SecretError, check_name};
-pub use options::{IscsiOptions, IscsiServerError, IscsiUnit, MAX_TRANSFER};
+pub use options::{IscsiOptions, IscsiServerError, IscsiTarget, IscsiUnit, MAX_TRANSFER};
 pub use server::IscsiServer;

@@ -13,17 +13,39 @@ use crate::scsi::{TargetError, Unit};
 /// The most that one command moves, in bytes; announced as such where the unit's options say so.
 pub const MAX_TRANSFER: usize = 32 << 20;
 
+/// A target: a name for logical units, and who may use them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IscsiTarget {
+    /// Its name; no other target has it.
+    pub name: String,
+    /// What people call it; may be empty.
+    pub alias: String,
+    /// Who may log in.
+    pub access: Vec<Access>,
+}
+
+impl IscsiTarget {
+    /// A target for everybody.
+    pub fn open(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            alias: String::new(),
+            access: vec![Access::everybody()],
+        }
+    }
+
+    pub(super) fn is(&self, name: &str) -> bool {
+        self.name.eq_ignore_ascii_case(name)
+    }
+}
+
 /// How to serve.
 #[derive(Debug, Clone)]
 pub struct IscsiOptions {
     /// The portals: where to listen. TCP, and Unix sockets for tests.
     pub listen: Vec<ListenAddress>,
-    /// The target's name.
-    pub target: String,
-    /// What people call it; may be empty.
-    pub alias: String,
-    /// Who may log in.
-    pub access: Vec<Access>,
+    /// The targets, one at least. All portals lead to all of them.
+    pub targets: Vec<IscsiTarget>,
     /// Most connections at once; further ones are closed at once.
     pub connections: usize,
     /// Most connections that have not logged in yet.
@@ -44,9 +66,7 @@ impl Default for IscsiOptions {
     fn default() -> Self {
         Self {
             listen: Vec::new(),
-            target: String::new(),
-            alias: String::new(),
-            access: vec![Access::everybody()],
+            targets: Vec::new(),
             connections: 64,
             logins: 16,
             memory: 32 << 20,
@@ -61,6 +81,8 @@ impl Default for IscsiOptions {
 /// A logical unit with its disk.
 #[derive(Debug)]
 pub struct IscsiUnit<D> {
+    /// The target that it belongs to: its place in [`IscsiOptions::targets`].
+    pub target: usize,
     /// Its number.
     pub lun: u16,
     /// Everything of it but the disk.
@@ -75,7 +97,13 @@ pub enum IscsiServerError {
     /// An address cannot be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// The target's name is none.
+    /// There is no target, or not that of a unit.
+    #[error("an iSCSI server needs a target for each logical unit")]
+    NoTarget,
+    /// Two targets have one name.
+    #[error("there are two targets {0}: give each a name of its own")]
+    Twice(String),
+    /// A target's name is none.
     #[error(transparent)]
     Name(#[from] NameError),
     /// Who may log in is not clear.

@@ -20,12 +20,12 @@ use block_io::{
     BlockDevice, Clock, EventWatch, ListenAddress, Listener, Stream, WorkerClock, WorkerHandle, spawn_local,
 };
 
-use super::access::{self, Access, check_name};
+use super::access::{self, check_name};
 use super::keys::Parameters;
 use super::life;
 use super::link::{Allowance, Link};
 use super::login::{Agreement, Refusal, Rules, status};
-use super::options::{IscsiOptions, IscsiServerError, IscsiUnit};
+use super::options::{IscsiOptions, IscsiServerError, IscsiTarget, IscsiUnit};
 use super::session::{PORTAL_GROUP, Session};
 use crate::scsi::{Nexus, Target, TransportId};
 use crate::sockets::buffers::Pool;
@@ -83,11 +83,10 @@ impl IscsiServer {
         options: &IscsiOptions,
         units: Vec<IscsiUnit<D>>,
     ) -> Result<Self, IscsiServerError> {
-        check_name(&options.target)?;
-        let luns: BTreeSet<u16> = units.iter().map(|unit| unit.lun).collect();
-        access::check(&options.access, &luns)?;
-        let target = Target::default();
+        check_targets(&options.targets, &units)?;
+        let targets: Vec<_> = options.targets.iter().map(|_| Target::default()).collect();
         for unit in units {
+            let target: &Target<_> = targets.get(unit.target).ok_or(IscsiServerError::NoTarget)?;
             target.add(unit.lun, unit.unit, unit.disk)?;
         }
         let listeners: Vec<Listener> = options
@@ -101,7 +100,7 @@ impl IscsiServer {
             .collect();
         let bell = Bell::new()?;
         let server = Rc::new(Server {
-            target,
+            targets,
             settings: options.clone(),
             pool: Pool::new(POOL),
             addresses: addresses.clone(),
@@ -138,9 +137,27 @@ impl IscsiServer {
     }
 }
 
+/// Checks names, who may log in, and that there is a target for each unit.
+fn check_targets<D>(targets: &[IscsiTarget], units: &[IscsiUnit<D>]) -> Result<(), IscsiServerError> {
+    if targets.is_empty() || units.iter().any(|unit| unit.target >= targets.len()) {
+        return Err(IscsiServerError::NoTarget);
+    }
+    for (place, target) in targets.iter().enumerate() {
+        check_name(&target.name)?;
+        if targets[..place].iter().any(|other| other.is(&target.name)) {
+            return Err(IscsiServerError::Twice(target.name.clone()));
+        }
+        let own = units.iter().filter(|unit| unit.target == place);
+        let luns: BTreeSet<u16> = own.map(|unit| unit.lun).collect();
+        access::check(&target.access, &luns)?;
+    }
+    Ok(())
+}
+
 /// What all connections share.
 pub(super) struct Server<D: BlockDevice + 'static> {
-    pub(super) target: Target<Rc<D>>,
+    /// The units of each target of the settings.
+    pub(super) targets: Vec<Target<Rc<D>>>,
     pub(super) settings: IscsiOptions,
     pub(super) pool: Rc<Pool>,
     addresses: Vec<ListenAddress>,
@@ -203,40 +220,50 @@ pub(super) enum Joined<D: BlockDevice + 'static> {
 }
 
 impl<D: BlockDevice + 'static> Rules for Server<D> {
-    fn target(&self) -> &str {
-        &self.settings.target
+    fn targets(&self) -> &[IscsiTarget] {
+        &self.settings.targets
     }
 
-    fn alias(&self) -> &str {
-        &self.settings.alias
-    }
-
-    fn access(&self) -> &[Access] {
-        &self.settings.access
-    }
-
-    fn session(&self, initiator: &str, isid: [u8; 6], tsih: u16) -> Option<Parameters> {
-        self.find(initiator, isid, tsih).map(|session| session.parameters)
+    fn session(&self, target: usize, initiator: &str, isid: [u8; 6], tsih: u16) -> Option<Parameters> {
+        self.find(target, initiator, isid, tsih)
+            .map(|session| session.parameters)
     }
 }
 
 impl<D: BlockDevice + 'static> Server<D> {
-    pub(super) fn name(&self) -> &str {
-        &self.settings.target
-    }
-
     pub(super) fn is_stopping(&self) -> bool {
         self.ending.has_begun()
     }
 
-    pub(super) fn sessions(&self) -> Vec<Rc<Session<D>>> {
+    fn sessions(&self) -> Vec<Rc<Session<D>>> {
         self.sessions.borrow().clone()
     }
 
-    fn find(&self, initiator: &str, isid: [u8; 6], tsih: u16) -> Option<Rc<Session<D>>> {
+    /// The sessions with a target.
+    pub(super) fn sessions_with(&self, target: usize) -> Vec<Rc<Session<D>>> {
+        let mut sessions = self.sessions();
+        sessions.retain(|session| session.target == target && !session.is_discovery);
+        sessions
+    }
+
+    /// The targets that may be told of in a session: what the initiator may use with what it has proved.
+    pub(super) fn told_in(&self, session: &Session<D>) -> impl Iterator<Item = &IscsiTarget> {
+        let targets = &self.settings.targets;
+        let access = |target: &IscsiTarget| access::find(&target.access, &session.initiator).cloned();
+        let proved = targets.get(session.target).and_then(access);
+        let proved = proved.and_then(|access| access.chap);
+        targets.iter().enumerate().filter_map(move |(place, target)| {
+            let access = access(target)?;
+            let may = session.is_discovery && (access.chap.is_none() || access.chap == proved);
+            (may || place == session.target).then_some(target)
+        })
+    }
+
+    fn find(&self, target: usize, initiator: &str, isid: [u8; 6], tsih: u16) -> Option<Rc<Session<D>>> {
         let sessions = self.sessions.borrow();
         let same = |session: &&Rc<Session<D>>| {
-            session.tsih == tsih && session.isid == isid && session.initiator == initiator
+            (session.tsih, session.isid, session.target) == (tsih, isid, target)
+                && session.initiator == initiator
         };
         sessions.iter().find(same).cloned()
     }
@@ -276,7 +303,7 @@ impl<D: BlockDevice + 'static> Server<D> {
         let first = &agreement.first;
         if first.tsih != 0 {
             let session = self
-                .find(&agreement.initiator, first.isid, first.tsih)
+                .find(agreement.target, &agreement.initiator, first.isid, first.tsih)
                 .ok_or(Refusal(status::NO_SESSION, "a session that does not exist"))?;
             let connections = session.connections.borrow();
             let others = connections.iter().filter(|other| other.cid != first.cid).count();
@@ -295,6 +322,7 @@ impl<D: BlockDevice + 'static> Server<D> {
             session.initiator == agreement.initiator
                 && session.isid == first.isid
                 && session.is_discovery == agreement.is_discovery
+                && (session.is_discovery || session.target == agreement.target)
         });
         Ok(old.map_or(Joined::New, |old| Joined::Instead(Rc::clone(old))))
     }
@@ -309,8 +337,10 @@ impl<D: BlockDevice + 'static> Server<D> {
         self.last_tsih.set(tsih);
         let id = TransportId::iscsi(&agreement.initiator, agreement.first.isid);
         let nexus = Arc::new(Nexus::new(id, PORTAL_GROUP));
-        if !agreement.is_discovery {
-            self.target.connect(&nexus, agreement.access.visible());
+        if !agreement.is_discovery
+            && let Some(target) = self.targets.get(agreement.target)
+        {
+            target.connect(&nexus, agreement.access.visible());
         }
         let session = Session::new(Rc::clone(self), nexus, agreement, tsih);
         self.sessions.borrow_mut().push(Rc::clone(&session));

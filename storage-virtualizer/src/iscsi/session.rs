@@ -19,7 +19,7 @@ use super::keys::Parameters;
 use super::pdu::Head;
 use super::server::Server;
 use super::task::Task;
-use crate::scsi::Nexus;
+use crate::scsi::{Nexus, Target};
 
 /// Commands of a session.
 pub(super) const WINDOW: u32 = 128;
@@ -102,6 +102,8 @@ pub(super) struct Session<D: BlockDevice + 'static> {
     pub(super) isid: [u8; 6],
     pub(super) tsih: u16,
     pub(super) is_discovery: bool,
+    /// Its place among the server's.
+    pub(super) target: usize,
     pub(super) parameters: Parameters,
     pub(super) order: Order,
     held: RefCell<BTreeMap<u32, Held<D>>>,
@@ -128,6 +130,7 @@ impl<D: BlockDevice + 'static> Session<D> {
             isid: agreement.first.isid,
             tsih,
             is_discovery: agreement.is_discovery,
+            target: agreement.target,
             parameters: agreement.parameters,
             order: Order::new(agreement.first.command_number),
             held: RefCell::default(),
@@ -142,6 +145,12 @@ impl<D: BlockDevice + 'static> Session<D> {
 
     pub(super) fn is_closed(&self) -> bool {
         self.is_closed.get()
+    }
+
+    /// The logical units of its target.
+    pub(super) fn units(&self) -> &Target<Rc<D>> {
+        // A login names a target that is there, and all stay.
+        &self.server.targets[self.target]
     }
 
     /// The numbers that every PDU to the initiator has (RFC 7143 §11.4.9, §11.4.10).
@@ -286,7 +295,7 @@ impl<D: BlockDevice + 'static> Session<D> {
             return;
         }
         if !self.is_discovery {
-            self.server.target.disconnect(&self.nexus);
+            self.units().disconnect(&self.nexus);
         }
         self.waiting.take().into_iter().for_each(Waker::wake);
     }

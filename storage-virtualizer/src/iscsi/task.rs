@@ -511,7 +511,7 @@ async fn execute<D: BlockDevice + 'static>(
         data_in,
     };
     let session = &connection.session;
-    let lun = match session.server.target.find(&session.nexus, task.lun) {
+    let lun = match session.units().find(&session.nexus, task.lun) {
         Found::Lun(lun) => lun,
         Found::Absent { well_known } => {
             return scsi::execute_without_unit(&session.nexus, &command, well_known);

@@ -434,12 +434,41 @@ impl<S: Service> Server<S> {
             }
         })
         .await;
-        self.link.control.set_outcome(Outcome {
-            next_avail: self.queue.borrow().next_avail(),
-            abandoned: self.abandoned.take(),
-        });
+        self.link.control.set_outcome(self.outcome());
         for slot in self.idle.take() {
             slot.give(Order::End);
+        }
+    }
+
+    /// How the queue is left. What was taken last and is not answered (all buffers for events, as a rule) counts as not taken: so whoever
+    /// serves the queue next finds it, also a server that is told of the next entry only.
+    fn outcome(&self) -> Outcome {
+        let abandoned = self.abandoned.take();
+        let queue = self.queue.borrow();
+        let next_avail = queue.next_avail();
+        // They are no more than the queue has entries.
+        let count = u16::try_from(abandoned.len()).unwrap_or(u16::MAX);
+        let first = next_avail.wrapping_sub(count);
+        let entry = |number: u16| {
+            let place = u64::from(first.wrapping_add(number) % queue.size());
+            let address = GuestAddress(queue.avail_ring() + 4 + 2 * place);
+            self.memory
+                .load::<u16>(address, Ordering::Relaxed)
+                .map(u16::from_le)
+        };
+        let mut last: Vec<u16> = (0..count).filter_map(|number| entry(number).ok()).collect();
+        let mut sorted = abandoned.clone();
+        last.sort_unstable();
+        sorted.sort_unstable();
+        if self.inflight.is_none() && last == sorted {
+            return Outcome {
+                next_avail: first,
+                abandoned: Vec::new(),
+            };
+        }
+        Outcome {
+            next_avail,
+            abandoned,
         }
     }
 

@@ -451,7 +451,10 @@ impl Unit {
             legacy.take_if(|holder| *holder == nexus.number());
             let nexus = state.nexus(nexus);
             nexus.prevents_removal = false;
-            nexus.attend(Code::NEXUS_LOSS);
+            // That power came on says more (SAM-5 §5.14.2).
+            if !nexus.attentions.contains(&Code::POWER_ON_OCCURRED) {
+                nexus.attend(Code::NEXUS_LOSS);
+            }
         });
     }
 }

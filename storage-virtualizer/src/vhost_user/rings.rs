@@ -15,13 +15,13 @@ use virtio_core::vm_memory::MmapRegion;
 use virtio_core::{ActiveQueue, DeviceEvents, GuestMemory, feature};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::device::ServedDevice;
 use super::memory::Memory;
 use super::message::RingAddresses;
 use super::sigbus::Guard;
-use crate::disk_handle::DiskHandle;
-use crate::inflight::{InflightError, InflightQueue};
+use crate::inflight::{InflightError, InflightQueue, forget};
 use crate::queue::{Control, Outcome, QueueStart, Waiting};
-use crate::virtio_blk::{MAX_QUEUE_SIZE, VirtioBlk};
+use crate::virtio_blk::MAX_QUEUE_SIZE;
 
 /// A queue cannot be served as the front-end set it up.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +47,13 @@ pub(super) struct InflightRecord {
     pub(super) memory: Arc<MmapRegion>,
     pub(super) queues: u16,
     pub(super) entries: u16,
+}
+
+impl InflightRecord {
+    /// Nothing is in flight any more: the device was reset.
+    pub(super) fn forget(&self) {
+        forget(&self.memory);
+    }
 }
 
 /// One queue.
@@ -140,9 +147,9 @@ impl Rings {
     }
 
     /// Has all queues served that can be.
-    pub(super) fn start_due<H: DiskHandle>(
+    pub(super) fn start_due<D: ServedDevice>(
         &mut self,
-        device: &VirtioBlk<H>,
+        device: &D,
         memory: &Memory,
         guest: Option<&GuestMemory>,
         features: u64,

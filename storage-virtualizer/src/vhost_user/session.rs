@@ -14,9 +14,10 @@ use rustix::fs::{
     MemfdFlags, OFlags, SealFlags, fcntl_add_seals, fcntl_getfl, fcntl_setfl, ftruncate, memfd_create,
 };
 use rustix::net::SendFlags;
-use virtio_core::{DeviceEvents, GuestMemory, VirtioDevice, feature};
+use virtio_core::{DeviceEvents, GuestMemory, feature};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::device::ServedDevice;
 use super::memory::{MAX_REGIONS, Memory, MemoryError, map};
 use super::message::{
     Body, F_PROTOCOL_FEATURES, Header, InflightArea, MessageError, Region, backend_request, protocol_feature,
@@ -25,10 +26,9 @@ use super::message::{
 use super::rings::{InflightRecord, RingError, Rings};
 use super::sigbus::Guard;
 use super::socket::{Received, SocketError, receive, send};
-use crate::disk_handle::DiskHandle;
 use crate::inflight::queue_length;
 use crate::queue::Waiting;
-use crate::virtio_blk::{MAX_QUEUE_SIZE, MAX_QUEUES, VirtioBlk};
+use crate::virtio_blk::MAX_QUEUE_SIZE;
 
 const PROTOCOL_FEATURES: u64 = protocol_feature::MQ
     | protocol_feature::REPLY_ACK
@@ -126,9 +126,9 @@ enum Answer {
 }
 
 /// The state of a connection.
-pub(super) struct Session<H> {
+pub(super) struct Session<D: ServedDevice> {
     socket: UnixStream,
-    device: VirtioBlk<H>,
+    device: D,
     channel: Arc<Channel>,
     features: u64,
     protocol: u64,
@@ -137,15 +137,15 @@ pub(super) struct Session<H> {
     rings: Rings,
 }
 
-impl<H: DiskHandle> Session<H> {
-    pub(super) fn new(socket: UnixStream, device: VirtioBlk<H>, channel: Arc<Channel>) -> Self {
+impl<D: ServedDevice> Session<D> {
+    pub(super) fn new(socket: UnixStream, device: D, channel: Arc<Channel>) -> Self {
         let queues = device.queue_max_sizes().len();
         channel
             .errors
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .resize_with(queues, || None);
-        device.set_events(Some(Arc::clone(&channel) as Arc<dyn DeviceEvents>));
+        device.connect(Arc::clone(&channel) as Arc<dyn DeviceEvents>);
         Self {
             socket,
             device,
@@ -319,6 +319,7 @@ impl<H: DiskHandle> Session<H> {
         }
         self.rings.stop_all(Waiting::Abandon);
         self.features = features;
+        self.device.negotiated(features);
         if features & F_PROTOCOL_FEATURES == 0 {
             // There is no message to enable them then.
             self.rings.rings.iter_mut().for_each(|ring| ring.enabled = true);
@@ -398,7 +399,8 @@ impl<H: DiskHandle> Session<H> {
     /// Makes memory for the record of what is in flight; the front-end keeps it and gives it to the next server.
     fn get_inflight(&mut self, asked: InflightArea, length: usize) -> Result<Answer, Refusal> {
         let InflightArea { queues, entries, .. } = asked;
-        if !(1..=MAX_QUEUES).contains(&queues) || !(1..=MAX_QUEUE_SIZE).contains(&entries) {
+        let most = u16::try_from(self.rings.rings.len()).unwrap_or(u16::MAX);
+        if !(1..=most).contains(&queues) || !(1..=MAX_QUEUE_SIZE).contains(&entries) {
             return Err(Refusal::Inflight(asked));
         }
         let size = usize::from(queues) * queue_length(entries);
@@ -451,19 +453,24 @@ impl<H: DiskHandle> Session<H> {
     fn reset(&mut self) {
         self.rings.stop_all(Waiting::Abandon);
         let inflight = self.rings.inflight.take();
+        // What a device had taken before a reset is nobody's any more.
+        if let Some(record) = &inflight {
+            record.forget();
+        }
         self.rings = Rings::new(self.rings.rings.len());
         self.rings.inflight = inflight;
         self.features = 0;
         self.device.reset();
         self.device
-            .set_events(Some(Arc::clone(&self.channel) as Arc<dyn DeviceEvents>));
+            .connect(Arc::clone(&self.channel) as Arc<dyn DeviceEvents>);
     }
 }
 
-impl<H> Drop for Session<H> {
+impl<D: ServedDevice> Drop for Session<D> {
     fn drop(&mut self) {
         // Before memory goes.
         self.rings.stop_all(self.rings.waiting());
+        self.device.disconnect();
     }
 }
 

@@ -119,9 +119,54 @@ struct Way {
     server: Mutex<Option<Arc<Control>>>,
 }
 
+/// Whose commands a function concerns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// Those of the driver that asks for it.
+    Own,
+    /// Those of all initiators.
+    Group,
+}
+
+/// Adapters that have the same logical units at the same places: several machines with the same disks. A function that concerns a unit
+/// concerns the commands of all of them; the reset of one adapter concerns it alone.
+pub struct ScsiGroup<H>(Arc<Mutex<Vec<Weak<Adapter<H>>>>>);
+
+impl<H> Default for ScsiGroup<H> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<H> Clone for ScsiGroup<H> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<H> fmt::Debug for ScsiGroup<H> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let adapters = lock(&self.0).len();
+        formatter.debug_tuple("ScsiGroup").field(&adapters).finish()
+    }
+}
+
+impl<H> ScsiGroup<H> {
+    pub(super) fn join(&self, adapter: &Arc<Adapter<H>>) {
+        let mut adapters = lock(&self.0);
+        adapters.retain(|other| other.strong_count() > 0);
+        adapters.push(Arc::downgrade(adapter));
+    }
+
+    fn members(&self) -> Vec<Arc<Adapter<H>>> {
+        lock(&self.0).iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
 /// The adapter without its queues.
 pub(super) struct Adapter<H> {
     initiator: TransportId,
+    group: Option<ScsiGroup<H>>,
     ports: RwLock<BTreeMap<u8, Arc<Port<H>>>>,
     generation: AtomicU64,
     pub(super) sizes: Sizes,
@@ -145,9 +190,10 @@ pub(super) fn address(target: u8, lun: u16) -> [u8; 8] {
 }
 
 impl<H> Adapter<H> {
-    pub(super) fn new(initiator: TransportId, queues: u16) -> Self {
+    pub(super) fn new(initiator: TransportId, queues: u16, group: Option<ScsiGroup<H>>) -> Self {
         Self {
             initiator,
+            group,
             ports: RwLock::default(),
             generation: AtomicU64::new(0),
             sizes: Sizes::default(),
@@ -186,11 +232,7 @@ impl<H> Adapter<H> {
 
     /// Whether `lun` is still a unit of the adapter.
     pub(super) fn has(&self, lun: &Arc<Lun<UnitDisk<H>>>) -> bool {
-        let ports: Vec<_> = {
-            let ports = self.ports.read().unwrap_or_else(PoisonError::into_inner);
-            ports.values().cloned().collect()
-        };
-        ports
+        self.all_ports()
             .iter()
             .any(|port| port.target.luns().iter().any(|other| Arc::ptr_eq(other, lun)))
     }
@@ -283,10 +325,15 @@ impl<H> Adapter<H> {
         }
     }
 
-    /// A driver is there.
-    pub(super) fn begin(&self, features: u64, event_server: Option<Arc<Control>>) {
-        *lock(&self.event_server) = event_server;
+    /// A driver is there that has chosen these features.
+    pub(super) fn negotiated(&self, features: u64) {
         self.features.store(features, Ordering::Release);
+    }
+
+    /// The event queue is served; events may have waited for that.
+    pub(super) fn serve_events(&self, server: Arc<Control>) {
+        server.wake();
+        *lock(&self.event_server) = Some(server);
     }
 
     /// Request queue `queue` is served.
@@ -296,20 +343,37 @@ impl<H> Adapter<H> {
         }
     }
 
-    /// The driver has reset the adapter: as if power had gone and come (virtio 1.2 §5.6.5).
+    /// The driver has reset the adapter: as if power had gone and come (virtio 1.2 §5.6.5). What others use as well has only lost the way
+    /// to this one.
     pub(super) fn reset(&self) {
-        self.features.store(0, Ordering::Release);
-        *lock(&self.event_server) = None;
-        self.ways.iter().for_each(|way| *lock(&way.server) = None);
-        self.events.clear();
-        self.sizes.reset();
-        let ports = self.ports.read().unwrap_or_else(PoisonError::into_inner);
-        for port in ports.values() {
-            port.target.reset();
+        self.forget_driver();
+        for port in self.all_ports() {
+            match self.group {
+                None => port.target.reset(),
+                Some(_) => port.reset_nexus(),
+            }
             for lun in port.target.luns() {
                 lun.handle.is_found.store(false, Ordering::Relaxed);
             }
         }
+    }
+
+    /// There is no driver any more, and no queue is served.
+    fn forget_driver(&self) {
+        self.features.store(0, Ordering::Release);
+        *lock(&self.event_server) = None;
+        for way in &self.ways {
+            *lock(&way.server) = None;
+            // Nobody looks any more.
+            way.inbox.take().iter().for_each(|sweep| sweep.done());
+        }
+        self.events.clear();
+        self.sizes.reset();
+    }
+
+    fn all_ports(&self) -> Vec<Arc<Port<H>>> {
+        let ports = self.ports.read().unwrap_or_else(PoisonError::into_inner);
+        ports.values().cloned().collect()
     }
 
     pub(super) fn inbox(&self, queue: usize) -> &Inbox {
@@ -317,14 +381,29 @@ impl<H> Adapter<H> {
         &self.ways[queue].inbox
     }
 
-    /// Has all request queues look for commands that a function concerns.
-    pub(super) fn sweep(&self, concern: Concern, ends: bool) -> Arc<Sweep> {
-        let sweep = Sweep::new(concern, ends, self.ways.len());
-        for way in &self.ways {
-            match &*lock(&way.server) {
+    /// Has the request queues of this adapter look for commands that a function concerns, or those of its whole group.
+    pub(super) fn sweep(&self, concern: Concern, reach: Reach, ends: bool) -> Arc<Sweep> {
+        let others = match (&self.group, reach) {
+            (Some(group), Reach::Group) => group.members(),
+            _ => Vec::new(),
+        };
+        let others = others
+            .iter()
+            .map(Arc::as_ref)
+            .filter(|other| !std::ptr::eq(*other, self));
+        let adapters: Vec<&Self> = std::iter::once(self).chain(others).collect();
+        let ways = || adapters.iter().flat_map(|adapter| &adapter.ways);
+        let sweep = Sweep::new(concern, ends, ways().count());
+        for way in ways() {
+            let server = lock(&way.server);
+            match &*server {
                 Some(server) if !server.is_done() => {
                     way.inbox.put(Arc::clone(&sweep));
                     server.wake();
+                    if server.is_done() {
+                        // It ended meanwhile, perhaps without a look.
+                        way.inbox.take().iter().for_each(|sweep| sweep.done());
+                    }
                 }
                 _ => sweep.done(),
             }

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use super::adapter::Adapter;
+use super::adapter::{Adapter, Reach};
 use super::request::{ControlKind, ControlRequest, Response};
 use super::tasks::{Concern, Sweep};
 use crate::chain::Buffers;
@@ -49,7 +49,8 @@ impl<H: DiskHandle> ControlService<H> {
         };
         if function == function::NEXUS_RESET {
             let target = address[1];
-            self.sweep(server, Concern::Target { target }, true).await?;
+            self.sweep(server, Concern::Target { target }, Reach::Own, true)
+                .await?;
             port.reset_nexus();
             return Some(Response::Ok);
         }
@@ -67,28 +68,32 @@ impl<H: DiskHandle> ControlService<H> {
         };
         Some(match function {
             function::ABORT_TASK => {
-                self.sweep(server, task, true).await?;
+                self.sweep(server, task, Reach::Own, true).await?;
                 Response::Ok
             }
-            function::ABORT_TASK_SET | function::CLEAR_TASK_SET => {
-                self.sweep(server, all, true).await?;
+            function::ABORT_TASK_SET => {
+                self.sweep(server, all, Reach::Own, true).await?;
+                Response::Ok
+            }
+            function::CLEAR_TASK_SET => {
+                self.sweep(server, all, Reach::Group, true).await?;
                 Response::Ok
             }
             function::UNIT_RESET => {
-                self.sweep(server, all, true).await?;
+                self.sweep(server, all, Reach::Group, true).await?;
                 lun.unit.reset(Reset::LogicalUnit);
                 Response::Ok
             }
-            function::QUERY_TASK => found(self.sweep(server, task, false).await?),
-            function::QUERY_TASK_SET => found(self.sweep(server, all, false).await?),
+            function::QUERY_TASK => found(self.sweep(server, task, Reach::Own, false).await?),
+            function::QUERY_TASK_SET => found(self.sweep(server, all, Reach::Own, false).await?),
             // There is no ACA here to be cleared.
             _ => Response::FunctionRejected,
         })
     }
 
     /// Whether there were commands that are concerned; once they have ended if they are to. None if the server ends before.
-    async fn sweep(&self, server: &ServerLink, concern: Concern, ends: bool) -> Option<bool> {
-        let sweep = self.adapter.sweep(concern, ends);
+    async fn sweep(&self, server: &ServerLink, concern: Concern, reach: Reach, ends: bool) -> Option<bool> {
+        let sweep = self.adapter.sweep(concern, reach, ends);
         self.sweeps.borrow_mut().push(Arc::clone(&sweep));
         let ended = sweep.ended(|| server.stopping().is_some()).await;
         self.sweeps

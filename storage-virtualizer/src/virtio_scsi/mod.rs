@@ -23,7 +23,7 @@ use std::sync::Arc;
 use block_io::WorkerHandle;
 use virtio_core::{Activation, ActiveQueue, DeviceError, VirtioDevice, device_type, read_config_bytes};
 
-pub use adapter::{FoundUnit, RemovedUnit, relative_port};
+pub use adapter::{FoundUnit, RemovedUnit, ScsiGroup, relative_port};
 pub use config::feature as scsi_feature;
 
 use crate::controls::DiskControls;
@@ -200,6 +200,15 @@ impl<H: DiskHandle> VirtioScsi<H> {
     /// # Errors
     /// An option is impossible.
     pub fn new(options: &VirtioScsiOptions, workers: Vec<WorkerHandle>) -> Result<Self, VirtioScsiError> {
+        Self::new_in(options, workers, None)
+    }
+
+    /// The same, for one of several adapters that share units.
+    pub(crate) fn new_in(
+        options: &VirtioScsiOptions,
+        workers: Vec<WorkerHandle>,
+        group: Option<&ScsiGroup<H>>,
+    ) -> Result<Self, VirtioScsiError> {
         let VirtioScsiOptions {
             initiator,
             queues,
@@ -217,8 +226,12 @@ impl<H: DiskHandle> VirtioScsi<H> {
         if workers.is_empty() {
             return Err(VirtioScsiError::NoWorker);
         }
+        let adapter = Arc::new(Adapter::new(initiator.clone(), *queues, group.cloned()));
+        if let Some(group) = group {
+            group.join(&adapter);
+        }
         Ok(Self {
-            adapter: Arc::new(Adapter::new(initiator.clone(), *queues)),
+            adapter,
             workers,
             queue_sizes: vec![*queue_size; usize::from(*queues + FIRST_REQUEST_QUEUE)],
             last_target: *last_target,
@@ -234,26 +247,53 @@ impl<H: DiskHandle> VirtioScsi<H> {
         }
     }
 
-    /// Has one queue served on its worker.
-    fn serve(&self, start: QueueStart) -> Arc<Control> {
+    /// The same adapter again, for the next driver.
+    pub(crate) fn twin(&self) -> Self {
+        Self {
+            adapter: Arc::clone(&self.adapter),
+            workers: self.workers.clone(),
+            queue_sizes: self.queue_sizes.clone(),
+            last_target: self.last_target,
+            servers: Vec::new(),
+        }
+    }
+
+    /// A driver has chosen these features.
+    pub(crate) fn negotiated(&self, features: u64) {
+        self.adapter.negotiated(features);
+    }
+
+    /// The driver has gone without a word.
+    pub(crate) fn disconnect(&self) {
+        self.adapter.reset();
+    }
+
+    /// Has one queue served on its worker; nothing if the adapter has no such queue.
+    pub(crate) fn serve_one(&self, start: QueueStart) -> Option<Arc<Control>> {
         let adapter = Arc::clone(&self.adapter);
         let first = &self.workers[0];
         // Nobody asks for the counters of these.
         let uncounted = Arc::<QueueStatistics>::default();
-        match start.queue.index {
+        Some(match start.queue.index {
             0 => start.serve(first, &uncounted, move || Ok(ControlService::new(adapter))),
-            1 => start.serve(first, &uncounted, move || {
-                Ok(EventService::new(Arc::clone(&adapter.events)))
-            }),
+            1 => {
+                let events = Arc::clone(&adapter.events);
+                let server = start.serve(first, &uncounted, move || Ok(EventService::new(events)));
+                self.adapter.serve_events(Arc::clone(&server));
+                server
+            }
             index => {
                 let queue = usize::from(index - FIRST_REQUEST_QUEUE);
-                let statistics = Arc::clone(&self.adapter.statistics[queue]);
+                let statistics = Arc::clone(self.adapter.statistics.get(queue)?);
+                let outlived = start.inflight.is_some();
                 let worker = &self.workers[queue % self.workers.len()];
-                start.serve(worker, &Arc::clone(&statistics), move || {
-                    Ok(CommandService::new(adapter, queue, statistics))
-                })
+                let server = start.serve(worker, &Arc::clone(&statistics), move || {
+                    Ok(CommandService::new(adapter, queue, statistics, outlived))
+                });
+                self.adapter.serve(queue, Arc::clone(&server));
+                server
             }
-        }
+        })
     }
 
     fn stop(&self) {
@@ -308,10 +348,9 @@ impl<H: DiskHandle> VirtioDevice for VirtioScsi<H> {
                 needed: usize::from(FIRST_REQUEST_QUEUE) + 1,
             });
         }
-        let mut event_server = None;
+        self.negotiated(activation.features);
         for queue in activation.queues {
-            let index = queue.index;
-            let server = self.serve(QueueStart {
+            let server = self.serve_one(QueueStart {
                 memory: Arc::clone(&activation.memory),
                 features: activation.features,
                 queue,
@@ -319,16 +358,9 @@ impl<H: DiskHandle> VirtioDevice for VirtioScsi<H> {
                 inflight: None,
                 unanswered: Vec::new(),
             });
-            match index {
-                0 => {}
-                1 => event_server = Some(Arc::clone(&server)),
-                index => self
-                    .adapter
-                    .serve(usize::from(index - FIRST_REQUEST_QUEUE), Arc::clone(&server)),
-            }
-            self.servers.push(server);
+            // The transport has only the queues that it was told of.
+            self.servers.extend(server);
         }
-        self.adapter.begin(activation.features, event_server);
         Ok(())
     }
 

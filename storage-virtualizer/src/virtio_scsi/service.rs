@@ -51,6 +51,9 @@ pub(super) struct CommandService<H: DiskHandle> {
     /// Number of the request queue.
     queue: usize,
     statistics: Arc<QueueStatistics>,
+    /// Whoever keeps the record of what is in flight gives it to our successor: a driver that goes on then must not miss what it was told is
+    /// written ([`BlockDevice::settle`]).
+    outlived: bool,
     units: RefCell<Units<H>>,
     tasks: Tasks,
     /// Functions one of whose commands has its answer, but not in the used ring yet.
@@ -60,7 +63,12 @@ pub(super) struct CommandService<H: DiskHandle> {
 }
 
 impl<H: DiskHandle> CommandService<H> {
-    pub(super) fn new(adapter: Arc<Adapter<H>>, queue: usize, statistics: Arc<QueueStatistics>) -> Self {
+    pub(super) fn new(
+        adapter: Arc<Adapter<H>>,
+        queue: usize,
+        statistics: Arc<QueueStatistics>,
+        outlived: bool,
+    ) -> Self {
         Self {
             units: RefCell::new(Units {
                 generation: adapter.generation(),
@@ -70,6 +78,7 @@ impl<H: DiskHandle> CommandService<H> {
             adapter,
             queue,
             statistics,
+            outlived,
             tasks: Tasks::default(),
             answered: RefCell::default(),
             some_are_gone: Cell::new(false),
@@ -146,6 +155,7 @@ impl<H: DiskHandle> CommandService<H> {
             tasks: &self.tasks,
             place,
             statistics: &self.statistics,
+            outlived: self.outlived,
             is_abandoned: Cell::new(false),
         };
         let command = Command {
@@ -250,6 +260,7 @@ struct Gated<'a, H: DiskHandle> {
     tasks: &'a Tasks,
     place: usize,
     statistics: &'a QueueStatistics,
+    outlived: bool,
     /// The command is not to be answered.
     is_abandoned: Cell<bool>,
 }
@@ -310,7 +321,11 @@ impl<H: DiskHandle> BlockDevice for Gated<'_, H> {
         let length = list::total_length(buffers);
         self.statistics.count_write(length);
         self.run((Operation::Write, offset, length), Some(length), async |disk| {
-            disk.write(offset, buffers, durability).await
+            disk.write(offset, buffers, durability).await?;
+            match durability {
+                Durability::Volatile if self.outlived => disk.settle().await,
+                _ => Ok(()),
+            }
         })
         .await
     }
@@ -336,7 +351,12 @@ impl<H: DiskHandle> BlockDevice for Gated<'_, H> {
     async fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), IoError> {
         self.statistics.count_other();
         self.run((Operation::WriteZeroes, offset, length), Some(0), async |disk| {
-            disk.write_zeroes(offset, length, mode).await
+            disk.write_zeroes(offset, length, mode).await?;
+            if self.outlived {
+                disk.settle().await
+            } else {
+                Ok(())
+            }
         })
         .await
     }

@@ -17,6 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Poll, Waker};
 
+use crate::scsi::decode_lun;
+
 /// Which commands a function concerns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Concern {
@@ -35,10 +37,16 @@ impl Concern {
                 address: unit,
                 tag: task,
             } => address == *unit && tag == *task,
-            Self::Unit { address: unit } => address == *unit,
+            Self::Unit { address: unit } => means(address) == means(*unit),
             Self::Target { target } => address[1] == *target,
         }
     }
+}
+
+/// Target and LUN: an address can be written in several ways.
+fn means(address: [u8; 8]) -> ([u8; 2], Option<u16>) {
+    let [channel, target, high, low, ..] = address;
+    ([channel, target], decode_lun([high, low, 0, 0, 0, 0, 0, 0]))
 }
 
 /// A function that waits for the commands that it concerns.

@@ -11,6 +11,7 @@ pub struct Fickle {
     pub fails: AtomicBool,
     pub writes: AtomicU32,
     pub pieces: AtomicU32,
+    pub settled: AtomicU32,
 }
 
 impl BlockDevice for Fickle {
@@ -43,6 +44,11 @@ impl BlockDevice for Fickle {
         }
         self.writes.fetch_add(1, Ordering::SeqCst);
         self.pieces.store(pieces.len() as u32, Ordering::SeqCst);
+        Ok(())
+    }
+
+    async fn settle(&self) -> Result<(), IoError> {
+        self.settled.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
 

@@ -9,6 +9,7 @@
 )]
 
 pub mod fickle;
+pub mod scsi;
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU32, Ordering};

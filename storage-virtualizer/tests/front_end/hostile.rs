@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use block_io::error_chain;
-use storage_virtualizer::vhost_user::front_end::VhostUserBlk;
+use storage_virtualizer::vhost_user::front_end::VhostUserDevice;
 use storage_virtualizer::vhost_user::message::{
     F_PROTOCOL_FEATURES, backend_request, protocol_feature, request,
 };
@@ -33,7 +33,7 @@ fn refused(character: Character) -> String {
 /// A device with one queue in use.
 struct Machine {
     fake: Fake,
-    device: VhostUserBlk,
+    device: VhostUserDevice,
     observer: Arc<Observer>,
     driver: Driver,
     events: Arc<Events>,

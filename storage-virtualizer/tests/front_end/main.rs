@@ -14,3 +14,4 @@ mod fake;
 mod hostile;
 mod life;
 mod place;
+mod scsi;

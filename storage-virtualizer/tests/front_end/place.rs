@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use block_io::{HostDevice, OpenOptions, Worker, WorkerOptions};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use storage_virtualizer::vhost_user::front_end::{
-    Dialled, FrontEndError, FrontEndOptions, LinkEvents, VhostUserBlk, dial,
+    Dialled, FrontEndError, FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice, dial,
 };
 use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
 use storage_virtualizer::virtio_blk::kind;
@@ -36,7 +36,7 @@ pub(crate) fn shared_memory() -> GuestMemory {
         let mapping = MmapRegion::from_file(FileOffset::new(file.into(), 0), size).unwrap();
         GuestRegionMmap::new(mapping, GuestAddress(start)).unwrap()
     };
-    let regions = vec![region(0, 4 << 20), region(HIGH, 4 << 20)];
+    let regions = vec![region(0, 16 << 20), region(HIGH, 4 << 20)];
     Arc::new(GuestMemoryMmap::from_regions(regions).unwrap())
 }
 
@@ -83,9 +83,19 @@ pub(crate) fn open(
     socket: &Path,
     queues: u16,
     queue_size: u16,
-) -> Result<(VhostUserBlk, Arc<Observer>), FrontEndError> {
+) -> Result<(VhostUserDevice, Arc<Observer>), FrontEndError> {
+    open_as(FrontEndKind::Blk, socket, queues, queue_size)
+}
+
+pub(crate) fn open_as(
+    kind: FrontEndKind,
+    socket: &Path,
+    queues: u16,
+    queue_size: u16,
+) -> Result<(VhostUserDevice, Arc<Observer>), FrontEndError> {
     let observer = Arc::new(Observer::default());
     let options = FrontEndOptions {
+        kind,
         name: "disk0".to_owned(),
         queues,
         queue_size,
@@ -93,7 +103,7 @@ pub(crate) fn open(
         observer: observer.clone(),
     };
     let socket = socket.to_owned();
-    let device = VhostUserBlk::open(Arc::new(move || dial_quickly(&socket)), options)?;
+    let device = VhostUserDevice::open(Arc::new(move || dial_quickly(&socket)), options)?;
     Ok((device, observer))
 }
 

@@ -54,6 +54,7 @@ pub(crate) struct Login {
     pub(crate) cid: u16,
     pub(crate) command_number: u32,
     pub(crate) discovery: bool,
+    pub(crate) target: &'static str,
     /// Operational keys.
     pub(crate) keys: Vec<(&'static str, String)>,
 }
@@ -67,6 +68,7 @@ impl Default for Login {
             cid: 0,
             command_number: 1,
             discovery: false,
+            target: TARGET,
             keys: Vec::new(),
         }
     }
@@ -168,7 +170,7 @@ impl Initiator {
         if login.discovery {
             keys.push(("SessionType", "Discovery".to_owned()));
         } else {
-            keys.push(("TargetName", TARGET.to_owned()));
+            keys.push(("TargetName", login.target.to_owned()));
         }
         keys.extend(login.keys.iter().cloned());
         let keys: Vec<(&str, &str)> = keys.iter().map(|(key, value)| (*key, value.as_str())).collect();

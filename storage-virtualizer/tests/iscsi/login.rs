@@ -17,7 +17,7 @@ fn secret(text: &str) -> Secret {
 
 fn with_chap() -> Served {
     Served::with(|options| {
-        options.access = vec![Access {
+        options.targets[0].access = vec![Access {
             initiator: None,
             luns: None,
             chap: Some(Chap {
@@ -221,7 +221,7 @@ fn text_may_come_in_pieces_and_goes_on_for_not_so_long() {
 #[test]
 fn initiators_see_what_is_given_to_them() {
     let served = Served::with(|options| {
-        options.access = vec![Access {
+        options.targets[0].access = vec![Access {
             initiator: Some(HOST.to_owned()),
             luns: Some([1].into()),
             chap: None,

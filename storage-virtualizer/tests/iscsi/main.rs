@@ -9,6 +9,7 @@ mod initiator;
 mod login;
 mod manage;
 mod sessions;
+mod targets;
 mod tools;
 
 use std::net::SocketAddr;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use block_io::{ListenAddress, Worker, WorkerOptions};
-use storage_virtualizer::iscsi::{IscsiOptions, IscsiServer, IscsiUnit, MAX_TRANSFER};
+use storage_virtualizer::iscsi::{IscsiOptions, IscsiServer, IscsiTarget, IscsiUnit, MAX_TRANSFER};
 use storage_virtualizer::scsi::{Identity, Unit, UnitOptions};
 
 use disk::{Disk, Script};
@@ -26,7 +27,7 @@ use initiator::{Initiator, Login, TARGET};
 /// Blocks of a disk, of 512 bytes.
 const BLOCKS: u64 = 8192;
 
-/// A target with two disks.
+/// Targets with two disks each.
 struct Served {
     script: Arc<Script>,
     server: Option<IscsiServer>,
@@ -43,22 +44,24 @@ impl Served {
         let worker = Worker::start("iscsi", WorkerOptions::default()).unwrap();
         let mut options = IscsiOptions {
             listen: vec![ListenAddress::Tcp("127.0.0.1:0".parse().unwrap())],
-            target: TARGET.to_owned(),
+            targets: vec![IscsiTarget::open(TARGET)],
             patience: (Duration::from_millis(200), Duration::from_secs(10)),
             ..IscsiOptions::default()
         };
         change(&mut options);
-        let own = Arc::clone(&script);
+        let (own, targets) = (Arc::clone(&script), options.targets.len());
         let server = IscsiServer::start(worker.handle(), options, move || {
-            let unit = |lun: u16| IscsiUnit {
+            let unit = |target: usize, lun: u16| IscsiUnit {
+                target,
                 lun,
                 unit: Arc::new(Unit::new(UnitOptions {
                     max_transfer: MAX_TRANSFER as u64,
-                    ..UnitOptions::new(Identity::from_name(&format!("disk {lun}"), "serial"))
+                    ..UnitOptions::new(Identity::from_name(&format!("disk {lun} of {target}"), "serial"))
                 })),
                 disk: Rc::new(Disk::new(BLOCKS * 512, &own)),
             };
-            vec![unit(0), unit(1)]
+            let all = (0..targets).flat_map(|target| [unit(target, 0), unit(target, 1)]);
+            all.collect()
         })
         .unwrap();
         Self {

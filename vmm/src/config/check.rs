@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::hash::Hash;
 use std::path::{Component, Path, PathBuf};
 
-use super::{ConsoleSpec, DiskBus, DiskConfig, DiskSource, VmConfig};
+use super::{ConsoleSpec, DiskConfig, DiskSource, VmConfig};
 
 /// A rule that is broken: at which key, and what would be accepted.
 #[derive(Debug, PartialEq, Eq)]
@@ -74,7 +74,7 @@ fn check_limit_groups(config: &VmConfig) -> Result<(), Violation> {
 }
 
 fn check_devices(config: &VmConfig) -> Result<(), Violation> {
-    let scsi = config.disks.iter().filter(|disk| disk.bus == DiskBus::VirtioScsi);
+    let scsi = config.disks.iter().filter(|disk| disk.is_unit());
     let scsi = scsi.count();
     if scsi > VmConfig::MAX_SCSI_DISKS {
         let most = VmConfig::MAX_SCSI_DISKS;
@@ -147,7 +147,7 @@ fn check_scsi(config: &VmConfig) -> Result<(), Violation> {
     let mut places: HashMap<(u8, u16), usize> = HashMap::new();
     let targets = config.scsi.as_ref().and_then(|scsi| scsi.targets);
     for (number, disk) in config.disks.iter().enumerate() {
-        if disk.bus != DiskBus::VirtioScsi {
+        if !disk.is_unit() {
             continue;
         }
         let (target, lun) = (disk.target.unwrap_or(0), disk.lun);

@@ -200,7 +200,7 @@ impl VmConfig {
     /// Gives SCSI disks their LUNs: those that say theirs first, then the others in their order. What is impossible stays, and is
     /// complained of by the checks.
     fn place_scsi_disks(&mut self) {
-        let scsi = |disk: &&mut DiskConfig| disk.bus == DiskBus::VirtioScsi;
+        let scsi = |disk: &&mut DiskConfig| disk.is_unit();
         let mut taken = BTreeSet::new();
         for given in [true, false] {
             for disk in self.disks.iter_mut().filter(scsi) {

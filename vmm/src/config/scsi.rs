@@ -1,6 +1,6 @@
 //! `[scsi]`: the machine's SCSI adapter, on which all its SCSI disks sit.
 
-use api::{DiskBus, DiskConfig, InvalidValue, MAX_TARGETS, QueueSize};
+use api::{DiskConfig, InvalidValue, MAX_TARGETS, QueueSize};
 use serde::{Deserialize, Serialize};
 
 /// The adapter. It is there from the beginning if `[scsi]` stands in vm.toml or there is a SCSI disk, else when the first SCSI disk is
@@ -41,7 +41,7 @@ impl ScsiConfig {
 
     /// Request queues and their size, and targets, of an adapter that begins with `disks`.
     pub fn for_disks(&self, disks: &[DiskConfig]) -> (u8, QueueSize, u8) {
-        let disks = || disks.iter().filter(|disk| disk.bus == DiskBus::VirtioScsi);
+        let disks = || disks.iter().filter(|disk| disk.is_unit());
         let queues = disks().map(|disk| disk.queues).max();
         let size = disks().map(|disk| disk.queue_size).max_by_key(|size| size.get());
         let last = disks()

@@ -446,6 +446,14 @@ fn each_mistake_in_the_file_has_its_message() {
             "vm.toml:7: disk.0.vhost-user: cannot stand beside `image` or `file`: what the disk lies on, the process at this socket knows",
         ),
         (
+            "[[disk]]\nvhost-user = \"a.sock\"\nbus = \"virtio-scsi\"\nlun = 3",
+            "vm.toml:8: disk.0.lun: is for disks of the machine's own adapter, and this is an adapter with all disks of its server",
+        ),
+        (
+            "[[disk]]\nvhost-user = \"a.sock\"\nbus = \"virtio-scsi\"\nread-only = true",
+            "vm.toml:8: disk.0.read-only: is for single disks, and this is an adapter with all disks of its server, which says who may write (`--read-only`)",
+        ),
+        (
             "[[disk]]\nvhost-user = \"a.sock\"\nserial = \"x\"",
             "vm.toml:7: disk.0.serial: is told to the guest by the process that serves the disk, and cannot be set here",
         ),

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskBus, DiskConfig, DiskStatus, EventLog, NetBackend as NetKind,
-    NetConfig, NetStatus, Problem, ProblemKind, VmName, VmStatus,
+    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventLog, NetBackend as NetKind, NetConfig,
+    NetStatus, Problem, ProblemKind, VmName, VmStatus,
 };
 use block_io::{Worker, WorkerOptions, error_chain};
 use event_manager::SubscriberOps;
@@ -149,11 +149,11 @@ impl DeviceOpener {
             .check()
             .map_err(|(key, error)| Problem::new(ProblemKind::Invalid, format!("{key} {error}")))?;
         let id = config.id.clone();
-        let opened = match config.bus {
-            DiskBus::VirtioBlk => self
+        let opened = match config.is_unit() {
+            false => self
                 .open_disk(config)
                 .map(|(device, status)| (Attachment::Device(device), status)),
-            DiskBus::VirtioScsi => self.open_scsi(config).and_then(|disk| {
+            true => self.open_scsi(config).and_then(|disk| {
                 let status = DiskStatus {
                     config: disk.setting.config(),
                     state: DeviceState::Attached,
@@ -411,9 +411,9 @@ pub(super) fn open_all(
     }
     for disk in &config.disks {
         let failed = |error: DiskError| device(&disk.id)(error.into());
-        match disk.bus {
-            DiskBus::VirtioBlk => devices.push(opener.open_disk(disk.clone()).map_err(failed)?.0),
-            DiskBus::VirtioScsi => {
+        match disk.is_unit() {
+            false => devices.push(opener.open_disk(disk.clone()).map_err(failed)?.0),
+            true => {
                 devices.extend(opener.adapter().map_err(failed)?);
                 let disk = opener.open_scsi(disk.clone()).map_err(failed)?;
                 opener.scsi.plug(disk).map_err(|problem| failed(problem.into()))?;

@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    ByteSize, DeviceId, DiskConfig, DiskSource, EventKind, EventLog, Problem, StorageAnswer, StorageRequest,
-    Transfer,
+    ByteSize, DeviceId, DiskBus, DiskConfig, DiskSource, EventKind, EventLog, Problem, StorageAnswer,
+    StorageRequest, Transfer,
 };
 use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerHandle, WorkerOptions};
 use storage_virtualizer::DiskHandle;
 use storage_virtualizer::controls::DiskControls;
 use storage_virtualizer::vhost_user::front_end::{
-    FrontEndError, FrontEndHandle, FrontEndOptions, LinkEvents, VhostUserBlk,
+    FrontEndError, FrontEndHandle, FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice,
 };
 use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkError, VirtioBlkOptions, fitting_serial};
 use storage_virtualizer::virtio_scsi::{VirtioScsiError, VirtioScsiOptions};
@@ -246,7 +246,7 @@ pub(super) fn open_unit(config: &DiskConfig, opener: &DeviceOpener) -> Result<Sc
         (Some(DiskSource::File(file)), None) => Err(DiskError::NoPool {
             file: file.to_owned(),
         }),
-        // The configuration's checks refuse a SCSI disk of another process.
+        // A disk of another process is no unit of the machine's own adapter.
         (Some(DiskSource::VhostUser(_)) | None, _) => Err(DiskError::NoSource),
     }
 }
@@ -319,6 +319,10 @@ fn open_served(socket: &Path, config: &DiskConfig, opener: &DeviceOpener) -> Res
     let dial = Arc::new(move || helper.connect(&place));
     let on_start = opener.sandbox.thread(Kind::DiskLink);
     let options = FrontEndOptions {
+        kind: match config.bus {
+            DiskBus::VirtioBlk => FrontEndKind::Blk,
+            DiskBus::VirtioScsi => FrontEndKind::Scsi,
+        },
         name: config.id.to_string(),
         queues: u16::from(config.queues),
         queue_size: config.queue_size.get(),
@@ -328,7 +332,7 @@ fn open_served(socket: &Path, config: &DiskConfig, opener: &DeviceOpener) -> Res
             events: opener.events.clone(),
         }),
     };
-    let device = VhostUserBlk::open(dial, options).map_err(|source| DiskError::Served {
+    let device = VhostUserDevice::open(dial, options).map_err(|source| DiskError::Served {
         socket: path(),
         source,
     })?;

@@ -17,9 +17,11 @@ use super::super::message::{
     self, Body, F_PROTOCOL_FEATURES, InflightArea, MAX_TABLE_REGIONS, Region, RingAddresses,
     protocol_feature, request,
 };
+use super::FrontEndKind;
 use crate::virtio_blk::blk_feature;
+use crate::virtio_scsi::scsi_feature;
 
-/// Bytes of the configuration space that are shown to the guest: up to the fields of WRITE_ZEROES.
+/// The most bytes of the configuration space that are shown to the guest.
 pub(super) const CONFIG_LENGTH: usize = 60;
 /// How long a server may take for an answer. Longer than ours keeps a second front-end waiting before it hangs up.
 const ANSWER_LIMIT: Duration = Duration::from_secs(15);
@@ -27,9 +29,9 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 /// is nobody's business.
 const USER_BASE: u64 = 1 << 46;
 
-/// What is passed on to the guest, of what a server offers. Not CONFIG_WCE: the driver may rely on what it sets at once, and
+/// What is passed on to the guest, of what a server of virtio-blk offers. Not CONFIG_WCE: the driver may rely on what it sets at once, and
 /// the server would hear of it a little later.
-const KNOWN_FEATURES: u64 = feature::RING_INDIRECT_DESC
+const BLK_FEATURES: u64 = feature::RING_INDIRECT_DESC
     | feature::RING_EVENT_IDX
     | blk_feature::SIZE_MAX
     | blk_feature::SEG_MAX
@@ -41,6 +43,27 @@ const KNOWN_FEATURES: u64 = feature::RING_INDIRECT_DESC
     | blk_feature::MQ
     | blk_feature::DISCARD
     | blk_feature::WRITE_ZEROES;
+
+/// The same of a server of virtio-scsi.
+const SCSI_FEATURES: u64 =
+    feature::RING_INDIRECT_DESC | feature::RING_EVENT_IDX | scsi_feature::HOTPLUG | scsi_feature::CHANGE;
+
+impl FrontEndKind {
+    fn features(self) -> u64 {
+        match self {
+            Self::Blk => BLK_FEATURES,
+            Self::Scsi => SCSI_FEATURES,
+        }
+    }
+
+    /// Bytes of the configuration space: up to the fields of WRITE_ZEROES (virtio 1.2 §5.2.4), all of §5.6.4.
+    fn config_length(self) -> usize {
+        match self {
+            Self::Blk => CONFIG_LENGTH,
+            Self::Scsi => 36,
+        }
+    }
+}
 
 const PROTOCOL_FEATURES: u64 = protocol_feature::MQ
     | protocol_feature::REPLY_ACK
@@ -80,7 +103,7 @@ pub enum LinkError {
         wanted: u16,
     },
     /// It does not say how large the disk is.
-    #[error("it answered {} bytes of the configuration space where {CONFIG_LENGTH} were asked for", .0)]
+    #[error("it answered {} bytes of the configuration space, which are not those that were asked for", .0)]
     Config(usize),
     /// The record of what is in flight did not come.
     #[error("its record of what is in flight came without memory")]
@@ -173,13 +196,14 @@ pub(super) struct Record {
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) client: Client,
+    kind: FrontEndKind,
     /// Where the server tells of changes; none when it has closed it.
     pub(super) channel: Option<UnixStream>,
 }
 
 impl Link {
     /// Finds out what the server is.
-    pub(super) fn new(dialled: Dialled) -> Result<(Self, Offer), LinkError> {
+    pub(super) fn new(dialled: Dialled, kind: FrontEndKind) -> Result<(Self, Offer), LinkError> {
         let Dialled { socket, ours, theirs } = dialled;
         let mut client = Client::new(socket);
         let features = client.ask_number(request::GET_FEATURES)?;
@@ -208,10 +232,11 @@ impl Link {
         }
         let link = Self {
             client,
+            kind,
             channel: Some(ours),
         };
         let offer = Offer {
-            features: features & KNOWN_FEATURES,
+            features: features & kind.features(),
             queues,
             config: link.config()?,
         };
@@ -220,7 +245,8 @@ impl Link {
 
     /// Reads the configuration space.
     pub(super) fn config(&self) -> Result<[u8; CONFIG_LENGTH], LinkError> {
-        let body = message::config(0, &[0; CONFIG_LENGTH]);
+        let length = self.kind.config_length();
+        let body = message::config(0, &[0; CONFIG_LENGTH][..length]);
         let answer = self.client.ask(request::GET_CONFIG, &body)?;
         if answer.body.is_empty() {
             return Err(LinkError::Config(0));
@@ -228,7 +254,12 @@ impl Link {
         let (_, space) = Body::new(request::GET_CONFIG, &answer.body)
             .config()
             .map_err(ClientError::from)?;
-        space.try_into().map_err(|_| LinkError::Config(space.len()))
+        if space.len() != length {
+            return Err(LinkError::Config(space.len()));
+        }
+        let mut config = [0; CONFIG_LENGTH];
+        config[..length].copy_from_slice(space);
+        Ok(config)
     }
 
     /// Whether the server keeps a record of what is in flight.

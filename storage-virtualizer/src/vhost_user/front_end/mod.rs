@@ -1,4 +1,5 @@
-//! A disk of the guest that another process serves: the front-end of vhost-user-blk, as a [`VirtioDevice`].
+//! A disk of the guest that another process serves, or a SCSI adapter with its disks: the front-end of vhost-user-blk and vhost-user-scsi, as a
+//! [`VirtioDevice`].
 //!
 //! ```text
 //!   guest ── doorbell ─ ioeventfd ─────────────► server ─► disk             data: nobody of this process in between
@@ -42,6 +43,28 @@ use thread::Thread;
 /// Fields of the configuration space that are ours (virtio 1.2 §5.2.4).
 const SEG_MAX_OFFSET: usize = 12;
 const QUEUES_OFFSET: usize = 34;
+/// The same of a SCSI adapter (§5.6.4), whose number of queues comes first.
+const SCSI_SEG_MAX_OFFSET: usize = 4;
+
+/// What a server serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FrontEndKind {
+    /// A disk: vhost-user-blk.
+    Blk,
+    /// A SCSI adapter with its disks: vhost-user-scsi.
+    Scsi,
+}
+
+impl FrontEndKind {
+    /// Queues beside those of requests.
+    fn other_queues(self) -> u16 {
+        match self {
+            Self::Blk => 0,
+            // Control and events.
+            Self::Scsi => 2,
+        }
+    }
+}
 
 /// How a connection to the server is had, the first one and all later ones.
 pub type Dial = Arc<dyn Fn() -> io::Result<Dialled> + Send + Sync>;
@@ -56,9 +79,11 @@ pub trait LinkEvents: Send + Sync {
 
 /// What the device is like, beside its server.
 pub struct FrontEndOptions {
+    /// What is to be served.
+    pub kind: FrontEndKind,
     /// In messages and the thread's name.
     pub name: String,
-    /// Number of queues, 1 to [`MAX_QUEUES`].
+    /// Number of queues for requests, 1 to [`MAX_QUEUES`].
     pub queues: u16,
     /// Entries of each queue at most, a power of two from 4 to [`MAX_QUEUE_SIZE`].
     pub queue_size: u16,
@@ -72,6 +97,7 @@ impl fmt::Debug for FrontEndOptions {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_struct("FrontEndOptions")
+            .field("kind", &self.kind)
             .field("name", &self.name)
             .field("queues", &self.queues)
             .field("queue_size", &self.queue_size)
@@ -105,6 +131,7 @@ enum Command {
 
 /// What the device, its handles and its thread share.
 struct Shared {
+    kind: FrontEndKind,
     name: String,
     queues: u16,
     queue_size: u16,
@@ -117,19 +144,32 @@ struct Shared {
 }
 
 impl Shared {
+    fn all_queues(&self) -> u16 {
+        self.queues + self.kind.other_queues()
+    }
+
     fn config(&self) -> [u8; CONFIG_LENGTH] {
         *lock(&self.config)
     }
 
     /// The server's configuration space, with what is ours in it; whether the guest sees a difference.
     fn set_config(&self, mut config: [u8; CONFIG_LENGTH]) -> bool {
-        config[QUEUES_OFFSET..QUEUES_OFFSET + 2].copy_from_slice(&self.queues.to_le_bytes());
+        let seg_max = match self.kind {
+            FrontEndKind::Blk => {
+                config[QUEUES_OFFSET..QUEUES_OFFSET + 2].copy_from_slice(&self.queues.to_le_bytes());
+                SEG_MAX_OFFSET
+            }
+            FrontEndKind::Scsi => {
+                config[..4].copy_from_slice(&u32::from(self.queues).to_le_bytes());
+                SCSI_SEG_MAX_OFFSET
+            }
+        };
         // A request has a header and a status beside its segments, and must not be longer than its queue.
         let most = u32::from(self.queue_size).saturating_sub(2).max(1);
-        let theirs = config[SEG_MAX_OFFSET..]
+        let theirs = config[seg_max..]
             .first_chunk()
             .map_or(1, |bytes| u32::from_le_bytes(*bytes));
-        config[SEG_MAX_OFFSET..SEG_MAX_OFFSET + 4].copy_from_slice(&theirs.clamp(1, most).to_le_bytes());
+        config[seg_max..seg_max + 4].copy_from_slice(&theirs.clamp(1, most).to_le_bytes());
         let mut current = lock(&self.config);
         std::mem::replace(&mut *current, config) != config
     }
@@ -149,8 +189,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct FrontEndHandle(Arc<Shared>);
 
 impl FrontEndHandle {
-    /// Size of the disk in bytes, as the guest sees it.
+    /// Size of the disk in bytes, as the guest sees it; 0 for an adapter.
     pub fn size(&self) -> u64 {
+        if self.0.kind == FrontEndKind::Scsi {
+            return 0;
+        }
         let sectors = self
             .0
             .config()
@@ -161,7 +204,7 @@ impl FrontEndHandle {
 
     /// Whether the server offers no writes.
     pub fn is_read_only(&self) -> bool {
-        self.0.features & blk_feature::RO != 0
+        self.0.kind == FrontEndKind::Blk && self.0.features & blk_feature::RO != 0
     }
 
     /// Whether there is a server.
@@ -180,8 +223,8 @@ impl fmt::Debug for FrontEndHandle {
     }
 }
 
-/// A virtio-blk device whose queues another process serves.
-pub struct VhostUserBlk {
+/// A device whose queues another process serves.
+pub struct VhostUserDevice {
     shared: Arc<Shared>,
     queue_sizes: Vec<u16>,
     commands: Sender<Command>,
@@ -190,23 +233,24 @@ pub struct VhostUserBlk {
     active: bool,
 }
 
-impl fmt::Debug for VhostUserBlk {
+impl fmt::Debug for VhostUserDevice {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
-            .debug_struct("VhostUserBlk")
+            .debug_struct("VhostUserDevice")
             .field("name", &self.shared.name)
             .field("queue_sizes", &self.queue_sizes)
             .finish_non_exhaustive()
     }
 }
 
-impl VhostUserBlk {
+impl VhostUserDevice {
     /// Connects to the server, and learns what the disk is like. Waits for the server's answers.
     ///
     /// # Errors
-    /// There is no server, it does not speak vhost-user-blk, it has too few queues, or an option is impossible.
+    /// There is no server, it does not speak vhost-user, it has too few queues, or an option is impossible.
     pub fn open(dial: Dial, options: FrontEndOptions) -> Result<Self, FrontEndError> {
         let FrontEndOptions {
+            kind,
             name,
             queues,
             queue_size,
@@ -220,19 +264,20 @@ impl VhostUserBlk {
             return Err(VirtioBlkError::QueueSize { queue_size }.into());
         }
         let dialled = dial().map_err(LinkError::Connect)?;
-        let (link, offer) = Link::new(dialled)?;
-        offer.has_queues(queues)?;
+        let (link, offer) = Link::new(dialled, kind)?;
+        offer.has_queues(queues + kind.other_queues())?;
         let shared = Arc::new(Shared {
+            kind,
             name,
             queues,
             queue_size,
-            features: features(&offer, queues),
+            features: features(&offer, kind, queues),
             config: Mutex::new(offer.config),
             connection: Mutex::default(),
             resting: AtomicBool::new(true),
         });
         shared.set_config(offer.config);
-        if FrontEndHandle(Arc::clone(&shared)).size() == 0 {
+        if kind == FrontEndKind::Blk && FrontEndHandle(Arc::clone(&shared)).size() == 0 {
             return Err(FrontEndError::Empty);
         }
         let event = || EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
@@ -264,7 +309,7 @@ impl VhostUserBlk {
             Err(_) => return Err(FrontEndError::Thread(io::Error::other("it ended at once"))),
         }
         Ok(Self {
-            queue_sizes: vec![queue_size; usize::from(queues)],
+            queue_sizes: vec![queue_size; usize::from(shared.all_queues())],
             shared,
             commands,
             bell,
@@ -291,17 +336,20 @@ impl VhostUserBlk {
     }
 }
 
-fn features(offer: &Offer, queues: u16) -> u64 {
-    if queues > 1 {
+fn features(offer: &Offer, kind: FrontEndKind, queues: u16) -> u64 {
+    if queues > 1 || kind != FrontEndKind::Blk {
         offer.features
     } else {
         offer.features & !blk_feature::MQ
     }
 }
 
-impl VirtioDevice for VhostUserBlk {
+impl VirtioDevice for VhostUserDevice {
     fn device_type(&self) -> u32 {
-        device_type::BLOCK
+        match self.shared.kind {
+            FrontEndKind::Blk => device_type::BLOCK,
+            FrontEndKind::Scsi => device_type::SCSI,
+        }
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
@@ -317,7 +365,8 @@ impl VirtioDevice for VhostUserBlk {
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {
-        // Only CONFIG_WCE would make a field writable.
+        // Only CONFIG_WCE would make a field of a disk writable. An adapter's sizes of sense data and CDBs stay what they are, as reading them
+        // shows: a driver that wants others is told no.
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
@@ -350,7 +399,7 @@ impl VirtioDevice for VhostUserBlk {
     }
 }
 
-impl Drop for VhostUserBlk {
+impl Drop for VhostUserDevice {
     fn drop(&mut self) {
         self.tell(Command::End);
         // The thread may be waiting for an answer.

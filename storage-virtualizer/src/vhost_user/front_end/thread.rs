@@ -415,8 +415,8 @@ impl Thread {
 
     fn connect_again(&mut self) -> Result<(), LinkError> {
         let dialled = (self.dial)().map_err(LinkError::Connect)?;
-        let (link, offer) = Link::new(dialled)?;
-        offer.can_follow(&self.first, self.shared.queues)?;
+        let (link, offer) = Link::new(dialled, self.shared.kind)?;
+        offer.can_follow(&self.first, self.shared.all_queues())?;
         self.shared.set_link(Some(&link));
         self.link = Some(link);
         self.start()?;

@@ -13,7 +13,7 @@ use arbitrary::Unstructured;
 use block_io::{
     BlockDevice, Durability, Geometry, IoBuf, IoError, ListenAddress, Worker, WorkerOptions, ZeroMode,
 };
-use storage_virtualizer::iscsi::{IscsiOptions, IscsiServer, IscsiUnit};
+use storage_virtualizer::iscsi::{IscsiOptions, IscsiServer, IscsiTarget, IscsiUnit};
 use storage_virtualizer::scsi::{Identity, Unit, UnitOptions};
 
 use crate::disk::MemoryDisk;
@@ -73,13 +73,14 @@ fn served() -> &'static Mutex<Served> {
         let worker = Worker::start("iscsi", WorkerOptions::default()).unwrap();
         let options = IscsiOptions {
             listen: vec![ListenAddress::Unix(socket.clone())],
-            target: TARGET.to_owned(),
+            targets: vec![IscsiTarget::open(TARGET)],
             memory: 64 << 10,
             ..IscsiOptions::default()
         };
         let own = Arc::clone(&disk);
         let server = IscsiServer::start(worker.handle(), options, move || {
             vec![IscsiUnit {
+                target: 0,
                 lun: 0,
                 unit: Arc::new(Unit::new(UnitOptions::new(Identity::from_name("fuzz", "fuzz")))),
                 disk: Rc::new(Shared(own)),

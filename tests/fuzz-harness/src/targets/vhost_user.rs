@@ -12,9 +12,11 @@ use arbitrary::Unstructured;
 use block_io::{HostDevice, OpenOptions, Worker, WorkerOptions};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::SendFlags;
+use storage_virtualizer::scsi::{Identity, TransportId, Unit, UnitOptions};
 use storage_virtualizer::vhost_user::message::{Header, Region, request};
 use storage_virtualizer::vhost_user::socket::send;
-use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
+use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserScsiServer, VhostUserServer};
+use storage_virtualizer::virtio_scsi::{ScsiGroup, VirtioScsiOptions};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::patience::wait_until;
@@ -22,8 +24,10 @@ use crate::patience::wait_until;
 const MEMORY: u64 = 64 << 10;
 
 struct Served {
-    server: VhostUserServer<Arc<HostDevice>>,
-    socket: PathBuf,
+    disk: VhostUserServer<Arc<HostDevice>>,
+    adapter: VhostUserScsiServer<Arc<HostDevice>>,
+    /// Of the disk and of the adapter.
+    sockets: [PathBuf; 2],
     _worker: Worker,
 }
 
@@ -33,17 +37,30 @@ fn served() -> &'static Served {
     SERVED.get_or_init(|| {
         let path =
             |kind: &str| std::env::temp_dir().join(format!("fuzz-vhost-{}.{kind}", std::process::id()));
-        let (image, socket) = (path("img"), path("sock"));
+        let (image, sockets) = (path("img"), [path("sock"), path("scsi")]);
         let file = std::fs::File::create(&image).expect("an image");
         file.set_len(1 << 20).expect("an image's size");
         let disk = Arc::new(HostDevice::open(&image, &OpenOptions::default()).expect("a disk"));
         std::fs::remove_file(&image).expect("a name to remove");
         let worker = Worker::start("fuzz", WorkerOptions::default()).expect("an I/O worker");
         let workers = vec![worker.handle().clone()];
-        let server = VhostUserServer::start(&socket, disk, VhostUserOptions::default(), workers);
+        let unit = Unit::new(UnitOptions::new(Identity::from_name("fuzz", "fuzz")));
+        let (unit, own) = (Arc::new(unit), Arc::clone(&disk));
+        let options = VirtioScsiOptions {
+            initiator: TransportId::sas(1),
+            queues: 1,
+            queue_size: 128,
+            last_target: 0,
+        };
+        let group = ScsiGroup::default();
+        let adapter = VhostUserScsiServer::start(&sockets[1], &options, workers.clone(), &group, |adapter| {
+            adapter.add((0, 0), unit, own, Arc::default(), None)
+        });
+        let disk = VhostUserServer::start(&sockets[0], disk, VhostUserOptions::default(), workers);
         Served {
-            server: server.expect("a server"),
-            socket,
+            disk: disk.expect("a server of a disk"),
+            adapter: adapter.expect("a server of an adapter"),
+            sockets,
             _worker: worker,
         }
     })
@@ -68,13 +85,19 @@ fn memories() -> usize {
 pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     let served = served();
     converse(served, input)?;
-    wait_until("the front-end is gone", || served.server.front_ends() == 0);
+    wait_until("the front-end is gone", || {
+        served.disk.front_ends() == 0 && !served.adapter.is_connected()
+    });
     wait_until("its memory is let go of", || memories() == 0);
     Ok(())
 }
 
 fn converse(served: &Served, input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
-    let socket = UnixStream::connect(&served.socket).expect("a connection");
+    let (place, queue) = match input.int_in_range(0..=5)? {
+        queue @ 3..=5 => (1, queue - 3),
+        _ => (0, 0),
+    };
+    let socket = UnixStream::connect(&served.sockets[place]).expect("a connection");
     // Answers are read by nobody; the server must not wait for ever to send them.
     socket
         .set_write_timeout(Some(Duration::from_millis(100)))
@@ -85,7 +108,7 @@ fn converse(served: &Served, input: &mut Unstructured<'_>) -> arbitrary::Result<
     // SAFETY: the descriptor is open as long as `event`, which outlives its use.
     let event_fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
     if input.ratio(3, 4)? {
-        for (kind, body, fds) in proper(&memory, event_fd) {
+        for (kind, body, fds) in proper(&memory, event_fd, queue) {
             say(&socket, kind, &body, &fds);
         }
     }
@@ -100,7 +123,7 @@ fn converse(served: &Served, input: &mut Unstructured<'_>) -> arbitrary::Result<
             1 => drop(event.write(1)),
             2 => drop(ftruncate(&memory, input.int_in_range(0..=2 * MEMORY)?)),
             3..=5 => {
-                let proper = proper(&memory, event_fd);
+                let proper = proper(&memory, event_fd, queue);
                 let (kind, mut body, fds) = input.choose(&proper)?.clone();
                 if let Some(byte) = body.len().checked_sub(1) {
                     let at = input.int_in_range(0..=byte)?;
@@ -135,7 +158,7 @@ fn say(socket: &UnixStream, request: u32, body: &[u8], fds: &[BorrowedFd<'_>]) {
 type Message<'a> = (u32, Vec<u8>, Vec<BorrowedFd<'a>>);
 
 /// What starts a queue whose rings lie in the shared memory.
-fn proper<'a>(memory: &'a OwnedFd, event: BorrowedFd<'a>) -> Vec<Message<'a>> {
+fn proper<'a>(memory: &'a OwnedFd, event: BorrowedFd<'a>, queue: u32) -> Vec<Message<'a>> {
     let region = Region {
         guest: 0,
         size: MEMORY,
@@ -148,7 +171,7 @@ fn proper<'a>(memory: &'a OwnedFd, event: BorrowedFd<'a>) -> Vec<Message<'a>> {
             .flat_map(|number| number.to_le_bytes())
             .collect::<Vec<u8>>()
     };
-    let addresses = numbers(&[0, 0, 0, 0, 0x2000, 0, 0x3000, 0, 0, 0]);
+    let addresses = numbers(&[queue, 0, 0, 0, 0x2000, 0, 0x3000, 0, 0, 0]);
     vec![
         (request::SET_FEATURES, numbers(&[0x7000_0000, 1]), vec![]),
         (
@@ -158,15 +181,15 @@ fn proper<'a>(memory: &'a OwnedFd, event: BorrowedFd<'a>) -> Vec<Message<'a>> {
         ),
         (
             request::GET_INFLIGHT_FD,
-            numbers(&[0, 0, 0, 0, 0x0080_0001]),
+            numbers(&[0, 0, 0, 0, 0x0080_0001 + queue]),
             vec![],
         ),
-        (request::SET_VRING_NUM, numbers(&[0, 128]), vec![]),
-        (request::SET_VRING_BASE, numbers(&[0, 0]), vec![]),
+        (request::SET_VRING_NUM, numbers(&[queue, 128]), vec![]),
+        (request::SET_VRING_BASE, numbers(&[queue, 0]), vec![]),
         (request::SET_VRING_ADDR, addresses, vec![]),
-        (request::SET_VRING_CALL, numbers(&[0, 0]), vec![event]),
-        (request::SET_VRING_KICK, numbers(&[0, 0]), vec![event]),
-        (request::SET_VRING_ENABLE, numbers(&[0, 1]), vec![]),
-        (request::GET_VRING_BASE, numbers(&[0, 0]), vec![]),
+        (request::SET_VRING_CALL, numbers(&[queue, 0]), vec![event]),
+        (request::SET_VRING_KICK, numbers(&[queue, 0]), vec![event]),
+        (request::SET_VRING_ENABLE, numbers(&[queue, 1]), vec![]),
+        (request::GET_VRING_BASE, numbers(&[queue, 0]), vec![]),
     ]
 }
