@@ -83,6 +83,7 @@ fn storage_is_reconfigured_from_elsewhere_under_a_guest_that_writes() {
             refused.text()
         );
 
+        host.administer(&format!("volume resize safe --size 640M --config {root}"))?;
         host.administer(&format!("disk snapshot --name noon /vm/safe.dsk --config {root}"))?;
         host.administer(&format!(
             "volume set-layout safe --layout raid5 --columns 3 --config {root}"
@@ -107,7 +108,7 @@ fn storage_is_reconfigured_from_elsewhere_under_a_guest_that_writes() {
         assert_eq!(vm.guest("dmesg | grep -ci 'i/o error' || true")?, "0\n");
         second.end()?;
         let audit = fs::read_to_string(host.folder().join("audit.log"))?;
-        for expected in ["raid5", "mirror", "\"status\":403", "\"looker\""] {
+        for expected in ["resize-volume", "raid5", "mirror", "\"status\":403", "\"looker\""] {
             assert!(audit.contains(expected), "{expected}: {audit}");
         }
         vm.finish()?;

@@ -637,12 +637,13 @@ async fn answer(
 
 async fn operate(
     storage: &Storage,
-    operation: Operation,
+    mut operation: Operation,
     reporter: &Reporter<Outcome>,
 ) -> Result<Outcome, Problem> {
-    if !volumes::goes_with_files_in_use(&operation) {
-        let text = "volumes cannot be resized or deleted while the pool serves disks";
-        return Err(Problem::new(ProblemKind::Conflict, text).remedy("end who serves them first"));
+    volumes::goes_with_files_in_use(storage, &operation)?;
+    if let Operation::ResizeVolume { shrink, .. } = &mut operation {
+        // What files have of it may have grown when its turn comes.
+        *shrink = false;
     }
     let (jobs, interrupted) = offline::perform(&storage.pool, operation.clone(), reporter).await?;
     volumes::tell(storage, &operation).await?;

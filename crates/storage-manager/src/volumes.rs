@@ -53,12 +53,26 @@ pub(crate) async fn after(storage: &mut Storage, operation: &Operation) -> Resul
     }
 }
 
-/// Whether it can be done while files are in use.
-pub(crate) fn goes_with_files_in_use(operation: &Operation) -> bool {
+/// Refuses what cannot be done while files are in use.
+pub(crate) fn goes_with_files_in_use(storage: &Storage, operation: &Operation) -> Result<(), Problem> {
+    let in_use = |text: String, name: &str| {
+        let problem = Problem::new(ProblemKind::Conflict, text).about(name);
+        Err(problem.remedy("end who serves them first"))
+    };
     match operation {
-        Operation::DeleteVolume { .. } | Operation::ResizeVolume { .. } => false,
-        Operation::CreateVolume { name, .. } => name != META_VOLUME,
-        _ => true,
+        Operation::DeleteVolume { name } => in_use(
+            format!("volume {name} cannot be deleted while the pool serves disks"),
+            name,
+        ),
+        Operation::CreateVolume { name, .. } if name == META_VOLUME => {
+            Err(reserved("is made by `smsvmm file format`, and by nothing else"))
+        }
+        Operation::ResizeVolume { name, .. } if name == META_VOLUME => in_use(
+            format!("volume {name} cannot be resized while the pool serves disks"),
+            name,
+        ),
+        Operation::ResizeVolume { name, size, .. } => may_resize(storage, name, *size),
+        _ => Ok(()),
     }
 }
 
@@ -130,6 +144,11 @@ async fn resize(storage: &mut Storage, name: &str, size: u64) -> Result<(), Prob
             false => Err(reserved("cannot become smaller")),
         };
     }
+    may_resize(storage, name, size)
+}
+
+/// The file system does not give up space of a volume.
+fn may_resize(storage: &Storage, name: &str, size: u64) -> Result<(), Problem> {
     let Some(known) = known(storage, name)? else {
         return Ok(());
     };

@@ -143,10 +143,26 @@ fn a_disk_in_use_is_snapshotted_resized_and_closed_with_its_guard() {
     };
     let refused = pool.execute(StorageRequest::Pool(resize)).unwrap_err();
     assert_eq!(refused.kind, ProblemKind::Conflict, "{refused}");
-    match pool.execute(StorageRequest::Status).unwrap() {
-        StorageAnswer::Status(status) => assert_eq!(status.volumes.len(), 2),
+    let files = |pool: &HostedPool| match pool.execute(StorageRequest::Status).unwrap() {
+        StorageAnswer::Status(status) => {
+            assert_eq!(status.volumes.len(), 2);
+            status.files.unwrap().volumes[0].size
+        }
         other => panic!("{other:?}"),
-    }
+    };
+    let before = files(&pool);
+    let grow = Operation::ResizeVolume {
+        name: "data".into(),
+        size: 24 << 20,
+        shrink: false,
+    };
+    pool.execute(StorageRequest::Pool(grow)).unwrap();
+    assert_eq!(
+        (before, files(&pool)),
+        (16 << 20, 24 << 20),
+        "the files have it at once"
+    );
+    write(&pool, &disk, 2);
 
     drop(disk.into_guard());
     pool.close().unwrap();
