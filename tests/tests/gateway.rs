@@ -41,7 +41,7 @@ fn gateway(host: &Host) -> Result<Server> {
 fn storage_is_reconfigured_from_elsewhere_under_a_guest_that_writes() {
     story(|host| {
         for device in DEVICES {
-            host.image(device, 768)?;
+            host.image(device, 2048)?;
         }
         let pool = Pool::create(host, &DEVICES)?;
         pool.run("disk create /vm/safe.dsk --size 96M --volume safe")?;
