@@ -383,7 +383,7 @@ fn another_user_is_refused_even_if_the_socket_lets_him_in() {
 #[test]
 fn a_machine_that_is_not_there_is_told_with_a_remedy() {
     let folder = tempfile::tempdir().unwrap();
-    let client = Client::new(&folder.path().join("no.sock")).unwrap();
+    let client = Client::new(folder.path().join("no.sock")).unwrap();
     let error = client.status().unwrap_err();
     assert!(matches!(error, ClientError::Connect { .. }));
     assert!(error.to_string().contains("is it running"), "{error}");
