@@ -105,6 +105,19 @@ impl<T: Read + Write + Send> Stream for T {}
 /// # Errors
 /// Nobody is there, or it is not who it should be.
 pub fn connect(address: &str, tls: &Tls<'_>, patience: Duration) -> Result<Box<dyn Stream>, ClientError> {
+    connect_with(address, tls, patience, |_| ())
+}
+
+/// Like [`connect`]; `opened` is given the socket, for whoever wants to be able to shut it from elsewhere.
+///
+/// # Errors
+/// See [`connect`].
+pub fn connect_with(
+    address: &str,
+    tls: &Tls<'_>,
+    patience: Duration,
+    opened: impl FnOnce(&TcpStream),
+) -> Result<Box<dyn Stream>, ClientError> {
     let failed = |source| ClientError::Connect {
         address: address.to_owned(),
         source,
@@ -123,6 +136,7 @@ pub fn connect(address: &str, tls: &Tls<'_>, patience: Duration) -> Result<Box<d
     let Some(stream) = connected else {
         return Err(failed(last));
     };
+    opened(&stream);
     stream.set_nodelay(true).map_err(failed)?;
     stream.set_read_timeout(Some(patience)).map_err(failed)?;
     stream.set_write_timeout(Some(patience)).map_err(failed)?;
