@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use api::Problem;
 use expanded_api::{
-    Action, Answer, Cdb, GuestEvents, Header, MAJOR, MAX_WAIT_MS, Outcome, PAGE, Page, Request, State,
+    Action, Answer, Cdb, GuestDisk, GuestEvents, Header, MAJOR, MAX_WAIT_MS, Outcome, PAGE, Page, Request,
+    State,
 };
 
 use crate::sg::{CommandError, Data, Refusal, ScsiDisk};
@@ -291,6 +292,31 @@ impl Host {
             }
         }
         Ok(())
+    }
+
+    /// The disks that this machine has or may have.
+    pub(crate) fn disks(&self) -> Result<Vec<GuestDisk>, AgentError> {
+        match self.ask(&Request::ListDisks {})? {
+            Answer::Disks(disks) => Ok(disks),
+            other => Err(AgentError::Answer(format!("{other:?}"))),
+        }
+    }
+
+    /// The path in the pool of the disk behind a device.
+    pub(crate) fn path_of_device(&self, device: &Path) -> Result<String, AgentError> {
+        let real = std::fs::canonicalize(device).unwrap_or_else(|_| device.to_owned());
+        let found = sms_disks().into_iter().find(|found| found.path == real);
+        let found = found.ok_or_else(|| AgentError::NotSms(device.to_owned()))?;
+        let disks = self.disks()?;
+        let disk = disks
+            .iter()
+            .find(|disk| disk.serial.as_ref() == Some(&found.serial));
+        disk.and_then(|disk| disk.path.clone()).ok_or_else(|| {
+            AgentError::Text(format!(
+                "{} is no disk of a pool: the host cannot manage it",
+                device.display()
+            ))
+        })
     }
 
     /// What happened after `after`; waits a little for the first if there is none.

@@ -86,7 +86,10 @@ mod tests {
     fn mounts_are_read_and_what_is_none_is_left_out() {
         let mounts = parse(TEXT);
         assert_eq!(mounts.len(), 6);
-        assert_eq!((mounts[1].kind.as_str(), mounts[1].root.to_str()), ("xfs", Some("/sub")));
+        assert_eq!(
+            (mounts[1].kind.as_str(), mounts[1].root.to_str()),
+            ("xfs", Some("/sub"))
+        );
         assert_eq!(mounts[5].point.as_os_str().as_bytes(), b"/raw\xff\\");
     }
 

@@ -88,7 +88,11 @@ fn piece(extent: &RawExtent, size: u64, span: Span) -> Option<Piece> {
     let start = span.start.checked_add(extent.physical);
     match (start, end) {
         (Some(start), Some(end)) if end <= span.length && start % 512 == 0 && offset % 512 == 0 => {
-            Some(Piece::Disk { offset, length, start })
+            Some(Piece::Disk {
+                offset,
+                length,
+                start,
+            })
         }
         // Not on this disk.
         _ => Some(Piece::Content { offset, length }),
@@ -99,7 +103,11 @@ fn piece(extent: &RawExtent, size: u64, span: Span) -> Option<Piece> {
 fn push(pieces: &mut Vec<Piece>, next: Piece) {
     let joined = match (pieces.last().copied(), next) {
         (
-            Some(Piece::Disk { offset, length, start }),
+            Some(Piece::Disk {
+                offset,
+                length,
+                start,
+            }),
             Piece::Disk {
                 offset: next,
                 length: more,
@@ -212,11 +220,13 @@ mod tests {
 
     #[test]
     fn the_table_of_flags() {
-        let disk = |length| Some(Piece::Disk {
-            offset: 4096,
-            length,
-            start: (1 << 20) + 8192,
-        });
+        let disk = |length| {
+            Some(Piece::Disk {
+                offset: 4096,
+                length,
+                start: (1 << 20) + 8192,
+            })
+        };
         let content = |length| Some(Piece::Content { offset: 4096, length });
         let zeroes = |length| Some(Piece::Zeroes { offset: 4096, length });
         for (flags, expected) in [
@@ -232,7 +242,11 @@ mod tests {
             (NOT_ALIGNED | TAIL, content(4096)),
             (1 << 20, content(4096)),
         ] {
-            assert_eq!(piece(&raw(4096, 8192, 4096, flags), 1 << 20, SPAN), expected, "{flags:x}");
+            assert_eq!(
+                piece(&raw(4096, 8192, 4096, flags), 1 << 20, SPAN),
+                expected,
+                "{flags:x}"
+            );
         }
         // The file's end.
         assert_eq!(piece(&raw(4096, 8192, 4096, 0), 5000, SPAN), disk(904));
@@ -247,7 +261,11 @@ mod tests {
     #[test]
     fn what_lies_together_is_one_piece() {
         let mut pieces = Vec::new();
-        for extent in [raw(0, 0, 4096, 0), raw(4096, 4096, 4096, 0), raw(8192, 0, 4096, 0)] {
+        for extent in [
+            raw(0, 0, 4096, 0),
+            raw(4096, 4096, 4096, 0),
+            raw(8192, 0, 4096, 0),
+        ] {
             push(&mut pieces, piece(&extent, 1 << 20, SPAN).unwrap());
         }
         assert_eq!(pieces.len(), 2);
@@ -265,8 +283,9 @@ mod tests {
         };
         let mut at = 0;
         for piece in pieces(&file, 10_000, span).unwrap() {
-            let (Piece::Zeroes { offset, length } | Piece::Disk { offset, length, .. } | Piece::Content { offset, length }) =
-                piece;
+            let (Piece::Zeroes { offset, length }
+            | Piece::Disk { offset, length, .. }
+            | Piece::Content { offset, length }) = piece;
             assert!(offset >= at && length > 0);
             at = offset + length;
         }

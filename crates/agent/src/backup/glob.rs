@@ -40,7 +40,7 @@ fn matches(pattern: &[u8], text: &[u8]) -> bool {
 
 /// The rest is one loop: when what was tried does not fit, the last star takes one byte more. (What an earlier one took is as short as
 /// it can be, which leaves most to the others.)
-fn fits(mut pattern: &[u8], mut text: &[u8]) -> bool {
+fn fits<'a>(mut pattern: &'a [u8], mut text: &'a [u8]) -> bool {
     let mut again: Option<(&[u8], &[u8])> = None;
     loop {
         let step = match pattern {
@@ -53,8 +53,14 @@ fn fits(mut pattern: &[u8], mut text: &[u8]) -> bool {
             [] if text.is_empty() => return true,
             [] => None,
             [b'[', rest @ ..] => class(rest, text),
-            [b'?', rest @ ..] => text.split_first().filter(|(byte, _)| **byte != b'/').map(|(_, left)| (rest, left)),
-            [wanted, rest @ ..] => text.split_first().filter(|(byte, _)| *byte == wanted).map(|(_, left)| (rest, left)),
+            [b'?', rest @ ..] => text
+                .split_first()
+                .filter(|(byte, _)| **byte != b'/')
+                .map(|(_, left)| (rest, left)),
+            [wanted, rest @ ..] => text
+                .split_first()
+                .filter(|(byte, _)| *byte == wanted)
+                .map(|(_, left)| (rest, left)),
         };
         if let Some(next) = step {
             (pattern, text) = next;
@@ -132,7 +138,11 @@ mod tests {
             ("*a*b*c", "xxaxxbxx", false),
             ("caf\u{e9}", "caf\u{e9}", true),
         ] {
-            assert_eq!(Glob::new(pattern).matches(path.as_bytes()), expected, "{pattern} {path}");
+            assert_eq!(
+                Glob::new(pattern).matches(path.as_bytes()),
+                expected,
+                "{pattern} {path}"
+            );
         }
         assert!(Glob::new("a?").matches(b"a\xff"));
     }

@@ -96,9 +96,15 @@ pub(crate) fn sources(paths: &[PathBuf]) -> Result<Sources, AgentError> {
     forget_doubles(&mut found.trees);
     for tree in &found.trees {
         let point = Path::new("/").join(&tree.name);
-        let below = mounts.iter().filter(|mount| mount.point != point && mount.point.starts_with(&point));
-        let below = below.filter(|mount| has_device(mount.device)).map(|mount| mount.point.display().to_string());
-        found.notes.extend(below.map(|mount| format!("what is mounted at {mount} is not part of it: name it as a source as well")));
+        let below = mounts
+            .iter()
+            .filter(|mount| mount.point != point && mount.point.starts_with(&point));
+        let below = below
+            .filter(|mount| has_device(mount.device))
+            .map(|mount| mount.point.display().to_string());
+        found.notes.extend(below.map(|mount| {
+            format!("what is mounted at {mount} is not part of it: name it as a source as well")
+        }));
     }
     Ok(found)
 }
@@ -125,7 +131,10 @@ fn forget_doubles(trees: &mut Vec<Tree>) {
 }
 
 fn whole_disk(device: &Path, mounts: &[Mount], found: &mut Sources) -> Result<(), AgentError> {
-    let name = device.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = device
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default();
     let folder = Path::new("/sys/class/block").join(&name);
     if folder.join("partition").exists() || !folder.exists() {
         return Err(no(format!("{} is no whole disk", device.display())));
@@ -158,7 +167,10 @@ fn tree(real: &Path, device: u64, mounts: &[Mount], found: &mut Sources) -> Resu
     }
     let below = real.strip_prefix(&mount.point).unwrap_or(Path::new(""));
     let root = mount.root.strip_prefix("/").unwrap_or(Path::new(""));
-    let known = found.systems.iter().position(|system| system.mount.device == device);
+    let known = found
+        .systems
+        .iter()
+        .position(|system| system.mount.device == device);
     let system = match known {
         Some(known) => known,
         None => {
@@ -187,11 +199,17 @@ fn system(mount: &Mount) -> Result<System, AgentError> {
 
 /// Where a file system is, by its device's folder in sysfs.
 fn place(mount: &Mount, folder: &Path) -> Result<System, AgentError> {
-    let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = |path: &Path| {
+        path.file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default()
+    };
     let number = |file: &str| -> Result<u64, AgentError> {
         let path = folder.join(file);
         let text = fs::read_to_string(&path).map_err(here(&path))?;
-        text.trim().parse().map_err(|_| no(format!("{} is no number: {text:?}", path.display())))
+        text.trim()
+            .parse()
+            .map_err(|_| no(format!("{} is no number: {text:?}", path.display())))
     };
     let has_slaves = fs::read_dir(folder.join("slaves")).is_ok_and(|mut slaves| slaves.next().is_some());
     if has_slaves || folder.join("dm").exists() || folder.join("md").exists() {
@@ -202,7 +220,11 @@ fn place(mount: &Mount, folder: &Path) -> Result<System, AgentError> {
             name(folder)
         )));
     }
-    let bytes = |sectors: u64| sectors.checked_mul(512).ok_or_else(|| no("a disk larger than there can be".to_owned()));
+    let bytes = |sectors: u64| {
+        sectors
+            .checked_mul(512)
+            .ok_or_else(|| no("a disk larger than there can be".to_owned()))
+    };
     let partition = match folder.join("partition").exists() {
         true => Some(u32::try_from(number("partition")?).map_err(|_| no("a strange partition".to_owned()))?),
         false => None,
@@ -260,10 +282,16 @@ mod tests {
         fs::create_dir_all(disk.join("slaves")).unwrap();
         fs::write(disk.join("size"), "8\n").unwrap();
         let found = place(&mount("/srv"), &disk).unwrap();
-        assert_eq!((found.span.start, found.span.length, found.partition), (0, 4096, None));
+        assert_eq!(
+            (found.span.start, found.span.length, found.partition),
+            (0, 4096, None)
+        );
         fs::create_dir_all(disk.join("slaves/sda")).unwrap();
         let refused = place(&mount("/srv"), &disk).unwrap_err().to_string();
-        assert!(refused.contains("/srv is on sdc") && refused.contains("LVM"), "{refused}");
+        assert!(
+            refused.contains("/srv is on sdc") && refused.contains("LVM"),
+            "{refused}"
+        );
     }
 
     #[test]

@@ -38,7 +38,7 @@ impl Held {
     }
 
     /// The same file by a name of the kernel's that leads to just this one, also if it is a symbolic link.
-    fn path(&self) -> String {
+    pub(crate) fn path(&self) -> String {
         format!("/proc/self/fd/{}", self.0.as_raw_fd())
     }
 
@@ -61,7 +61,10 @@ impl Held {
         let mut found = Vec::new();
         let mut total = 0;
         let mut value = vec![0; 1 << 16];
-        for name in names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+        for name in names[..length]
+            .split(|byte| *byte == 0)
+            .filter(|name| !name.is_empty())
+        {
             let length = match getxattr(&path, name, &mut value[..]) {
                 Ok(length) => length,
                 // It names what only the running system has.
@@ -70,7 +73,9 @@ impl Held {
             };
             total += name.len() + length;
             if total > MAX_XATTRS {
-                return Err(io::Error::other("it has more extended attributes than a backup takes"));
+                return Err(io::Error::other(
+                    "it has more extended attributes than a backup takes",
+                ));
             }
             found.push(Xattr {
                 name: RawText(name.to_vec()),
@@ -83,18 +88,32 @@ impl Held {
 
     /// Gives it an extended attribute.
     pub(crate) fn set_xattr(&self, xattr: &Xattr) -> io::Result<()> {
-        Ok(setxattr(self.path(), xattr.name.bytes(), xattr.value.bytes(), XattrFlags::empty())?)
+        Ok(setxattr(
+            self.path(),
+            xattr.name.bytes(),
+            xattr.value.bytes(),
+            XattrFlags::empty(),
+        )?)
     }
 
     /// Gives it permissions: not for a symbolic link, which has none.
     pub(crate) fn set_mode(&self, mode: u32) -> io::Result<()> {
-        Ok(rustix::fs::chmod(self.path(), Mode::from_raw_mode(mode & 0o7777))?)
+        Ok(rustix::fs::chmod(
+            self.path(),
+            Mode::from_raw_mode(mode & 0o7777),
+        )?)
     }
 
     /// Gives it to somebody.
     pub(crate) fn set_owner(&self, uid: u32, gid: u32) -> io::Result<()> {
         let (uid, gid) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
-        Ok(rustix::fs::chownat(&self.0, "", Some(uid), Some(gid), rustix::fs::AtFlags::EMPTY_PATH)?)
+        Ok(rustix::fs::chownat(
+            &self.0,
+            "",
+            Some(uid),
+            Some(gid),
+            rustix::fs::AtFlags::EMPTY_PATH,
+        )?)
     }
 }
 

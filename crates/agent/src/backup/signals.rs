@@ -40,9 +40,13 @@ pub(crate) fn begin() -> Result<(), AgentError> {
             }
         }
     };
-    let spawned = std::thread::Builder::new().name("signals".to_owned()).spawn(waiter);
+    let spawned = std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(waiter);
     let what = "a thread for signals".to_owned();
-    spawned.map(drop).map_err(|source| AgentError::Here { what, source })
+    spawned
+        .map(drop)
+        .map_err(|source| AgentError::Here { what, source })
 }
 
 /// What is done on the thread of signals to break off what is waited for.
@@ -61,7 +65,10 @@ pub(crate) fn on_stop(act: impl Fn() + Send + 'static) {
 /// A signal came.
 pub(crate) fn check() -> Result<(), AgentError> {
     match STOPPED.load(Ordering::Acquire) {
-        true => Err(AgentError::Text(format!("ended by signal {}", SIGNAL.load(Ordering::Relaxed)))),
+        true => Err(AgentError::Text(format!(
+            "ended by signal {}",
+            SIGNAL.load(Ordering::Relaxed)
+        ))),
         false => Ok(()),
     }
 }

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use api::ProblemKind;
 use expanded_api::{Answer, Request};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+    fsmount, fsopen,
 };
 
 use super::locate::{System, options};
@@ -77,7 +78,9 @@ impl<'a> Taken<'a> {
         };
         let begin = Instant::now();
         loop {
-            let here = sms_disks().into_iter().find(|found| found.serial == attached.serial);
+            let here = sms_disks()
+                .into_iter()
+                .find(|found| found.serial == attached.serial);
             if let Some(found) = here.filter(|found| has_size(&found.path, attached.size)) {
                 return Ok(found.path);
             }
@@ -100,7 +103,9 @@ impl<'a> Taken<'a> {
                 disk: snapshot.clone(),
             };
             if let Err(error) = self.insist(&request) {
-                left.push(format!("{snapshot} is still attached ({error}): sms-agent disk detach {snapshot}"));
+                left.push(format!(
+                    "{snapshot} is still attached ({error}): sms-agent disk detach {snapshot}"
+                ));
             }
         }
         if let Some((name, disks)) = self.image.take() {
@@ -168,7 +173,8 @@ pub(crate) fn device_of(system: &System, disk: &Path) -> Result<PathBuf, AgentEr
     let begin = Instant::now();
     loop {
         let parts = fs::read_dir(&folder).into_iter().flatten().flatten();
-        let mut parts = parts.filter(|part| number(&part.path().join("partition")) == Some(u64::from(wanted)));
+        let mut parts =
+            parts.filter(|part| number(&part.path().join("partition")) == Some(u64::from(wanted)));
         if let Some(part) = parts.next() {
             let is_it = number(&part.path().join("start")) == Some(system.span.start / 512)
                 && number(&part.path().join("size")) == Some(system.span.length / 512);
@@ -187,7 +193,9 @@ pub(crate) fn device_of(system: &System, disk: &Path) -> Result<PathBuf, AgentEr
         signals::check()?;
         if begin.elapsed() > HOT_PLUG {
             let disk = disk.display();
-            return Err(AgentError::Text(format!("{disk} does not get its partition {wanted}")));
+            return Err(AgentError::Text(format!(
+                "{disk} does not get its partition {wanted}"
+            )));
         }
         std::thread::sleep(LOOK);
     }
@@ -198,7 +206,12 @@ pub(crate) fn device_of(system: &System, disk: &Path) -> Result<PathBuf, AgentEr
 /// # Errors
 /// The kernel's, in its words.
 pub(crate) fn mount(kind: &str, device: &Path) -> Result<OwnedFd, AgentError> {
-    let failed = |text: String| AgentError::Text(format!("the frozen image cannot be mounted ({kind} on {}): {text}", device.display()));
+    let failed = |text: String| {
+        AgentError::Text(format!(
+            "the frozen image cannot be mounted ({kind} on {}): {text}",
+            device.display()
+        ))
+    };
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| match error {
         rustix::io::Errno::NOSYS => failed("that needs Linux 5.2 or newer".to_owned()),
         error => failed(error.to_string()),
@@ -219,7 +232,11 @@ pub(crate) fn mount(kind: &str, device: &Path) -> Result<OwnedFd, AgentError> {
     };
     make().map_err(|error| {
         let said = words(&context);
-        failed(if said.is_empty() { error.to_string() } else { format!("{error}; {said}") })
+        failed(if said.is_empty() {
+            error.to_string()
+        } else {
+            format!("{error}; {said}")
+        })
     })
 }
 

@@ -57,17 +57,28 @@ impl<'a> Walk<'a> {
     ///
     /// # Errors
     /// Of the sink, or the tree is not there.
-    pub(crate) fn tree(&mut self, root: &OwnedFd, tree: &Tree, sink: &mut impl Sink) -> Result<(), AgentError> {
+    pub(crate) fn tree(
+        &mut self,
+        root: &OwnedFd,
+        tree: &Tree,
+        sink: &mut impl Sink,
+    ) -> Result<(), AgentError> {
         let here = |source: io::Error| AgentError::Here {
             what: format!("/{} in the frozen image", tree.name.display()),
             source,
         };
-        let parent = tree.inner.parent().map(|parent| parent.as_os_str().as_bytes()).filter(|path| !path.is_empty());
-        let folder = folder(root, parent.unwrap_or(b".")).map_err(here)?;
+        // One part after the other: no symbolic link leads out of the image.
+        let mut folder = inner_folder(root, b".").map_err(here)?;
+        for part in tree.inner.parent().into_iter().flatten() {
+            folder = inner_folder(&folder, part.as_bytes()).map_err(here)?;
+        }
         let name = tree.inner.file_name().map_or(&b"."[..], |name| name.as_bytes());
         let path = tree.name.as_os_str().as_bytes();
         let held = Held::open(&folder, name).map_err(here)?;
-        let mut levels: Vec<Level> = self.visit(&folder, name, &held, path, sink)?.into_iter().collect();
+        let mut levels: Vec<Level> = self
+            .visit(&folder, name, &held, path, sink)?
+            .into_iter()
+            .collect();
         while let Some(level) = levels.last_mut() {
             signals::check()?;
             let Some(name) = level.names.pop() else {
@@ -86,10 +97,14 @@ impl<'a> Walk<'a> {
                 sink.problem(&path, "its path is longer than a backup takes");
                 continue;
             }
-            match Held::open(&level.folder, &name) {
-                Ok(held) => levels.extend(self.visit(&level.folder, &name, &held, &path, sink)?),
-                Err(error) => sink.problem(&path, &error.to_string()),
-            }
+            let inside = match Held::open(&level.folder, &name) {
+                Ok(held) => self.visit(&level.folder, &name, &held, &path, sink)?,
+                Err(error) => {
+                    sink.problem(&path, &error.to_string());
+                    None
+                }
+            };
+            levels.extend(inside);
         }
         Ok(())
     }
@@ -128,7 +143,11 @@ impl<'a> Walk<'a> {
         let mut level = None;
         let mut content = None;
         let file_type = FileType::from_raw_mode(stat.st_mode);
-        let known = self.seen.get(&stat.st_ino).filter(|_| file_type != FileType::Directory).cloned();
+        let known = self
+            .seen
+            .get(&stat.st_ino)
+            .filter(|_| file_type != FileType::Directory)
+            .cloned();
         let kind = match file_type {
             _ if known.is_some() => Kind::HardLink {
                 to: known.unwrap_or_default(),
@@ -140,7 +159,13 @@ impl<'a> Walk<'a> {
             FileType::RegularFile => {
                 let file = snapshot::open(folder, name)?;
                 let kind = self.file(&file, &stat)?;
-                if matches!(&kind, Kind::File { content: Content::Stream {}, .. }) {
+                if matches!(
+                    &kind,
+                    Kind::File {
+                        content: Content::Stream {},
+                        ..
+                    }
+                ) {
                     content = Some(file);
                 }
                 kind
@@ -191,7 +216,11 @@ impl<'a> Walk<'a> {
         }
         let disk = self.disk;
         let extents = pieces.into_iter().filter_map(|piece| match piece {
-            Piece::Disk { offset, length, start } => Some(Extent {
+            Piece::Disk {
+                offset,
+                length,
+                start,
+            } => Some(Extent {
                 offset,
                 length,
                 at: Some(Place { disk, start }),
@@ -213,14 +242,14 @@ impl<'a> Walk<'a> {
     }
 }
 
-fn folder(folder: impl AsFd, name: &[u8]) -> io::Result<OwnedFd> {
+fn inner_folder(folder: impl AsFd, name: &[u8]) -> io::Result<OwnedFd> {
     use rustix::fs::{Mode, OFlags, openat};
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(openat(folder, name, flags, Mode::empty())?)
 }
 
 fn inside(parent: &OwnedFd, name: &[u8], path: &[u8]) -> io::Result<Level> {
-    let folder = folder(parent, name)?;
+    let folder = inner_folder(parent, name)?;
     let mut names = Vec::new();
     for entry in Dir::read_from(&folder)? {
         let entry = entry?;
@@ -263,7 +292,8 @@ mod tests {
         }
 
         fn problem(&mut self, path: &[u8], reason: &str) {
-            self.problems.push(format!("{}: {reason}", String::from_utf8_lossy(path)));
+            self.problems
+                .push(format!("{}: {reason}", String::from_utf8_lossy(path)));
         }
     }
 
@@ -290,7 +320,9 @@ mod tests {
         };
         let root = OwnedFd::from(File::open(folder).unwrap());
         let mut kept = Kept::default();
-        Walk::new(&system, 3, &exclude).tree(&root, &tree, &mut kept).unwrap();
+        Walk::new(&system, 3, &exclude)
+            .tree(&root, &tree, &mut kept)
+            .unwrap();
         kept
     }
 
@@ -329,7 +361,12 @@ mod tests {
         assert_eq!(kept.entries[5].kind, Kind::HardLink { to });
         assert_eq!(kept.entries[4].size(), 5000);
         assert_eq!(kept.entries[8].kind, Kind::Fifo {});
-        assert_eq!(kept.entries[6].kind, Kind::Symlink { target: "/nowhere".into() });
+        assert_eq!(
+            kept.entries[6].kind,
+            Kind::Symlink {
+                target: "/nowhere".into()
+            }
+        );
     }
 
     #[test]

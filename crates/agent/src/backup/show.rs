@@ -1,0 +1,172 @@
+//! Backups for people.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use api::{ByteSize, Utc};
+use backup::client::Event;
+use backup::message::{BackupInfo, Progress};
+use backup::plan::{Entry, Kind, Time};
+use serde::Serialize;
+
+use super::create::Created;
+use super::restore::{Restored, selection};
+use super::{Mover, said};
+use crate::host::AgentError;
+use crate::print;
+use crate::show::table;
+
+fn json_of(value: &impl Serialize) {
+    print(&format!(
+        "{}\n",
+        serde_json::to_string_pretty(value).unwrap_or_default()
+    ));
+}
+
+fn size(bytes: u64) -> String {
+    ByteSize::from_bytes(bytes).to_string()
+}
+
+fn time(time: Time) -> String {
+    Utc::from_unix(u64::try_from(time.seconds).unwrap_or(0)).to_string()
+}
+
+/// Numbers of a backup: `12 entries, 34M: 30M from devices, 4M in the parent`.
+fn progress(progress: &Progress) -> String {
+    let parts = [
+        (progress.from_devices, "read from devices"),
+        (progress.from_export, "read through the storage manager"),
+        (progress.from_agent, "sent by the agent"),
+        (progress.in_parent, "in the parent"),
+    ];
+    let parts = parts.iter().filter(|(bytes, _)| *bytes > 0);
+    let parts: Vec<String> = parts
+        .map(|(bytes, what)| format!("{} {what}", size(*bytes)))
+        .collect();
+    let mut text = format!("{} entries, {}", progress.entries, size(progress.bytes));
+    if !parts.is_empty() {
+        text = format!("{text}: {}", parts.join(", "));
+    }
+    text
+}
+
+/// What was made.
+pub(crate) fn created(created: &Created, json: bool) {
+    if json {
+        return json_of(created);
+    }
+    for problem in &created.problems {
+        eprintln!("sms-agent: {problem}");
+    }
+    if created.more_problems > 0 {
+        eprintln!("sms-agent: and {} more", created.more_problems);
+    }
+    let backup = &created.backup;
+    let mut text = format!("{}: {}\n", backup.name, progress(&backup.progress));
+    if let Some(milliseconds) = created.frozen_ms {
+        text.push_str(&format!("file systems stood still for {milliseconds} ms\n"));
+    }
+    if let Some(image) = &created.image {
+        text.push_str(&format!(
+            "the image {image} was kept: a later backup can be built on this one (--incremental)\n"
+        ));
+    }
+    print(&text);
+}
+
+/// The backups of this machine.
+pub(crate) fn list(mover: &mut Mover, json: bool) -> Result<ExitCode, AgentError> {
+    let all = mover.list().map_err(said)?;
+    if json {
+        json_of(&all);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let row = |backup: &BackupInfo| {
+        let state = match (backup.complete, &backup.parent) {
+            (false, _) => "incomplete".to_owned(),
+            (true, None) => "full".to_owned(),
+            (true, Some(parent)) => format!("since {parent}"),
+        };
+        vec![
+            backup.name.clone(),
+            time(backup.frozen),
+            state,
+            backup.progress.entries.to_string(),
+            size(backup.progress.bytes),
+            size(backup.archive),
+            backup.description.clone(),
+        ]
+    };
+    let head = ["name", "frozen", "kind", "entries", "data", "archive", ""];
+    let rows = std::iter::once(head.map(str::to_owned).to_vec()).chain(all.iter().map(row));
+    print(&table(&rows.collect::<Vec<_>>()));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One line for an entry, like those of `ls -l`.
+fn line(entry: &Entry) -> String {
+    let (letter, more) = match &entry.kind {
+        Kind::Directory {} => ('d', String::new()),
+        Kind::File { .. } => ('-', String::new()),
+        Kind::Symlink { target } => ('l', format!(" -> {target}")),
+        Kind::HardLink { to } => ('h', format!(" = /{to}")),
+        Kind::Fifo {} => ('p', String::new()),
+        Kind::CharacterDevice { major, minor } => ('c', format!(" ({major}, {minor})")),
+        Kind::BlockDevice { major, minor } => ('b', format!(" ({major}, {minor})")),
+        Kind::Disk { .. } => ('D', String::new()),
+    };
+    let (mode, uid, gid) = (entry.mode, entry.uid, entry.gid);
+    let (length, when) = (entry.size(), time(entry.modified));
+    format!(
+        "{letter} {mode:04o} {uid:>5} {gid:>5} {length:>12}  {when}  /{}{more}\n",
+        entry.path
+    )
+}
+
+/// What is in a backup.
+pub(crate) fn content(
+    mover: &mut Mover,
+    name: String,
+    paths: &[PathBuf],
+    json: bool,
+) -> Result<ExitCode, AgentError> {
+    mover.restore(&selection(&name, paths, true)).map_err(said)?;
+    loop {
+        match mover.next_event().map_err(said)? {
+            Event::Entry(entry) if json => print(&format!(
+                "{}\n",
+                serde_json::to_string(&entry).unwrap_or_default()
+            )),
+            Event::Entry(entry) => print(&line(&entry)),
+            Event::End(_) => return Ok(ExitCode::SUCCESS),
+            Event::Content { .. } | Event::EntryEnd { .. } => {}
+        }
+    }
+}
+
+/// A backup was verified.
+pub(crate) fn verified(name: &str, found: &Progress, json: bool) -> Result<ExitCode, AgentError> {
+    match json {
+        true => json_of(found),
+        false => print(&format!(
+            "{name}: all checksums are right ({})\n",
+            progress(found)
+        )),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Files were restored.
+pub(crate) fn restored(restored: &Restored, json: bool) {
+    if json {
+        return json_of(restored);
+    }
+    for problem in &restored.problems {
+        eprintln!("sms-agent: {problem}");
+    }
+    let (entries, bytes) = (restored.entries, size(restored.sent.bytes));
+    print(&format!(
+        "{entries} of {} entries restored, {bytes}\n",
+        restored.sent.entries
+    ));
+}
