@@ -45,9 +45,9 @@ pub(crate) struct From {
 pub(crate) struct AccessArguments {
     /// The file with the token of this machine, as `smsvmm mover token` made it.
     #[arg(long, value_name = "FILE")]
-    pub(crate) token_file: PathBuf,
+    pub(crate) token_file: Option<PathBuf>,
     /// The certificate of the mover, or of the authority that signed it (PEM).
-    #[arg(long, value_name = "FILE", required_unless_present = "no_tls")]
+    #[arg(long, value_name = "FILE")]
     pub(crate) ca: Option<PathBuf>,
     /// The name in the mover's certificate, if it is not the host in its address.
     #[arg(long, value_name = "NAME")]
@@ -60,10 +60,13 @@ pub(crate) struct AccessArguments {
 #[derive(Debug, Args)]
 pub(crate) struct CreateArguments {
     /// The mover that makes the backup.
-    #[arg(long, value_name = "HOST:PORT")]
-    pub(crate) to: String,
+    #[arg(long, value_name = "HOST:PORT", required_unless_present = "dry_run")]
+    pub(crate) to: Option<String>,
     #[command(flatten)]
     pub(crate) access: AccessArguments,
+    /// Freeze an image, show what would be in the backup, and release the image again. No mover is asked.
+    #[arg(long, conflicts_with_all = ["to", "parent", "incremental", "keep_image", "resume"])]
+    pub(crate) dry_run: bool,
     /// What to back up: files, folders with all that is in them on their file system, or whole disks (/dev/sdb).
     #[arg(long = "source", value_name = "PATH", num_args = 1.., required = true)]
     pub(crate) sources: Vec<PathBuf>,

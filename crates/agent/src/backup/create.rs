@@ -81,12 +81,21 @@ pub(crate) fn create(host: &Host, arguments: CreateArguments, json: bool) -> Res
             "a backup cannot be called {name}: its image is {image}, and {reason}"
         ))
     })?;
-    // Whatever is wrong with mover and parent: nothing was frozen yet.
-    let mut mover = connect(&arguments.to, &arguments.access)?;
-    let parent = parent(host, &mut mover, &arguments, &disks)?;
-
     let paths: Vec<String> = disks.iter().map(|disk| disk.path.clone()).collect();
     let mut taken = Taken::new(host);
+    let Some(to) = &arguments.to else {
+        freeze_image(host, &sources, &arguments, &paths, &image, &mut taken)?;
+        let mut shown = Shown {
+            json,
+            problems: false,
+        };
+        walk_all(&sources, &arguments, &disks, &image, &mut taken, &mut shown)?;
+        let left = taken.give_back();
+        return Ok(end(shown.problems, &left));
+    };
+    // Whatever is wrong with mover and parent: nothing was frozen yet.
+    let mut mover = connect(to, &arguments.access)?;
+    let parent = parent(host, &mut mover, &arguments, &disks)?;
     let frozen_ms = match arguments.resume {
         true => None,
         false => Some(freeze_image(
@@ -118,9 +127,6 @@ pub(crate) fn create(host: &Host, arguments: CreateArguments, json: bool) -> Res
         old.image(&image_of(&parent), &paths);
         left.extend(old.give_back());
     }
-    for left in &left {
-        eprintln!("sms-agent: {left}");
-    }
     let created = Created {
         backup,
         frozen_ms,
@@ -129,10 +135,36 @@ pub(crate) fn create(host: &Host, arguments: CreateArguments, json: bool) -> Res
         more_problems: problems.more,
     };
     show::created(&created, json);
-    Ok(match (created.problems.is_empty(), left.is_empty()) {
-        (true, true) => ExitCode::SUCCESS,
-        _ => ExitCode::from(NOT_ALL),
-    })
+    Ok(end(!created.problems.is_empty(), &left))
+}
+
+/// Says what could not be given back.
+fn end(problems: bool, left: &[String]) -> ExitCode {
+    for left in left {
+        eprintln!("sms-agent: {left}");
+    }
+    match problems || !left.is_empty() {
+        true => ExitCode::from(NOT_ALL),
+        false => ExitCode::SUCCESS,
+    }
+}
+
+/// Shows entries instead of sending them.
+struct Shown {
+    json: bool,
+    problems: bool,
+}
+
+impl Sink for Shown {
+    fn entry(&mut self, entry: Entry, _: Option<File>) -> Result<(), AgentError> {
+        show::entry(&entry, self.json);
+        Ok(())
+    }
+
+    fn problem(&mut self, path: &[u8], reason: &str) {
+        self.problems = true;
+        eprintln!("sms-agent: /{}: {reason}", RawText(path.to_vec()));
+    }
 }
 
 /// A name by the time.
@@ -363,7 +395,7 @@ fn walk_all(
     disks: &[Disk],
     image: &str,
     taken: &mut Taken<'_>,
-    sender: &mut Sender<'_>,
+    sink: &mut impl Sink,
 ) -> Result<(), AgentError> {
     let exclude: Vec<Glob> = arguments.exclude.iter().map(|text| Glob::new(text)).collect();
     let mut attached = BTreeMap::new();
@@ -379,7 +411,7 @@ fn walk_all(
         let root: OwnedFd = mount(&system.mount.kind, &device)?;
         let mut walk = Walk::new(system, u32::try_from(at).unwrap_or(u32::MAX), &exclude);
         for tree in sources.trees.iter().filter(|tree| tree.system == number) {
-            walk.tree(&root, tree, sender)?;
+            walk.tree(&root, tree, sink)?;
         }
     }
     Ok(())

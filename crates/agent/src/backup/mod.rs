@@ -86,11 +86,24 @@ fn said(error: ClientError) -> AgentError {
 }
 
 fn connect(address: &str, access: &AccessArguments) -> Result<Mover, AgentError> {
+    let missing = |what: &str| {
+        AgentError::Text(format!(
+            "{what}; `smsvmm mover token` on the mover's machine makes what is needed"
+        ))
+    };
+    if access.ca.is_none() && !access.no_tls {
+        return Err(missing("say by which certificate the mover is known: --ca FILE"));
+    }
+    let Some(file) = &access.token_file else {
+        return Err(missing(
+            "say where the token of this machine is: --token-file FILE",
+        ));
+    };
     let unreadable = |source| AgentError::Here {
-        what: access.token_file.display().to_string(),
+        what: file.display().to_string(),
         source,
     };
-    let token = fs::read_to_string(&access.token_file).map_err(unreadable)?;
+    let token = fs::read_to_string(file).map_err(unreadable)?;
     let tls = Tls {
         authorities: access.ca.as_deref(),
         name: access.tls_name.as_deref(),

@@ -123,6 +123,14 @@ fn line(entry: &Entry) -> String {
     )
 }
 
+/// One line.
+pub(crate) fn entry(entry: &Entry, json: bool) {
+    match json {
+        true => print(&format!("{}\n", serde_json::to_string(entry).unwrap_or_default())),
+        false => print(&line(entry)),
+    }
+}
+
 /// What is in a backup.
 pub(crate) fn content(
     mover: &mut Mover,
