@@ -143,14 +143,47 @@ pub enum DiskOperation {
         #[serde(default)]
         until: Option<String>,
     },
+    /// Where a range of a snapshot is on devices, for who reads them by itself.
+    Places {
+        /// The snapshot: `/vm/root.dsk@monday`.
+        path: String,
+        /// First byte.
+        offset: u64,
+        /// Bytes, at most [`MAX_PLACES`].
+        length: u64,
+        /// The configuration identifier that is known already: if it is still the same, nothing else is told.
+        #[serde(default)]
+        unless: Option<String>,
+    },
+    /// Keep a snapshot, and the files on which it is built, from being deleted, merged or moved by the file system, for a time. Volumes
+    /// may still be moved.
+    Pin {
+        /// The snapshot: `/vm/root.dsk@monday`.
+        path: String,
+        /// For so many seconds, at most [`MAX_PIN`].
+        seconds: u64,
+        /// The pin that this one replaces.
+        #[serde(default)]
+        replaces: Option<u64>,
+    },
+    /// End a pin.
+    Unpin {
+        /// Its number.
+        pin: u64,
+    },
 }
+
+/// The longest range that [`DiskOperation::Places`] is for, in bytes.
+pub const MAX_PLACES: u64 = 256 << 20;
+/// The longest time of a pin in seconds.
+pub const MAX_PIN: u64 = 3600;
 
 impl DiskOperation {
     /// Whether it changes nothing.
     pub fn only_reads(&self) -> bool {
         matches!(
             self,
-            Self::List { .. } | Self::Status { .. } | Self::Changed { .. }
+            Self::List { .. } | Self::Status { .. } | Self::Changed { .. } | Self::Places { .. }
         )
     }
 }
@@ -240,6 +273,67 @@ pub enum DiskAnswer {
     Status(Box<VirtualDiskStatus>),
     /// Ranges, in order.
     Changed(Vec<ChangedRange>),
+    /// Where a snapshot is.
+    Places(Box<DiskPlaces>),
+    /// A pin.
+    Pinned(DiskPin),
+}
+
+/// Where a range of a snapshot is on devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskPlaces {
+    /// What distinguishes this snapshot from all others that the disk ever had, whatever they were called.
+    pub identity: String,
+    /// Bytes of the whole snapshot.
+    pub size: u64,
+    /// Changes whenever a byte of the range gets another place. None if the range cannot be read from devices as it is.
+    pub configuration: Option<String>,
+    /// It is the one that was known already: the rest is empty.
+    pub same: bool,
+    /// Why the range cannot be read from devices as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unreadable: Option<String>,
+    /// The pool's identity.
+    pub pool: String,
+    /// The devices that `extents` are on.
+    pub devices: Vec<PlacedOn>,
+    /// In order; what is not in it reads as zeroes.
+    pub extents: Vec<DeviceExtent>,
+}
+
+/// A device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PlacedOn {
+    /// Its number in the pool.
+    pub device: u64,
+    /// Its identity, as in its label.
+    pub uuid: String,
+}
+
+/// A run of a snapshot's bytes on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DeviceExtent {
+    /// First byte of the snapshot.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// The device's number in the pool.
+    pub device: u64,
+    /// First byte on the device, from its very beginning.
+    pub start: u64,
+}
+
+/// A pin.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskPin {
+    /// Its number.
+    pub pin: u64,
+    /// When it ends, in seconds since 1970.
+    pub until: u64,
 }
 
 /// What came of an operation on disks.
@@ -342,6 +436,18 @@ pub enum TransferRequest {
     Export(ExportRequest),
     /// A disk is copied.
     Copy(CopyRequest),
+    /// Ranges of a disk or snapshot go out, in the order of the request.
+    Read(ReadRanges),
+}
+
+/// Ranges of a disk or snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ReadRanges {
+    /// The disk or snapshot.
+    pub path: String,
+    /// Offsets and numbers of bytes, in whole sectors of 512; in ascending order, none on another one.
+    pub ranges: Vec<(u64, u64)>,
 }
 
 /// What was imported, exported or copied.

@@ -217,7 +217,7 @@ impl<S: Read + Write> Client<S> {
     /// The mover refuses the token or the version, or the connection breaks.
     pub fn hello(stream: S, token: &str, agent: &str) -> Result<Self, ClientError> {
         let mut client = Self {
-            reader: FrameReader::new(stream, Some(0), 0),
+            reader: FrameReader::new(stream, Some(0), Some(0)),
             sent: 0,
             welcome: Welcome {
                 version: VERSION,

@@ -131,13 +131,13 @@ fn checksum(head: &[u8; HEAD], parts: &[&[u8]]) -> u32 {
 pub struct FrameReader<R> {
     from: R,
     stream: Option<u64>,
-    number: u64,
+    number: Option<u64>,
     payload: Vec<u8>,
 }
 
 impl<R: Read> FrameReader<R> {
-    /// Frames of `stream`, or of the one that the first frame tells, with numbers from `number` on.
-    pub fn new(from: R, stream: Option<u64>, number: u64) -> Self {
+    /// Frames of `stream`, or of the one that the first frame tells, with numbers from `number` on, or from that of the first frame on.
+    pub fn new(from: R, stream: Option<u64>, number: Option<u64>) -> Self {
         Self {
             from,
             stream,
@@ -151,9 +151,9 @@ impl<R: Read> FrameReader<R> {
         &mut self.from
     }
 
-    /// The number of the next frame.
+    /// The number of the next frame; 0 if that is not known.
     pub fn number(&self) -> u64 {
-        self.number
+        self.number.unwrap_or(0)
     }
 
     /// The stream, if it is known.
@@ -167,7 +167,7 @@ impl<R: Read> FrameReader<R> {
     /// What is below fails or ends within the frame, or this is not the frame that should be here. Afterwards nothing that follows can
     /// be read.
     pub fn read(&mut self) -> Result<Option<Head>, FrameError> {
-        let number = self.number;
+        let number = self.number();
         let wrong = |reason| FrameError::Wrong { number, reason };
         let mut head = [0; HEAD];
         match fill(&mut self.from, &mut head)? {
@@ -203,7 +203,8 @@ impl<R: Read> FrameReader<R> {
         if length > MAX_PAYLOAD || [z0, z1] != [0; 2] {
             return Err(wrong("its header makes no sense"));
         }
-        if u64::from_le_bytes([n0, n1, n2, n3, n4, n5, n6, n7]) != number {
+        let found = u64::from_le_bytes([n0, n1, n2, n3, n4, n5, n6, n7]);
+        if self.number.is_some_and(|expected| expected != found) {
             return Err(wrong("it has another number"));
         }
         let stream = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
@@ -225,7 +226,7 @@ impl<R: Read> FrameReader<R> {
             return Err(wrong("its checksum is wrong"));
         }
         self.stream = Some(stream);
-        self.number += 1;
+        self.number = Some(found.wrapping_add(1));
         Ok(Some(Head { kind, length }))
     }
 
@@ -263,7 +264,7 @@ mod tests {
     #[test]
     fn frames_come_back_as_they_were_written() {
         let bytes = two();
-        let mut reader = FrameReader::new(&bytes[..], None, 0);
+        let mut reader = FrameReader::new(&bytes[..], None, Some(0));
         assert_eq!(reader.read().unwrap(), Some(Head { kind: 1, length: 5 }));
         assert_eq!((reader.payload(), reader.stream()), (&b"abcde"[..], Some(7)));
         assert_eq!(reader.read().unwrap(), Some(Head { kind: 2, length: 0 }));
@@ -274,7 +275,7 @@ mod tests {
     fn every_flipped_bit_and_every_end_within_a_frame_is_noticed() {
         let bytes = two();
         let read = |bytes: &[u8]| {
-            let mut reader = FrameReader::new(bytes, Some(7), 0);
+            let mut reader = FrameReader::new(bytes, Some(7), Some(0));
             while reader.read()?.is_some() {}
             Ok::<_, FrameError>(reader.number())
         };

@@ -2,7 +2,7 @@
 //!
 //! Everything is a [frame](crate::frame): kind 1 is a [`Request`] or a [`Reply`] as JSON, kind 2 bytes of a file ([`content`]). The agent
 //! speaks first, and each request has one reply, before which there may be any number of [`Reply::Working`]: so neither side can
-//! block the other, and a side that is silent for a minute is gone.
+//! block the other. An agent that says nothing for two minutes is taken for gone.
 //!
 //! ```text
 //!   agent                          mover
@@ -169,6 +169,9 @@ pub struct Begun {
     pub last: Option<RawText>,
     /// How it reads: `devices` or `export`.
     pub reads: String,
+    /// What a person should know: why it does not read devices, why nothing can stay in the parent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// How far it is.

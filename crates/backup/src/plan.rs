@@ -12,7 +12,7 @@ pub const MAX_PATH: usize = 4096;
 /// Longest part of a path in bytes.
 pub const MAX_NAME: usize = 255;
 /// Most entries of a plan.
-pub const MAX_ENTRIES: u64 = 100_000_000;
+pub const MAX_ENTRIES: u64 = 16_000_000;
 /// Most entries in one message.
 pub const MAX_BATCH: usize = 4096;
 /// Most extents in one message.

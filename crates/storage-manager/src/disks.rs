@@ -17,6 +17,7 @@ use crate::file_view;
 use crate::files::walk;
 use crate::moment;
 use crate::offline;
+use crate::places;
 use crate::problem::{of_disks, of_files};
 use crate::random;
 use crate::storage::{Access, Storage, Volume, now};
@@ -207,6 +208,24 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
             let ranges = Box::pin(changed(disks, &path, &since, until.as_deref())).await?;
             Ok(DiskAnswer::Changed(ranges))
         }
+        DiskOperation::Places {
+            path,
+            offset,
+            length,
+            unless,
+        } => {
+            let places = Box::pin(places::places(storage, &path, offset, length, unless)).await?;
+            Ok(DiskAnswer::Places(Box::new(places)))
+        }
+        DiskOperation::Pin {
+            path,
+            seconds,
+            replaces,
+        } => {
+            let pin = Box::pin(places::pin(storage, &path, seconds, replaces)).await?;
+            Ok(DiskAnswer::Pinned(pin))
+        }
+        DiskOperation::Unpin { pin } => Box::pin(places::unpin(storage, pin)).await,
         DiskOperation::Create {
             path,
             size,
@@ -302,7 +321,7 @@ pub(crate) async fn attributes_at(
     file_view::changed(files, stat.attributes, changes).map(Some)
 }
 
-fn snapshot_of(path: &str) -> Result<(DiskPath, String), Problem> {
+pub(crate) fn snapshot_of(path: &str) -> Result<(DiskPath, String), Problem> {
     let (disk, snapshot) = DiskPath::with_snapshot(path).map_err(failed)?;
     match snapshot {
         Some(snapshot) => Ok((disk, snapshot)),

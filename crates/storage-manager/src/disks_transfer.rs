@@ -416,7 +416,7 @@ pub(crate) async fn send_all<D: BlockDevice, T>(
     Ok(sent)
 }
 
-async fn read_piece<D: BlockDevice>(disk: &D, range: Range<u64>) -> Result<Piece, Problem> {
+pub(crate) async fn read_piece<D: BlockDevice>(disk: &D, range: Range<u64>) -> Result<Piece, Problem> {
     let length = usize::try_from(range.end - range.start).unwrap_or(0);
     let buffer = AlignedBuffer::new(length);
     let read = disk.read(range.start, &memory(&buffer, 0..length)).await;

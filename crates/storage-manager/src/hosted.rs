@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use api::storage::{Operation, Outcome, PoolEvent};
-use api::virtual_disk::{TransferRequest, Transferred};
+use api::virtual_disk::{DiskOperation, TransferRequest, Transferred};
 use api::{Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
 use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOptions, spawn_local};
 use storage_virtualizer::PinnedDisk;
@@ -42,10 +42,12 @@ use crate::live::{self, Transfers};
 use crate::pipe::Pipe;
 use crate::reservations::PoolReservations;
 use crate::storage::{Access, Storage};
-use crate::{files, offline, random, volumes};
+use crate::{files, offline, places, random, ranges, volumes};
 
 /// Between two looks whether a disk is still used.
 const LOOK: Duration = Duration::from_millis(2);
+/// Between two looks whether the time of a pin is over.
+const PIN_LOOK: Duration = Duration::from_secs(1);
 /// For so long it is waited until nobody uses a disk that is to be closed.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -65,6 +67,35 @@ pub(crate) struct Open {
     stopping: Arc<AtomicBool>,
     /// What went wrong with disks that were closed.
     problems: RefCell<Vec<Problem>>,
+    /// Somebody sees that pins end.
+    expiring: Cell<bool>,
+}
+
+/// Ends pins when their time is over, as long as there are any.
+fn expire_pins() {
+    let Ok(open) = open_pool() else { return };
+    if open.expiring.replace(true) {
+        return;
+    }
+    drop(open);
+    let spawned = spawn_local(async {
+        let clock = WorkerClock::new();
+        // The pool may be closed meanwhile, which waits for nobody who has it.
+        while let Ok(open) = open_pool() {
+            match places::expire(&open.storage).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    open.expiring.set(false);
+                    return;
+                }
+                Err(problem) => tracing::warn!(%problem, "pins whose time is over could not be ended"),
+            }
+            drop(open);
+            clock.sleep(PIN_LOOK).await;
+        }
+    });
+    // This is a worker.
+    drop(spawned);
 }
 
 /// Told of a new size.
@@ -141,7 +172,10 @@ impl HostedPool {
                 merging: Cell::new(0),
                 stopping: seen,
                 problems: RefCell::default(),
+                expiring: Cell::new(false),
             })));
+            // What a process had pinned that did not end well.
+            expire_pins();
             Ok(notes)
         })?;
         Ok(Self {
@@ -290,6 +324,7 @@ impl HostedPool {
     pub fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         self.worker.run(move || async move {
             let open = open_pool()?;
+            let pins = matches!(&request, StorageRequest::Disk(DiskOperation::Pin { .. }));
             let shorter = match &request {
                 StorageRequest::Disk(operation) => disks::shortens(operation),
                 _ => None,
@@ -297,6 +332,9 @@ impl HostedPool {
             let answer = Box::pin(answer(&open.storage, request, &open.stopping)).await?;
             if let Some(path) = shorter {
                 shorten(&open, path);
+            }
+            if pins {
+                expire_pins();
             }
             Ok(answer)
         })
@@ -527,6 +565,10 @@ pub(crate) async fn move_data(
         TransferRequest::Copy(request) => {
             drop((data, checks));
             Box::pin(disks_transfer::copy(storage, request, &reporter)).await
+        }
+        TransferRequest::Read(request) => {
+            drop(checks);
+            Box::pin(ranges::read(storage, request, data, &reporter)).await
         }
     };
     if let Some(path) = longer {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use block_io::{BlockDevice, Clock};
-use filesys::{Attributes, FileId, FsError, NewFile, Range};
+use filesys::{Attributes, FileId, FsError, NewFile, Range, Stat};
 
 use super::DiskMode;
 use super::descriptor::Descriptor;
@@ -346,6 +346,22 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         let old = self.layer_path(&path, old).await?;
         let new = self.layer_path(&path, new).await?;
         Ok(Box::pin(self.files().changed(&new, Some(&old), from, most)).await?)
+    }
+
+    /// The file that is a snapshot (`/vm/root.dsk@monday`), as the file system knows it: its path there, and its state.
+    ///
+    /// # Errors
+    /// There is none, or metadata cannot be read.
+    pub async fn frozen_file(&self, disk: &DiskPath, snapshot: &str) -> Result<(String, Stat), DiskError> {
+        let entry = self.entry(disk);
+        let _turn = entry.turn.take().await;
+        let descriptor = Box::pin(self.look(disk, &entry)).await?;
+        let mark = descriptor
+            .snapshot(snapshot)
+            .ok_or_else(|| no_snapshot(disk, snapshot))?;
+        let path = self.layer_path(disk, mark.file).await?;
+        let stat = self.files().stat(&path).await?;
+        Ok((path, stat))
     }
 
     /// Ranges of a disk, or of a snapshot of it (`/vm/root.dsk@monday`), that have data or are zero by themselves; everything between

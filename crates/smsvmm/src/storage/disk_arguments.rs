@@ -152,6 +152,18 @@ pub(crate) enum DiskCommand {
         #[arg(long, value_name = "SNAPSHOT")]
         until: Option<String>,
     },
+    /// Show where a range of a snapshot lies on devices. Only reads.
+    Places {
+        /// The snapshot: /vm/root.dsk@NAME.
+        #[arg(value_parser = path)]
+        snapshot: String,
+        /// First byte.
+        #[arg(long, default_value = "0")]
+        offset: ByteSize,
+        /// Bytes.
+        #[arg(long, default_value = "256M")]
+        length: ByteSize,
+    },
     /// Make a disk from an image: raw, or qcow2. Zeroes take no space.
     Import {
         /// A file or a block device of the host.
@@ -263,6 +275,16 @@ impl DiskCommand {
             Self::Discard { path } => DiskOperation::Discard { path },
             Self::Merge { path } => DiskOperation::Merge { path },
             Self::Changed { path, since, until } => DiskOperation::Changed { path, since, until },
+            Self::Places {
+                snapshot,
+                offset,
+                length,
+            } => DiskOperation::Places {
+                path: snapshot,
+                offset: offset.bytes(),
+                length: length.bytes(),
+                unless: None,
+            },
             Self::Import { .. } | Self::Export { .. } | Self::Copy { .. } => return None,
         })
     }

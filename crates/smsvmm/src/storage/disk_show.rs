@@ -2,7 +2,8 @@
 
 use api::file::Target;
 use api::virtual_disk::{
-    ChangedRange, DiskAnswer, DiskOperation, ImageFormat, Transferred, VirtualDisk, VirtualDiskStatus,
+    ChangedRange, DiskAnswer, DiskOperation, DiskPlaces, ImageFormat, Transferred, VirtualDisk,
+    VirtualDiskStatus,
 };
 
 use super::file_show::time;
@@ -15,6 +16,9 @@ pub(crate) fn answer(operation: &DiskOperation, answer: &DiskAnswer) -> String {
         DiskAnswer::Disks(disks) => list(disks),
         DiskAnswer::Status(disk) => status(disk),
         DiskAnswer::Changed(ranges) => changed(ranges),
+        DiskAnswer::Places(places) => place_list(places),
+        // No command makes one.
+        DiskAnswer::Pinned(pin) => format!("pin {}\n", pin.pin),
     }
 }
 
@@ -155,6 +159,23 @@ fn changed(ranges: &[ChangedRange]) -> String {
         ]);
     }
     table.text()
+}
+
+fn place_list(places: &DiskPlaces) -> String {
+    if let Some(why) = &places.unreadable {
+        return format!("cannot be read from devices as it is: {why}\n");
+    }
+    let mut table = Table::new(&["OFFSET", "LENGTH", "DEVICE", "START"], &[0, 1, 3]);
+    for extent in &places.extents {
+        table.row([
+            extent.offset.to_string(),
+            extent.length.to_string(),
+            format!("d{}", extent.device),
+            extent.start.to_string(),
+        ]);
+    }
+    let configuration = places.configuration.as_deref().unwrap_or_default();
+    format!("configuration {configuration}\n{}", table.text())
 }
 
 /// What was imported, exported or copied.

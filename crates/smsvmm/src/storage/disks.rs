@@ -144,5 +144,7 @@ fn print_answer(outcome: &DiskOutcome) -> anyhow::Result<()> {
         DiskAnswer::Disks(disks) => print_json(disks),
         DiskAnswer::Status(status) => print_json(status),
         DiskAnswer::Changed(ranges) => print_json(ranges),
+        DiskAnswer::Places(places) => print_json(places),
+        DiskAnswer::Pinned(pin) => print_json(pin),
     }
 }

@@ -79,6 +79,7 @@ pub(crate) fn transfer(
         TransferRequest::Import(import) => &import.path,
         TransferRequest::Export(export) => &export.path,
         TransferRequest::Copy(copy) => &copy.path,
+        TransferRequest::Read(read) => &read.path,
     };
     DiskPath::with_snapshot(path).map_err(failed)?;
     let size = match &request {

@@ -127,10 +127,13 @@ impl FakeVm {
             | DiskOperation::Commit { path }
             | DiskOperation::Discard { path }
             | DiskOperation::Merge { path }
-            | DiskOperation::Changed { path, .. } => {
+            | DiskOperation::Changed { path, .. }
+            | DiskOperation::Places { path, .. }
+            | DiskOperation::Pin { path, .. } => {
                 self.touch(&path);
                 DiskAnswer::Done
             }
+            DiskOperation::Unpin { .. } => DiskAnswer::Done,
         }
     }
 

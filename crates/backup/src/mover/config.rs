@@ -1,0 +1,262 @@
+//! What a mover is told: the file of `smsvmm mover serve`.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use aws_lc_rs::constant_time::verify_slices_are_equal;
+use aws_lc_rs::digest::{SHA256, digest};
+use serde::{Deserialize, Serialize};
+
+use crate::plan::MAX_ENTRIES;
+
+/// `mover.toml`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct MoverConfig {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// The folder for archives; each principal has one of its own in it.
+    pub store: PathBuf,
+    /// Certificate and key. Without them only addresses of this host are allowed.
+    #[serde(default)]
+    pub tls: Option<TlsConfig>,
+    /// Limits.
+    #[serde(default)]
+    pub limits: Limits,
+    /// Who may back up what.
+    #[serde(rename = "principal", default)]
+    pub principals: Vec<Principal>,
+}
+
+/// Files in PEM format.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct TlsConfig {
+    /// The mover's certificate, followed by those that lead to its authority.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+}
+
+/// How much is possible.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Limits {
+    /// Connections at once.
+    pub connections: usize,
+    /// Entries of a backup.
+    pub entries: u64,
+    /// Bytes of a backup that are read or sent, together; no limit if none.
+    pub bytes: Option<u64>,
+    /// Bytes per second of a connection; no limit if none.
+    pub rate: Option<u64>,
+    /// Seconds in which a request, or the next one, must have come whole.
+    pub patience: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 8,
+            entries: MAX_ENTRIES,
+            bytes: None,
+            rate: None,
+            patience: 120,
+        }
+    }
+}
+
+/// Who may back up what.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Principal {
+    /// What the folder of its archives is called.
+    pub name: String,
+    /// SHA-256 of its token in hexadecimal digits, as `smsvmm mover token` tells.
+    pub token_sha256: String,
+    /// The management socket of its machine.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
+    /// The devices of its pool, if they are to be read directly.
+    #[serde(default)]
+    pub devices: Vec<PathBuf>,
+    /// Disks beside those that its machine has attached for writing: paths, or beginnings of paths with `*` at the end.
+    #[serde(default)]
+    pub disks: Vec<String>,
+    /// Instead of a socket: the images of frozen disks, by their names (`/web1/data.dsk@monday`).
+    #[serde(default)]
+    pub images: BTreeMap<String, PathBuf>,
+}
+
+impl MoverConfig {
+    /// Checks what the types alone cannot.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        if self.tls.is_none() && !self.listen.ip().is_loopback() {
+            return Err(format!(
+                "listen: {} can be reached from elsewhere, and tokens would go there in clear: give [tls] a certificate and a key",
+                self.listen
+            ));
+        }
+        if self.limits.connections == 0 || self.limits.patience == 0 {
+            return Err("limits: connections and patience are at least 1".into());
+        }
+        if self.principals.is_empty() {
+            return Err("there is no [[principal]]: nobody could use it".into());
+        }
+        for (number, principal) in self.principals.iter().enumerate() {
+            let name = &principal.name;
+            crate::check::name(name).map_err(|error| format!("principal: {error}"))?;
+            let others = self.principals.get(..number).unwrap_or_default();
+            if others.iter().any(|other| other.name == *name) {
+                return Err(format!("principal {name} is there twice"));
+            }
+            if decoded(&principal.token_sha256).is_none() {
+                return Err(format!(
+                    "principal {name}: token-sha256 has 64 hexadecimal digits; `smsvmm mover token` makes one"
+                ));
+            }
+            let twice = |other: &Principal| decoded(&other.token_sha256) == decoded(&principal.token_sha256);
+            if others.iter().any(twice) {
+                return Err(format!("principal {name} has the token of another one"));
+            }
+            match (&principal.socket, principal.images.is_empty()) {
+                (Some(_), true) | (None, false) => {}
+                _ => return Err(format!("principal {name} needs either a socket or images")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whose token this is.
+    pub fn principal(&self, token: &str) -> Option<&Principal> {
+        let given = digest(&SHA256, token.as_bytes());
+        let mut found = None;
+        // All are compared, whichever it is.
+        for principal in &self.principals {
+            let known = decoded(&principal.token_sha256).unwrap_or_default();
+            if verify_slices_are_equal(given.as_ref(), &known).is_ok() {
+                found = Some(principal);
+            }
+        }
+        found
+    }
+}
+
+impl Principal {
+    /// Whether `disks` has this path.
+    pub(super) fn has(&self, disk: &str) -> bool {
+        self.disks.iter().any(|pattern| match pattern.strip_suffix('*') {
+            Some(beginning) => disk.starts_with(beginning),
+            None => disk == pattern,
+        })
+    }
+}
+
+fn decoded(hex: &str) -> Option<[u8; 32]> {
+    let mut bytes = [0; 32];
+    if hex.len() != 64 || !hex.is_ascii() {
+        return None;
+    }
+    for (byte, digits) in bytes.iter_mut().zip(hex.as_bytes().chunks(2)) {
+        let digit = |at: usize| digits.get(at).and_then(|digit| char::from(*digit).to_digit(16));
+        *byte = u8::try_from(digit(0)? << 4 | digit(1)?).ok()?;
+    }
+    Some(bytes)
+}
+
+/// A new token, and its SHA-256 in hexadecimal digits.
+///
+/// # Errors
+/// There is no randomness.
+pub fn new_token() -> std::io::Result<(String, String)> {
+    let mut bytes = [0; 32];
+    random(&mut bytes)?;
+    let token = format!("smsm_{}", crate::archive::hex(&bytes));
+    let hash = crate::archive::hex(digest(&SHA256, token.as_bytes()).as_ref());
+    Ok((token, hash))
+}
+
+/// Fills `bytes` with randomness.
+pub(super) fn random(bytes: &mut [u8]) -> std::io::Result<()> {
+    aws_lc_rs::rand::fill(bytes).map_err(|_| std::io::Error::other("the system gives no random numbers"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn principal(name: &str, hash: &str) -> Principal {
+        Principal {
+            name: name.into(),
+            token_sha256: hash.into(),
+            socket: Some("/run/x.sock".into()),
+            devices: Vec::new(),
+            disks: vec!["/a/*".into(), "/b.dsk".into()],
+            images: BTreeMap::new(),
+        }
+    }
+
+    fn config(principals: Vec<Principal>) -> MoverConfig {
+        MoverConfig {
+            listen: "127.0.0.1:0".parse().unwrap(),
+            store: "/tmp".into(),
+            tls: None,
+            limits: Limits::default(),
+            principals,
+        }
+    }
+
+    #[test]
+    fn a_token_leads_to_its_principal_and_to_no_other() {
+        let (first, first_hash) = new_token().unwrap();
+        let (second, second_hash) = new_token().unwrap();
+        assert_ne!(first, second);
+        let config = config(vec![principal("a", &first_hash), principal("b", &second_hash)]);
+        config.check().unwrap();
+        assert_eq!(config.principal(&first).unwrap().name, "a");
+        assert_eq!(config.principal(&second).unwrap().name, "b");
+        for wrong in ["", &first[..first.len() - 1], &first_hash, "smsm_"] {
+            assert!(config.principal(wrong).is_none(), "{wrong}");
+        }
+        assert!(config.principals[0].has("/a/x.dsk") && config.principals[0].has("/b.dsk"));
+        assert!(!config.principals[0].has("/ab.dsk") && !config.principals[0].has("/b.dsk2"));
+    }
+
+    #[test]
+    fn a_configuration_that_gives_too_much_away_is_refused() {
+        let hash = new_token().unwrap().1;
+        let good = config(vec![principal("a", &hash)]);
+        good.check().unwrap();
+        let open = MoverConfig {
+            listen: "0.0.0.0:1".parse().unwrap(),
+            ..good.clone()
+        };
+        let both = Principal {
+            images: [("/x.dsk@y".to_owned(), PathBuf::from("/z"))].into(),
+            ..principal("a", &hash)
+        };
+        let neither = Principal {
+            socket: None,
+            ..principal("a", &hash)
+        };
+        for wrong in [
+            open,
+            config(Vec::new()),
+            config(vec![principal("a", "abc")]),
+            config(vec![principal("../a", &hash)]),
+            config(vec![
+                principal("a", &hash),
+                principal("a", &new_token().unwrap().1),
+            ]),
+            config(vec![principal("a", &hash), principal("b", &hash.to_uppercase())]),
+            config(vec![both]),
+            config(vec![neither]),
+        ] {
+            assert!(wrong.check().is_err(), "{wrong:?}");
+        }
+    }
+}

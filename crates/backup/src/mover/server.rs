@@ -1,0 +1,279 @@
+//! The server: one thread that accepts, one for each connection.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustls::crypto::aws_lc_rs;
+use rustls::pki_types::pem::{Error as PemError, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+
+use super::config::{MoverConfig, TlsConfig};
+use super::session::{End, Patient, Reach, Served, serve};
+
+/// Between two looks for connections.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// A mover that cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum MoverError {
+    /// The configuration makes no sense.
+    #[error("{0}")]
+    Config(String),
+    /// A file cannot be used.
+    #[error("cannot read {what} from {}", path.display())]
+    File {
+        /// What should be there.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: PemError,
+    },
+    /// Certificate and key cannot be used.
+    #[error("the certificate and the key cannot be used")]
+    Tls(#[from] rustls::Error),
+    /// The address cannot be had.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// A connection that has ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// From where it came.
+    pub peer: SocketAddr,
+    /// Who it was, if that is known.
+    pub principal: Option<String>,
+    /// Why it ended, if not because the agent had done all that it wanted.
+    pub reason: Option<String>,
+}
+
+/// A mover that serves agents until it is dropped.
+#[derive(Debug)]
+pub struct Mover {
+    address: SocketAddr,
+    stopping: Arc<AtomicBool>,
+    accepting: Option<JoinHandle<()>>,
+}
+
+impl Mover {
+    /// Starts it. `reach` leads to the storage manager of a principal; `told` is called when a connection has ended.
+    ///
+    /// # Errors
+    /// The configuration is impossible, or the address cannot be had.
+    pub fn start(
+        config: MoverConfig,
+        reach: Reach,
+        told: impl Fn(Ended) + Send + Sync + 'static,
+    ) -> Result<Self, MoverError> {
+        config.check().map_err(MoverError::Config)?;
+        let tls = config.tls.as_ref().map(load).transpose()?;
+        let address = config.listen;
+        let failed = |source| MoverError::Listen { address, source };
+        let listener = TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let stopping = Arc::new(AtomicBool::new(false));
+        let server = Server {
+            tls,
+            served: Served {
+                config: Arc::new(config),
+                reach,
+                stopping: Arc::clone(&stopping),
+            },
+            told: Arc::new(told),
+            connections: Arc::default(),
+        };
+        let accepting = thread::Builder::new()
+            .name("mover".into())
+            .spawn(move || server.run(&listener))
+            .map_err(failed)?;
+        Ok(Self {
+            address,
+            stopping,
+            accepting: Some(accepting),
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Mover {
+    /// Ends what is going on at the next step; what there is of backups stays, to be gone on with.
+    fn drop(&mut self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        if let Some(accepting) = self.accepting.take() {
+            let _ = accepting.join();
+        }
+    }
+}
+
+struct Server {
+    tls: Option<Arc<ServerConfig>>,
+    served: Served,
+    told: Arc<dyn Fn(Ended) + Send + Sync>,
+    connections: Arc<AtomicUsize>,
+}
+
+impl Server {
+    fn run(&self, listener: &TcpListener) {
+        let streams: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
+        let mut threads: Vec<JoinHandle<()>> = Vec::new();
+        while !self.served.stopping.load(Ordering::Relaxed) {
+            match listener.accept() {
+                Ok((stream, peer)) => match self.begin(stream, peer, &streams) {
+                    Ok(thread) => threads.extend(thread),
+                    Err(error) => (self.told)(Ended {
+                        peer,
+                        principal: None,
+                        reason: Some(error.to_string()),
+                    }),
+                },
+                // Nobody is there, or there are no descriptors: either may change.
+                Err(_) => thread::sleep(LOOK),
+            }
+            threads.retain(|thread| !thread.is_finished());
+            let mut streams = streams.lock().unwrap_or_else(PoisonError::into_inner);
+            streams.retain(|stream| stream.peer_addr().is_ok());
+        }
+        // Those who wait for a message would do so for long.
+        for stream in streams.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            let _ = stream.shutdown(std::net::Shutdown::Read);
+        }
+        for thread in threads {
+            let _ = thread.join();
+        }
+    }
+
+    /// None if there are too many.
+    fn begin(
+        &self,
+        stream: TcpStream,
+        peer: SocketAddr,
+        streams: &Mutex<Vec<TcpStream>>,
+    ) -> io::Result<Option<JoinHandle<()>>> {
+        if self.connections.load(Ordering::Relaxed) >= self.served.config.limits.connections {
+            return Err(io::Error::other("there are as many connections as are allowed"));
+        }
+        stream.set_nonblocking(false)?;
+        stream.set_nodelay(true)?;
+        let patience = Duration::from_secs(self.served.config.limits.patience);
+        streams
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(stream.try_clone()?);
+        let timed = Timed {
+            stream,
+            patience,
+            until: Instant::now() + patience,
+        };
+        let (served, tls, told) = (self.served.clone(), self.tls.clone(), Arc::clone(&self.told));
+        let connections = Arc::clone(&self.connections);
+        connections.fetch_add(1, Ordering::Relaxed);
+        let counted = Arc::clone(&connections);
+        let thread = thread::Builder::new().name("mover-agent".into()).spawn(move || {
+            let shut = timed.stream.try_clone();
+            let (principal, end) = match tls {
+                None => serve(timed, &served),
+                Some(tls) => match ServerConnection::new(tls) {
+                    Ok(connection) => serve(StreamOwned::new(connection, timed), &served),
+                    Err(error) => (None, Err(End::from(io::Error::other(error)))),
+                },
+            };
+            if let Ok(stream) = shut {
+                let _ = stream.shutdown(std::net::Shutdown::Both);
+            }
+            counted.fetch_sub(1, Ordering::Relaxed);
+            told(Ended {
+                peer,
+                principal,
+                reason: end.err().map(|end| crate::chain_of(&end)),
+            });
+        });
+        thread.map(Some).inspect_err(|_| {
+            connections.fetch_sub(1, Ordering::Relaxed);
+        })
+    }
+}
+
+/// A connection on which a frame must come, or be taken, whole in a time: one byte now and then does not help.
+struct Timed {
+    stream: TcpStream,
+    patience: Duration,
+    until: Instant,
+}
+
+impl Timed {
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        match left.is_zero() {
+            true => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "the other side is too slow",
+            )),
+            false => Ok(left),
+        }
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(Some(self.left()?))?;
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(Some(self.left()?))?;
+        self.stream.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+impl Patient for Timed {
+    fn begin_waiting(&mut self) {
+        self.until = Instant::now() + self.patience;
+    }
+}
+
+impl Patient for StreamOwned<ServerConnection, Timed> {
+    fn begin_waiting(&mut self) {
+        self.sock.begin_waiting();
+    }
+}
+
+fn load(files: &TlsConfig) -> Result<Arc<ServerConfig>, MoverError> {
+    let unreadable = |what, path: &PathBuf| {
+        let path = path.clone();
+        move |source| MoverError::File { what, path, source }
+    };
+    let path = &files.certificate;
+    let certificates = CertificateDer::pem_file_iter(path).map_err(unreadable("a certificate", path))?;
+    let certificates = certificates.collect::<Result<Vec<_>, _>>();
+    let certificates = certificates.map_err(unreadable("a certificate", path))?;
+    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(unreadable("a private key", &files.key))?;
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(certificates, key)?;
+    Ok(Arc::new(config))
+}
