@@ -21,8 +21,15 @@ impl Server {
     /// # Errors
     /// When it ends before.
     pub fn share(program: &Path, folder: &Path, arguments: &[&str]) -> Result<Self> {
+        Self::smsvmm(program, folder, &[&["share"], arguments].concat(), "is served at")
+    }
+
+    /// Starts `smsvmm ARGUMENTS` in `folder`, and waits until it says `ready`.
+    ///
+    /// # Errors
+    /// When it ends before.
+    pub fn smsvmm(program: &Path, folder: &Path, arguments: &[&str], ready: &str) -> Result<Self> {
         let mut child = Command::new(program)
-            .arg("share")
             .args(arguments)
             .current_dir(folder)
             .stderr(Stdio::piped())
@@ -34,7 +41,7 @@ impl Server {
         let mut said = String::new();
         for line in lines.by_ref() {
             let line = line?;
-            if line.contains("is served at") {
+            if line.contains(ready) {
                 thread::spawn(move || {
                     lines
                         .map_while(Result::ok)

@@ -253,7 +253,7 @@ fn each_queue_of_a_card_carries_the_packets_of_its_processor() {
 }
 
 /// What BusyBox's DHCP client does with a lease.
-const LEASE: &str = r#"#!/bin/sh
+pub(crate) const LEASE: &str = r#"#!/bin/sh
 [ "$1" = bound ] || exit 0
 ip address add "$ip/$mask" dev "$interface"
 ip route add "$router" dev "$interface"
@@ -264,7 +264,7 @@ echo "$mtu" > /tmp/mtu
 "#;
 
 /// Has the guest ask for an address; the gateway's, under which it finds its host.
-fn lease(vm: &mut Vm) -> Result<String> {
+pub(crate) fn lease(vm: &mut Vm) -> Result<String> {
     vm.guest("ip link set eth0 up && udhcpc -i eth0 -n -q -O mtu -s /lease > /dev/null 2>&1")?;
     Ok(vm.guest("cat /tmp/gateway")?.trim().to_owned())
 }
@@ -318,7 +318,7 @@ fn the_user_network_leads_from_the_guest_to_the_host_and_from_forwarded_ports_to
 }
 
 /// A TCP port of this host that nobody uses.
-fn free_port() -> Result<u16> {
+pub(crate) fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 

@@ -163,7 +163,7 @@ impl Sink for Shown {
 
     fn problem(&mut self, path: &[u8], reason: &str) {
         self.problems = true;
-        eprintln!("sms-agent: /{}: {reason}", RawText(path.to_vec()));
+        eprintln!("sms-agent: /{}: {reason}", show::shown(&RawText(path.to_vec())));
     }
 }
 
@@ -289,7 +289,7 @@ impl Problems {
     fn add(&mut self, path: &[u8], reason: &str) {
         let path = RawText(path.to_vec());
         match self.listed.len() < MAX_LISTED {
-            true => self.listed.push(format!("/{path}: {reason}")),
+            true => self.listed.push(format!("/{}: {reason}", show::shown(&path))),
             false => self.more += 1,
         }
     }

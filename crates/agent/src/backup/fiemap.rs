@@ -87,7 +87,9 @@ fn piece(extent: &RawExtent, size: u64, span: Span) -> Option<Piece> {
     let end = extent.physical.checked_add(extent.length);
     let start = span.start.checked_add(extent.physical);
     match (start, end) {
-        (Some(start), Some(end)) if end <= span.length && start % 512 == 0 && offset % 512 == 0 => {
+        (Some(start), Some(end))
+            if end <= span.length && start.is_multiple_of(512) && offset.is_multiple_of(512) =>
+        {
             Some(Piece::Disk {
                 offset,
                 length,

@@ -30,7 +30,7 @@ pub(crate) struct Restored {
 
 impl Restored {
     fn problem(&mut self, path: &RawText, reason: &str) {
-        self.problems.push(format!("/{path}: {reason}"));
+        self.problems.push(format!("/{}: {reason}", show::shown(path)));
     }
 }
 

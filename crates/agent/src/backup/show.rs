@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use api::{ByteSize, Utc};
+use backup::RawText;
 use backup::client::Event;
 use backup::message::{BackupInfo, Progress};
 use backup::plan::{Entry, Kind, Time};
@@ -103,13 +104,23 @@ pub(crate) fn list(mover: &mut Mover, json: bool) -> Result<ExitCode, AgentError
     Ok(ExitCode::SUCCESS)
 }
 
+/// A name on a terminal: what it has of control characters does nothing there.
+pub(crate) fn shown(name: &RawText) -> String {
+    let text = name.to_string();
+    let escaped = |character: char| match character.is_control() {
+        true => character.escape_unicode().to_string(),
+        false => character.to_string(),
+    };
+    text.chars().map(escaped).collect()
+}
+
 /// One line for an entry, like those of `ls -l`.
 fn line(entry: &Entry) -> String {
     let (letter, more) = match &entry.kind {
         Kind::Directory {} => ('d', String::new()),
         Kind::File { .. } => ('-', String::new()),
-        Kind::Symlink { target } => ('l', format!(" -> {target}")),
-        Kind::HardLink { to } => ('h', format!(" = /{to}")),
+        Kind::Symlink { target } => ('l', format!(" -> {}", shown(target))),
+        Kind::HardLink { to } => ('h', format!(" = /{}", shown(to))),
         Kind::Fifo {} => ('p', String::new()),
         Kind::CharacterDevice { major, minor } => ('c', format!(" ({major}, {minor})")),
         Kind::BlockDevice { major, minor } => ('b', format!(" ({major}, {minor})")),
@@ -119,7 +130,7 @@ fn line(entry: &Entry) -> String {
     let (length, when) = (entry.size(), time(entry.modified));
     format!(
         "{letter} {mode:04o} {uid:>5} {gid:>5} {length:>12}  {when}  /{}{more}\n",
-        entry.path
+        shown(&entry.path)
     )
 }
 
@@ -177,4 +188,31 @@ pub(crate) fn restored(restored: &Restored, json: bool) {
         "{entries} of {} entries restored, {bytes}\n",
         restored.sent.entries
     ));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_one_line_and_no_command_for_a_terminal() {
+        let name = RawText(b"a\n\x1b[2J\xff\\".to_vec());
+        assert_eq!(shown(&name), "a\\u{a}\\u{1b}[2J\\xff\\\\");
+    }
+
+    #[test]
+    fn numbers_say_from_where_bytes_came() {
+        let some = Progress {
+            entries: 3,
+            bytes: 3 << 20,
+            from_devices: 1 << 20,
+            in_parent: 2 << 20,
+            ..Progress::default()
+        };
+        assert_eq!(
+            progress(&some),
+            "3 entries, 3M: 1M read from devices, 2M in the parent"
+        );
+        assert_eq!(progress(&Progress::default()), "0 entries, 0");
+    }
 }
