@@ -246,26 +246,35 @@ impl Store {
     /// # Errors
     /// Something is not as it was written, or see [`StoreError`].
     pub fn verify(&self, name: &str, tick: &mut dyn FnMut(&Progress)) -> Result<Progress, StoreError> {
-        let mut chain = self.open(name)?;
-        let mut counting = Counting {
-            progress: Progress::default(),
-            tick,
-        };
-        chain.read(&mut counting)?;
-        let paths: Vec<PathBuf> = chain.paths().skip(1).cloned().collect();
-        for path in paths {
-            let file = File::open(&path).map_err(io("open", &path))?;
-            let mut reader = ArchiveReader::new(BufReader::with_capacity(BUFFER, file));
-            loop {
-                match reader.read() {
-                    Ok(Some(_)) => (counting.tick)(&counting.progress),
-                    Ok(None) => break,
-                    Err(source) => return Err(StoreError::Archive { path, source }),
-                }
+        self.open(name)?;
+        verify(&self.path(name), tick)
+    }
+}
+
+/// Reads an archive and those that it is built on, which are beside it, and checks everything.
+///
+/// # Errors
+/// Something is not as it was written, or see [`StoreError`].
+pub fn verify(path: &Path, tick: &mut dyn FnMut(&Progress)) -> Result<Progress, StoreError> {
+    let mut chain = Chain::open(path.to_owned())?;
+    let mut counting = Counting {
+        progress: Progress::default(),
+        tick,
+    };
+    chain.read(&mut counting)?;
+    let paths: Vec<PathBuf> = chain.paths().skip(1).cloned().collect();
+    for path in paths {
+        let file = File::open(&path).map_err(io("open", &path))?;
+        let mut reader = ArchiveReader::new(BufReader::with_capacity(BUFFER, file));
+        loop {
+            match reader.read() {
+                Ok(Some(_)) => (counting.tick)(&counting.progress),
+                Ok(None) => break,
+                Err(source) => return Err(StoreError::Archive { path, source }),
             }
         }
-        Ok(chain.commit().progress)
     }
+    Ok(chain.commit().progress)
 }
 
 struct Counting<'a> {

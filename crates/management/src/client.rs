@@ -91,6 +91,11 @@ impl Client {
         })
     }
 
+    /// Its socket.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// How the machine is.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use api::{
 };
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use crate::mover::MoverArguments;
 use crate::share::ShareCommand;
 use crate::storage::{
     DeviceArguments, FileArguments, JobArguments, PoolArguments, VirtualDiskArguments, VolumeArguments,
@@ -66,6 +67,8 @@ pub(crate) enum Command {
     /// Give disks to virtual machines of other programs.
     #[command(subcommand)]
     Share(ShareCommand),
+    /// Backups of guests: made from frozen images while they run, listed, verified, restored.
+    Mover(MoverArguments),
     /// Print a script that completes smsvmm's commands in a shell: `source <(smsvmm completions bash)`.
     Completions {
         /// The shell.

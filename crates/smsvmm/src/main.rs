@@ -10,6 +10,7 @@ mod cli;
 mod exit;
 mod host;
 mod logs;
+mod mover;
 mod output;
 mod pool;
 mod preflight;
@@ -67,6 +68,7 @@ fn execute(command: Command) -> anyhow::Result<Exit> {
         Command::Disk(arguments) => storage::disk(arguments),
         Command::Job(arguments) => storage::job(arguments),
         Command::Share(command) => share::execute(&command),
+        Command::Mover(arguments) => mover::execute(&arguments),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "smsvmm", &mut script);

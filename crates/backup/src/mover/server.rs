@@ -184,9 +184,13 @@ impl Server {
         let (served, tls, told) = (self.served.clone(), self.tls.clone(), Arc::clone(&self.told));
         let connections = Arc::clone(&self.connections);
         connections.fetch_add(1, Ordering::Relaxed);
-        let counted = Arc::clone(&connections);
+        let mut guard = Guard {
+            connections: Arc::clone(&connections),
+            stream: None,
+        };
         let thread = thread::Builder::new().name("mover-agent".into()).spawn(move || {
-            let shut = timed.stream.try_clone();
+            // Whatever happens here, the agent hears that it is over.
+            guard.stream = timed.stream.try_clone().ok();
             let (principal, end) = match tls {
                 None => serve(timed, &served),
                 Some(tls) => match ServerConnection::new(tls) {
@@ -194,19 +198,29 @@ impl Server {
                     Err(error) => (None, Err(End::from(io::Error::other(error)))),
                 },
             };
-            if let Ok(stream) = shut {
-                let _ = stream.shutdown(std::net::Shutdown::Both);
-            }
-            counted.fetch_sub(1, Ordering::Relaxed);
+            drop(guard);
             told(Ended {
                 peer,
                 principal,
                 reason: end.err().map(|end| crate::chain_of(&end)),
             });
         });
-        thread.map(Some).inspect_err(|_| {
-            connections.fetch_sub(1, Ordering::Relaxed);
-        })
+        thread.map(Some)
+    }
+}
+
+/// A connection that is counted, and closed at the end.
+struct Guard {
+    connections: Arc<AtomicUsize>,
+    stream: Option<TcpStream>,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(stream) = &self.stream {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+        self.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

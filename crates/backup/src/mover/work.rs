@@ -58,7 +58,6 @@ pub(super) struct Work {
     streamed: Option<(u64, u64)>,
     begun: Instant,
     synced: Instant,
-    moved: u64,
 }
 
 pub(super) fn of_store(error: &StoreError) -> Problem {
@@ -102,7 +101,6 @@ impl Work {
             streamed: None,
             begun: Instant::now(),
             synced: Instant::now(),
-            moved: 0,
         }
     }
 
@@ -284,8 +282,6 @@ impl Work {
         tick(&self.progress())?;
         self.image.keep()?;
         let mut read = self.image.read(&self.pieces)?;
-        let moved = self.image.moved - std::mem::replace(&mut self.moved, self.image.moved);
-        self.draft.writer.moved(moved);
         let writer = &mut self.draft.writer;
         for step in self.steps.drain(..) {
             let done = match step {
@@ -298,7 +294,10 @@ impl Work {
                     entry,
                     at,
                 } => writer.in_parent(offset, length, entry, at),
-                Step::End(problem) => writer.end_entry(problem),
+                Step::End(problem) => {
+                    writer.moved(std::mem::take(&mut self.image.moved));
+                    writer.end_entry(problem)
+                }
                 Step::Piece(offset, number) => {
                     let length = self.pieces.get(number).map_or(0, |piece| piece.length as u64);
                     match read.get_mut(number).and_then(Option::take) {

@@ -302,7 +302,7 @@ pub(crate) fn written(written: &Written) -> String {
 }
 
 /// Seconds since 1970 as "2026-11-28 16:05" in UTC.
-pub(super) fn time(seconds: u64) -> String {
+pub(crate) fn time(seconds: u64) -> String {
     if seconds == 0 {
         return "-".to_owned();
     }

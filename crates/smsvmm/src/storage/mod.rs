@@ -25,11 +25,13 @@ pub(crate) use arguments::Which;
 pub(crate) use disk_arguments::VirtualDiskArguments;
 pub(crate) use disks::disk;
 pub(crate) use file_arguments::FileArguments;
+pub(crate) use file_show::time;
 pub(crate) use files::file;
 
 pub(crate) use arguments::{DeviceArguments, JobArguments, PoolArguments, VolumeArguments};
 use arguments::{DeviceCommand, JobCommand, PoolCommand, VolumeCommand};
 pub(crate) use select::devices;
+pub(crate) use show::{Table, size};
 use watch::Watch;
 
 use crate::exit::{Exit, UsageError};
