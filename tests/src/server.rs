@@ -21,20 +21,20 @@ impl Server {
     /// # Errors
     /// When it ends before.
     pub fn share(program: &Path, folder: &Path, arguments: &[&str]) -> Result<Self> {
-        Self::smsvmm(program, folder, &[&["share"], arguments].concat(), "is served at")
+        Self::speaking(program, folder, &[&["share"], arguments].concat(), "is served at")
     }
 
-    /// Starts `smsvmm ARGUMENTS` in `folder`, and waits until it says `ready`.
+    /// Starts `program ARGUMENTS` in `folder`, and waits until it says `ready` on its standard error.
     ///
     /// # Errors
     /// When it ends before.
-    pub fn smsvmm(program: &Path, folder: &Path, arguments: &[&str], ready: &str) -> Result<Self> {
+    pub fn speaking(program: &Path, folder: &Path, arguments: &[&str], ready: &str) -> Result<Self> {
         let mut child = Command::new(program)
             .args(arguments)
             .current_dir(folder)
             .stderr(Stdio::piped())
             .spawn()
-            .context("cannot start smsvmm")?;
+            .with_context(|| format!("cannot start {}", program.display()))?;
         let output = BufReader::new(child.stderr.take().context("no standard error")?);
         let server = Self(child);
         let mut lines = output.lines();
@@ -51,7 +51,7 @@ impl Server {
             }
             said.push_str(&line);
         }
-        bail!("smsvmm ended before it served: {said}")
+        bail!("{} ended before it served: {said}", program.display())
     }
 
     /// Starts a command that serves at `socket`, and waits until that is there.

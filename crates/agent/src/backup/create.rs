@@ -12,7 +12,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::Utc;
 use api::virtual_disk::VirtualDiskStatus;
@@ -45,12 +45,39 @@ pub(crate) struct Created {
     pub(crate) backup: BackupInfo,
     /// For how long the file systems stood still; none if that was done before.
     pub(crate) frozen_ms: Option<u64>,
+    /// What took how long.
+    pub(crate) took_ms: Vec<(&'static str, u64)>,
     /// The image, if it was kept.
     pub(crate) image: Option<String>,
     /// What is not in the backup, and why.
     pub(crate) problems: Vec<String>,
     /// Problems that are not listed.
     pub(crate) more_problems: u64,
+}
+
+/// What takes how long.
+struct Clock {
+    begin: Instant,
+    took: Vec<(&'static str, u64)>,
+}
+
+impl Clock {
+    fn start() -> Self {
+        Self {
+            begin: Instant::now(),
+            took: Vec::new(),
+        }
+    }
+
+    /// That was it.
+    fn did(&mut self, what: &'static str) {
+        let took = std::mem::replace(&mut self.begin, Instant::now()).elapsed();
+        let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        match self.took.iter_mut().find(|(known, _)| *known == what) {
+            Some((_, sum)) => *sum += took,
+            None => self.took.push((what, took)),
+        }
+    }
 }
 
 /// A disk of which something is backed up.
@@ -69,6 +96,7 @@ fn image_of(backup: &str) -> String {
 
 /// Makes a backup.
 pub(crate) fn create(host: &Host, arguments: CreateArguments, json: bool) -> Result<ExitCode, AgentError> {
+    let mut clock = Clock::start();
     let sources = locate::sources(&arguments.sources)?;
     for note in &sources.notes {
         eprintln!("sms-agent: {note}");
@@ -89,19 +117,28 @@ pub(crate) fn create(host: &Host, arguments: CreateArguments, json: bool) -> Res
             json,
             problems: false,
         };
-        walk_all(&sources, &arguments, &disks, &image, &mut taken, &mut shown)?;
+        walk_all(
+            &sources,
+            &arguments,
+            &disks,
+            &image,
+            (&mut taken, &mut clock),
+            &mut shown,
+        )?;
         let left = taken.give_back();
         return Ok(end(shown.problems, &left));
     };
     // Whatever is wrong with mover and parent: nothing was frozen yet.
     let mut mover = connect(to, &arguments.access)?;
     let parent = parent(host, &mut mover, &arguments, &disks)?;
+    clock.did("preparing");
     let frozen_ms = match arguments.resume {
         true => None,
         false => Some(freeze_image(
             host, &sources, &arguments, &paths, &image, &mut taken,
         )?),
     };
+    clock.did("image");
     let made = send(
         host,
         &mut mover,
@@ -109,7 +146,7 @@ pub(crate) fn create(host: &Host, arguments: CreateArguments, json: bool) -> Res
         &arguments,
         &disks,
         (&name, parent.clone()),
-        &mut taken,
+        (&mut taken, &mut clock),
     );
     if made.is_err() && (arguments.resumable || arguments.resume) {
         eprintln!("sms-agent: the image {image} stays, so that --resume --name {name} can go on with it");
@@ -127,7 +164,9 @@ pub(crate) fn create(host: &Host, arguments: CreateArguments, json: bool) -> Res
         old.image(&image_of(&parent), &paths);
         left.extend(old.give_back());
     }
+    clock.did("giving back");
     let created = Created {
+        took_ms: clock.took,
         backup,
         frozen_ms,
         image: arguments.keep_image.then_some(image),
@@ -302,7 +341,7 @@ fn send(
     arguments: &CreateArguments,
     disks: &[Disk],
     (name, parent): (&str, Option<String>),
-    taken: &mut Taken<'_>,
+    (taken, clock): (&mut Taken<'_>, &mut Clock),
 ) -> Result<(BackupInfo, Problems), AgentError> {
     let image = image_of(name);
     let mut frozen = 0;
@@ -334,13 +373,15 @@ fn send(
         last: begun.last,
         problems: Problems::default(),
     };
-    walk_all(sources, arguments, disks, &image, taken, &mut sender)?;
+    clock.did("beginning");
+    walk_all(sources, arguments, disks, &image, (taken, clock), &mut sender)?;
     for name in &sources.disks {
         let at = index(disks, name)?;
         sender.entry(whole_disk(at, &disks[at].path, sizes[at]), None)?;
     }
     signals::check()?;
     let info = sender.mover.finish().map_err(said)?;
+    clock.did("files");
     Ok((info, sender.problems))
 }
 
@@ -394,7 +435,7 @@ fn walk_all(
     arguments: &CreateArguments,
     disks: &[Disk],
     image: &str,
-    taken: &mut Taken<'_>,
+    (taken, clock): (&mut Taken<'_>, &mut Clock),
     sink: &mut impl Sink,
 ) -> Result<(), AgentError> {
     let exclude: Vec<Glob> = arguments.exclude.iter().map(|text| Glob::new(text)).collect();
@@ -409,10 +450,13 @@ fn walk_all(
         };
         let device = device_of(system, device)?;
         let root: OwnedFd = mount(&system.mount.kind, &device)?;
+        clock.did("attaching");
         let mut walk = Walk::new(system, u32::try_from(at).unwrap_or(u32::MAX), &exclude);
         for tree in sources.trees.iter().filter(|tree| tree.system == number) {
             walk.tree(&root, tree, sink)?;
         }
+        drop(root);
+        clock.did("files");
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use api::{ByteSize, Utc};
+use api::Utc;
 use backup::RawText;
 use backup::client::Event;
 use backup::message::{BackupInfo, Progress};
@@ -24,8 +24,16 @@ fn json_of(value: &impl Serialize) {
     ));
 }
 
+/// About how many: `5.6M`.
 fn size(bytes: u64) -> String {
-    ByteSize::from_bytes(bytes).to_string()
+    let units = [(1_u64 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")];
+    match units.iter().find(|(unit, _)| bytes >= *unit) {
+        Some((unit, letter)) => {
+            let tenths = u128::from(bytes) * 10 / u128::from(*unit);
+            format!("{}.{}{letter}", tenths / 10, tenths % 10)
+        }
+        None => bytes.to_string(),
+    }
 }
 
 fn time(time: Time) -> String {
@@ -67,6 +75,14 @@ pub(crate) fn created(created: &Created, json: bool) {
     if let Some(milliseconds) = created.frozen_ms {
         text.push_str(&format!("file systems stood still for {milliseconds} ms\n"));
     }
+    let took = |(what, milliseconds): &(&str, u64)| {
+        let tenths = milliseconds / 100;
+        format!("{what} {}.{} s", tenths / 10, tenths % 10)
+    };
+    text.push_str(&format!(
+        "{}\n",
+        created.took_ms.iter().map(took).collect::<Vec<_>>().join(", ")
+    ));
     if let Some(image) = &created.image {
         text.push_str(&format!(
             "the image {image} was kept: a later backup can be built on this one (--incremental)\n"
@@ -211,8 +227,12 @@ mod tests {
         };
         assert_eq!(
             progress(&some),
-            "3 entries, 3M: 1M read from devices, 2M in the parent"
+            "3 entries, 3.0M: 1.0M read from devices, 2.0M in the parent"
         );
         assert_eq!(progress(&Progress::default()), "0 entries, 0");
+        assert_eq!(
+            (size(1023), size(1 << 10), size(u64::MAX)),
+            ("1023".into(), "1.0K".into(), "16777215.9T".into())
+        );
     }
 }
