@@ -131,13 +131,27 @@ fn control(file: &File, request: libc::Ioctl) -> io::Result<()> {
     }
 }
 
-/// Runs `act` while all file systems are frozen; what it made, and for how long the first of them was frozen. They are thawed after `limit`
-/// in any case, and that is an error.
+/// For how long file systems stood still.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Still {
+    /// From the first one's freezing on, which flushes what was written since the last time.
+    pub(crate) whole: Duration,
+    /// Of that, what was done meanwhile and thawing.
+    pub(crate) act: Duration,
+}
+
+/// Runs `act` while all file systems are frozen; what it made, and how long that was. They are thawed after `limit` in any case, and that is
+/// an error.
 pub(crate) fn while_frozen<T>(
     systems: &[FileSystem],
     limit: Duration,
     act: impl FnOnce() -> Result<T, AgentError>,
-) -> Result<(T, Duration), AgentError> {
+) -> Result<(T, Still), AgentError> {
+    // Most is flushed before, while everything goes on.
+    for system in systems {
+        // SAFETY: it takes no memory.
+        unsafe { libc::syncfs(system.root.as_raw_fd()) };
+    }
     let _signals = Uninterrupted::begin();
     // Those that are frozen now; whoever takes one out thaws it.
     let frozen: Mutex<Vec<&FileSystem>> = Mutex::new(Vec::new());
@@ -169,6 +183,7 @@ pub(crate) fn while_frozen<T>(
                 }
             }
         }
+        let frozen = begin.elapsed();
         let result = result.and_then(|()| act());
         thaw();
         let duration = begin.elapsed();
@@ -179,7 +194,10 @@ pub(crate) fn while_frozen<T>(
                 "the host took longer than {} s, and the file systems were thawed meanwhile: the image is not one of a frozen state",
                 limit.as_secs()
             ))),
-            result => result.map(|made| (made, duration)),
+            result => result.map(|made| {
+                let act = duration.saturating_sub(frozen);
+                (made, Still { whole: duration, act })
+            }),
         }
     })
 }

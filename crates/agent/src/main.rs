@@ -358,11 +358,10 @@ impl Agent {
         }
         let request = Request::FreezeImage { disks, name };
         let (answer, frozen) = freeze::while_frozen(&systems, limit, || self.host.ask(&request))?;
-        let milliseconds = frozen.as_millis();
+        let (milliseconds, host) = (frozen.whole.as_millis(), frozen.act.as_millis());
         match &answer {
             Answer::Image(image) if self.json => {
-                let value =
-                    serde_json::json!({"image": image, "frozen-ms": u64::try_from(milliseconds).ok()});
+                let value = serde_json::json!({"image": image, "frozen-ms": u64::try_from(milliseconds).ok(), "image-ms": u64::try_from(host).ok()});
                 self.write(&value, String::new);
             }
             answer => {
@@ -371,7 +370,10 @@ impl Agent {
                     .map(|system| system.mount.display().to_string())
                     .collect();
                 print(&show::answer(answer, &[]));
-                print(&format!("{} frozen for {milliseconds} ms\n", mounts.join(", ")));
+                print(&format!(
+                    "{} frozen for {milliseconds} ms, of which the image took {host} ms\n",
+                    mounts.join(", ")
+                ));
             }
         }
         Ok(ExitCode::SUCCESS)

@@ -29,7 +29,7 @@ use super::meta::read_at;
 use super::snapshot::{Taken, device_of, mount};
 use super::walk::{Sink, Walk};
 use super::{Mover, NOT_ALL, connect, said, show, signals};
-use crate::freeze;
+use crate::freeze::{self, Still};
 use crate::host::{AgentError, Host};
 
 /// Bytes of a file that are read and sent at once.
@@ -45,6 +45,8 @@ pub(crate) struct Created {
     pub(crate) backup: BackupInfo,
     /// For how long the file systems stood still; none if that was done before.
     pub(crate) frozen_ms: Option<u64>,
+    /// Of that, for the image; the rest is what the file systems flushed.
+    pub(crate) image_ms: Option<u64>,
     /// What took how long.
     pub(crate) took_ms: Vec<(&'static str, u64)>,
     /// The image, if it was kept.
@@ -53,6 +55,10 @@ pub(crate) struct Created {
     pub(crate) problems: Vec<String>,
     /// Problems that are not listed.
     pub(crate) more_problems: u64,
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What takes how long.
@@ -72,7 +78,7 @@ impl Clock {
     /// That was it.
     fn did(&mut self, what: &'static str) {
         let took = std::mem::replace(&mut self.begin, Instant::now()).elapsed();
-        let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        let took = milliseconds(took);
         match self.took.iter_mut().find(|(known, _)| *known == what) {
             Some((_, sum)) => *sum += took,
             None => self.took.push((what, took)),
@@ -132,7 +138,7 @@ pub(crate) fn create(host: &Host, arguments: CreateArguments, json: bool) -> Res
     let mut mover = connect(to, &arguments.access)?;
     let parent = parent(host, &mut mover, &arguments, &disks)?;
     clock.did("preparing");
-    let frozen_ms = match arguments.resume {
+    let still = match arguments.resume {
         true => None,
         false => Some(freeze_image(
             host, &sources, &arguments, &paths, &image, &mut taken,
@@ -168,7 +174,8 @@ pub(crate) fn create(host: &Host, arguments: CreateArguments, json: bool) -> Res
     let created = Created {
         took_ms: clock.took,
         backup,
-        frozen_ms,
+        frozen_ms: still.map(|still| milliseconds(still.whole)),
+        image_ms: still.map(|still| milliseconds(still.act)),
         image: arguments.keep_image.then_some(image),
         problems: problems.listed,
         more_problems: problems.more,
@@ -289,7 +296,7 @@ fn parent(
     })
 }
 
-/// Freezes; milliseconds that file systems stood still.
+/// Freezes; how long that was.
 fn freeze_image(
     host: &Host,
     sources: &Sources,
@@ -297,7 +304,7 @@ fn freeze_image(
     disks: &[String],
     image: &str,
     taken: &mut Taken<'_>,
-) -> Result<u64, AgentError> {
+) -> Result<Still, AgentError> {
     let systems = freeze::file_systems(&sources.frozen)?;
     let request = Request::FreezeImage {
         disks: disks.to_vec(),
@@ -313,8 +320,7 @@ fn freeze_image(
     if made.get() {
         taken.image(image, disks);
     }
-    let (_, duration) = frozen?;
-    Ok(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+    Ok(frozen?.1)
 }
 
 /// What cannot be backed up.
