@@ -185,9 +185,16 @@ impl<W: Write> ArchiveWriter<W> {
         Ok((self.frames.into_inner(), commit))
     }
 
-    /// What there is, with the entry that is being written.
+    /// What there is, without the entry that is being written.
     pub fn progress(&self) -> Progress {
         self.state.progress
+    }
+}
+
+impl ArchiveWriter<Vec<u8>> {
+    /// What was written so far.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.frames.into_inner()
     }
 }
 
