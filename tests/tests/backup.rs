@@ -30,8 +30,13 @@ const PREPARE: [&str; 8] = [
      mount -t btrfs /dev/btrfs /btrfs",
     "for f in ext4 xfs; do mkdir /$f/tree /$f/load && fs-load odd /$f/tree || exit; done",
     "head -c 300000 /dev/urandom > /btrfs/large; echo little > /btrfs/little",
-    "for f in ext4 xfs; do fs-load run /$f/load 1 0 > /tmp/$f.load & done",
+    LOAD,
 ];
+
+/// Files are written, appended to, replaced and deleted, until there is /tmp/stop.
+const LOAD: &str = "(n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); for f in ext4 xfs; do cd /$f/load; echo $n >> log; \
+    dd if=/dev/urandom of=new bs=64k count=2 2> /dev/null && mv new $((n % 20)); rm -f $((n * 7 % 20)); [ $((n % 10)) != 0 ] || sync -f log; done; \
+    usleep 20000; done; echo $n > /tmp/rounds) &";
 
 /// The mover's certificate and key, and the certificate of another one that calls itself so, too.
 const CERTIFICATE: &str = include_str!("backup/mover.pem");
@@ -97,6 +102,7 @@ impl<'a> Mover<'a> {
 
 /// The guest with its agent.
 struct Guest {
+    begin: Instant,
     vm: Vm,
     mover: String,
 }
@@ -112,7 +118,8 @@ impl Guest {
         let begin = Instant::now();
         let (status, said) = self.vm.try_guest(&line)?;
         println!(
-            "[{:.1} s] backup {command} {arguments}\n{said}",
+            "[at {:.0} s, {:.1} s] backup {command} {arguments}\n{said}",
+            self.begin.elapsed().as_secs_f64(),
             begin.elapsed().as_secs_f64()
         );
         ensure!(status == expected, "{line} ended with {status}: {said}");
@@ -227,6 +234,7 @@ fn files_of_a_live_guest_are_backed_up_from_a_frozen_image_and_restored() {
             }
             let gateway = lease(&mut vm)?;
             let mut guest = Guest {
+                begin: Instant::now(),
                 vm,
                 mover: format!("{gateway}:{}", mover.port),
             };
@@ -239,7 +247,7 @@ fn files_of_a_live_guest_are_backed_up_from_a_frozen_image_and_restored() {
 
             guest
                 .vm
-                .guest("killall -TERM fs-load; killall -CONT fs-load; wait; cat /tmp/*.load; ! grep -q FAILED /tmp/*.load")?;
+                .guest("touch /tmp/stop; wait; [ $(cat /tmp/rounds) -gt 20 ]")?;
             guest
                 .vm
                 .guest("! dmesg | grep -iE 'i/o error|ext4-fs error|corruption|call trace'")?;
@@ -254,8 +262,6 @@ fn full_and_incremental(guest: &mut Guest) -> Result<()> {
         said.contains("stood still for") && said.contains("read from devices"),
         "{said}"
     );
-    // What else there is to do is done faster without it.
-    guest.vm.guest("killall -STOP fs-load")?;
     guest.is_clean(&["backup-full"])?;
     for name in ["ext4", "xfs"] {
         guest.look_into(name, "backup-full")?;
@@ -271,10 +277,8 @@ fn full_and_incremental(guest: &mut Guest) -> Result<()> {
         .vm
         .guest("[ $(du -k /back/ext4/tree/sparse | cut -f 1) -lt 1000 ]")?;
 
-    guest.vm.guest("killall -CONT fs-load")?;
     let said = guest.create("--source /ext4 /xfs --incremental --name second --keep-image", 0)?;
     ensure!(said.contains("in the parent"), "{said}");
-    guest.vm.guest("killall -STOP fs-load")?;
     guest.is_clean(&["backup-second"])?;
     guest.look_into("ext4", "backup-second")?;
     // What is there is not replaced, and told; then it is.
@@ -327,15 +331,15 @@ fn refusals(guest: &mut Guest) -> Result<()> {
 
 /// What cannot be taken file by file.
 fn whole_disk(guest: &mut Guest) -> Result<()> {
-    guest.create("--source /dev/btrfs --name disk", 0)?;
-    guest.vm.guest("umount /btrfs; rm -rf /back/*")?;
+    guest.create("--source /dev/btrfs --name disk --keep-image", 0)?;
     guest.restore("--name disk --to /back", 0)?;
     guest
         .vm
-        .guest(
-            "mount -t btrfs -o loop,ro /back/disks/vm/btrfs.dsk /btrfs && cat /btrfs/little && umount /btrfs",
-        )
-        .map(drop)
+        .guest("sms-agent disk attach /vm/btrfs.dsk@backup-disk --read-only > /tmp/attached")?;
+    guest
+        .vm
+        .guest("cmp $(awk '{print $2}' /tmp/attached) /back/disks/vm/btrfs.dsk")?;
+    guest.vm.guest("sms-agent disk detach /vm/btrfs.dsk@backup-disk && sms-agent release-image --name backup-disk /vm/btrfs.dsk").map(drop)
 }
 
 /// The mover goes, or the agent is told to: no backup, and nothing is left in the guest; or it is gone on with.

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use api::Problem;
+use api::{Problem, ProblemKind};
 use expanded_api::{
     Action, Answer, Cdb, GuestDisk, GuestEvents, Header, MAJOR, MAX_WAIT_MS, Outcome, PAGE, Page, Request,
     State,
@@ -274,6 +274,24 @@ impl Host {
         }
     }
 
+    /// Has something given back that may still be in use for a moment: the host closes what was detached in the background.
+    ///
+    /// # Errors
+    /// It is in use for longer, or cannot be given back.
+    pub(crate) fn ask_until_free(&self, request: &Request) -> Result<(), AgentError> {
+        let begin = Instant::now();
+        loop {
+            match self.ask(request) {
+                Ok(_) => return Ok(()),
+                Err(AgentError::Problem(problem))
+                    if problem.kind == ProblemKind::Conflict && begin.elapsed() < PATIENCE => {}
+                Err(AgentError::Busy) if begin.elapsed() < PATIENCE => {}
+                Err(error) => return Err(error),
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
     fn send(&self, tag: u32, mut text: Vec<u8>) -> Result<(), AgentError> {
         let count = text.len().div_ceil(FRAGMENT);
         for (number, piece) in text.chunks_mut(FRAGMENT).enumerate() {
@@ -349,8 +367,6 @@ fn random() -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use api::ProblemKind;
-
     use super::*;
 
     #[test]

@@ -74,7 +74,10 @@ fn run(arguments: Arguments) -> Result<ExitCode, AgentError> {
         }
         Command::ReleaseImage { name, disks } => {
             let disks = agent.paths(disks)?;
-            agent.simple(&Request::ReleaseImage { disks, name })
+            agent
+                .host
+                .ask_until_free(&Request::ReleaseImage { disks, name })?;
+            agent.show(&Answer::Done)
         }
         Command::Raw { request } => {
             let request = serde_json::from_str(&request)

@@ -22,8 +22,6 @@ use crate::host::{AgentError, Host, sms_disks};
 
 /// A disk that was attached should be here after this time.
 const HOT_PLUG: Duration = Duration::from_secs(20);
-/// For so long it is tried again to give back what is still in use.
-const PATIENCE: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(50);
 
 /// What was taken of the host, to be given back.
@@ -102,7 +100,7 @@ impl<'a> Taken<'a> {
             let request = Request::DetachDisk {
                 disk: snapshot.clone(),
             };
-            if let Err(error) = self.insist(&request) {
+            if let Err(error) = self.give(&request) {
                 left.push(format!(
                     "{snapshot} is still attached ({error}): sms-agent disk detach {snapshot}"
                 ));
@@ -113,7 +111,7 @@ impl<'a> Taken<'a> {
                 disks: disks.clone(),
                 name: name.clone(),
             };
-            if let Err(error) = self.insist(&request) {
+            if let Err(error) = self.give(&request) {
                 let disks = disks.join(" ");
                 left.push(format!(
                     "the image {name} is still there ({error}): sms-agent release-image --name {name} {disks}"
@@ -122,21 +120,14 @@ impl<'a> Taken<'a> {
         }
         left
     }
+}
 
-    /// Has something given back that may still be in use for a moment.
-    fn insist(&self, request: &Request) -> Result<(), AgentError> {
-        let begin = Instant::now();
-        loop {
-            match self.host.ask(request) {
-                Ok(_) => return Ok(()),
-                // It is given back.
-                Err(AgentError::Problem(problem)) if problem.kind == ProblemKind::NotFound => return Ok(()),
-                Err(AgentError::Problem(problem))
-                    if problem.kind == ProblemKind::Conflict && begin.elapsed() < PATIENCE => {}
-                Err(AgentError::Busy) if begin.elapsed() < PATIENCE => {}
-                Err(error) => return Err(error),
-            }
-            std::thread::sleep(LOOK);
+impl Taken<'_> {
+    /// What is gone already is given back.
+    fn give(&self, request: &Request) -> Result<(), AgentError> {
+        match self.host.ask_until_free(request) {
+            Err(AgentError::Problem(problem)) if problem.kind == ProblemKind::NotFound => Ok(()),
+            given => given,
         }
     }
 }
