@@ -155,8 +155,8 @@ pub enum DiskOperation {
         #[serde(default)]
         unless: Option<String>,
     },
-    /// Keep a snapshot, and the files on which it is built, from being deleted, merged or moved by the file system, for a time. Volumes
-    /// may still be moved.
+    /// Keep the data of a snapshot, and of the files on which it is built, from being freed, merged or moved by the file system, for a
+    /// time. The snapshot may be deleted: then its name goes at once, and its data when the pin ends. Volumes may still be moved.
     Pin {
         /// The snapshot: `/vm/root.dsk@monday`.
         path: String,

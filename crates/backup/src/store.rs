@@ -1,8 +1,8 @@
 //! A folder with archives: `STORE/PRINCIPAL/NAME.smsbackup`. One that is not complete is called `NAME.smsbackup.partial`.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::archive::{
@@ -129,7 +129,9 @@ impl Store {
     /// See [`StoreError`].
     pub fn create(&self, stream: u64, header: &Header) -> Result<Draft, StoreError> {
         let name = &header.plan.name;
-        fs::create_dir_all(&self.folder).map_err(io("make", &self.folder))?;
+        // What is in a guest's files is nobody else's business.
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.folder);
+        made.map_err(io("make", &self.folder))?;
         let path = self.partial(name);
         if self.path(name).exists() {
             return Err(StoreError::Exists(name.clone()));

@@ -179,6 +179,13 @@ fn comes_back(store: &Path) {
     let verified = run(&["verify", path]);
     assert!(verified.status.success(), "{}", text(&verified));
 
+    // The reader in the description of the format agrees.
+    let page = include_str!("../../../docs/src/formats/backup-archive.md");
+    let (_, code) = page.split_once("```python\n").unwrap();
+    let (code, _) = code.split_once("```").unwrap();
+    let read = Command::new("python3").args(["-c", code, path]).output().unwrap();
+    assert!(text(&read).ends_with("complete: 3 entries\n"), "{}", text(&read));
+
     let out = store.join("out");
     let done = run(&["restore", path, "--to", out.to_str().unwrap(), "--file", "/srv"]);
     assert!(done.status.success(), "{}", text(&done));

@@ -71,6 +71,17 @@ pub(crate) struct Open {
     expiring: Cell<bool>,
 }
 
+/// What a pin kept of snapshots that were deleted meanwhile goes.
+fn shorten_all(open: &Rc<Open>) {
+    let disks = open.disks.borrow();
+    let written = disks.values().filter(|hosted| !hosted.disk.is_read_only());
+    let paths: Vec<String> = written.map(|hosted| hosted.disk.path().to_string()).collect();
+    drop(disks);
+    for path in paths {
+        shorten(open, path);
+    }
+}
+
 /// Ends pins when their time is over, as long as there are any.
 fn expire_pins() {
     let Ok(open) = open_pool() else { return };
@@ -83,10 +94,14 @@ fn expire_pins() {
         // The pool may be closed meanwhile, which waits for nobody who has it.
         while let Ok(open) = open_pool() {
             match places::expire(&open.storage).await {
-                Ok(true) => {}
-                Ok(false) => {
-                    open.expiring.set(false);
-                    return;
+                Ok((ended, left)) => {
+                    if ended > 0 {
+                        shorten_all(&open);
+                    }
+                    if left == 0 {
+                        open.expiring.set(false);
+                        return;
+                    }
                 }
                 Err(problem) => tracing::warn!(%problem, "pins whose time is over could not be ended"),
             }
@@ -325,6 +340,7 @@ impl HostedPool {
         self.worker.run(move || async move {
             let open = open_pool()?;
             let pins = matches!(&request, StorageRequest::Disk(DiskOperation::Pin { .. }));
+            let unpins = matches!(&request, StorageRequest::Disk(DiskOperation::Unpin { .. }));
             let shorter = match &request {
                 StorageRequest::Disk(operation) => disks::shortens(operation),
                 _ => None,
@@ -335,6 +351,9 @@ impl HostedPool {
             }
             if pins {
                 expire_pins();
+            }
+            if unpins {
+                shorten_all(&open);
             }
             Ok(answer)
         })

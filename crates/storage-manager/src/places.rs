@@ -112,9 +112,10 @@ pub(crate) async fn unpin(storage: &Storage, pin: u64) -> Result<DiskAnswer, Pro
     Ok(DiskAnswer::Done)
 }
 
-/// Ends the pins whose time is over. Whether there are others.
-pub(crate) async fn expire(storage: &Storage) -> Result<bool, Problem> {
+/// Ends the pins whose time is over. How many these were, and how many others there are.
+pub(crate) async fn expire(storage: &Storage) -> Result<(usize, usize), Problem> {
     let files = storage.files()?;
-    files.expire_pins(now()).await.map_err(|error| of_files(&error))?;
-    Ok(!files.pins().is_empty())
+    let ended = files.expire_pins(now()).await;
+    let ended = ended.map_err(|error| of_files(&error))?;
+    Ok((ended.len(), files.pins().len()))
 }

@@ -18,7 +18,7 @@ use crate::member::{Member, Sheet};
 use crate::offline::{self, Force};
 use crate::operation::Pool;
 use crate::problem::{of_files, of_pool};
-use crate::{file_view, view, volumes};
+use crate::{file_view, places, view, volumes};
 
 /// What files lie on.
 pub type Volume = volume_manager::Volume<Member, WorkerClock>;
@@ -131,6 +131,7 @@ impl Storage {
             // A crash may have come between a change of a volume and its being told.
             Access::Write => {
                 volumes::refresh(self).await?;
+                places::expire(self).await?;
                 self.tell_usage(true)
             }
         }

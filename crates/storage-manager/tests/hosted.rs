@@ -224,3 +224,131 @@ fn who_waits_for_a_job_does_not_keep_the_pool_from_being_closed() {
         other => panic!("{other:?}"),
     }
 }
+
+fn ask(pool: &HostedPool, operation: DiskOperation) -> Result<DiskAnswer, api::Problem> {
+    match pool.execute(StorageRequest::Disk(operation))? {
+        StorageAnswer::Disk(outcome) => Ok(outcome.answer),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn places(path: &str, length: u64, unless: Option<&str>) -> DiskOperation {
+    DiskOperation::Places {
+        path: path.into(),
+        offset: 0,
+        length,
+        unless: unless.map(str::to_owned),
+    }
+}
+
+#[test]
+fn where_a_snapshot_lies_is_told_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = pool(folder.path());
+    with_disk(&devices);
+    let pool = open(&devices);
+    let disk = pool.disk(DISK, options(DiskMode::Persistent, false)).unwrap();
+    write(&pool, &disk, 7);
+    snapshot(&pool, "s");
+    let path = "/vm/root.dsk@s";
+    let look = |unless: Option<&str>| match ask(&pool, places(path, 1 << 20, unless)).unwrap() {
+        DiskAnswer::Places(places) => *places,
+        other => panic!("{other:?}"),
+    };
+    let found = look(None);
+    assert_eq!(
+        (found.size, found.extents.len(), found.devices.len()),
+        (1 << 20, 1, 1)
+    );
+    let extent = found.extents[0];
+    assert_eq!((extent.offset, extent.length), (0, 4096));
+    // It is there: anybody can read it from the device.
+    let number = usize::try_from(extent.device).unwrap();
+    let start = usize::try_from(extent.start).unwrap();
+    assert!(std::fs::read(&devices[number]).unwrap()[start..start + 4096] == [7; 4096]);
+    // Writes to the disk do not change that.
+    write(&pool, &disk, 8);
+    let again = look(found.configuration.as_deref());
+    assert!(again.same && again.extents.is_empty() && again.identity == found.identity);
+    assert!(!look(Some("0")).same);
+
+    let kind = |operation| ask(&pool, operation).unwrap_err().kind;
+    assert_eq!(kind(places(DISK, 4096, None)), ProblemKind::Invalid);
+    assert_eq!(kind(places("/vm/root.dsk@t", 4096, None)), ProblemKind::NotFound);
+    assert_eq!(kind(places(path, u64::MAX, None)), ProblemKind::TooLarge);
+    // Of the same name, and another one.
+    let delete = DiskOperation::DeleteSnapshot { path: path.into() };
+    ask(&pool, delete).unwrap();
+    snapshot(&pool, "s");
+    assert_ne!(look(None).identity, found.identity);
+    drop(disk);
+    pool.close().unwrap();
+}
+
+#[test]
+fn what_a_pin_holds_goes_when_it_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = pool(folder.path());
+    with_disk(&devices);
+    let pool = open(&devices);
+    let disk = pool.disk(DISK, options(DiskMode::Persistent, false)).unwrap();
+    for (byte, name) in [(1, "long"), (2, "short")] {
+        write(&pool, &disk, byte);
+        snapshot(&pool, name);
+    }
+    write(&pool, &disk, 3);
+    let pin = |name: &str, seconds| {
+        let pin = DiskOperation::Pin {
+            path: format!("/vm/root.dsk@{name}"),
+            seconds,
+            replaces: None,
+        };
+        match ask(&pool, pin)? {
+            DiskAnswer::Pinned(pin) => Ok::<_, api::Problem>(pin.pin),
+            other => panic!("{other:?}"),
+        }
+    };
+    for seconds in [0, 3601, u64::MAX] {
+        assert_eq!(pin("long", seconds).unwrap_err().kind, ProblemKind::Invalid);
+    }
+    let long = pin("long", 3600).unwrap();
+    let bytes = match ask(&pool, places("/vm/root.dsk@long", 4096, None)).unwrap() {
+        DiskAnswer::Places(places) => places.extents[0],
+        other => panic!("{other:?}"),
+    };
+    pin("short", 1).unwrap();
+    let delete = |pool: &HostedPool, name: &str| {
+        let path = format!("/vm/root.dsk@{name}");
+        ask(pool, DiskOperation::DeleteSnapshot { path }).unwrap();
+    };
+    delete(&pool, "short");
+    delete(&pool, "long");
+    let settled = |pool: &HostedPool, layers: usize| {
+        let begun = std::time::Instant::now();
+        while status(pool).layers != layers {
+            assert!(
+                begun.elapsed() < std::time::Duration::from_secs(60),
+                "{:?}",
+                status(pool)
+            );
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    };
+    // The time of one is over, the other one survives whoever made it, and what it holds is where it was.
+    settled(&pool, 2);
+    drop(disk);
+    pool.close().unwrap();
+    let pool = open(&devices);
+    let disk = pool.disk(DISK, options(DiskMode::Persistent, false)).unwrap();
+    let device = &devices[usize::try_from(bytes.device).unwrap()];
+    let start = usize::try_from(bytes.start).unwrap();
+    assert!(std::fs::read(device).unwrap()[start..start + 4096] == [1; 4096]);
+    assert_eq!(status(&pool).layers, 2);
+    for _ in 0..2 {
+        ask(&pool, DiskOperation::Unpin { pin: long }).unwrap();
+    }
+    settled(&pool, 1);
+    assert_eq!(read(&pool, &disk), 3);
+    drop(disk);
+    pool.close().unwrap();
+}

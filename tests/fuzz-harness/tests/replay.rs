@@ -97,4 +97,6 @@ replays! {
     vhost_user: "vhost-user", 3_000;
     scsi: "scsi", 5_000;
     expanded_api: "expanded-api", 1_000;
+    backup_archive: "backup-archive", 3_000;
+    backup_plan: "backup-plan", 10_000;
 }

@@ -70,11 +70,14 @@ pub(crate) fn restore(arguments: &RestoreArguments, json: bool) -> Result<ExitCo
     for (path, reason) in target.end() {
         restored.problem(&path, &reason);
     }
-    if let Err(error) = received {
-        let count = restored.entries;
-        return Err(AgentError::Text(format!(
-            "{error}; {count} entries were restored before, and the rest was not"
-        )));
+    match (received, restored.entries) {
+        (Ok(()), _) => {}
+        (Err(error), 0) => return Err(error),
+        (Err(error), count) => {
+            return Err(AgentError::Text(format!(
+                "{error}; {count} entries were restored before, the rest was not"
+            )));
+        }
     }
     show::restored(&restored, json);
     Ok(match restored.problems.is_empty() {

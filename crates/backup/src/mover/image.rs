@@ -16,7 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use api::virtual_disk::{ChangedRange, DiskAnswer, DiskOperation, DiskPlaces, ReadRanges};
+use api::virtual_disk::{ChangedRange, DiskAnswer, DiskOperation, DiskPlaces, PlacedOn, ReadRanges};
 use api::{Problem, ProblemKind};
 
 use super::devices::{ALIGN, Device, Devices, Run, read_all};
@@ -386,7 +386,10 @@ impl Image {
             }
         }
         let read = read_all(&runs);
-        let mut notes = Vec::new();
+        let mut notes: Vec<String> = by_export
+            .iter()
+            .filter_map(|number| self.missing(pieces.get(*number)?))
+            .collect();
         for (number, range, skips) in places {
             let Some(piece) = pieces.get(number) else { continue };
             let read = read.get(range).unwrap_or_default();
@@ -413,6 +416,21 @@ impl Image {
             }
         }
         self.notes.extend(notes.into_iter().take(8));
+    }
+
+    /// The device that keeps a piece from being read here, if there is one.
+    fn missing(&self, piece: &Piece) -> Option<String> {
+        for window in piece.windows() {
+            let places = self.windows.get(&window)?;
+            let mut devices = places.devices.iter();
+            if let Some(on) = devices.find(|on| self.devices.get(&places.pool, &on.uuid).is_none()) {
+                let PlacedOn { device, uuid } = on;
+                return Some(format!(
+                    "d{device} ({uuid}) is none of the devices that mover.toml names"
+                ));
+            }
+        }
+        None
     }
 
     /// What of the piece is where, with its place in the piece. None if it cannot be read here.

@@ -1,5 +1,6 @@
 //! The server: one thread that accepts, one for each connection.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
@@ -55,6 +56,8 @@ pub struct Ended {
     pub peer: SocketAddr,
     /// Who it was, if that is known.
     pub principal: Option<String>,
+    /// What a person should know of how it was read.
+    pub notes: Vec<String>,
     /// Why it ended, if not because the agent had done all that it wanted.
     pub reason: Option<String>,
 }
@@ -131,7 +134,7 @@ struct Server {
 
 impl Server {
     fn run(&self, listener: &TcpListener) {
-        let streams: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
+        let streams = Streams::default();
         let mut threads: Vec<JoinHandle<()>> = Vec::new();
         while !self.served.stopping.load(Ordering::Relaxed) {
             match listener.accept() {
@@ -140,6 +143,7 @@ impl Server {
                     Err(error) => (self.told)(Ended {
                         peer,
                         principal: None,
+                        notes: Vec::new(),
                         reason: Some(error.to_string()),
                     }),
                 },
@@ -147,11 +151,9 @@ impl Server {
                 Err(_) => thread::sleep(LOOK),
             }
             threads.retain(|thread| !thread.is_finished());
-            let mut streams = streams.lock().unwrap_or_else(PoisonError::into_inner);
-            streams.retain(|stream| stream.peer_addr().is_ok());
         }
         // Those who wait for a message would do so for long.
-        for stream in streams.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for stream in streams.0.lock().unwrap_or_else(PoisonError::into_inner).values() {
             let _ = stream.shutdown(std::net::Shutdown::Read);
         }
         for thread in threads {
@@ -164,7 +166,7 @@ impl Server {
         &self,
         stream: TcpStream,
         peer: SocketAddr,
-        streams: &Mutex<Vec<TcpStream>>,
+        streams: &Streams,
     ) -> io::Result<Option<JoinHandle<()>>> {
         if self.connections.load(Ordering::Relaxed) >= self.served.config.limits.connections {
             return Err(io::Error::other("there are as many connections as are allowed"));
@@ -172,36 +174,32 @@ impl Server {
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
         let patience = Duration::from_secs(self.served.config.limits.patience);
-        streams
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(stream.try_clone()?);
+        let number = streams.enter(stream.try_clone())?;
+        self.connections.fetch_add(1, Ordering::Relaxed);
+        let guard = Guard {
+            connections: Arc::clone(&self.connections),
+            streams: streams.clone(),
+            number,
+        };
         let timed = Timed {
             stream,
             patience,
             until: Instant::now() + patience,
         };
         let (served, tls, told) = (self.served.clone(), self.tls.clone(), Arc::clone(&self.told));
-        let connections = Arc::clone(&self.connections);
-        connections.fetch_add(1, Ordering::Relaxed);
-        let mut guard = Guard {
-            connections: Arc::clone(&connections),
-            stream: None,
-        };
         let thread = thread::Builder::new().name("mover-agent".into()).spawn(move || {
-            // Whatever happens here, the agent hears that it is over.
-            guard.stream = timed.stream.try_clone().ok();
-            let (principal, end) = match tls {
+            let (principal, notes, end) = match tls {
                 None => serve(timed, &served),
                 Some(tls) => match ServerConnection::new(tls) {
                     Ok(connection) => serve(StreamOwned::new(connection, timed), &served),
-                    Err(error) => (None, Err(End::from(io::Error::other(error)))),
+                    Err(error) => (None, Vec::new(), Err(End::from(io::Error::other(error)))),
                 },
             };
             drop(guard);
             told(Ended {
                 peer,
                 principal,
+                notes,
                 reason: end.err().map(|end| crate::chain_of(&end)),
             });
         });
@@ -209,15 +207,30 @@ impl Server {
     }
 }
 
-/// A connection that is counted, and closed at the end.
+/// The connections that there are.
+#[derive(Clone, Default)]
+struct Streams(Arc<Mutex<BTreeMap<u64, TcpStream>>>);
+
+impl Streams {
+    fn enter(&self, stream: io::Result<TcpStream>) -> io::Result<u64> {
+        let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = streams.last_key_value().map_or(0, |(last, _)| last + 1);
+        streams.insert(number, stream?);
+        Ok(number)
+    }
+}
+
+/// A connection that is counted. Whatever happens, the other side hears that it is over.
 struct Guard {
     connections: Arc<AtomicUsize>,
-    stream: Option<TcpStream>,
+    streams: Streams,
+    number: u64,
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if let Some(stream) = &self.stream {
+        let mut streams = self.streams.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stream) = streams.remove(&self.number) {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
         self.connections.fetch_sub(1, Ordering::Relaxed);

@@ -1,5 +1,6 @@
 //! A connection of an agent, from its first message to its last.
 
+use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -123,24 +124,32 @@ fn decode(kind: u16, payload: &[u8]) -> Result<Request, Problem> {
         .map_err(|error| invalid(format!("the message is not understood: {error}")))
 }
 
-/// Serves a connection. The name of the principal, if it is known.
-pub(super) fn serve<S: Patient>(stream: S, served: &Served) -> (Option<String>, Result<(), End>) {
+/// Serves a connection. The name of the principal, if it is known; what a person should know; how it ended.
+pub(super) fn serve<S: Patient>(
+    stream: S,
+    served: &Served,
+) -> (Option<String>, Vec<String>, Result<(), End>) {
     let mut line = Line {
         reader: FrameReader::new(stream, Some(0), Some(0)),
         sent: 0,
         told: Instant::now(),
         stopping: Arc::clone(&served.stopping),
     };
-    let mut name = None;
-    let end = converse(&mut line, served, &mut name);
+    let (mut name, mut notes) = (None, BTreeSet::new());
+    let end = converse(&mut line, served, &mut name, &mut notes);
     if let Err(End::Refused(problem)) = &end {
         // It may be gone.
         let _ = line.send(&Reply::Refused(problem.clone()));
     }
-    (name, end)
+    (name, notes.into_iter().collect(), end)
 }
 
-fn converse<S: Patient>(line: &mut Line<S>, served: &Served, name: &mut Option<String>) -> Result<(), End> {
+fn converse<S: Patient>(
+    line: &mut Line<S>,
+    served: &Served,
+    name: &mut Option<String>,
+    notes: &mut BTreeSet<String>,
+) -> Result<(), End> {
     let Some(kind) = line.next()? else { return Ok(()) };
     let Request::Hello(hello) = decode(kind, line.reader.payload())? else {
         return Err(Problem::new(ProblemKind::Invalid, "the first message is no hello").into());
@@ -158,13 +167,19 @@ fn converse<S: Patient>(line: &mut Line<S>, served: &Served, name: &mut Option<S
         principal,
         served: served.clone(),
         work: None,
+        notes: BTreeSet::new(),
     };
     loop {
         if served.stopping.load(Ordering::Relaxed) {
             return Err(stopping().into());
         }
         let Some(kind) = line.next()? else { return Ok(()) };
-        session.frame(kind, line)?;
+        let done = session.frame(kind, line);
+        notes.append(&mut session.notes);
+        if let Some(work) = &mut session.work {
+            notes.append(&mut work.image.notes);
+        }
+        done?;
     }
 }
 
@@ -187,6 +202,7 @@ struct Session {
     store: Store,
     served: Served,
     work: Option<Work>,
+    notes: BTreeSet<String>,
 }
 
 impl Session {
@@ -402,6 +418,7 @@ impl Session {
         };
         // The archive has all of it. If this fails the pins end by themselves.
         let released = work.image.release();
+        self.notes.append(&mut work.image.notes);
         let info = work.draft.finish().map_err(|error| of_store(&error))?;
         drop(released);
         Ok(Reply::Finished(Box::new(info)))

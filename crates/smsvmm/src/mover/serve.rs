@@ -1,7 +1,8 @@
 //! `smsvmm mover serve`: the storage manager of each principal is reached by the management socket of its machine.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use api::virtual_disk::{DiskAnswer, DiskOperation, ReadRanges};
@@ -58,13 +59,32 @@ fn told(ended: Ended) {
     let Ended {
         peer,
         principal,
+        notes,
         reason,
     } = ended;
-    let principal = principal.unwrap_or_default();
-    match reason {
-        None => tracing::info!(%peer, principal, "an agent has ended"),
-        Some(reason) => tracing::warn!(%peer, principal, reason, "a connection of an agent was ended"),
+    for note in notes {
+        tracing::warn!(principal, note, "not all could be read from devices");
     }
+    match (principal, reason) {
+        (Some(principal), None) => tracing::info!(%peer, principal, "an agent has ended"),
+        (Some(principal), Some(reason)) => {
+            tracing::warn!(%peer, principal, reason, "a connection of an agent was ended");
+        }
+        // Anybody can cause these.
+        (None, reason) if is_time() => tracing::warn!(%peer, reason, "somebody who is not known came"),
+        (None, reason) => tracing::debug!(%peer, reason, "somebody who is not known came"),
+    }
+}
+
+/// At most once a second.
+fn is_time() -> bool {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_time = last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1));
+    if is_time {
+        *last = Some(Instant::now());
+    }
+    is_time
 }
 
 fn reach(principal: &Principal) -> Result<Box<dyn Pool>, Problem> {

@@ -1,5 +1,6 @@
 //! The bodies, and the list of them.
 
+mod backup;
 mod block_queue;
 mod block_request;
 mod config;
@@ -188,6 +189,20 @@ pub const TARGETS: &[Target] = &[
         max_length: 512,
         is_possible: always,
         body: expanded_api::run,
+    },
+    Target {
+        name: "backup-archive",
+        about: "archives of backups whose frames are right and whose content is made up",
+        max_length: 256,
+        is_possible: always,
+        body: backup::archive,
+    },
+    Target {
+        name: "backup-plan",
+        about: "what agents say to a mover, and the checks of plans",
+        max_length: 256,
+        is_possible: always,
+        body: backup::messages,
     },
 ];
 
