@@ -194,7 +194,7 @@ fn files_of_a_live_guest_are_backed_up_from_a_frozen_image_and_restored() {
     Story::default()
         .agent()
         .guest_tools()
-        .limit(Duration::from_secs(400))
+        .limit(Duration::from_secs(500))
         .tell(|host| {
             for device in DEVICES {
                 host.image(device, 1536)?;
@@ -205,7 +205,7 @@ fn files_of_a_live_guest_are_backed_up_from_a_frozen_image_and_restored() {
                 .vm("live")
                 .cpus(2)
                 .memory("512M")
-                .limit(Duration::from_secs(380))
+                .limit(Duration::from_secs(480))
                 .toml("[expanded-api]\nallow = [\"image\"]\n[[net]]\nbackend = \"user\"\n")
                 .file("lease", 0o755, LEASE)
                 .file("token", 0o600, mover.token.clone())

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use backup::RawText;
 use backup::plan::{MAX_XATTRS, Time, Xattr};
-use rustix::fs::{Mode, OFlags, Stat, XattrFlags, fstat, getxattr, listxattr, openat, setxattr};
+use rustix::fs::{Mode, OFlags, Stat, XattrFlags, fstat, getxattr, listxattr, openat, removexattr, setxattr};
 use rustix::io::Errno;
 
 /// A name of a folder, held fast: whatever it is, symbolic links too. It can be asked, not read.
@@ -94,6 +94,17 @@ impl Held {
             xattr.value.bytes(),
             XattrFlags::empty(),
         )?)
+    }
+
+    /// Takes the access control lists from it that it has from the folder in which it was made.
+    pub(crate) fn drop_inherited_lists(&self) -> io::Result<()> {
+        for name in ["system.posix_acl_access", "system.posix_acl_default"] {
+            match removexattr(self.path(), name) {
+                Ok(()) | Err(Errno::NODATA | Errno::NOTSUP | Errno::ACCESS) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Gives it permissions: not for a symbolic link, which has none.

@@ -260,6 +260,9 @@ impl Target {
                 Err(error) => problems.push((entry.path, error.to_string())),
             }
         }
+        if let Err(error) = rustix::fs::syncfs(&self.root) {
+            problems.push((RawText::default(), format!("it may not be durable: {error}")));
+        }
         problems
     }
 }
@@ -268,13 +271,17 @@ impl Target {
 fn dress(held: &Held, entry: &Entry) -> Vec<String> {
     let mut problems = Vec::new();
     let mut tell = |what: &str, done: io::Result<()>| {
-        if let Err(error) = done {
+        if let Err(error) = &done {
             problems.push(format!("its {what} cannot be set: {error}"));
         }
+        done.is_ok()
     };
-    tell("owner", held.set_owner(entry.uid, entry.gid));
+    let is_owned = tell("owner", held.set_owner(entry.uid, entry.gid));
     if !matches!(entry.kind, Kind::Symlink { .. }) {
-        tell("mode", held.set_mode(entry.mode));
+        tell("access control list", held.drop_inherited_lists());
+        // A program that acts for another owner than it did before would be a gift.
+        let bits = if is_owned { 0o7777 } else { 0o1777 };
+        tell("mode", held.set_mode(entry.mode & bits));
     }
     for xattr in &entry.xattrs {
         tell(&format!("attribute {}", xattr.name), held.set_xattr(xattr));
@@ -401,6 +408,45 @@ mod tests {
         );
         assert_eq!(fs::read_dir(folder.path().join("a")).unwrap().count(), 4);
         fs::set_permissions(folder.path().join("a/closed"), fs::Permissions::from_mode(0o700)).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_inherited_from_the_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        // What is made in it may be read by user 1000.
+        let mut list = 2_u32.to_le_bytes().to_vec();
+        for (tag, id) in [
+            (1_u16, u32::MAX),
+            (2, 1000),
+            (4, u32::MAX),
+            (16, u32::MAX),
+            (32, u32::MAX),
+        ] {
+            list.extend([tag.to_le_bytes(), 4_u16.to_le_bytes()].concat());
+            list.extend(id.to_le_bytes());
+        }
+        let flags = rustix::fs::XattrFlags::empty();
+        match rustix::fs::setxattr(folder.path(), "system.posix_acl_default", &list, flags) {
+            // A file system without them.
+            Err(Errno::NOTSUP) => return,
+            set => set.unwrap(),
+        }
+        let mut target = target(folder.path(), false);
+        put(&mut target, file(b"file", 0), b"").unwrap();
+        put(&mut target, entry(b"inner", Kind::Directory {}), b"").unwrap();
+        assert_eq!(target.end(), []);
+        let open = File::open(folder.path()).unwrap();
+        for name in [&b"file"[..], b"inner"] {
+            let held = Held::open(&open, name).unwrap();
+            let lists = held.xattrs().unwrap().into_iter();
+            assert_eq!(
+                lists
+                    .filter(|xattr| xattr.name.bytes().starts_with(b"system."))
+                    .count(),
+                0
+            );
+            assert_eq!(held.stat().unwrap().st_mode & 0o7777, 0o640);
+        }
     }
 
     #[test]
