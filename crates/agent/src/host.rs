@@ -292,6 +292,28 @@ impl Host {
         }
     }
 
+    /// Has a disk detached, and waits until the host has it back.
+    ///
+    /// # Errors
+    /// The host refuses, or the driver here does not let the disk go.
+    pub(crate) fn detach(&self, disk: &str) -> Result<(), AgentError> {
+        let request = Request::DetachDisk {
+            disk: disk.to_owned(),
+        };
+        self.ask_until_free(&request)?;
+        let begin = Instant::now();
+        let is_here = |known: &GuestDisk| known.id.is_some() && known.path.as_deref() == Some(disk);
+        while self.disks()?.iter().any(is_here) {
+            if begin.elapsed() > PATIENCE {
+                return Err(AgentError::Text(format!(
+                    "{disk} was to be detached, and this machine's driver does not let it go"
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    }
+
     fn send(&self, tag: u32, mut text: Vec<u8>) -> Result<(), AgentError> {
         let count = text.len().div_ceil(FRAGMENT);
         for (number, piece) in text.chunks_mut(FRAGMENT).enumerate() {

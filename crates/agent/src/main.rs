@@ -168,9 +168,10 @@ impl Agent {
                 attach,
             },
             DiskCommand::Attach { disk, read_only } => Request::AttachDisk { disk, read_only },
-            DiskCommand::Detach { disk } => Request::DetachDisk {
-                disk: self.path(disk)?,
-            },
+            DiskCommand::Detach { disk } => {
+                self.host.detach(&self.path(disk)?)?;
+                return self.show(&Answer::Done);
+            }
             DiskCommand::Delete { disk } => Request::DeleteDisk {
                 disk: self.path(disk)?,
             },

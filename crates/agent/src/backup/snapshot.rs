@@ -97,10 +97,7 @@ impl<'a> Taken<'a> {
     pub(crate) fn give_back(&mut self) -> Vec<String> {
         let mut left = Vec::new();
         while let Some(snapshot) = self.attached.pop() {
-            let request = Request::DetachDisk {
-                disk: snapshot.clone(),
-            };
-            if let Err(error) = self.give(&request) {
+            if let Err(error) = given(self.host.detach(&snapshot)) {
                 left.push(format!(
                     "{snapshot} is still attached ({error}): sms-agent disk detach {snapshot}"
                 ));
@@ -111,7 +108,7 @@ impl<'a> Taken<'a> {
                 disks: disks.clone(),
                 name: name.clone(),
             };
-            if let Err(error) = self.give(&request) {
+            if let Err(error) = given(self.host.ask_until_free(&request)) {
                 let disks = disks.join(" ");
                 left.push(format!(
                     "the image {name} is still there ({error}): sms-agent release-image --name {name} {disks}"
@@ -122,13 +119,11 @@ impl<'a> Taken<'a> {
     }
 }
 
-impl Taken<'_> {
-    /// What is gone already is given back.
-    fn give(&self, request: &Request) -> Result<(), AgentError> {
-        match self.host.ask_until_free(request) {
-            Err(AgentError::Problem(problem)) if problem.kind == ProblemKind::NotFound => Ok(()),
-            given => given,
-        }
+/// What is gone already is given back.
+fn given(result: Result<(), AgentError>) -> Result<(), AgentError> {
+    match result {
+        Err(AgentError::Problem(problem)) if problem.kind == ProblemKind::NotFound => Ok(()),
+        result => result,
     }
 }
 
