@@ -45,7 +45,7 @@ pub struct Plan {
     pub description: String,
     /// When the image was frozen.
     pub frozen: Time,
-    /// The frozen image. [`Extent::disk`] counts from 0 in it.
+    /// The frozen image. [`Place::disk`] counts from 0 in it.
     pub disks: Vec<ImageDisk>,
     /// What was to be backed up, as a person said it.
     #[serde(default)]

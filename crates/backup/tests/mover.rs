@@ -376,6 +376,48 @@ fn an_agent_sends_what_has_no_place_and_gets_it_back() {
     assert!(got == sparse);
 }
 
+#[test]
+fn a_file_in_many_pieces_comes_in_parts() {
+    let setup = Setup::new();
+    setup.snapshot("s");
+    setup.snapshot("t");
+    let disk = &setup.content["raid5"];
+    // Every second sector, from the end: no two lie together.
+    let pieces = backup::plan::MAX_EXTENTS as u64 / 4 + 700;
+    let (mut extents, mut content) = (Vec::new(), Vec::new());
+    for number in 0..pieces {
+        let start = (pieces - number) * 1024;
+        for part in 0..5 {
+            // Five in each sector.
+            let (start, length) = (start + part * 100, 100);
+            content.extend(&disk[start as usize..(start + length) as usize]);
+            extents.push(backup::plan::Extent {
+                offset: content.len() as u64 - length,
+                length,
+                at: Some(backup::plan::Place { disk: 2, start }),
+            });
+        }
+    }
+    let kind = Kind::File {
+        size: content.len() as u64,
+        content: Content::Extents { extents, more: false },
+    };
+    let mover = setup.mover(true);
+    for (name, parent) in [("a", None), ("b", Some("a".to_owned()))] {
+        let mut client = setup.client(&mover);
+        let plan = Plan {
+            parent: parent.clone(),
+            ..plan(name, if parent.is_some() { "t" } else { "s" })
+        };
+        client.begin(&plan).unwrap();
+        client.entry(&entry("f", kind.clone())).unwrap();
+        client.entry(&entry("g", Kind::Directory {})).unwrap();
+        let made = client.finish().unwrap().progress;
+        assert_eq!(made.in_parent == made.bytes, parent.is_some(), "{made:?}");
+        is_whole(&setup, name, &[("f".into(), content.clone())]);
+    }
+}
+
 fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> ProblemKind {
     match result {
         Err(ClientError::Refused(problem)) => problem.kind,
@@ -498,4 +540,31 @@ fn a_backup_that_broke_off_is_none_and_can_be_gone_on_with() {
     client.entry(&entries[0]).unwrap();
     client.abandon().unwrap();
     assert_eq!(client.list().unwrap().len(), 1);
+}
+
+#[test]
+fn what_a_lost_device_had_is_computed_by_the_storage_manager() {
+    let mut setup = Setup::new();
+    setup.snapshot("s");
+    setup.pool.close().unwrap();
+    fs::remove_file(&setup.devices[0]).unwrap();
+    setup.pool = Arc::new(common::hosted(&setup.devices));
+    let mover = setup.mover(true);
+    let mut client = setup.client(&mover);
+    let mut image = plan("a", "s");
+    image
+        .disks
+        .retain(|disk| disk.disk.contains("raid5") || disk.disk.contains("mirror"));
+    client.begin(&image).unwrap();
+    for (number, name) in [(0, "mirror"), (1, "raid5")] {
+        let whole = Kind::Disk {
+            disk: number,
+            size: SIZE,
+        };
+        client.entry(&entry(name, whole)).unwrap();
+    }
+    let made = client.finish().unwrap().progress;
+    assert!(made.from_devices > 0 && made.from_export > 0, "{made:?}");
+    let files = ["mirror", "raid5"].map(|kind| (kind.to_owned(), setup.content[kind].clone()));
+    is_whole(&setup, "a", &files);
 }

@@ -288,7 +288,7 @@ fn connections_that_make_no_sense_are_ended_and_harm_nobody() {
     fs::write(path("image"), content()).unwrap();
     let (token, hash) = token();
     let config = format!(
-        "listen = \"127.0.0.1:0\"\nstore = {:?}\n[limits]\nconnections = 3\npatience = 2\n\
+        "listen = \"127.0.0.1:0\"\nstore = {:?}\n[limits]\nconnections = 3\npatience = 2\nbytes = \"5M\"\nrate = \"64M\"\n\
          [[principal]]\nname = \"vm\"\ntoken-sha256 = \"{hash}\"\nimages = {{ \"/a.dsk@s\" = {:?} }}\n",
         path("store"),
         path("image"),
@@ -328,7 +328,19 @@ fn connections_that_make_no_sense_are_ended_and_harm_nobody() {
     let stream = connect(&mover.address, &Tls::default(), patience).unwrap();
     let mut client = Client::hello(stream, &token, "test").unwrap();
     assert!(back_up(&mut client, "one").complete);
+
+    // More than a backup may have here: what there is of it is none.
+    client.begin(&plan("two")).unwrap();
+    for name in ["a", "b"] {
+        let whole = Kind::Disk { disk: 0, size: SIZE };
+        client.entry(&entry(name, whole)).unwrap();
+    }
+    match client.flush() {
+        Err(ClientError::Refused(problem)) => assert_eq!(problem.kind, ProblemKind::TooLarge),
+        other => panic!("{other:?}"),
+    }
     mover.end();
+    assert!(!path("store/vm/two.smsbackup").exists());
     comes_back(&path("store"));
 }
 

@@ -155,6 +155,26 @@ impl Chain {
             .map(|link| &link.path)
     }
 
+    /// Finds all entries of the backup by its index, without reading their content. `take` also gets the extents that are not in the entry.
+    ///
+    /// # Errors
+    /// Something is not as it was written, or `take` fails.
+    pub fn entries(
+        &mut self,
+        mut take: impl FnMut(u64, &Entry, &[Extent]) -> io::Result<()>,
+    ) -> Result<(), ChainError> {
+        let path = self.first.path.clone();
+        let failed = |source| ChainError::Archive {
+            path: path.clone(),
+            source,
+        };
+        for number in 0..self.first.commit.entries {
+            let (entry, more) = self.first.entry(number).map_err(failed)?;
+            take(number, &entry, &more).map_err(ChainError::Sink)?;
+        }
+        Ok(())
+    }
+
     /// Reads all of the backup, and what it needs of those below it. All checksums of the backup itself are checked, and those of the frames
     /// that are read below it.
     ///
@@ -324,6 +344,36 @@ impl Link {
         let mut number = [0; 8];
         self.file.read_exact(&mut number)?;
         Ok(u64::from_le_bytes(number))
+    }
+
+    /// An entry, and its extents that are in frames of their own.
+    fn entry(&mut self, number: u64) -> Result<(Entry, Vec<Extent>), ArchiveError> {
+        let nonsense = |reason: String| ArchiveError::Nonsense { number: 0, reason };
+        let position = self.position_of(number)?;
+        self.file.seek(SeekFrom::Start(position))?;
+        let mut frames = FrameReader::new(BufReader::new(&self.file), Some(self.stream), None);
+        let mut found: Option<Entry> = None;
+        let mut more = Vec::new();
+        while let Some(head) = frames.read()? {
+            match (head.kind, &found) {
+                (ENTRY, None) => {
+                    let entry: Entry = serde_json::from_slice(frames.payload())
+                        .map_err(|error| nonsense(error.to_string()))?;
+                    crate::check::entry(&entry).map_err(|error| nonsense(error.to_string()))?;
+                    found = Some(entry);
+                }
+                (EXTENTS, Some(_)) => {
+                    let extents: Vec<Extent> = serde_json::from_slice(frames.payload())
+                        .map_err(|error| nonsense(error.to_string()))?;
+                    more.extend(extents);
+                }
+                // Extents are among the content that came with them.
+                (DATA | ZEROES | IN_PARENT, Some(entry)) if entry.has_more() => {}
+                _ => break,
+            }
+        }
+        let entry = found.ok_or_else(|| nonsense(format!("the index does not lead to entry {number}")))?;
+        Ok((entry, more))
     }
 
     /// The first piece of an entry that ends behind byte `at`, and the bytes that it covers.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use api::ByteSize;
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
@@ -48,9 +49,9 @@ pub struct Limits {
     /// Entries of a backup.
     pub entries: u64,
     /// Bytes of a backup that are read or sent, together; no limit if none.
-    pub bytes: Option<u64>,
+    pub bytes: Option<ByteSize>,
     /// Bytes per second of a connection; no limit if none.
-    pub rate: Option<u64>,
+    pub rate: Option<ByteSize>,
     /// Seconds in which a request, or the next one, must have come whole.
     pub patience: u64,
 }

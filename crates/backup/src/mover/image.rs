@@ -500,10 +500,11 @@ impl Image {
                 ranges: ranges.clone(),
             };
             let mut got = 0;
-            pool.read(request, &mut |offset, bytes| {
+            let mut take = |offset: u64, bytes: &[u8]| {
                 got += bytes.len() as u64;
                 copy(&mut buffers, offset, bytes);
-            })?;
+            };
+            patiently(|| pool.read(request.clone(), &mut take))?;
             // The last sector of a disk may be a part of one.
             let wanted: u64 = ranges.iter().map(|(_, length)| length).sum();
             if got.next_multiple_of(SECTOR) < wanted {
@@ -531,6 +532,9 @@ impl Image {
                 let mut data: Vec<(u64, u64)> = Vec::new();
                 for extent in &places.extents {
                     let stop = extent.offset.saturating_add(extent.length).min(end);
+                    if stop <= extent.offset.max(start) {
+                        continue;
+                    }
                     match data.last_mut() {
                         Some((_, last)) if *last == extent.offset => *last = stop,
                         _ => data.push((extent.offset.max(start), stop)),
@@ -540,6 +544,19 @@ impl Image {
             }
         }
         Ok(vec![(start, end)])
+    }
+}
+
+/// Others may be moving data through the machine's process, which takes only a few at a time.
+fn patiently(mut read: impl FnMut() -> Result<(), Problem>) -> Result<(), Problem> {
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        match read() {
+            Err(problem) if problem.kind == ProblemKind::Exhausted && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            done => return done,
+        }
     }
 }
 

@@ -1,13 +1,11 @@
 //! What of a disk is in the parent backup already.
 
-use std::fs::File;
-use std::io::BufReader;
-use std::path::Path;
+use std::io;
 
 use api::Problem;
 
 use super::image::Image;
-use crate::archive::{ArchiveError, ArchiveReader, Header, Record};
+use crate::archive::{Chain, ChainError, Header};
 use crate::plan::{Content, Extent, Kind, Plan};
 
 /// Most runs that are remembered: 40 bytes each.
@@ -55,14 +53,15 @@ pub(super) struct InParent {
 }
 
 impl InParent {
-    /// Reads the archive of the parent. `notes` tells of disks of which all has to be read.
+    /// Finds what the parent, the first of `chain`, has. `notes` tells of disks of which all has to be read.
     pub(super) fn of(
-        path: &Path,
-        parent: &Header,
+        chain: &mut Chain,
         plan: &Plan,
         image: &Image,
         notes: &mut Vec<String>,
-    ) -> Result<Self, ArchiveError> {
+        tick: &mut dyn FnMut() -> io::Result<()>,
+    ) -> Result<Self, ChainError> {
+        let parent = &chain.header().clone();
         let mut changed = vec![None; plan.disks.len()];
         // Of a disk of the parent, its number here.
         let mut here = vec![None; parent.plan.disks.len()];
@@ -85,42 +84,40 @@ impl InParent {
             changed: changed.into_iter().map(Option::unwrap_or_default).collect(),
         };
         if here.iter().any(Option::is_some) {
-            runs.scan(path, &here)?;
+            runs.scan(chain, &here, tick)?;
         }
         Ok(runs)
     }
 
-    fn scan(&mut self, path: &Path, here: &[Option<usize>]) -> Result<(), ArchiveError> {
-        let file = BufReader::with_capacity(1 << 20, File::open(path)?);
-        let mut reader = ArchiveReader::new(file);
-        let mut entry_now = 0;
-        while let Some(record) = reader.read()? {
-            match record {
-                Record::Entry(number, entry) => {
-                    entry_now = number;
-                    match &entry.kind {
-                        Kind::File {
-                            content: Content::Extents { extents, .. },
-                            ..
-                        } => self.hold(number, extents, here),
-                        Kind::Disk { disk, size } => {
-                            let whole = Extent {
-                                offset: 0,
-                                length: *size,
-                                at: Some(crate::plan::Place {
-                                    disk: *disk,
-                                    start: 0,
-                                }),
-                            };
-                            self.hold(number, &[whole], here);
-                        }
-                        _ => {}
-                    }
+    fn scan(
+        &mut self,
+        chain: &mut Chain,
+        here: &[Option<usize>],
+        tick: &mut dyn FnMut() -> io::Result<()>,
+    ) -> Result<(), ChainError> {
+        chain.entries(|number, entry, more| {
+            tick()?;
+            match &entry.kind {
+                Kind::File {
+                    content: Content::Extents { extents, .. },
+                    ..
+                } => self.hold(number, extents, here),
+                Kind::Disk { disk, size } => {
+                    let whole = Extent {
+                        offset: 0,
+                        length: *size,
+                        at: Some(crate::plan::Place {
+                            disk: *disk,
+                            start: 0,
+                        }),
+                    };
+                    self.hold(number, &[whole], here);
                 }
-                Record::Extents(extents) => self.hold(entry_now, &extents, here),
                 _ => {}
             }
-        }
+            self.hold(number, more, here);
+            Ok(())
+        })?;
         self.held.sort_unstable();
         // Of what several entries share, one is enough.
         let mut end = (0, 0);

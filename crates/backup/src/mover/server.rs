@@ -17,6 +17,8 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use super::config::{MoverConfig, TlsConfig};
 use super::session::{End, Patient, Reach, Served, serve};
 
+/// What goes on when the mover is ended has so long to come to its next step.
+const GRACE: Duration = Duration::from_secs(10);
 /// Between two looks for connections.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -155,6 +157,14 @@ impl Server {
         // Those who wait for a message would do so for long.
         for stream in streams.0.lock().unwrap_or_else(PoisonError::into_inner).values() {
             let _ = stream.shutdown(std::net::Shutdown::Read);
+        }
+        let end = Instant::now() + GRACE;
+        while Instant::now() < end && threads.iter().any(|thread| !thread.is_finished()) {
+            thread::sleep(LOOK);
+        }
+        // Nor for those who do not take what is sent.
+        for stream in streams.0.lock().unwrap_or_else(PoisonError::into_inner).values() {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
         }
         for thread in threads {
             let _ = thread.join();

@@ -306,13 +306,13 @@ impl Session {
         let resume = std::mem::take(&mut header.plan.resume);
         let mut parent = InParent::default();
         if let Some(name) = header.plan.parent.clone() {
-            let chain = self.store.open(&name).map_err(|error| of_store(&error))?;
+            let mut chain = self.store.open(&name).map_err(|error| of_store(&error))?;
             header.parent = Some(Parent {
                 name: name.clone(),
                 digest: chain.commit().digest.clone(),
             });
-            let path = self.store.path(&name);
-            let found = InParent::of(&path, chain.header(), &header.plan, &image, &mut notes);
+            let mut tick = || line.tick(&Progress::default()).map_err(io::Error::other);
+            let found = InParent::of(&mut chain, &header.plan, &image, &mut notes, &mut tick);
             parent = found.map_err(|error| Problem::new(ProblemKind::Host, crate::chain_of(&error)))?;
         }
         let sizes = header.image.iter().map(|image| image.size).collect();
@@ -331,8 +331,8 @@ impl Session {
             notes,
         };
         let mut work = Work::new(draft, image, checker, parent);
-        work.most_bytes = self.served.config.limits.bytes;
-        work.rate = self.served.config.limits.rate;
+        work.most_bytes = self.served.config.limits.bytes.map(|most| most.bytes());
+        work.rate = self.served.config.limits.rate.map(|rate| rate.bytes());
         self.work = Some(work);
         Ok(begun)
     }

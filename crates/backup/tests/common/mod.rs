@@ -66,6 +66,10 @@ pub(crate) fn volume(devices: &[String], name: &str) {
     storage_manager::execute(devices.to_vec(), Force::No, volume, &mut go_on).unwrap();
 }
 
+pub(crate) fn hosted(devices: &[String]) -> HostedPool {
+    HostedPool::open("test", devices.to_vec(), WorkerOptions::default()).unwrap()
+}
+
 pub(crate) struct Setup {
     pub(crate) folder: tempfile::TempDir,
     pub(crate) devices: Vec<String>,
@@ -129,7 +133,7 @@ impl Setup {
             storage_manager::import_disk(PoolAt::Devices(devices.clone()), import, &mut go_on).unwrap();
             content.insert(kind, bytes);
         }
-        let pool = HostedPool::open("test", devices.clone(), WorkerOptions::default()).unwrap();
+        let pool = hosted(&devices);
         let (token, hash) = new_token().unwrap();
         Self {
             folder,

@@ -229,10 +229,8 @@ pub(super) fn messages(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
         }
         match serde_json::from_slice(&json) {
             Ok(Request::Begin(plan)) => drop(check::plan(&plan)),
-            Ok(Request::Extents { extents, more }) => {
-                if checker.extents(&extents, more).is_ok() {
-                    within(&extents);
-                }
+            Ok(Request::Extents { extents, more }) if checker.extents(&extents, more).is_ok() => {
+                within(&extents);
             }
             Ok(Request::Entries(entries)) => {
                 for entry in entries {
