@@ -84,7 +84,7 @@ impl<'a> Mover<'a> {
         // So slow that one can do something meanwhile.
         std::fs::write(
             host.folder().join("slow.toml"),
-            config.replace("[[principal]]", "[limits]\nrate = 200000\n[[principal]]"),
+            config.replace("[[principal]]", "[limits]\nrate = \"200K\"\n[[principal]]"),
         )?;
         Ok(Self { host, port, token })
     }
