@@ -1,5 +1,6 @@
 //! All system stories: one program, so that the longest ones run beside others.
 
+mod backup;
 mod boot;
 mod console;
 mod disk_settings;

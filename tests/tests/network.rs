@@ -318,7 +318,7 @@ fn the_user_network_leads_from_the_guest_to_the_host_and_from_forwarded_ports_to
 }
 
 /// A TCP port of this host that nobody uses.
-fn free_port() -> Result<u16> {
+pub(crate) fn free_port() -> Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 

@@ -59,7 +59,8 @@ pub(crate) fn static_program(package: &str, program: &str) -> Result<PathBuf> {
         "--bin",
         program,
     ]);
-    command.args(["--", "-C", "target-feature=+crt-static"]);
+    // Without what debuggers need: guests have them in memory.
+    command.args(["--", "-C", "target-feature=+crt-static", "-C", "strip=debuginfo"]);
     ensure!(
         command.status().context("cannot start cargo")?.success(),
         "{program} does not build"

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::backup::BackupCommand;
 use api::ByteSize;
 use api::file::Target;
 use api::storage::LayoutKind;
@@ -67,6 +68,9 @@ pub(crate) enum Command {
         #[arg(required = true)]
         disks: Vec<String>,
     },
+    /// Backups of files and disks, from a frozen image, by a mover.
+    #[command(subcommand)]
+    Backup(BackupCommand),
     /// Send a request as it is written: an object with `command`, as docs/formats/expanded-api.md has it.
     Raw {
         /// The request, in JSON.

@@ -18,6 +18,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::host::AgentError;
+use crate::mounts;
 
 /// `FIFREEZE` and `FITHAW` (linux/fs.h).
 const FREEZE: libc::Ioctl = 0xc004_5877;
@@ -38,40 +39,8 @@ pub(crate) struct FileSystem {
     pub(crate) disks: BTreeSet<String>,
 }
 
-/// Where a device is mounted, by /proc/self/mountinfo: the mount that is highest up in the tree of folders.
-fn mount_of(device: (u32, u32), text: &str) -> Option<PathBuf> {
-    let wanted = format!("{}:{}", device.0, device.1);
-    let mounts = text.lines().filter_map(|line| {
-        let mut fields = line.split(' ');
-        let device = fields.nth(2)?;
-        let (root, mount) = (fields.next()?, fields.next()?);
-        // Of a bind mount of a folder it is enough to have any folder.
-        (device == wanted).then(|| (root != "/", mount.len(), unescaped(mount)))
-    });
-    mounts.min().map(|(_, _, mount)| PathBuf::from(mount))
-}
-
-/// Spaces and the like are written in octal.
-fn unescaped(text: &str) -> String {
-    let mut parts = text.split('\\');
-    let mut result = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        let code = part
-            .get(..3)
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match code {
-            Some(code) => {
-                result.push(char::from(code));
-                result.push_str(&part[3..]);
-            }
-            None => result.push_str(part),
-        }
-    }
-    result
-}
-
 /// The disks that a block device is made of: itself, the disk of which it is a partition, those below it.
-fn disks_of(folder: &Path, found: &mut BTreeSet<String>, depth: u32) {
+pub(crate) fn disks_of(folder: &Path, found: &mut BTreeSet<String>, depth: u32) {
     let slaves: Vec<_> = fs::read_dir(folder.join("slaves"))
         .into_iter()
         .flatten()
@@ -96,7 +65,7 @@ fn disks_of(folder: &Path, found: &mut BTreeSet<String>, depth: u32) {
 
 /// The file systems on which `files` are, each once.
 pub(crate) fn file_systems(files: &[PathBuf]) -> Result<Vec<FileSystem>, AgentError> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(here("/proc/self/mountinfo"))?;
+    let mounts = mounts::all().map_err(here("/proc/self/mountinfo"))?;
     let mut seen = BTreeSet::new();
     let mut found: Vec<FileSystem> = Vec::new();
     for file in files {
@@ -106,7 +75,10 @@ pub(crate) fn file_systems(files: &[PathBuf]) -> Result<Vec<FileSystem>, AgentEr
             continue;
         }
         let no_disk = || AgentError::Text(format!("{} is not on a file system of one disk", file.display()));
-        let mount = mount_of(device, &mounts).ok_or_else(no_disk)?;
+        let mount = mounts::of_device(&mounts, device)
+            .ok_or_else(no_disk)?
+            .point
+            .clone();
         let root = File::open(&mount).map_err(here(mount.display().to_string()))?;
         let mut disks = BTreeSet::new();
         let folder = PathBuf::from(format!("/sys/dev/block/{}:{}", device.0, device.1));
@@ -159,13 +131,27 @@ fn control(file: &File, request: libc::Ioctl) -> io::Result<()> {
     }
 }
 
-/// Runs `act` while all file systems are frozen; what it made, and for how long the first of them was frozen. They are thawed after `limit`
-/// in any case, and that is an error.
+/// For how long file systems stood still.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Still {
+    /// From the first one's freezing on, which flushes what was written since the last time.
+    pub(crate) whole: Duration,
+    /// Of that, what was done meanwhile and thawing.
+    pub(crate) act: Duration,
+}
+
+/// Runs `act` while all file systems are frozen; what it made, and how long that was. They are thawed after `limit` in any case, and that is
+/// an error.
 pub(crate) fn while_frozen<T>(
     systems: &[FileSystem],
     limit: Duration,
     act: impl FnOnce() -> Result<T, AgentError>,
-) -> Result<(T, Duration), AgentError> {
+) -> Result<(T, Still), AgentError> {
+    // Most is flushed before, while everything goes on.
+    for system in systems {
+        // SAFETY: it takes no memory.
+        unsafe { libc::syncfs(system.root.as_raw_fd()) };
+    }
     let _signals = Uninterrupted::begin();
     // Those that are frozen now; whoever takes one out thaws it.
     let frozen: Mutex<Vec<&FileSystem>> = Mutex::new(Vec::new());
@@ -197,6 +183,7 @@ pub(crate) fn while_frozen<T>(
                 }
             }
         }
+        let frozen = begin.elapsed();
         let result = result.and_then(|()| act());
         thaw();
         let duration = begin.elapsed();
@@ -207,7 +194,10 @@ pub(crate) fn while_frozen<T>(
                 "the host took longer than {} s, and the file systems were thawed meanwhile: the image is not one of a frozen state",
                 limit.as_secs()
             ))),
-            result => result.map(|made| (made, duration)),
+            result => result.map(|made| {
+                let act = duration.saturating_sub(frozen);
+                (made, Still { whole: duration, act })
+            }),
         }
     })
 }
@@ -215,16 +205,6 @@ pub(crate) fn while_frozen<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_mount_of_a_whole_file_system_is_preferred() {
-        let text = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
-                    23 22 8:17 /sub /a rw - ext4 /dev/sdb1 rw\n\
-                    24 22 8:17 / /with\\040space rw - ext4 /dev/sdb1 rw\n";
-        assert_eq!(mount_of((8, 17), text), Some(PathBuf::from("/with space")));
-        assert_eq!(mount_of((8, 1), text), Some(PathBuf::from("/")));
-        assert_eq!(mount_of((8, 2), text), None);
-    }
 
     #[test]
     fn what_cannot_be_frozen_is_an_error_and_nothing_is_done() {

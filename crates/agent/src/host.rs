@@ -5,9 +5,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use api::Problem;
+use api::{Problem, ProblemKind};
 use expanded_api::{
-    Action, Answer, Cdb, GuestEvents, Header, MAJOR, MAX_WAIT_MS, Outcome, PAGE, Page, Request, State,
+    Action, Answer, Cdb, GuestDisk, GuestEvents, Header, MAJOR, MAX_WAIT_MS, Outcome, PAGE, Page, Request,
+    State,
 };
 
 use crate::sg::{CommandError, Data, Refusal, ScsiDisk};
@@ -273,6 +274,46 @@ impl Host {
         }
     }
 
+    /// Has something given back that may still be in use for a moment: the host closes what was detached in the background.
+    ///
+    /// # Errors
+    /// It is in use for longer, or cannot be given back.
+    pub(crate) fn ask_until_free(&self, request: &Request) -> Result<(), AgentError> {
+        let begin = Instant::now();
+        loop {
+            match self.ask(request) {
+                Ok(_) => return Ok(()),
+                Err(AgentError::Problem(problem))
+                    if problem.kind == ProblemKind::Conflict && begin.elapsed() < PATIENCE => {}
+                Err(AgentError::Busy) if begin.elapsed() < PATIENCE => {}
+                Err(error) => return Err(error),
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Has a disk detached, and waits until the host has it back.
+    ///
+    /// # Errors
+    /// The host refuses, or the driver here does not let the disk go.
+    pub(crate) fn detach(&self, disk: &str) -> Result<(), AgentError> {
+        let request = Request::DetachDisk {
+            disk: disk.to_owned(),
+        };
+        self.ask_until_free(&request)?;
+        let begin = Instant::now();
+        let is_here = |known: &GuestDisk| known.id.is_some() && known.path.as_deref() == Some(disk);
+        while self.disks()?.iter().any(is_here) {
+            if begin.elapsed() > PATIENCE {
+                return Err(AgentError::Text(format!(
+                    "{disk} was to be detached, and this machine's driver does not let it go"
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    }
+
     fn send(&self, tag: u32, mut text: Vec<u8>) -> Result<(), AgentError> {
         let count = text.len().div_ceil(FRAGMENT);
         for (number, piece) in text.chunks_mut(FRAGMENT).enumerate() {
@@ -291,6 +332,31 @@ impl Host {
             }
         }
         Ok(())
+    }
+
+    /// The disks that this machine has or may have.
+    pub(crate) fn disks(&self) -> Result<Vec<GuestDisk>, AgentError> {
+        match self.ask(&Request::ListDisks {})? {
+            Answer::Disks(disks) => Ok(disks),
+            other => Err(AgentError::Answer(format!("{other:?}"))),
+        }
+    }
+
+    /// The path in the pool of the disk behind a device.
+    pub(crate) fn path_of_device(&self, device: &Path) -> Result<String, AgentError> {
+        let real = std::fs::canonicalize(device).unwrap_or_else(|_| device.to_owned());
+        let found = sms_disks().into_iter().find(|found| found.path == real);
+        let found = found.ok_or_else(|| AgentError::NotSms(device.to_owned()))?;
+        let disks = self.disks()?;
+        let disk = disks
+            .iter()
+            .find(|disk| disk.serial.as_ref() == Some(&found.serial));
+        disk.and_then(|disk| disk.path.clone()).ok_or_else(|| {
+            AgentError::Text(format!(
+                "{} is no disk of a pool: the host cannot manage it",
+                device.display()
+            ))
+        })
     }
 
     /// What happened after `after`; waits a little for the first if there is none.
@@ -323,8 +389,6 @@ fn random() -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use api::ProblemKind;
-
     use super::*;
 
     #[test]

@@ -7,8 +7,10 @@
 //! ```
 
 mod arguments;
+mod backup;
 mod freeze;
 mod host;
+mod mounts;
 mod sg;
 mod show;
 
@@ -20,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use api::storage::{JobState, JobStatus};
 use clap::Parser;
-use expanded_api::{Answer, DiskAttributes, GuestDisk, Request};
+use expanded_api::{Answer, DiskAttributes, Request};
 use serde::Serialize;
 
 use arguments::{Arguments, Command, DiskCommand, JobCommand, VolumeCommand};
@@ -53,6 +55,10 @@ struct Agent {
 }
 
 fn run(arguments: Arguments) -> Result<ExitCode, AgentError> {
+    if let Command::Backup(command) = arguments.command {
+        let json = arguments.json;
+        return backup::run(command, json, || Host::find(arguments.device.as_deref()));
+    }
     let agent = Agent {
         host: Host::find(arguments.device.as_deref())?,
         json: arguments.json,
@@ -68,7 +74,10 @@ fn run(arguments: Arguments) -> Result<ExitCode, AgentError> {
         }
         Command::ReleaseImage { name, disks } => {
             let disks = agent.paths(disks)?;
-            agent.simple(&Request::ReleaseImage { disks, name })
+            agent
+                .host
+                .ask_until_free(&Request::ReleaseImage { disks, name })?;
+            agent.show(&Answer::Done)
         }
         Command::Raw { request } => {
             let request = serde_json::from_str(&request)
@@ -87,6 +96,8 @@ fn run(arguments: Arguments) -> Result<ExitCode, AgentError> {
                 bytes.ok_or_else(|| AgentError::Text("these are no hexadecimal digits".to_owned()))?;
             agent.host.forge(&bytes, zeroes).map(|()| ExitCode::SUCCESS)
         }
+        // Without a disk of the host, but to make one.
+        Command::Backup(_) => Ok(ExitCode::FAILURE),
         Command::Replication => agent.simple(&Request::ReplicationStatus {}),
         Command::Hsm => agent.simple(&Request::HsmStatus {}),
     }
@@ -118,39 +129,16 @@ impl Agent {
         self.show(&self.host.ask(request)?)
     }
 
-    fn disks(&self) -> Result<Vec<GuestDisk>, AgentError> {
-        match self.host.ask(&Request::ListDisks {})? {
-            Answer::Disks(disks) => Ok(disks),
-            other => Err(AgentError::Answer(format!("{other:?}"))),
-        }
-    }
-
     /// The path of a disk that may be named by its device.
     fn path(&self, name: String) -> Result<String, AgentError> {
         match name.starts_with("/dev/") {
-            true => self.path_of_device(Path::new(&name)),
+            true => self.host.path_of_device(Path::new(&name)),
             false => Ok(name),
         }
     }
 
     fn paths(&self, names: Vec<String>) -> Result<Vec<String>, AgentError> {
         names.into_iter().map(|name| self.path(name)).collect()
-    }
-
-    fn path_of_device(&self, device: &Path) -> Result<String, AgentError> {
-        let real = std::fs::canonicalize(device).unwrap_or_else(|_| device.to_owned());
-        let found = sms_disks().into_iter().find(|found| found.path == real);
-        let found = found.ok_or_else(|| AgentError::NotSms(device.to_owned()))?;
-        let disks = self.disks()?;
-        let disk = disks
-            .iter()
-            .find(|disk| disk.serial.as_ref() == Some(&found.serial));
-        disk.and_then(|disk| disk.path.clone()).ok_or_else(|| {
-            AgentError::Text(format!(
-                "{} is no disk of a pool: the host cannot manage it",
-                device.display()
-            ))
-        })
     }
 
     fn disk(&self, command: DiskCommand) -> Result<ExitCode, AgentError> {
@@ -180,9 +168,10 @@ impl Agent {
                 attach,
             },
             DiskCommand::Attach { disk, read_only } => Request::AttachDisk { disk, read_only },
-            DiskCommand::Detach { disk } => Request::DetachDisk {
-                disk: self.path(disk)?,
-            },
+            DiskCommand::Detach { disk } => {
+                self.host.detach(&self.path(disk)?)?;
+                return self.show(&Answer::Done);
+            }
             DiskCommand::Delete { disk } => Request::DeleteDisk {
                 disk: self.path(disk)?,
             },
@@ -369,15 +358,14 @@ impl Agent {
         let names: BTreeSet<&String> = systems.iter().flat_map(|system| &system.disks).collect();
         let mut disks = Vec::new();
         for name in names {
-            disks.push(self.path_of_device(&Path::new("/dev").join(name))?);
+            disks.push(self.host.path_of_device(&Path::new("/dev").join(name))?);
         }
         let request = Request::FreezeImage { disks, name };
         let (answer, frozen) = freeze::while_frozen(&systems, limit, || self.host.ask(&request))?;
-        let milliseconds = frozen.as_millis();
+        let (milliseconds, host) = (frozen.whole.as_millis(), frozen.act.as_millis());
         match &answer {
             Answer::Image(image) if self.json => {
-                let value =
-                    serde_json::json!({"image": image, "frozen-ms": u64::try_from(milliseconds).ok()});
+                let value = serde_json::json!({"image": image, "frozen-ms": u64::try_from(milliseconds).ok(), "image-ms": u64::try_from(host).ok()});
                 self.write(&value, String::new);
             }
             answer => {
@@ -386,7 +374,10 @@ impl Agent {
                     .map(|system| system.mount.display().to_string())
                     .collect();
                 print(&show::answer(answer, &[]));
-                print(&format!("{} frozen for {milliseconds} ms\n", mounts.join(", ")));
+                print(&format!(
+                    "{} frozen for {milliseconds} ms, of which the image took {host} ms\n",
+                    mounts.join(", ")
+                ));
             }
         }
         Ok(ExitCode::SUCCESS)

@@ -18,7 +18,7 @@ fn name_of(value: &impl serde::Serialize) -> String {
 }
 
 /// Columns that are as wide as what is in them; the last is not filled up.
-fn table(rows: &[Vec<String>]) -> String {
+pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));

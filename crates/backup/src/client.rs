@@ -105,6 +105,19 @@ impl<T: Read + Write + Send> Stream for T {}
 /// # Errors
 /// Nobody is there, or it is not who it should be.
 pub fn connect(address: &str, tls: &Tls<'_>, patience: Duration) -> Result<Box<dyn Stream>, ClientError> {
+    connect_with(address, tls, patience, |_| ())
+}
+
+/// Like [`connect`]; `opened` is given the socket, for whoever wants to be able to shut it from elsewhere.
+///
+/// # Errors
+/// See [`connect`].
+pub fn connect_with(
+    address: &str,
+    tls: &Tls<'_>,
+    patience: Duration,
+    opened: impl FnOnce(&TcpStream),
+) -> Result<Box<dyn Stream>, ClientError> {
     let failed = |source| ClientError::Connect {
         address: address.to_owned(),
         source,
@@ -123,6 +136,7 @@ pub fn connect(address: &str, tls: &Tls<'_>, patience: Duration) -> Result<Box<d
     let Some(stream) = connected else {
         return Err(failed(last));
     };
+    opened(&stream);
     stream.set_nodelay(true).map_err(failed)?;
     stream.set_read_timeout(Some(patience)).map_err(failed)?;
     stream.set_write_timeout(Some(patience)).map_err(failed)?;
@@ -135,10 +149,37 @@ pub fn connect(address: &str, tls: &Tls<'_>, patience: Duration) -> Result<Box<d
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let name = ServerName::try_from(host.to_owned()).map_err(|_| ClientError::Name(host.to_owned()))?;
     let connection = ClientConnection::new(Arc::new(configuration(authorities)?), name);
-    Ok(Box::new(StreamOwned::new(
+    Ok(Box::new(TlsStream(StreamOwned::new(
         connection.map_err(ClientError::Tls)?,
         stream,
-    )))
+    ))))
+}
+
+/// A stream that says when it ends: the mover knows then that nothing was cut off.
+struct TlsStream(StreamOwned<ClientConnection, TcpStream>);
+
+impl Read for TlsStream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl Write for TlsStream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl Drop for TlsStream {
+    fn drop(&mut self) {
+        self.0.conn.send_close_notify();
+        // The mover may be gone.
+        let _ = self.0.conn.write_tls(&mut self.0.sock);
+    }
 }
 
 fn configuration(authorities: &Path) -> Result<ClientConfig, ClientError> {

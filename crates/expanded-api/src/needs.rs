@@ -10,6 +10,8 @@ use crate::Request;
 pub struct Needs<'a> {
     /// This right.
     pub right: Right,
+    /// Or this one: whoever may make disks may have snapshots, too.
+    pub or: Option<Right>,
     /// To see these disks or snapshots.
     pub sees: Vec<&'a str>,
     /// To change these disks or snapshots.
@@ -30,6 +32,7 @@ impl Needs<'_> {
     fn of(right: Right) -> Self {
         Self {
             right,
+            or: None,
             sees: Vec::new(),
             changes: Vec::new(),
             makes: Vec::new(),
@@ -96,11 +99,13 @@ impl Request {
                 makes: vec![disk],
                 ..Needs::seeing(Right::Create, source)
             },
-            Self::AttachDisk { disk, read_only } => match *read_only || split_snapshot(disk).1.is_some() {
-                true => Needs::seeing(Right::Create, disk),
-                false => Needs::changing(Right::Create, disk),
+            // A backup reads the frozen image through it.
+            Self::AttachDisk { disk, .. } | Self::DetachDisk { disk } if split_snapshot(disk).1.is_some() => Needs {
+                or: Some(Right::Create),
+                ..Needs::seeing(Right::Image, disk)
             },
-            Self::DetachDisk { disk } => Needs::seeing(Right::Create, disk),
+            Self::AttachDisk { disk, read_only: true } | Self::DetachDisk { disk } => Needs::seeing(Right::Create, disk),
+            Self::AttachDisk { disk, read_only: false } => Needs::changing(Right::Create, disk),
             Self::DeleteDisk { disk } => Needs::changing(Right::Delete, disk),
             Self::ResizeDisk { disk, .. } => Needs::changing(Right::Resize, disk),
             Self::Snapshot { disks, name, .. } => Needs {
@@ -227,5 +232,21 @@ mod tests {
         assert!(attach("/a.dsk@b", false).needs().changes.is_empty());
         assert!(attach("/a.dsk", true).needs().changes.is_empty());
         assert_eq!(attach("/a.dsk", false).needs().changes, ["/a.dsk"]);
+    }
+
+    #[test]
+    fn whoever_may_freeze_images_may_read_them() {
+        let attach = |disk: &str, read_only| Request::AttachDisk {
+            disk: disk.into(),
+            read_only,
+        };
+        let rights = |request: Request| (request.needs().right, request.needs().or);
+        let (image, create) = ((Right::Image, Some(Right::Create)), (Right::Create, None));
+        assert_eq!(rights(attach("/a.dsk@b", true)), image);
+        assert_eq!(rights(attach("/a.dsk", true)), create);
+        assert_eq!(rights(attach("/a.dsk", false)), create);
+        let detach = |disk: &str| Request::DetachDisk { disk: disk.into() };
+        assert_eq!(rights(detach("/a.dsk@b")), image);
+        assert_eq!(rights(detach("/a.dsk")), create);
     }
 }

@@ -70,7 +70,7 @@ pub(crate) fn shown(text: &str) -> String {
 /// [`ProblemKind::Forbidden`], or [`ProblemKind::Invalid`] if a name is none.
 pub(crate) fn allow(policy: &ExpandedPolicy, own: &[Own], request: &Request) -> Result<(), Problem> {
     let needs = request.needs();
-    if !policy.allows(needs.right) {
+    if !policy.allows(needs.right) && !needs.or.is_some_and(|right| policy.allows(right)) {
         let right = needs.right.name();
         return Err(forbidden(format!(
             "this guest lacks the right `{right}`, which {} needs",
@@ -341,6 +341,27 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_frozen_image_of_an_own_disk_is_attached_with_either_right() {
+        let attach = |disk: &str| Request::AttachDisk {
+            disk: disk.into(),
+            read_only: true,
+        };
+        let detach = |disk: &str| Request::DetachDisk { disk: disk.into() };
+        for (right, whole) in [(Right::Image, false), (Right::Create, true)] {
+            let policy = policy(&[right]);
+            let may = |request| allow(&policy, &own(), &request).is_ok();
+            assert!(may(attach("/root.dsk@backup")) && may(detach("/root.dsk@backup")));
+            assert_eq!(
+                (may(attach("/tools.dsk")), may(detach("/tools.dsk"))),
+                (whole, whole)
+            );
+            // Another snapshot of a disk of which it has only one; another's disk.
+            assert!(!may(attach("/base.dsk@iron")) && !may(attach("/vm2/root.dsk@backup")));
+        }
+        assert!(allow(&policy(&[Right::Snapshot]), &own(), &attach("/root.dsk@backup")).is_err());
     }
 
     #[test]

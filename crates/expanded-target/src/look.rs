@@ -45,8 +45,12 @@ impl Doer<'_> {
     pub(crate) fn volumes_of(&self, disk: &str) -> Result<BTreeSet<String>, Problem> {
         let mut volumes = BTreeSet::new();
         for layer in self.layers(disk)? {
-            let FileAnswer::Status(status) = self.file(FileOperation::Stat { path: layer.path })? else {
-                return Err(unexpected());
+            let status = match self.file(FileOperation::Stat { path: layer.path }) {
+                Ok(FileAnswer::Status(status)) => status,
+                Ok(_) => return Err(unexpected()),
+                // Layers that nobody needs go by themselves.
+                Err(problem) if problem.kind == ProblemKind::NotFound => continue,
+                Err(problem) => return Err(problem),
             };
             let FileStatus { volumes: shares, .. } = *status;
             volumes.extend(

@@ -1,5 +1,6 @@
 //! `fs-load run FOLDER SEED COUNT [JOURNAL]`: a random load on a file system that knows what must be there.
 //! `fs-load check FOLDER SEED < JOURNAL`: whether what a load said to be durable is there.
+//! `fs-load odd FOLDER`: makes a tree with one of everything; `fs-load list FOLDER`: all that there is to know of a tree.
 //!
 //! Two workers, each in a folder of its own, create, write (buffered and past the page cache), truncate, allocate, punch holes,
 //! zero ranges, rename, link, delete, sync and read; each keeps the content of its files in memory, compares what it reads, and
@@ -12,6 +13,8 @@
 //! FOLDER file WORKER NUMBER        a new file: written, fsync(2) on it and on its folder. It is never touched again
 //! FOLDER latest WORKER NUMBER      a file that is replaced by rename(2) each time has content NUMBER, or a later one
 //! ```
+
+mod tree;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -50,6 +53,8 @@ fn main() -> ExitCode {
             Some(seed) => check(Path::new(folder), seed, std::io::stdin().lock()),
             None => return usage(),
         },
+        ["odd", folder] => tree::make(Path::new(folder)),
+        ["list", folder] => tree::list(Path::new(folder)),
         _ => return usage(),
     };
     match result {
@@ -65,7 +70,9 @@ fn main() -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    eprintln!("usage: fs-load run FOLDER SEED COUNT [JOURNAL] | fs-load check FOLDER SEED < JOURNAL");
+    eprintln!(
+        "usage: fs-load run FOLDER SEED COUNT [JOURNAL] | check FOLDER SEED < JOURNAL | odd FOLDER | list FOLDER"
+    );
     ExitCode::from(2)
 }
 
