@@ -38,11 +38,6 @@ const LOAD: &str = "(n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); for f in ext4
     dd if=/dev/urandom of=new bs=64k count=2 2> /dev/null && mv new $((n % 20)); rm -f $((n * 7 % 20)); [ $((n % 10)) != 0 ] || sync -f log; done; \
     usleep 20000; done; echo $n > /tmp/rounds) &";
 
-/// The mover's certificate and key, and the certificate of another one that calls itself so, too.
-const CERTIFICATE: &str = include_str!("backup/mover.pem");
-const KEY: &str = include_str!("backup/mover-key.pem");
-const STRANGER: &str = include_str!("backup/stranger.pem");
-
 /// A mover on the host.
 struct Mover<'a> {
     host: &'a Host,
@@ -57,7 +52,7 @@ impl<'a> Mover<'a> {
         let mut words = said.split_whitespace();
         let token = words
             .clone()
-            .find(|word| word.starts_with("smsm_"))
+            .find(|word| word.starts_with("smsvmm_"))
             .context("no token")?
             .to_owned();
         let hash = words
@@ -73,11 +68,11 @@ impl<'a> Mover<'a> {
             .collect();
         let devices = devices.join(", ");
         std::fs::create_dir_all(host.folder().join("store"))?;
-        std::fs::write(host.folder().join("mover.pem"), CERTIFICATE)?;
-        std::fs::write(host.folder().join("mover-key.pem"), KEY)?;
+        host.administer("certificate init tls --host mover")?;
+        host.administer("certificate init stranger --host mover")?;
         let config = format!(
             "listen = \"127.0.0.1:{port}\"\nstore = \"{folder}/store\"\n\
-             [tls]\ncertificate = \"{folder}/mover.pem\"\nkey = \"{folder}/mover-key.pem\"\n\
+             [tls]\ncertificate = \"{folder}/tls/server.pem\"\nkey = \"{folder}/tls/server.key\"\n\
              [[principal]]\nname = \"{machine}\"\ntoken-sha256 = \"{hash}\"\nsocket = \"{folder}/{machine}/vm.sock\"\ndevices = [{devices}]\n"
         );
         std::fs::write(host.folder().join("mover.toml"), &config)?;
@@ -87,6 +82,13 @@ impl<'a> Mover<'a> {
             config.replace("[[principal]]", "[limits]\nrate = \"200K\"\n[[principal]]"),
         )?;
         Ok(Self { host, port, token })
+    }
+
+    /// The certificate of an authority that was made by the tool.
+    fn authority(&self, folder: &str) -> Result<String> {
+        Ok(std::fs::read_to_string(
+            self.host.folder().join(folder).join("ca.pem"),
+        )?)
     }
 
     fn start(&self, config: &str) -> Result<Server> {
@@ -209,9 +211,9 @@ fn files_of_a_live_guest_are_backed_up_from_a_frozen_image_and_restored() {
                 .toml("[expanded-api]\nallow = [\"image\"]\n[[net]]\nbackend = \"user\"\n")
                 .file("lease", 0o755, LEASE)
                 .file("token", 0o600, mover.token.clone())
-                .file("other-token", 0o600, "smsm_another")
-                .file("mover.pem", 0o644, CERTIFICATE)
-                .file("stranger.pem", 0o644, STRANGER);
+                .file("other-token", 0o600, "smsvmm_another")
+                .file("mover.pem", 0o644, mover.authority("tls")?)
+                .file("stranger.pem", 0o644, mover.authority("stranger")?);
             for (name, size, volume) in DISKS {
                 pool.run(&format!(
                     "disk create /vm/{name}.dsk --size {size} --volume {volume}"

@@ -62,6 +62,13 @@ impl TokenHash {
     }
 }
 
+/// In hexadecimal digits, as files have it.
+impl fmt::Display for TokenHash {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(formatter)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -445,7 +445,7 @@ fn a_principal_has_its_own_disks_and_nothing_else() {
     disk(&setup.pool, snapshot).unwrap();
     let mover = setup.mover(true);
     assert_eq!(
-        refusal(setup.client_with(&mover, "smsm_0")),
+        refusal(setup.client_with(&mover, "smsvmm_0")),
         ProblemKind::Forbidden
     );
 

@@ -15,7 +15,6 @@ mod write;
 
 pub use chain::{Chain, ChainError, Sink};
 pub use read::{ArchiveError, ArchiveReader, Record, read_commit};
-pub(crate) use record::hex;
 pub use record::{COMMIT_FRAME, Commit, EntryEnd, Header, ImageIdentity, Parent, VERSION};
 pub use state::State;
 pub use write::{ArchiveWriter, From};

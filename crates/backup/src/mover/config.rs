@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use access::TokenHash;
 use api::ByteSize;
-use aws_lc_rs::constant_time::verify_slices_are_equal;
-use aws_lc_rs::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 
 use crate::plan::MAX_ENTRIES;
@@ -75,7 +74,7 @@ pub struct Principal {
     /// What the folder of its archives is called.
     pub name: String,
     /// SHA-256 of its token in hexadecimal digits, as `smsvmm mover token` tells.
-    pub token_sha256: String,
+    pub token_sha256: TokenHash,
     /// The management socket of its machine.
     #[serde(default)]
     pub socket: Option<PathBuf>,
@@ -115,12 +114,7 @@ impl MoverConfig {
             if others.iter().any(|other| other.name == *name) {
                 return Err(format!("principal {name} is there twice"));
             }
-            if decoded(&principal.token_sha256).is_none() {
-                return Err(format!(
-                    "principal {name}: token-sha256 has 64 hexadecimal digits; `smsvmm mover token` makes one"
-                ));
-            }
-            let twice = |other: &Principal| decoded(&other.token_sha256) == decoded(&principal.token_sha256);
+            let twice = |other: &Principal| other.token_sha256.is(&principal.token_sha256);
             if others.iter().any(twice) {
                 return Err(format!("principal {name} has the token of another one"));
             }
@@ -134,12 +128,11 @@ impl MoverConfig {
 
     /// Whose token this is.
     pub fn principal(&self, token: &str) -> Option<&Principal> {
-        let given = digest(&SHA256, token.as_bytes());
+        let given = TokenHash::of(token);
         let mut found = None;
         // All are compared, whichever it is.
         for principal in &self.principals {
-            let known = decoded(&principal.token_sha256).unwrap_or_default();
-            if verify_slices_are_equal(given.as_ref(), &known).is_ok() {
+            if given.is(&principal.token_sha256) {
                 found = Some(principal);
             }
         }
@@ -157,30 +150,6 @@ impl Principal {
     }
 }
 
-fn decoded(hex: &str) -> Option<[u8; 32]> {
-    let mut bytes = [0; 32];
-    if hex.len() != 64 || !hex.is_ascii() {
-        return None;
-    }
-    for (byte, digits) in bytes.iter_mut().zip(hex.as_bytes().chunks(2)) {
-        let digit = |at: usize| digits.get(at).and_then(|digit| char::from(*digit).to_digit(16));
-        *byte = u8::try_from(digit(0)? << 4 | digit(1)?).ok()?;
-    }
-    Some(bytes)
-}
-
-/// A new token, and its SHA-256 in hexadecimal digits.
-///
-/// # Errors
-/// There is no randomness.
-pub fn new_token() -> std::io::Result<(String, String)> {
-    let mut bytes = [0; 32];
-    random(&mut bytes)?;
-    let token = format!("smsm_{}", crate::archive::hex(&bytes));
-    let hash = crate::archive::hex(digest(&SHA256, token.as_bytes()).as_ref());
-    Ok((token, hash))
-}
-
 /// Fills `bytes` with randomness.
 pub(super) fn random(bytes: &mut [u8]) -> std::io::Result<()> {
     aws_lc_rs::rand::fill(bytes).map_err(|_| std::io::Error::other("the system gives no random numbers"))
@@ -188,12 +157,14 @@ pub(super) fn random(bytes: &mut [u8]) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use access::Token;
+
     use super::*;
 
-    fn principal(name: &str, hash: &str) -> Principal {
+    fn principal(name: &str, token: &Token) -> Principal {
         Principal {
             name: name.into(),
-            token_sha256: hash.into(),
+            token_sha256: token.hash(),
             socket: Some("/run/x.sock".into()),
             devices: Vec::new(),
             disks: vec!["/a/*".into(), "/b.dsk".into()],
@@ -213,14 +184,13 @@ mod tests {
 
     #[test]
     fn a_token_leads_to_its_principal_and_to_no_other() {
-        let (first, first_hash) = new_token().unwrap();
-        let (second, second_hash) = new_token().unwrap();
-        assert_ne!(first, second);
-        let config = config(vec![principal("a", &first_hash), principal("b", &second_hash)]);
+        let (first, second) = (Token::generate().unwrap(), Token::generate().unwrap());
+        let config = config(vec![principal("a", &first), principal("b", &second)]);
         config.check().unwrap();
-        assert_eq!(config.principal(&first).unwrap().name, "a");
-        assert_eq!(config.principal(&second).unwrap().name, "b");
-        for wrong in ["", &first[..first.len() - 1], &first_hash, "smsm_"] {
+        let first = first.reveal();
+        assert_eq!(config.principal(first).unwrap().name, "a");
+        assert_eq!(config.principal(second.reveal()).unwrap().name, "b");
+        for wrong in ["", &first[..first.len() - 1], "smsvmm_"] {
             assert!(config.principal(wrong).is_none(), "{wrong}");
         }
         assert!(config.principals[0].has("/a/x.dsk") && config.principals[0].has("/b.dsk"));
@@ -229,8 +199,8 @@ mod tests {
 
     #[test]
     fn a_configuration_that_gives_too_much_away_is_refused() {
-        let hash = new_token().unwrap().1;
-        let good = config(vec![principal("a", &hash)]);
+        let token = Token::generate().unwrap();
+        let good = config(vec![principal("a", &token)]);
         good.check().unwrap();
         let open = MoverConfig {
             listen: "0.0.0.0:1".parse().unwrap(),
@@ -238,22 +208,21 @@ mod tests {
         };
         let both = Principal {
             images: [("/x.dsk@y".to_owned(), PathBuf::from("/z"))].into(),
-            ..principal("a", &hash)
+            ..principal("a", &token)
         };
         let neither = Principal {
             socket: None,
-            ..principal("a", &hash)
+            ..principal("a", &token)
         };
         for wrong in [
             open,
             config(Vec::new()),
-            config(vec![principal("a", "abc")]),
-            config(vec![principal("../a", &hash)]),
+            config(vec![principal("../a", &token)]),
             config(vec![
-                principal("a", &hash),
-                principal("a", &new_token().unwrap().1),
+                principal("a", &token),
+                principal("a", &Token::generate().unwrap()),
             ]),
-            config(vec![principal("a", &hash), principal("b", &hash.to_uppercase())]),
+            config(vec![principal("a", &token), principal("b", &token)]),
             config(vec![both]),
             config(vec![neither]),
         ] {

@@ -14,7 +14,7 @@ mod server;
 mod session;
 mod work;
 
-pub use config::{Limits, MoverConfig, Principal, TlsConfig, new_token};
+pub use config::{Limits, MoverConfig, Principal, TlsConfig};
 pub use image::Pool;
 pub use server::{Ended, Mover, MoverError};
 pub use session::Reach;

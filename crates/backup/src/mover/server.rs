@@ -3,15 +3,12 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustls::crypto::aws_lc_rs;
-use rustls::pki_types::pem::{Error as PemError, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use access::{ClientCertificates, TlsError, TlsFiles, Versions};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 use super::config::{MoverConfig, TlsConfig};
@@ -28,19 +25,9 @@ pub enum MoverError {
     /// The configuration makes no sense.
     #[error("{0}")]
     Config(String),
-    /// A file cannot be used.
-    #[error("cannot read {what} from {}", path.display())]
-    File {
-        /// What should be there.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        source: PemError,
-    },
     /// Certificate and key cannot be used.
-    #[error("the certificate and the key cannot be used")]
-    Tls(#[from] rustls::Error),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The address cannot be had.
     #[error("cannot listen on {address}")]
     Listen {
@@ -298,19 +285,10 @@ impl Patient for StreamOwned<ServerConnection, Timed> {
 }
 
 fn load(files: &TlsConfig) -> Result<Arc<ServerConfig>, MoverError> {
-    let unreadable = |what, path: &PathBuf| {
-        let path = path.clone();
-        move |source| MoverError::File { what, path, source }
+    let files = TlsFiles {
+        certificate: files.certificate.clone(),
+        key: files.key.clone(),
+        client_authorities: None,
     };
-    let path = &files.certificate;
-    let certificates = CertificateDer::pem_file_iter(path).map_err(unreadable("a certificate", path))?;
-    let certificates = certificates.collect::<Result<Vec<_>, _>>();
-    let certificates = certificates.map_err(unreadable("a certificate", path))?;
-    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(unreadable("a private key", &files.key))?;
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_single_cert(certificates, key)?;
-    Ok(Arc::new(config))
+    Ok(files.load(Versions::Tls13, ClientCertificates::Accepted)?)
 }

@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use access::{Token, TokenHash};
 use api::file::{AttributeChanges, FileOperation, Target};
 use api::storage::{LayoutKind, NewDevice, Operation, ReadPolicy, Shape};
 use api::virtual_disk::{DiskAnswer, DiskOperation, ImportRequest, ReadRanges};
 use api::{Problem, StorageAnswer, StorageRequest};
 use backup::client::{Client, ClientError, Stream, Tls, connect};
-use backup::mover::{Limits, Mover, MoverConfig, Pool, Principal, new_token};
+use backup::mover::{Limits, Mover, MoverConfig, Pool, Principal};
 use backup::plan::{Content, Entry, Extent, ImageDisk, Kind, Place, Plan, Time};
 use block_io::{AlignedBuffer, BlockDevice, Durability, WorkerOptions};
 use storage_manager::{DiskOptions, Flow, Force, HostedDisk, HostedPool, Line, Notice, PoolAt};
@@ -77,7 +78,7 @@ pub(crate) struct Setup {
     /// What was on each disk when it was made.
     pub(crate) content: BTreeMap<&'static str, Vec<u8>>,
     pub(crate) token: String,
-    hash: String,
+    hash: TokenHash,
 }
 
 impl Setup {
@@ -134,7 +135,8 @@ impl Setup {
             content.insert(kind, bytes);
         }
         let pool = hosted(&devices);
-        let (token, hash) = new_token().unwrap();
+        let token = Token::generate().unwrap();
+        let (hash, token) = (token.hash(), token.reveal().to_owned());
         Self {
             folder,
             devices,

@@ -5,6 +5,8 @@ mod serve;
 
 use std::path::PathBuf;
 
+use access::Token;
+use anyhow::anyhow;
 use backup::RawText;
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -100,7 +102,8 @@ pub(crate) fn execute(arguments: &MoverArguments) -> anyhow::Result<Exit> {
 }
 
 fn token(json: bool) -> anyhow::Result<Exit> {
-    let (token, hash) = backup::mover::new_token()?;
+    let token = Token::generate().ok_or_else(|| anyhow!("the system has no random numbers"))?;
+    let (hash, token) = (token.hash(), token.reveal());
     match json {
         true => print_json(&json!({ "token": token, "token-sha256": hash }))?,
         false => print(&format!(

@@ -1,4 +1,4 @@
-//! A vhost-user-blk server that answers anything, with any descriptors, at any time, and hangs up when it likes; its successors are no better.
+//! A server of vhost-user-blk or vhost-user-scsi that answers anything, with any descriptors, at any time, and hangs up when it likes; its successors are no better.
 //!
 //! Must hold: the front-end lives, its device comes to rest when the server has hung up, it ends at once when it is told to, and no
 //! descriptor stays that a server has sent.
@@ -15,7 +15,9 @@ use std::time::Duration;
 use arbitrary::Unstructured;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::SendFlags;
-use storage_virtualizer::vhost_user::front_end::{Dial, Dialled, FrontEndOptions, LinkEvents, VhostUserBlk};
+use storage_virtualizer::vhost_user::front_end::{
+    Dial, Dialled, FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice,
+};
 use storage_virtualizer::vhost_user::message::{
     F_PROTOCOL_FEATURES, Header, InflightArea, backend_request, config, request,
 };
@@ -247,16 +249,18 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     }
     let dialler = Arc::clone(&servers);
     let dial: Dial = Arc::new(move || dialler.dial());
+    let kind = *input.choose(&[FrontEndKind::Blk, FrontEndKind::Scsi])?;
     let options = FrontEndOptions {
+        kind,
         name: "fuzz".to_owned(),
         queues: 1,
         queue_size: 64,
         on_start: None,
         observer: Arc::clone(&servers) as Arc<dyn LinkEvents>,
     };
-    if let Ok(mut device) = VhostUserBlk::open(dial, options) {
+    if let Ok(mut device) = VhostUserDevice::open(dial, options) {
         let memory = shared_memory();
-        while !input.is_empty() && live(&mut device, &memory, &servers, input)? {}
+        while !input.is_empty() && live(&mut device, kind, &memory, &servers, input)? {}
     }
     servers.end();
     wait_until("what servers sent is let go of", || records() == 0);
@@ -266,14 +270,17 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
 
 /// One life of the device, from activation to reset; whether there can be another.
 fn live(
-    device: &mut VhostUserBlk,
+    device: &mut VhostUserDevice,
+    kind: FrontEndKind,
     memory: &GuestMemory,
     servers: &Servers,
     input: &mut Unstructured<'_>,
 ) -> arbitrary::Result<bool> {
     let mut ring = Ring::new(memory, 0, MAX_SIZE, true);
+    // SCSI's first two are for control and events.
+    let first = if kind == FrontEndKind::Scsi { 2 } else { 0 };
     let features = FEATURES & device.features();
-    let (_events, active) = activate(device, memory, features, vec![ring.active(0)]);
+    let (_events, active) = activate(device, memory, features, vec![ring.active(first)]);
     assert!(active);
     for _ in 0..input.int_in_range(0..=3)? {
         match input.int_in_range(0..=3)? {
