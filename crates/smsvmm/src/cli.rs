@@ -69,7 +69,7 @@ pub(crate) enum Command {
     Share(ShareCommand),
     /// Have the machines of this host managed over the network: TLS 1.3, roles, an audit log.
     ///
-    /// Commands reach them with --config of a file that has [remote] with address, machine, ca, and token-file or certificate and key.
+    /// Commands reach them with --config of a file that has `[remote]` with address, machine, ca, and token-file or certificate and key.
     Gateway(GatewayArguments),
     /// Who may come through a gateway, and what they may do.
     Principal(PrincipalArguments),
