@@ -22,6 +22,7 @@ mod run;
 mod share;
 mod share_iscsi;
 mod share_iscsi_access;
+mod share_iscsi_api;
 mod share_nbd;
 mod share_scsi;
 mod signals;

@@ -31,9 +31,9 @@ fn open(name: &str, devices: DevicePaths, options: WorkerOptions) -> anyhow::Res
 pub(crate) fn with_pool(
     which: &Which,
     name: &str,
-    serve: impl FnOnce(&HostedPool) -> anyhow::Result<()>,
+    serve: impl FnOnce(&Arc<HostedPool>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let pool = open(name, storage::devices(which)?, WorkerOptions::default())?;
+    let pool = Arc::new(open(name, storage::devices(which)?, WorkerOptions::default())?);
     let served = serve(&pool);
     let closed = pool.close();
     served?;

@@ -116,7 +116,7 @@ fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     if !arguments.paths.is_empty() {
-        let serve = |pool: &HostedPool| serve_pool_disks(arguments, pool, &signals);
+        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, pool, &signals);
         with_pool(&arguments.which, "io-pool", serve)?;
         return Ok(Exit::Success);
     }

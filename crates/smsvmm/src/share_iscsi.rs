@@ -20,7 +20,7 @@ use storage_virtualizer::DiskHandle;
 use storage_virtualizer::iscsi::{
     Access, IscsiOptions, IscsiServer, IscsiTarget, IscsiUnit, MAX_TRANSFER, check_name,
 };
-use storage_virtualizer::scsi::{Identity, Provisioning, Unit, UnitOptions};
+use storage_virtualizer::scsi::{Identity, Provisioning, Unit, UnitOptions, VendorCommands};
 use storage_virtualizer::virtio_blk::fitting_serial;
 
 use crate::exit::{Exit, UsageError};
@@ -28,6 +28,7 @@ use crate::logs;
 use crate::output::{print, print_json};
 use crate::pool::{served, with_pool};
 use crate::share_iscsi_access;
+use crate::share_iscsi_api::{Policies, Principals};
 use crate::share_nbd::{named, reachable};
 use crate::signals::Signals;
 use crate::storage::Which;
@@ -129,13 +130,13 @@ pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
     let signals = Signals::block().context("cannot block signals")?;
     let options = options(arguments)?;
     if !arguments.paths.is_empty() {
-        let serve = |pool: &HostedPool| serve_pool_disks(arguments, options, pool, &signals);
+        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, options, pool, &signals);
         with_pool(&arguments.which, "iscsi", serve)?;
         return Ok(Exit::Success);
     }
     let images = images(arguments)?;
     let names: Vec<&str> = images.iter().map(|(name, _)| name.as_str()).collect();
-    let (options, places) = with_targets(options, arguments, &names)?;
+    let (options, places, _) = with_targets(options, arguments, &names)?;
     let mut shown = Vec::new();
     let mut units = Vec::new();
     for (place, ((name, device), text)) in images.into_iter().zip(&arguments.images).enumerate() {
@@ -195,12 +196,16 @@ fn serve(
 fn serve_pool_disks(
     arguments: &IscsiArguments,
     options: IscsiOptions,
-    pool: &HostedPool,
+    pool: &Arc<HostedPool>,
     signals: &Signals,
 ) -> anyhow::Result<()> {
     let names: Vec<&str> = arguments.paths.iter().map(String::as_str).collect();
     unique(&names)?;
-    let (options, places) = with_targets(options, arguments, &names)?;
+    let (options, places, policies) = with_targets(options, arguments, &names)?;
+    let principals = (0..)
+        .zip(&options.targets)
+        .map(|(place, target)| Principals::new(place, &target.access, &policies))
+        .collect::<anyhow::Result<Vec<_>>>()?;
     let (mut disks, mut shown) = (Vec::new(), Vec::new());
     for (place, path) in arguments.paths.iter().enumerate() {
         let (target, lun) = places.of(place)?;
@@ -214,6 +219,9 @@ fn serve_pool_disks(
         };
         let unit = Unit::new(UnitOptions {
             store: disk.reservation_store(),
+            vendor: principals
+                .get(target)
+                .map(|principals| Arc::clone(principals) as Arc<dyn VendorCommands>),
             ..unit_options(identity, &geometry, how.read_only, Provisioning::ThinZeroes)
         });
         unit.restore_reservations(disk.reservations())
@@ -226,8 +234,19 @@ fn serve_pool_disks(
         });
         disks.push(((target, lun), Arc::new(unit), disk));
     }
+    let mut running = Vec::new();
+    for (place, (target, principals)) in options.targets.iter().zip(&principals).enumerate() {
+        let own: Vec<_> = disks
+            .iter()
+            .zip(&shown)
+            .filter(|(_, shown)| shown.target == place)
+            .map(|((_, _, disk), shown)| (shown.lun, shown.name.as_str(), disk))
+            .collect();
+        running.extend(principals.start(&target.access, pool, &own)?);
+    }
     let server = pool.serve_iscsi(&disks, options.clone())?;
     serve(&shown, server, &options, arguments, signals)?;
+    drop(running);
     for (_, _, disk) in disks {
         drop(disk.into_guard());
     }
@@ -314,17 +333,17 @@ fn with_targets(
     mut options: IscsiOptions,
     arguments: &IscsiArguments,
     names: &[&str],
-) -> anyhow::Result<(IscsiOptions, Places)> {
+) -> anyhow::Result<(IscsiOptions, Places, Policies)> {
     let name = arguments.target.clone().unwrap_or_else(default_target);
     check_name(&name).map_err(|error| UsageError::new(format!("--target: {error}")))?;
-    let targets = match &arguments.access {
+    let (targets, policies) = match &arguments.access {
         Some(file) => share_iscsi_access::read(file, names, &name)?,
         None => {
             let target = IscsiTarget {
                 access: access(arguments)?,
                 ..IscsiTarget::open(&name)
             };
-            vec![(target, (0..names.len()).collect())]
+            (vec![(target, (0..names.len()).collect())], Policies::new())
         }
     };
     if arguments.target.is_some() && targets.iter().all(|(target, _)| target.name != name) {
@@ -345,7 +364,7 @@ fn with_targets(
         }
     }
     warn_of_open_portals(&options, arguments);
-    Ok((options, Places(places)))
+    Ok((options, Places(places), policies))
 }
 
 /// Who may log in, as the command line says.

@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use api::ExpandedPolicy;
 use serde::Deserialize;
 use storage_virtualizer::iscsi::{Access, Chap, IscsiTarget, Secret, check_name};
 
 use crate::exit::UsageError;
+use crate::share_iscsi_api::Policies;
 
 pub(crate) fn chap(
     own: Option<(&String, &Path)>,
@@ -71,6 +73,9 @@ struct Initiator {
     disks: Option<Vec<String>>,
     chap: Option<User>,
     mutual: Option<User>,
+    /// What it may do of the expanded API.
+    #[serde(default, rename = "expanded-api")]
+    expanded_api: Option<ExpandedPolicy>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -85,17 +90,18 @@ struct User {
 pub(crate) type Targets = Vec<(IscsiTarget, Vec<usize>)>;
 
 /// Reads the file; `names` are those of the disks that are served, `target` is the name of the target if the file names none.
-pub(crate) fn read(file: &Path, names: &[&str], target: &str) -> anyhow::Result<Targets> {
+pub(crate) fn read(file: &Path, names: &[&str], target: &str) -> anyhow::Result<(Targets, Policies)> {
+    let mut policies = Policies::new();
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     let parsed: AccessFile =
         toml::from_str(&text).with_context(|| format!("{} cannot be used", file.display()))?;
     let refuse = |what: String| anyhow::Error::from(UsageError::new(format!("{}: {what}", file.display())));
     if parsed.target.is_empty() {
         let target = IscsiTarget {
-            access: initiators(file, parsed.initiator, names)?,
+            access: initiators(file, parsed.initiator, names, (0, &mut policies))?,
             ..IscsiTarget::open(target)
         };
-        return Ok(vec![(target, (0..names.len()).collect())]);
+        return Ok((vec![(target, (0..names.len()).collect())], policies));
     }
     if !parsed.initiator.is_empty() {
         return Err(refuse(
@@ -124,7 +130,7 @@ pub(crate) fn read(file: &Path, names: &[&str], target: &str) -> anyhow::Result<
             places.push(place);
         }
         let own: Vec<&str> = target.disks.iter().map(String::as_str).collect();
-        let access = initiators(file, target.initiator, &own)
+        let access = initiators(file, target.initiator, &own, (targets.len(), &mut policies))
             .with_context(|| format!("the target {}", target.name))?;
         let (name, alias) = (target.name, target.alias);
         targets.push((IscsiTarget { name, alias, access }, places));
@@ -132,12 +138,17 @@ pub(crate) fn read(file: &Path, names: &[&str], target: &str) -> anyhow::Result<
     let has = |place: usize| targets.iter().any(|(_, places)| places.contains(&place));
     match (0..names.len()).find(|place| !has(*place)) {
         Some(place) => Err(refuse(format!("{} belongs to no target", names[place]))),
-        None => Ok(targets),
+        None => Ok((targets, policies)),
     }
 }
 
-/// Who may log in to a target with disks of these names.
-fn initiators(file: &Path, initiators: Vec<Initiator>, names: &[&str]) -> anyhow::Result<Vec<Access>> {
+/// Who may log in to a target with disks of these names; what they may do goes to the policies of the target at that place.
+fn initiators(
+    file: &Path,
+    initiators: Vec<Initiator>,
+    names: &[&str],
+    (place, policies): (usize, &mut Policies),
+) -> anyhow::Result<Vec<Access>> {
     let folder = file.parent().unwrap_or(Path::new(""));
     let refuse = |what: String| anyhow::Error::from(UsageError::new(format!("{}: {what}", file.display())));
     if initiators.is_empty() {
@@ -162,6 +173,19 @@ fn initiators(file: &Path, initiators: Vec<Initiator>, names: &[&str]) -> anyhow
         };
         if initiator.mutual.is_some() && initiator.chap.is_none() {
             return Err(refuse(format!("{name} has `mutual` without `chap`")));
+        }
+        if let Some(policy) = initiator.expanded_api {
+            if name == "*" {
+                return Err(refuse(
+                    "those that are not named have no expanded-api: name who is to have it".to_owned(),
+                ));
+            }
+            if !policy.allow.is_empty() && initiator.chap.is_none() {
+                return Err(refuse(format!(
+                    "{name} has rights in `expanded-api` and no `chap`: anyone could say that it is {name}"
+                )));
+            }
+            policies.insert((place, name.clone()), policy);
         }
         let files = |user: Option<User>| user.map(|user| (user.user, folder.join(user.secret_file)));
         let (own, mutual) = (files(initiator.chap), files(initiator.mutual));
@@ -203,7 +227,7 @@ mod tests {
             "[[initiator]]\nname = \"iqn.2026-11.org.example:a\"\ndisks = [\"two\"]\nchap = { user = \"u\", secret-file = \"secret\" }\n\
              [[initiator]]\nname = \"*\"\n",
         );
-        let targets = read(&file, &["one", "two"], "iqn.2026-11.org.example:t").unwrap();
+        let (targets, _) = read(&file, &["one", "two"], "iqn.2026-11.org.example:t").unwrap();
         let [(target, places)] = targets.as_slice() else {
             panic!("{targets:?}")
         };
@@ -254,7 +278,7 @@ mod tests {
             super::read(&file, &["one", "two", "three"], "unused")
         };
         let good = target("a", "[\"three\", \"one\"]", one) + &target("b", "[\"two\"]", all);
-        let targets = read(good).unwrap();
+        let (targets, _) = read(good).unwrap();
         assert_eq!(targets[0].1, [2, 0]);
         assert_eq!(targets[1].1, [1]);
         // LUNs are those of the target.

@@ -5,6 +5,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Context;
 use block_io::{Device, DeviceOptions, ListenAddress, NbdAddress, Worker, WorkerOptions};
@@ -84,7 +85,7 @@ pub(crate) fn nbd(arguments: &NbdArguments) -> anyhow::Result<Exit> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     if !arguments.paths.is_empty() {
-        let serve = |pool: &HostedPool| serve_pool_disks(arguments, pool, &signals);
+        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, pool, &signals);
         with_pool(&arguments.which, "nbd", serve)?;
         return Ok(Exit::Success);
     }

@@ -76,7 +76,7 @@ pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Res
     if !arguments.paths.is_empty() {
         let names: Vec<&str> = arguments.paths.iter().map(String::as_str).collect();
         unique(&names)?;
-        let serve = |pool: &HostedPool| serve_pool_disks(arguments, pool, &signals);
+        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, pool, &signals);
         with_pool(&arguments.which, "io-pool", serve)?;
         return Ok(Exit::Success);
     }

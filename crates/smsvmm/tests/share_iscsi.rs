@@ -105,6 +105,54 @@ fn scsi(stream: &mut TcpStream, number: u32, cdb: &[u8], expected: u32) -> (u8, 
     }
 }
 
+/// Command `number` of a session, to LUN 0, with data that come along: its status.
+fn scsi_out(stream: &mut TcpStream, number: u32, cdb: &[u8], data: &[u8]) -> u8 {
+    let mut request = vec![0; 48];
+    (request[0], request[1]) = (0x01, 0xa1);
+    let length = u32::try_from(data.len()).unwrap().to_be_bytes();
+    request[5..8].copy_from_slice(&length[1..]);
+    request[16..20].copy_from_slice(&number.to_be_bytes());
+    request[20..24].copy_from_slice(&length);
+    request[24..28].copy_from_slice(&(number - 1).to_be_bytes());
+    request[32..32 + cdb.len()].copy_from_slice(cdb);
+    request.extend(data);
+    request.resize(request.len().next_multiple_of(4), 0);
+    std::io::Write::write_all(stream, &request).unwrap();
+    let mut answer = [0; 48];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(answer[0], 0x21);
+    let length = usize::from(u16::from_be_bytes([answer[6], answer[7]]));
+    stream
+        .read_exact(&mut vec![0; length.next_multiple_of(4)])
+        .unwrap();
+    answer[3]
+}
+
+/// EXPANDED API IN or OUT with this service action and length; waits as long as it may.
+fn expanded(operation: u8, action: u8, tag: u32, length: usize) -> [u8; 16] {
+    let mut cdb = [0; 16];
+    (cdb[0], cdb[1], cdb[4]) = (operation, action, 0x11);
+    match action {
+        1 => cdb[5] = 3,
+        2 => cdb[2..4].copy_from_slice(&4000_u16.to_be_bytes()),
+        _ => {}
+    }
+    cdb[6..10].copy_from_slice(&tag.to_be_bytes());
+    cdb[10..14].copy_from_slice(&u32::try_from(length).unwrap().to_be_bytes());
+    cdb
+}
+
+/// A request of the expanded API; state and outcome.
+fn ask(stream: &mut TcpStream, number: &mut u32, request: &str) -> (u8, String) {
+    *number += 2;
+    let tag = *number;
+    let cdb = expanded(0xc1, 1, tag, request.len());
+    let status = scsi_out(stream, *number - 1, &cdb, request.as_bytes());
+    let (received, data) = scsi(stream, *number, &expanded(0xc0, 2, tag, 1 << 16), 1 << 16);
+    assert_eq!(received, 0, "the request ended with {status}");
+    (data[0], String::from_utf8_lossy(&data[16..]).into_owned())
+}
+
 fn image(folder: &Path, name: &str) {
     let file = std::fs::File::create(folder.join(name)).unwrap();
     file.set_len(1 << 20).unwrap();
@@ -172,6 +220,96 @@ fn disks_of_a_pool_are_served_by_path() {
         told["target"].as_str().unwrap(),
     );
     assert_eq!(log_in(portal, target, "iqn.2026-11.org.example:a"), 0);
+}
+
+#[test]
+fn initiators_that_are_named_can_look_after_their_own_disks() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    std::fs::File::create(folder.join("d0"))
+        .unwrap()
+        .set_len(256 << 20)
+        .unwrap();
+    for line in [
+        "pool create tank d0",
+        "file --devices d0 format --meta-size 32M",
+        "volume --devices d0 create data --size 64M --layout concat",
+        "disk --devices d0 create /a.dsk --size 16M",
+        "disk --devices d0 create /b.dsk --size 16M",
+    ] {
+        let output = finish(folder, line);
+        assert!(output.status.success(), "{line}: {}", said(&output));
+    }
+    let initiator = |name: &str, more: &str| format!("[[initiator]]\nname = \"{name}\"\n{more}\n");
+    let write = |text: String| std::fs::write(folder.join("access.toml"), text).unwrap();
+    let arguments = "share iscsi --json --devices d0 --listen 127.0.0.1:0 --access access.toml /a.dsk /b.dsk";
+    for (wrong, reason) in [
+        (
+            initiator(
+                "iqn.2026-11.org.example:a",
+                "expanded-api = { allow = [\"snapshot\"] }",
+            ),
+            "chap",
+        ),
+        (initiator("*", "expanded-api = { enabled = true }"), "name who"),
+        (
+            initiator("iqn.2026-11.org.example:a", "expanded-api = { all = 1 }"),
+            "all",
+        ),
+    ] {
+        write(wrong);
+        let refused = finish(folder, arguments);
+        assert_eq!(refused.status.success(), false);
+        assert!(said(&refused).contains(reason), "{}", said(&refused));
+    }
+    write(
+        initiator("iqn.2026-11.org.example:a", "disks = [\"/a.dsk\"]")
+            + &initiator(
+                "iqn.2026-11.org.example:off",
+                "expanded-api = { enabled = false }",
+            )
+            + &initiator("*", ""),
+    );
+    let (_server, told) = start(folder, arguments);
+    let (portal, target) = (
+        told["portals"][0].as_str().unwrap(),
+        told["target"].as_str().unwrap(),
+    );
+    // Who is not named, or has none, gets INVALID COMMAND OPERATION CODE. The first command hears of the new session.
+    for name in ["b", "off"] {
+        let (mut stream, status) = connect(portal, target, &format!("iqn.2026-11.org.example:{name}"));
+        assert_eq!(status, 0);
+        scsi(&mut stream, 1, &[0; 6], 0);
+        let (status, sense) = scsi(&mut stream, 2, &expanded(0xc0, 0, 0, 4096), 4096);
+        assert_eq!(
+            (status, sense.get(14).copied()),
+            (2, Some(0x20)),
+            "{name}: {sense:?}"
+        );
+    }
+    let (mut stream, status) = connect(portal, target, "iqn.2026-11.org.example:a");
+    assert_eq!(status, 0);
+    scsi(&mut stream, 1, &[0; 6], 0);
+    let (status, data) = scsi(&mut stream, 2, &expanded(0xc0, 0, 0, 4096), 4096);
+    assert_eq!(status, 0);
+    let description = String::from_utf8_lossy(&data[16..]).into_owned();
+    assert!(
+        description.contains("iqn.2026-11.org.example_a") && description.contains("observe"),
+        "{description}"
+    );
+    let mut number = 2;
+    let (state, disks) = ask(&mut stream, &mut number, "{\"command\": \"list-disks\"}");
+    assert_eq!(state, 3, "{disks}");
+    assert!(disks.contains("/a.dsk") && !disks.contains("/b.dsk"), "{disks}");
+    // Looking is all that it may.
+    for (request, reason) in [
+        ("{\"command\": \"snapshot\", \"name\": \"x\"}", "forbidden"),
+        ("{\"command\": \"disk-status\", \"disk\": \"/b.dsk\"}", "problem"),
+    ] {
+        let (state, outcome) = ask(&mut stream, &mut number, request);
+        assert_eq!(state, 4, "{outcome}");
+        assert!(outcome.contains(reason), "{outcome}");
+    }
 }
 
 #[test]

@@ -50,6 +50,13 @@ impl TransportId {
         Some(Self(bytes.into()))
     }
 
+    /// The name of an iSCSI initiator, without its session's ISID.
+    pub fn iscsi_name(&self) -> Option<&str> {
+        let text = self.0.strip_prefix(&[0x45])?.get(3..)?;
+        let end = text.iter().position(|byte| matches!(byte, b',' | 0))?;
+        std::str::from_utf8(text.get(..end)?).ok()
+    }
+
     /// The bytes, as in parameter data.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0

@@ -1,0 +1,262 @@
+//! iSCSI initiators that look after their own disks: the expanded API, for each initiator that the access file or command line names.
+//!
+//! ```text
+//!   session of iqn…:a ──┐                                   ┌─► ExpandedTarget of a ─► what a sees of the target, the pool
+//!   session of iqn…:a ──┼─► unit's VendorCommands: who is it?┤
+//!   session of iqn…:b ──┘                                   └─► ExpandedTarget of b ─► …
+//! ```
+//!
+//! The principal is the name with which an initiator has logged in. A name alone is only a claim: without CHAP it may look at the disks that it
+//! sees anyway, and nothing else. Initiators that are not named (`*`) share one entry, and must not see each other's requests: they have no
+//! expanded API.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::ready;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context;
+use api::virtual_disk::TransferRequest;
+use api::{
+    ByteSize, DeviceId, DeviceState, DiskBus, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog,
+    ExpandedPolicy, NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, Vm,
+    VmName, VmState, VmStatus,
+};
+use expanded_target::{ExpandedTarget, Hook, Running};
+use storage_manager::{HostedDisk, HostedPool, VirtualDisk};
+use storage_virtualizer::iscsi::Access;
+use storage_virtualizer::scsi::{Code, Command, Nexus, Outcome, Sense, Unit, VendorCommands};
+use storage_virtualizer::{DiskHandle, PinnedDisk};
+
+/// What an initiator may, by its target's place and its name.
+pub(crate) type Policies = BTreeMap<(usize, String), ExpandedPolicy>;
+
+/// The expanded API of one target: its units have it.
+#[derive(Debug, Default)]
+pub(crate) struct Principals(BTreeMap<String, ExpandedTarget>);
+
+impl Principals {
+    /// For those that may log in to the target at place `target`.
+    pub(crate) fn new(target: usize, access: &[Access], policies: &Policies) -> anyhow::Result<Arc<Self>> {
+        let mut principals = Self::default();
+        for initiator in access.iter().filter_map(|access| access.initiator.as_ref()) {
+            let policy = policies.get(&(target, initiator.clone())).cloned();
+            let policy = policy.unwrap_or_default();
+            if policy.enabled {
+                let principal = ExpandedTarget::new(name_of(initiator)?, policy);
+                principals.0.insert(initiator.clone(), principal);
+            }
+        }
+        Ok(Arc::new(principals))
+    }
+
+    /// Answers, until what is returned is dropped.
+    pub(crate) fn start(
+        &self,
+        access: &[Access],
+        pool: &Arc<HostedPool>,
+        disks: &[(u16, &str, &HostedDisk)],
+    ) -> anyhow::Result<Vec<Running>> {
+        let mut running = Vec::new();
+        for (initiator, principal) in &self.0 {
+            let seen = access
+                .iter()
+                .find(|access| access.initiator.as_ref() == Some(initiator))
+                .and_then(|access| access.luns.as_ref());
+            let view = View::new(initiator, Arc::clone(pool), seen, disks)?;
+            let hook = || Box::new(|| Ok(())) as Hook;
+            let started = principal.start(Arc::new(view), hook);
+            running.push(started.context("cannot start what serves the expanded API")?);
+        }
+        Ok(running)
+    }
+
+    fn of(&self, nexus: &Nexus) -> Option<&ExpandedTarget> {
+        self.0.get(nexus.initiator().iscsi_name()?)
+    }
+}
+
+impl VendorCommands for Principals {
+    fn execute<'a>(
+        &'a self,
+        unit: &'a Unit,
+        nexus: &'a Nexus,
+        command: &'a Command<'a>,
+    ) -> Pin<Box<dyn Future<Output = Outcome> + 'a>> {
+        match self.of(nexus) {
+            Some(principal) => principal.execute(unit, nexus, command),
+            None => {
+                let sense = Sense::illegal(Code::INVALID_OPERATION_CODE);
+                Box::pin(ready(Outcome::failed(unit, sense)))
+            }
+        }
+    }
+
+    fn page(&self, unit: &Unit, nexus: &Nexus) -> Vec<u8> {
+        self.of(nexus)
+            .map_or_else(Vec::new, |principal| principal.page(unit, nexus))
+    }
+}
+
+/// An initiator's name as the name of a machine, which has fewer characters.
+fn name_of(initiator: &str) -> anyhow::Result<VmName> {
+    let plain = |letter: char| match letter {
+        '.' | '-' | '_' => letter,
+        letter if letter.is_ascii_alphanumeric() => letter,
+        _ => '_',
+    };
+    // What distinguishes it is at its end.
+    let skip = initiator.chars().count().saturating_sub(VmName::MAX_LENGTH);
+    let text: String = initiator.chars().skip(skip).map(plain).collect();
+    text.parse()
+        .with_context(|| format!("{initiator} cannot be the name of a principal"))
+}
+
+/// A disk that an initiator sees.
+struct Seen {
+    config: DiskConfig,
+    handle: PinnedDisk<VirtualDisk>,
+}
+
+/// What an initiator sees: the machine of its [`ExpandedTarget`].
+struct View {
+    name: VmName,
+    pool: Arc<HostedPool>,
+    disks: Vec<Seen>,
+    events: EventLog,
+    begin: Instant,
+}
+
+impl View {
+    fn new(
+        initiator: &str,
+        pool: Arc<HostedPool>,
+        luns: Option<&BTreeSet<u16>>,
+        disks: &[(u16, &str, &HostedDisk)],
+    ) -> anyhow::Result<Self> {
+        let mut seen = Vec::new();
+        for (lun, path, disk) in disks {
+            if luns.is_some_and(|luns| !luns.contains(lun)) {
+                continue;
+            }
+            let config = DiskConfig {
+                image: None,
+                file: Some((*path).to_owned()),
+                bus: DiskBus::VirtioScsi,
+                read_only: disk.handle().geometry().read_only,
+                ..DiskConfig::new("")
+            };
+            let id: DeviceId = format!("lun{lun}").parse()?;
+            seen.push(Seen {
+                config: DiskConfig { id, ..config },
+                handle: disk.handle().clone(),
+            });
+        }
+        Ok(Self {
+            name: name_of(initiator)?,
+            pool,
+            disks: seen,
+            events: EventLog::new(),
+            begin: Instant::now(),
+        })
+    }
+}
+
+fn not_here(what: &str) -> Problem {
+    Problem::new(ProblemKind::Conflict, format!("{what} cannot be had over iSCSI"))
+        .remedy("ask the administrator of the storage: `smsvmm share iscsi` is started with its disks")
+}
+
+impl Vm for View {
+    fn status(&self) -> VmStatus {
+        let disks = self.disks.iter().map(|seen| DiskStatus {
+            config: seen.config.clone(),
+            state: DeviceState::Active,
+            size: ByteSize::from_bytes(seen.handle.geometry().size),
+            stopped: None,
+        });
+        VmStatus {
+            name: self.name.clone(),
+            state: VmState::Running,
+            pid: std::process::id(),
+            uptime_seconds: self.begin.elapsed().as_secs(),
+            resets: 0,
+            cpus: 0,
+            memory: ByteSize::from_bytes(0),
+            disks: disks.collect(),
+            nets: Vec::new(),
+            limit_groups: BTreeMap::new(),
+            last_event: self.events.last(),
+        }
+    }
+
+    fn power_button(&self) -> Result<(), Problem> {
+        Err(not_here("a power button"))
+    }
+
+    fn stop(&self, _: &str) -> Result<(), Problem> {
+        Err(not_here("the end of a machine"))
+    }
+
+    fn reset(&self) -> Result<(), Problem> {
+        Err(not_here("a reset"))
+    }
+
+    fn pause(&self) -> Result<(), Problem> {
+        Err(not_here("a pause"))
+    }
+
+    fn resume(&self) -> Result<(), Problem> {
+        Err(not_here("a pause's end"))
+    }
+
+    fn attach_disk(&self, _: DiskConfig) -> Result<DiskStatus, Problem> {
+        Err(not_here("another disk"))
+    }
+
+    fn attach_net(&self, _: NetConfig) -> Result<NetStatus, Problem> {
+        Err(not_here("a network"))
+    }
+
+    fn detach(&self, _: &DeviceId) -> Result<(), Problem> {
+        Err(not_here("a disk's end"))
+    }
+
+    fn change_disk(&self, _: &DeviceId, _: &DiskChange) -> Result<DiskStatus, Problem> {
+        Err(not_here("a change of limits"))
+    }
+
+    fn change_limits(&self, _: &DeviceId, _: &DiskLimits) -> Result<DiskLimits, Problem> {
+        Err(not_here("a change of limits"))
+    }
+
+    fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        self.pool.execute(request)
+    }
+
+    fn transfer(&self, _: TransferRequest) -> Result<Transfer, Problem> {
+        Err(not_here("an image"))
+    }
+
+    fn events(&self) -> &EventLog {
+        &self.events
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn initiators_have_names_as_machines_have() {
+        let name = |text: &str| name_of(text).unwrap().to_string();
+        assert_eq!(
+            name("iqn.1993-08.org.debian:01:abc"),
+            "iqn.1993-08.org.debian_01_abc"
+        );
+        let long = format!("iqn.2026-11.org.example:{}z", "a".repeat(190));
+        assert_eq!(name(&long).len(), VmName::MAX_LENGTH);
+        assert!(name(&long).ends_with("az"));
+    }
+}
