@@ -259,7 +259,7 @@ fn initiators_that_are_named_can_look_after_their_own_disks() {
     ] {
         write(wrong);
         let refused = finish(folder, arguments);
-        assert_eq!(refused.status.success(), false);
+        assert!(!refused.status.success());
         assert!(said(&refused).contains(reason), "{}", said(&refused));
     }
     write(
