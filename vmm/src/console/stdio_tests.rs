@@ -112,8 +112,10 @@ impl Terminal {
             command.pre_exec(|| {
                 rustix::process::setsid()?;
                 rustix::process::ioctl_tiocsctty(std::io::stdin())?;
-                // Who runs the tests under nohup has it ignored, and that is inherited.
-                libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                // Who runs the tests under nohup, or in the background of a script, has them ignored, and that is inherited.
+                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
                 Ok(())
             });
         }
