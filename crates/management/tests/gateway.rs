@@ -141,7 +141,7 @@ fn setup() -> Setup {
         access: folder.path().join("access.toml"),
         audit: folder.path().join("audit.log"),
         machines: vec![machine("web1"), machine("off")],
-        handshake: Duration::from_secs(3),
+        handshake: Duration::from_secs(5),
     })
     .unwrap();
     let address = gateway.address().unwrap();
@@ -234,16 +234,26 @@ fn who_is_not_known_any_more_is_not_let_in_and_has_to_wait() {
     setup.principals.remove("anna", &path).unwrap();
     setup.principals.save(&path).unwrap();
     assert_eq!(problem_of(client.status()).kind, ProblemKind::Unauthenticated);
-    for _ in 0..5 {
-        problem_of(setup.client("smsvmm_00").status());
+    // A busy machine may be so slow that the first wait, of one second, is over before it is noticed.
+    let begin = Instant::now();
+    loop {
+        assert!(begin.elapsed() < Duration::from_secs(60), "nobody has to wait");
+        let refused = problem_of(setup.client("smsvmm_00").status());
+        if refused.kind != ProblemKind::TooMany {
+            continue;
+        }
+        assert_eq!(refused.status, 429);
+        assert!(refused.remedy.unwrap().contains("second"));
+        // All that come from there.
+        if ben
+            .status()
+            .is_err_and(|error| problem_of::<()>(Err(error)).kind == ProblemKind::TooMany)
+        {
+            break;
+        }
     }
-    let refused = problem_of(setup.client("smsvmm_00").status());
-    assert_eq!((refused.kind, refused.status), (ProblemKind::TooMany, 429));
-    assert!(refused.remedy.unwrap().contains("second"));
-    // All that come from there.
-    assert_eq!(problem_of(ben.status()).kind, ProblemKind::TooMany);
     let refusals = setup.audit().iter().filter(|line| line["status"] == 401).count();
-    assert_eq!(refusals, 7);
+    assert!(refusals >= 7, "{refusals}");
 }
 
 #[test]
@@ -411,7 +421,7 @@ fn clients_that_say_nothing_or_rubbish_keep_nobody_out() {
     let mut answer = Vec::new();
     let _ = rubbish.read_to_end(&mut answer);
     assert!(!answer.starts_with(b"HTTP"));
-    // Of one address there are 64: some of these are closed at once, the others after three seconds.
+    // Of one address there are 64: some of these are closed at once, the others after five seconds.
     let begin = Instant::now();
     let idle: Vec<TcpStream> = (0..100)
         .map(|_| TcpStream::connect(setup.address).unwrap())
