@@ -1,6 +1,7 @@
 //! The calendar: moments as dates in UTC (proleptic Gregorian, without leap seconds).
 
 use std::fmt;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 const SECONDS_PER_DAY: u64 = 86_400;
 /// Days from 0000-03-01 to 1970-01-01.
@@ -26,6 +27,12 @@ pub struct Utc {
 }
 
 impl Utc {
+    /// This moment, by the system's clock.
+    pub fn now() -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self::from_unix(since.map_or(0, |since| since.as_secs()))
+    }
+
     /// The moment so many seconds after 1970 began.
     pub const fn from_unix(seconds: u64) -> Self {
         // Years are counted from 1 March, so that the leap day is a year's last, and months follow one formula.

@@ -24,15 +24,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 use std::time::Duration;
 
+use access::{ClientTls, TlsError};
 use api::Problem;
-use rustls::crypto::aws_lc_rs;
-use rustls::pki_types::pem::{Error as PemError, PemObject};
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConnection, StreamOwned};
 
 use crate::frame::{FrameError, FrameReader, FrameWriter};
 use crate::message::{
@@ -56,13 +54,8 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The authorities cannot be used.
-    #[error("cannot read certificates from {}", path.display())]
-    Authorities {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        source: PemError,
-    },
+    #[error(transparent)]
+    Authorities(#[from] TlsError),
     /// TLS cannot be begun.
     #[error("cannot begin TLS")]
     Tls(#[source] rustls::Error),
@@ -148,7 +141,11 @@ pub fn connect_with(
         .unwrap_or_else(|| address.rsplit_once(':').map_or(address, |(host, _)| host));
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let name = ServerName::try_from(host.to_owned()).map_err(|_| ClientError::Name(host.to_owned()))?;
-    let connection = ClientConnection::new(Arc::new(configuration(authorities)?), name);
+    let tls = ClientTls {
+        authorities: authorities.to_owned(),
+        certificate: None,
+    };
+    let connection = ClientConnection::new(tls.load()?, name);
     Ok(Box::new(TlsStream(StreamOwned::new(
         connection.map_err(ClientError::Tls)?,
         stream,
@@ -180,24 +177,6 @@ impl Drop for TlsStream {
         // The mover may be gone.
         let _ = self.0.conn.write_tls(&mut self.0.sock);
     }
-}
-
-fn configuration(authorities: &Path) -> Result<ClientConfig, ClientError> {
-    let unreadable = |source| ClientError::Authorities {
-        path: authorities.to_owned(),
-        source,
-    };
-    let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(authorities).map_err(unreadable)? {
-        roots
-            .add(certificate.map_err(unreadable)?)
-            .map_err(ClientError::Tls)?;
-    }
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(ClientError::Tls)?;
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
 
 /// What comes in a restoration.

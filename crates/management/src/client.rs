@@ -16,7 +16,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::copy_bidirectional;
+use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
@@ -377,27 +377,43 @@ async fn answer(
     body: Vec<u8>,
     upgrade: Option<&str>,
 ) -> Result<Response<Incoming>, ClientError> {
-    let broken = |error: hyper::Error| ClientError::Broken(error.into());
     let stream = way.connect().await?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(broken)?;
-    tokio::spawn(connection.with_upgrades());
-    let mut request = Request::builder()
-        .method(method)
-        .uri(way.path(path))
-        .header(HOST, "smsvmm")
-        .header(CONTENT_TYPE, "application/json");
+    let mut builder = request(method, &way.path(path), upgrade.map(str::as_bytes));
     if let Some(token) = way.token() {
-        request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+        builder = builder.header(AUTHORIZATION, format!("Bearer {token}"));
     }
-    if let Some(protocol) = upgrade {
-        request = request.header(CONNECTION, "upgrade").header(UPGRADE, protocol);
-    }
-    let request = request
+    let request = builder
         .body(Full::new(Bytes::from(body)))
         .map_err(|error| ClientError::Broken(error.into()))?;
-    sender.send_request(request).await.map_err(broken)
+    send(stream, request)
+        .await
+        .map_err(|error| ClientError::Broken(error.into()))
+}
+
+/// A request as machines take it; `upgrade`: what the connection is to become.
+pub(crate) fn request(method: &Method, path: &str, upgrade: Option<&[u8]>) -> hyper::http::request::Builder {
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(HOST, "smsvmm")
+        .header(CONTENT_TYPE, "application/json");
+    match upgrade {
+        Some(protocol) => request.header(CONNECTION, "upgrade").header(UPGRADE, protocol),
+        None => request,
+    }
+}
+
+/// Sends the one request of a connection, and waits for the beginning of its answer.
+pub(crate) async fn send<S>(
+    stream: S,
+    request: Request<Full<Bytes>>,
+) -> Result<Response<Incoming>, hyper::Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection.with_upgrades());
+    sender.send_request(request).await
 }
 
 async fn read_all(answer: Response<Incoming>) -> Result<Reply, ClientError> {

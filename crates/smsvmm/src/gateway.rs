@@ -12,8 +12,8 @@ use vmm::config::VmConfig;
 
 use crate::cli::GatewayArguments;
 use crate::exit::{Exit, UsageError};
-use crate::logs;
 use crate::signals::Signals;
+use crate::{logs, toml_file};
 
 /// Longest time of a TLS handshake: of slow machines, too.
 const HANDSHAKE: Duration = Duration::from_secs(30);
@@ -29,19 +29,6 @@ struct File {
     access: PathBuf,
     audit: PathBuf,
     machines: Vec<PathBuf>,
-}
-
-/// Reads a file in TOML; an error names the line.
-pub(crate) fn read<T: serde::de::DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
-    let shown = path.display();
-    let text = std::fs::read_to_string(path).map_err(UsageError::new);
-    let text = text.with_context(|| format!("cannot read {shown}"))?;
-    toml::from_str(&text).map_err(|error| {
-        let start = error.span().map_or(0, |span| span.start);
-        let before = text.get(..start).unwrap_or_default();
-        let line = before.matches('\n').count() + 1;
-        UsageError::new(format!("{shown}:{line}: {}", error.message().replace('\n', ", "))).into()
-    })
 }
 
 /// The machine that a vm.toml describes.
@@ -63,7 +50,7 @@ fn machine(path: &Path) -> anyhow::Result<Machine> {
 
 pub(crate) fn execute(arguments: &GatewayArguments) -> anyhow::Result<Exit> {
     let path = &arguments.config;
-    let file: File = read(path)?;
+    let file: File = toml_file::read(path)?;
     let folder = path.parent().unwrap_or(Path::new(""));
     let machines = file
         .machines

@@ -28,6 +28,7 @@ mod share_scsi;
 mod signals;
 mod storage;
 mod terminal;
+mod toml_file;
 mod vm;
 
 use std::process::ExitCode;

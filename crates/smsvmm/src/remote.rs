@@ -16,6 +16,7 @@ use management::{Remote, Target};
 use serde::Deserialize;
 
 use crate::exit::UsageError;
+use crate::toml_file;
 
 /// The table; relative paths are relative to its file.
 #[derive(Debug, Deserialize)]
@@ -85,7 +86,7 @@ pub(crate) fn target(path: &Path) -> anyhow::Result<Option<Target>> {
     if !text.contains("[remote]") {
         return Ok(None);
     }
-    let file: File = crate::gateway::read(path)?;
+    let file: File = toml_file::parse(path, &text)?;
     file.remote.map(|remote| remote.target(path)).transpose()
 }
 

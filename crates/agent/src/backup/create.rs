@@ -215,8 +215,7 @@ impl Sink for Shown {
 
 /// A name by the time.
 fn now() -> String {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let text = Utc::from_unix(since.unwrap_or_default().as_secs()).to_string();
+    let text = Utc::now().to_string();
     text.chars().filter(char::is_ascii_alphanumeric).collect()
 }
 

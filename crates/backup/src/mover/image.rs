@@ -68,7 +68,8 @@ impl Piece {
         self.start + self.length as u64
     }
 
-    fn windows(&self) -> impl Iterator<Item = (usize, u64)> + use<> {
+    /// The windows in which it lies.
+    pub(super) fn windows(&self) -> impl Iterator<Item = (usize, u64)> + use<> {
         let disk = self.disk;
         (self.start / WINDOW..self.end().div_ceil(WINDOW)).map(move |window| (disk, window))
     }

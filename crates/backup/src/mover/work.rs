@@ -253,11 +253,10 @@ impl Work {
         self.count(length)?;
         let length = usize::try_from(length).map_err(|_| invalid("a piece is too long"))?;
         self.steps.push_back(Step::Piece(offset, self.pieces.len()));
-        self.pieces.push(Piece { disk, start, length });
+        let piece = Piece { disk, start, length };
+        self.windows.extend(piece.windows());
+        self.pieces.push(piece);
         self.bytes += length;
-        let end = start + length as u64;
-        self.windows
-            .extend((start / WINDOW..end.div_ceil(WINDOW)).map(|window| (disk, window)));
         let full =
             self.bytes >= BATCH || self.pieces.len() >= BATCH_PIECES || self.windows.len() >= BATCH_WINDOWS;
         match full {

@@ -13,7 +13,6 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use api::Utc;
 use serde::Serialize;
@@ -81,8 +80,7 @@ impl Audit {
 
     /// Appends a line; `durable`: and waits until it is on the medium.
     pub(super) fn write(&mut self, mut line: Line<'_>, durable: bool) -> Result<(), AuditError> {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH);
-        line.time = Utc::from_unix(since.map_or(0, |since| since.as_secs())).to_string();
+        line.time = Utc::now().to_string();
         self.append(&line, durable).map_err(|source| AuditError {
             path: self.path.clone(),
             source,

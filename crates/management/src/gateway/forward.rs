@@ -6,14 +6,16 @@ use std::time::Duration;
 use api::{Problem, ProblemKind};
 use http_body_util::{Either, Full};
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderName, UPGRADE};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderName, UPGRADE};
 use hyper::upgrade::OnUpgrade;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tracing::debug;
+
+use crate::client;
 
 /// How long a machine's socket may take to accept.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -69,23 +71,12 @@ pub(super) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBod
         )
         .about(name)
     };
-    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
-    let (mut sender, connection) = handshake.map_err(broken)?;
-    tokio::spawn(connection.with_upgrades());
-    let mut request = Request::builder()
-        .method(method)
-        .uri(path)
-        .header(HOST, "smsvmm")
-        .header(CONTENT_TYPE, "application/json");
-    if let Some((_, protocol)) = &upgrade {
-        request = request
-            .header(CONNECTION, "upgrade")
-            .header(UPGRADE, protocol.as_slice());
-    }
-    let request = request.body(Full::new(body)).map_err(|error| {
+    let protocol = upgrade.as_ref().map(|(_, protocol)| protocol.as_slice());
+    let request = client::request(&method, path, protocol).body(Full::new(body));
+    let request = request.map_err(|error| {
         Problem::new(ProblemKind::Invalid, format!("it cannot be passed on: {error}")).about(path)
     })?;
-    let mut answer = sender.send_request(request).await.map_err(broken)?;
+    let mut answer = client::send(stream, request).await.map_err(broken)?;
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS
         && let Some((client, _)) = upgrade
     {

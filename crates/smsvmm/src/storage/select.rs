@@ -2,23 +2,21 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use management::Target;
 use serde::Deserialize;
 use storage_manager::DevicePaths;
 
 use super::arguments::Which;
 use crate::exit::UsageError;
-use crate::remote;
-
-/// Largest file that is read, in bytes.
-const MAX_FILE: u64 = 1 << 20;
+use crate::remote::RemoteConfig;
+use crate::toml_file;
 
 /// What of a configuration matters here; the rest is not looked at.
 #[derive(Deserialize)]
 struct File {
     pool: Option<Pool>,
     management: Option<Management>,
+    remote: Option<RemoteConfig>,
 }
 
 #[derive(Deserialize)]
@@ -74,34 +72,19 @@ pub(crate) fn target(which: &Which) -> anyhow::Result<Option<Target>> {
     let Some(path) = &which.config else {
         return Ok(None);
     };
-    if let Some(remote) = remote::target(path)? {
-        return Ok(Some(remote));
+    let file: File = toml_file::read(path)?;
+    if let Some(remote) = file.remote {
+        return remote.target(path).map(Some);
     }
     let folder = path.parent().unwrap_or(Path::new(""));
-    let management = read(path)?.management;
-    Ok(management.map(|management| Target::Socket(folder.join(management.socket))))
-}
-
-fn read(path: &Path) -> anyhow::Result<File> {
-    let shown = path.display();
-    let length = std::fs::metadata(path).map(|metadata| metadata.len());
-    if length.is_ok_and(|length| length > MAX_FILE) {
-        return Err(UsageError::new(format!("{shown} is too large for a configuration")).into());
-    }
-    let text = std::fs::read_to_string(path).map_err(UsageError::new);
-    let text = text.with_context(|| format!("cannot read {shown}"))?;
-    toml::from_str(&text).map_err(|error| {
-        let start = error.span().map_or(0, |span| span.start);
-        let line = text
-            .get(..start)
-            .map_or(1, |before| before.matches('\n').count() + 1);
-        UsageError::new(format!("{shown}:{line}: {}", error.message().replace('\n', ", "))).into()
-    })
+    Ok(file
+        .management
+        .map(|management| Target::Socket(folder.join(management.socket))))
 }
 
 fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
     let shown = path.display();
-    let Some(pool) = read(path)?.pool else {
+    let Some(pool) = toml_file::read::<File>(path)?.pool else {
         return Err(UsageError::new(format!(
             "{shown} has no pool; add [pool] with devices = [\"...\"], which `smsvmm pool create` prints"
         ))
