@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DeviceId, ExitReason};
+use crate::{DeviceId, ExitReason, VmName};
 
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,6 +117,68 @@ pub enum EventKind {
         /// So many more were refused since the last such event, of which none tells.
         #[serde(default, skip_serializing_if = "is_zero")]
         unlisted: u64,
+    },
+    /// The manager of the host is ready.
+    ManagerStarted {
+        /// Its version.
+        version: String,
+    },
+    /// The manager of the host ends.
+    ManagerStopping {
+        /// Why.
+        reason: String,
+    },
+    /// A machine was defined, or its definition changed.
+    MachineDefined {
+        /// Which.
+        vm: VmName,
+    },
+    /// A machine's definition was deleted.
+    MachineDeleted {
+        /// Which.
+        vm: VmName,
+    },
+    /// A machine's process was started.
+    MachineStarted {
+        /// Which.
+        vm: VmName,
+        /// The process.
+        pid: u32,
+    },
+    /// A machine's process that ran before the manager did is watched.
+    MachineFound {
+        /// Which.
+        vm: VmName,
+        /// The process.
+        pid: u32,
+    },
+    /// A machine's process has ended.
+    MachineEnded {
+        /// Which.
+        vm: VmName,
+        /// How, in words.
+        reason: String,
+        /// So many seconds later it is started again; none if it is not.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        restart_seconds: Option<u64>,
+    },
+    /// A machine uses a disk of a pool.
+    DiskAttached {
+        /// Which machine.
+        vm: VmName,
+        /// The disk's name in it.
+        id: DeviceId,
+        /// The disk's path.
+        file: String,
+    },
+    /// A machine uses a disk of a pool no more.
+    DiskDetached {
+        /// Which machine.
+        vm: VmName,
+        /// The disk's name in it.
+        id: DeviceId,
+        /// The disk's path.
+        file: String,
     },
     /// The machine ended; the last event.
     Stopped {

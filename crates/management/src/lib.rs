@@ -26,6 +26,7 @@
 
 mod client;
 mod gateway;
+mod host_routes;
 mod life;
 mod routes;
 mod server;

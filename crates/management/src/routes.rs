@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventPage, NetConfig, NetStatus, Problem,
-    ProblemKind, Removal, StorageRequest, Vm,
+    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, EventPage, NetConfig, NetStatus,
+    Problem, ProblemKind, Removal, StorageRequest, Vm,
 };
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -29,7 +29,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest time that the machine may take to move data, for example to merge layers.
 pub(crate) const STORAGE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// Longest time that the machine may take for an answer.
-const MACHINE_TIMEOUT: Duration = Duration::from_secs(20);
+pub(crate) const MACHINE_TIMEOUT: Duration = Duration::from_secs(20);
 
 pub(crate) type Answer = Response<Full<Bytes>>;
 
@@ -65,18 +65,25 @@ impl Context {
         question: impl FnOnce(&dyn Vm) -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, Problem> {
         let vm = Arc::clone(&self.vm);
-        let helper = tokio::task::spawn_blocking(move || question(&*vm));
-        match timeout(limit, helper).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(Problem::new(
-                ProblemKind::Host,
-                "the request failed inside of smsvmm; see its log",
-            )),
-            Err(_) => Err(Problem::new(
-                ProblemKind::Timeout,
-                format!("the machine gave no answer within {} seconds", limit.as_secs()),
-            )),
-        }
+        help(limit, move || question(&*vm)).await
+    }
+}
+
+/// Has a question answered on a helper thread.
+pub(crate) async fn help<T: Send + 'static>(
+    limit: Duration,
+    question: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    match timeout(limit, tokio::task::spawn_blocking(question)).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(_)) => Err(Problem::new(
+            ProblemKind::Host,
+            "the request failed inside of smsvmm; see its log",
+        )),
+        Err(_) => Err(Problem::new(
+            ProblemKind::Timeout,
+            format!("there was no answer within {} seconds", limit.as_secs()),
+        )),
     }
 }
 
@@ -287,7 +294,7 @@ fn detach<D: Device>(vm: &dyn Vm, id: &DeviceId) -> Result<Removal, Problem> {
     })
 }
 
-fn device_id(text: &str) -> Result<DeviceId, Problem> {
+pub(crate) fn device_id(text: &str) -> Result<DeviceId, Problem> {
     text.parse()
         .map_err(|error: api::InvalidValue| Problem::new(ProblemKind::Invalid, error.to_string()).about("id"))
 }
@@ -304,13 +311,13 @@ pub(crate) fn no_such_path(path: &str) -> Problem {
 
 /// The parameters of a request for events.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Query {
+pub(crate) struct Query {
     after: u64,
     wait: Duration,
 }
 
 impl Query {
-    fn parse(text: &str) -> Result<Self, Problem> {
+    pub(crate) fn parse(text: &str) -> Result<Self, Problem> {
         let mut query = Self::default();
         for pair in text.split('&').filter(|pair| !pair.is_empty()) {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -334,10 +341,14 @@ impl Query {
 
 /// Events after a number; waits for the first if there is none.
 async fn events(context: &Context, query: &Query) -> EventPage {
-    let mut news = context.news.clone();
+    page(context.vm.events(), context.news.clone(), query).await
+}
+
+/// As [`events`], of any log, the newest event of which is told by `news`.
+pub(crate) async fn page(log: &EventLog, mut news: watch::Receiver<u64>, query: &Query) -> EventPage {
     // Fails when the machine's log is gone or the time is over; the page is right in any case.
     let _ = timeout(query.wait, news.wait_for(|last| *last > query.after)).await;
-    context.vm.events().page(query.after, PAGE)
+    log.page(query.after, PAGE)
 }
 
 /// The body of a request as a `T`.
@@ -391,7 +402,7 @@ pub(crate) fn json(status: StatusCode, value: &impl Serialize) -> Answer {
     respond(status, "application/json", to_json(value))
 }
 
-fn no_content() -> Answer {
+pub(crate) fn no_content() -> Answer {
     let mut answer = Response::new(Full::default());
     *answer.status_mut() = StatusCode::NO_CONTENT;
     answer
@@ -402,7 +413,7 @@ pub(crate) fn problem(problem: &Problem) -> Answer {
     respond(status, "application/problem+json", to_json(problem))
 }
 
-fn not_allowed(method: &Method, allowed: &'static str) -> Answer {
+pub(crate) fn not_allowed(method: &Method, allowed: &'static str) -> Answer {
     let found = Problem::new(
         ProblemKind::MethodNotAllowed,
         format!("{method} is not possible here"),

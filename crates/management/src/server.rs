@@ -6,13 +6,15 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use api::{Problem, ProblemKind, Vm};
+use api::{EventLog, Host, Problem, ProblemKind, Vm};
+use http_body_util::Either;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use crate::host_routes::{self, HostContext};
 use crate::life;
 use crate::routes::{self, Context};
 use crate::socket::{Listening, SocketError};
@@ -22,6 +24,8 @@ use block_io::SocketFile;
 const MAX_CONNECTIONS: usize = 64;
 /// Helper threads for requests that wait for the machine.
 const MAX_HELPERS: usize = 4;
+/// The same for a host, which has several machines and pools.
+const MAX_HOST_HELPERS: usize = 64;
 /// How long requests in progress may take to end when the server is stopped.
 const GRACE: Duration = Duration::from_secs(1);
 /// Stack of the thread and its helpers in bytes; touched pages only count.
@@ -52,19 +56,35 @@ impl Server {
         vm: Arc<dyn Vm>,
         on_start: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<ServerHandle> {
+        let heard = hear(vm.events());
+        self.start_answering(Answering::Vm(Context::new(vm, heard)), MAX_HELPERS, on_start)
+    }
+
+    /// As [`Self::start`], for a host.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start_host(self, host: Arc<dyn Host>) -> io::Result<ServerHandle> {
+        let heard = hear(host.events());
+        let context = Answering::Host(HostContext::new(host, heard));
+        self.start_answering(context, MAX_HOST_HELPERS, || Ok(()))
+    }
+
+    fn start_answering(
+        self,
+        context: Answering,
+        helpers: usize,
+        on_start: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<ServerHandle> {
         let (listener, file) = self.listening.into_parts();
-        let (news, heard) = watch::channel(vm.events().last());
-        vm.events().listen(move |sequence| {
-            news.send_replace(sequence);
-        });
         let (stop, stopped) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            .max_blocking_threads(MAX_HELPERS)
+            .max_blocking_threads(helpers)
             .thread_name("management-helper")
             .thread_stack_size(STACK_SIZE)
             .build()?;
-        let context = Arc::new(Context::new(vm, heard));
+        let context = Arc::new(context);
         let thread = std::thread::Builder::new()
             .name("management".to_owned())
             .stack_size(STACK_SIZE)
@@ -82,6 +102,21 @@ impl Server {
             _file: file,
         })
     }
+}
+
+/// What is asked at the socket.
+enum Answering {
+    Vm(Context),
+    Host(HostContext),
+}
+
+/// Where the number of the newest event is heard.
+fn hear(events: &EventLog) -> watch::Receiver<u64> {
+    let (news, heard) = watch::channel(events.last());
+    events.listen(move |sequence| {
+        news.send_replace(sequence);
+    });
+    heard
 }
 
 /// A running server. Dropping it ends the server: no new connections, a second for those that are being answered.
@@ -109,7 +144,7 @@ impl Drop for ServerHandle {
 /// Accepts until told to stop, then lets the requests in progress end.
 async fn serve(
     listener: std::os::unix::net::UnixListener,
-    context: Arc<Context>,
+    context: Arc<Answering>,
     mut stopped: oneshot::Receiver<()>,
 ) -> io::Result<()> {
     let listener = UnixListener::from_std(listener)?;
@@ -146,14 +181,15 @@ async fn serve(
 }
 
 /// Serves one request.
-async fn connection(stream: UnixStream, context: Arc<Context>) {
+async fn connection(stream: UnixStream, context: Arc<Answering>) {
     let forbidden = may_not_manage(&stream);
     let answer = move |request| {
         let (context, forbidden) = (Arc::clone(&context), forbidden.clone());
         async move {
-            match forbidden {
-                None => routes::answer(&context, request).await,
-                Some(problem) => routes::problem(&problem),
+            match (forbidden, &*context) {
+                (Some(problem), _) => routes::problem(&problem).map(Either::Left),
+                (None, Answering::Vm(context)) => routes::answer(context, request).await.map(Either::Left),
+                (None, Answering::Host(context)) => host_routes::answer(context, request).await,
             }
         }
     };

@@ -14,8 +14,9 @@ use hyper::header::{CONNECTION, HeaderValue, UPGRADE};
 use hyper::upgrade::OnUpgrade;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
 
 use crate::routes::{self, Context};
@@ -28,31 +29,45 @@ pub(crate) const MAX_TRANSFERS: usize = 4;
 /// `POST /v1/storage/transfer`.
 pub(crate) async fn answer(
     context: &Context,
+    request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Problem> {
+    let room = room(&context.transfers)?;
+    let make = async |asked: TransferRequest| context.ask(move |vm| vm.transfer(asked)).await;
+    take_out(request, PROTOCOL, "use `smsvmm disk`", room, make).await
+}
+
+/// Room for one more transfer.
+pub(crate) fn room(transfers: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Problem> {
+    Arc::clone(transfers).try_acquire_owned().map_err(|_| {
+        let detail = format!("{MAX_TRANSFERS} imports, exports or copies are under way already");
+        Problem::new(ProblemKind::Exhausted, detail).remedy("do it again when one has ended")
+    })
+}
+
+/// Takes the connection of a request out of HTTP, for what `make` returns for its body, which has `room` until it ends.
+pub(crate) async fn take_out<T: DeserializeOwned>(
     mut request: Request<Incoming>,
+    protocol: &'static str,
+    or_use: &str,
+    room: OwnedSemaphorePermit,
+    make: impl AsyncFnOnce(T) -> Result<Transfer, Problem>,
 ) -> Result<Response<Full<Bytes>>, Problem> {
     let wanted = request.headers().get(UPGRADE).map(HeaderValue::as_bytes);
-    if !wanted.is_some_and(|wanted| wanted.eq_ignore_ascii_case(PROTOCOL.as_bytes())) {
+    if !wanted.is_some_and(|wanted| wanted.eq_ignore_ascii_case(protocol.as_bytes())) {
         let problem = Problem::new(
             ProblemKind::Invalid,
             "this is only for connections that are upgraded",
         );
-        return Err(problem.remedy(format!(
-            "send the header Upgrade: {PROTOCOL}, or use `smsvmm disk`"
-        )));
+        return Err(problem.remedy(format!("send the header Upgrade: {protocol}, or {or_use}")));
     }
-    let Ok(room) = Arc::clone(&context.transfers).try_acquire_owned() else {
-        let detail = format!("{MAX_TRANSFERS} imports, exports or copies are under way already");
-        return Err(Problem::new(ProblemKind::Exhausted, detail).remedy("do it again when one has ended"));
-    };
     let upgrade = hyper::upgrade::on(&mut request);
-    let asked: TransferRequest = routes::body(request.into_body()).await?;
-    let transfer = context.ask(move |vm| vm.transfer(asked)).await?;
+    let transfer = make(routes::body(request.into_body()).await?).await?;
     tokio::spawn(hand_over(upgrade, transfer, room));
     let mut answer = Response::new(Full::default());
     *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = answer.headers_mut();
     headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-    headers.insert(UPGRADE, HeaderValue::from_static(PROTOCOL));
+    headers.insert(UPGRADE, HeaderValue::from_static(protocol));
     Ok(answer)
 }
 

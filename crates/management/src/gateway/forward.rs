@@ -29,7 +29,7 @@ const PASSED_ON: [HeaderName; 5] = [
 ];
 
 /// The body of an answer: made here, or a machine's.
-pub(super) type AnswerBody = Either<Full<Bytes>, Incoming>;
+pub(crate) type AnswerBody = Either<Full<Bytes>, Incoming>;
 
 fn not_running(name: &str, why: impl std::fmt::Display) -> Problem {
     Problem::new(ProblemKind::NotFound, format!("it does not answer: {why}"))
@@ -38,18 +38,18 @@ fn not_running(name: &str, why: impl std::fmt::Display) -> Problem {
 }
 
 /// A request for the machine called `name`; `path` is as its socket knows it.
-pub(super) struct Outgoing<'a> {
-    pub(super) name: &'a str,
-    pub(super) socket: &'a Path,
-    pub(super) method: Method,
-    pub(super) path: &'a str,
-    pub(super) body: Bytes,
+pub(crate) struct Outgoing<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) socket: &'a Path,
+    pub(crate) method: Method,
+    pub(crate) path: &'a str,
+    pub(crate) body: Bytes,
     /// The client wants to go on with this, outside of HTTP.
-    pub(super) upgrade: Option<(OnUpgrade, Vec<u8>)>,
+    pub(crate) upgrade: Option<(OnUpgrade, Vec<u8>)>,
 }
 
 /// Asks the machine. The answer may be long in coming.
-pub(super) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBody>, Problem> {
+pub(crate) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBody>, Problem> {
     let Outgoing {
         name,
         socket,

@@ -27,7 +27,7 @@
 
 mod attempts;
 mod audit;
-mod forward;
+pub(crate) mod forward;
 mod rights;
 mod server;
 

@@ -1,0 +1,273 @@
+//! A host as an administrator sees it: its pools, its machines, the disks that it serves, and what can be done to them.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::event::EventLog;
+use crate::storage::Health;
+use crate::virtual_disk::TransferRequest;
+use crate::{
+    ByteSize, DeviceId, DiskChange, DiskConfig, Problem, StorageAnswer, StorageRequest, Transfer, VmName,
+};
+
+/// The answer of `GET /v1/host`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct HostStatus {
+    /// The host's name.
+    pub name: String,
+    /// The manager's version.
+    pub version: String,
+    /// The manager's process.
+    pub pid: u32,
+    /// Seconds since the manager was started.
+    pub uptime_seconds: u64,
+    /// The pools that it has open.
+    pub pools: Vec<PoolEntry>,
+    /// The machines that are defined.
+    pub machines: Vec<MachineStatus>,
+    /// The disks of pools that are in use.
+    pub attachments: Vec<Attachment>,
+    /// Number of the newest event.
+    pub last_event: u64,
+}
+
+/// A pool of a host, in short: an item of the answer of `GET /v1/pools`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct PoolEntry {
+    /// Its name.
+    pub name: String,
+    /// The worst of its volumes' and devices' states.
+    pub state: Health,
+    /// What its devices can hold, in bytes.
+    pub size: u64,
+    /// What of that is taken, in bytes.
+    pub used: u64,
+    /// Jobs that have not ended.
+    pub jobs: u32,
+}
+
+/// When the manager starts a machine again that has ended by itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// It stays as it is.
+    Never,
+    /// When its guest crashed, or its process failed.
+    #[default]
+    OnFailure,
+    /// Also when its guest powered off.
+    Always,
+}
+
+impl fmt::Display for RestartPolicy {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Never => "never",
+            Self::OnFailure => "on-failure",
+            Self::Always => "always",
+        })
+    }
+}
+
+/// A machine that is to be known to the manager: the body of `PUT /v1/vms/NAME`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct MachineDefinition {
+    /// The text of its vm.toml.
+    pub config: String,
+    /// The folder of the host from which relative paths in it are taken; without it there may be none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub folder: Option<PathBuf>,
+    /// It is started when the manager is.
+    #[serde(default)]
+    pub autostart: bool,
+    /// When it is started again.
+    #[serde(default)]
+    pub restart: RestartPolicy,
+}
+
+/// Where a machine of a manager is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MachineState {
+    /// It has no process.
+    Stopped,
+    /// Its process does not answer yet.
+    Starting,
+    /// Its process runs.
+    Running,
+    /// It was asked to end.
+    Stopping,
+    /// It failed, and is started again in a while.
+    Waiting,
+    /// It failed, and stays so.
+    Failed,
+}
+
+impl fmt::Display for MachineState {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Stopped => "stopped",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Stopping => "stopping",
+            Self::Waiting => "waiting",
+            Self::Failed => "failed",
+        })
+    }
+}
+
+/// A machine of a manager: the answer of `GET /v1/vms/NAME`, an item of that of `GET /v1/vms`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MachineStatus {
+    /// Its name.
+    pub name: VmName,
+    /// Where it is in its life.
+    pub state: MachineState,
+    /// Its process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// Size of the guest's memory.
+    pub memory: ByteSize,
+    /// It is started when the manager is.
+    pub autostart: bool,
+    /// When it is started again.
+    pub restart: RestartPolicy,
+    /// How often that was done since somebody last started it.
+    pub restarts: u32,
+    /// How it ended last, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_end: Option<String>,
+    /// Its vm.toml, as the manager has it.
+    pub config: PathBuf,
+    /// Where its process writes what it has to say.
+    pub log: PathBuf,
+    /// The socket of its serial console, if it leads to one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<PathBuf>,
+}
+
+/// A disk that a machine's process wants to use: the body of `POST /v1/attachments`, whose connection is upgraded to
+/// [`ATTACHMENT_PROTOCOL`]: from then on it is a vhost-user connection, with the manager as back-end. The disk is in use as long as the
+/// connection lives; a front-end whose manager was started anew asks again for the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct AttachRequest {
+    /// The machine.
+    pub vm: VmName,
+    /// The pool; may be left out if there is one only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// The disk: its `file`, and how it is to be used.
+    pub disk: DiskConfig,
+}
+
+/// What the connection of an attachment is upgraded to.
+pub const ATTACHMENT_PROTOCOL: &str = "smsvmm-vhost-user";
+
+/// A disk of a pool that is in use: an item of the answer of `GET /v1/attachments`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Attachment {
+    /// By which machine.
+    pub vm: VmName,
+    /// The disk's name in the machine.
+    pub device: DeviceId,
+    /// The pool.
+    pub pool: String,
+    /// The disk's path in it.
+    pub file: String,
+    /// The guest cannot write.
+    pub read_only: bool,
+}
+
+/// What can be done to a host. The manager implements it; its management server calls it, from any thread.
+///
+/// Methods that may take long say so; the others return within milliseconds.
+pub trait Host: Send + Sync {
+    /// How it is.
+    fn status(&self) -> HostStatus;
+
+    /// Does something with a pool, by its name (none: the only one), and the disks in it, while machines use them. Blocks until it is
+    /// done.
+    ///
+    /// # Errors
+    /// There is no such pool, or the request is refused or fails.
+    fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem>;
+
+    /// What moves data between a pool and who is at the other end of a connection.
+    ///
+    /// # Errors
+    /// There is no such pool, or the request is impossible.
+    fn transfer(&self, pool: Option<&str>, request: TransferRequest) -> Result<Transfer, Problem>;
+
+    /// Opens a disk for a machine's process; what is returned serves it at a connection, until that ends. May wait some seconds for
+    /// another one to let the disk go.
+    ///
+    /// # Errors
+    /// There is no such disk, it is in use, or it cannot be used as is wanted.
+    fn attach(&self, request: AttachRequest) -> Result<Transfer, Problem>;
+
+    /// Changes what can be changed of a disk while a guest uses it.
+    ///
+    /// # Errors
+    /// There is no such disk in use, or the change is impossible.
+    fn change_attachment(
+        &self,
+        vm: &VmName,
+        device: &DeviceId,
+        change: &DiskChange,
+    ) -> Result<Attachment, Problem>;
+
+    /// Defines a machine, or changes its definition, which counts when it is started next.
+    ///
+    /// # Errors
+    /// The definition is wrong; the message says where. Or it cannot be stored.
+    fn define(&self, name: &VmName, definition: MachineDefinition) -> Result<MachineStatus, Problem>;
+
+    /// How a machine is.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    fn machine(&self, name: &VmName) -> Result<MachineStatus, Problem>;
+
+    /// Starts a machine. Starting one that runs succeeds.
+    ///
+    /// # Errors
+    /// There is none of this name, or the host refuses.
+    fn start(&self, name: &VmName) -> Result<MachineStatus, Problem>;
+
+    /// Asks a machine's guest to shut down; after its power.shutdown-timeout it is stopped hard. It is not started again.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    fn shut_down(&self, name: &VmName) -> Result<MachineStatus, Problem>;
+
+    /// Stops a machine hard, also one whose process does not answer. It is not started again.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    fn stop(&self, name: &VmName) -> Result<MachineStatus, Problem>;
+
+    /// Forgets a machine that is stopped. Its disks stay.
+    ///
+    /// # Errors
+    /// There is none of this name, or it runs.
+    fn delete(&self, name: &VmName) -> Result<(), Problem>;
+
+    /// The management socket of a machine.
+    ///
+    /// # Errors
+    /// There is none of this name, or it does not run.
+    fn machine_socket(&self, name: &VmName) -> Result<PathBuf, Problem>;
+
+    /// What happened so far and will happen.
+    fn events(&self) -> &EventLog;
+}

@@ -1,0 +1,18 @@
+//! The manager of a host: `smsvmm serve`.
+//!
+//! ```text
+//!   smsvmm ... ─► management socket ─► Manager ─┬─ pools      open as long as the manager lives
+//!   machines' processes ───────────────────┘    ├─ disks      served to machines' processes, over vhost-user
+//!                                               └─ machines   definitions; processes that are started, watched, started again
+//! ```
+//!
+//! # What outlives what
+//! - *A machine ends, in whatever way:* its connections close, its disks are closed as at power-off; the manager goes on.
+//! - *The manager ends, in whatever way:* machines go on; their disks answer no more, so what the guest asks of them waits. The next manager
+//!   opens the pools, finds the machines by their processes, and their processes ask for their disks again: what was in flight is done again.
+//!
+//! The manager keeps no record of disks in use: who uses one says so by a connection, and says so again to the next manager.
+
+mod disks;
+
+pub use disks::DiskService;

@@ -1,0 +1,270 @@
+//! Requests to a host's manager.
+//!
+//! | method, path | does | answer |
+//! |---|---|---|
+//! | GET /v1/host | the whole host | 200 [`HostStatus`](api::HostStatus) |
+//! | GET /v1/pools, /v1/pools/NAME | pools | 200 [`PoolEntry`](api::PoolEntry), [`PoolStatus`](api::storage::PoolStatus) |
+//! | POST /v1/pools/NAME/storage, .../transfer | as /v1/storage of a machine | |
+//! | POST /v1/storage, .../transfer | the same, where there is one pool only | |
+//! | GET /v1/vms, /v1/vms/NAME | machines | 200 [`MachineStatus`](api::MachineStatus) |
+//! | PUT /v1/vms/NAME | defines it: [`MachineDefinition`] | 200 `MachineStatus` |
+//! | DELETE /v1/vms/NAME | forgets it | 204 |
+//! | PUT /v1/vms/NAME/start, shutdown, stop | as the methods of [`api::Host`] | 202 `MachineStatus` |
+//! | /v1/vms/NAME/vm/..., /v1/vms/NAME/storage/..., /v1/vms/NAME/events | passed on to the machine's socket | |
+//! | GET /v1/attachments | disks in use | 200 [`Attachment`](api::Attachment) |
+//! | POST /v1/attachments, to be upgraded | the disk of an [`AttachRequest`](api::AttachRequest) | 101, then vhost-user |
+//! | PATCH /v1/attachments/VM/DEVICE | a [`DiskChange`](api::DiskChange) | 200 `Attachment` |
+//! | GET /v1/events | events | 200 [`EventPage`](api::EventPage) |
+//! | GET /healthz, /readyz | whether it answers | 200 |
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::{
+    ATTACHMENT_PROTOCOL, DiskChange, Host, MachineDefinition, MachineStatus, Problem, ProblemKind,
+    StorageAnswer, StorageRequest, VmName,
+};
+use http_body_util::Either;
+use hyper::body::Incoming;
+use hyper::header::UPGRADE;
+use hyper::{Method, Request, Response, StatusCode};
+use tokio::sync::{Semaphore, watch};
+
+use crate::gateway::forward::{AnswerBody, Outgoing, forward};
+use crate::routes::{self, Answer, MACHINE_TIMEOUT, STORAGE_TIMEOUT};
+use crate::transfer;
+
+/// Disks in use at a time.
+const MAX_ATTACHMENTS: usize = 4096;
+/// Longest time until a disk is open: another one may have to let it go first, and journals may have to be replayed.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What requests work on.
+pub(crate) struct HostContext {
+    host: Arc<dyn Host>,
+    /// The number of the newest event.
+    news: watch::Receiver<u64>,
+    transfers: Arc<Semaphore>,
+    attachments: Arc<Semaphore>,
+}
+
+impl HostContext {
+    pub(crate) fn new(host: Arc<dyn Host>, news: watch::Receiver<u64>) -> Self {
+        Self {
+            host,
+            news,
+            transfers: Arc::new(Semaphore::new(transfer::MAX_TRANSFERS)),
+            attachments: Arc::new(Semaphore::new(MAX_ATTACHMENTS)),
+        }
+    }
+
+    async fn ask<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        question: impl FnOnce(&dyn Host) -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let host = Arc::clone(&self.host);
+        routes::help(limit, move || question(&*host)).await
+    }
+}
+
+/// Answers any request.
+pub(crate) async fn answer(context: &HostContext, request: Request<Incoming>) -> Response<AnswerBody> {
+    match route(context, request).await {
+        Ok(answer) => answer,
+        Err(found) => own(routes::problem(&found)),
+    }
+}
+
+fn own(answer: Answer) -> Response<AnswerBody> {
+    answer.map(Either::Left)
+}
+
+async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Response<AnswerBody>, Problem> {
+    let path = request.uri().path().to_owned();
+    let parts: Vec<&str> = path.strip_prefix('/').unwrap_or(&path).split('/').collect();
+    let method = request.method().clone();
+    if let ["v1", "vms", name, rest @ ..] = parts.as_slice() {
+        let name: VmName = name.parse().map_err(|error: api::InvalidValue| {
+            Problem::new(ProblemKind::Invalid, error.to_string()).about("name")
+        })?;
+        return machine(context, name, rest, request).await;
+    }
+    let answered = match (parts.as_slice(), &method) {
+        (["healthz" | "readyz"], &Method::GET) => {
+            routes::json(StatusCode::OK, &serde_json::json!({"status": "ok"}))
+        }
+        (["v1", "host"], &Method::GET) => {
+            let status = context.ask(MACHINE_TIMEOUT, |host| Ok(host.status())).await?;
+            routes::json(StatusCode::OK, &status)
+        }
+        (["v1", "vms"], &Method::GET) => {
+            let status = context.ask(MACHINE_TIMEOUT, |host| Ok(host.status())).await?;
+            routes::json(StatusCode::OK, &status.machines)
+        }
+        (["v1", "pools"], &Method::GET) => {
+            let status = context.ask(MACHINE_TIMEOUT, |host| Ok(host.status())).await?;
+            routes::json(StatusCode::OK, &status.pools)
+        }
+        (["v1", "pools", name], &Method::GET) => {
+            let name = (*name).to_owned();
+            let ask = move |host: &dyn Host| host.storage(Some(&name), StorageRequest::Status);
+            match context.ask(MACHINE_TIMEOUT, ask).await? {
+                StorageAnswer::Status(status) => routes::json(StatusCode::OK, &status),
+                other => routes::json(StatusCode::OK, &other),
+            }
+        }
+        (["v1", "storage", rest @ ..], _) => storage(context, None, rest, request).await?,
+        (["v1", "pools", name, "storage", rest @ ..], _) => {
+            storage(context, Some((*name).to_owned()), rest, request).await?
+        }
+        (["v1", "attachments", rest @ ..], _) => attachments(context, rest, request).await?,
+        (["v1", "events"], &Method::GET) => {
+            let query = routes::Query::parse(request.uri().query().unwrap_or_default())?;
+            let page = routes::page(context.host.events(), context.news.clone(), &query).await;
+            routes::json(StatusCode::OK, &page)
+        }
+        (
+            ["healthz" | "readyz"] | ["v1", "host" | "vms" | "pools" | "events"] | ["v1", "pools", _],
+            method,
+        ) => routes::not_allowed(method, "GET"),
+        _ => return Err(routes::no_such_path(&path)),
+    };
+    Ok(own(answered))
+}
+
+/// What is below /v1/storage, or /v1/pools/NAME/storage.
+async fn storage(
+    context: &HostContext,
+    pool: Option<String>,
+    rest: &[&str],
+    request: Request<Incoming>,
+) -> Result<Answer, Problem> {
+    match (rest, request.method()) {
+        ([], &Method::POST) => {
+            let asked: StorageRequest = routes::body(request.into_body()).await?;
+            let ask = move |host: &dyn Host| host.storage(pool.as_deref(), asked);
+            let answered = context.ask(STORAGE_TIMEOUT, ask).await?;
+            Ok(routes::json(StatusCode::OK, &answered))
+        }
+        (["transfer"], &Method::POST) => {
+            let room = transfer::room(&context.transfers)?;
+            let make = async |asked| {
+                let ask = move |host: &dyn Host| host.transfer(pool.as_deref(), asked);
+                context.ask(MACHINE_TIMEOUT, ask).await
+            };
+            transfer::take_out(request, transfer::PROTOCOL, "use `smsvmm disk`", room, make).await
+        }
+        ([] | ["transfer"], method) => Ok(routes::not_allowed(method, "POST")),
+        _ => Err(routes::no_such_path(request.uri().path())),
+    }
+}
+
+/// What is below /v1/attachments.
+async fn attachments(
+    context: &HostContext,
+    rest: &[&str],
+    request: Request<Incoming>,
+) -> Result<Answer, Problem> {
+    match (rest, request.method()) {
+        ([], &Method::GET) => {
+            let status = context.ask(MACHINE_TIMEOUT, |host| Ok(host.status())).await?;
+            Ok(routes::json(StatusCode::OK, &status.attachments))
+        }
+        ([], &Method::POST) => {
+            let room = Arc::clone(&context.attachments).try_acquire_owned();
+            let room = room.map_err(|_| {
+                let detail = format!("{MAX_ATTACHMENTS} disks are in use already");
+                Problem::new(ProblemKind::Exhausted, detail)
+            })?;
+            let make = async |asked| context.ask(ATTACH_TIMEOUT, move |host| host.attach(asked)).await;
+            let or_use = "name the manager in vm.toml";
+            transfer::take_out(request, ATTACHMENT_PROTOCOL, or_use, room, make).await
+        }
+        ([], method) => Ok(routes::not_allowed(method, "GET, POST")),
+        ([vm, device], &Method::PATCH) => {
+            let vm: VmName = vm.parse().map_err(|error: api::InvalidValue| {
+                Problem::new(ProblemKind::Invalid, error.to_string()).about("vm")
+            })?;
+            let device = routes::device_id(device)?;
+            let change: DiskChange = routes::body(request.into_body()).await?;
+            let ask = move |host: &dyn Host| host.change_attachment(&vm, &device, &change);
+            let attachment = context.ask(MACHINE_TIMEOUT, ask).await?;
+            Ok(routes::json(StatusCode::OK, &attachment))
+        }
+        ([_, _], method) => Ok(routes::not_allowed(method, "PATCH")),
+        _ => Err(routes::no_such_path(request.uri().path())),
+    }
+}
+
+type Act = fn(&dyn Host, &VmName) -> Result<MachineStatus, Problem>;
+
+/// What is below /v1/vms/NAME.
+async fn machine(
+    context: &HostContext,
+    name: VmName,
+    rest: &[&str],
+    request: Request<Incoming>,
+) -> Result<Response<AnswerBody>, Problem> {
+    let act: (Act, StatusCode) = match (rest, request.method()) {
+        ([], &Method::GET) => (|host, name| host.machine(name), StatusCode::OK),
+        ([], &Method::PUT) => {
+            let definition: MachineDefinition = routes::body(request.into_body()).await?;
+            let ask = move |host: &dyn Host| host.define(&name, definition);
+            let status = context.ask(MACHINE_TIMEOUT, ask).await?;
+            return Ok(own(routes::json(StatusCode::OK, &status)));
+        }
+        ([], &Method::DELETE) => {
+            context
+                .ask(MACHINE_TIMEOUT, move |host| host.delete(&name))
+                .await?;
+            return Ok(own(routes::no_content()));
+        }
+        ([], method) => return Ok(own(routes::not_allowed(method, "GET, PUT, DELETE"))),
+        (["start"], &Method::PUT) => (|host, name| host.start(name), StatusCode::ACCEPTED),
+        (["shutdown"], &Method::PUT) => (|host, name| host.shut_down(name), StatusCode::ACCEPTED),
+        (["stop"], &Method::PUT) => (|host, name| host.stop(name), StatusCode::ACCEPTED),
+        (["start" | "shutdown" | "stop"], method) => return Ok(own(routes::not_allowed(method, "PUT"))),
+        // It is not to be started again.
+        (["vm", "stop"], &Method::PUT) => {
+            context.ask(MACHINE_TIMEOUT, move |host| host.stop(&name)).await?;
+            return Ok(own(routes::no_content()));
+        }
+        (["vm" | "storage" | "events", ..], _) => return pass_on(context, name, rest, request).await,
+        _ => return Err(routes::no_such_path(request.uri().path())),
+    };
+    let (act, status) = act;
+    let done = context.ask(MACHINE_TIMEOUT, move |host| act(host, &name)).await?;
+    Ok(own(routes::json(status, &done)))
+}
+
+/// Passes a request on to the machine's own socket.
+async fn pass_on(
+    context: &HostContext,
+    name: VmName,
+    rest: &[&str],
+    mut request: Request<Incoming>,
+) -> Result<Response<AnswerBody>, Problem> {
+    let machine = name.clone();
+    let socket = context
+        .ask(MACHINE_TIMEOUT, move |host| host.machine_socket(&machine))
+        .await?;
+    let protocol = request
+        .headers()
+        .get(UPGRADE)
+        .map(|value| value.as_bytes().to_vec());
+    let upgrade = protocol.map(|protocol| (hyper::upgrade::on(&mut request), protocol));
+    let mut path = format!("/v1/{}", rest.join("/"));
+    if let Some(query) = request.uri().query() {
+        path = format!("{path}?{query}");
+    }
+    forward(Outgoing {
+        name: name.as_str(),
+        socket: &socket,
+        method: request.method().clone(),
+        path: &path,
+        body: routes::bytes(request.into_body()).await?,
+        upgrade,
+    })
+    .await
+}
