@@ -42,6 +42,15 @@ fn shown(event: Event) -> Option<GuestEvent> {
         | EventKind::DiskServerLost { .. }
         | EventKind::DiskServerBack { .. }
         | EventKind::DebugLine { .. }
+        | EventKind::ManagerStarted { .. }
+        | EventKind::ManagerStopping { .. }
+        | EventKind::MachineDefined { .. }
+        | EventKind::MachineDeleted { .. }
+        | EventKind::MachineStarted { .. }
+        | EventKind::MachineFound { .. }
+        | EventKind::MachineEnded { .. }
+        | EventKind::DiskAttached { .. }
+        | EventKind::DiskDetached { .. }
         | EventKind::Stopped { .. } => return None,
     };
     Some(GuestEvent {

@@ -414,6 +414,22 @@ fn line_of(event: &Event) -> String {
             0 => format!("{command} from the guest was refused: {reason}"),
             more => format!("{command} from the guest was refused: {reason} (and {more} before)"),
         },
+        EventKind::ManagerStarted { version } => format!("the manager is ready (version {version})"),
+        EventKind::ManagerStopping { reason } => format!("the manager ends: {reason}"),
+        EventKind::MachineDefined { vm } => format!("{vm} defined"),
+        EventKind::MachineDeleted { vm } => format!("{vm} deleted"),
+        EventKind::MachineStarted { vm, pid } => format!("{vm} started, process {pid}"),
+        EventKind::MachineFound { vm, pid } => format!("{vm} runs already, process {pid}"),
+        EventKind::MachineEnded {
+            vm,
+            reason,
+            restart_seconds,
+        } => match restart_seconds {
+            None => format!("{vm} ended: {reason}"),
+            Some(seconds) => format!("{vm} ended: {reason}; it is started again in {seconds} s"),
+        },
+        EventKind::DiskAttached { vm, id, file } => format!("{vm} uses {file} as {id}"),
+        EventKind::DiskDetached { vm, id, file } => format!("{vm} uses {file} ({id}) no more"),
         EventKind::Stopped { reason } => reason.to_string(),
     };
     format!("{:>5}  {}  {what}", event.sequence, clock(event.time_ms))
