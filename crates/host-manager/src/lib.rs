@@ -13,6 +13,15 @@
 //!
 //! The manager keeps no record of disks in use: who uses one says so by a connection, and says so again to the next manager.
 
+mod config;
 mod disks;
+mod machines;
+mod manager;
+mod process;
+mod store;
 
+pub use config::{AtEnd, HostConfig, MachinesConfig, Management, PoolConfig, Pools};
 pub use disks::DiskService;
+pub use machines::{MachineOptions, Machines};
+pub use manager::Manager;
+pub use process::Report;

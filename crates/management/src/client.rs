@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage, NetConfig, NetStatus,
-    Problem, Removal, StorageAnswer, StorageRequest, VmStatus,
+    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage, HostStatus,
+    MachineDefinition, MachineStatus, NetConfig, NetStatus, Problem, Removal, StorageAnswer, StorageRequest,
+    VmName, VmStatus,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -32,7 +33,7 @@ const MAX_ANSWER: usize = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens on the socket.
-    #[error("cannot reach the machine at {}; is it running, with this socket under [management]?", path.display())]
+    #[error("cannot reach anybody at {}; is the machine or the manager running, with this socket under [management]?", path.display())]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -192,7 +193,7 @@ impl Client {
     ) -> Result<(Vec<u8>, std::os::unix::net::UnixStream), ClientError> {
         let body = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
         let way = self.way.clone();
-        if matches!(way, Way::Socket(_)) {
+        if matches!(way, Way::Socket(..)) {
             let exchange = upgrade(&way, TRANSFER, body);
             let answered = self.runtime.block_on(async { timeout(TIMEOUT, exchange).await });
             let (early, connection) = answered.map_err(|_| ClientError::Timeout(TIMEOUT))??;
@@ -288,6 +289,52 @@ impl Client {
         let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
         let path = format!("/v1/events?after={after}&wait={seconds}");
         decode(&self.request(&Method::GET, &path, Vec::new(), wait + TIMEOUT)?)
+    }
+
+    /// The whole host, of a manager.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn host(&self) -> Result<HostStatus, ClientError> {
+        self.get("/v1/host")
+    }
+
+    /// A machine of a manager.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn machine(&self, name: &VmName) -> Result<MachineStatus, ClientError> {
+        self.get(&format!("/v1/vms/{name}"))
+    }
+
+    /// Has a manager know a machine.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn define(
+        &self,
+        name: &VmName,
+        definition: &MachineDefinition,
+    ) -> Result<MachineStatus, ClientError> {
+        self.send(&Method::PUT, &format!("/v1/vms/{name}"), definition, TIMEOUT)
+    }
+
+    /// One of "start", "shutdown", "stop", of a machine of a manager.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn act_on_machine(&self, name: &VmName, action: &str) -> Result<MachineStatus, ClientError> {
+        let path = format!("/v1/vms/{name}/{action}");
+        decode(&self.request(&Method::PUT, &path, Vec::new(), TIMEOUT)?)
+    }
+
+    /// Has a manager forget a machine.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn delete_machine(&self, name: &VmName) -> Result<(), ClientError> {
+        self.request(&Method::DELETE, &format!("/v1/vms/{name}"), Vec::new(), TIMEOUT)
+            .map(drop)
     }
 
     fn has(&self, id: &DeviceId) -> Result<bool, ClientError> {

@@ -38,4 +38,4 @@ pub use client::{Client, ClientError, Removed};
 pub use gateway::{AuditError, Gateway, GatewayConfig, GatewayError, Machine, Running};
 pub use server::{Server, ServerHandle};
 pub use socket::SocketError;
-pub use target::{Remote, Target};
+pub use target::{Remote, Scope, Target};

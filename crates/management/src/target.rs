@@ -25,19 +25,45 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct Remote {
     /// `HOST:PORT`; the host is also the name that the gateway's certificate must have.
     pub address: String,
-    /// The machine.
-    pub machine: String,
+    /// What of it is meant.
+    pub scope: Scope,
     /// The gateway's authority, and the certificate of who asks if it has one.
     pub tls: ClientTls,
     /// The token of who asks, if it has one.
     pub token: Option<String>,
 }
 
-/// Where a machine is managed.
+/// What of that which is managed at an address.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Scope {
+    /// All of it: the machine whose socket it is, or a whole host.
+    #[default]
+    All,
+    /// A machine, by its name.
+    Machine(String),
+    /// A pool, by its name.
+    Pool(String),
+}
+
+impl Scope {
+    /// A path of the API as it is known where there is more than this.
+    fn path(&self, path: &str) -> String {
+        let (kind, name) = match self {
+            Self::All => return path.to_owned(),
+            Self::Machine(name) => ("vms", name),
+            Self::Pool(name) => ("pools", name),
+        };
+        format!("/v1/{kind}/{name}{}", path.strip_prefix("/v1").unwrap_or(path))
+    }
+}
+
+/// Where a machine or a host is managed.
 #[derive(Debug, Clone)]
 pub enum Target {
-    /// Its own Unix socket.
+    /// A machine's own Unix socket.
     Socket(PathBuf),
+    /// The Unix socket of a host's manager.
+    Manager(PathBuf, Scope),
     /// A gateway.
     Remote(Box<Remote>),
 }
@@ -63,10 +89,10 @@ impl From<PathBuf> for Target {
 /// A target with what is needed to connect to it, again and again.
 #[derive(Debug, Clone)]
 pub(crate) enum Way {
-    Socket(PathBuf),
+    Socket(PathBuf, Scope),
     Remote {
         address: String,
-        machine: String,
+        scope: Scope,
         name: ServerName<'static>,
         tls: Arc<ClientConfig>,
         token: Option<String>,
@@ -76,11 +102,12 @@ pub(crate) enum Way {
 impl Way {
     pub(crate) fn to(target: Target) -> Result<Self, ClientError> {
         match target {
-            Target::Socket(path) => Ok(Self::Socket(path)),
+            Target::Socket(path) => Ok(Self::Socket(path, Scope::All)),
+            Target::Manager(path, scope) => Ok(Self::Socket(path, scope)),
             Target::Remote(remote) => {
                 let Remote {
                     address,
-                    machine,
+                    scope,
                     tls,
                     token,
                 } = *remote;
@@ -92,7 +119,7 @@ impl Way {
                 Ok(Self::Remote {
                     tls: tls.load().map_err(ClientError::Tls)?,
                     address,
-                    machine,
+                    scope,
                     name,
                     token,
                 })
@@ -103,23 +130,20 @@ impl Way {
     /// A path as the other side knows it.
     pub(crate) fn path(&self, path: &str) -> String {
         match self {
-            Self::Socket(_) => path.to_owned(),
-            Self::Remote { machine, .. } => {
-                format!("/v1/vms/{machine}{}", path.strip_prefix("/v1").unwrap_or(path))
-            }
+            Self::Socket(_, scope) | Self::Remote { scope, .. } => scope.path(path),
         }
     }
 
     pub(crate) fn token(&self) -> Option<&str> {
         match self {
-            Self::Socket(_) => None,
+            Self::Socket(..) => None,
             Self::Remote { token, .. } => token.as_deref(),
         }
     }
 
     pub(crate) async fn connect(&self) -> Result<Connection, ClientError> {
         match self {
-            Self::Socket(path) => {
+            Self::Socket(path, _) => {
                 let stream = UnixStream::connect(path).await;
                 let stream = stream.map_err(|source| ClientError::Connect {
                     path: path.clone(),

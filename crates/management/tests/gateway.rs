@@ -14,7 +14,7 @@ use api::virtual_disk::{CopyRequest, DiskOperation, TransferRequest};
 use api::{ProblemKind, StorageRequest, Vm};
 use fake::FakeVm;
 use management::{
-    Client, ClientError, Gateway, GatewayConfig, Machine, Remote, Running, Server, ServerHandle,
+    Client, ClientError, Gateway, GatewayConfig, Machine, Remote, Running, Scope, Server, ServerHandle,
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::Value;
@@ -92,7 +92,7 @@ impl Setup {
     ) -> Client {
         let remote = Remote {
             address: format!("localhost:{}", self.address.port()),
-            machine: machine.to_owned(),
+            scope: Scope::Machine(machine.to_owned()),
             tls: ClientTls {
                 authorities: self.path("ca.pem"),
                 certificate,
@@ -391,7 +391,7 @@ fn a_gateway_of_another_authority_or_name_is_not_spoken_to() {
         };
         let remote = Remote {
             address,
-            machine: "web1".into(),
+            scope: Scope::Machine("web1".into()),
             tls,
             token: Some(token.clone()),
         };

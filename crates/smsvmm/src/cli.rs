@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use api::{
     ByteSize, DeviceId, DiskBus, DiskLimits, DiskSerial, MacAddress, NetBackend, OnError, PortForward,
-    QueueSize, Seconds, TapName,
+    QueueSize, RestartPolicy, Seconds, TapName, VmName,
 };
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
@@ -40,6 +40,11 @@ pub(crate) enum Command {
     ///
     /// SIGTERM, SIGINT and SIGHUP press the guest's power button; a second one, or power.shutdown-timeout, stops it hard.
     Run(RunArguments),
+    /// Manage this host: own its pools, serve their disks to machines, start and watch machines.
+    ///
+    /// SIGTERM and SIGINT end it in order: guests are asked to shut down (again: they are stopped), then the pools are closed. SIGHUP has the
+    /// program executed anew, as after an upgrade: machines go on, and their disks pause for a moment.
+    Serve(ServeArguments),
     /// What this host offers to virtual machines.
     #[command(subcommand)]
     Host(HostCommand),
@@ -187,6 +192,17 @@ pub(crate) struct RunArguments {
     /// Print the result of --dry-run as JSON.
     #[arg(long, requires = "dry_run")]
     pub(crate) json: bool,
+
+    /// Write to this file how it ended: for a manager.
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) report: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArguments {
+    /// The host's configuration: state, runtime, management, pools, machines.
+    #[arg(value_name = "host.toml")]
+    pub(crate) config: PathBuf,
 }
 
 #[derive(Debug, Subcommand)]
@@ -207,9 +223,14 @@ pub(crate) struct VmArguments {
     #[arg(long, global = true, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
 
-    /// The machine's configuration, which names its management socket.
-    #[arg(long, global = true, value_name = "vm.toml")]
+    /// The machine's configuration, which names its management socket; or host.toml, or a file with [remote]
+    /// [default: $SMSVMM_CONFIG, or /etc/smsvmm/host.toml].
+    #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+
+    /// Of the machines of a host's manager, the one of this name; commands without an argument of their own take it as that as well.
+    #[arg(long, global = true, value_name = "NAME")]
+    pub(crate) vm: Option<VmName>,
 
     /// Print JSON.
     #[arg(long, global = true)]
@@ -221,18 +242,44 @@ pub(crate) struct VmArguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum VmCommand {
+    /// Have the host's manager know a machine, or change what it knows; a change counts when the machine is started next.
+    Define {
+        /// The machine's configuration.
+        #[arg(value_name = "vm.toml")]
+        file: PathBuf,
+        /// Start it when the manager is started.
+        #[arg(long)]
+        autostart: bool,
+        /// When it is started again after it has ended by itself.
+        #[arg(long, value_enum, default_value_t = RestartChoice::OnFailure)]
+        restart: RestartChoice,
+    },
+    /// The machines that the host's manager knows.
+    List,
+    /// Have the host's manager start a machine.
+    Start(MachineName),
+    /// Have a guest shut down, and wait until it has; power.shutdown-timeout of its configuration ends it hard.
+    Shutdown {
+        #[command(flatten)]
+        machine: MachineName,
+        /// Return when the guest was asked.
+        #[arg(long)]
+        no_wait: bool,
+    },
+    /// Have the host's manager forget a machine that is stopped. Its disks stay.
+    Delete(MachineName),
     /// Show its state, disks and network cards.
-    Status,
+    Status(MachineName),
     /// Press its power button: the guest is asked to shut down.
-    PowerButton,
+    PowerButton(MachineName),
     /// End it at once, as if its cable were pulled.
-    Stop,
+    Stop(MachineName),
     /// Press its reset button.
-    Reset,
+    Reset(MachineName),
     /// Stop its processors.
-    Pause,
+    Pause(MachineName),
     /// Let its processors run on, and a disk that stopped because of an error try again.
-    Resume,
+    Resume(MachineName),
     /// Add a disk.
     AttachDisk(DiskArguments),
     /// Add a network card.
@@ -277,6 +324,35 @@ pub(crate) enum VmCommand {
         #[arg(default_value = "serial")]
         console: ConsoleName,
     },
+}
+
+/// A machine of the host's manager.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct MachineName {
+    /// Its name, where the configuration is not its own.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: Option<VmName>,
+}
+
+/// When a machine is started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RestartChoice {
+    /// It stays as it is.
+    Never,
+    /// When its guest crashed, or its process failed.
+    OnFailure,
+    /// Also when its guest powered off.
+    Always,
+}
+
+impl From<RestartChoice> for RestartPolicy {
+    fn from(choice: RestartChoice) -> Self {
+        match choice {
+            RestartChoice::Never => Self::Never,
+            RestartChoice::OnFailure => Self::OnFailure,
+            RestartChoice::Always => Self::Always,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -12,6 +12,7 @@ mod exit;
 mod gateway;
 mod host;
 mod logs;
+mod machines;
 mod mover;
 mod output;
 mod pool;
@@ -19,6 +20,7 @@ mod preflight;
 mod principals;
 mod remote;
 mod run;
+mod serve;
 mod share;
 mod share_iscsi;
 mod share_iscsi_access;
@@ -67,6 +69,7 @@ fn main() -> ExitCode {
 fn execute(command: Command) -> anyhow::Result<Exit> {
     match command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Serve(arguments) => serve::serve(&arguments),
         Command::Host(HostCommand::Check { json }) => host::check(json),
         Command::Vm(arguments) => vm::execute(arguments),
         Command::Pool(arguments) => storage::pool(arguments),

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use access::ClientTls;
 use anyhow::Context;
-use management::{Remote, Target};
+use management::{Remote, Scope, Target};
 use serde::Deserialize;
 
 use crate::exit::UsageError;
@@ -23,7 +23,8 @@ use crate::toml_file;
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct RemoteConfig {
     address: String,
-    machine: String,
+    /// Without one, the host behind the gateway is meant.
+    machine: Option<String>,
     ca: PathBuf,
     token_file: Option<PathBuf>,
     certificate: Option<PathBuf>,
@@ -31,11 +32,11 @@ pub(crate) struct RemoteConfig {
 }
 
 impl RemoteConfig {
-    /// Where that is; `file` is the file that has the table.
+    /// Where that is, and `scope` of it unless the table names a machine; `file` is the file that has the table.
     ///
     /// # Errors
     /// The token cannot be read, or something is missing.
-    pub(crate) fn target(self, file: &Path) -> anyhow::Result<Target> {
+    pub(crate) fn target(self, file: &Path, scope: Scope) -> anyhow::Result<Target> {
         let folder = file.parent().unwrap_or(Path::new(""));
         let wrong = |what: &str| UsageError::new(format!("{}: remote: {what}", file.display()));
         let certificate = match (self.certificate, self.key) {
@@ -60,7 +61,7 @@ impl RemoteConfig {
         }
         Ok(Target::Remote(Box::new(Remote {
             address: self.address,
-            machine: self.machine,
+            scope: self.machine.map_or(scope, Scope::Machine),
             tls: ClientTls {
                 authorities: folder.join(self.ca),
                 certificate,
@@ -70,11 +71,11 @@ impl RemoteConfig {
     }
 }
 
-/// The machine that a file leads to over the network; none if it is another kind of file.
+/// What a file leads to over the network; none if it is another kind of file.
 ///
 /// # Errors
 /// There is a `[remote]`, and it is wrong.
-pub(crate) fn target(path: &Path) -> anyhow::Result<Option<Target>> {
+pub(crate) fn target(path: &Path, scope: Scope) -> anyhow::Result<Option<Target>> {
     #[derive(Deserialize)]
     struct File {
         remote: Option<RemoteConfig>,
@@ -87,7 +88,7 @@ pub(crate) fn target(path: &Path) -> anyhow::Result<Option<Target>> {
         return Ok(None);
     }
     let file: File = toml_file::parse(path, &text)?;
-    file.remote.map(|remote| remote.target(path)).transpose()
+    file.remote.map(|remote| remote.target(path, scope)).transpose()
 }
 
 #[cfg(test)]
@@ -100,7 +101,7 @@ mod tests {
         let path = folder.path().join("remote.toml");
         let read = |text: &str| {
             std::fs::write(&path, text).unwrap();
-            target(&path)
+            target(&path, Scope::Pool("safe".to_owned()))
         };
         assert!(read("name = \"a\"").unwrap().is_none());
         let base = "[remote]\naddress = \"h:1\"\nmachine = \"web1\"\nca = \"ca.pem\"\n";
@@ -115,8 +116,8 @@ mod tests {
             panic!("no remote");
         };
         assert_eq!(
-            (remote.machine.as_str(), remote.token.as_deref()),
-            ("web1", Some("smsvmm_1"))
+            (&remote.scope, remote.token.as_deref()),
+            (&Scope::Machine("web1".to_owned()), Some("smsvmm_1"))
         );
         assert_eq!(remote.tls.authorities, folder.path().join("ca.pem"));
         std::fs::write(folder.path().join("t"), "two words\n").unwrap();

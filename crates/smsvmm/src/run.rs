@@ -1,10 +1,13 @@
 //! `smsvmm run`.
 
+use std::fs::File;
+use std::io::Write;
 use std::sync::Arc;
 
 use anyhow::Context;
 use api::Vm;
 use expanded_target::{ExpandedTarget, Hook};
+use host_manager::Report;
 use management::Server;
 use storage_virtualizer::scsi::VendorCommands;
 use vmm::config::VmConfig;
@@ -19,9 +22,34 @@ use crate::signals::Signals;
 use crate::{logs, preflight};
 
 pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
+    // What confines the process allows to write to what is open, and nothing else.
+    let report = arguments
+        .report
+        .as_ref()
+        .map(|path| File::create(path).with_context(|| format!("cannot write {}", path.display())));
+    let report = report.transpose()?;
+    let ended = live(arguments);
+    if let Some(report) = report {
+        let (exit, text) = match &ended {
+            Ok((exit, text)) => (*exit, text.clone()),
+            Err(error) if error.is::<UsageError>() => (Exit::Usage, format!("{error:#}")),
+            Err(error) => (Exit::Failed, format!("{error:#}")),
+        };
+        let written = serde_json::to_vec(&Report {
+            status: exit as u8,
+            text,
+        });
+        // The manager gets the exit status at least.
+        drop(written.map(|bytes| (&report).write_all(&bytes)));
+    }
+    ended.map(|(exit, _)| exit)
+}
+
+/// A machine from its configuration to its end; how it ended, and that in words.
+fn live(arguments: &RunArguments) -> anyhow::Result<(Exit, String)> {
     let config = VmConfig::load(&arguments.config, &arguments.overrides).map_err(UsageError::new)?;
     if arguments.dry_run {
-        return preflight::report(&config, arguments.json);
+        return Ok((preflight::report(&config, arguments.json)?, String::new()));
     }
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
@@ -74,5 +102,5 @@ pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
     let reason = ended?;
     closed?;
     logs::say(&format!("smsvmm: {name}: {reason}"));
-    Ok(Exit::from(&reason))
+    Ok((Exit::from(&reason), reason.to_string()))
 }

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use management::Client;
+use management::{Client, Scope};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
@@ -31,7 +31,7 @@ pub(crate) fn console(config: Option<&Path>, name: ConsoleName) -> anyhow::Resul
             UsageError::new("`vm console` needs --config, which says where the console leads").into(),
         );
     };
-    if crate::remote::target(path)?.is_some() {
+    if crate::remote::target(path, Scope::All)?.is_some() {
         return Err(UsageError::new(
             "the console of a machine behind a gateway cannot be had; use it on the machine's host",
         )

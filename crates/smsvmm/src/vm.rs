@@ -1,19 +1,21 @@
 //! `smsvmm vm ...`: a running machine, through its management socket.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use api::{DeviceState, DiskChange, DiskConfig, DiskLimits, Event, EventKind, NetConfig, OnError, VmStatus};
-use management::{Client, ClientError, Removed, Target};
+use api::{
+    DeviceState, DiskChange, DiskConfig, DiskLimits, Event, EventKind, NetConfig, OnError, VmName, VmStatus,
+};
+use management::{Client, ClientError, Removed, Scope, Target};
 use serde_json::json;
 use vmm::config::VmConfig;
 
-use crate::cli::{DiskArguments, DiskSettingArguments, NetArguments, VmArguments, VmCommand};
+use crate::cli::{DiskArguments, DiskSettingArguments, MachineName, NetArguments, VmArguments, VmCommand};
 use crate::exit::{Exit, UsageError};
 use crate::output::{print, print_json};
-use crate::{remote, terminal};
+use crate::{machines, remote, serve, storage, terminal};
 
 /// How long one request for events waits; the next one follows at once.
 const FOLLOW_WAIT: Duration = Duration::from_secs(50);
@@ -22,47 +24,188 @@ pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
     let VmArguments {
         socket,
         config,
+        vm,
         json,
         command,
     } = arguments;
-    if let VmCommand::Console { console } = command {
-        return terminal::console(config.as_deref(), console);
-    }
-    let client = Client::new(find(socket, config)?)?;
+    let place = Place { socket, config, vm };
+    let machine = |name: MachineName| place.named(name.name).client();
     match command {
-        VmCommand::Status => status(&client, json),
-        VmCommand::PowerButton => act(&client, "power-button"),
-        VmCommand::Stop => act(&client, "stop"),
-        VmCommand::Reset => act(&client, "reset"),
-        VmCommand::Pause => act(&client, "pause"),
-        VmCommand::Resume => act(&client, "resume"),
-        VmCommand::AttachDisk(arguments) => attach_disk(&client, arguments, json),
-        VmCommand::AttachNet(arguments) => attach_net(&client, arguments, json),
-        VmCommand::SetDisk { id, settings } => set_disk(&client, &id, &settings, json),
-        VmCommand::SetLimits { group, limits } => set_limits(&client, &group, &limits.limits(), json),
-        VmCommand::Detach { id, timeout, no_wait } => {
-            detach(&client, &id, (!no_wait).then_some(timeout.duration()), json)
+        VmCommand::Define {
+            file,
+            autostart,
+            restart,
+        } => machines::define(&place.manager()?, &file, autostart, restart.into(), json),
+        VmCommand::List => machines::list(&place.manager()?, json),
+        VmCommand::Start(name) => machines::start(&place.manager()?, &place.named(name.name).name()?, json),
+        VmCommand::Shutdown { machine, no_wait } => {
+            let name = place.named(machine.name).name()?;
+            machines::shut_down(&place.manager()?, &name, !no_wait, json)
         }
-        VmCommand::Events { follow, after } => events(&client, follow, after, json),
-        VmCommand::Console { .. } => Ok(Exit::Success),
+        VmCommand::Delete(name) => machines::delete(&place.manager()?, &place.named(name.name).name()?),
+        VmCommand::Status(name) => {
+            let place = place.named(name.name);
+            match place.is_managed()? {
+                true => machines::status(&place.manager()?, &place.name()?, &place.client()?, json),
+                false => status(&place.client()?, json),
+            }
+        }
+        VmCommand::PowerButton(name) => act(&machine(name)?, "power-button"),
+        VmCommand::Stop(name) => act(&machine(name)?, "stop"),
+        VmCommand::Reset(name) => act(&machine(name)?, "reset"),
+        VmCommand::Pause(name) => act(&machine(name)?, "pause"),
+        VmCommand::Resume(name) => act(&machine(name)?, "resume"),
+        VmCommand::AttachDisk(arguments) => attach_disk(&place.client()?, arguments, json),
+        VmCommand::AttachNet(arguments) => attach_net(&place.client()?, arguments, json),
+        VmCommand::SetDisk { id, settings } => set_disk(&place.client()?, &id, &settings, json),
+        VmCommand::SetLimits { group, limits } => {
+            set_limits(&place.client()?, &group, &limits.limits(), json)
+        }
+        VmCommand::Detach { id, timeout, no_wait } => detach(
+            &place.client()?,
+            &id,
+            (!no_wait).then_some(timeout.duration()),
+            json,
+        ),
+        VmCommand::Events { follow, after } => events(&place.client()?, follow, after, json),
+        VmCommand::Console { console } => terminal::console(place.console_config()?.as_deref(), console),
     }
 }
 
-/// The machine by its socket, or by a configuration that names its socket or its gateway.
-fn find(socket: Option<PathBuf>, config: Option<PathBuf>) -> anyhow::Result<Target> {
-    let path = match (socket, config) {
-        (Some(socket), None) => return Ok(Target::Socket(socket)),
-        (None, Some(config)) => config,
-        _ => {
-            return Err(
-                UsageError::new("name the machine either by --socket PATH or by --config vm.toml").into(),
-            );
+/// Where a machine is looked for.
+#[derive(Debug, Clone)]
+struct Place {
+    socket: Option<PathBuf>,
+    config: Option<PathBuf>,
+    vm: Option<VmName>,
+}
+
+/// What a configuration is, as far as machines are concerned.
+enum Kind {
+    /// A machine's own.
+    Machine,
+    /// It leads to one machine over the network.
+    Remote(Target),
+    /// It leads to a host's manager: all of that, or one machine.
+    Manager(Box<dyn Fn(Scope) -> anyhow::Result<Target>>),
+}
+
+impl Place {
+    /// The same, with the machine that an argument names.
+    fn named(&self, name: Option<VmName>) -> Self {
+        Self {
+            vm: name.or_else(|| self.vm.clone()),
+            ..self.clone()
         }
-    };
-    if let Some(remote) = remote::target(&path)? {
-        return Ok(remote);
     }
-    let config = VmConfig::load(&path, &[]).map_err(UsageError::new)?;
+
+    fn config(&self) -> anyhow::Result<PathBuf> {
+        self.config.clone().or_else(storage::default_config).ok_or_else(|| {
+            UsageError::new(
+                "name the machine by --socket PATH or --config vm.toml, or the host's manager by --config host.toml",
+            )
+            .into()
+        })
+    }
+
+    fn kind(&self) -> anyhow::Result<(PathBuf, Kind)> {
+        let path = self.config()?;
+        match remote::target(&path, Scope::All)? {
+            Some(Target::Remote(remote)) if remote.scope == Scope::All => {
+                let scoped = move |scope| {
+                    let remote = management::Remote {
+                        scope,
+                        ..(*remote).clone()
+                    };
+                    Ok(Target::Remote(Box::new(remote)))
+                };
+                return Ok((path, Kind::Manager(Box::new(scoped))));
+            }
+            Some(remote) => return Ok((path, Kind::Remote(remote))),
+            None => {}
+        }
+        if !is_host(&path) {
+            return Ok((path, Kind::Machine));
+        }
+        let socket = serve::config(&path)?.management.socket;
+        let scoped = move |scope| Ok(Target::Manager(socket.clone(), scope));
+        Ok((path, Kind::Manager(Box::new(scoped))))
+    }
+
+    /// Whether a manager knows the machine.
+    fn is_managed(&self) -> anyhow::Result<bool> {
+        Ok(self.socket.is_none() && matches!(self.kind()?.1, Kind::Manager(_)))
+    }
+
+    /// The host's manager.
+    fn manager(&self) -> anyhow::Result<Client> {
+        if self.socket.is_none()
+            && let (_, Kind::Manager(scoped)) = self.kind()?
+        {
+            return Ok(Client::new(scoped(Scope::All)?)?);
+        }
+        Err(UsageError::new(
+            "this is for machines of a host's manager: name that by --config host.toml, or by a file with [remote] that names no machine",
+        )
+        .into())
+    }
+
+    /// The name of a machine of a manager.
+    fn name(&self) -> anyhow::Result<VmName> {
+        self.vm
+            .clone()
+            .ok_or_else(|| UsageError::new("say which machine is meant; `smsvmm vm list` lists them").into())
+    }
+
+    /// The machine; of a manager all of it if no machine is named.
+    fn client(&self) -> anyhow::Result<Client> {
+        if let Some(socket) = &self.socket {
+            if self.config.is_some() {
+                return Err(UsageError::new("name the machine by either --socket or --config").into());
+            }
+            return Ok(Client::new(socket)?);
+        }
+        let (path, kind) = self.kind()?;
+        let target = match kind {
+            Kind::Manager(scoped) => scoped(Scope::Machine(self.name()?.to_string()))?,
+            _ if self.vm.is_some() => {
+                let text = format!(
+                    "{} is about one machine, and needs no name of one",
+                    path.display()
+                );
+                return Err(UsageError::new(text).into());
+            }
+            Kind::Remote(target) => target,
+            Kind::Machine => own_socket(&path)?,
+        };
+        Ok(Client::new(target)?)
+    }
+
+    /// The vm.toml that says where the machine's console leads.
+    fn console_config(&self) -> anyhow::Result<Option<PathBuf>> {
+        if self.socket.is_some() && self.config.is_none() {
+            return Ok(None);
+        }
+        let (path, kind) = self.kind()?;
+        match kind {
+            Kind::Manager(scoped) if matches!(scoped(Scope::All)?, Target::Manager(..)) => {
+                Ok(Some(self.manager()?.machine(&self.name()?)?.config))
+            }
+            _ => Ok(Some(path)),
+        }
+    }
+}
+
+/// Whether a file is a host's configuration. What is wrong with it is said by who reads it as what it is.
+fn is_host(path: &Path) -> bool {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let table: Result<toml::Table, _> = toml::from_str(&text);
+    table.is_ok_and(|table| table.contains_key("runtime"))
+}
+
+/// The socket of the machine that a vm.toml describes.
+fn own_socket(path: &Path) -> anyhow::Result<Target> {
+    let config = VmConfig::load(path, &[]).map_err(UsageError::new)?;
     match config.management {
         Some(management) => Ok(Target::Socket(management.socket)),
         None => Err(UsageError::new(format!(
@@ -74,7 +217,7 @@ fn find(socket: Option<PathBuf>, config: Option<PathBuf>) -> anyhow::Result<Targ
     }
 }
 
-fn status(client: &Client, json: bool) -> anyhow::Result<Exit> {
+pub(crate) fn status(client: &Client, json: bool) -> anyhow::Result<Exit> {
     let status = client.status()?;
     if json {
         print_json(&status)?;

@@ -11,7 +11,8 @@ use crate::exit::UsageError;
 /// Which pool.
 #[derive(Debug, Args)]
 pub(crate) struct Which {
-    /// A file that names the pool's devices: vm.toml, or any with `[pool]` and devices = [...].
+    /// A file that names the pool's devices, or who has it: vm.toml, host.toml, or any with `[pool]` and devices = [...]
+    /// [default: $SMSVMM_CONFIG, or /etc/smsvmm/host.toml].
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 
@@ -21,6 +22,10 @@ pub(crate) struct Which {
     /// to one device, which needs a --devices of its own.
     #[arg(long, global = true, value_name = "DEVICE,...")]
     pub(crate) devices: Vec<String>,
+
+    /// Of the pools of a host's manager, the one of this name; without it there may be one only.
+    #[arg(long, global = true, value_name = "NAME", conflicts_with = "devices")]
+    pub(crate) pool: Option<String>,
 
     /// Print JSON.
     #[arg(long, global = true)]

@@ -33,7 +33,7 @@ pub(crate) fn ask(
 /// The configuration cannot be read.
 pub(crate) fn pool(which: &Which) -> anyhow::Result<PoolAt> {
     let answers = |target: &Target| match target {
-        Target::Socket(socket) => UnixStream::connect(socket).is_ok(),
+        Target::Socket(socket) | Target::Manager(socket, _) => UnixStream::connect(socket).is_ok(),
         // Its devices are not here.
         Target::Remote(_) => true,
     };

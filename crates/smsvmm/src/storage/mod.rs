@@ -30,7 +30,7 @@ pub(crate) use files::file;
 
 pub(crate) use arguments::{DeviceArguments, JobArguments, PoolArguments, VolumeArguments};
 use arguments::{DeviceCommand, JobCommand, PoolCommand, VolumeCommand};
-pub(crate) use select::devices;
+pub(crate) use select::{default_config, devices};
 pub(crate) use show::{Table, size};
 use watch::Watch;
 

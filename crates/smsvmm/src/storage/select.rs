@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use management::Target;
+use host_manager::Pools;
+use management::{Scope, Target};
 use serde::Deserialize;
 use storage_manager::DevicePaths;
 
@@ -11,12 +12,19 @@ use crate::exit::UsageError;
 use crate::remote::RemoteConfig;
 use crate::toml_file;
 
+/// The configuration of commands that name none.
+const DEFAULT_CONFIG: &str = "/etc/smsvmm/host.toml";
+
 /// What of a configuration matters here; the rest is not looked at.
 #[derive(Deserialize)]
 struct File {
-    pool: Option<Pool>,
+    pool: Option<Pools>,
     management: Option<Management>,
     remote: Option<RemoteConfig>,
+    /// Of a machine: the manager that has the pool.
+    manager: Option<PathBuf>,
+    /// Of a host.
+    runtime: Option<PathBuf>,
 }
 
 #[derive(Deserialize)]
@@ -24,15 +32,25 @@ struct Management {
     socket: PathBuf,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Pool {
-    devices: Vec<String>,
+/// The configuration that is meant when none is named: that of this host, if there is one.
+pub(crate) fn default_config() -> Option<PathBuf> {
+    let named = std::env::var_os("SMSVMM_CONFIG").filter(|path| !path.is_empty());
+    let path = named.map_or_else(|| PathBuf::from(DEFAULT_CONFIG), PathBuf::from);
+    path.exists().then_some(path)
+}
+
+impl Which {
+    fn file(&self) -> Option<PathBuf> {
+        match self.devices.is_empty() {
+            true => self.config.clone().or_else(default_config),
+            false => self.config.clone(),
+        }
+    }
 }
 
 /// The devices of the pool.
 pub(crate) fn devices(which: &Which) -> anyhow::Result<DevicePaths> {
-    let devices = match (&which.config, which.devices.as_slice()) {
+    let devices = match (&which.file(), which.devices.as_slice()) {
         (Some(path), []) => from_file(path)?,
         (None, values) if !values.is_empty() => {
             let lists: Result<Vec<_>, _> = values.iter().map(|value| split(value)).collect();
@@ -69,14 +87,31 @@ fn split(value: &str) -> Result<Vec<String>, UsageError> {
 
 /// Where the pool is managed if it is in use, or is elsewhere, as far as the configuration says.
 pub(crate) fn target(which: &Which) -> anyhow::Result<Option<Target>> {
-    let Some(path) = &which.config else {
+    let Some(path) = &which.file() else {
         return Ok(None);
     };
+    let scope = which.pool.clone().map_or(Scope::All, Scope::Pool);
     let file: File = toml_file::read(path)?;
     if let Some(remote) = file.remote {
-        return remote.target(path).map(Some);
+        return remote.target(path, scope).map(Some);
     }
     let folder = path.parent().unwrap_or(Path::new(""));
+    let is_host = file.runtime.is_some();
+    let manager = match (file.manager, &file.management) {
+        (Some(manager), _) => Some(folder.join(manager)),
+        (None, Some(management)) if is_host => Some(folder.join(&management.socket)),
+        _ => None,
+    };
+    if let Some(manager) = manager {
+        return Ok(Some(Target::Manager(manager, scope)));
+    }
+    if which.pool.is_some() {
+        let text = format!(
+            "{} has no manager; --pool chooses one of a manager's pools",
+            path.display()
+        );
+        return Err(UsageError::new(text).into());
+    }
     Ok(file
         .management
         .map(|management| Target::Socket(folder.join(management.socket))))
@@ -84,18 +119,35 @@ pub(crate) fn target(which: &Which) -> anyhow::Result<Option<Target>> {
 
 fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
     let shown = path.display();
-    let Some(pool) = toml_file::read::<File>(path)?.pool else {
-        return Err(UsageError::new(format!(
-            "{shown} has no pool; add [pool] with devices = [\"...\"], which `smsvmm pool create` prints"
-        ))
-        .into());
+    let file: File = toml_file::read(path)?;
+    let pools = file.pool.unwrap_or_default();
+    let pool = match pools.all() {
+        [pool] => pool,
+        [] if file.manager.is_some() => {
+            return Err(UsageError::new(format!(
+                "the manager that {shown} names does not answer, and only it knows the pool's devices; start it, or give --devices"
+            ))
+            .into());
+        }
+        [] => {
+            return Err(UsageError::new(format!(
+                "{shown} has no pool; add [pool] with devices = [\"...\"], which `smsvmm pool create` prints"
+            ))
+            .into());
+        }
+        _ => {
+            return Err(UsageError::new(format!(
+                "{shown} has several pools, and its manager does not answer; start it, or give --devices"
+            ))
+            .into());
+        }
     };
     let folder = path.parent().unwrap_or(Path::new(""));
-    let place = |device: String| match device.is_empty() {
-        true => device,
-        false => block_io::relative_to(&device, folder),
+    let place = |device: &String| match device.is_empty() {
+        true => device.clone(),
+        false => block_io::relative_to(device, folder),
     };
-    Ok(pool.devices.into_iter().map(place).collect())
+    Ok(pool.devices.iter().map(place).collect())
 }
 
 /// The lines for vm.toml that name these devices.

@@ -1,0 +1,184 @@
+//! host.toml: what a host's manager has.
+//!
+//! ```toml
+//! name = "host1"                              # by default the host's own
+//! state = "/var/lib/smsvmm"                   # definitions of machines, their logs, events
+//! runtime = "/run/smsvmm"                     # sockets
+//! [management]
+//! socket = "/run/smsvmm/manager.sock"
+//! [[pool]]                                    # or [pool], if there is one
+//! devices = ["/dev/vdb", "/dev/vdc"]
+//! [machines]
+//! at-end = "shut-down"                        # of the manager; or "leave"
+//! ```
+//!
+//! Relative paths are relative to the file.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// The contents of host.toml.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct HostConfig {
+    /// The host's name; by default what uname(2) says.
+    pub name: Option<String>,
+    /// Where definitions of machines, their logs and the events are kept.
+    pub state: PathBuf,
+    /// Where sockets are; what is there need not outlive a boot.
+    pub runtime: PathBuf,
+    /// The management socket.
+    pub management: Management,
+    /// The pools.
+    #[serde(default, rename = "pool")]
+    pub pools: Pools,
+    /// Machines.
+    #[serde(default)]
+    pub machines: MachinesConfig,
+}
+
+/// `[management]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Management {
+    /// The Unix socket.
+    pub socket: PathBuf,
+}
+
+/// `[pool]`, or several `[[pool]]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "[pool] or [[pool]] has `devices = [...]` and nothing else"
+)]
+pub enum Pools {
+    /// One.
+    One(PoolConfig),
+    /// Any number.
+    Several(Vec<PoolConfig>),
+}
+
+impl Default for Pools {
+    fn default() -> Self {
+        Self::Several(Vec::new())
+    }
+}
+
+impl Pools {
+    /// All of them.
+    pub fn all(&self) -> &[PoolConfig] {
+        match self {
+            Self::One(pool) => std::slice::from_ref(pool),
+            Self::Several(pools) => pools,
+        }
+    }
+
+    fn all_mut(&mut self) -> &mut [PoolConfig] {
+        match self {
+            Self::One(pool) => std::slice::from_mut(pool),
+            Self::Several(pools) => pools,
+        }
+    }
+}
+
+/// A pool, by its devices.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct PoolConfig {
+    /// Files, block devices, `nbd://` addresses, `multipath:` lists, in any order.
+    pub devices: Vec<String>,
+}
+
+/// `[machines]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct MachinesConfig {
+    /// What becomes of machines when the manager is told to end.
+    pub at_end: AtEnd,
+}
+
+/// What becomes of machines when the manager is told to end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AtEnd {
+    /// Their guests are asked to shut down, and waited for.
+    #[default]
+    ShutDown,
+    /// They go on, and their disks wait for the next manager.
+    Leave,
+}
+
+impl HostConfig {
+    /// Makes relative paths absolute.
+    ///
+    /// # Errors
+    /// A value is impossible; what is said is for a person.
+    pub fn complete(&mut self, folder: &Path) -> Result<(), String> {
+        for path in [&mut self.state, &mut self.runtime, &mut self.management.socket] {
+            *path = folder.join(&*path);
+        }
+        for pool in self.pools.all_mut() {
+            if pool.devices.is_empty() || pool.devices.iter().any(String::is_empty) {
+                return Err(
+                    "a pool has at least one device, and each has a path or an address, as `smsvmm pool create` prints them"
+                        .to_owned(),
+                );
+            }
+            for device in &mut pool.devices {
+                *device = block_io::relative_to(device, folder);
+            }
+        }
+        Ok(())
+    }
+
+    /// The host's name.
+    pub fn name(&self) -> String {
+        self.name.clone().unwrap_or_else(|| {
+            let name = rustix::system::uname();
+            name.nodename().to_string_lossy().into_owned()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(pools: &str) -> Result<HostConfig, toml::de::Error> {
+        let text = format!("state = \"s\"\nruntime = \"/run/x\"\n[management]\nsocket = \"m.sock\"\n{pools}");
+        toml::from_str(&text)
+    }
+
+    #[test]
+    fn there_may_be_no_pool_or_one_or_several() {
+        assert!(read("").unwrap().pools.all().is_empty());
+        assert_eq!(read("[pool]\ndevices = [\"a\"]").unwrap().pools.all().len(), 1);
+        let mut two =
+            read("[[pool]]\ndevices = [\"a\"]\n[[pool]]\ndevices = [\"/b\", \"nbd://x/y\"]").unwrap();
+        two.complete(Path::new("/etc/smsvmm")).unwrap();
+        assert_eq!(two.state, Path::new("/etc/smsvmm/s"));
+        assert_eq!(two.runtime, Path::new("/run/x"));
+        assert_eq!(two.pools.all()[0].devices, ["/etc/smsvmm/a"]);
+        assert_eq!(two.pools.all()[1].devices, ["/b", "nbd://x/y"]);
+        assert!(!two.name().is_empty());
+    }
+
+    #[test]
+    fn mistakes_are_told() {
+        let error = read("[pool]\ndevice = [\"a\"]").unwrap_err().to_string();
+        assert!(error.contains("devices = [...]"), "{error}");
+        assert!(
+            read("[machines]\nat-end = \"kill\"")
+                .unwrap_err()
+                .to_string()
+                .contains("shut-down")
+        );
+        assert!(
+            read("[[pool]]\ndevices = []")
+                .unwrap()
+                .complete(Path::new("/"))
+                .is_err()
+        );
+    }
+}

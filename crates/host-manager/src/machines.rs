@@ -1,0 +1,702 @@
+//! Machines: their definitions, and their processes from start to end.
+//!
+//! ```text
+//!                 start                    answers at its socket
+//!   Stopped ───────────────► Starting ─────────────────────────► Running
+//!      ▲                        │                                   │ shut down, stop
+//!      │ delete: gone           ▼ ends                              ▼
+//!      ├──────────────── wanted? policy? ◄────────────────────── Stopping
+//!      │ no                     │ yes
+//!   (Failed)                 Waiting ── so long, then a new process ─► Starting
+//! ```
+//!
+//! Each machine that is not at rest has a thread, which starts its process, waits for the end of it, and decides what follows. What a person wants
+//! is noted in the table; the thread looks there when it has to decide.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use api::{
+    ByteSize, EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, Problem, ProblemKind,
+    RestartPolicy, VmName,
+};
+use rustix::process::Signal;
+use vmm::config::{ConsoleSpec, ManagementConfig, VmConfig};
+
+use crate::process::{End, EndKind, Process, signal};
+use crate::store::{Files, StartRules, Store};
+
+/// The wait before a machine is started again for the first time; each time more doubles it.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// The longest such wait.
+const LONGEST_WAIT: Duration = Duration::from_secs(64);
+/// A machine that ran for so long begins with the first wait again.
+const STEADY: Duration = Duration::from_secs(60);
+
+/// What machines are started with.
+#[derive(Debug, Clone)]
+pub struct MachineOptions {
+    /// Where definitions are kept.
+    pub state: PathBuf,
+    /// Where sockets are.
+    pub runtime: PathBuf,
+    /// `smsvmm`.
+    pub program: PathBuf,
+    /// The manager's socket, for machines that have no pool of their own.
+    pub manager: PathBuf,
+}
+
+/// Where a machine is.
+#[derive(Debug)]
+enum Life {
+    Rest { failed: bool },
+    Alive(Alive),
+    Waiting,
+}
+
+#[derive(Debug)]
+struct Alive {
+    pid: u32,
+    handle: OwnedFd,
+    /// It has answered.
+    answers: bool,
+    asked: Asked,
+}
+
+/// What its process was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Asked {
+    Nothing,
+    /// To press the power button.
+    ShutDown,
+    /// To end at once, and to close well what it has open.
+    Stop,
+}
+
+#[derive(Debug)]
+struct Machine {
+    rules: StartRules,
+    files: Files,
+    cpus: u8,
+    memory: ByteSize,
+    console: Option<PathBuf>,
+    life: Life,
+    /// Somebody wants it to run.
+    wanted: bool,
+    restarts: u32,
+    last_end: Option<String>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    machines: BTreeMap<VmName, Machine>,
+    /// Nothing is started any more.
+    closed: bool,
+}
+
+struct Shared {
+    options: MachineOptions,
+    store: Store,
+    events: Arc<EventLog>,
+    table: Mutex<Table>,
+    /// A machine has come to rest, or a wait is over before its time.
+    changed: Condvar,
+}
+
+/// The machines of a manager.
+pub struct Machines(Arc<Shared>);
+
+fn none(name: &VmName) -> Problem {
+    Problem::new(ProblemKind::NotFound, "there is no such machine")
+        .about(name)
+        .remedy("`smsvmm vm list` lists them, `smsvmm vm define` makes one")
+}
+
+/// Whether its console leads to a socket, and to which.
+fn console(config: &VmConfig) -> Option<PathBuf> {
+    match &config.console.serial {
+        ConsoleSpec::Socket(path) => Some(path.clone()),
+        _ => None,
+    }
+}
+
+impl Machines {
+    /// Reads the definitions, and finds the processes of machines that run. A definition that cannot be read is told, and left alone.
+    ///
+    /// # Errors
+    /// The folders cannot be made or read.
+    pub fn open(options: MachineOptions, events: Arc<EventLog>) -> Result<Self, Problem> {
+        let store = Store::open(&options.state, &options.runtime)?;
+        let names = store.names()?;
+        let this = Self(Arc::new(Shared {
+            options,
+            store,
+            events,
+            table: Mutex::default(),
+            changed: Condvar::new(),
+        }));
+        for name in names {
+            if let Err(problem) = this.0.load(&name) {
+                tracing::error!(machine = %name, %problem, "a definition cannot be used");
+            }
+        }
+        this.0.adopt();
+        Ok(this)
+    }
+
+    /// Starts the machines that are to be started with the manager.
+    pub fn autostart(&self) {
+        let names: Vec<VmName> = {
+            let table = self.0.lock();
+            let rest =
+                |machine: &&Machine| machine.rules.autostart && matches!(machine.life, Life::Rest { .. });
+            let machines = table.machines.iter();
+            machines
+                .filter(|(_, machine)| rest(machine))
+                .map(|(name, _)| name.clone())
+                .collect()
+        };
+        for name in names {
+            if let Err(problem) = self.start(&name) {
+                tracing::error!(machine = %name, %problem, "a machine cannot be started");
+            }
+        }
+    }
+
+    /// See [`api::Host::define`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn define(&self, name: &VmName, definition: MachineDefinition) -> Result<MachineStatus, Problem> {
+        let config = self.0.complete(name, &definition)?;
+        let rules = StartRules {
+            autostart: definition.autostart,
+            restart: definition.restart,
+        };
+        let text = toml::to_string(&config).map_err(|error| {
+            Problem::new(
+                ProblemKind::Host,
+                format!("the definition cannot be stored: {error}"),
+            )
+        })?;
+        // The lock is held, so that nobody starts what is half there.
+        let mut table = self.0.lock();
+        self.0.store.write(name, &text, rules)?;
+        self.0.enter(&mut table, name, &config, rules)?;
+        drop(table);
+        self.0
+            .events
+            .record(EventKind::MachineDefined { vm: name.clone() });
+        self.status(name)
+    }
+
+    /// See [`api::Host::start`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start(&self, name: &VmName) -> Result<MachineStatus, Problem> {
+        let mut table = self.0.lock();
+        if table.closed {
+            return Err(Problem::new(
+                ProblemKind::Stopping,
+                "the manager ends, and starts nothing any more",
+            ));
+        }
+        let machine = table.machines.get_mut(name).ok_or_else(|| none(name))?;
+        match &machine.life {
+            Life::Alive(alive) if alive.asked > Asked::Nothing => {
+                let problem = Problem::new(ProblemKind::Conflict, "it is being stopped").about(name);
+                return Err(problem.remedy("start it when `smsvmm vm list` shows it as stopped"));
+            }
+            Life::Alive(_) => machine.wanted = true,
+            Life::Waiting => {
+                (machine.wanted, machine.restarts) = (true, 0);
+                machine.life = Life::Rest { failed: false };
+                // Its thread starts it now.
+                self.0.changed.notify_all();
+            }
+            Life::Rest { .. } => {
+                let process = self.0.begin(name, machine)?;
+                (machine.wanted, machine.restarts) = (true, 0);
+                self.0.watch(name, process);
+            }
+        }
+        drop(table);
+        self.status(name)
+    }
+
+    /// See [`api::Host::shut_down`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn shut_down(&self, name: &VmName) -> Result<MachineStatus, Problem> {
+        self.end(name, Asked::ShutDown)
+    }
+
+    /// See [`api::Host::stop`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn stop(&self, name: &VmName) -> Result<MachineStatus, Problem> {
+        self.end(name, Asked::Stop)
+    }
+
+    fn end(&self, name: &VmName, how: Asked) -> Result<MachineStatus, Problem> {
+        let mut table = self.0.lock();
+        let machine = table.machines.get_mut(name).ok_or_else(|| none(name))?;
+        machine.end(how);
+        self.0.changed.notify_all();
+        drop(table);
+        self.status(name)
+    }
+
+    /// See [`api::Host::delete`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn delete(&self, name: &VmName) -> Result<(), Problem> {
+        let mut table = self.0.lock();
+        let machine = table.machines.get(name).ok_or_else(|| none(name))?;
+        if !matches!(machine.life, Life::Rest { .. }) {
+            let problem = Problem::new(ProblemKind::Conflict, "it runs").about(name);
+            return Err(problem.remedy("`smsvmm vm shutdown` or `smsvmm vm stop` ends it"));
+        }
+        self.0.store.remove(name)?;
+        table.machines.remove(name);
+        drop(table);
+        self.0
+            .events
+            .record(EventKind::MachineDeleted { vm: name.clone() });
+        Ok(())
+    }
+
+    /// How a machine is.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    pub fn status(&self, name: &VmName) -> Result<MachineStatus, Problem> {
+        let mut table = self.0.lock();
+        let machine = table.machines.get_mut(name).ok_or_else(|| none(name))?;
+        Ok(machine.status(name))
+    }
+
+    /// How all are, in the order of their names.
+    pub fn list(&self) -> Vec<MachineStatus> {
+        let mut table = self.0.lock();
+        let machines = table.machines.iter_mut();
+        machines.map(|(name, machine)| machine.status(name)).collect()
+    }
+
+    /// See [`api::Host::machine_socket`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn socket(&self, name: &VmName) -> Result<PathBuf, Problem> {
+        let table = self.0.lock();
+        let machine = table.machines.get(name).ok_or_else(|| none(name))?;
+        match machine.life {
+            Life::Alive(_) => Ok(machine.files.management.clone()),
+            _ => {
+                let problem = Problem::new(ProblemKind::Conflict, "it does not run").about(name);
+                Err(problem.remedy(format!("`smsvmm vm start {name}` starts it")))
+            }
+        }
+    }
+
+    /// Starts nothing any more, asks all guests to shut down, and waits until all processes have ended; when `hurry` says so, they are
+    /// stopped hard.
+    pub fn close(&self, mut hurry: impl FnMut() -> bool) {
+        let mut table = self.0.lock();
+        table.closed = true;
+        table
+            .machines
+            .values_mut()
+            .for_each(|machine| machine.end(Asked::ShutDown));
+        self.0.changed.notify_all();
+        while table
+            .machines
+            .values()
+            .any(|machine| !matches!(machine.life, Life::Rest { .. }))
+        {
+            let waited = self.0.changed.wait_timeout(table, Duration::from_millis(200));
+            table = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if hurry() {
+                table
+                    .machines
+                    .values_mut()
+                    .for_each(|machine| machine.end(Asked::Stop));
+            }
+        }
+    }
+
+    /// Starts nothing any more; processes go on without this manager.
+    pub fn leave(&self) {
+        self.0.lock().closed = true;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Machine {
+    /// Asks its process to end. `smsvmm run` takes the first signal as the power button, and the second as the plug.
+    fn end(&mut self, how: Asked) {
+        self.wanted = false;
+        // Of one that waits, its thread sees that it is not wanted.
+        let Life::Alive(alive) = &mut self.life else {
+            return;
+        };
+        let signals: &[Signal] = match (alive.asked, how) {
+            (Asked::Nothing, Asked::ShutDown) => &[Signal::TERM],
+            // Two of one kind might be one.
+            (Asked::Nothing, Asked::Stop) => &[Signal::TERM, Signal::INT],
+            (Asked::ShutDown, Asked::Stop) => &[Signal::INT],
+            // It does not hear.
+            (Asked::Stop, Asked::Stop) => &[Signal::KILL],
+            _ => &[],
+        };
+        signals.iter().for_each(|one| signal(&alive.handle, *one));
+        alive.asked = alive.asked.max(how);
+    }
+
+    fn status(&mut self, name: &VmName) -> MachineStatus {
+        let (state, pid) = match &mut self.life {
+            Life::Rest { failed: true } => (MachineState::Failed, None),
+            Life::Rest { failed: false } => (MachineState::Stopped, None),
+            Life::Waiting => (MachineState::Waiting, None),
+            Life::Alive(alive) => {
+                alive.answers = alive.answers || UnixStream::connect(&self.files.management).is_ok();
+                let state = match (alive.asked > Asked::Nothing, alive.answers) {
+                    (true, _) => MachineState::Stopping,
+                    (false, true) => MachineState::Running,
+                    (false, false) => MachineState::Starting,
+                };
+                (state, Some(alive.pid))
+            }
+        };
+        MachineStatus {
+            name: name.clone(),
+            state,
+            pid,
+            cpus: self.cpus,
+            memory: self.memory,
+            autostart: self.rules.autostart,
+            restart: self.rules.restart,
+            restarts: self.restarts,
+            last_end: self.last_end.clone(),
+            config: self.files.config.clone(),
+            log: self.files.log.clone(),
+            console: self.console.clone(),
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A definition as it is kept: complete, and with the manager's sockets.
+    fn complete(&self, name: &VmName, definition: &MachineDefinition) -> Result<VmConfig, Problem> {
+        let files = self.store.files(name)?;
+        let invalid = |text: String| Problem::new(ProblemKind::Invalid, text).about(name);
+        let shown = PathBuf::from(format!("{name}.toml"));
+        let folder = definition.folder.clone().unwrap_or_else(|| "/".into());
+        if !folder.is_absolute() {
+            return Err(invalid(format!(
+                "the folder {} is not absolute",
+                folder.display()
+            )));
+        }
+        let own: toml::Table = toml::from_str(&definition.config).unwrap_or_default();
+        let mut overrides = Vec::new();
+        if !own.contains_key("pool") && !own.contains_key("manager") {
+            overrides.push(format!("manager={}", self.options.manager.display()));
+        }
+        let config = VmConfig::from_text(&definition.config, &shown, &folder, &overrides);
+        let mut config = config.map_err(|error| invalid(format!("{:#}", chain(&error))))?;
+        if config.name != *name {
+            return Err(invalid(format!("its vm.toml has the name {}", config.name)));
+        }
+        config.management = Some(ManagementConfig {
+            socket: files.management,
+        });
+        if config.console.serial == ConsoleSpec::Stdio {
+            config.console.serial = ConsoleSpec::Socket(files.serial);
+        }
+        if config.console.virtio == Some(ConsoleSpec::Stdio) {
+            return Err(invalid(
+                "console.virtio cannot be \"stdio\": a machine of a manager has no terminal; use \"socket:PATH\"".to_owned(),
+            ));
+        }
+        Ok(config)
+    }
+
+    /// Takes a definition from the store into the table.
+    fn load(&self, name: &VmName) -> Result<(), Problem> {
+        let (text, rules) = self.store.read(name)?;
+        let files = self.store.files(name)?;
+        let folder = files.config.parent().map(PathBuf::from).unwrap_or_default();
+        let config = VmConfig::from_text(&text, &files.config, &folder, &[]);
+        let config = config.map_err(|error| Problem::new(ProblemKind::Host, chain(&error)))?;
+        self.enter(&mut self.lock(), name, &config, rules)
+    }
+
+    fn enter(
+        &self,
+        table: &mut Table,
+        name: &VmName,
+        config: &VmConfig,
+        rules: StartRules,
+    ) -> Result<(), Problem> {
+        let files = self.store.files(name)?;
+        let machine = table.machines.entry(name.clone()).or_insert_with(|| Machine {
+            rules,
+            files,
+            cpus: 0,
+            memory: ByteSize::from_bytes(0),
+            console: None,
+            life: Life::Rest { failed: false },
+            wanted: false,
+            restarts: 0,
+            last_end: None,
+        });
+        machine.rules = rules;
+        (machine.cpus, machine.memory) = (config.cpus.count, config.memory.size);
+        machine.console = console(config);
+        Ok(())
+    }
+
+    /// Finds the processes of machines that run already.
+    fn adopt(self: &Arc<Self>) {
+        let mut table = self.lock();
+        for (name, machine) in &mut table.machines {
+            if let Some(process) = self.find(name, machine) {
+                self.watch(name, process);
+            }
+        }
+    }
+
+    /// A process that runs this machine already. From then on it counts as alive.
+    fn find(&self, name: &VmName, machine: &mut Machine) -> Option<Process> {
+        let process = Process::find(&machine.files.management)?;
+        let pid = process.pid();
+        machine.life = Life::Alive(Alive {
+            pid,
+            handle: process.handle().ok()?,
+            answers: true,
+            asked: Asked::Nothing,
+        });
+        machine.wanted = true;
+        self.events.record(EventKind::MachineFound {
+            vm: name.clone(),
+            pid,
+        });
+        Some(process)
+    }
+
+    /// Starts a machine's process, unless there is one.
+    fn begin(&self, name: &VmName, machine: &mut Machine) -> Result<Process, Problem> {
+        if let Some(process) = self.find(name, machine) {
+            return Ok(process);
+        }
+        let cannot = |error: std::io::Error| {
+            let text = format!("its process cannot be started: {error}");
+            Problem::new(ProblemKind::Host, text).about(name)
+        };
+        let log = machine.files.prepare()?;
+        let process = Process::start(&self.options.program, &machine.files, log).map_err(cannot)?;
+        let pid = process.pid();
+        machine.life = Life::Alive(Alive {
+            pid,
+            handle: process.handle().map_err(cannot)?,
+            answers: false,
+            asked: Asked::Nothing,
+        });
+        self.events.record(EventKind::MachineStarted {
+            vm: name.clone(),
+            pid,
+        });
+        Ok(process)
+    }
+
+    /// Starts the thread of a machine that has a process.
+    fn watch(self: &Arc<Self>, name: &VmName, process: Process) {
+        let (shared, of) = (Arc::clone(self), name.clone());
+        let thread = std::thread::Builder::new()
+            .name(format!("vm-{name}"))
+            .stack_size(256 << 10)
+            .spawn(move || shared.attend(&of, process));
+        if let Err(error) = thread {
+            tracing::error!(machine = %name, %error, "nobody waits for the end of a machine");
+        }
+    }
+
+    /// Sees to a machine until it is at rest.
+    fn attend(self: Arc<Self>, name: &VmName, mut process: Process) {
+        loop {
+            let (begun, report) = (Instant::now(), self.report(name));
+            let end = process.wait(&report);
+            let mut table = self.lock();
+            // It cannot be deleted as long as it is not at rest.
+            let closed = table.closed;
+            let Some(machine) = table.machines.get_mut(name) else {
+                return;
+            };
+            if begun.elapsed() >= STEADY {
+                machine.restarts = 0;
+            }
+            let wait = (!closed).then(|| machine.next_start(&end)).flatten();
+            machine.last_end = Some(end.text.clone());
+            self.events.record(EventKind::MachineEnded {
+                vm: name.clone(),
+                reason: end.text.clone(),
+                restart_seconds: wait.map(|wait| wait.as_secs()),
+            });
+            let Some(wait) = wait else {
+                machine.rest(&end);
+                self.changed.notify_all();
+                return;
+            };
+            machine.life = Life::Waiting;
+            match self.start_again(table, name, wait) {
+                Some(next) => process = next,
+                None => return,
+            }
+        }
+    }
+
+    fn report(&self, name: &VmName) -> PathBuf {
+        let table = self.lock();
+        let machine = table.machines.get(name);
+        machine
+            .map(|machine| machine.files.report.clone())
+            .unwrap_or_default()
+    }
+
+    /// Waits, and starts the machine again, as long as it is wanted.
+    fn start_again(
+        &self,
+        mut table: MutexGuard<'_, Table>,
+        name: &VmName,
+        wait: Duration,
+    ) -> Option<Process> {
+        let end = Instant::now() + wait;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let closed = table.closed;
+            let machine = table.machines.get_mut(name)?;
+            // Somebody who starts it by hand does not want to wait.
+            let at_once = matches!(machine.life, Life::Rest { .. });
+            if closed || !machine.wanted {
+                machine.life = Life::Rest { failed: false };
+                self.changed.notify_all();
+                return None;
+            }
+            if at_once || left.is_zero() {
+                let begun = self.begin(name, machine);
+                if let Err(problem) = &begun {
+                    machine.last_end = Some(problem.to_string());
+                    machine.life = Life::Rest { failed: true };
+                    machine.wanted = false;
+                    tracing::error!(machine = %name, %problem, "a machine cannot be started again");
+                    self.changed.notify_all();
+                } else {
+                    machine.restarts = machine.restarts.saturating_add(1);
+                }
+                return begun.ok();
+            }
+            let waited = self.changed.wait_timeout(table, left);
+            table = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Machine {
+    /// After how long it is started again, if at all.
+    fn next_start(&self, end: &End) -> Option<Duration> {
+        let again = match (self.rules.restart, end.kind) {
+            _ if !self.wanted => false,
+            (_, EndKind::Usage | EndKind::Stopped) | (RestartPolicy::Never, _) => false,
+            (RestartPolicy::OnFailure, kind) => kind == EndKind::Failed,
+            (RestartPolicy::Always, _) => true,
+        };
+        let doubled = FIRST_WAIT.saturating_mul(1 << self.restarts.min(16));
+        again.then(|| doubled.min(LONGEST_WAIT))
+    }
+
+    fn rest(&mut self, end: &End) {
+        let failed = self.wanted && matches!(end.kind, EndKind::Usage | EndKind::Failed);
+        self.life = Life::Rest { failed };
+        self.wanted = false;
+    }
+}
+
+/// An error with its causes, for a person.
+fn chain(error: &dyn std::error::Error) -> String {
+    block_io::error_chain(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(restart: RestartPolicy, restarts: u32) -> Machine {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), folder.path()).unwrap();
+        Machine {
+            rules: StartRules {
+                autostart: false,
+                restart,
+            },
+            files: store.files(&"web1".parse().unwrap()).unwrap(),
+            cpus: 1,
+            memory: ByteSize::from_mib(64),
+            console: None,
+            life: Life::Rest { failed: false },
+            wanted: true,
+            restarts,
+            last_end: None,
+        }
+    }
+
+    fn end(kind: EndKind) -> End {
+        End {
+            kind,
+            text: String::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_started_again_and_when() {
+        use EndKind::{Failed, PoweredOff, Stopped, Usage};
+        use RestartPolicy::{Always, Never, OnFailure};
+        let cases = [
+            (Never, Failed, false),
+            (OnFailure, Failed, true),
+            (OnFailure, PoweredOff, false),
+            (Always, PoweredOff, true),
+            (Always, Failed, true),
+            (Always, Usage, false),
+            (Always, Stopped, false),
+        ];
+        for (policy, kind, again) in cases {
+            let next = machine(policy, 0).next_start(&end(kind));
+            assert_eq!(next.is_some(), again, "{policy} {kind:?}");
+        }
+        let waits: Vec<u64> = [0, 1, 2, 5, 6, 7, 40]
+            .map(|restarts| {
+                machine(Always, restarts)
+                    .next_start(&end(Failed))
+                    .unwrap()
+                    .as_secs()
+            })
+            .into();
+        assert_eq!(waits, [1, 2, 4, 32, 64, 64, 64]);
+        let mut unwanted = machine(Always, 0);
+        unwanted.wanted = false;
+        assert_eq!(unwanted.next_start(&end(Failed)), None);
+    }
+}

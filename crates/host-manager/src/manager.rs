@@ -1,0 +1,249 @@
+//! All of a host, behind [`api::Host`].
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use api::virtual_disk::TransferRequest;
+use api::{
+    AttachRequest, Attachment, DeviceId, DiskChange, EventKind, EventLog, Host, HostStatus,
+    MachineDefinition, MachineStatus, PoolEntry, Problem, ProblemKind, StorageAnswer, StorageRequest,
+    Transfer, VmName,
+};
+use storage_manager::HostedPool;
+
+use crate::config::{AtEnd, HostConfig};
+use crate::disks::DiskService;
+use crate::machines::{MachineOptions, Machines};
+
+struct Pool {
+    name: String,
+    hosted: Arc<HostedPool>,
+}
+
+/// The manager of a host.
+pub struct Manager {
+    name: String,
+    started: Instant,
+    version: String,
+    pools: Vec<Pool>,
+    disks: DiskService,
+    machines: Machines,
+    events: Arc<EventLog>,
+}
+
+impl Manager {
+    /// Opens the pools, and finds the machines that run. `program` is smsvmm, `version` its version.
+    ///
+    /// # Errors
+    /// A pool cannot be opened, two have one name, or the folders cannot be used.
+    pub fn open(config: &HostConfig, program: PathBuf, version: &str) -> Result<Self, Problem> {
+        let events = Arc::new(EventLog::new());
+        let mut pools: Vec<Pool> = Vec::new();
+        for (number, one) in config.pools.all().iter().enumerate() {
+            let opened = HostedPool::open(&format!("pool-{number}"), one.devices.clone(), Default::default());
+            let named = opened.and_then(|hosted| {
+                for note in hosted.notes() {
+                    tracing::warn!("{note}");
+                }
+                let name = status_of(&hosted)?.name;
+                Ok((name, hosted))
+            });
+            let found = match named {
+                Ok((name, hosted)) if pools.iter().any(|pool| pool.name == name) => {
+                    let problem = Problem::new(ProblemKind::Conflict, "there are two pools of this name");
+                    let _ = hosted.close();
+                    Err(problem
+                        .about(name)
+                        .remedy("have one of them managed by another manager"))
+                }
+                other => other,
+            };
+            match found {
+                Ok((name, hosted)) => pools.push(Pool {
+                    name,
+                    hosted: Arc::new(hosted),
+                }),
+                Err(problem) => {
+                    // What matters is why the manager does not start.
+                    pools.iter().for_each(|pool| drop(pool.hosted.close()));
+                    return Err(problem);
+                }
+            }
+        }
+        let options = MachineOptions {
+            state: config.state.clone(),
+            runtime: config.runtime.clone(),
+            program,
+            manager: config.management.socket.clone(),
+        };
+        let machines = match Machines::open(options, Arc::clone(&events)) {
+            Ok(machines) => machines,
+            Err(problem) => {
+                pools.iter().for_each(|pool| drop(pool.hosted.close()));
+                return Err(problem);
+            }
+        };
+        Ok(Self {
+            name: config.name(),
+            started: Instant::now(),
+            version: version.to_owned(),
+            pools,
+            disks: DiskService::new(Arc::clone(&events)),
+            machines,
+            events,
+        })
+    }
+
+    /// The manager can be asked now: machines that are to be started with it are started.
+    pub fn ready(&self) {
+        self.events.record(EventKind::ManagerStarted {
+            version: self.version.clone(),
+        });
+        self.machines.autostart();
+    }
+
+    /// The names of the pools.
+    pub fn pool_names(&self) -> Vec<&str> {
+        self.pools.iter().map(|pool| pool.name.as_str()).collect()
+    }
+
+    /// Whether all workers answer: returns when they have.
+    pub fn is_alive(&self) {
+        for pool in &self.pools {
+            let (done, seen) = std::sync::mpsc::channel();
+            pool.hosted.worker().spawn(move || async move {
+                // Who asked has gone.
+                let _ = done.send(());
+            });
+            // Fails when the worker is gone.
+            let _ = seen.recv();
+        }
+    }
+
+    /// Ends: machines as is wanted, then their disks, then the pools. `hurry` is asked whether guests that do not shut down are to be stopped.
+    ///
+    /// # Errors
+    /// A pool could not be closed well. What was acknowledged is not lost by that.
+    pub fn close(&self, reason: &str, machines: AtEnd, hurry: impl FnMut() -> bool) -> Result<(), Problem> {
+        self.events.record(EventKind::ManagerStopping {
+            reason: reason.to_owned(),
+        });
+        match machines {
+            AtEnd::ShutDown => self.machines.close(hurry),
+            AtEnd::Leave => self.machines.leave(),
+        }
+        self.disks.close();
+        let closed: Vec<_> = self.pools.iter().map(|pool| pool.hosted.close()).collect();
+        closed.into_iter().collect()
+    }
+
+    fn pool(&self, name: Option<&str>) -> Result<&Pool, Problem> {
+        let names = || self.pool_names().join(", ");
+        match (name, self.pools.as_slice()) {
+            (None, [only]) => Ok(only),
+            (None, []) => {
+                let problem = Problem::new(ProblemKind::NotFound, "this manager has no pool");
+                Err(problem.remedy("name its devices under [[pool]] in host.toml"))
+            }
+            (None, _) => {
+                let problem = Problem::new(ProblemKind::Invalid, "it is not said which pool is meant");
+                Err(problem.remedy(format!("say it by --pool; there are {}", names())))
+            }
+            (Some(name), pools) => pools.iter().find(|pool| pool.name == name).ok_or_else(|| {
+                let problem = Problem::new(ProblemKind::NotFound, "there is no such pool").about(name);
+                problem.remedy(format!("there are: {}", names()))
+            }),
+        }
+    }
+}
+
+fn status_of(pool: &HostedPool) -> Result<api::storage::PoolStatus, Problem> {
+    match pool.execute(StorageRequest::Status)? {
+        StorageAnswer::Status(status) => Ok(*status),
+        _ => Err(Problem::new(ProblemKind::Host, "the pool does not say how it is")),
+    }
+}
+
+impl Pool {
+    fn entry(&self) -> Option<PoolEntry> {
+        let status = status_of(&self.hosted).ok()?;
+        let jobs = status.jobs.iter().filter(|job| job.is_live()).count();
+        Some(PoolEntry {
+            name: status.name,
+            state: status.state,
+            size: status.size,
+            used: status.used,
+            jobs: u32::try_from(jobs).unwrap_or(u32::MAX),
+        })
+    }
+}
+
+impl Host for Manager {
+    fn status(&self) -> HostStatus {
+        HostStatus {
+            name: self.name.clone(),
+            version: self.version.clone(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            pools: self.pools.iter().filter_map(Pool::entry).collect(),
+            machines: self.machines.list(),
+            attachments: self.disks.list(),
+            last_event: self.events.last(),
+        }
+    }
+
+    fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        self.pool(pool)?.hosted.execute(request)
+    }
+
+    fn transfer(&self, pool: Option<&str>, request: TransferRequest) -> Result<Transfer, Problem> {
+        self.pool(pool)?.hosted.transfer(request)
+    }
+
+    fn attach(&self, request: AttachRequest) -> Result<Transfer, Problem> {
+        let pool = self.pool(request.pool.as_deref())?;
+        self.disks.attach(&pool.name, &pool.hosted, request)
+    }
+
+    fn change_attachment(
+        &self,
+        vm: &VmName,
+        device: &DeviceId,
+        change: &DiskChange,
+    ) -> Result<Attachment, Problem> {
+        self.disks.change(vm, device, change)
+    }
+
+    fn define(&self, name: &VmName, definition: MachineDefinition) -> Result<MachineStatus, Problem> {
+        self.machines.define(name, definition)
+    }
+
+    fn machine(&self, name: &VmName) -> Result<MachineStatus, Problem> {
+        self.machines.status(name)
+    }
+
+    fn start(&self, name: &VmName) -> Result<MachineStatus, Problem> {
+        self.machines.start(name)
+    }
+
+    fn shut_down(&self, name: &VmName) -> Result<MachineStatus, Problem> {
+        self.machines.shut_down(name)
+    }
+
+    fn stop(&self, name: &VmName) -> Result<MachineStatus, Problem> {
+        self.machines.stop(name)
+    }
+
+    fn delete(&self, name: &VmName) -> Result<(), Problem> {
+        self.machines.delete(name)
+    }
+
+    fn machine_socket(&self, name: &VmName) -> Result<PathBuf, Problem> {
+        self.machines.socket(name)
+    }
+
+    fn events(&self) -> &EventLog {
+        &self.events
+    }
+}

@@ -1,0 +1,300 @@
+//! Machines whose processes are not smsvmm's, but this test's: they listen where they should, and end as they are told.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use api::{
+    EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, ProblemKind, RestartPolicy, VmName,
+};
+use host_manager::{MachineOptions, Machines};
+
+/// In the environment of a process that is to be a machine.
+const ARGUMENTS: &str = "SMSVMM_TEST_MACHINE";
+
+/// This is a machine's process if it was started as one; else it is a test of nothing. What it does says a file beside its configuration.
+#[test]
+fn process() {
+    let Ok(arguments) = std::env::var(ARGUMENTS) else {
+        return;
+    };
+    let arguments: Vec<&str> = arguments.split_whitespace().collect();
+    let ["run", "--report", report, config] = arguments.as_slice() else {
+        panic!("{arguments:?}");
+    };
+    let table: toml::Table = fs::read_to_string(config).unwrap().parse().unwrap();
+    let socket = table["management"]["socket"].as_str().unwrap();
+    let wanted = fs::read_to_string(Path::new(config).with_file_name("wanted")).unwrap_or_default();
+    match wanted.trim() {
+        "" => {
+            let _ = fs::remove_file(socket);
+            let listener = UnixListener::bind(socket).unwrap();
+            // Until a signal ends it.
+            for connection in listener.incoming() {
+                drop(connection);
+            }
+        }
+        status => {
+            fs::write(report, format!("{{\"status\":{status},\"text\":\"as wanted\"}}")).unwrap();
+            std::process::exit(status.parse().unwrap());
+        }
+    }
+}
+
+struct Place {
+    folder: tempfile::TempDir,
+    events: Arc<EventLog>,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("program");
+        let test = std::env::current_exe().unwrap();
+        let script = format!(
+            "#!/bin/sh\n{ARGUMENTS}=\"$*\" exec {} --exact process --nocapture\n",
+            test.display()
+        );
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        Self {
+            folder,
+            events: Arc::default(),
+        }
+    }
+
+    fn options(&self) -> MachineOptions {
+        let path = |name: &str| self.folder.path().join(name);
+        MachineOptions {
+            state: path("state"),
+            runtime: path("run"),
+            program: path("program"),
+            manager: path("manager.sock"),
+        }
+    }
+
+    fn open(&self) -> Machines {
+        Machines::open(self.options(), Arc::clone(&self.events)).unwrap()
+    }
+
+    /// What the machine's process does from now on.
+    fn want(&self, wanted: &str) {
+        fs::write(self.folder.path().join("state/vms/web1/wanted"), wanted).unwrap();
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("run/vms/web1/management.sock")
+    }
+
+    fn ends(&self) -> Vec<(String, Option<u64>)> {
+        let events = self.events.page(0, 1000).events;
+        let ends = events.into_iter().filter_map(|event| match event.kind {
+            EventKind::MachineEnded {
+                reason,
+                restart_seconds,
+                ..
+            } => Some((reason, restart_seconds)),
+            _ => None,
+        });
+        ends.collect()
+    }
+}
+
+fn name() -> VmName {
+    "web1".parse().unwrap()
+}
+
+fn definition(restart: RestartPolicy) -> MachineDefinition {
+    MachineDefinition {
+        config: "name = \"web1\"\ncpus = 2\nmemory = \"256M\"\n[boot]\nkernel = \"/boot/vmlinuz\"\n[pool]\ndevices = [\"/d0\"]\n"
+            .to_owned(),
+        folder: None,
+        autostart: false,
+        restart,
+    }
+}
+
+fn wait_for(machines: &Machines, state: MachineState) -> MachineStatus {
+    let begun = Instant::now();
+    loop {
+        let status = machines.status(&name()).unwrap();
+        if status.state == state {
+            return status;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "{status:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Ends a process that no manager ends.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_machine_lives_from_its_definition_to_its_deletion() {
+    let place = Place::new();
+    let machines = place.open();
+    assert!(machines.list().is_empty());
+    let defined = machines
+        .define(&name(), definition(RestartPolicy::OnFailure))
+        .unwrap();
+    assert_eq!((defined.state, defined.cpus), (MachineState::Stopped, 2));
+    assert!(defined.console.is_some_and(|path| path.ends_with("serial.sock")));
+    assert_eq!(machines.socket(&name()).unwrap_err().kind, ProblemKind::Conflict);
+    machines.start(&name()).unwrap();
+    let running = wait_for(&machines, MachineState::Running);
+    assert_eq!(machines.socket(&name()).unwrap(), place.socket());
+    // It is there already.
+    assert_eq!(machines.start(&name()).unwrap().pid, running.pid);
+    assert_eq!(machines.delete(&name()).unwrap_err().kind, ProblemKind::Conflict);
+    machines.shut_down(&name()).unwrap();
+    let stopped = wait_for(&machines, MachineState::Stopped);
+    assert!(stopped.last_end.is_some_and(|end| end.contains("signal")));
+    assert_eq!(stopped.restarts, 0);
+    machines.start(&name()).unwrap();
+    assert_ne!(wait_for(&machines, MachineState::Running).pid, running.pid);
+    machines.stop(&name()).unwrap();
+    wait_for(&machines, MachineState::Stopped);
+    machines.delete(&name()).unwrap();
+    assert_eq!(machines.status(&name()).unwrap_err().kind, ProblemKind::NotFound);
+    assert!(!place.folder.path().join("state/vms/web1").exists());
+}
+
+#[test]
+fn what_fails_is_started_again_later_and_later_until_nobody_wants_it() {
+    let place = Place::new();
+    let machines = place.open();
+    machines
+        .define(&name(), definition(RestartPolicy::OnFailure))
+        .unwrap();
+    place.want("3");
+    machines.start(&name()).unwrap();
+    wait_for(&machines, MachineState::Waiting);
+    assert_eq!(place.ends(), [("as wanted".to_owned(), Some(1))]);
+    // It is well again before its next start.
+    place.want("");
+    let running = wait_for(&machines, MachineState::Running);
+    assert_eq!(running.restarts, 1);
+    machines.stop(&name()).unwrap();
+    wait_for(&machines, MachineState::Stopped);
+    // A wrong configuration is not better the next time.
+    place.want("2");
+    machines.start(&name()).unwrap();
+    wait_for(&machines, MachineState::Failed);
+    // A guest that has powered off has done what it wanted.
+    place.want("0");
+    machines.start(&name()).unwrap();
+    wait_for(&machines, MachineState::Stopped);
+    place.want("1");
+    machines.start(&name()).unwrap();
+    wait_for(&machines, MachineState::Waiting);
+    // Nobody has to wait who does not want to.
+    place.want("");
+    machines.start(&name()).unwrap();
+    wait_for(&machines, MachineState::Running);
+    machines.close(|| false);
+    assert_eq!(machines.start(&name()).unwrap_err().kind, ProblemKind::Stopping);
+}
+
+#[test]
+fn a_new_manager_finds_what_runs() {
+    let place = Place::new();
+    let first = place.open();
+    first.define(&name(), definition(RestartPolicy::Always)).unwrap();
+    first.start(&name()).unwrap();
+    let pid = wait_for(&first, MachineState::Running).pid;
+    first.leave();
+    drop(first);
+    let second = place.open();
+    let found = second.status(&name()).unwrap();
+    assert_eq!((found.state, found.pid), (MachineState::Running, pid));
+    second.autostart();
+    assert_eq!(second.list().len(), 1);
+    // Its end is seen, though it is nobody's child here.
+    second.shut_down(&name()).unwrap();
+    wait_for(&second, MachineState::Stopped);
+    drop(second);
+    // What somebody else has started is not started twice.
+    let mut outside = Command::new(place.options().program);
+    let store = place.folder.path().join("state/vms/web1");
+    outside
+        .arg("run")
+        .arg("--report")
+        .arg(store.join("end"))
+        .arg(store.join("vm.toml"));
+    let outside = Killed(outside.spawn().unwrap());
+    let third = place.open();
+    let begun = Instant::now();
+    while std::os::unix::net::UnixStream::connect(place.socket()).is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let started = third.start(&name()).unwrap();
+    assert_eq!(started.pid, Some(outside.0.id()));
+    third.stop(&name()).unwrap();
+    wait_for(&third, MachineState::Stopped);
+}
+
+#[test]
+fn machines_start_with_the_manager_and_end_with_it() {
+    let place = Place::new();
+    let machines = place.open();
+    let wanted = MachineDefinition {
+        autostart: true,
+        ..definition(RestartPolicy::Always)
+    };
+    machines.define(&name(), wanted).unwrap();
+    machines.autostart();
+    wait_for(&machines, MachineState::Running);
+    machines.close(|| false);
+    assert_eq!(machines.status(&name()).unwrap().state, MachineState::Stopped);
+    assert!(std::os::unix::net::UnixStream::connect(place.socket()).is_err());
+    let next = place.open();
+    assert_eq!(next.status(&name()).unwrap().state, MachineState::Stopped);
+    next.autostart();
+    wait_for(&next, MachineState::Running);
+    next.close(|| false);
+}
+
+#[test]
+fn wrong_definitions_are_refused_and_nothing_is_kept_of_them() {
+    let place = Place::new();
+    let machines = place.open();
+    let refused = |config: &str| {
+        let wrong = MachineDefinition {
+            config: config.to_owned(),
+            ..definition(RestartPolicy::Never)
+        };
+        let problem = machines.define(&name(), wrong).unwrap_err();
+        assert_eq!(problem.kind, ProblemKind::Invalid, "{problem}");
+        problem.to_string()
+    };
+    assert!(refused("name = \"web1\"\ncpu = 2\n[pool]\ndevices = [\"/d\"]").contains("web1.toml:2"));
+    assert!(refused("this is no TOML").contains("web1.toml:1"));
+    let other = "name = \"db1\"\n[boot]\nkernel = \"/k\"\n[pool]\ndevices = [\"/d\"]";
+    assert!(refused(other).contains("db1"));
+    let dots: VmName = "..".parse().unwrap();
+    let problem = machines
+        .define(&dots, definition(RestartPolicy::Never))
+        .unwrap_err();
+    assert_eq!(problem.kind, ProblemKind::Invalid);
+    assert!(machines.list().is_empty());
+    // One that cannot be read does not keep the others from running.
+    machines
+        .define(&name(), definition(RestartPolicy::Never))
+        .unwrap();
+    fs::create_dir_all(place.folder.path().join("state/vms/bad")).unwrap();
+    fs::write(place.folder.path().join("state/vms/bad/vm.toml"), "x").unwrap();
+    let next = place.open();
+    assert_eq!(next.list().len(), 1);
+}
