@@ -141,6 +141,7 @@ async fn serve(
         }
     }
     drop(listener);
+    context.streams.end();
     let _ = timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
     Ok(())
 }
