@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{InvalidValue, string_type};
@@ -63,7 +64,7 @@ impl fmt::Display for DeviceId {
     }
 }
 
-string_type!(DeviceId, "an identifier in quotes");
+string_type!(DeviceId, "an identifier in quotes", r"^[A-Za-z0-9._-]{1,36}$");
 
 /// The name of a virtual machine: 1 to 64 of `A-Z a-z 0-9 . _ -`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -100,7 +101,7 @@ impl fmt::Display for VmName {
     }
 }
 
-string_type!(VmName, "a name in quotes");
+string_type!(VmName, "a name in quotes", r"^[A-Za-z0-9._-]{1,64}$");
 
 /// Whether `text` has 1 to `longest` of the characters that names may have.
 fn is_name(text: &str, longest: usize) -> bool {
@@ -111,7 +112,7 @@ fn is_name(text: &str, longest: usize) -> bool {
 }
 
 /// Where a device is in its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceState {
     /// On the guest's bus; the guest's driver does not use it, or not yet.
@@ -127,7 +128,7 @@ pub enum DeviceState {
 }
 
 /// The answer of `DELETE /v1/vm/disks/{id}`: the guest was asked to let the device go.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Removal {
     /// Which device.

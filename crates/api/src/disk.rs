@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::virtual_disk::DiskMode;
@@ -13,7 +14,7 @@ use crate::{
 };
 
 /// A disk to be given to the guest: a `[[disk]]` of vm.toml, the body of `POST /v1/vm/disks`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DiskConfig {
     /// Name within the machine; by default "disk0", "disk1", ...
@@ -342,7 +343,7 @@ fn yes() -> bool {
 }
 
 /// The kind of controller through which the guest sees a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskBus {
     /// A virtio block device of its own (/dev/vda in Linux).
@@ -387,11 +388,12 @@ impl fmt::Display for DiskSerial {
     }
 }
 
-string_type!(DiskSerial, "a serial number in quotes");
+string_type!(DiskSerial, "a serial number in quotes", r"^[!-~]{1,20}$");
 
 /// Entries of a virtqueue: a power of two from 16 to 1024.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "u64", into = "u16")]
+#[schemars(extend("enum" = [16, 32, 64, 128, 256, 512, 1024]))]
 pub struct QueueSize(u16);
 
 impl QueueSize {
@@ -427,7 +429,7 @@ impl From<QueueSize> for u16 {
 }
 
 /// A disk of a running machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct DiskStatus {
     /// What it was attached with.

@@ -2,12 +2,13 @@
 
 use std::str::FromStr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{ByteSize, InvalidValue};
 
 /// Limits of the rate of a disk, or of a group of disks together: a `limits` of `[[disk]]`, a table of `[limit-groups]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct DiskLimits {
     /// Requests per second that read, write, discard or zero.
@@ -98,7 +99,7 @@ impl DiskLimits {
 }
 
 /// What happens when a disk fails a request of the guest, for example because the pool is full.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnError {
     /// The guest is told.
@@ -130,7 +131,7 @@ impl FromStr for OnError {
 }
 
 /// What becomes of what was written to an undoable disk when the machine ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum AtPowerOff {
     /// It waits for `smsvmm disk commit` or `smsvmm disk discard`.
@@ -143,7 +144,7 @@ pub enum AtPowerOff {
 }
 
 /// A change to a disk of a running machine: the body of `PATCH /v1/vm/disks/ID`. What is not given stays.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct DiskChange {
     /// Each that is given is changed; 0 takes it away.

@@ -2,6 +2,7 @@
 //!
 //! Paths begin with `/`. All sizes and offsets are numbers of bytes.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::storage::PoolEvent;
@@ -10,7 +11,7 @@ use crate::storage::PoolEvent;
 pub const META_VOLUME: &str = "fs-meta";
 
 /// Something that a person wants done with the files of a pool.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", tag = "operation")]
 pub enum FileOperation {
     /// Make a file system: a volume for metadata, and all others for data, whose content is lost.
@@ -150,7 +151,7 @@ impl FileOperation {
 }
 
 /// Bytes that are to be written to a file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct WriteRequest {
     /// The file; it is made if it is not there.
@@ -170,7 +171,7 @@ pub struct WriteRequest {
 }
 
 /// What was written.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Written {
     /// The file.
@@ -190,7 +191,7 @@ pub struct Written {
 }
 
 /// Bytes that are to be read from a file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ReadRequest {
     /// The file.
@@ -204,7 +205,7 @@ pub struct ReadRequest {
 }
 
 /// Where data shall be.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Target {
     /// On any volume.
@@ -217,7 +218,7 @@ pub enum Target {
 }
 
 /// Attributes that change; those that are none stay.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct AttributeChanges {
     /// Where data shall be.
@@ -245,7 +246,7 @@ impl AttributeChanges {
 }
 
 /// What is decided for a file, or for what is made in a directory later.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct FileAttributes {
     /// Where data shall be.
@@ -259,7 +260,7 @@ pub struct FileAttributes {
 }
 
 /// What an entry of a directory is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum FileKind {
     /// A file.
@@ -269,7 +270,7 @@ pub enum FileKind {
 }
 
 /// A file or directory in short.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct FileEntry {
     /// Its path.
@@ -289,7 +290,7 @@ pub struct FileEntry {
 }
 
 /// A file or directory with all that is known of it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct FileStatus {
     /// In short.
@@ -315,7 +316,7 @@ pub struct FileStatus {
 }
 
 /// What a file has on a volume.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct VolumeShare {
     /// The volume's name.
@@ -325,7 +326,7 @@ pub struct VolumeShare {
 }
 
 /// A run of a file's bytes on a volume.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct FileExtent {
     /// First byte in the file.
@@ -341,7 +342,7 @@ pub struct FileExtent {
 }
 
 /// What came of data being moved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Moved {
     /// Files that were looked at.
@@ -353,7 +354,7 @@ pub struct Moved {
 }
 
 /// How bad something is that a check found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Severity {
     /// Space is lost, or a number is wrong.
@@ -365,7 +366,7 @@ pub enum Severity {
 }
 
 /// Something that a check found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct CheckFinding {
     /// How bad it is.
@@ -379,7 +380,7 @@ pub struct CheckFinding {
 }
 
 /// What a check found.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct CheckReport {
     /// What was wrong, before anything was repaired.
@@ -411,7 +412,7 @@ impl CheckReport {
 }
 
 /// Something that a scrub could not repair.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ScrubFinding {
     /// The file, or the volume with metadata.
@@ -423,7 +424,7 @@ pub struct ScrubFinding {
 }
 
 /// What a scrub of files has done, in bytes.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct FileScrub {
     /// Data that were verified, each copy counted.
@@ -448,7 +449,7 @@ pub struct FileScrub {
 }
 
 /// A volume as the file system uses it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct DataVolume {
     /// Its name.
@@ -466,7 +467,7 @@ pub struct DataVolume {
 }
 
 /// How a file system is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct FileSystemStatus {
     /// Bytes that files can have.
@@ -484,7 +485,7 @@ pub struct FileSystemStatus {
 }
 
 /// What an operation answers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum FileAnswer {
     /// It is done; there is nothing to tell.
@@ -506,7 +507,7 @@ pub enum FileAnswer {
 }
 
 /// What came of an operation on files.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct FileOutcome {
     /// Its answer.

@@ -52,10 +52,24 @@ impl InvalidValue {
     }
 }
 
-/// Serde by `FromStr` and `Display`: such a type is a string in TOML and JSON; the text is what a wrong type is told to be.
+/// Serde by `FromStr` and `Display`: such a type is a string in TOML and JSON; the text is what a wrong type is told to be. With a
+/// pattern (ECMA-262), which may let through more than `FromStr` does, it has a JSON Schema as well.
 #[macro_export]
 #[doc(hidden)]
 macro_rules! string_type {
+    ($type:ident, $expecting:literal, $pattern:literal) => {
+        $crate::string_type!($type, $expecting);
+
+        impl schemars::JsonSchema for $type {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($type).into()
+            }
+
+            fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+                schemars::json_schema!({"type": "string", "description": $expecting, "pattern": $pattern})
+            }
+        }
+    };
     ($type:ty, $expecting:literal) => {
         impl<'de> serde::Deserialize<'de> for $type {
             fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

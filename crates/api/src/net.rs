@@ -4,12 +4,13 @@ use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 use std::str::FromStr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{DeviceId, DeviceState, InvalidValue, QueueSize, string_type};
 
 /// A network card to be given to the guest: a `[[net]]` of vm.toml, the body of `POST /v1/vm/nets`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct NetConfig {
     /// Name within the machine; by default "net0", "net1", ...
@@ -134,7 +135,7 @@ fn yes() -> bool {
 }
 
 /// What a network card is connected to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum NetBackend {
     /// The host's network through `passt`, without any privilege.
@@ -330,12 +331,24 @@ impl fmt::Display for PortForward {
     }
 }
 
-string_type!(TapName, "the name of an interface in quotes");
-string_type!(MacAddress, "an Ethernet address such as \"02:00:00:12:34:56\"");
-string_type!(PortForward, "a forwarded port such as \"tcp:8022:22\"");
+string_type!(
+    TapName,
+    "the name of an interface in quotes",
+    r"^[!-$&-.0-9;-~]{1,15}$"
+);
+string_type!(
+    MacAddress,
+    "an Ethernet address such as \"02:00:00:12:34:56\"",
+    r"^[0-9A-Fa-f][02468ACEace](:[0-9A-Fa-f]{2}){5}$"
+);
+string_type!(
+    PortForward,
+    "a forwarded port such as \"tcp:8022:22\"",
+    r"^(tcp|udp):([^:]+:|\[[0-9A-Fa-f:.]+\]:)?[0-9]{1,5}:[0-9]{1,5}$"
+);
 
 /// A network card of a running machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct NetStatus {
     /// What it was attached with.

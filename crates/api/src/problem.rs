@@ -2,10 +2,11 @@
 
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The kinds of problems that a caller may want to tell apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ProblemKind {
     /// The request is not understood: malformed, unknown key, impossible value.
     #[serde(rename = "urn:smsvmm:problem:invalid")]
@@ -83,7 +84,7 @@ impl ProblemKind {
 }
 
 /// A refused or failed operation. Made with [`Problem::new`], refined with [`Problem::about`] and [`Problem::remedy`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Problem {
     /// What kind of problem.
     #[serde(rename = "type")]

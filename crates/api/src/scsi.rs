@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{DiskBus, DiskConfig, InvalidValue};
@@ -16,7 +17,7 @@ pub const MAX_TARGETS: u16 = 255;
 
 /// How a target gives access to a disk that several targets show (SPC-4 §5.15.2.4): what initiators see as asymmetric logical unit
 /// access.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ScsiAccess {
     /// Fully.
@@ -37,7 +38,7 @@ impl ScsiAccess {
 }
 
 /// A further way to a disk: a `[[disk.path]]` of vm.toml.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ScsiPath {
     /// The target that shows the disk as well.

@@ -2,12 +2,13 @@
 //!
 //! All sizes are numbers of bytes.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::file::FileSystemStatus;
 
 /// Something that a person wants done with a pool.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", tag = "operation")]
 pub enum Operation {
     /// Take devices in that are here again, bring all copies up to date, finish all jobs.
@@ -137,7 +138,7 @@ pub enum Operation {
 }
 
 /// A device that is to be part of a pool.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct NewDevice {
     /// Its path, or another text that `block_io::Device::open` understands.
@@ -157,7 +158,7 @@ pub struct NewDevice {
 }
 
 /// The kinds of layouts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum LayoutKind {
     /// One extent after the other.
@@ -175,7 +176,7 @@ pub enum LayoutKind {
 }
 
 /// How a volume is, or shall be, laid out.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Shape {
     /// The kind.
@@ -193,7 +194,7 @@ pub struct Shape {
 }
 
 /// Which copies answer a read, where there are several.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ReadPolicy {
     /// The one whose device has the least to do.
@@ -204,7 +205,7 @@ pub enum ReadPolicy {
 }
 
 /// How well a volume, or a pool as a whole, is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Health {
     /// All copies and parity are there.
@@ -218,7 +219,7 @@ pub enum Health {
 }
 
 /// A pool with all that is in it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PoolStatus {
     /// Its name.
@@ -247,7 +248,7 @@ pub struct PoolStatus {
 }
 
 /// How a device stands to its pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum PoolDeviceState {
     /// In use.
@@ -265,7 +266,7 @@ pub enum PoolDeviceState {
 }
 
 /// A device of a pool.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PoolDevice {
     /// Its number within the pool: `d0`, `d1`, ...
@@ -292,7 +293,7 @@ pub struct PoolDevice {
 }
 
 /// A volume.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct VolumeStatus {
     /// Its name.
@@ -319,7 +320,7 @@ pub struct VolumeStatus {
 }
 
 /// What a part of a volume on a device is good for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MemberHealth {
     /// All of it is good.
@@ -333,7 +334,7 @@ pub enum MemberHealth {
 }
 
 /// A part of a volume that lies on one device, or on several, one after the other.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct MemberStatus {
     /// Piece of the volume's address space, from 0.
@@ -349,7 +350,7 @@ pub struct MemberStatus {
 }
 
 /// Where a job is in its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum JobState {
     /// It runs whenever the pool is open.
@@ -365,7 +366,7 @@ pub enum JobState {
 }
 
 /// A long operation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct JobStatus {
     /// Its number.
@@ -407,7 +408,7 @@ impl JobStatus {
 }
 
 /// What was done of one kind within a window.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct RequestLoad {
     /// Requests that ended.
@@ -423,7 +424,7 @@ pub struct RequestLoad {
 }
 
 /// What a volume has on one device, and how much of the device's load it made.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct LegLoad {
     /// Name of the volume.
@@ -441,7 +442,7 @@ pub struct LegLoad {
 }
 
 /// The load of a device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct DeviceLoad {
     /// Name of the device.
@@ -459,7 +460,7 @@ pub struct DeviceLoad {
 }
 
 /// The load of an open pool within a window, the busiest device first.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct HotSpots {
     /// Length of the window in milliseconds.
@@ -469,7 +470,7 @@ pub struct HotSpots {
 }
 
 /// What can happen to a pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum PoolEventKind {
     /// A device is out of service.
@@ -518,7 +519,7 @@ impl PoolEventKind {
 }
 
 /// Something that happened to a pool while an operation was done.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PoolEvent {
     /// What.
@@ -528,7 +529,7 @@ pub struct PoolEvent {
 }
 
 /// What came of an operation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Outcome {
     /// The jobs that it started, or waited for, as they are now.

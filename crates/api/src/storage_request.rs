@@ -1,5 +1,6 @@
 //! What can be asked of a pool that is in use: by the management socket of who has it open.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::file::{FileOperation, FileOutcome};
@@ -7,7 +8,7 @@ use crate::storage::{Operation, Outcome, PoolStatus};
 use crate::virtual_disk::{DiskOperation, DiskOutcome};
 
 /// A request; the body of `POST /v1/storage`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", tag = "to", content = "request")]
 pub enum StorageRequest {
     /// How the pool is.
@@ -23,7 +24,7 @@ pub enum StorageRequest {
 }
 
 /// The answer to a [`StorageRequest`] of the same name.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", tag = "from", content = "answer")]
 pub enum StorageAnswer {
     /// How the pool is.

@@ -128,8 +128,12 @@ impl fmt::Display for Seconds {
     }
 }
 
-string_type!(ByteSize, "a size such as \"512M\"");
-string_type!(Seconds, "a time such as \"90s\"");
+string_type!(
+    ByteSize,
+    "a size such as \"512M\"",
+    r"^[0-9]{1,20}([KMGTPkmgtp](iB)?|B)?$"
+);
+string_type!(Seconds, "a time such as \"90s\"", r"^[0-9]{1,20}(ms|s|m|h)$");
 
 #[cfg(test)]
 mod tests {

@@ -3,13 +3,14 @@
 //! The path of a disk begins with `/` and ends with `.dsk`; a snapshot of it is `/vm/root.dsk@monday`. All sizes and offsets are numbers of
 //! bytes.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::file::{FileAttributes, Target};
 use crate::storage::PoolEvent;
 
 /// What becomes of what is written to a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskMode {
     /// It stays.
@@ -36,7 +37,7 @@ impl DiskMode {
 }
 
 /// Something that a person wants done with the disks of a pool.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", tag = "operation")]
 pub enum DiskOperation {
     /// Make a disk that reads as zeroes.
@@ -189,7 +190,7 @@ impl DiskOperation {
 }
 
 /// A disk in short.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct VirtualDisk {
     /// Its path.
@@ -209,7 +210,7 @@ pub struct VirtualDisk {
 }
 
 /// A snapshot of a disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct SnapshotStatus {
     /// Its name.
@@ -227,7 +228,7 @@ pub struct SnapshotStatus {
 }
 
 /// What is known of a disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct VirtualDiskStatus {
     /// In short.
@@ -250,7 +251,7 @@ pub struct VirtualDiskStatus {
 }
 
 /// A range of a disk that was changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ChangedRange {
     /// First byte.
@@ -262,7 +263,7 @@ pub struct ChangedRange {
 }
 
 /// What an operation answers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskAnswer {
     /// It is done; there is nothing to tell.
@@ -280,7 +281,7 @@ pub enum DiskAnswer {
 }
 
 /// Where a range of a snapshot is on devices.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct DiskPlaces {
     /// What distinguishes this snapshot from all others that the disk ever had, whatever they were called.
@@ -303,7 +304,7 @@ pub struct DiskPlaces {
 }
 
 /// A device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PlacedOn {
     /// Its number in the pool.
@@ -313,7 +314,7 @@ pub struct PlacedOn {
 }
 
 /// A run of a snapshot's bytes on a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct DeviceExtent {
     /// First byte of the snapshot.
@@ -327,7 +328,7 @@ pub struct DeviceExtent {
 }
 
 /// A pin.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct DiskPin {
     /// Its number.
@@ -337,7 +338,7 @@ pub struct DiskPin {
 }
 
 /// What came of an operation on disks.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct DiskOutcome {
     /// Its answer.
@@ -347,7 +348,7 @@ pub struct DiskOutcome {
 }
 
 /// What an image outside of the pool is like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ImageFormat {
     /// The bytes of the disk, one after the other.
@@ -367,7 +368,7 @@ impl ImageFormat {
 }
 
 /// An image that is to become a disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ImportRequest {
     /// The image, a file or a block device of the host.
@@ -392,7 +393,7 @@ pub struct ImportRequest {
 }
 
 /// A disk that is to become an image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ExportRequest {
     /// The disk or snapshot.
@@ -410,7 +411,7 @@ pub struct ExportRequest {
 }
 
 /// A disk that is to be copied, with all its data.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct CopyRequest {
     /// The disk or snapshot.
@@ -427,7 +428,7 @@ pub struct CopyRequest {
 
 /// Data that are to go into a pool, out of it, or from one disk to another, while its disks are in use; the body of
 /// `POST /v1/storage/transfer`. What the image is called, and what it is, matters only to who asks: that one has it open.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", tag = "transfer")]
 pub enum TransferRequest {
     /// An image comes in; its size must be given.
@@ -441,7 +442,7 @@ pub enum TransferRequest {
 }
 
 /// Ranges of a disk or snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct ReadRanges {
     /// The disk or snapshot.
@@ -451,7 +452,7 @@ pub struct ReadRanges {
 }
 
 /// What was imported, exported or copied.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Transferred {
     /// The disk.

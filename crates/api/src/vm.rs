@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::os::unix::net::UnixStream;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::event::EventLog;
@@ -14,7 +15,7 @@ use crate::{
 };
 
 /// Where a machine is in its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
     /// The vCPUs have not run yet.
@@ -39,7 +40,7 @@ impl fmt::Display for VmState {
 }
 
 /// Why a machine ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "reason", rename_all = "kebab-case")]
 pub enum ExitReason {
     /// The guest powered itself off.
@@ -70,7 +71,7 @@ impl fmt::Display for ExitReason {
 }
 
 /// A machine of a host: an item of the answer of `GET /v1/vms`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct MachineEntry {
     /// The machine's name.
@@ -83,7 +84,7 @@ pub struct MachineEntry {
 }
 
 /// The answer of `GET /v1/vm`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct VmStatus {
     /// The machine's name.

@@ -32,6 +32,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::gateway::forward::{AnswerBody, Outgoing, forward};
 use crate::routes::{self, Answer, MACHINE_TIMEOUT, STORAGE_TIMEOUT};
+use crate::sse::{self, Streams};
 use crate::transfer;
 
 /// Disks in use at a time.
@@ -46,6 +47,8 @@ pub(crate) struct HostContext {
     news: watch::Receiver<u64>,
     transfers: Arc<Semaphore>,
     attachments: Arc<Semaphore>,
+    /// Those who follow the events.
+    pub(crate) streams: Streams,
 }
 
 impl HostContext {
@@ -55,6 +58,7 @@ impl HostContext {
             news,
             transfers: Arc::new(Semaphore::new(transfer::MAX_TRANSFERS)),
             attachments: Arc::new(Semaphore::new(MAX_ATTACHMENTS)),
+            streams: Streams::new(),
         }
     }
 
@@ -69,7 +73,11 @@ impl HostContext {
 }
 
 /// Answers any request.
-pub(crate) async fn answer(context: &HostContext, request: Request<Incoming>) -> Response<AnswerBody> {
+pub(crate) async fn answer(context: &HostContext, mut request: Request<Incoming>) -> Response<AnswerBody> {
+    if request.method() == Method::HEAD {
+        // The same answer, of which hyper sends the head only.
+        *request.method_mut() = Method::GET;
+    }
     match route(context, request).await {
         Ok(answer) => answer,
         Err(found) => own(routes::problem(&found)),
@@ -121,6 +129,12 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
         (["v1", "attachments", rest @ ..], _) => attachments(context, rest, request).await?,
         (["v1", "events"], &Method::GET) => {
             let query = routes::Query::parse(request.uri().query().unwrap_or_default())?;
+            if sse::is_wanted(request.headers()) {
+                let after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
+                let (host, news) = (Arc::clone(&context.host), context.news.clone());
+                let stream = context.streams.open(host, |host| host.events(), news, after);
+                return stream.map(own);
+            }
             let page = routes::page(context.host.events(), context.news.clone(), &query).await;
             routes::json(StatusCode::OK, &page)
         }
@@ -263,6 +277,7 @@ async fn pass_on(
         socket: &socket,
         method: request.method().clone(),
         path: &path,
+        headers: &request.headers().clone(),
         body: routes::bytes(request.into_body()).await?,
         upgrade,
     })

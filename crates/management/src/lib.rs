@@ -31,6 +31,7 @@ mod life;
 mod routes;
 mod server;
 mod socket;
+mod sse;
 mod target;
 mod transfer;
 

@@ -1,14 +1,17 @@
 //! How long a connection may live that carries one request.
 //!
 //! A request may take long: a merge, a scrub. What must not take long is what the client does: send its head and body, read its answer. So the
-//! clock runs only while no request is being done.
+//! clock runs only while no request is being done. An answer whose length nobody knows, a stream of events, may take for ever: its clock begins
+//! anew with each piece that the client had room for.
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use hyper::body::{Body, Bytes, Incoming};
+use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
@@ -53,11 +56,42 @@ impl Deadline {
     }
 }
 
+/// A body, each piece of which gives the client more time if nobody knows how many there will be.
+struct Timed<B> {
+    body: B,
+    deadline: Deadline,
+}
+
+impl<B: Body<Data = Bytes> + Unpin> Body for Timed<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        let is_stream = self.body.size_hint().exact().is_none();
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        if is_stream && matches!(frame, Some(Ok(_))) {
+            self.deadline.set(Some(Instant::now() + IDLE_TIMEOUT));
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
 /// Serves one request of `stream`, by `answer`.
 pub(crate) async fn serve<S, B, F>(stream: S, answer: impl Fn(Request<Incoming>) -> F)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    B: Body<Data = Bytes> + 'static,
+    B: Body<Data = Bytes> + Unpin + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     F: Future<Output = Response<B>>,
 {
@@ -68,7 +102,7 @@ where
             deadline.set(None);
             let answered = answer.await;
             deadline.set(Some(Instant::now() + IDLE_TIMEOUT));
-            Ok::<_, Infallible>(answered)
+            Ok::<_, Infallible>(answered.map(|body| Timed { body, deadline }))
         }
     });
     let connection = http1::Builder::new()
@@ -130,5 +164,41 @@ mod tests {
         let begin = Instant::now();
         served.await.unwrap();
         assert!(begin.elapsed() <= 2 * IDLE_TIMEOUT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_lasts_as_long_as_somebody_takes_what_comes() {
+        /// A piece every ten seconds.
+        struct Endless(Pin<Box<tokio::time::Sleep>>);
+        impl Body for Endless {
+            type Data = Bytes;
+            type Error = Infallible;
+
+            fn poll_frame(
+                mut self: Pin<&mut Self>,
+                context: &mut Context<'_>,
+            ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+                ready!(self.0.as_mut().poll(context));
+                self.0.as_mut().reset(Instant::now() + Duration::from_secs(10));
+                Poll::Ready(Some(Ok(Frame::data(Bytes::from(vec![b'x'; 8192])))))
+            }
+        }
+        let stream = |_| async { Response::new(Endless(Box::pin(tokio::time::sleep(Duration::ZERO)))) };
+        let begin = Instant::now();
+        let (mut client, server) = duplex(1024);
+        let served = tokio::spawn(serve(server, stream));
+        client
+            .write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            .await
+            .unwrap();
+        let mut piece = vec![0; 8192];
+        for _ in 0..100 {
+            client.read_exact(&mut piece).await.unwrap();
+        }
+        assert!(begin.elapsed() > Duration::from_secs(600));
+        // Now it takes nothing any more: hyper keeps 16 KiB, and then no piece is asked for.
+        let begin = Instant::now();
+        served.await.unwrap();
+        assert!(begin.elapsed() < 4 * IDLE_TIMEOUT, "{:?}", begin.elapsed());
     }
 }

@@ -7,7 +7,7 @@ use api::{
     DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, EventPage, NetConfig, NetStatus,
     Problem, ProblemKind, Removal, StorageRequest, Vm,
 };
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue, LOCATION};
 use hyper::{Method, Request, Response, StatusCode};
@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
+use crate::sse::{self, Streams};
 use crate::transfer;
 
 /// Longest time that a client may wait for events.
@@ -31,7 +32,9 @@ pub(crate) const STORAGE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// Longest time that the machine may take for an answer.
 pub(crate) const MACHINE_TIMEOUT: Duration = Duration::from_secs(20);
 
-pub(crate) type Answer = Response<Full<Bytes>>;
+/// The body of an answer: made already, or a stream of events.
+pub(crate) type Body = Either<Full<Bytes>, sse::Feed>;
+pub(crate) type Answer = Response<Body>;
 
 /// What requests work on.
 pub(crate) struct Context {
@@ -40,6 +43,8 @@ pub(crate) struct Context {
     news: watch::Receiver<u64>,
     /// Room for transfers.
     pub(crate) transfers: Arc<Semaphore>,
+    /// Those who follow the events.
+    pub(crate) streams: Streams,
 }
 
 impl Context {
@@ -48,6 +53,7 @@ impl Context {
             vm,
             news,
             transfers: Arc::new(Semaphore::new(transfer::MAX_TRANSFERS)),
+            streams: Streams::new(),
         }
     }
 
@@ -88,7 +94,11 @@ pub(crate) async fn help<T: Send + 'static>(
 }
 
 /// Answers any request.
-pub(crate) async fn answer(context: &Context, request: Request<Incoming>) -> Answer {
+pub(crate) async fn answer(context: &Context, mut request: Request<Incoming>) -> Answer {
+    if request.method() == Method::HEAD {
+        // The same answer, of which hyper sends the head only.
+        *request.method_mut() = Method::GET;
+    }
     match route(context, request).await {
         Ok(answer) => answer,
         Err(found) => problem(&found),
@@ -145,7 +155,12 @@ async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, 
         ["v1", "events"] => match method {
             Method::GET => {
                 let query = Query::parse(request.uri().query().unwrap_or_default())?;
-                Ok(json(StatusCode::OK, &events(context, &query).await))
+                if !sse::is_wanted(request.headers()) {
+                    return Ok(json(StatusCode::OK, &events(context, &query).await));
+                }
+                let after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
+                let (vm, news) = (Arc::clone(&context.vm), context.news.clone());
+                context.streams.open(vm, |vm| vm.events(), news, after)
             }
             _ => Ok(not_allowed(&method, "GET")),
         },
@@ -312,7 +327,7 @@ pub(crate) fn no_such_path(path: &str) -> Problem {
 /// The parameters of a request for events.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Query {
-    after: u64,
+    pub(crate) after: u64,
     wait: Duration,
 }
 
@@ -390,8 +405,8 @@ pub(crate) fn to_json(value: &impl Serialize) -> Vec<u8> {
 }
 
 fn respond(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from(body)));
-    *answer.status_mut() = status;
+    let mut answer = empty(status);
+    *answer.body_mut() = Either::Left(Full::from(body));
     answer
         .headers_mut()
         .insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
@@ -402,10 +417,15 @@ pub(crate) fn json(status: StatusCode, value: &impl Serialize) -> Answer {
     respond(status, "application/json", to_json(value))
 }
 
-pub(crate) fn no_content() -> Answer {
-    let mut answer = Response::new(Full::default());
-    *answer.status_mut() = StatusCode::NO_CONTENT;
+/// An answer without a body.
+pub(crate) fn empty(status: StatusCode) -> Answer {
+    let mut answer = Response::new(Either::Left(Full::default()));
+    *answer.status_mut() = status;
     answer
+}
+
+pub(crate) fn no_content() -> Answer {
+    empty(StatusCode::NO_CONTENT)
 }
 
 pub(crate) fn problem(problem: &Problem) -> Answer {
@@ -413,15 +433,19 @@ pub(crate) fn problem(problem: &Problem) -> Answer {
     respond(status, "application/problem+json", to_json(problem))
 }
 
-pub(crate) fn not_allowed(method: &Method, allowed: &'static str) -> Answer {
-    let found = Problem::new(
-        ProblemKind::MethodNotAllowed,
-        format!("{method} is not possible here"),
-    );
-    let mut answer = problem(&found.remedy(format!("use {allowed}")));
-    answer
-        .headers_mut()
-        .insert(ALLOW, HeaderValue::from_static(allowed));
+/// What is answered to a method that is none of `allowed`; OPTIONS asks which those are.
+pub(crate) fn not_allowed(method: &Method, allowed: &str) -> Answer {
+    let mut answer = if method == Method::OPTIONS {
+        no_content()
+    } else {
+        let detail = format!("{method} is not possible here");
+        problem(&Problem::new(ProblemKind::MethodNotAllowed, detail).remedy(format!("use {allowed}")))
+    };
+    // RFC 9110, section 9.3.2: what can be got can be asked for its head.
+    let head = if allowed.contains("GET") { ", HEAD" } else { "" };
+    if let Ok(value) = HeaderValue::try_from(format!("{allowed}{head}, OPTIONS")) {
+        answer.headers_mut().insert(ALLOW, value);
+    }
     answer
 }
 

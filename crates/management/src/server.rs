@@ -176,6 +176,10 @@ async fn serve(
         }
     }
     drop(listener);
+    match &*context {
+        Answering::Vm(context) => context.streams.end(),
+        Answering::Host(context) => context.streams.end(),
+    }
     let _ = timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
     Ok(())
 }

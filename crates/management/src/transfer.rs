@@ -8,18 +8,17 @@ use std::thread;
 
 use api::virtual_disk::TransferRequest;
 use api::{Problem, ProblemKind, Transfer};
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
+use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderValue, UPGRADE};
 use hyper::upgrade::OnUpgrade;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
 
-use crate::routes::{self, Context};
+use crate::routes::{self, Answer, Context};
 
 /// What the connection is upgraded to.
 pub(crate) const PROTOCOL: &str = "smsvmm-transfer";
@@ -27,10 +26,7 @@ pub(crate) const PROTOCOL: &str = "smsvmm-transfer";
 pub(crate) const MAX_TRANSFERS: usize = 4;
 
 /// `POST /v1/storage/transfer`.
-pub(crate) async fn answer(
-    context: &Context,
-    request: Request<Incoming>,
-) -> Result<Response<Full<Bytes>>, Problem> {
+pub(crate) async fn answer(context: &Context, request: Request<Incoming>) -> Result<Answer, Problem> {
     let room = room(&context.transfers)?;
     let make = async |asked: TransferRequest| context.ask(move |vm| vm.transfer(asked)).await;
     take_out(request, PROTOCOL, "use `smsvmm disk`", room, make).await
@@ -51,7 +47,7 @@ pub(crate) async fn take_out<T: DeserializeOwned>(
     or_use: &str,
     room: OwnedSemaphorePermit,
     make: impl AsyncFnOnce(T) -> Result<Transfer, Problem>,
-) -> Result<Response<Full<Bytes>>, Problem> {
+) -> Result<Answer, Problem> {
     let wanted = request.headers().get(UPGRADE).map(HeaderValue::as_bytes);
     if !wanted.is_some_and(|wanted| wanted.eq_ignore_ascii_case(protocol.as_bytes())) {
         let problem = Problem::new(
@@ -63,8 +59,7 @@ pub(crate) async fn take_out<T: DeserializeOwned>(
     let upgrade = hyper::upgrade::on(&mut request);
     let transfer = make(routes::body(request.into_body()).await?).await?;
     tokio::spawn(hand_over(upgrade, transfer, room));
-    let mut answer = Response::new(Full::default());
-    *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let mut answer = routes::empty(StatusCode::SWITCHING_PROTOCOLS);
     let headers = answer.headers_mut();
     headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     headers.insert(UPGRADE, HeaderValue::from_static(protocol));

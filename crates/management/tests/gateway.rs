@@ -436,3 +436,54 @@ fn clients_that_say_nothing_or_rubbish_keep_nobody_out() {
     }
     drop(idle);
 }
+
+#[test]
+fn events_are_followed_over_it_as_long_as_one_may_see_them() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Viewer, &["web1"]);
+    let other = setup.add("ben", Role::Viewer, &["off"]);
+    let tls = ClientTls {
+        authorities: setup.path("ca.pem"),
+        certificate: None,
+    };
+    let config = tls.load().unwrap();
+    let follow = |token: &str| {
+        let name = "localhost".try_into().unwrap();
+        let session = rustls::ClientConnection::new(Arc::clone(&config), name).unwrap();
+        let socket = TcpStream::connect(setup.address).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut stream = rustls::StreamOwned::new(session, socket);
+        let head = "GET /v1/vms/web1/events HTTP/1.1\r\nhost: x\r\naccept: text/event-stream\r\nlast-event-id: 1\r\n";
+        let head = format!("{head}authorization: Bearer {token}\r\n\r\n");
+        stream.write_all(head.as_bytes()).unwrap();
+        stream
+    };
+    // The answer up to `part`; all of it if that does not come.
+    let until = |stream: &mut dyn Read, part: &str| {
+        let mut text = String::new();
+        let mut byte = [0];
+        while !text.contains(part) && stream.read(&mut byte).is_ok_and(|length| length == 1) {
+            text.push(char::from(byte[0]));
+        }
+        text
+    };
+    setup.vm.events.record(api::EventKind::Started);
+    setup.vm.events.record(api::EventKind::Paused);
+    let mut refused = follow(&other);
+    assert!(until(&mut refused, "no such machine").contains(" 404 "));
+    let mut stream = follow(&token);
+    let text = until(&mut stream, "\"paused\"");
+    assert!(
+        text.contains("text/event-stream") && text.contains("id: 2\n"),
+        "{text}"
+    );
+    assert!(!text.contains("id: 1\n"), "{text}");
+    setup.vm.events.record(api::EventKind::Resumed);
+    assert!(until(&mut stream, "\"resumed\"").contains("id: 3\n"));
+    // From now on nobody may.
+    Principals::default().save(&setup.path("access.toml")).unwrap();
+    setup.vm.events.record(api::EventKind::PowerButtonPressed);
+    let rest = until(&mut stream, "\0");
+    assert!(!rest.contains("power-button"), "{rest}");
+    assert!(rest.ends_with("0\r\n\r\n"), "{rest}");
+}

@@ -3,7 +3,7 @@
 
 mod fake;
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -478,4 +478,111 @@ fn a_transfer_client_that_does_not_wait_for_the_answer_is_let_go() {
     let (status, rest) = raw(&setup.path, &format!("{head}{body}too early"));
     assert!(status.contains("101"), "{status}");
     assert_eq!(rest, "");
+}
+
+/// Begins to follow the events, as `curl -N` does; `headers` end with a line break.
+fn follow(path: &Path, query: &str, headers: &str) -> BufReader<UnixStream> {
+    let mut stream = UnixStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let head =
+        format!("GET /v1/events{query} HTTP/1.1\r\nhost: x\r\naccept: text/event-stream\r\n{headers}\r\n");
+    stream.write_all(head.as_bytes()).unwrap();
+    BufReader::new(stream)
+}
+
+/// Reads until a line begins with `start`.
+fn line_of(stream: &mut impl BufRead, start: &str) -> String {
+    loop {
+        let mut line = String::new();
+        assert!(stream.read_line(&mut line).unwrap() > 0, "no {start}");
+        if line.starts_with(start) {
+            return line;
+        }
+    }
+}
+
+#[test]
+fn events_are_followed_as_a_stream_which_goes_on_where_it_was() {
+    let setup = setup();
+    setup.vm.events.record(EventKind::Started);
+    let mut stream = follow(&setup.path, "", "");
+    assert_eq!(line_of(&mut stream, "HTTP"), "HTTP/1.1 200 OK\r\n");
+    assert!(line_of(&mut stream, "content-type").contains("text/event-stream"));
+    assert_eq!(line_of(&mut stream, "id:"), "id: 1\n");
+    assert!(line_of(&mut stream, "data:").contains("\"started\""));
+    setup.vm.events.record(EventKind::Paused);
+    assert_eq!(line_of(&mut stream, "id:"), "id: 2\n");
+    drop(stream);
+    setup.vm.events.record(EventKind::Resumed);
+    for mut stream in [
+        follow(&setup.path, "", "last-event-id: 2\r\n"),
+        follow(&setup.path, "?after=2", ""),
+        // What a client has received last is newer than where it once began.
+        follow(&setup.path, "?after=0", "last-event-id: 2\r\n"),
+    ] {
+        assert_eq!(line_of(&mut stream, "id:"), "id: 3\n");
+    }
+    let mut wrong = follow(&setup.path, "", "last-event-id: x\r\n");
+    assert!(line_of(&mut wrong, "HTTP").contains("400"));
+    let mut stream = follow(&setup.path, "?after=3", "");
+    let reason = api::ExitReason::PowerOff;
+    setup.vm.events.record(EventKind::Stopped { reason });
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("id: 4\n") && rest.ends_with("0\r\n\r\n"), "{rest}");
+}
+
+#[test]
+fn streams_are_bounded_end_with_the_server_and_leave_room_for_others() {
+    let setup = setup();
+    let mut streams: Vec<_> = (0..16).map(|_| follow(&setup.path, "", "")).collect();
+    for stream in &mut streams {
+        line_of(stream, "retry:");
+    }
+    assert!(line_of(&mut follow(&setup.path, "", ""), "HTTP").contains("503"));
+    assert!(setup.client.status().is_ok());
+    streams.pop();
+    let end = Instant::now() + Duration::from_secs(20);
+    while !line_of(&mut follow(&setup.path, "", ""), "HTTP").contains("200") {
+        assert!(Instant::now() < end, "no room again");
+    }
+    let begin = Instant::now();
+    drop(setup);
+    assert!(
+        begin.elapsed() < Duration::from_millis(900),
+        "streams end before the grace is over"
+    );
+    let mut rest = Vec::new();
+    streams[0].read_to_end(&mut rest).unwrap();
+}
+
+#[test]
+fn heads_and_methods_can_be_asked_for() {
+    let setup = setup();
+    let head = |text: &str| {
+        let mut stream = UnixStream::connect(&setup.path).unwrap();
+        stream.write_all(text.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let answer = head(&request("HEAD", "/v1/vm", ""));
+    assert!(
+        answer.starts_with("HTTP/1.1 200") && answer.ends_with("\r\n\r\n"),
+        "{answer}"
+    );
+    for (path, allow) in [
+        ("/v1/vm", "GET, HEAD, OPTIONS"),
+        ("/v1/vm/pause", "PUT, OPTIONS"),
+        ("/v1/vm/disks/disk0", "GET, PATCH, DELETE, HEAD, OPTIONS"),
+    ] {
+        let allow = format!("allow: {allow}\r\n");
+        for (method, status) in [("OPTIONS", "204"), ("TRACE", "405"), ("QUERY", "405")] {
+            let answer = head(&request(method, path, ""));
+            assert!(
+                answer.contains(status) && answer.contains(&allow),
+                "{method} {path}: {answer}"
+            );
+        }
+    }
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use api::{Problem, ProblemKind};
 use http_body_util::{Either, Full};
-use hyper::body::{Bytes, Incoming};
-use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderName, UPGRADE};
+use hyper::body::Bytes;
+use hyper::header::{ACCEPT, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, UPGRADE};
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -15,21 +15,26 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::client;
+use super::stream::Watched;
+use crate::{client, routes, sse};
 
 /// How long a machine's socket may take to accept.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Headers of an answer that are passed on.
-const PASSED_ON: [HeaderName; 5] = [
+const PASSED_ON: [HeaderName; 6] = [
     CONTENT_TYPE,
+    CACHE_CONTROL,
     CONNECTION,
     UPGRADE,
     hyper::header::LOCATION,
     hyper::header::ALLOW,
 ];
 
+/// Headers of a request that are passed on.
+const TOLD: [HeaderName; 2] = [ACCEPT, sse::LAST_EVENT_ID];
+
 /// The body of an answer: made here, or a machine's.
-pub(crate) type AnswerBody = Either<Full<Bytes>, Incoming>;
+pub(crate) type AnswerBody = Either<routes::Body, Watched>;
 
 fn not_running(name: &str, why: impl std::fmt::Display) -> Problem {
     Problem::new(ProblemKind::NotFound, format!("it does not answer: {why}"))
@@ -43,6 +48,8 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) socket: &'a Path,
     pub(crate) method: Method,
     pub(crate) path: &'a str,
+    /// The client's, of which few are passed on.
+    pub(crate) headers: &'a HeaderMap,
     pub(crate) body: Bytes,
     /// The client wants to go on with this, outside of HTTP.
     pub(crate) upgrade: Option<(OnUpgrade, Vec<u8>)>,
@@ -55,6 +62,7 @@ pub(crate) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBod
         socket,
         method,
         path,
+        headers,
         body,
         upgrade,
     } = outgoing;
@@ -72,8 +80,13 @@ pub(crate) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBod
         .about(name)
     };
     let protocol = upgrade.as_ref().map(|(_, protocol)| protocol.as_slice());
-    let request = client::request(&method, path, protocol).body(Full::new(body));
-    let request = request.map_err(|error| {
+    let mut request = client::request(&method, path, protocol);
+    for header in TOLD {
+        if let Some(value) = headers.get(&header) {
+            request = request.header(header, value);
+        }
+    }
+    let request = request.body(Full::new(body)).map_err(|error| {
         Problem::new(ProblemKind::Invalid, format!("it cannot be passed on: {error}")).about(path)
     })?;
     let mut answer = client::send(stream, request).await.map_err(broken)?;
@@ -84,7 +97,7 @@ pub(crate) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBod
         tokio::spawn(join(client, machine));
     }
     let (parts, body) = answer.into_parts();
-    let mut passed_on = Response::new(Either::Right(body));
+    let mut passed_on = Response::new(Either::Right(Watched::new(body)));
     *passed_on.status_mut() = parts.status;
     for header in PASSED_ON {
         if let Some(value) = parts.headers.get(&header) {

@@ -22,6 +22,7 @@
 //! 2. Who is it: a client certificate or `Authorization: Bearer`; who fails too often waits ([`Attempts`](attempts::Attempts)).
 //! 3. May it: a role for each request ([`rights`]), machines by name. Refusals are in the audit log.
 //! 4. A request that changes something is in the audit log, durably, before it is passed on; else it is refused. What came of it follows.
+//! 5. A stream of events lasts as long as who follows it may see it: that is asked again with each piece of it.
 //!
 //! A machine that a principal may not know is not there: the answer is the same as for a name that nobody has.
 
@@ -30,6 +31,7 @@ mod audit;
 pub(crate) mod forward;
 mod rights;
 mod server;
+mod stream;
 
 pub use audit::AuditError;
 pub use server::{Gateway, GatewayConfig, GatewayError, Machine, Running};

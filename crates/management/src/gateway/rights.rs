@@ -22,7 +22,7 @@ impl Asked<'_> {
     pub(super) fn needs(&self) -> Role {
         match self {
             Self::Path(method, path) => match (*method, *path) {
-                (&Method::GET | &Method::HEAD, _) => Role::Viewer,
+                (&Method::GET | &Method::HEAD | &Method::OPTIONS, _) => Role::Viewer,
                 (&Method::PUT, ["vm", _]) => Role::Operator,
                 (&Method::PATCH, ["vm", "disks" | "limit-groups", _]) => Role::Operator,
                 // Devices are made of files and interfaces of the host.

@@ -19,7 +19,9 @@ use api::virtual_disk::TransferRequest;
 use api::{MachineEntry, Problem, ProblemKind, VmStatus};
 use http_body_util::{BodyExt, Either, Limited};
 use hyper::body::Incoming;
-use hyper::header::{AUTHORIZATION, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE};
+use hyper::header::{
+    AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE,
+};
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, oneshot};
@@ -33,7 +35,7 @@ use super::attempts::Attempts;
 use super::audit::{Audit, AuditError, Line};
 use super::forward::{AnswerBody, Outgoing, forward};
 use super::rights::Asked;
-use crate::{life, routes};
+use crate::{life, routes, sse};
 
 /// Connections that are served at a time.
 pub(super) const MAX_CONNECTIONS: usize = 256;
@@ -379,7 +381,7 @@ impl Drop for Open {
 
 impl Shared {
     async fn answer(
-        &self,
+        self: &Arc<Self>,
         from: SocketAddr,
         certificate: Option<Fingerprint>,
         request: Request<Incoming>,
@@ -491,7 +493,7 @@ impl Shared {
     }
 
     async fn act(
-        &self,
+        self: &Arc<Self>,
         principal: &Principal,
         number: u64,
         line: &mut Line<'_>,
@@ -499,6 +501,7 @@ impl Shared {
     ) -> Result<Response<AnswerBody>, Problem> {
         let method = request.method().clone();
         let uri = request.uri().clone();
+        let headers = request.headers().clone();
         let parts: Vec<&str> = uri.path().trim_start_matches('/').split('/').collect();
         let (name, rest) = match parts.as_slice() {
             ["v1", "vms"] if method == Method::GET => return Ok(own(self.list(principal).await)),
@@ -564,10 +567,12 @@ impl Shared {
             socket: &machine.socket,
             method: method.clone(),
             path: &path,
+            headers: &headers,
             body,
             upgrade,
         })
-        .await;
+        .await
+        .map(|answer| self.watch(principal, answer));
         if let Some(open) = &mut open {
             open.status = Some(match &answered {
                 Ok(answer) => answer.status().as_u16(),
@@ -575,6 +580,24 @@ impl Shared {
             });
         }
         answered
+    }
+
+    /// An answer that may last for ever lasts only as long as who asked is known as it was.
+    fn watch(self: &Arc<Self>, principal: &Principal, answer: Response<AnswerBody>) -> Response<AnswerBody> {
+        let kind = answer.headers().get(CONTENT_TYPE);
+        if kind.is_none_or(|kind| kind.as_bytes() != sse::MEDIA_TYPE.as_bytes()) {
+            return answer;
+        }
+        let (shared, principal) = (Arc::clone(self), principal.clone());
+        let may_go_on = move || {
+            let mut access = lock(&shared.access);
+            let known = access.refresh().is_ok_and(|known| known.all.contains(&principal));
+            known && !principal.has_expired()
+        };
+        answer.map(|body| match body {
+            Either::Right(body) => Either::Right(body.while_(may_go_on)),
+            own @ Either::Left(_) => own,
+        })
     }
 
     /// The machines that a principal may know.
@@ -606,6 +629,7 @@ async fn status_of(machine: &Machine) -> Result<VmStatus, Problem> {
         socket: &machine.socket,
         method: Method::GET,
         path: "/v1/vm",
+        headers: &HeaderMap::new(),
         body: hyper::body::Bytes::new(),
         upgrade: None,
     })
