@@ -83,6 +83,11 @@ impl Principal {
         self.machines.is_empty() || self.machines.iter().any(|known| known == machine)
     }
 
+    /// Whether it may have to do with all of a host.
+    pub fn knows_all(&self) -> bool {
+        self.machines.is_empty()
+    }
+
     /// Whether its time is over.
     pub fn has_expired(&self) -> bool {
         self.expires.is_some_and(|end| end <= now())

@@ -33,7 +33,7 @@ const MAX_ANSWER: usize = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens on the socket.
-    #[error("cannot reach anybody at {}; is the machine or the manager running, with this socket under [management]?", path.display())]
+    #[error("nobody answers at {}; is it running, with this socket under [management]?", path.display())]
     Connect {
         /// The socket.
         path: PathBuf,

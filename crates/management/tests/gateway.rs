@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod fake;
+#[path = "fake/host.rs"]
+mod fake_host;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -11,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use access::{ClientTls, Fingerprint, Principal, Principals, Role, TlsFiles, Token};
 use api::virtual_disk::{CopyRequest, DiskOperation, TransferRequest};
-use api::{ProblemKind, StorageRequest, Vm};
+use api::{Host, ProblemKind, StorageRequest, Vm, VmName};
 use fake::FakeVm;
+use fake_host::FakeHost;
 use management::{
     Client, ClientError, Gateway, GatewayConfig, Machine, Remote, Running, Scope, Server, ServerHandle,
 };
@@ -59,7 +62,8 @@ struct Setup {
     authority: Authority,
     principals: Principals,
     _gateway: Running,
-    _server: ServerHandle,
+    host: Arc<FakeHost>,
+    _servers: [ServerHandle; 2],
 }
 
 impl Setup {
@@ -90,9 +94,18 @@ impl Setup {
         token: Option<String>,
         certificate: Option<(PathBuf, PathBuf)>,
     ) -> Client {
+        self.client_for(Scope::Machine(machine.to_owned()), token, certificate)
+    }
+
+    fn client_for(
+        &self,
+        scope: Scope,
+        token: Option<String>,
+        certificate: Option<(PathBuf, PathBuf)>,
+    ) -> Client {
         let remote = Remote {
             address: format!("localhost:{}", self.address.port()),
-            scope: Scope::Machine(machine.to_owned()),
+            scope,
             tls: ClientTls {
                 authorities: self.path("ca.pem"),
                 certificate,
@@ -125,6 +138,12 @@ fn setup() -> Setup {
         .unwrap()
         .start(Arc::clone(&vm) as Arc<dyn Vm>, || Ok(()))
         .unwrap();
+    let host = FakeHost::new(socket);
+    let manager = folder.path().join("manager.sock");
+    let managing = Server::bind(&manager)
+        .unwrap()
+        .start_host(Arc::clone(&host) as Arc<dyn Host>)
+        .unwrap();
     let principals = Principals::default();
     principals.save(&folder.path().join("access.toml")).unwrap();
     let machine = |name: &str| Machine {
@@ -141,6 +160,7 @@ fn setup() -> Setup {
         access: folder.path().join("access.toml"),
         audit: folder.path().join("audit.log"),
         machines: vec![machine("web1"), machine("off")],
+        manager: Some(manager),
         handshake: Duration::from_secs(5),
     })
     .unwrap();
@@ -151,7 +171,8 @@ fn setup() -> Setup {
         authority,
         principals,
         _gateway: gateway.start().unwrap(),
-        _server: server,
+        host,
+        _servers: [server, managing],
         folder,
     }
 }
@@ -486,4 +507,47 @@ fn events_are_followed_over_it_as_long_as_one_may_see_them() {
     let rest = until(&mut stream, "\0");
     assert!(!rest.contains("power-button"), "{rest}");
     assert!(rest.ends_with("0\r\n\r\n"), "{rest}");
+}
+
+#[test]
+fn a_manager_behind_the_gateway_is_for_those_who_may_know_the_whole_host() {
+    let mut setup = setup();
+    let all = |setup: &Setup, token: &str| setup.client_for(Scope::All, Some(token.to_owned()), None);
+    let db: VmName = "db1".parse().unwrap();
+    let viewer = setup.add("viewer", Role::Viewer, &[]);
+    let operator = setup.add("operator", Role::Operator, &[]);
+    let administrator = setup.add("root", Role::Administrator, &[]);
+    let restricted = setup.add("db", Role::Administrator, &["db1"]);
+
+    assert_eq!(all(&setup, &viewer).host().unwrap().name, "host1");
+    let refused = problem_of(all(&setup, &viewer).act_on_machine(&db, "start"));
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
+    setup.host.calls.lock().unwrap().clear();
+    all(&setup, &operator).act_on_machine(&db, "start").unwrap();
+    let refused = problem_of(all(&setup, &operator).delete_machine(&db));
+    assert_eq!(refused.kind, ProblemKind::Forbidden);
+    all(&setup, &administrator).delete_machine(&db).unwrap();
+    assert_eq!(*setup.host.calls.lock().unwrap(), ["start db1", "delete db1"]);
+
+    // Somebody for one machine has that, and not the host's pools, not even through it.
+    let own = setup.client_of("db1", Some(restricted.clone()), None);
+    assert_eq!(own.status().unwrap().name.as_str(), "fake");
+    all(&setup, &restricted).act_on_machine(&db, "stop").unwrap();
+    assert_eq!(
+        problem_of(all(&setup, &restricted).host()).kind,
+        ProblemKind::NotFound
+    );
+    let pool = problem_of(own.storage(&StorageRequest::Status));
+    assert_eq!(pool.kind, ProblemKind::Forbidden, "{pool}");
+    let pool = problem_of(all(&setup, &restricted).storage(&StorageRequest::Status));
+    assert_eq!(pool.kind, ProblemKind::NotFound, "{pool}");
+    let other: VmName = "web1".parse().unwrap();
+    let hidden = problem_of(all(&setup, &restricted).act_on_machine(&other, "start"));
+    assert_eq!(hidden.kind, ProblemKind::NotFound);
+    // A viewer may look at a pool by its name, and no more.
+    let tank = setup.client_for(Scope::Pool("tank".into()), Some(viewer), None);
+    let looked = problem_of(tank.storage(&StorageRequest::Status));
+    assert_eq!(looked.detail, "the pool is not for this", "it was passed on");
+    let settle = StorageRequest::Begin(api::storage::Operation::Settle);
+    assert_eq!(problem_of(tank.storage(&settle)).kind, ProblemKind::Forbidden);
 }

@@ -13,7 +13,7 @@ use vmm::config::VmConfig;
 use crate::cli::GatewayArguments;
 use crate::exit::{Exit, UsageError};
 use crate::signals::Signals;
-use crate::{logs, toml_file};
+use crate::{logs, serve, toml_file};
 
 /// Longest time of a TLS handshake: of slow machines, too.
 const HANDSHAKE: Duration = Duration::from_secs(30);
@@ -28,7 +28,10 @@ struct File {
     client_ca: Option<PathBuf>,
     access: PathBuf,
     audit: PathBuf,
+    #[serde(default)]
     machines: Vec<PathBuf>,
+    /// The host.toml of the host's manager.
+    manager: Option<PathBuf>,
 }
 
 /// The machine that a vm.toml describes.
@@ -66,6 +69,14 @@ pub(crate) fn execute(arguments: &GatewayArguments) -> anyhow::Result<Exit> {
             )));
         }
     }
+    let manager = file.manager.map(|path| folder.join(path));
+    let manager = manager.map(|path| serve::config(&path)).transpose()?;
+    if machines.is_empty() && manager.is_none() {
+        let text = format!("{}: name machines, or manager = \"host.toml\"", path.display());
+        return Err(UsageError::new(text).into());
+    }
+    let managed = manager.as_ref().map(|config| config.name());
+    let manager = manager.map(|config| config.management.socket);
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     let gateway = Gateway::bind(GatewayConfig {
@@ -78,6 +89,7 @@ pub(crate) fn execute(arguments: &GatewayArguments) -> anyhow::Result<Exit> {
         access: folder.join(file.access),
         audit: folder.join(file.audit),
         machines,
+        manager,
         handshake: HANDSHAKE,
     })?;
     let address = gateway.address().context("cannot find out the port")?;
@@ -85,6 +97,7 @@ pub(crate) fn execute(arguments: &GatewayArguments) -> anyhow::Result<Exit> {
         .machines
         .iter()
         .map(|path| path.display().to_string())
+        .chain(managed)
         .collect();
     let running = gateway.start()?;
     logs::say(&format!(

@@ -25,6 +25,8 @@ impl Asked<'_> {
                 (&Method::GET | &Method::HEAD | &Method::OPTIONS, _) => Role::Viewer,
                 (&Method::PUT, ["vm", _]) => Role::Operator,
                 (&Method::PATCH, ["vm", "disks" | "limit-groups", _]) => Role::Operator,
+                (&Method::PUT, ["vms", _, "start" | "shutdown" | "stop"]) => Role::Operator,
+                (&Method::PATCH, ["attachments", _, _]) => Role::Operator,
                 // Devices are made of files and interfaces of the host.
                 _ => Role::Administrator,
             },
@@ -70,6 +72,9 @@ mod tests {
         assert_eq!(path(Method::PUT, &["vm", "stop"]), Role::Operator);
         assert_eq!(path(Method::PATCH, &["vm", "disks", "d"]), Role::Operator);
         assert_eq!(path(Method::POST, &["vm", "disks"]), Role::Administrator);
+        assert_eq!(path(Method::PUT, &["vms", "web1", "start"]), Role::Operator);
+        assert_eq!(path(Method::PUT, &["vms", "web1"]), Role::Administrator);
+        assert_eq!(path(Method::DELETE, &["vms", "web1"]), Role::Administrator);
         assert_eq!(path(Method::DELETE, &["vm", "nets", "n"]), Role::Administrator);
         assert_eq!(path(Method::POST, &["something", "new"]), Role::Administrator);
         let storage = |request| Asked::Storage(&request).needs();

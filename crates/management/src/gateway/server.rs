@@ -5,7 +5,7 @@ use std::fs::Metadata;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -16,13 +16,14 @@ use access::{
     TokenHash, Unknown, Versions,
 };
 use api::virtual_disk::TransferRequest;
-use api::{MachineEntry, Problem, ProblemKind, VmStatus};
+use api::{MachineEntry, MachineState, MachineStatus, Problem, ProblemKind, VmState, VmStatus};
 use http_body_util::{BodyExt, Either, Limited};
 use hyper::body::Incoming;
 use hyper::header::{
     AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE,
 };
 use hyper::{Method, Request, Response, StatusCode};
+use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
@@ -68,8 +69,10 @@ pub struct GatewayConfig {
     pub access: PathBuf,
     /// The audit log.
     pub audit: PathBuf,
-    /// The machines.
+    /// The machines, each with its own socket.
     pub machines: Vec<Machine>,
+    /// The socket of the host's manager, which knows further machines, and has the pools.
+    pub manager: Option<PathBuf>,
     /// Longest time of a TLS handshake.
     pub handshake: Duration,
 }
@@ -143,6 +146,7 @@ impl Access {
 /// What all requests share.
 struct Shared {
     machines: Vec<Machine>,
+    manager: Option<PathBuf>,
     access: Mutex<Access>,
     audit: Arc<Mutex<Audit>>,
     attempts: Mutex<Attempts>,
@@ -179,6 +183,7 @@ impl Gateway {
             access,
             audit,
             machines,
+            manager,
             handshake,
         } = config;
         let tls = tls.load(Versions::Tls13, ClientCertificates::Accepted)?;
@@ -196,6 +201,7 @@ impl Gateway {
             handshake,
             shared: Arc::new(Shared {
                 machines,
+                manager,
                 access: Mutex::new(access),
                 audit: Arc::new(Mutex::new(audit)),
                 attempts: Mutex::default(),
@@ -503,20 +509,15 @@ impl Shared {
         let uri = request.uri().clone();
         let headers = request.headers().clone();
         let parts: Vec<&str> = uri.path().trim_start_matches('/').split('/').collect();
-        let (name, rest) = match parts.as_slice() {
-            ["v1", "vms"] if method == Method::GET => return Ok(own(self.list(principal).await)),
-            ["v1", "vms", name, rest @ ..] if !rest.is_empty() => (*name, rest),
-            _ => return Err(routes::no_such_path(uri.path())),
-        };
-        let machine = self
-            .machines
-            .iter()
-            .find(|machine| machine.name == name && principal.knows(name));
-        let machine = machine.ok_or_else(|| {
-            Problem::new(ProblemKind::NotFound, "there is no such machine")
-                .about(name)
-                .remedy("GET /v1/vms lists those that you may know")
-        })?;
+        if let (["v1", "vms"], &Method::GET) = (parts.as_slice(), &method) {
+            return Ok(own(self.list(principal).await?));
+        }
+        let Destination {
+            name,
+            socket,
+            path,
+            rest,
+        } = self.destination(principal, &parts)?;
         let upgrade = request
             .headers()
             .get(UPGRADE)
@@ -525,11 +526,11 @@ impl Shared {
         let body = routes::bytes(request.into_body()).await?;
         let storage;
         let asked = match (&method, rest) {
-            (&Method::POST, ["storage"]) => {
+            (&Method::POST, ["storage"] | ["pools", _, "storage"]) => {
                 storage = routes::parse(&body)?;
                 Asked::Storage(&storage)
             }
-            (&Method::POST, ["storage", "transfer"]) => {
+            (&Method::POST, ["storage", "transfer"] | ["pools", _, "storage", "transfer"]) => {
                 let _: TransferRequest = routes::parse(&body)?;
                 Asked::Transfer
             }
@@ -558,13 +559,13 @@ impl Shared {
                 status: None,
             });
         }
-        let mut path = format!("/v1/{}", rest.join("/"));
+        let mut path = path;
         if let Some(query) = uri.query() {
             path = format!("{path}?{query}");
         }
         let answered = forward(Outgoing {
             name,
-            socket: &machine.socket,
+            socket,
             method: method.clone(),
             path: &path,
             headers: &headers,
@@ -600,15 +601,106 @@ impl Shared {
         })
     }
 
+    /// Where a request goes, if the principal may know that there is such a place.
+    fn destination<'a>(
+        &'a self,
+        principal: &Principal,
+        parts: &'a [&'a str],
+    ) -> Result<Destination<'a>, Problem> {
+        let nowhere = || Err(routes::no_such_path(&format!("/{}", parts.join("/"))));
+        let path = format!("/{}", parts.join("/"));
+        let (name, rest) = match parts {
+            ["v1", "vms", name, rest @ ..] => (*name, rest),
+            // A host as a whole is for those who may know all of it. Disks are not served over the network.
+            ["v1", "attachments"] | ["v1", "vms"] => return nowhere(),
+            ["v1", rest @ ..] if !rest.is_empty() && principal.knows_all() => {
+                let Some(manager) = &self.manager else {
+                    return nowhere();
+                };
+                return Ok(Destination {
+                    name: "the manager",
+                    socket: manager,
+                    path,
+                    rest,
+                });
+            }
+            _ => return nowhere(),
+        };
+        let missing = || {
+            Problem::new(ProblemKind::NotFound, "there is no such machine")
+                .about(name)
+                .remedy("GET /v1/vms lists those that you may know")
+        };
+        if !principal.knows(name) {
+            return Err(missing());
+        }
+        let own = self.machines.iter().find(|machine| machine.name == name);
+        match (own, &self.manager) {
+            (Some(_), _) if rest.is_empty() => nowhere(),
+            (Some(machine), _) => Ok(Destination {
+                name,
+                socket: &machine.socket,
+                path: format!("/v1/{}", rest.join("/")),
+                rest,
+            }),
+            // The pool of a manager has the disks of others, too.
+            (None, Some(_)) if rest.first() == Some(&"storage") && !principal.knows_all() => {
+                let detail = format!("{} may not use the pools of the whole host", principal.name);
+                Err(Problem::new(ProblemKind::Forbidden, detail).about(name))
+            }
+            (None, Some(manager)) => Ok(Destination {
+                name,
+                socket: manager,
+                path,
+                // What is done to a machine as a whole, or is passed on to it.
+                rest: match rest {
+                    ["vm" | "storage" | "events", ..] => rest,
+                    _ => &parts[1..],
+                },
+            }),
+            (None, None) => Err(missing()),
+        }
+    }
+
     /// The machines that a principal may know.
-    async fn list(&self, principal: &Principal) -> routes::Answer {
+    async fn list(&self, principal: &Principal) -> Result<routes::Answer, Problem> {
+        let mut entries = self.own_machines(principal).await;
+        if let Some(manager) = &self.manager {
+            let managed: Vec<MachineStatus> = look(manager, "the manager", "/v1/vms").await?;
+            let known = managed
+                .into_iter()
+                .filter(|machine| principal.knows(machine.name.as_str()));
+            entries.extend(known.map(|machine| MachineEntry {
+                name: machine.name.to_string(),
+                state: match machine.state {
+                    MachineState::Starting => Some(VmState::Starting),
+                    MachineState::Running => Some(VmState::Running),
+                    MachineState::Stopping => Some(VmState::Stopping),
+                    MachineState::Stopped | MachineState::Waiting | MachineState::Failed => None,
+                },
+                problem: machine.pid.is_none().then(|| match machine.last_end {
+                    Some(end) => format!("{}: {end}", machine.state),
+                    None => machine.state.to_string(),
+                }),
+            }));
+        }
+        Ok(routes::json(StatusCode::OK, &entries))
+    }
+
+    /// Those of the machines with sockets of their own.
+    async fn own_machines(&self, principal: &Principal) -> Vec<MachineEntry> {
         let known = self
             .machines
             .iter()
             .filter(|machine| principal.knows(&machine.name));
         let mut entries = Vec::new();
         for machine in known {
-            let (status, problem) = match timeout(LOOK_TIMEOUT, status_of(machine)).await {
+            let (status, problem) = match timeout(
+                LOOK_TIMEOUT,
+                look::<VmStatus>(&machine.socket, &machine.name, "/v1/vm"),
+            )
+            .await
+            {
                 Ok(Ok(status)) => (Some(status), None),
                 Ok(Err(problem)) => (None, Some(problem.detail)),
                 Err(_) => (None, Some("it gives no answer".to_owned())),
@@ -619,16 +711,28 @@ impl Shared {
                 problem,
             });
         }
-        routes::json(StatusCode::OK, &entries)
+        entries
     }
 }
 
-async fn status_of(machine: &Machine) -> Result<VmStatus, Problem> {
+/// Where a request goes.
+struct Destination<'a> {
+    /// What that is called.
+    name: &'a str,
+    socket: &'a Path,
+    /// The path there.
+    path: String,
+    /// What rights are about.
+    rest: &'a [&'a str],
+}
+
+/// Has a look at something.
+async fn look<T: DeserializeOwned>(socket: &Path, name: &str, path: &str) -> Result<T, Problem> {
     let answer = forward(Outgoing {
-        name: &machine.name,
-        socket: &machine.socket,
+        name,
+        socket,
         method: Method::GET,
-        path: "/v1/vm",
+        path,
         headers: &HeaderMap::new(),
         body: hyper::body::Bytes::new(),
         upgrade: None,
