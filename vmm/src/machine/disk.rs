@@ -192,18 +192,22 @@ pub fn guest_disk<H: DiskHandle>(
     controls: Arc<DiskControls>,
     worker: WorkerHandle,
 ) -> Result<GuestDisk, VirtioBlkError> {
-    let options = VirtioBlkOptions {
-        serial: serial(config),
-        queues: u16::from(config.queues),
-        queue_size: config.queue_size.get(),
-        controls,
-    };
-    let device = VirtioBlk::new(disk, &options, vec![worker])?;
+    let device = VirtioBlk::new(disk, &blk_options(config, controls), vec![worker])?;
     let handle = device.handle();
     Ok(GuestDisk {
         device: Box::new(device),
         resized: Box::new(move || handle.size_changed()),
     })
+}
+
+/// What the virtio block device is like that `config` wants.
+pub fn blk_options(config: &DiskConfig, controls: Arc<DiskControls>) -> VirtioBlkOptions {
+    VirtioBlkOptions {
+        serial: serial(config),
+        queues: u16::from(config.queues),
+        queue_size: config.queue_size.get(),
+        controls,
+    }
 }
 
 /// Opens what the disk lies on and makes a virtual device of it.

@@ -37,8 +37,9 @@ use storage_virtualizer::virtio_scsi::VirtioScsiOptions;
 
 pub use control::Control;
 use devices::StartPasst;
-pub use disk::{GuestDisk, PoolDisk, PoolDisks, guest_disk, serial};
+pub use disk::{GuestDisk, PoolDisk, PoolDisks, blk_options, guest_disk, serial};
 pub use scsi::{AddPoolUnit, OnResize, PoolUnit, ScsiAdapter, ScsiUnitDisk, ScsiUnits, scsi_adapter};
+pub use settings::set_controls;
 pub use slots::SlotError;
 
 use crate::boot::{BootError, BootFiles, Kernel};

@@ -66,15 +66,19 @@ impl DiskSetting {
     }
 
     fn put(&self, config: DiskConfig) {
-        self.controls.set_limit(rates(&config.limits));
-        self.controls
-            .set_polling(Duration::from_micros(config.poll_us.unwrap_or(0).into()));
-        self.controls.set_error_policy(match config.on_error {
-            api::OnError::Report => ErrorPolicy::Report,
-            api::OnError::Stop => ErrorPolicy::Stop,
-        });
+        set_controls(&self.controls, &config);
         *locked(&self.config) = config;
     }
+}
+
+/// Has a disk served as `config` wants it, from now on.
+pub fn set_controls(controls: &DiskControls, config: &DiskConfig) {
+    controls.set_limit(rates(&config.limits));
+    controls.set_polling(Duration::from_micros(config.poll_us.unwrap_or(0).into()));
+    controls.set_error_policy(match config.on_error {
+        api::OnError::Report => ErrorPolicy::Report,
+        api::OnError::Stop => ErrorPolicy::Stop,
+    });
 }
 
 /// Limits that disks share.
