@@ -103,7 +103,7 @@ impl fmt::Display for VmName {
 string_type!(VmName, "a name in quotes");
 
 /// Whether `text` has 1 to `longest` of the characters that names may have.
-fn is_name(text: &str, longest: usize) -> bool {
+pub(crate) fn is_name(text: &str, longest: usize) -> bool {
     (1..=longest).contains(&text.len())
         && text
             .bytes()

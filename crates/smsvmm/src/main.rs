@@ -12,6 +12,7 @@ mod exit;
 mod gateway;
 mod host;
 mod logs;
+mod manager_disks;
 mod mover;
 mod output;
 mod pool;

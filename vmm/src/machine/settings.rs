@@ -160,6 +160,12 @@ impl DiskSettings {
         disks.entry(id).or_insert_with(|| Arc::downgrade(setting));
     }
 
+    /// Whether there is a disk of this name, and a pool has it.
+    pub(super) fn is_of_pool(&self, id: &DeviceId) -> bool {
+        let setting = locked(&self.disks).get(id).and_then(Weak::upgrade);
+        setting.is_some_and(|setting| setting.config().file.is_some())
+    }
+
     /// Changes a disk that is in use.
     pub(super) fn change(&self, id: &DeviceId, change: &DiskChange) -> Result<(), Problem> {
         let setting = locked(&self.disks).get(id).and_then(Weak::upgrade);
