@@ -111,6 +111,7 @@ pub struct VmBuilder<'a> {
     script: Option<String>,
     files: Archive,
     disks: Vec<Disk>,
+    manager: Option<PathBuf>,
     sections: String,
     arguments: Vec<String>,
     limit: Duration,
@@ -132,6 +133,7 @@ impl<'a> VmBuilder<'a> {
             script: None,
             files: Archive::default(),
             disks: Vec::new(),
+            manager: None,
             sections: String::new(),
             arguments: Vec::new(),
             limit: Duration::from_secs(120),
@@ -237,6 +239,13 @@ impl<'a> VmBuilder<'a> {
     #[must_use]
     pub fn disk(mut self, disk: Disk) -> Self {
         self.disks.push(disk);
+        self
+    }
+
+    /// The socket of the host's manager, which has the pools of its disks.
+    #[must_use]
+    pub fn manager(mut self, socket: impl Into<PathBuf>) -> Self {
+        self.manager = Some(socket.into());
         self
     }
 
@@ -351,6 +360,9 @@ impl<'a> VmBuilder<'a> {
             "[boot]\nkernel = {kernel:?}\ninitrd = {initrd:?}\ncmdline = {:?}",
             self.command_line
         )?;
+        if let Some(socket) = &self.manager {
+            text = format!("manager = {socket:?}\n{text}");
+        }
         for disk in &self.disks {
             writeln!(text, "[[disk]]\n{} = {:?}", disk.key, disk.image)?;
             if disk.read_only {

@@ -104,7 +104,7 @@ impl fmt::Display for VmName {
 string_type!(VmName, "a name in quotes", r"^[A-Za-z0-9._-]{1,64}$");
 
 /// Whether `text` has 1 to `longest` of the characters that names may have.
-fn is_name(text: &str, longest: usize) -> bool {
+pub(crate) fn is_name(text: &str, longest: usize) -> bool {
     (1..=longest).contains(&text.len())
         && text
             .bytes()

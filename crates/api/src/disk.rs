@@ -7,10 +7,11 @@ use std::str::FromStr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::device::is_name;
 use crate::virtual_disk::DiskMode;
 use crate::{
     AtPowerOff, ByteSize, DeviceId, DeviceState, DiskChange, DiskLimits, InvalidValue, OnError, ScsiAccess,
-    ScsiPath, string_type,
+    ScsiPath, VmName, string_type,
 };
 
 /// A disk to be given to the guest: a `[[disk]]` of vm.toml, the body of `POST /v1/vm/disks`.
@@ -26,6 +27,9 @@ pub struct DiskConfig {
     /// A disk of the pool: `/vm/root.dsk`, or a snapshot `/vm/root.dsk@monday`, which is read-only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
+    /// Of a disk that the host's manager serves: in which of its pools `file` is; may be left out if it has one only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
     /// The socket at which another process serves the disk (vhost-user-blk). Absolute once loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost_user: Option<PathBuf>,
@@ -94,6 +98,7 @@ impl DiskConfig {
             id: DeviceId::default(),
             image: Some(image.into()),
             file: None,
+            pool: None,
             vhost_user: None,
             mode: DiskMode::default(),
             at_power_off: None,
@@ -144,6 +149,21 @@ impl DiskConfig {
     /// The key that is wrong, and why.
     pub fn check(&self) -> Result<(), (&'static str, InvalidValue)> {
         self.check_scsi()?;
+        if self.pool.is_some() && self.file.is_none() {
+            let text = "says in which pool `file` is, and there is no `file`";
+            return Err(("pool", InvalidValue::new(text)));
+        }
+        if let Some(pool) = self
+            .pool
+            .as_deref()
+            .filter(|pool| !is_name(pool, VmName::MAX_LENGTH))
+        {
+            let text = format!(
+                "`{pool}` cannot be a pool of a manager; such a name has 1 to {} of A-Z a-z 0-9 . _ -",
+                VmName::MAX_LENGTH
+            );
+            return Err(("pool", InvalidValue::new(text)));
+        }
         if let Some(socket) = &self.vhost_user {
             self.check_served(socket)?;
             return self.check_queues();

@@ -1,18 +1,122 @@
 //! Disks of pools for the processes of machines.
+//!
+//! ```text
+//!   a machine's process ── POST /v1/attachments ──► attach(): the disk is opened, as its configuration wants it
+//!                       ◄── 101 ───────────────────  the connection is vhost-user now, and this service the back-end
+//!                       ── closes it, or dies ─────► what is in flight ends, the disk is closed, as at power-off
+//! ```
+//!
+//! A disk is in use as long as its connection lives, and nothing else says so: there is no record that could be wrong after a crash. The
+//! process at the other end keeps what matters for the next manager, the guest's rings and the record of what was in flight.
+//!
+//! A use goes through `Opening` (no connection yet), `Served` and `Ending`. It stays in the list until its disk is closed, so that whoever
+//! wants the disk next knows whether waiting is of any use.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use api::EventLog;
+use api::{
+    AttachRequest, Attachment, DeviceId, DiskBus, DiskChange, DiskConfig, EventKind, EventLog, InvalidValue,
+    OnError, Problem, ProblemKind, Transfer, VmName,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use storage_manager::{DiskGuard, HostedDisk, HostedPool, VirtualDisk};
+use storage_virtualizer::controls::DiskControls;
+use storage_virtualizer::{Counters, PinnedDisk};
+
+use storage_virtualizer::vhost_user::serve_blk;
+use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkHandle};
+use vmm::machine::{blk_options, set_controls};
+
+/// How long one who wants a disk waits for another one that lets it go.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it waits for a process that shows no sign of ending: one that was just killed may not know yet.
+const DOUBT: Duration = Duration::from_secs(2);
+/// Between two looks whether the other end of a connection is there.
+const LOOK: Duration = Duration::from_millis(50);
+
+type Blk = VirtioBlk<PinnedDisk<VirtualDisk>>;
+type Handle = VirtioBlkHandle<PinnedDisk<VirtualDisk>>;
+
+/// Who uses a disk: the machine, and the disk's name in it.
+type Key = (VmName, DeviceId);
 
 /// All disks that are in use.
-pub struct DiskService {
+#[derive(Clone)]
+pub struct DiskService(Arc<Shared>);
+
+struct Shared {
     events: Arc<EventLog>,
+    state: Mutex<State>,
+    /// A use has begun or ended.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    closing: bool,
+    uses: BTreeMap<Key, Use>,
+}
+
+/// A disk that is in use.
+struct Use {
+    pool: String,
+    config: DiskConfig,
+    controls: Arc<DiskControls>,
+    phase: Phase,
+}
+
+enum Phase {
+    /// The disk is being opened, or is open and waits for its connection.
+    Opening,
+    /// A front-end has it.
+    Served { socket: UnixStream, handle: Handle },
+    /// The front-end has gone, and the disk is being closed.
+    Ending,
+}
+
+impl Use {
+    /// Somebody is there who does not look like going away.
+    fn is_alive(&self) -> bool {
+        match &self.phase {
+            Phase::Served { socket, .. } => !has_hung_up(socket),
+            Phase::Opening | Phase::Ending => false,
+        }
+    }
+}
+
+/// The other end of a connection is closed.
+fn has_hung_up(socket: &UnixStream) -> bool {
+    let mut polled = [PollFd::new(socket, PollFlags::RDHUP)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    matches!(poll(&mut polled, Some(&now)), Ok(1..))
+}
+
+impl fmt::Debug for DiskService {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("DiskService")
+            .field("attachments", &self.list())
+            .finish_non_exhaustive()
+    }
 }
 
 impl DiskService {
     /// None yet; what happens is told to `events`.
     pub fn new(events: Arc<EventLog>) -> Self {
-        Self { events }
+        Self(Arc::new(Shared {
+            events,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }))
     }
 
     pub fn attach(
@@ -38,6 +142,354 @@ impl DiskService {
 
     /// What happens is told to these.
     pub fn events(&self) -> &EventLog {
-        &self.events
+        &self.0.events
+    }
+
+    /// Opens a disk of `pool`, whose name is `pool_name`, for a machine; what is returned serves it at the connection that it is given, on the
+    /// thread that calls it, and returns when the front-end has gone and the disk is closed. If it is never called, the disk is closed as well.
+    ///
+    /// Waits up to ten seconds for one who is about to let the disk go: the same machine's process before this one, for example.
+    ///
+    /// # Errors
+    /// There is no such disk, another machine uses it, or it cannot be used as is wanted.
+    pub fn attach(
+        &self,
+        pool_name: &str,
+        pool: &HostedPool,
+        request: AttachRequest,
+    ) -> Result<Transfer, Problem> {
+        let AttachRequest { vm, disk: config, .. } = request;
+        check(&config)?;
+        let controls = Arc::<DiskControls>::default();
+        set_controls(&controls, &config);
+        let place = self.0.take_place(
+            (vm, config.id.clone()),
+            Use {
+                pool: pool_name.to_owned(),
+                config: config.clone(),
+                controls: Arc::clone(&controls),
+                phase: Phase::Opening,
+            },
+        )?;
+        let disk = self.0.open(&place.key, pool_name, pool, &config)?;
+        let device = VirtioBlk::new(
+            disk.handle().clone(),
+            &blk_options(&config, controls),
+            vec![pool.worker().clone()],
+        )
+        .map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()).about(&config.id))?;
+        let handle = device.handle();
+        let told = handle.clone();
+        disk.on_resize(move || told.size_changed());
+        let open = OpenDisk {
+            device: Some(device),
+            guard: Some(disk.into_guard()),
+            place: Some(place),
+        };
+        Ok(Box::new(move |socket| open.serve(socket, handle)))
+    }
+
+    /// All disks that machines use, in the order of their names.
+    pub fn list(&self) -> Vec<Attachment> {
+        let state = self.0.state();
+        let served = state.uses.iter();
+        served
+            .filter(|(_, used)| matches!(used.phase, Phase::Served { .. }))
+            .map(|(key, used)| attachment(key, used))
+            .collect()
+    }
+
+    /// What was done on each disk since its machine has it.
+    pub fn counters(&self) -> Vec<(Attachment, Counters)> {
+        let state = self.0.state();
+        let counted = state.uses.iter().filter_map(|(key, used)| match &used.phase {
+            Phase::Served { handle, .. } => {
+                let counters = handle.counters().into_iter();
+                Some((
+                    attachment(key, used),
+                    counters.fold(Counters::default(), Counters::plus),
+                ))
+            }
+            Phase::Opening | Phase::Ending => None,
+        });
+        counted.collect()
+    }
+
+    /// Changes what can be changed of a disk while a guest uses it: limits, and polling.
+    ///
+    /// # Errors
+    /// The machine has no such disk, or the change is impossible.
+    pub fn change(&self, vm: &VmName, device: &DeviceId, change: &DiskChange) -> Result<Attachment, Problem> {
+        let key = (vm.clone(), device.clone());
+        let mut state = self.0.state();
+        let Some(used) = state.uses.get_mut(&key) else {
+            let text = format!("machine `{vm}` uses no disk of a pool as `{device}`");
+            return Err(Problem::new(ProblemKind::NotFound, text).about(device));
+        };
+        let changed = used.config.changed(change).map_err(invalid)?;
+        check_errors(&changed)?;
+        set_controls(&used.controls, &changed);
+        used.config = changed;
+        Ok(attachment(&key, used))
+    }
+
+    /// Refuses everybody from now on, ends what is in flight, closes all connections, and returns when no disk is in use. Machines wait: their
+    /// processes ask the next manager for the same disks.
+    pub fn close(&self) {
+        let mut state = self.0.state();
+        state.closing = true;
+        for used in state.uses.values() {
+            if let Phase::Served { socket, .. } = &used.phase {
+                // It may be closed already.
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+        }
+        self.0.changed.notify_all();
+        let in_use = |state: &mut State| !state.uses.is_empty();
+        drop(
+            self.0
+                .changed
+                .wait_while(state, in_use)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+    }
+}
+
+fn attachment((vm, device): &Key, used: &Use) -> Attachment {
+    Attachment {
+        vm: vm.clone(),
+        device: device.clone(),
+        pool: used.pool.clone(),
+        file: used.config.file.clone().unwrap_or_default(),
+        read_only: used.config.read_only,
+    }
+}
+
+fn invalid((key, error): (&'static str, InvalidValue)) -> Problem {
+    Problem::new(ProblemKind::Invalid, format!("{key} {error}")).about(key)
+}
+
+/// Whether this service can serve a disk as `config` wants it.
+fn check(config: &DiskConfig) -> Result<(), Problem> {
+    config.check().map_err(invalid)?;
+    let refused = |key, text: &str| Err(invalid((key, InvalidValue::new(text))));
+    if config.file.is_none() {
+        return refused("file", "is missing; it names a disk of the pool");
+    }
+    if config.id.is_unassigned() {
+        return refused("id", "is missing; it is the disk's name in the machine");
+    }
+    if config.bus == DiskBus::VirtioScsi {
+        return refused("bus", "must be virtio-blk for a disk that a manager serves");
+    }
+    if config.limit_group.is_some() {
+        return refused(
+            "limit-group",
+            "is for disks that the machine's process serves itself; give the disk limits of its own",
+        );
+    }
+    check_errors(config)
+}
+
+/// The machine cannot be stopped from here.
+fn check_errors(config: &DiskConfig) -> Result<(), Problem> {
+    if config.on_error == OnError::Report {
+        return Ok(());
+    }
+    let text =
+        "cannot be \"stop\" for a disk that a manager serves: it could not stop the machine's processors";
+    Err(invalid(("on-error", InvalidValue::new(text))))
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Each change is complete at every point where its holder could panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let waited = self.changed.wait_timeout(state, LOOK);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Enters a use into the list, when there is none of the same name any more.
+    fn take_place(self: &Arc<Self>, key: Key, new: Use) -> Result<Place, Problem> {
+        let mut wait = Wait::default();
+        let mut state = self.state();
+        loop {
+            if state.closing {
+                return Err(closing());
+            }
+            match state.uses.get(&key) {
+                None => break,
+                Some(old) => wait.is_worth_while(&key, old)?,
+            }
+            state = self.wait(state);
+        }
+        state.uses.insert(key.clone(), new);
+        Ok(Place {
+            shared: Arc::clone(self),
+            key,
+        })
+    }
+
+    /// Opens a disk, when nobody is about to let it go.
+    fn open(
+        &self,
+        key: &Key,
+        pool_name: &str,
+        pool: &HostedPool,
+        config: &DiskConfig,
+    ) -> Result<HostedDisk, Problem> {
+        let mut wait = Wait::default();
+        let mut alone = false;
+        loop {
+            let problem = match pool.configured_disk(config) {
+                Err(problem) if problem.kind == ProblemKind::Conflict => problem,
+                other => return other,
+            };
+            let state = self.state();
+            if state.closing {
+                return Err(closing());
+            }
+            let same = |(other, used): &(&Key, &Use)| {
+                *other != key && used.pool == pool_name && used.config.file == config.file
+            };
+            match state.uses.iter().find(same) {
+                Some((other, used)) => {
+                    alone = false;
+                    wait.is_worth_while(other, used)?;
+                    drop(self.wait(state));
+                }
+                // The one who had it may have gone just now.
+                None if !alone => alone = true,
+                None => return Err(problem),
+            }
+        }
+    }
+}
+
+fn closing() -> Problem {
+    Problem::new(ProblemKind::Stopping, "the manager is about to end")
+        .remedy("ask again when it was started again")
+}
+
+/// How long somebody has waited for a disk.
+struct Wait(Instant);
+
+impl Default for Wait {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Wait {
+    /// Whether to wait for `used` any longer.
+    fn is_worth_while(&mut self, (vm, device): &Key, used: &Use) -> Result<(), Problem> {
+        let alive = used.is_alive();
+        if self.0.elapsed() < if alive { DOUBT } else { PATIENCE } {
+            return Ok(());
+        }
+        let file = used.config.file.as_deref().unwrap_or_default();
+        let text = if alive {
+            format!("{file} is in use by machine `{vm}`, as its disk `{device}`")
+        } else {
+            format!(
+                "{file} is still being closed after machine `{vm}`, whose disk `{device}` it was, has let it go"
+            )
+        };
+        let problem = Problem::new(ProblemKind::Conflict, text).about(file);
+        Err(match alive {
+            true => problem.remedy("detach it there, or stop that machine"),
+            false => problem.remedy("try again later; `smsvmm pool status` says whether devices are slow"),
+        })
+    }
+}
+
+/// An entry of the list, which goes when this is dropped.
+struct Place {
+    shared: Arc<Shared>,
+    key: Key,
+}
+
+impl Place {
+    fn set_phase(&self, phase: Phase) {
+        if let Some(used) = self.shared.state().uses.get_mut(&self.key) {
+            used.phase = phase;
+        }
+    }
+
+    fn tell(&self, kind: impl FnOnce(VmName, DeviceId, String) -> EventKind) {
+        let file = self.shared.state().uses.get(&self.key).map(|used| {
+            let file = used.config.file.clone();
+            file.unwrap_or_default()
+        });
+        let (vm, device) = self.key.clone();
+        self.shared
+            .events
+            .record(kind(vm, device, file.unwrap_or_default()));
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.shared.state().uses.remove(&self.key);
+        self.shared.changed.notify_all();
+    }
+}
+
+/// A disk that is open for a machine.
+struct OpenDisk {
+    /// All that has handles on the disk goes before the guard.
+    device: Option<Blk>,
+    guard: Option<DiskGuard>,
+    place: Option<Place>,
+}
+
+impl OpenDisk {
+    fn serve(mut self, socket: UnixStream, handle: Handle) {
+        let (Some(device), Some(place)) = (self.device.take(), &self.place) else {
+            return;
+        };
+        let kept = match socket.try_clone() {
+            Ok(kept) => kept,
+            Err(error) => {
+                tracing::warn!(%error, "a machine cannot be given its disk");
+                return;
+            }
+        };
+        {
+            let mut state = place.shared.state();
+            if state.closing {
+                return;
+            }
+            if let Some(used) = state.uses.get_mut(&place.key) {
+                used.phase = Phase::Served { socket: kept, handle };
+            }
+        }
+        place.tell(|vm, id, file| EventKind::DiskAttached { vm, id, file });
+        serve_blk(socket, device);
+        place.set_phase(Phase::Ending);
+        if let Some(guard) = self.guard.take() {
+            guard.close();
+        }
+        place.tell(|vm, id, file| EventKind::DiskDetached { vm, id, file });
+    }
+}
+
+impl Drop for OpenDisk {
+    fn drop(&mut self) {
+        drop(self.device.take());
+        let (guard, place) = (self.guard.take(), self.place.take());
+        let Some(guard) = guard else { return };
+        // It was never served, or not to its end. Who drops it may not have the time to wait.
+        let end = move || {
+            guard.close();
+            drop(place);
+        };
+        if let Err(error) = thread::Builder::new().name("close-disk".into()).spawn(end) {
+            // What was to be run is dropped, which closes the disk a little later.
+            tracing::warn!(%error, "a disk is closed without being waited for");
+        }
     }
 }

@@ -13,6 +13,9 @@
 //!
 //! The manager keeps no record of disks in use: who uses one says so by a connection, and says so again to the next manager.
 
+// The way of a request from a virtqueue to a device is one future, of all layers: nothing on it is allocated.
+#![recursion_limit = "256"]
+
 mod config;
 mod disks;
 mod machines;

@@ -27,7 +27,7 @@ use crate::transfer::PROTOCOL;
 /// Longest time for an answer, beyond what the request itself waits.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// Largest answer in bytes.
-const MAX_ANSWER: usize = 16 << 20;
+pub(crate) const MAX_ANSWER: usize = 16 << 20;
 
 /// A request that got no good answer.
 #[derive(Debug, thiserror::Error)]

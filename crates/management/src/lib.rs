@@ -24,6 +24,7 @@
 //!
 //! The thread exists only where the configuration has `[management]`.
 
+pub mod blocking;
 mod client;
 mod gateway;
 mod host_routes;

@@ -371,6 +371,9 @@ pub(crate) struct DiskArguments {
     /// A disk of the machine's pool instead: /vm/data.dsk, or a snapshot, /vm/data.dsk@monday, with --read-only.
     #[arg(long, value_name = "PATH", conflicts_with = "buffered")]
     pub(crate) file: Option<String>,
+    /// The pool of the host's manager that has the disk of --file, if it has several.
+    #[arg(long, value_name = "NAME", requires = "file")]
+    pub(crate) pool: Option<String>,
     /// A disk that another process serves at this socket, instead of an image.
     #[arg(long, value_name = "SOCKET", conflicts_with_all = ["image", "file", "serial", "buffered", "poll_us"])]
     pub(crate) vhost_user: Option<PathBuf>,

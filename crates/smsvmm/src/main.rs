@@ -13,6 +13,7 @@ mod gateway;
 mod host;
 mod logs;
 mod machines;
+mod manager_disks;
 mod mover;
 mod output;
 mod pool;

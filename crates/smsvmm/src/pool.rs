@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use api::virtual_disk::TransferRequest;
-use api::{AtPowerOff, ByteSize, DiskConfig, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
+use api::{ByteSize, DiskConfig, Problem, StorageAnswer, StorageRequest, Transfer};
 use block_io::WorkerOptions;
-use storage_manager::{DevicePaths, DiskOptions, HostedDisk, HostedPool, PowerOff, VirtualDisk};
+use storage_manager::{DevicePaths, DiskOptions, HostedPool, VirtualDisk};
 use storage_virtualizer::controls::DiskControls;
 use storage_virtualizer::virtio_scsi::{AddUnitError, VirtioScsiError, VirtioScsiHandle, VirtioScsiOptions};
 use storage_virtualizer::{DiskHandle, Either, PinnedDisk};
@@ -76,27 +76,6 @@ impl VmPool {
     pub(crate) fn close(&self) -> anyhow::Result<()> {
         self.pool.close().context("cannot close the pool")
     }
-
-    /// Opens a disk as its configuration wants it.
-    fn open_disk(&self, config: &DiskConfig) -> Result<HostedDisk, Problem> {
-        let path = config.file.as_deref().unwrap_or_default();
-        let options = DiskOptions {
-            mode: storage_manager::disk_mode(config.mode),
-            power_off: match config.at_power_off.unwrap_or_default() {
-                AtPowerOff::Keep => PowerOff::Keep,
-                AtPowerOff::Commit => PowerOff::Commit,
-                AtPowerOff::Discard => PowerOff::Discard,
-            },
-            read_only: config.read_only,
-            ..DiskOptions::default()
-        };
-        let disk = self.pool.disk(path, options)?;
-        if disk.size() == 0 {
-            let text = format!("{path} is empty; `smsvmm disk resize` gives it a size");
-            return Err(Problem::new(ProblemKind::Conflict, text));
-        }
-        Ok(disk)
-    }
 }
 
 impl PoolDisks for VmPool {
@@ -105,7 +84,7 @@ impl PoolDisks for VmPool {
         config: &DiskConfig,
         controls: Arc<DiskControls>,
     ) -> Result<PoolDisk, Box<dyn Error + Send + Sync>> {
-        let disk = self.open_disk(config)?;
+        let disk = self.pool.configured_disk(config)?;
         let worker = self.pool.worker().clone();
         let GuestDisk { device, resized } =
             machine::guest_disk(config, disk.handle().clone(), controls, worker)?;
@@ -125,7 +104,7 @@ impl PoolDisks for VmPool {
     }
 
     fn open_unit(&self, config: &DiskConfig) -> Result<PoolUnit, Box<dyn Error + Send + Sync>> {
-        let disk = self.open_disk(config)?;
+        let disk = self.pool.configured_disk(config)?;
         let handle = disk.handle().clone();
         let geometry = handle.geometry();
         let adapter = Arc::clone(&self.adapter);

@@ -18,7 +18,7 @@ use vmm::config::{ConsoleSpec, DiskConfig, HugePages, NetBackend, NetConfig, VmC
 use vmm::host::{self, Finding, Report};
 
 use crate::exit::Exit;
-use crate::output;
+use crate::{manager_disks, output};
 
 /// What `--dry-run --json` prints.
 #[derive(Serialize)]
@@ -179,6 +179,10 @@ fn pool(
     impl Iterator<Item = Result<VirtualDiskStatus, Problem>>,
 ) {
     const TOPIC: &str = "pool";
+    if let Some(socket) = &config.manager {
+        let (finding, disks) = manager(socket, config);
+        return (Some(finding), disks.into_iter());
+    }
     let Some(pool) = &config.pool else {
         return (None, Vec::new().into_iter());
     };
@@ -200,6 +204,23 @@ fn pool(
             (Some(finding), Vec::new().into_iter())
         }
     }
+}
+
+/// Asks the manager how its disks are that the configuration names.
+fn manager(socket: &Path, config: &VmConfig) -> (Finding, Vec<Result<VirtualDiskStatus, Problem>>) {
+    const TOPIC: &str = "manager";
+    let path = socket.display();
+    if let Err(error) = UnixStream::connect(socket) {
+        let text = format!("nobody answers at {path}: {error}");
+        let finding = Finding::fail(TOPIC, text, "start `smsvmm serve`, or name its socket");
+        return (finding, Vec::new());
+    }
+    let disks = config.disks.iter();
+    let found = disks.filter_map(|disk| Some(manager_disks::look(socket, disk, disk.file.as_deref()?)));
+    (
+        Finding::ok(TOPIC, format!("it answers at {path}")),
+        found.collect(),
+    )
 }
 
 /// What was found of a disk of the pool; nothing if the pool cannot be opened.

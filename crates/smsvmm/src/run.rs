@@ -12,11 +12,12 @@ use management::Server;
 use storage_virtualizer::scsi::VendorCommands;
 use vmm::config::VmConfig;
 use vmm::host;
-use vmm::machine::{self, PoolDisks};
+use vmm::machine::{self, Pools};
 use vmm::sandbox::Kind;
 
 use crate::cli::RunArguments;
 use crate::exit::{Exit, UsageError};
+use crate::manager_disks::ManagedDisks;
 use crate::pool::VmPool;
 use crate::signals::Signals;
 use crate::{logs, preflight};
@@ -74,7 +75,11 @@ fn live(arguments: &RunArguments) -> anyhow::Result<(Exit, String)> {
         .clone()
         .map(|expanded| Arc::new(expanded) as Arc<dyn VendorCommands>);
     let pool = VmPool::open(&config, &sandbox)?;
-    let disks = pool.clone().map(|pool| pool as Arc<dyn PoolDisks>);
+    let disks = match &pool {
+        Some(pool) => Pools::Own(pool.clone()),
+        None if config.manager.is_some() => Pools::Manager(Arc::new(ManagedDisks::new(&config))),
+        None => Pools::None,
+    };
     let machine = match machine::Vm::open(config, sandbox.clone(), disks, vendor) {
         Ok(machine) => machine,
         Err(error) => {

@@ -362,6 +362,7 @@ fn attach_disk(client: &Client, arguments: DiskArguments, json: bool) -> anyhow:
     let disk = DiskConfig {
         image,
         file: arguments.file,
+        pool: arguments.pool,
         vhost_user,
         id: arguments.id.unwrap_or_default(),
         bus: arguments.bus,

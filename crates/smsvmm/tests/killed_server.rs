@@ -74,6 +74,7 @@ fn what_a_front_end_was_told_is_written_survives_the_kill_of_the_server() {
             block_size: 4096,
             inflight: true,
             patience: Duration::from_secs(60),
+            greeting: None,
         },
         pattern: Pattern::Mixed,
         depth: 16,

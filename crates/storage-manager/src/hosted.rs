@@ -20,6 +20,7 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use api::storage::{Operation, Outcome, PoolEvent};
@@ -524,24 +525,43 @@ pub struct DiskGuard {
     worker: WorkerHandle,
 }
 
+impl DiskGuard {
+    /// As dropping it, but returns when the disk is closed, or could not be, and others can use it. Not to be called from the pool's worker,
+    /// nor while the caller has handles on the disk.
+    pub fn close(self) {
+        let number = self.number;
+        let (told, closed) = mpsc::channel();
+        self.worker.spawn(move || async move {
+            close_disk(number).await;
+            // Somebody waits for it below.
+            let _ = told.send(());
+        });
+        // A worker that has ended has closed everything.
+        let _ = closed.recv();
+    }
+}
+
 impl Drop for DiskGuard {
     fn drop(&mut self) {
         let number = self.number;
-        self.worker.spawn(move || async move {
-            let Ok(open) = open_pool() else { return };
-            let hosted = open.disks.borrow_mut().remove(&number);
-            if let Some(Hosted { disk, resized }) = hosted {
-                // It has a handle on the disk.
-                drop(resized.take());
-                open.closing.set(open.closing.get() + 1);
-                let path = disk.path().to_string();
-                if let Err(problem) = power_off(&open.storage, disk).await {
-                    tracing::error!(disk = path, %problem, "a disk could not be closed");
-                    open.problems.borrow_mut().push(problem);
-                }
-                open.closing.set(open.closing.get() - 1);
-            }
-        });
+        self.worker.spawn(move || close_disk(number));
+    }
+}
+
+/// Closes a disk, unless that was done.
+async fn close_disk(number: u64) {
+    let Ok(open) = open_pool() else { return };
+    let hosted = open.disks.borrow_mut().remove(&number);
+    if let Some(Hosted { disk, resized }) = hosted {
+        // It has a handle on the disk.
+        drop(resized.take());
+        open.closing.set(open.closing.get() + 1);
+        let path = disk.path().to_string();
+        if let Err(problem) = power_off(&open.storage, disk).await {
+            tracing::error!(disk = path, %problem, "a disk could not be closed");
+            open.problems.borrow_mut().push(problem);
+        }
+        open.closing.set(open.closing.get() - 1);
     }
 }
 

@@ -13,6 +13,7 @@
 //! A pool lives on one worker of block-io, so everything here that touches one is a task of that worker.
 
 mod check;
+mod configured;
 mod conversation;
 mod device;
 mod disks;

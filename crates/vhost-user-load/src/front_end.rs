@@ -1,9 +1,10 @@
 //! The connection to the server: what QEMU's vhost-user-blk device says, in the same order.
 
+use std::fmt;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,21 @@ pub struct Options {
     pub inflight: bool,
     /// How long to wait for a server that is not there.
     pub patience: Duration,
+    /// What is said on a new connection before it speaks vhost-user.
+    pub greeting: Option<Greeting>,
+}
+
+/// What is said on a new connection before it speaks vhost-user, for servers that are asked for a disk. An error means: not now.
+#[derive(Clone)]
+pub struct Greeting(pub Arc<Greet>);
+
+/// What a [`Greeting`] does.
+pub type Greet = dyn Fn(&UnixStream) -> Result<()> + Send + Sync;
+
+impl fmt::Debug for Greeting {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Greeting")
+    }
 }
 
 /// The guest's memory and virtqueues, and the server that uses them.
@@ -86,7 +102,7 @@ impl FrontEnd {
             .map(|_| Ok((EventFd::new(0)?, EventFd::new(0)?)))
             .collect::<Result<Vec<_>>>()?;
         let mut front_end = Self {
-            client: Client::new(dial(&options.socket, options.patience)?),
+            client: Client::new(dial(options, options.patience)?),
             options: options.clone(),
             memory,
             size: size as u64,
@@ -151,14 +167,11 @@ impl FrontEnd {
     pub fn reconnect(&mut self) -> Result<()> {
         let end = Instant::now() + self.options.patience;
         loop {
-            let again = dial(
-                &self.options.socket,
-                end.saturating_duration_since(Instant::now()),
-            )
-            .and_then(|socket| {
-                self.client = Client::new(socket);
-                self.set_up()
-            });
+            let again =
+                dial(&self.options, end.saturating_duration_since(Instant::now())).and_then(|socket| {
+                    self.client = Client::new(socket);
+                    self.set_up()
+                });
             match again {
                 Ok(()) => return Ok(()),
                 // It may have been the old one's last breath.
@@ -290,19 +303,25 @@ pub(crate) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
-fn dial(path: &Path, patience: Duration) -> Result<UnixStream> {
+fn dial(options: &Options, patience: Duration) -> Result<UnixStream> {
     let end = Instant::now() + patience;
     loop {
-        match UnixStream::connect(path) {
-            Ok(socket) => {
-                // A server that does not answer is a failure, not a reason to wait for ever.
-                socket.set_read_timeout(Some(Duration::from_secs(20)))?;
-                return Ok(socket);
-            }
+        match call(options) {
+            Ok(socket) => return Ok(socket),
             Err(error) if Instant::now() >= end => {
-                return Err(error).with_context(|| format!("no server at {}", path.display()));
+                return Err(error).with_context(|| format!("no server at {}", options.socket.display()));
             }
             Err(_) => std::thread::sleep(Duration::from_millis(5)),
         }
     }
+}
+
+fn call(options: &Options) -> Result<UnixStream> {
+    let socket = UnixStream::connect(&options.socket)?;
+    // A server that does not answer is a failure, not a reason to wait for ever.
+    socket.set_read_timeout(Some(Duration::from_secs(20)))?;
+    if let Some(Greeting(greet)) = &options.greeting {
+        greet(&socket)?;
+    }
+    Ok(socket)
 }

@@ -78,6 +78,7 @@ fn main() -> ExitCode {
             block_size: arguments.block_size,
             inflight: true,
             patience,
+            greeting: None,
         },
         pattern: arguments.pattern,
         depth: arguments.depth,

@@ -224,21 +224,14 @@ impl<E: Export> Shared<E> {
         let number = state.next;
         state.next += 1;
         let kept = socket.try_clone()?;
-        let mut session = Session::new(socket, device, Arc::clone(&channel));
+        let session = Session::new(socket, device, Arc::clone(&channel));
         let shared = Arc::clone(self);
         // The lock is held until the front-end is in the list from which its thread takes it.
         let thread = std::thread::Builder::new()
             .name("vhost-user-ctl".to_owned())
             .spawn(move || {
                 let leave = Leave { shared, number };
-                match session.run() {
-                    Ok(()) => tracing::info!("a vhost-user front-end has gone"),
-                    Err(error) => {
-                        let cause = std::error::Error::source(&error).map(ToString::to_string);
-                        tracing::warn!(%error, cause, "a vhost-user front-end was disconnected");
-                    }
-                }
-                drop(session);
+                session.serve();
                 drop(leave);
             })?;
         state.front_ends.push(FrontEnd {
@@ -266,8 +259,6 @@ impl<E: Export> Drop for Leave<E> {
             let gone = state.front_ends.swap_remove(place);
             let past = state.past;
             state.past = E::counters(&gone.handle).into_iter().fold(past, Counters::plus);
-            // The front-end learns that it is alone only when nothing of its memory is used any more.
-            let _ = gone.socket.shutdown(Shutdown::Both);
         }
         drop(state);
         self.shared.changed.notify_all();

@@ -13,6 +13,7 @@
 //! * `message`, `socket`: the protocol, for both sides; `client` the conversation as a front-end has it.
 //! * `front_end`: the other side, for our own VM process: a disk that somebody else serves.
 //! * `listener`: a socket and its front-ends; `blk` and `scsi` say what they are shown.
+//! * `connection`: a front-end whose connection somebody else has accepted, as the manager of a host does.
 //! * `session`: one front-end; `rings` its queues, `memory` its memory, `sigbus` what protects from a memory that shrinks.
 //!
 //! # Hazards
@@ -24,6 +25,7 @@
 
 mod blk;
 pub mod client;
+mod connection;
 mod device;
 pub mod front_end;
 mod listener;
@@ -39,6 +41,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub use blk::{VhostUserOptions, VhostUserServer};
+pub use connection::serve_blk;
 pub use scsi::VhostUserScsiServer;
 
 use crate::virtio_blk::VirtioBlkError;

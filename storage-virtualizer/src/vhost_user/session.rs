@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -158,8 +159,20 @@ impl<D: ServedDevice> Session<D> {
         }
     }
 
+    /// Serves the front-end to its end, and says how that came. Afterwards nothing of its memory is used any more, and its connection is
+    /// closed.
+    pub(super) fn serve(mut self) {
+        match self.run() {
+            Ok(()) => tracing::info!("a vhost-user front-end has gone"),
+            Err(error) => {
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                tracing::warn!(%error, cause, "a vhost-user front-end was disconnected");
+            }
+        }
+    }
+
     /// Serves the front-end until it has gone, the socket is shut down, or it says what cannot be obeyed.
-    pub(super) fn run(&mut self) -> Result<(), SessionError> {
+    fn run(&mut self) -> Result<(), SessionError> {
         loop {
             let received = match receive(&self.socket) {
                 Ok(received) => received,
@@ -471,6 +484,8 @@ impl<D: ServedDevice> Drop for Session<D> {
         // Before memory goes.
         self.rings.stop_all(self.rings.waiting());
         self.device.disconnect();
+        // The front-end learns that it is alone only now. Others may have the socket as well, to end it.
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 

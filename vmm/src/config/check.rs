@@ -5,7 +5,9 @@ use std::fmt::Display;
 use std::hash::Hash;
 use std::path::{Component, Path, PathBuf};
 
-use super::{ConsoleSpec, DiskConfig, DiskSource, VmConfig};
+use api::OnError;
+
+use super::{ConsoleSpec, DiskBus, DiskConfig, DiskSource, VmConfig};
 
 /// A rule that is broken: at which key, and what would be accepted.
 #[derive(Debug, PartialEq, Eq)]
@@ -37,16 +39,23 @@ pub(super) fn check(config: &VmConfig) -> Result<(), Violation> {
     }
     for (number, disk) in config.disks.iter().enumerate() {
         within(&format!("disk.{number}"), disk.check())?;
-        if config.pool.is_none() && disk.file.is_some() {
+        if config.pool.is_none() && config.manager.is_none() && disk.file.is_some() {
             return violation(
                 format!("disk.{number}.file"),
-                "names a disk of a pool, and there is no [pool] with its devices",
+                "names a disk of a pool, and there is no [pool] with its devices, nor a `manager` that has pools",
+            );
+        }
+        if config.manager.is_none() && disk.pool.is_some() {
+            return violation(
+                format!("disk.{number}.pool"),
+                "names a pool of a manager, and there is no `manager`; the disks of [pool] have no such key",
             );
         }
     }
     for (name, limits) in &config.limit_groups {
         within(&format!("limit-groups.{name}"), limits.check())?;
     }
+    check_manager(config)?;
     check_limit_groups(config)?;
     for (number, net) in config.nets.iter().enumerate() {
         within(&format!("net.{number}"), net.check())?;
@@ -56,6 +65,42 @@ pub(super) fn check(config: &VmConfig) -> Result<(), Violation> {
     check_images(config)?;
     check_paths(config)?;
     check_power(config)
+}
+
+/// A manager is somewhere, and its disks want nothing that only this process could keep.
+fn check_manager(config: &VmConfig) -> Result<(), Violation> {
+    let Some(manager) = &config.manager else {
+        return Ok(());
+    };
+    if config.pool.is_some() {
+        let text = "cannot stand beside [pool]: either the manager has the pool open, or this process";
+        return violation("manager", text);
+    }
+    if manager.as_os_str().is_empty() {
+        return violation("manager", "is empty; name the socket of `smsvmm serve`");
+    }
+    check_socket(manager, "manager")?;
+    for (number, disk) in config.disks.iter().enumerate() {
+        let problem = if disk.file.is_none() {
+            continue;
+        } else if disk.bus == DiskBus::VirtioScsi {
+            ("bus", "must be virtio-blk for a disk that the manager serves")
+        } else if disk.on_error != OnError::Report {
+            (
+                "on-error",
+                "cannot be \"stop\" for a disk that the manager serves: it could not stop the machine's processors",
+            )
+        } else if disk.limit_group.is_some() {
+            (
+                "limit-group",
+                "is for disks that this process serves, and this one is served by the manager; give it limits of its own",
+            )
+        } else {
+            continue;
+        };
+        return violation(format!("disk.{number}.{}", problem.0), problem.1);
+    }
+    Ok(())
 }
 
 /// Disks may only share limits that there are.
@@ -176,7 +221,11 @@ fn check_images(config: &VmConfig) -> Result<(), Violation> {
     for (number, disk) in config.disks.iter().enumerate() {
         let (key, what, path) = match disk.source() {
             Some(DiskSource::Image(path)) => ("image", "image", normalize(path)),
-            Some(DiskSource::File(path)) => ("file", "disk of the pool", PathBuf::from(path)),
+            // A pool's name has no slash.
+            Some(DiskSource::File(path)) => {
+                let pool = disk.pool.as_deref().unwrap_or_default();
+                ("file", "disk of the pool", PathBuf::from(format!("{pool}{path}")))
+            }
             Some(DiskSource::VhostUser(path)) => ("vhost-user", "socket", normalize(path)),
             None => continue,
         };

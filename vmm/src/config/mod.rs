@@ -53,6 +53,9 @@ pub struct VmConfig {
     /// Give the guest a virtio entropy source.
     #[serde(default = "yes")]
     pub rng: bool,
+    /// The management socket of the host's manager, which serves the disks of its pools. Absolute once loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manager: Option<PathBuf>,
     /// Processors.
     #[serde(default)]
     pub cpus: CpuConfig,
@@ -214,6 +217,7 @@ impl VmConfig {
 
     fn for_each_path(&mut self, mut action: impl FnMut(&mut PathBuf)) {
         action(&mut self.boot.kernel);
+        self.manager.iter_mut().for_each(&mut action);
         self.boot.initrd.iter_mut().for_each(&mut action);
         self.disks
             .iter_mut()

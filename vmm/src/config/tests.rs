@@ -212,6 +212,18 @@ fn scsi_disks_get_their_luns_in_order_beside_those_that_are_given() {
 }
 
 #[test]
+fn a_managers_disks_may_lie_in_several_pools() {
+    let text = "manager = \"run/host.sock\"\n[[disk]]\nfile = \"/a.dsk\"\npool = \"fast\"\nmode = \"undoable\"\n\
+                [[disk]]\nfile = \"/a.dsk\"\npool = \"slow\"\nlimits = { iops = 5 }";
+    let config = load(&with(text), &[]).unwrap();
+    assert_eq!(config.manager.as_deref(), Some(Path::new("/vms/a/run/host.sock")));
+    let pools: Vec<_> = config.disks.iter().map(|disk| disk.pool.as_deref()).collect();
+    assert_eq!(pools, [Some("fast"), Some("slow")]);
+    let written = toml::to_string(&config).unwrap();
+    assert_eq!(load(&written, &[]).unwrap(), config);
+}
+
+#[test]
 fn an_override_extends_the_short_form() {
     let config = load(&with("cpus = 4"), &["cpus.nested=true", "memory.huge-pages=none"]).unwrap();
     assert_eq!((config.cpus.count, config.cpus.nested), (4, true));
@@ -224,15 +236,51 @@ fn each_mistake_in_the_file_has_its_message() {
         // Unknown keys.
         (
             "cpu = 2",
-            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `cpus`, `memory`, `boot`, `pool`, `scsi`, `disk`, `limit-groups`, `net`, `console`, `management`, `expanded-api`, `sandbox`, `power`)",
+            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `manager`, `cpus`, `memory`, `boot`, `pool`, `scsi`, `disk`, `limit-groups`, `net`, `console`, `management`, `expanded-api`, `sandbox`, `power`)",
         ),
         (
             "[[disk]]\nimage = \"a\"\nreadonly = true",
-            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `target`, `lun`, `access`, `path`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
+            "vm.toml:7: disk.0.readonly: unknown key; did you mean `read-only`? (known here: `id`, `image`, `file`, `pool`, `vhost-user`, `mode`, `at-power-off`, `bus`, `target`, `lun`, `access`, `path`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
         ),
         (
             "[[disk]]\nfile = \"/a.dsk\"",
-            "vm.toml:6: disk.0.file: names a disk of a pool, and there is no [pool] with its devices",
+            "vm.toml:6: disk.0.file: names a disk of a pool, and there is no [pool] with its devices, nor a `manager` that has pools",
+        ),
+        (
+            "manager = \"host.sock\"\n[pool]\ndevices = [\"d0\"]",
+            "vm.toml:3: manager: cannot stand beside [pool]: either the manager has the pool open, or this process",
+        ),
+        (
+            "manager = \"\"",
+            "vm.toml:3: manager: is empty; name the socket of `smsvmm serve`",
+        ),
+        (
+            "[pool]\ndevices = [\"d0\"]\n[[disk]]\nfile = \"/a.dsk\"\npool = \"tank\"",
+            "vm.toml:9: disk.0.pool: names a pool of a manager, and there is no `manager`; the disks of [pool] have no such key",
+        ),
+        (
+            "manager = \"m\"\n[[disk]]\nimage = \"a\"\npool = \"tank\"",
+            "vm.toml:6: disk.0.pool: says in which pool `file` is, and there is no `file`",
+        ),
+        (
+            "manager = \"m\"\n[[disk]]\nfile = \"/a.dsk\"\npool = \"a/b\"",
+            "vm.toml:6: disk.0.pool: `a/b` cannot be a pool of a manager; such a name has 1 to 64 of A-Z a-z 0-9 . _ -",
+        ),
+        (
+            "manager = \"m\"\n[[disk]]\nfile = \"/a.dsk\"\nbus = \"virtio-scsi\"",
+            "vm.toml:6: disk.0.bus: must be virtio-blk for a disk that the manager serves",
+        ),
+        (
+            "manager = \"m\"\n[[disk]]\nfile = \"/a.dsk\"\non-error = \"stop\"",
+            "vm.toml:6: disk.0.on-error: cannot be \"stop\" for a disk that the manager serves: it could not stop the machine's processors",
+        ),
+        (
+            "manager = \"m\"\n[[disk]]\nfile = \"/a.dsk\"\nlimit-group = \"bulk\"\n[limit-groups.bulk]\niops = 5",
+            "vm.toml:6: disk.0.limit-group: is for disks that this process serves, and this one is served by the manager; give it limits of its own",
+        ),
+        (
+            "manager = \"m\"\n[[disk]]\nfile = \"/a.dsk\"\n[[disk]]\nfile = \"/a.dsk\"",
+            "vm.toml:7: disk.1.file: /a.dsk is already disk.0.file; two disks on one disk of the pool must both be read-only",
         ),
         (
             "[pool]\ndevices = []",
@@ -439,7 +487,7 @@ fn each_mistake_in_the_file_has_its_message() {
         ),
         (
             "[[disk]]\nvhost_user = \"a.sock\"",
-            "vm.toml:6: disk.0.vhost_user: unknown key; did you mean `vhost-user`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `target`, `lun`, `access`, `path`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
+            "vm.toml:6: disk.0.vhost_user: unknown key; did you mean `vhost-user`? (known here: `id`, `image`, `file`, `pool`, `vhost-user`, `mode`, `at-power-off`, `bus`, `target`, `lun`, `access`, `path`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
         ),
         (
             "[[disk]]\nimage = \"a\"\nvhost-user = \"a.sock\"",
@@ -601,7 +649,7 @@ fn each_mistake_in_an_override_has_its_message() {
         ),
         (
             "disk.0.bsu=x",
-            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `file`, `vhost-user`, `mode`, `at-power-off`, `bus`, `target`, `lun`, `access`, `path`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
+            "--set disk.0.bsu=x: disk.0.bsu: unknown key; did you mean `bus`? (known here: `id`, `image`, `file`, `pool`, `vhost-user`, `mode`, `at-power-off`, `bus`, `target`, `lun`, `access`, `path`, `read-only`, `serial`, `queues`, `queue-size`, `direct`, `poll-us`, `limits`, `limit-group`, `on-error`)",
         ),
         (
             "disk.3.image=x",

@@ -205,6 +205,11 @@ impl api::Vm for Control {
     }
 
     fn change_disk(&self, id: &DeviceId, change: &DiskChange) -> Result<DiskStatus, Problem> {
+        if let Some(manager) = &self.0.opener.manager
+            && self.0.opener.settings.is_of_pool(id)
+        {
+            manager.change(id, change)?;
+        }
         self.0.opener.settings.change(id, change)?;
         let disks = self.ask(Request::Status)?.disks;
         let disk = disks.into_iter().find(|disk| disk.config.id == *id);
@@ -219,11 +224,17 @@ impl api::Vm for Control {
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        self.0.pool()?.execute(request)
+        match &self.0.opener.manager {
+            Some(manager) => manager.execute(request),
+            None => self.0.pool()?.execute(request),
+        }
     }
 
     fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem> {
-        self.0.pool()?.transfer(request)
+        match &self.0.opener.manager {
+            Some(manager) => manager.transfer(request),
+            None => self.0.pool()?.transfer(request),
+        }
     }
 
     fn events(&self) -> &EventLog {

@@ -18,6 +18,7 @@ use virtio_core::VirtioDevice;
 
 use super::MachineError;
 use super::disk::{DiskError, OpenDisk, PoolDisks};
+use super::manager::ManagerLink;
 use super::scsi::{ScsiAdapter, ScsiBus, ScsiDisk, scsi_adapter};
 use super::settings::{DiskSetting, DiskSettings};
 use crate::config::{ConsoleSpec, VmConfig};
@@ -115,6 +116,8 @@ pub(super) struct DeviceOpener {
     pub(super) scsi_options: VirtioScsiOptions,
     /// Who has the disks that are not images.
     pub(super) pool: Option<Arc<dyn PoolDisks>>,
+    /// The host's manager, if it has them.
+    pub(super) manager: Option<ManagerLink>,
     /// What can be changed of disks in use.
     pub(super) settings: Arc<DiskSettings>,
     pub(super) passt: StartPasst,
@@ -251,7 +254,7 @@ impl DeviceOpener {
             size,
             guard,
             link,
-        } = super::disk::open(&config, setting.controls(), self)?;
+        } = super::disk::open(&config, &setting, self)?;
         if link.as_ref().is_some_and(FrontEndHandle::is_read_only) {
             setting.make_read_only();
         }

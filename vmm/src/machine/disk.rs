@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,7 +15,8 @@ use block_io::{BlockDevice, Cache, HostDevice, OpenOptions, Worker, WorkerHandle
 use storage_virtualizer::DiskHandle;
 use storage_virtualizer::controls::DiskControls;
 use storage_virtualizer::vhost_user::front_end::{
-    FrontEndError, FrontEndHandle, FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice,
+    Dial, FrontEndError, FrontEndHandle, FrontEndKind, FrontEndOptions, LinkError, LinkEvents,
+    VhostUserDevice,
 };
 use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkError, VirtioBlkOptions, fitting_serial};
 use storage_virtualizer::virtio_scsi::{VirtioScsiError, VirtioScsiOptions};
@@ -22,6 +24,7 @@ use virtio_core::VirtioDevice;
 
 use super::devices::DeviceOpener;
 use super::scsi::{PoolUnit, ScsiAdapter, ScsiSource};
+use super::settings::DiskSetting;
 use crate::host::{CutOff, find_cut_off};
 use crate::sandbox::{Kind, Sandbox};
 
@@ -110,7 +113,9 @@ pub(super) enum DiskError {
     #[error(transparent)]
     Pool(Box<dyn Error + Send + Sync>),
     /// There is no pool.
-    #[error("{file} is a disk of a pool, and this machine has none: give it a [pool] in vm.toml")]
+    #[error(
+        "{file} is a disk of a pool, and this machine has none: give it a [pool] or a manager in vm.toml"
+    )]
     NoPool {
         /// The disk.
         file: String,
@@ -138,6 +143,22 @@ pub(super) enum DiskError {
     NotShared {
         /// Where it is served.
         socket: PathBuf,
+    },
+    /// The manager does not give it.
+    #[error("the manager at {} does not give the disk", socket.display())]
+    Managed {
+        /// The manager's socket.
+        socket: PathBuf,
+        /// What it says.
+        source: io::Error,
+    },
+    /// It cannot be a SCSI disk.
+    #[error(
+        "{file} is a disk of the manager, which serves no single SCSI disks; give it bus = \"virtio-blk\""
+    )]
+    ManagedUnit {
+        /// The disk.
+        file: String,
     },
     /// Nobody can connect.
     #[error(
@@ -192,13 +213,7 @@ pub fn guest_disk<H: DiskHandle>(
     controls: Arc<DiskControls>,
     worker: WorkerHandle,
 ) -> Result<GuestDisk, VirtioBlkError> {
-    let options = VirtioBlkOptions {
-        serial: serial(config),
-        queues: u16::from(config.queues),
-        queue_size: config.queue_size.get(),
-        controls,
-    };
-    let device = VirtioBlk::new(disk, &options, vec![worker])?;
+    let device = VirtioBlk::new(disk, &blk_options(config, controls), vec![worker])?;
     let handle = device.handle();
     Ok(GuestDisk {
         device: Box::new(device),
@@ -206,15 +221,29 @@ pub fn guest_disk<H: DiskHandle>(
     })
 }
 
+/// What the virtio block device is like that `config` wants.
+pub fn blk_options(config: &DiskConfig, controls: Arc<DiskControls>) -> VirtioBlkOptions {
+    VirtioBlkOptions {
+        serial: serial(config),
+        queues: u16::from(config.queues),
+        queue_size: config.queue_size.get(),
+        controls,
+    }
+}
+
 /// Opens what the disk lies on and makes a virtual device of it.
 pub(super) fn open(
     config: &DiskConfig,
-    controls: &Arc<DiskControls>,
+    setting: &Arc<DiskSetting>,
     opener: &DeviceOpener,
 ) -> Result<OpenDisk, DiskError> {
+    let controls = setting.controls();
     match (config.source(), opener.pool.as_deref()) {
         (Some(DiskSource::Image(path)), _) => open_image(path, config, controls, &opener.sandbox),
         (Some(DiskSource::VhostUser(socket)), _) => open_served(socket, config, opener),
+        (Some(DiskSource::File(file)), _) if opener.manager.is_some() => {
+            open_managed(file, config, setting, opener)
+        }
         (Some(DiskSource::File(_)), Some(pool)) => {
             let disk = pool.open(config, Arc::clone(controls)).map_err(DiskError::Pool)?;
             Ok(OpenDisk {
@@ -243,6 +272,9 @@ pub(super) fn open_unit(config: &DiskConfig, opener: &DeviceOpener) -> Result<Sc
             .open_unit(config)
             .map(ScsiSource::Pool)
             .map_err(DiskError::Pool),
+        (Some(DiskSource::File(file)), None) if opener.manager.is_some() => Err(DiskError::ManagedUnit {
+            file: file.to_owned(),
+        }),
         (Some(DiskSource::File(file)), None) => Err(DiskError::NoPool {
             file: file.to_owned(),
         }),
@@ -317,6 +349,49 @@ fn open_served(socket: &Path, config: &DiskConfig, opener: &DeviceOpener) -> Res
     };
     let place = path();
     let dial = Arc::new(move || helper.connect(&place));
+    let device = front_end(dial, config, opener).map_err(|source| DiskError::Served {
+        socket: path(),
+        source,
+    })?;
+    let link = device.handle();
+    if config.read_only && !link.is_read_only() {
+        return Err(DiskError::Writable { socket: path() });
+    }
+    Ok(served(device, link))
+}
+
+/// Has the manager serve a disk of one of its pools.
+fn open_managed(
+    file: &str,
+    config: &DiskConfig,
+    setting: &Arc<DiskSetting>,
+    opener: &DeviceOpener,
+) -> Result<OpenDisk, DiskError> {
+    let Some(manager) = &opener.manager else {
+        return Err(DiskError::NoPool {
+            file: file.to_owned(),
+        });
+    };
+    let (asking, setting) = (manager.clone(), Arc::clone(setting));
+    // As it is set by then: a manager that was started again knows nothing of it.
+    let dial = Arc::new(move || asking.attach(&setting.config()));
+    let device = front_end(dial, config, opener).map_err(|source| {
+        let socket = manager.socket().to_owned();
+        match source {
+            FrontEndError::Link(LinkError::Connect(source)) => DiskError::Managed { socket, source },
+            source => DiskError::Served { socket, source },
+        }
+    })?;
+    let link = device.handle();
+    Ok(served(device, link))
+}
+
+/// A device whose queues the process serves to which `dial` leads.
+fn front_end(
+    dial: Dial,
+    config: &DiskConfig,
+    opener: &DeviceOpener,
+) -> Result<VhostUserDevice, FrontEndError> {
     let on_start = opener.sandbox.thread(Kind::DiskLink);
     let options = FrontEndOptions {
         kind: match config.bus {
@@ -332,21 +407,17 @@ fn open_served(socket: &Path, config: &DiskConfig, opener: &DeviceOpener) -> Res
             events: opener.events.clone(),
         }),
     };
-    let device = VhostUserDevice::open(dial, options).map_err(|source| DiskError::Served {
-        socket: path(),
-        source,
-    })?;
-    let link = device.handle();
-    if config.read_only && !link.is_read_only() {
-        return Err(DiskError::Writable { socket: path() });
-    }
-    Ok(OpenDisk {
+    VhostUserDevice::open(dial, options)
+}
+
+fn served(device: VhostUserDevice, link: FrontEndHandle) -> OpenDisk {
+    OpenDisk {
         device: Box::new(device),
         workers: Vec::new(),
         size: ByteSize::from_bytes(link.size()),
         guard: None,
         link: Some(link),
-    })
+    }
 }
 
 /// Notes in the VM's log how it goes with a disk's server.

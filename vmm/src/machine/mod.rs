@@ -17,6 +17,7 @@ mod build;
 mod control;
 mod devices;
 mod disk;
+mod manager;
 mod processors;
 mod run;
 mod scsi;
@@ -37,8 +38,10 @@ use storage_virtualizer::virtio_scsi::VirtioScsiOptions;
 
 pub use control::Control;
 use devices::StartPasst;
-pub use disk::{GuestDisk, PoolDisk, PoolDisks, guest_disk, serial};
+pub use disk::{GuestDisk, PoolDisk, PoolDisks, blk_options, guest_disk, serial};
+pub use manager::{ManagerDisks, Pools};
 pub use scsi::{AddPoolUnit, OnResize, PoolUnit, ScsiAdapter, ScsiUnitDisk, ScsiUnits, scsi_adapter};
+pub use settings::set_controls;
 pub use slots::SlotError;
 
 use crate::boot::{BootError, BootFiles, Kernel};
@@ -164,15 +167,21 @@ fn served_disks(config: &VmConfig) -> impl Iterator<Item = &PathBuf> {
     config.disks.iter().filter_map(|disk| disk.vhost_user.as_ref())
 }
 
+/// Whether other processes have, or may have, the guest's memory: those that serve its disks.
+fn has_served_disks(config: &VmConfig) -> bool {
+    config.manager.is_some() || served_disks(config).next().is_some()
+}
+
 /// Starts the helper, if there may be something for it to do: only who can be asked for more devices, or whose disks are served
 /// by others, needs it. To be called first of all, as it shall inherit as little as possible.
 fn start_helper(config: &VmConfig) -> Result<Option<Arc<Launcher>>, MachineError> {
-    if config.management.is_none() && served_disks(config).next().is_none() {
+    if config.management.is_none() && !has_served_disks(config) {
         return Ok(None);
     }
     let sockets = if config.sandbox.landlock {
         Sockets::At(
             served_disks(config)
+                .chain(&config.manager)
                 .chain(&config.sandbox.paths)
                 .cloned()
                 .collect(),
@@ -214,7 +223,7 @@ impl Vm {
         Ok(sandbox)
     }
 
-    /// Opens everything that the VM needs of this host; `pool` has the disks that are not images, `vendor` does vendor-specific
+    /// Opens everything that the VM needs of this host; `pools` says who has the disks that are not images, `vendor` does vendor-specific
     /// commands of SCSI disks.
     ///
     /// # Errors
@@ -222,7 +231,7 @@ impl Vm {
     pub fn open(
         config: VmConfig,
         sandbox: Sandbox,
-        pool: Option<Arc<dyn PoolDisks>>,
+        pools: Pools,
         vendor: Option<Arc<dyn VendorCommands>>,
     ) -> Result<Self, MachineError> {
         let started = Instant::now();
@@ -231,7 +240,15 @@ impl Vm {
             Some(helper) if config.management.is_some() => StartPasst::There(helper.clone()),
             _ => StartPasst::No,
         };
-        let shared_memory = config.memory.shared || served_disks(&config).next().is_some();
+        let (pool, manager) = match (pools, &config.manager, &helper) {
+            (Pools::Own(pool), ..) => (Some(pool), None),
+            (Pools::Manager(disks), Some(socket), Some(helper)) => {
+                let link = manager::ManagerLink::new(helper.clone(), socket.clone(), disks);
+                (None, Some(link))
+            }
+            _ => (None, None),
+        };
+        let shared_memory = config.memory.shared || has_served_disks(&config);
         let kvm = open_kvm()?;
         let kernel = Kernel::open(BootFiles {
             kernel: config.boot.kernel.clone(),
@@ -265,6 +282,7 @@ impl Vm {
             },
             sandbox: sandbox.clone(),
             pool,
+            manager,
             settings,
             passt: StartPasst::Here,
             helper,

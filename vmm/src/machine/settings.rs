@@ -66,15 +66,19 @@ impl DiskSetting {
     }
 
     fn put(&self, config: DiskConfig) {
-        self.controls.set_limit(rates(&config.limits));
-        self.controls
-            .set_polling(Duration::from_micros(config.poll_us.unwrap_or(0).into()));
-        self.controls.set_error_policy(match config.on_error {
-            api::OnError::Report => ErrorPolicy::Report,
-            api::OnError::Stop => ErrorPolicy::Stop,
-        });
+        set_controls(&self.controls, &config);
         *locked(&self.config) = config;
     }
+}
+
+/// Has a disk served as `config` wants it, from now on.
+pub fn set_controls(controls: &DiskControls, config: &DiskConfig) {
+    controls.set_limit(rates(&config.limits));
+    controls.set_polling(Duration::from_micros(config.poll_us.unwrap_or(0).into()));
+    controls.set_error_policy(match config.on_error {
+        api::OnError::Report => ErrorPolicy::Report,
+        api::OnError::Stop => ErrorPolicy::Stop,
+    });
 }
 
 /// Limits that disks share.
@@ -154,6 +158,12 @@ impl DiskSettings {
         let mut disks = locked(&self.disks);
         disks.retain(|_, disk| disk.strong_count() > 0);
         disks.entry(id).or_insert_with(|| Arc::downgrade(setting));
+    }
+
+    /// Whether there is a disk of this name, and a pool has it.
+    pub(super) fn is_of_pool(&self, id: &DeviceId) -> bool {
+        let setting = locked(&self.disks).get(id).and_then(Weak::upgrade);
+        setting.is_some_and(|setting| setting.config().file.is_some())
     }
 
     /// Changes a disk that is in use.

@@ -46,6 +46,7 @@ impl Place {
                 block_size: 4096,
                 inflight: true,
                 patience: Duration::from_secs(20),
+                greeting: None,
             },
             pattern: Pattern::Mixed,
             depth: 32,

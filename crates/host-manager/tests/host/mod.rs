@@ -1,0 +1,288 @@
+//! A small host for tests: a pool on two files, and the service of its disks behind a real management socket. It has no machines.
+#![allow(dead_code, reason = "not every test needs everything")]
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::file::FileOperation;
+use api::storage::{LayoutKind, NewDevice, Operation, ReadPolicy, Shape};
+use api::virtual_disk::{DiskOperation, TransferRequest};
+use api::{
+    AttachRequest, Attachment, DeviceId, DiskChange, DiskConfig, EventKind, EventLog, Host, HostStatus,
+    MachineDefinition, MachineStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, VmName,
+};
+use block_io::WorkerOptions;
+use host_manager::DiskService;
+use management::{ClientError, Server, ServerHandle, blocking};
+use storage_manager::{Flow, Force, HostedPool, Notice};
+use vhost_user_load::front_end::{FrontEnd, Greeting, Options};
+
+/// The name of the pool.
+pub(crate) const POOL: &str = "tank";
+/// Long enough for anything that is to happen.
+pub(crate) const SOON: Duration = Duration::from_secs(15);
+
+fn go_on(_: Notice<'_>) -> Flow {
+    Flow::GoOn
+}
+
+/// Makes a pool with a mirrored volume in `folder`, and in it disks of these names, 16 MiB each; its devices.
+pub(crate) fn make_pool(folder: &Path, disks: &[&str]) -> Vec<String> {
+    let paths: Vec<String> = (0..2)
+        .map(|number| {
+            let path = folder.join(format!("d{number}.img"));
+            File::create(&path).unwrap().set_len(256 << 20).unwrap();
+            path.to_str().unwrap().to_owned()
+        })
+        .collect();
+    let devices = paths.iter().map(|path| NewDevice {
+        path: path.clone(),
+        spare: false,
+        class: String::new(),
+        enclosure: String::new(),
+        force: false,
+    });
+    storage_manager::create(POOL, devices.collect(), &mut go_on).unwrap();
+    let format = FileOperation::Format {
+        meta_size: None,
+        meta_copies: None,
+        force: false,
+    };
+    storage_manager::execute_file(paths.clone(), format, &mut go_on).unwrap();
+    let volume = Operation::CreateVolume {
+        name: "data".into(),
+        size: 96 << 20,
+        block: 4096,
+        shape: Shape {
+            layout: LayoutKind::Mirror,
+            columns: 0,
+            copies: 0,
+            stripe_unit: 0,
+            class: String::new(),
+            devices: Vec::new(),
+        },
+        read_policy: ReadPolicy::default(),
+        raw: false,
+    };
+    storage_manager::execute(paths.clone(), Force::No, volume, &mut go_on).unwrap();
+    for disk in disks {
+        let create = DiskOperation::Create {
+            path: (*disk).into(),
+            size: 16 << 20,
+            thick: false,
+            target: None,
+            checksums: None,
+        };
+        storage_manager::execute_disk(paths.clone(), create, &mut go_on).unwrap();
+    }
+    paths
+}
+
+/// What the management server asks.
+struct Front {
+    pool: Arc<HostedPool>,
+    disks: DiskService,
+}
+
+fn no_machines<T>() -> Result<T, Problem> {
+    Err(Problem::new(ProblemKind::NotFound, "this host has no machines"))
+}
+
+impl Front {
+    fn has(&self, pool: Option<&str>) -> Result<(), Problem> {
+        match pool {
+            None | Some(POOL) => Ok(()),
+            Some(other) => Err(Problem::new(
+                ProblemKind::NotFound,
+                format!("there is no pool `{other}`"),
+            )),
+        }
+    }
+}
+
+impl Host for Front {
+    fn status(&self) -> HostStatus {
+        HostStatus {
+            name: "test".into(),
+            version: String::new(),
+            pid: std::process::id(),
+            uptime_seconds: 0,
+            pools: Vec::new(),
+            machines: Vec::new(),
+            attachments: self.disks.list(),
+            last_event: self.events().last(),
+        }
+    }
+
+    fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        self.has(pool)?;
+        self.pool.execute(request)
+    }
+
+    fn transfer(&self, pool: Option<&str>, request: TransferRequest) -> Result<Transfer, Problem> {
+        self.has(pool)?;
+        self.pool.transfer(request)
+    }
+
+    fn attach(&self, request: AttachRequest) -> Result<Transfer, Problem> {
+        self.has(request.pool.as_deref())?;
+        self.disks.attach(POOL, &self.pool, request)
+    }
+
+    fn change_attachment(
+        &self,
+        vm: &VmName,
+        device: &DeviceId,
+        change: &DiskChange,
+    ) -> Result<Attachment, Problem> {
+        self.disks.change(vm, device, change)
+    }
+
+    fn define(&self, _: &VmName, _: MachineDefinition) -> Result<MachineStatus, Problem> {
+        no_machines()
+    }
+
+    fn machine(&self, _: &VmName) -> Result<MachineStatus, Problem> {
+        no_machines()
+    }
+
+    fn start(&self, _: &VmName) -> Result<MachineStatus, Problem> {
+        no_machines()
+    }
+
+    fn shut_down(&self, _: &VmName) -> Result<MachineStatus, Problem> {
+        no_machines()
+    }
+
+    fn stop(&self, _: &VmName) -> Result<MachineStatus, Problem> {
+        no_machines()
+    }
+
+    fn delete(&self, _: &VmName) -> Result<(), Problem> {
+        no_machines()
+    }
+
+    fn machine_socket(&self, _: &VmName) -> Result<PathBuf, Problem> {
+        no_machines()
+    }
+
+    fn events(&self) -> &EventLog {
+        self.disks.events()
+    }
+}
+
+/// A manager that runs.
+pub(crate) struct Manager {
+    front: Arc<Front>,
+    socket: PathBuf,
+    server: ServerHandle,
+}
+
+impl Manager {
+    /// Opens the pool and listens at `host.sock` in `folder`.
+    pub(crate) fn start(folder: &Path, devices: &[String]) -> Self {
+        let pool = HostedPool::open("io-pool", devices.to_vec(), WorkerOptions::default()).unwrap();
+        let front = Arc::new(Front {
+            pool: Arc::new(pool),
+            disks: DiskService::new(Arc::new(EventLog::new())),
+        });
+        let socket = folder.join("host.sock");
+        let host = Arc::clone(&front) as Arc<dyn Host>;
+        let server = Server::bind(&socket).unwrap().start_host(host).unwrap();
+        Self {
+            front,
+            socket,
+            server,
+        }
+    }
+
+    /// Ends it as a manager ends: machines wait.
+    pub(crate) fn stop(self) {
+        drop(self.server);
+        self.front.disks.close();
+        self.front.pool.close().unwrap();
+    }
+
+    pub(crate) fn disks(&self) -> &DiskService {
+        &self.front.disks
+    }
+
+    pub(crate) fn pool(&self) -> &HostedPool {
+        &self.front.pool
+    }
+
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// A new connection that is the attachment of a disk.
+    pub(crate) fn attach(&self, vm: &str, disk: &DiskConfig) -> Result<UnixStream, Problem> {
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        match blocking::attach(&stream, &request(vm, disk), SOON) {
+            Ok(()) => Ok(stream),
+            Err(ClientError::Problem(problem)) => Err(*problem),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// A machine, as far as its disk is concerned.
+    pub(crate) fn machine(&self, vm: &str, disk: &DiskConfig) -> FrontEnd {
+        FrontEnd::connect(&self.options(vm, disk)).unwrap()
+    }
+
+    pub(crate) fn options(&self, vm: &str, disk: &DiskConfig) -> Options {
+        let request = request(vm, disk);
+        Options {
+            socket: self.socket.clone(),
+            queues: disk.queues.into(),
+            queue_size: 128,
+            block_size: 4096,
+            inflight: true,
+            patience: Duration::from_secs(5),
+            greeting: Some(Greeting(Arc::new(move |stream| {
+                Ok(blocking::attach(stream, &request, SOON)?)
+            }))),
+        }
+    }
+
+    /// Waits until the machines use as many disks.
+    pub(crate) fn wait_for(&self, attachments: usize) {
+        let begin = std::time::Instant::now();
+        while self.disks().list().len() != attachments {
+            assert!(begin.elapsed() < SOON, "{:?}", self.disks().list());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What happened, in short.
+    pub(crate) fn happened(&self) -> Vec<String> {
+        let page = self.front.events().page(0, 100);
+        let short = page.events.into_iter().filter_map(|event| match event.kind {
+            EventKind::DiskAttached { vm, id, file } => Some(format!("{vm} {id} has {file}")),
+            EventKind::DiskDetached { vm, id, file } => Some(format!("{vm} {id} lets {file} go")),
+            _ => None,
+        });
+        short.collect()
+    }
+}
+
+fn request(vm: &str, disk: &DiskConfig) -> AttachRequest {
+    AttachRequest {
+        vm: vm.parse().unwrap(),
+        pool: None,
+        disk: disk.clone(),
+    }
+}
+
+/// A disk of the pool, as vm.toml would have it.
+pub(crate) fn disk(id: &str, file: &str) -> DiskConfig {
+    DiskConfig {
+        id: id.parse().unwrap(),
+        image: None,
+        file: Some(file.into()),
+        ..DiskConfig::new("")
+    }
+}

@@ -1,0 +1,20 @@
+//! A front-end at a connection that is there already: somebody else has accepted it, and knows whose it is.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use super::device::ServedDevice;
+use super::session::{Channel, Session};
+use crate::disk_handle::DiskHandle;
+use crate::virtio_blk::VirtioBlk;
+
+/// Serves `device` to the front-end at the other end of `socket`, on this thread, until it goes, `socket` is shut down by who has another
+/// descriptor of it, or it says what cannot be obeyed. When this returns, what was in flight has ended, nothing of the front-end's memory is
+/// used any more, and the connection is closed.
+pub fn serve_blk<H: DiskHandle>(socket: UnixStream, device: VirtioBlk<H>) {
+    serve(socket, device);
+}
+
+fn serve<D: ServedDevice>(socket: UnixStream, device: D) {
+    Session::new(socket, device, Arc::<Channel>::default()).serve();
+}
