@@ -119,27 +119,6 @@ impl DiskService {
         }))
     }
 
-    pub fn attach(
-        &self,
-        _pool_name: &str,
-        _pool: &Arc<storage_manager::HostedPool>,
-        _request: api::AttachRequest,
-    ) -> Result<api::Transfer, api::Problem> {
-        Err(api::Problem::new(api::ProblemKind::Conflict, "later"))
-    }
-    pub fn list(&self) -> Vec<api::Attachment> {
-        Vec::new()
-    }
-    pub fn change(
-        &self,
-        _vm: &api::VmName,
-        _device: &api::DeviceId,
-        _change: &api::DiskChange,
-    ) -> Result<api::Attachment, api::Problem> {
-        Err(api::Problem::new(api::ProblemKind::NotFound, "later"))
-    }
-    pub fn close(&self) {}
-
     /// What happens is told to these.
     pub fn events(&self) -> &EventLog {
         &self.0.events
