@@ -42,6 +42,7 @@ fn shown(event: Event) -> Option<GuestEvent> {
         | EventKind::DiskServerLost { .. }
         | EventKind::DiskServerBack { .. }
         | EventKind::DebugLine { .. }
+        | EventKind::Pool { .. }
         | EventKind::Stopped { .. } => return None,
     };
     Some(GuestEvent {

@@ -414,6 +414,7 @@ fn line_of(event: &Event) -> String {
             0 => format!("{command} from the guest was refused: {reason}"),
             more => format!("{command} from the guest was refused: {reason} (and {more} before)"),
         },
+        EventKind::Pool { pool, text, .. } => format!("pool {pool}: {text}"),
         EventKind::Stopped { reason } => reason.to_string(),
     };
     format!("{:>5}  {}  {what}", event.sequence, clock(event.time_ms))

@@ -65,6 +65,8 @@ pub(crate) struct Core<D, C> {
     store: RefCell<Option<Store<D>>>,
     /// Held by who changes the configuration.
     pub(super) changing: Ranges,
+    /// Held by who adds a device: its number is nobody's before the configuration has it.
+    pub(super) adding: Ranges,
     /// Why nothing may be written any more.
     stopped: RefCell<Option<Refused>>,
     /// Extents that belong to nobody by the configuration, but are in use still or already.
@@ -81,6 +83,8 @@ pub(crate) struct Core<D, C> {
     /// The pool is being closed: jobs stop.
     pub(crate) closing: Cell<bool>,
     events: RefCell<VecDeque<Event>>,
+    /// Rung when there is an event.
+    bell: RefCell<Option<Box<dyn Fn()>>>,
 }
 
 /// Extents that are kept until this is dropped.
@@ -120,6 +124,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             hot,
             store: RefCell::new(Some(store)),
             changing: Ranges::default(),
+            adding: Ranges::default(),
             stopped: RefCell::default(),
             reserved: RefCell::default(),
             next_reservation: Cell::new(0),
@@ -129,6 +134,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             tasks: Cell::new(0),
             closing: Cell::new(false),
             events: RefCell::default(),
+            bell: RefCell::default(),
         })
     }
 
@@ -186,6 +192,14 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             events.pop_front();
         }
         events.push_back(event);
+        drop(events);
+        if let Some(ring) = &*self.bell.borrow() {
+            ring();
+        }
+    }
+
+    pub(crate) fn set_bell(&self, ring: Box<dyn Fn()>) {
+        *self.bell.borrow_mut() = Some(ring);
     }
 
     /// What was told since this was asked last.

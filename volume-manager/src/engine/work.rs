@@ -13,6 +13,7 @@ use block_io::{BlockDevice, Clock, cover, spawn_local};
 use super::core::{Core, Refused};
 use super::event::Event;
 use super::job::{Control, Stop};
+use super::meter::Pace;
 use super::pool::{Pool, PoolError};
 use crate::model::{
     Configuration, DeviceId, DeviceState, Job, JobId, JobKind, JobState, Member, MemberState,
@@ -91,43 +92,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
     /// # Errors
     /// What it works on does not exist; the pool takes no changes.
     pub async fn start(&self, kind: JobKind, throttle: u64) -> Result<JobId, PoolError> {
-        let (job, _) = self
-            .0
-            .change(|config| {
-                check(config, &kind)?;
-                if let JobKind::Evacuate { device, .. } = kind
-                    && let Some(device) = config.devices.iter_mut().find(|other| other.id == device)
-                    && device.is_holder()
-                {
-                    device.state = DeviceState::Evacuating;
-                }
-                if let JobKind::Relayout { volume, target } = &kind
-                    && let Some(volume) = config.volume_mut(*volume)
-                {
-                    volume.attributes = target.clone();
-                }
-                let job = Job {
-                    id: JobId(config.next_job),
-                    total: work_of(config, &kind),
-                    kind,
-                    state: JobState::Running,
-                    done: 0,
-                    throttle,
-                };
-                config.next_job += 1;
-                let ended = config.jobs.iter().filter(|job| !job.is_live()).count();
-                let mut surplus = ended.saturating_sub(KEPT);
-                config.jobs.retain(|job| {
-                    job.is_live() || {
-                        let keep = surplus == 0;
-                        surplus = surplus.saturating_sub(1);
-                        keep
-                    }
-                });
-                config.jobs.push(job.clone());
-                Ok::<Job, PoolError>(job)
-            })
-            .await?;
+        let (job, _) = self.0.change(|config| enlist(config, kind, throttle)).await?;
         self.run(&job);
         Ok(job.id)
     }
@@ -139,21 +104,41 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
     pub async fn steer(&self, id: JobId, state: JobState) -> Result<(), PoolError> {
         self.0
             .change(|config| {
-                let job = config.jobs.iter_mut().find(|job| job.id == id);
-                let job = job.ok_or_else(|| PoolError::Unknown(format!("job {}", id.0)))?;
-                if !job.is_live() {
-                    return Err(PoolError::State(format!("job {} has ended", id.0)));
-                }
+                let job = live(config, id)?;
                 if state != JobState::Cancelled {
                     job.state = state.clone();
                 }
-                Ok(())
+                Ok::<(), PoolError>(())
             })
             .await?;
         if let Some(control) = self.0.control(id) {
             control.want(state);
         }
         Ok(())
+    }
+
+    /// Changes at most how many bytes per second a job copies or reads; 0 for no limit. It holds after a restart, too.
+    ///
+    /// # Errors
+    /// There is no such job, or it has ended.
+    pub async fn set_throttle(&self, id: JobId, throttle: u64) -> Result<(), PoolError> {
+        self.0
+            .change(|config| {
+                live(config, id)?.throttle = throttle;
+                Ok::<(), PoolError>(())
+            })
+            .await?;
+        if let Some(control) = self.0.control(id) {
+            control.set_throttle(throttle);
+        }
+        Ok(())
+    }
+
+    /// How fast a job gets on; none if it does not run.
+    pub fn pace(&self, id: JobId) -> Option<Pace> {
+        let runs = self.0.config().job(id)?.state == JobState::Running;
+        let control = self.0.control(id).filter(|_| runs)?;
+        Some(control.pace(self.0.clock.now()))
     }
 
     /// A job with its present progress.
@@ -196,7 +181,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
     }
 
     /// Has a job go on in the background, if it does not yet: when a device was taken in at an open, its resync runs already.
-    fn run(&self, job: &Job) {
+    pub(super) fn run(&self, job: &Job) {
         if self.0.control(job.id).is_some() {
             cover!("work: a job runs already");
             return;
@@ -245,6 +230,51 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         // Outside a worker nobody makes requests.
         drop(spawned);
     }
+}
+
+fn live(config: &mut Configuration, id: JobId) -> Result<&mut Job, PoolError> {
+    let job = config.jobs.iter_mut().find(|job| job.id == id);
+    let job = job.ok_or_else(|| PoolError::Unknown(format!("job {}", id.0)))?;
+    match job.is_live() {
+        true => Ok(job),
+        false => Err(PoolError::State(format!("job {} has ended", id.0))),
+    }
+}
+
+/// Puts a job into a configuration, from which it runs as soon as that is durable.
+pub(super) fn enlist(config: &mut Configuration, kind: JobKind, throttle: u64) -> Result<Job, PoolError> {
+    check(config, &kind)?;
+    if let JobKind::Evacuate { device, .. } = kind
+        && let Some(device) = config.devices.iter_mut().find(|other| other.id == device)
+        && device.is_holder()
+    {
+        device.state = DeviceState::Evacuating;
+    }
+    if let JobKind::Relayout { volume, target } = &kind
+        && let Some(volume) = config.volume_mut(*volume)
+    {
+        volume.attributes = target.clone();
+    }
+    let job = Job {
+        id: JobId(config.next_job),
+        total: work_of(config, &kind),
+        kind,
+        state: JobState::Running,
+        done: 0,
+        throttle,
+    };
+    config.next_job += 1;
+    let ended = config.jobs.iter().filter(|job| !job.is_live()).count();
+    let mut surplus = ended.saturating_sub(KEPT);
+    config.jobs.retain(|job| {
+        job.is_live() || {
+            let keep = surplus == 0;
+            surplus = surplus.saturating_sub(1);
+            keep
+        }
+    });
+    config.jobs.push(job.clone());
+    Ok(job)
 }
 
 /// The volumes whose mapping a job changes.

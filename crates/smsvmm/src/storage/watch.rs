@@ -130,6 +130,9 @@ mod tests {
             done: 50,
             total: 100,
             throttle: 0,
+            rate: Some(3 << 20),
+            seconds_left: Some(75),
+            volatile: false,
         };
         assert_eq!(
             line_of_jobs(&[job]).unwrap(),
