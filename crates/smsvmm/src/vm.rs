@@ -10,10 +10,12 @@ use management::{Client, ClientError, Removed, Target};
 use serde_json::json;
 use vmm::config::VmConfig;
 
-use crate::cli::{DiskArguments, DiskSettingArguments, NetArguments, VmArguments, VmCommand};
+use crate::cli::{
+    DiskArguments, DiskSettingArguments, EventsArguments, NetArguments, VmArguments, VmCommand,
+};
 use crate::exit::{Exit, UsageError};
 use crate::output::{print, print_json};
-use crate::{remote, terminal};
+use crate::{remote, storage, terminal};
 
 /// How long one request for events waits; the next one follows at once.
 const FOLLOW_WAIT: Duration = Duration::from_secs(50);
@@ -43,7 +45,7 @@ pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
         VmCommand::Detach { id, timeout, no_wait } => {
             detach(&client, &id, (!no_wait).then_some(timeout.duration()), json)
         }
-        VmCommand::Events { follow, after } => events(&client, follow, after, json),
+        VmCommand::Events { follow, after } => events(&client, follow, after, json, |_| true),
         VmCommand::Console { .. } => Ok(Exit::Success),
     }
 }
@@ -181,7 +183,7 @@ fn limits_in_words(limits: &DiskLimits) -> String {
 }
 
 /// 93784 as "1d 2h 3m 4s", without leading zeroes.
-fn duration(seconds: u64) -> String {
+pub(crate) fn duration(seconds: u64) -> String {
     let parts = [
         (seconds / 86_400, "d"),
         (seconds / 3600 % 24, "h"),
@@ -196,7 +198,7 @@ fn duration(seconds: u64) -> String {
     parts.join(" ")
 }
 
-fn state(state: DeviceState) -> &'static str {
+pub(crate) fn state(state: DeviceState) -> &'static str {
     match state {
         DeviceState::Attached => "attached",
         DeviceState::Active => "active",
@@ -346,7 +348,26 @@ fn detach(
     }
 }
 
-fn events(client: &Client, follow: bool, mut after: u64, json: bool) -> anyhow::Result<Exit> {
+/// What happened to the pool that a process has open.
+pub(crate) fn pool_events(arguments: EventsArguments) -> anyhow::Result<Exit> {
+    let EventsArguments {
+        process,
+        follow,
+        after,
+    } = arguments;
+    let client = Client::new(storage::process(&process)?)?;
+    let of_pools = |event: &Event| matches!(event.kind, EventKind::Pool { .. });
+    events(&client, follow, after, process.json, of_pools)
+}
+
+/// Prints those that are `wanted`.
+fn events(
+    client: &Client,
+    follow: bool,
+    mut after: u64,
+    json: bool,
+    wanted: impl Fn(&Event) -> bool,
+) -> anyhow::Result<Exit> {
     loop {
         let page = match client.events(after, if follow { FOLLOW_WAIT } else { Duration::ZERO }) {
             // The machine may end before we see its last event.
@@ -358,7 +379,7 @@ fn events(client: &Client, follow: bool, mut after: u64, json: bool) -> anyhow::
         if page.missed > 0 && !json {
             print(&format!("({} earlier events are no longer kept)\n", page.missed))?;
         }
-        for event in &page.events {
+        for event in page.events.iter().filter(|event| wanted(event)) {
             let line = if json {
                 serde_json::to_string(event)?
             } else {
@@ -421,7 +442,7 @@ fn line_of(event: &Event) -> String {
 }
 
 /// Time of day (UTC) of milliseconds since 1970.
-fn clock(milliseconds: u64) -> String {
+pub(crate) fn clock(milliseconds: u64) -> String {
     let seconds = milliseconds / 1000;
     format!(
         "{:02}:{:02}:{:02}.{:03}Z",

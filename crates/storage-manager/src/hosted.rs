@@ -190,6 +190,7 @@ pub struct HostedPool {
     stopping: Arc<AtomicBool>,
     /// There is a sandbox around the process.
     confined: AtomicBool,
+    name: String,
     notes: Vec<String>,
 }
 
@@ -203,7 +204,7 @@ impl HostedPool {
             .map_err(|error| Problem::new(ProblemKind::Host, crate::problem::chain(&error)))?;
         let stopping = Arc::<AtomicBool>::default();
         let seen = Arc::clone(&stopping);
-        let notes = worker.run(move || async move {
+        let (name, notes) = worker.run(move || async move {
             let storage = Box::pin(Storage::open(&devices, Access::Write)).await?;
             if let Err(problem) = storage.files().map(drop) {
                 // What matters is why there are no disks.
@@ -211,6 +212,7 @@ impl HostedPool {
                 return Err(problem);
             }
             let (notes, first) = (storage.notes.clone(), storage.pool.sample());
+            let name = storage.pool.configuration().name.clone();
             OPEN.set(Some(Rc::new(Open {
                 storage,
                 disks: RefCell::default(),
@@ -224,15 +226,21 @@ impl HostedPool {
             })));
             // What a process had pinned that did not end well.
             expire_pins();
-            Ok(notes)
+            Ok((name, notes))
         })?;
         Ok(Self {
             worker,
             transfers: Transfers::default(),
             stopping,
             confined: AtomicBool::new(false),
+            name,
             notes,
         })
+    }
+
+    /// The pool's name.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// What a person should know of the devices.

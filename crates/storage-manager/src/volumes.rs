@@ -222,5 +222,9 @@ async fn leave(storage: &Storage, name: &str, known: &VolumeStat) -> Result<(), 
     let removed = storage.files()?.remove_volume(known.uuid).await;
     removed.map_err(|error| of_files(&error))?;
     storage.uncover(known.uuid);
+    // What tells the pool what is in use of a volume has the volume.
+    if let Ok(volume) = storage.pool.volume(name) {
+        volume.set_usage(None);
+    }
     Ok(())
 }

@@ -20,6 +20,7 @@ use super::job::Control;
 use super::keep::Releasing;
 use super::map::Map;
 use super::ranges::Ranges;
+use super::tasks::is_whole;
 use super::volume::VolumeCore;
 use crate::logs::hot::HotRegions;
 use crate::model::{Configuration, DeviceId, Extent, JobId, VolumeId};
@@ -394,8 +395,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             if self.newly_dead() != dead {
                 continue;
             }
+            let before = config;
             self.commit(next).await?;
             let config = self.config();
+            self.tell_degraded(&before, &config);
             for volume in &config.volumes {
                 if !volume.log_devices.is_empty()
                     && let Err(error) = self
@@ -411,6 +414,18 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
                 for volume in self.volumes() {
                     self.drop_copies(&volume, *device);
                 }
+            }
+        }
+    }
+
+    /// Says which volumes miss copies or parity that had all of them before.
+    fn tell_degraded(&self, before: &Configuration, now: &Configuration) {
+        for volume in &now.volumes {
+            let was_whole = before.volume(volume.id).is_some_and(|old| is_whole(before, old));
+            if was_whole && !is_whole(now, volume) {
+                self.tell(Event::VolumeDegraded {
+                    volume: volume.name.clone(),
+                });
             }
         }
     }

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use storage_manager::DevicePaths;
 
 use super::arguments::Which;
+use crate::cli::ProcessArguments;
 use crate::exit::UsageError;
 use crate::remote::RemoteConfig;
 use crate::toml_file;
@@ -69,9 +70,10 @@ fn split(value: &str) -> Result<Vec<String>, UsageError> {
 
 /// Where the pool is managed if it is in use, or is elsewhere, as far as the configuration says.
 pub(crate) fn target(which: &Which) -> anyhow::Result<Option<Target>> {
-    let Some(path) = &which.config else {
-        return Ok(None);
-    };
+    which.config.as_deref().map_or(Ok(None), target_in)
+}
+
+fn target_in(path: &Path) -> anyhow::Result<Option<Target>> {
     let file: File = toml_file::read(path)?;
     if let Some(remote) = file.remote {
         return remote.target(path).map(Some);
@@ -80,6 +82,27 @@ pub(crate) fn target(which: &Which) -> anyhow::Result<Option<Target>> {
     Ok(file
         .management
         .map(|management| Target::Socket(folder.join(management.socket))))
+}
+
+/// The process that `smsvmm top` and the like are about.
+///
+/// # Errors
+/// The file cannot be read, or names neither a socket nor a gateway.
+pub(crate) fn process(arguments: &ProcessArguments) -> anyhow::Result<Target> {
+    let path = match (&arguments.socket, &arguments.config) {
+        (Some(socket), _) => return Ok(Target::Socket(socket.clone())),
+        (None, Some(path)) => path,
+        (None, None) => {
+            return Err(UsageError::new("name the process by --socket PATH or --config FILE").into());
+        }
+    };
+    target_in(path)?.ok_or_else(|| {
+        UsageError::new(format!(
+            "{} has no management socket; add [management] with socket = \"...\" and start the process again",
+            path.display()
+        ))
+        .into()
+    })
 }
 
 fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
