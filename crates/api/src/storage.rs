@@ -378,7 +378,7 @@ pub struct JobStatus {
     /// Its number.
     pub id: u32,
     /// `resync`, `set-layout`, `move`, `evacuate`, `scrub` or `auto-tune`; of those that end with the process, `import`, `export`,
-    /// `copy`, `read`, `merge`, `relocate`, `defragment`, `drain`, `check-files` or `scrub-files`.
+    /// `copy`, `merge`, `relocate`, `defragment`, `drain`, `check-files` or `scrub-files`.
     pub kind: String,
     /// What it does to what, in words.
     pub what: String,

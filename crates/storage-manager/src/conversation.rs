@@ -70,12 +70,9 @@ impl<T> Reporter<T> {
         }
     }
 
-    /// How it gets on is listed, and who sees it there can cancel it.
-    pub(crate) fn listed(self, doing: Doing) -> Self {
-        Self {
-            listed: Some(doing),
-            ..self
-        }
+    /// How it gets on stands in a list, if it is in one, and who sees it there can cancel it.
+    pub(crate) fn listed(self, listed: Option<Doing>) -> Self {
+        Self { listed, ..self }
     }
 
     /// What is listed has ended: all of it was done unless it was stopped.

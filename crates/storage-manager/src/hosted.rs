@@ -663,13 +663,14 @@ pub(crate) async fn move_data(
     } = ends;
     let open = open_pool()?;
     let storage = &open.storage;
-    let (kind, what) = match &request {
-        TransferRequest::Import(request) => ("import", format!("import {}", request.path)),
-        TransferRequest::Export(request) => ("export", format!("export {}", request.path)),
-        TransferRequest::Copy(request) => ("copy", format!("copy {} to {}", request.path, request.to)),
-        TransferRequest::Read(request) => ("read", format!("read {}", request.path)),
+    let listed = match &request {
+        TransferRequest::Import(request) => Some(("import", format!("import {}", request.path))),
+        TransferRequest::Export(request) => Some(("export", format!("export {}", request.path))),
+        TransferRequest::Copy(request) => Some(("copy", format!("copy {} to {}", request.path, request.to))),
+        // A backup asks for one piece after the other.
+        TransferRequest::Read(_) => None,
     };
-    let reporter = reporter.listed(open.works.begin(kind, what));
+    let reporter = reporter.listed(listed.map(|(kind, what)| open.works.begin(kind, what)));
     let (done, longer) = match &request {
         TransferRequest::Import(request) => {
             drop(data);
@@ -709,7 +710,12 @@ async fn answer(
         StorageRequest::Disk(operation) => {
             let answer = match &operation {
                 // As all merges: listed while it goes on.
-                DiskOperation::Merge { path } => merge(open, path).await.map(|_| DiskAnswer::Done)?,
+                DiskOperation::Merge { path } => {
+                    open.merging.set(open.merging.get() + 1);
+                    let merged = merge(open, path).await;
+                    open.merging.set(open.merging.get() - 1);
+                    merged.map(|_| DiskAnswer::Done)?
+                }
                 _ => storage.perform_disk(operation).await?,
             };
             let events = storage.take_events();
@@ -768,11 +774,8 @@ async fn file(open: &Open, operation: FileOperation) -> Result<FileOutcome, Prob
         FileOperation::Scrub => Some(("scrub-files", "scrub files".to_owned())),
         _ => None,
     };
-    let reporter = Reporter::until(&open.stopping);
-    let reporter = match listed {
-        Some((kind, what)) => reporter.listed(open.works.begin(kind, what)),
-        None => reporter,
-    };
+    let listed = listed.map(|(kind, what)| open.works.begin(kind, what));
+    let reporter = Reporter::until(&open.stopping).listed(listed);
     let answer = files::perform(storage.files()?, operation, &reporter).await;
     let interrupted = reporter.stopped();
     reporter.ended(&answer);

@@ -116,7 +116,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         Ok(changed.await?.0)
     }
 
-    /// Takes an empty device out of the pool, and its label off it.
+    /// Takes an empty device out of the pool, and lets it go. It still has a label, of which the pool knows nothing any more.
     ///
     /// # Errors
     /// Something lies on it (evacuate it first), or it is the last one.

@@ -13,6 +13,7 @@ use block_io::{BlockDevice, Clock, cover, spawn_local};
 use super::core::{Core, Refused};
 use super::event::Event;
 use super::job::{Control, Stop};
+use super::map::Map;
 use super::meter::Pace;
 use super::pool::{Pool, PoolError};
 use crate::model::{
@@ -180,6 +181,23 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         }
     }
 
+    /// Places that a job has given up are free as soon as nobody uses them any more.
+    async fn let_go(&self, kind: &JobKind, old: Vec<Rc<Map<D>>>) -> Result<(), Refused> {
+        if old.is_empty() {
+            return Ok(());
+        }
+        let extents = old.iter().flat_map(|map| map.volume.extents().copied());
+        let freed = self.0.reserve(extents.collect());
+        for map in old {
+            self.0.drained(map).await;
+        }
+        drop(freed);
+        for id in volumes_of(&self.0.config(), kind) {
+            self.complete(id).await?;
+        }
+        Ok(())
+    }
+
     /// Has a job go on in the background, if it does not yet: when a device was taken in at an open, its resync runs already.
     pub(super) fn run(&self, job: &Job) {
         if self.0.control(job.id).is_some() {
@@ -208,6 +226,9 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                     other.done = control.done.get();
                     other.total = control.total.get().max(other.done);
                 }
+                if state == JobState::Cancelled {
+                    forget_begun(config, &job.kind);
+                }
                 if let (JobKind::Evacuate { device, .. }, true) = (&job.kind, state != JobState::Done) {
                     for device in config.devices.iter_mut().filter(|other| other.id == *device) {
                         if device.state == DeviceState::Evacuating {
@@ -217,7 +238,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                 }
                 Ok::<(), Refused>(())
             });
-            let changed = changed.await;
+            let changed = match changed.await {
+                Ok(((), old)) => pool.let_go(&job.kind, old).await,
+                Err(refused) => Err(refused),
+            };
             // Not before, so that nobody takes it for one that waits to be run.
             pool.0.remove_control(job.id);
             if changed.is_ok() {
@@ -275,6 +299,34 @@ pub(super) fn enlist(config: &mut Configuration, kind: JobKind, throttle: u64) -
     });
     config.jobs.push(job.clone());
     Ok(job)
+}
+
+/// What a job has begun to fill, and others can do without, goes: else it would be filled as if somebody wanted one copy more.
+fn forget_begun(config: &mut Configuration, kind: &JobKind) {
+    if !matches!(kind, JobKind::Move { .. } | JobKind::Evacuate { .. }) {
+        return;
+    }
+    let volumes = volumes_of(config, kind);
+    for volume in config
+        .volumes
+        .iter_mut()
+        .filter(|volume| volumes.contains(&volume.id))
+    {
+        let legs = volume.attributes.layout.legs() as usize;
+        let columns = volume
+            .sections
+            .iter_mut()
+            .flat_map(|section| &mut section.columns);
+        for members in columns.map(|column| &mut column.members) {
+            let begun = |member: &Member| matches!(member.state, MemberState::Filling { .. });
+            while members.len() > legs
+                && let Some(last) = members.iter().rposition(begun)
+            {
+                cover!("work: what a cancelled move had begun goes");
+                members.remove(last);
+            }
+        }
+    }
 }
 
 /// The volumes whose mapping a job changes.

@@ -4,7 +4,7 @@
 use block_io::sim::{Failure, Scenario, Shared, Sim, World};
 use block_io::{BlockDevice, Durability};
 use volume_manager::Event;
-use volume_manager::model::{DeviceId, JobId, JobKind, Layout};
+use volume_manager::model::{DeviceId, JobId, JobKind, JobState, Layout};
 
 use crate::harness::{
     self, Promise, SimPool, attributes, create, depth, failed, flush, new_device, new_volume, open, settle,
@@ -25,6 +25,8 @@ enum Act {
     Replace,
     /// The same for one that has failed.
     ReplaceFailed,
+    /// A device is replaced, and somebody thinks better of it.
+    Cancel,
     Relayout(Layout),
     /// A device fails, and nothing else happens.
     Fail,
@@ -93,6 +95,19 @@ async fn see_that_it_is_replaced(
         .as_str()
         .into()),
     }
+}
+
+fn see_that_no_copy_is_too_many(pool: &SimPool) -> Result<(), Failure> {
+    for volume in &pool.configuration().volumes {
+        let legs = volume.attributes.layout.legs() as usize;
+        let mut columns = volume.sections.iter().flat_map(|section| &section.columns);
+        if columns.any(|column| column.members.len() != legs) {
+            return Err(format!("there are not {legs} copies of everything: {volume:?}")
+                .as_str()
+                .into());
+        }
+    }
+    Ok(())
 }
 
 impl Scenario for Case {
@@ -189,6 +204,14 @@ impl Scenario for Case {
                 writes(&pool, &model, 2).await?;
                 pool.wait(job).await.map_err(failed)?;
             }
+            Act::Cancel => {
+                let job = replace(&sim, &pool, DeviceId(0), self.disks() - 1).await?;
+                writes(&pool, &model, 2).await?;
+                // It may have ended by itself, or ends now.
+                drop(pool.steer(job, JobState::Cancelled).await);
+                drop(pool.wait(job).await);
+                writes(&pool, &model, 4).await?;
+            }
             Act::Relayout(to) => {
                 let volume = pool.configuration().volumes[0].id;
                 let kind = JobKind::Relayout {
@@ -240,6 +263,9 @@ impl Scenario for Case {
         volume_manager::place::verify(&pool.configuration()).map_err(|wrong| {
             Failure::from(format!("{}: {:?}", wrong.join("; "), pool.configuration()).as_str())
         })?;
+        if self.act == Act::Cancel {
+            see_that_no_copy_is_too_many(&pool)?;
+        }
         match pool.volume("v") {
             Ok(volume) if self.act == Act::Create => {
                 let bytes = harness::read_bytes(&volume, 0, usize::try_from(SIZE).unwrap())
@@ -340,6 +366,12 @@ fn a_device_is_replaced() {
 fn a_device_that_failed_is_replaced() {
     let layouts: Vec<Layout> = ALL.into_iter().filter(|layout| layout.tolerates() > 0).collect();
     run(&layouts, &[Act::ReplaceFailed], 10_000, &[]);
+}
+
+#[test]
+fn a_replacement_is_cancelled() {
+    let marks = ["work: what a cancelled move had begun goes"];
+    run(&ALL, &[Act::Cancel], 10_000, &marks);
 }
 
 #[test]

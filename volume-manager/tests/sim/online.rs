@@ -380,6 +380,46 @@ fn a_device_that_failed_is_replaced_while_guests_write() {
 }
 
 #[test]
+fn the_device_that_replaces_another_fails_and_is_replaced_itself() {
+    for layout in ALL.into_iter().filter(|layout| layout.tolerates() > 0) {
+        for seed in 0..4 {
+            with_guest("a broken successor", 8, layout, seed, async move |sim, pool| {
+                let old = pool.configuration().volumes[0].sections[0].columns[0].members[0].extents[0].device;
+                let job = pool
+                    .replace_device(old, harness::new_device(&sim, 7), 0)
+                    .await
+                    .map_err(failed)?;
+                sim.clock().sleep(Duration::from_millis(seed * 3)).await;
+                sim.detach(7);
+                // It fails, unless it was quick enough; the guest notices nothing.
+                drop(pool.wait(job).await);
+                let came = pool
+                    .configuration()
+                    .devices
+                    .last()
+                    .map(|device| device.id)
+                    .unwrap();
+                if pool.is_in_service(came) {
+                    // Nobody has noticed, as nothing of it was used.
+                    drop(run(&pool, JobKind::Scrub { volume: None }).await);
+                    notice(&sim, &pool, came).await?;
+                }
+                let job = pool
+                    .replace_device(came, harness::new_device(&sim, 8), 0)
+                    .await
+                    .map_err(failed)?;
+                pool.wait(job).await.map_err(failed)?;
+                settle(&pool).await?;
+                match lies_on(&pool, came) || !all_in_sync(&pool) {
+                    true => Err("something is left on the broken one".into()),
+                    false => Ok(()),
+                }
+            });
+        }
+    }
+}
+
+#[test]
 fn devices_that_are_added_at_the_same_time_do_not_get_into_each_other_s_way() {
     for seed in 0..20 {
         with_guest(

@@ -358,7 +358,7 @@ pub(crate) fn left_by(job: &JobStatus) -> String {
         (JobState::Cancelled, "scrub") => "what was found so far is repaired",
         (JobState::Cancelled, "auto-tune") => "moves that were done stay",
         (JobState::Cancelled, "import" | "copy") => "nothing is left of the new disk",
-        (JobState::Cancelled, "export" | "read") => {
+        (JobState::Cancelled, "export") => {
             "the pool is as it was; what was written elsewhere is for who asked to clear up"
         }
         (JobState::Cancelled, "merge") => {
