@@ -505,12 +505,14 @@ fn a_new_device_is_looked_at_before_it_is_taken() {
     };
     let replace = Operation::ReplaceDevice {
         device: used(&status(&pool)),
-        by: tight,
+        by: tight.clone(),
         throttle: 0,
     };
     let problem = perform(&pool, replace).unwrap_err();
     assert!(problem.detail.contains("take a larger one"), "{problem}");
     assert_eq!(names(&status(&pool)), ["d0", "d1"]);
+    // It is as it was.
+    done(&pool, Operation::AddDevices { devices: vec![tight] });
     // Forced, it is taken.
     done(
         &pool,

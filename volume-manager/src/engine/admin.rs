@@ -41,11 +41,15 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         throttle: u64,
     ) -> Result<JobId, PoolError> {
         // Looked at once more when the configuration is changed: then it is too late to leave the new device as it was.
-        see_that_it_can_go(&self.0.config(), old)?;
+        let config = self.0.config();
+        see_that_it_can_go(&config, old)?;
+        let described = describe(&mut Configuration::clone(&config), &new)?;
+        see_that_there_is_room(&config, old, &described)?;
         let (_, job) = self
             .take_in(new, |config, id| {
                 see_that_it_can_go(config, old)?;
-                see_that_there_is_room(config, old, id)?;
+                let came = config.device(id).unwrap_or(&described);
+                see_that_there_is_room(config, old, came)?;
                 let kind = JobKind::Evacuate {
                     device: old,
                     to: Some(id),
