@@ -174,6 +174,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
 
     pub(crate) fn event(&self, event: Event) {
         self.events.borrow_mut().push(event);
+        self.healer.bell.ring();
+    }
+
+    pub(crate) fn on_event(&self, ring: Box<dyn Fn()>) {
+        self.healer.bell.set(ring);
     }
 
     pub(crate) fn take_events(&self) -> Vec<Event> {

@@ -116,6 +116,29 @@ pub(crate) struct Healer {
     /// What is found is put right as well.
     repairs: bool,
     found: Rc<RefCell<Vec<Event>>>,
+    pub(crate) bell: Bell,
+}
+
+/// Rung when there is an event.
+#[derive(Clone, Default)]
+pub(crate) struct Bell(Rc<RefCell<Option<Box<dyn Fn()>>>>);
+
+impl Bell {
+    pub(crate) fn set(&self, ring: Box<dyn Fn()>) {
+        *self.0.borrow_mut() = Some(ring);
+    }
+
+    pub(crate) fn ring(&self) {
+        if let Some(ring) = &*self.0.borrow() {
+            ring();
+        }
+    }
+}
+
+impl std::fmt::Debug for Bell {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Bell")
+    }
 }
 
 impl Healer {
@@ -124,6 +147,7 @@ impl Healer {
             redundancy: redundancy.clone(),
             repairs,
             found: Rc::default(),
+            bell: Bell::default(),
         }
     }
 
@@ -169,6 +193,7 @@ impl Healer {
                     "a block of metadata was not what was written, and was repaired"
                 );
                 self.found.borrow_mut().push(Event::MetadataRepaired { block });
+                self.bell.ring();
                 true
             }
             Err(error) => {

@@ -319,6 +319,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         self.core().take_events()
     }
 
+    /// `ring` is called whenever there is an event to be taken; it must not use the file system at once.
+    pub fn on_event(&self, ring: impl Fn() + 'static) {
+        self.core().on_event(Box::new(ring));
+    }
+
     /// Everything that was written to any file before is durable afterwards.
     ///
     /// # Errors

@@ -85,6 +85,38 @@ fn a_guest_writes_is_snapshotted_meanwhile_and_reverted() {
 }
 
 #[test]
+fn a_device_is_replaced_under_a_guest_that_writes_by_a_process_in_a_sandbox() {
+    story(|host| {
+        files(host)?;
+        let pool = pool(host, &DEVICES)?;
+        host.image("d4.img", 768)?;
+        let mut vm = machine(&pool, "writer").interactive()?;
+        vm.guest("mke2fs -q /dev/vda > /dev/null; mkdir /vda; mount -t ext4 /dev/vda /vda")?;
+        vm.guest("dd if=/dev/urandom of=/vda/old bs=1M count=8 2> /dev/null && sync")?;
+        let old = vm.guest("sha256sum < /vda/old")?;
+        vm.guest("while :; do dd if=/dev/urandom of=/vda/busy bs=1M count=1; sync; done > /dev/null 2>&1 & echo $! > /pid")?;
+        // What is not below sandbox.paths cannot be opened.
+        let outside = tempfile::NamedTempFile::new_in("/var/tmp")?;
+        outside.as_file().set_len(64 << 20)?;
+        let add = format!("device add {}", outside.path().display());
+        let refused = vm.administer(&add).unwrap_err().to_string();
+        assert!(refused.contains("sandbox.paths"), "{refused}");
+        let said = vm.administer("device replace d0.img d4.img")?;
+        assert!(said.contains("d4.img") && !said.contains("d0.img"), "{said}");
+        let events = vm.administer("events")?;
+        assert!(events.contains("d0.img has left the pool"), "{events}");
+        let top = vm.administer("top --once --interval 1")?;
+        assert!(top.contains("writer: running") && top.contains("d4.img"), "{top}");
+        vm.guest("kill $(cat /pid); wait; sync; echo 3 > /proc/sys/vm/drop_caches")?;
+        assert_eq!(vm.guest("sha256sum < /vda/old")?, old);
+        vm.finish()?;
+        let checked = host.administer("file --devices d4.img,d1.img,d2.img,d3.img check")?;
+        assert!(!checked.contains("problem"), "{checked}");
+        Ok(())
+    });
+}
+
+#[test]
 fn a_device_fails_under_a_guest_that_notices_nothing() {
     Story::default().changes_the_host().tell(|host| {
         let devices = [MappedDevice::PATH, "d1.img", "d2.img", "d3.img"];

@@ -29,6 +29,7 @@ pub use engine::core::Refused;
 pub use engine::counters::{CLASSES, Count, Histogram, Statistics};
 pub use engine::event::Event;
 pub use engine::hot::{DeviceLoad, HotSpots, LegLoad, Sample};
+pub use engine::meter::{Meter, Pace};
 pub use engine::physical::Physical;
 pub use engine::pool::{NewDevice, NewVolume, OpenOptions, Pool, PoolError};
 pub use engine::usage::Usage;

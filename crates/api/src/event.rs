@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::storage::PoolEventKind;
 use crate::{DeviceId, ExitReason, VmName};
 
 /// Something that happened.
@@ -118,6 +119,15 @@ pub enum EventKind {
         /// So many more were refused since the last such event, of which none tells.
         #[serde(default, skip_serializing_if = "is_zero")]
         unlisted: u64,
+    },
+    /// Something happened to a pool that is open in this process.
+    Pool {
+        /// Name of the pool.
+        pool: String,
+        /// What.
+        kind: PoolEventKind,
+        /// What, for people.
+        text: String,
     },
     /// The manager of the host is ready.
     ManagerStarted {
@@ -354,6 +364,20 @@ mod tests {
         assert_eq!(
             json,
             r#"{"sequence":7,"time_ms":1,"event":"device-removed","id":"disk1"}"#
+        );
+        assert_eq!(serde_json::from_str::<Event>(&json).unwrap(), event);
+        let event = Event {
+            kind: EventKind::Pool {
+                pool: "tank".into(),
+                kind: PoolEventKind::DeviceFailed,
+                text: "gone".into(),
+            },
+            ..event
+        };
+        let json = serde_json::to_string(&event).unwrap();
+        assert_eq!(
+            json,
+            r#"{"sequence":7,"time_ms":1,"event":"pool","pool":"tank","kind":"device-failed","text":"gone"}"#
         );
         assert_eq!(serde_json::from_str::<Event>(&json).unwrap(), event);
     }

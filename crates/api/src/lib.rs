@@ -36,7 +36,7 @@ pub use host::{
 pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};
 pub use problem::{Problem, ProblemKind};
 pub use scsi::{MAX_LUNS, MAX_TARGETS, ScsiAccess, ScsiPath, ScsiPlace};
-pub use storage_request::{StorageAnswer, StorageRequest};
+pub use storage_request::{MAX_LOAD_WINDOW_MS, StorageAnswer, StorageRequest};
 pub use units::{ByteSize, Seconds};
 pub use vm::{ExitReason, MachineEntry, Transfer, Vm, VmState, VmStatus};
 

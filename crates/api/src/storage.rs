@@ -135,6 +135,13 @@ pub enum Operation {
         /// Its number.
         job: u32,
     },
+    /// Change how fast a job may be, from now on and after a restart.
+    ThrottleJob {
+        /// Its number.
+        job: u32,
+        /// At most so many bytes per second; 0 for no limit.
+        throttle: u64,
+    },
 }
 
 /// A device that is to be part of a pool.
@@ -371,7 +378,8 @@ pub enum JobState {
 pub struct JobStatus {
     /// Its number.
     pub id: u32,
-    /// `resync`, `set-layout`, `move`, `evacuate`, `scrub` or `auto-tune`.
+    /// `resync`, `set-layout`, `move`, `evacuate`, `scrub` or `auto-tune`; of those that end with the process, `import`, `export`,
+    /// `copy`, `merge`, `relocate`, `defragment`, `drain`, `check-files` or `scrub-files`.
     pub kind: String,
     /// What it does to what, in words.
     pub what: String,
@@ -386,7 +394,19 @@ pub struct JobStatus {
     pub total: u64,
     /// At most so many bytes per second; 0 for no limit.
     pub throttle: u64,
+    /// Bytes per second that it copied or read in the last seconds; none if it does not run, or it is too early to tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u64>,
+    /// How long the rest takes if it gets on as in the last seconds; none if that cannot be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds_left: Option<u64>,
+    /// It is done by the process that has the pool open, and ends with it: it can be waited for and cancelled, and nothing else.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub volatile: bool,
 }
+
+/// The number of the first job that ends with the process; those that stand in the pool have smaller ones.
+pub const FIRST_VOLATILE_JOB: u32 = 1_000_000_000;
 
 impl JobStatus {
     /// Whether it has not ended.
@@ -467,6 +487,32 @@ pub struct HotSpots {
     pub window_ms: u64,
     /// The devices.
     pub devices: Vec<DeviceLoad>,
+}
+
+/// What was done with a volume within a window, by files and whoever else uses it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct VolumeLoad {
+    /// Its name.
+    pub volume: String,
+    /// What was read.
+    pub reads: RequestLoad,
+    /// What was written.
+    pub writes: RequestLoad,
+}
+
+/// The load of an open pool within a window.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct PoolLoad {
+    /// The pool's name.
+    pub pool: String,
+    /// Length of the window in milliseconds.
+    pub window_ms: u64,
+    /// The devices that are in service, the busiest first.
+    pub devices: Vec<DeviceLoad>,
+    /// The volumes, in the pool's order.
+    pub volumes: Vec<VolumeLoad>,
 }
 
 /// What can happen to a pool.
@@ -557,6 +603,9 @@ mod tests {
             done: u64::MAX,
             total: u64::MAX,
             throttle: 0,
+            rate: None,
+            seconds_left: None,
+            volatile: false,
         };
         assert_eq!(job.percent(), 99);
         job.state = JobState::Done;

@@ -51,6 +51,7 @@ fn shown(event: Event) -> Option<GuestEvent> {
         | EventKind::MachineEnded { .. }
         | EventKind::DiskAttached { .. }
         | EventKind::DiskDetached { .. }
+        | EventKind::Pool { .. }
         | EventKind::Stopped { .. } => return None,
     };
     Some(GuestEvent {

@@ -69,6 +69,10 @@ pub(crate) enum Command {
     Disk(VirtualDiskArguments),
     /// Long operations on a pool.
     Job(JobArguments),
+    /// What happened to a pool that is open: devices that fail and come, volumes, jobs, space.
+    Events(EventsArguments),
+    /// What a pool that is open, and its machine, have to do: refreshed until Ctrl-C.
+    Top(TopArguments),
     /// Give disks to virtual machines of other programs.
     #[command(subcommand)]
     Share(ShareCommand),
@@ -88,6 +92,51 @@ pub(crate) enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// Which process, by its management socket.
+#[derive(Debug, Args)]
+pub(crate) struct ProcessArguments {
+    /// The management socket of who has the pool open.
+    #[arg(
+        long,
+        value_name = "PATH",
+        conflicts_with = "config",
+        required_unless_present = "config"
+    )]
+    pub(crate) socket: Option<PathBuf>,
+
+    /// A file that names the socket (`[management]`), or a gateway (`[remote]`).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EventsArguments {
+    #[command(flatten)]
+    pub(crate) process: ProcessArguments,
+    /// Go on as things happen, until the process ends.
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Leave out events up to this number.
+    #[arg(long, default_value_t = 0, value_name = "NUMBER")]
+    pub(crate) after: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TopArguments {
+    #[command(flatten)]
+    pub(crate) process: ProcessArguments,
+    /// Print it once; so does --json, as one document.
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// Seconds over which load is looked at, and after which it is shown anew.
+    #[arg(long, default_value = "2", value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=60))]
+    pub(crate) interval: u32,
 }
 
 #[derive(Debug, Args)]

@@ -32,6 +32,7 @@ mod signals;
 mod storage;
 mod terminal;
 mod toml_file;
+mod top;
 mod vm;
 
 use std::process::ExitCode;
@@ -79,6 +80,8 @@ fn execute(command: Command) -> anyhow::Result<Exit> {
         Command::File(arguments) => storage::file(arguments),
         Command::Disk(arguments) => storage::disk(arguments),
         Command::Job(arguments) => storage::job(arguments),
+        Command::Events(arguments) => vm::pool_events(arguments),
+        Command::Top(arguments) => top::execute(arguments),
         Command::Share(command) => share::execute(&command),
         Command::Gateway(arguments) => gateway::execute(&arguments),
         Command::Principal(arguments) => principals::execute(arguments),

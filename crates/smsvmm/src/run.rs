@@ -88,7 +88,11 @@ fn live(arguments: &RunArguments) -> anyhow::Result<(Exit, String)> {
             return Err(error.into());
         }
     };
-    let control: Arc<dyn Vm> = Arc::new(machine.control());
+    let control = machine.control();
+    if let Some(pool) = &pool {
+        pool.record_events(Arc::clone(control.event_log()));
+    }
+    let control: Arc<dyn Vm> = Arc::new(control);
     let server = server
         .map(|server| server.start(Arc::clone(&control), sandbox.thread(Kind::Management)))
         .transpose()

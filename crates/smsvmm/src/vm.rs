@@ -12,7 +12,9 @@ use management::{Client, ClientError, Removed, Scope, Target};
 use serde_json::json;
 use vmm::config::VmConfig;
 
-use crate::cli::{DiskArguments, DiskSettingArguments, MachineName, NetArguments, VmArguments, VmCommand};
+use crate::cli::{
+    DiskArguments, DiskSettingArguments, EventsArguments, MachineName, NetArguments, VmArguments, VmCommand,
+};
 use crate::exit::{Exit, UsageError};
 use crate::output::{print, print_json};
 use crate::{machines, remote, serve, storage, terminal};
@@ -67,7 +69,7 @@ pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
             (!no_wait).then_some(timeout.duration()),
             json,
         ),
-        VmCommand::Events { follow, after } => events(&place.client()?, follow, after, json),
+        VmCommand::Events { follow, after } => events(&place.client()?, follow, after, json, |_| true),
         VmCommand::Console { console } => terminal::console(place.console_config()?.as_deref(), console),
     }
 }
@@ -324,7 +326,7 @@ fn limits_in_words(limits: &DiskLimits) -> String {
 }
 
 /// 93784 as "1d 2h 3m 4s", without leading zeroes.
-fn duration(seconds: u64) -> String {
+pub(crate) fn duration(seconds: u64) -> String {
     let parts = [
         (seconds / 86_400, "d"),
         (seconds / 3600 % 24, "h"),
@@ -339,7 +341,7 @@ fn duration(seconds: u64) -> String {
     parts.join(" ")
 }
 
-fn state(state: DeviceState) -> &'static str {
+pub(crate) fn state(state: DeviceState) -> &'static str {
     match state {
         DeviceState::Attached => "attached",
         DeviceState::Active => "active",
@@ -490,7 +492,28 @@ fn detach(
     }
 }
 
-fn events(client: &Client, follow: bool, mut after: u64, json: bool) -> anyhow::Result<Exit> {
+/// What happened to the pool that a process has open.
+pub(crate) fn pool_events(arguments: EventsArguments) -> anyhow::Result<Exit> {
+    let EventsArguments {
+        process,
+        follow,
+        after,
+    } = arguments;
+    let target = storage::process(&process)?;
+    // Of a machine that has a pool, `vm events` tells the rest; of a manager this is where all is told.
+    let is_manager = matches!(target, Target::Manager(..));
+    let wanted = move |event: &Event| is_manager || matches!(event.kind, EventKind::Pool { .. });
+    events(&Client::new(target)?, follow, after, process.json, wanted)
+}
+
+/// Prints those that are `wanted`.
+fn events(
+    client: &Client,
+    follow: bool,
+    mut after: u64,
+    json: bool,
+    wanted: impl Fn(&Event) -> bool,
+) -> anyhow::Result<Exit> {
     loop {
         let page = match client.events(after, if follow { FOLLOW_WAIT } else { Duration::ZERO }) {
             // The machine may end before we see its last event.
@@ -502,7 +525,7 @@ fn events(client: &Client, follow: bool, mut after: u64, json: bool) -> anyhow::
         if page.missed > 0 && !json {
             print(&format!("({} earlier events are no longer kept)\n", page.missed))?;
         }
-        for event in &page.events {
+        for event in page.events.iter().filter(|event| wanted(event)) {
             let line = if json {
                 serde_json::to_string(event)?
             } else {
@@ -574,13 +597,14 @@ fn line_of(event: &Event) -> String {
         },
         EventKind::DiskAttached { vm, id, file } => format!("{vm} uses {file} as {id}"),
         EventKind::DiskDetached { vm, id, file } => format!("{vm} uses {file} ({id}) no more"),
+        EventKind::Pool { pool, text, .. } => format!("pool {pool}: {text}"),
         EventKind::Stopped { reason } => reason.to_string(),
     };
     format!("{:>5}  {}  {what}", event.sequence, clock(event.time_ms))
 }
 
 /// Time of day (UTC) of milliseconds since 1970.
-fn clock(milliseconds: u64) -> String {
+pub(crate) fn clock(milliseconds: u64) -> String {
     let seconds = milliseconds / 1000;
     format!(
         "{:02}:{:02}:{:02}.{:03}Z",

@@ -10,6 +10,8 @@ use api::storage::JobStatus;
 use api::{Problem, ProblemKind};
 use block_io::{Worker, WorkerHandle, WorkerOptions};
 
+use crate::works::Doing;
+
 /// Between two looks at jobs and at whether the caller wants to stop.
 pub(crate) const TICK: Duration = Duration::from_millis(100);
 
@@ -54,6 +56,8 @@ enum Message<T> {
 pub(crate) struct Reporter<T> {
     sender: mpsc::Sender<Message<T>>,
     stop: Arc<AtomicBool>,
+    /// It stands in the list of what is being done.
+    listed: Option<Doing>,
 }
 
 impl<T> Reporter<T> {
@@ -62,6 +66,20 @@ impl<T> Reporter<T> {
         Self {
             sender: mpsc::channel().0,
             stop: Arc::clone(stop),
+            listed: None,
+        }
+    }
+
+    /// How it gets on stands in a list, if it is in one, and who sees it there can cancel it.
+    pub(crate) fn listed(self, listed: Option<Doing>) -> Self {
+        Self { listed, ..self }
+    }
+
+    /// What is listed has ended: all of it was done unless it was stopped.
+    pub(crate) fn ended<R>(mut self, result: &Result<R, Problem>) {
+        let stopped = self.stopped();
+        if let Some(doing) = self.listed.take() {
+            doing.end(result, !stopped);
         }
     }
 
@@ -70,11 +88,12 @@ impl<T> Reporter<T> {
         Self {
             sender: mpsc::channel().0,
             stop: Arc::new(AtomicBool::new(true)),
+            listed: None,
         }
     }
 
     pub(crate) fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+        self.stop.load(Ordering::Relaxed) || self.listed.as_ref().is_some_and(Doing::cancelled)
     }
 
     pub(crate) fn progress(&self, jobs: Vec<JobStatus>) {
@@ -83,6 +102,9 @@ impl<T> Reporter<T> {
     }
 
     pub(crate) fn work(&self, work: Work) {
+        if let Some(doing) = &self.listed {
+            doing.note(&work);
+        }
         drop(self.sender.send(Message::Work(work)));
     }
 }
@@ -115,6 +137,7 @@ where
     let reporter = Reporter {
         sender: sender.clone(),
         stop: Arc::clone(stop),
+        listed: None,
     };
     worker.spawn(move || async move {
         let done = make(reporter).await;

@@ -185,7 +185,9 @@ fn in_use(name: &str, holder: Option<&str>) -> String {
     let ourselves = format!("(pid {})", std::process::id());
     match holder {
         Some(holder) if holder.ends_with(&ourselves) => {
-            format!("{name} is in use by this very command: it was given twice, under two names")
+            format!(
+                "{name} is in use by this very process: it was given twice, or is one of its pool's devices"
+            )
         }
         Some(holder) => format!("{name} is in use by {holder}"),
         None => format!("{name} is in use"),
@@ -200,18 +202,34 @@ pub(crate) async fn open_new(new: &[NewDevice]) -> Result<Vec<Rc<Device>>, Probl
         .map(|one| (one, begin(&one.path, Access::Write)))
         .collect();
     let mut devices = Vec::new();
-    let mut found = Vec::new();
     for (one, opening) in openings {
-        let device = end(&one.path, opening).await?;
-        let content = inspect(&*device).await.map_err(|error| of_io(&error))?;
+        devices.push(end(&one.path, opening).await?);
+    }
+    see_that_they_may_be_used(new, &devices).await?;
+    Ok(devices)
+}
+
+/// As [`open_new`], by the thread that asks, which may be the only one that is allowed to. What they carry is not looked at yet.
+pub(crate) fn open_new_here(new: &[NewDevice]) -> Result<Vec<Device>, Problem> {
+    see_that_none_is_given_twice(new.iter().map(|one| &one.path))?;
+    new.iter().map(|one| open_now(&one.path, Access::Write)).collect()
+}
+
+/// Sees that nothing known is destroyed unasked.
+pub(crate) async fn see_that_they_may_be_used(
+    new: &[NewDevice],
+    devices: &[Rc<Device>],
+) -> Result<(), Problem> {
+    let mut found = Vec::new();
+    for (one, device) in new.iter().zip(devices) {
+        let content = inspect(&**device).await.map_err(|error| of_io(&error))?;
         if content != Content::Blank && !one.force {
             found.push(format!("{} carries {content}", one.path));
         }
-        see_that_it_has_its_size(&one.path, &device).await?;
-        devices.push(device);
+        see_that_it_has_its_size(&one.path, device).await?;
     }
     if found.is_empty() {
-        return Ok(devices);
+        return Ok(());
     }
     let paths: Vec<&str> = new.iter().map(|one| one.path.as_str()).collect();
     Err(Problem::new(ProblemKind::Conflict, found.join("; "))

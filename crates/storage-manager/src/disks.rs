@@ -191,7 +191,17 @@ impl Storage {
     /// # Errors
     /// There is no such disk, or a volume failed: then it can be called again.
     pub async fn merge_disk(&self, path: &str) -> Result<bool, Problem> {
-        Box::pin(self.disks()?.merge(path, now())).await.map_err(failed)
+        self.merge_disk_while(path, |_, _| true).await
+    }
+
+    /// As [`Self::merge_disk`], as long as `go_on` wants it; it is told how many bytes of the present layer have gone, and of how many.
+    pub(crate) async fn merge_disk_while(
+        &self,
+        path: &str,
+        go_on: impl FnMut(u64, u64) -> bool,
+    ) -> Result<bool, Problem> {
+        let merged = self.disks()?.merge_while(path, now(), go_on);
+        Box::pin(merged).await.map_err(failed)
     }
 }
 

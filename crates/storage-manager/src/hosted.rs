@@ -23,9 +23,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use api::storage::{Operation, Outcome, PoolEvent};
-use api::virtual_disk::{DiskOperation, TransferRequest, Transferred};
-use api::{Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
+use api::file::{FileOperation, FileOutcome};
+use api::storage::{FIRST_VOLATILE_JOB, JobStatus, Operation, Outcome, PoolEvent, PoolLoad, PoolStatus};
+use api::virtual_disk::{DiskAnswer, DiskOperation, TransferRequest, Transferred};
+use api::{MAX_LOAD_WINDOW_MS, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
 use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOptions, spawn_local};
 use storage_virtualizer::PinnedDisk;
 use storage_virtualizer::disk::DiskOptions;
@@ -33,17 +34,22 @@ use storage_virtualizer::iscsi::{IscsiOptions, IscsiServer, IscsiServerError, Is
 use storage_virtualizer::nbd::{NbdOptions, NbdServer, NbdServerError};
 use storage_virtualizer::scsi::{Identity, ReservationStore, Unit};
 
-use crate::conversation::Reporter;
-use crate::device::DevicePaths;
+use volume_manager::Sample;
+
+use crate::conversation::{Reporter, TICK, Work};
+use crate::device::{self, Device, DevicePaths};
 use crate::disks::{self, VirtualDisk};
 use crate::disks_image::{self, Message};
 use crate::disks_transfer::{self, Piece};
 use crate::export::DiskExport;
 use crate::live::{self, Transfers};
+use crate::load::pool_load;
 use crate::pipe::Pipe;
 use crate::reservations::PoolReservations;
 use crate::storage::{Access, Storage};
-use crate::{files, offline, places, random, ranges, volumes};
+use crate::told::Bell;
+use crate::works::{Doing, Works};
+use crate::{files, offline, operation, places, random, ranges, volumes};
 
 /// Between two looks whether a disk is still used.
 const LOOK: Duration = Duration::from_millis(2);
@@ -70,6 +76,10 @@ pub(crate) struct Open {
     problems: RefCell<Vec<Problem>>,
     /// Somebody sees that pins end.
     expiring: Cell<bool>,
+    /// What takes long and is no job of the pool.
+    works: Works,
+    /// What everything had done when the pool was opened.
+    first: Sample,
 }
 
 /// What a pin kept of snapshots that were deleted meanwhile goes.
@@ -128,11 +138,11 @@ fn shorten(open: &Rc<Open>, path: String) {
     let open = Rc::clone(open);
     open.merging.set(open.merging.get() + 1);
     let spawned = spawn_local(async move {
-        let mut merged = open.storage.merge_disk(&path).await;
+        let mut merged = merge(&open, &path).await;
         if let (Ok(false), Ok(files)) = (&merged, open.storage.files()) {
             // What the file system merges by itself may have been in the way.
             files.settled().await;
-            merged = open.storage.merge_disk(&path).await;
+            merged = merge(&open, &path).await;
         }
         match merged {
             Ok(_) => {}
@@ -148,6 +158,25 @@ fn shorten(open: &Rc<Open>, path: String) {
     drop(spawned);
 }
 
+/// Merges what a disk does not need apart, and lists that as a job if it takes long. Cancelled, it goes on when the disk is opened next.
+async fn merge(open: &Open, path: &str) -> Result<bool, Problem> {
+    let mut doing = None;
+    let merged = open.storage.merge_disk_while(path, |done, total| {
+        if done < total {
+            let begin = || open.works.begin("merge", format!("merge layers of {path}"));
+            let what = String::new();
+            doing.get_or_insert_with(begin).note(&Work { what, done, total });
+        }
+        !doing.as_ref().is_some_and(Doing::cancelled)
+    });
+    let merged = merged.await;
+    if let Some(doing) = doing {
+        let whole = merged.as_ref().is_ok_and(|whole| *whole);
+        doing.end(&merged, whole);
+    }
+    merged
+}
+
 /// The pool of the worker that asks.
 pub(crate) fn open_pool() -> Result<Rc<Open>, Problem> {
     let open = OPEN.with_borrow(Clone::clone);
@@ -160,6 +189,9 @@ pub struct HostedPool {
     worker: Worker,
     transfers: Transfers,
     stopping: Arc<AtomicBool>,
+    /// There is a sandbox around the process.
+    confined: AtomicBool,
+    name: String,
     notes: Vec<String>,
 }
 
@@ -173,14 +205,15 @@ impl HostedPool {
             .map_err(|error| Problem::new(ProblemKind::Host, crate::problem::chain(&error)))?;
         let stopping = Arc::<AtomicBool>::default();
         let seen = Arc::clone(&stopping);
-        let notes = worker.run(move || async move {
+        let (name, notes) = worker.run(move || async move {
             let storage = Box::pin(Storage::open(&devices, Access::Write)).await?;
             if let Err(problem) = storage.files().map(drop) {
                 // What matters is why there are no disks.
                 let _ = storage.close().await;
                 return Err(problem);
             }
-            let notes = storage.notes.clone();
+            let (notes, first) = (storage.notes.clone(), storage.pool.sample());
+            let name = storage.pool.configuration().name.clone();
             OPEN.set(Some(Rc::new(Open {
                 storage,
                 disks: RefCell::default(),
@@ -189,17 +222,26 @@ impl HostedPool {
                 stopping: seen,
                 problems: RefCell::default(),
                 expiring: Cell::new(false),
+                works: Works::default(),
+                first,
             })));
             // What a process had pinned that did not end well.
             expire_pins();
-            Ok(notes)
+            Ok((name, notes))
         })?;
         Ok(Self {
             worker,
             transfers: Transfers::default(),
             stopping,
+            confined: AtomicBool::new(false),
+            name,
             notes,
         })
+    }
+
+    /// The pool's name.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// What a person should know of the devices.
@@ -217,7 +259,30 @@ impl HostedPool {
     /// # Errors
     /// The hook's.
     pub fn confine(&self, hook: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
+        self.confined.store(true, Ordering::Relaxed);
         self.worker.run(move || async move { hook() })
+    }
+
+    /// `listener` is told of everything that happens to the pool, on the pool's worker: it must not block, nor use the pool. What has
+    /// happened since the opening is told at once; who asks for something ([`Self::execute`], [`Self::take_events`]) is told nevertheless.
+    pub fn on_event(&self, listener: impl Fn(PoolEvent) + Send + 'static) {
+        self.worker.spawn(move || async move {
+            let Ok(open) = open_pool() else { return };
+            open.storage.told.listen(listener);
+            let bell = Rc::<Bell>::default();
+            open.storage.pool.on_event(bell.ringer());
+            if let Ok(files) = open.storage.files() {
+                files.on_event(bell.ringer());
+            }
+            open.storage.gather_events();
+            drop(open);
+            loop {
+                bell.rung().await;
+                // Closing it tells the rest.
+                let Ok(open) = open_pool() else { return };
+                open.storage.gather_events();
+            }
+        });
     }
 
     /// Opens a disk, or a snapshot of one (`/vm/root.dsk@monday`). It is closed when the guard is dropped.
@@ -343,6 +408,8 @@ impl HostedPool {
     /// # Errors
     /// The request is refused or fails.
     pub fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        // By this thread: the worker may be confined more than who asks.
+        let opened = self.open_new(&request)?;
         self.worker.run(move || async move {
             let open = open_pool()?;
             let pins = matches!(&request, StorageRequest::Disk(DiskOperation::Pin { .. }));
@@ -351,7 +418,8 @@ impl HostedPool {
                 StorageRequest::Disk(operation) => disks::shortens(operation),
                 _ => None,
             };
-            let answer = Box::pin(answer(&open.storage, request, &open.stopping)).await?;
+            let opened = opened.into_iter().map(Rc::new).collect();
+            let answer = Box::pin(answer(&open, request, opened)).await?;
             if let Some(path) = shorter {
                 shorten(&open, path);
             }
@@ -363,6 +431,24 @@ impl HostedPool {
             }
             Ok(answer)
         })
+    }
+
+    /// Opens the devices that a request adds.
+    fn open_new(&self, request: &StorageRequest) -> Result<Vec<Device>, Problem> {
+        let (StorageRequest::Pool(operation) | StorageRequest::Begin(operation)) = request else {
+            return Ok(Vec::new());
+        };
+        let opened = device::open_new_here(&operation::new_devices(operation));
+        match self.confined.load(Ordering::Relaxed) {
+            true => opened.map_err(|problem| match problem.kind {
+                ProblemKind::Conflict | ProblemKind::Invalid => problem,
+                _ => problem.remedy(
+                    "this process runs in a sandbox, and opens only what is below sandbox.paths of its vm.toml: add the device's folder \
+                     there and start the machine again, or give this command while the machine is off",
+                ),
+            }),
+            false => opened,
+        }
     }
 
     /// What moves data between the pool and who is at the other end of a connection, while disks are in use.
@@ -597,6 +683,14 @@ pub(crate) async fn move_data(
     } = ends;
     let open = open_pool()?;
     let storage = &open.storage;
+    let listed = match &request {
+        TransferRequest::Import(request) => Some(("import", format!("import {}", request.path))),
+        TransferRequest::Export(request) => Some(("export", format!("export {}", request.path))),
+        TransferRequest::Copy(request) => Some(("copy", format!("copy {} to {}", request.path, request.to))),
+        // A backup asks for one piece after the other.
+        TransferRequest::Read(_) => None,
+    };
+    let reporter = reporter.listed(listed.map(|(kind, what)| open.works.begin(kind, what)));
     let (done, longer) = match &request {
         TransferRequest::Import(request) => {
             drop(data);
@@ -615,6 +709,7 @@ pub(crate) async fn move_data(
             Box::pin(ranges::read(storage, request, data, &reporter)).await
         }
     };
+    reporter.ended(&done);
     if let Some(path) = longer {
         shorten(&open, path);
     }
@@ -624,53 +719,151 @@ pub(crate) async fn move_data(
 }
 
 async fn answer(
-    storage: &Storage,
+    open: &Rc<Open>,
     request: StorageRequest,
-    stopping: &Arc<AtomicBool>,
+    opened: Vec<Rc<Device>>,
 ) -> Result<StorageAnswer, Problem> {
+    let (storage, stopping) = (&open.storage, &open.stopping);
     Ok(match request {
-        StorageRequest::Status => StorageAnswer::Status(Box::new(offline::status_of(storage))),
+        StorageRequest::Status => StorageAnswer::Status(Box::new(status_of(open))),
+        StorageRequest::Load { window_ms } => StorageAnswer::Load(Box::new(load(open, window_ms).await?)),
         StorageRequest::Disk(operation) => {
-            let answer = storage.perform_disk(operation).await?;
+            let answer = match &operation {
+                // As all merges: listed while it goes on.
+                DiskOperation::Merge { path } => {
+                    open.merging.set(open.merging.get() + 1);
+                    let merged = merge(open, path).await;
+                    open.merging.set(open.merging.get() - 1);
+                    merged.map(|_| DiskAnswer::Done)?
+                }
+                _ => storage.perform_disk(operation).await?,
+            };
             let events = storage.take_events();
             StorageAnswer::Disk(Box::new(api::virtual_disk::DiskOutcome { answer, events }))
         }
         StorageRequest::File(operation) => {
-            let reporter = Reporter::until(stopping);
-            let answer = files::perform(storage.files()?, operation, &reporter).await?;
-            StorageAnswer::File(Box::new(api::file::FileOutcome {
-                answer,
-                events: storage.take_events(),
-                interrupted: reporter.stopped(),
-            }))
+            StorageAnswer::File(Box::new(Box::pin(file(open, operation)).await?))
         }
         StorageRequest::Begin(operation) => {
-            let outcome = operate(storage, operation, &Reporter::impatient()).await?;
+            let outcome = operate(open, operation, opened, &Reporter::impatient()).await?;
             StorageAnswer::Pool(Box::new(outcome))
         }
         StorageRequest::Pool(operation) => {
-            let outcome = operate(storage, operation, &Reporter::until(stopping)).await?;
+            let outcome = operate(open, operation, opened, &Reporter::until(stopping)).await?;
             StorageAnswer::Pool(Box::new(outcome))
         }
     })
 }
 
+/// How the pool is, with everything that is being done.
+fn status_of(open: &Open) -> PoolStatus {
+    let mut status = offline::status_of(&open.storage);
+    status.jobs.extend(open.works.list());
+    status
+}
+
+/// What the pool has to do, for so many milliseconds from now.
+async fn load(open: &Open, window_ms: u32) -> Result<PoolLoad, Problem> {
+    if window_ms > MAX_LOAD_WINDOW_MS {
+        let detail = format!("a window of {window_ms} ms is too long");
+        return Err(Problem::new(ProblemKind::Invalid, detail)
+            .remedy(format!("look for at most {MAX_LOAD_WINDOW_MS} ms at a time")));
+    }
+    let pool = &open.storage.pool;
+    let first = match window_ms {
+        0 => open.first.clone(),
+        _ => pool.sample(),
+    };
+    let clock = WorkerClock::new();
+    let end = clock.now() + Duration::from_millis(window_ms.into());
+    // A pool that is to be closed does not wait for who looks.
+    while clock.now() < end && !open.stopping.load(Ordering::Relaxed) {
+        clock.sleep(TICK.min(end.saturating_sub(clock.now()))).await;
+    }
+    Ok(pool_load(&pool.configuration(), &first, &pool.sample()))
+}
+
+async fn file(open: &Open, operation: FileOperation) -> Result<FileOutcome, Problem> {
+    let storage = &open.storage;
+    let listed = match &operation {
+        FileOperation::Defragment { path } => Some(("defragment", format!("put {path} in order"))),
+        FileOperation::Relocate { path, .. } => Some(("relocate", format!("move {path}"))),
+        FileOperation::Drain { volume, end: false } => Some(("drain", format!("empty volume {volume}"))),
+        FileOperation::Merge { layer, .. } => Some(("merge", format!("merge {layer}"))),
+        FileOperation::Check { .. } => Some(("check-files", "check the file system".to_owned())),
+        FileOperation::Scrub => Some(("scrub-files", "scrub files".to_owned())),
+        _ => None,
+    };
+    let listed = listed.map(|(kind, what)| open.works.begin(kind, what));
+    let reporter = Reporter::until(&open.stopping).listed(listed);
+    let answer = files::perform(storage.files()?, operation, &reporter).await;
+    let interrupted = reporter.stopped();
+    reporter.ended(&answer);
+    Ok(FileOutcome {
+        answer: answer?,
+        events: storage.take_events(),
+        interrupted,
+    })
+}
+
 async fn operate(
-    storage: &Storage,
+    open: &Open,
     mut operation: Operation,
+    opened: Vec<Rc<Device>>,
     reporter: &Reporter<Outcome>,
 ) -> Result<Outcome, Problem> {
-    volumes::goes_with_files_in_use(storage, &operation)?;
-    if let Operation::ResizeVolume { shrink, .. } = &mut operation {
-        // What files have of it may have grown when its turn comes.
-        *shrink = false;
-    }
-    let (jobs, interrupted) = offline::perform(&storage.pool, operation.clone(), reporter).await?;
-    volumes::tell(storage, &operation).await?;
+    let storage = &open.storage;
+    let (jobs, interrupted) = match steer(open, &operation, reporter).await? {
+        Some(done) => done,
+        None => {
+            volumes::before_in_use(storage, &operation).await?;
+            if let Operation::ResizeVolume { shrink, .. } = &mut operation {
+                // What files have of it may have grown when its turn comes.
+                *shrink = false;
+            }
+            let done = offline::perform(&storage.pool, operation.clone(), opened, reporter).await?;
+            volumes::tell(storage, &operation).await?;
+            done
+        }
+    };
     Ok(Outcome {
         jobs,
         events: storage.take_events(),
         interrupted,
-        pool: offline::status_of(storage),
+        pool: status_of(open),
     })
+}
+
+/// Does what is wanted with jobs that end with this process; none if it is about others.
+async fn steer(
+    open: &Open,
+    operation: &Operation,
+    reporter: &Reporter<Outcome>,
+) -> Result<Option<(Vec<JobStatus>, bool)>, Problem> {
+    let (job, refused) = match operation {
+        Operation::WaitJob { job: Some(job) } => (*job, None),
+        Operation::CancelJob { job } => (*job, None),
+        Operation::PauseJob { job } => (*job, Some("paused")),
+        Operation::ResumeJob { job } => (*job, Some("resumed")),
+        Operation::ThrottleJob { job, .. } => (*job, Some("made slower or faster")),
+        _ => return Ok(None),
+    };
+    if job < FIRST_VOLATILE_JOB {
+        return Ok(None);
+    }
+    if let Some(refused) = refused {
+        return Err(open.works.refuse(job, refused));
+    }
+    if let Operation::CancelJob { .. } = operation {
+        open.works.cancel(job)?;
+    }
+    let clock = WorkerClock::new();
+    loop {
+        let status = open.works.status(job)?;
+        if !status.is_live() || reporter.stopped() {
+            let interrupted = status.is_live();
+            return Ok(Some((vec![status], interrupted)));
+        }
+        clock.sleep(TICK).await;
+    }
 }

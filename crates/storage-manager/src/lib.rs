@@ -41,8 +41,10 @@ mod reservations;
 mod scrub;
 mod storage;
 mod stream;
+mod told;
 mod view;
 mod volumes;
+mod works;
 
 pub use conversation::{Flow, Notice, Work};
 pub use device::{Device, DevicePaths};

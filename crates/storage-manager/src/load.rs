@@ -1,8 +1,28 @@
 //! The load of an open pool as people and programs see it.
 
-use api::storage::{DeviceLoad, HotSpots, LegLoad, RequestLoad};
-use volume_manager::Count;
+use api::storage::{DeviceLoad, HotSpots, LegLoad, PoolLoad, RequestLoad, VolumeLoad};
 use volume_manager::model::Configuration;
+use volume_manager::{Count, Sample};
+
+/// What devices and volumes did between two moments.
+pub(crate) fn pool_load(config: &Configuration, first: &Sample, last: &Sample) -> PoolLoad {
+    let spots = hot_spots(config, &last.since(first));
+    let volumes = last.volumes_since(first);
+    let volumes = config.volumes.iter().filter_map(|volume| {
+        let (_, load) = volumes.iter().find(|(id, _)| *id == volume.id)?;
+        Some(VolumeLoad {
+            volume: volume.name.clone(),
+            reads: requests(&load.reads),
+            writes: requests(&load.writes),
+        })
+    });
+    PoolLoad {
+        pool: config.name.clone(),
+        window_ms: spots.window_ms,
+        devices: spots.devices,
+        volumes: volumes.collect(),
+    }
+}
 
 /// Names for what the volume manager knows by numbers.
 pub fn hot_spots(config: &Configuration, spots: &volume_manager::HotSpots) -> HotSpots {

@@ -168,7 +168,7 @@ async fn operate(
 ) -> Result<(Vec<JobStatus>, bool), Problem> {
     volumes::before(storage, &operation).await?;
     storage.pool.let_jobs_begin();
-    let done = perform(&storage.pool, operation.clone(), reporter).await?;
+    let done = perform(&storage.pool, operation.clone(), Vec::new(), reporter).await?;
     volumes::after(storage, &operation).await?;
     Ok(done)
 }
@@ -323,18 +323,25 @@ fn view_open(pool: &Pool, notes: Vec<String>) -> PoolStatus {
         errors,
         ..Presence::default()
     };
-    view::pool(&config, &presence, &pool.jobs(), notes)
+    let mut status = view::pool(&config, &presence, &[], notes);
+    let jobs = pool.jobs();
+    let jobs = jobs
+        .iter()
+        .map(|job| view::view_job(&config, job, pool.pace(job.id)));
+    status.jobs = jobs.collect();
+    status
 }
 
-/// Does the operation and waits for its jobs; tells whether the wait was broken off.
+/// Does the operation and waits for its jobs; tells whether the wait was broken off. `opened` are the devices that it adds, if they are open.
 pub(crate) async fn perform(
     pool: &Pool,
     operation: Operation,
+    opened: Vec<Rc<Device>>,
     reporter: &Reporter<Outcome>,
 ) -> Result<(Vec<JobStatus>, bool), Problem> {
     // A paused job that is cancelled counts as paused until it has ended.
     let cancels = matches!(operation, Operation::CancelJob { .. });
-    let started = operation::begin(pool, operation).await?;
+    let started = operation::begin(pool, operation, opened).await?;
     let mut wanted = started.jobs;
     let clock = WorkerClock::new();
     let ended = Rc::new(RefCell::new(BTreeMap::new()));
@@ -350,7 +357,8 @@ pub(crate) async fn perform(
     let look = |ids: &[JobId]| -> Vec<JobStatus> {
         let config = pool.configuration();
         let jobs = ids.iter().filter_map(|id| pool.job(*id));
-        jobs.map(|job| view::view_job(&config, &job)).collect()
+        jobs.map(|job| view::view_job(&config, &job, pool.pace(job.id)))
+            .collect()
     };
     let mut pause = Duration::from_millis(5);
     loop {

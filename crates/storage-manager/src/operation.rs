@@ -6,7 +6,8 @@ use api::storage::{LayoutKind, NewDevice as NewDeviceArguments, Operation, ReadP
 use api::{Problem, ProblemKind};
 use block_io::WorkerClock;
 use volume_manager::model::{
-    Attributes, BLOCK, Configuration, DeviceId, Job, JobId, JobKind, JobState, Layout, MemberState, VolumeId,
+    Attributes, BLOCK, Configuration, DeviceId, DeviceState, Job, JobId, JobKind, JobState, Layout,
+    MemberState, VolumeId,
 };
 use volume_manager::{NewDevice, NewVolume, place};
 
@@ -30,8 +31,21 @@ impl From<JobId> for Started {
     }
 }
 
-/// Does `operation`, but for the jobs that it starts.
-pub(crate) async fn begin(pool: &Pool, operation: Operation) -> Result<Started, Problem> {
+/// The devices that an operation adds.
+pub(crate) fn new_devices(operation: &Operation) -> Vec<NewDeviceArguments> {
+    match operation {
+        Operation::AddDevices { devices } => devices.clone(),
+        Operation::ReplaceDevice { by, .. } => vec![by.clone()],
+        _ => Vec::new(),
+    }
+}
+
+/// Does `operation`, but for the jobs that it starts. The devices that it adds are opened if `opened` has none.
+pub(crate) async fn begin(
+    pool: &Pool,
+    operation: Operation,
+    opened: Vec<Rc<Device>>,
+) -> Result<Started, Problem> {
     match operation {
         Operation::Heal => {
             pool.heal().await.map_err(|error| of_pool("pool", error))?;
@@ -45,7 +59,10 @@ pub(crate) async fn begin(pool: &Pool, operation: Operation) -> Result<Started, 
             let volume = volume.map(|name| find_volume(pool, &name)).transpose()?;
             start(pool, "scrub", JobKind::Scrub { volume }, throttle).await
         }
-        Operation::AddDevices { devices } => add_devices(pool, devices).await.map(|_| Started::default()),
+        Operation::AddDevices { devices } => {
+            add_devices(pool, devices, opened).await?;
+            Ok(Started::default())
+        }
         Operation::RemoveDevice { device } => {
             let id = find_device(&pool.configuration(), &device)?;
             let removed = pool.remove_device(id).await;
@@ -63,7 +80,9 @@ pub(crate) async fn begin(pool: &Pool, operation: Operation) -> Result<Started, 
             };
             start(pool, &device, kind, throttle).await
         }
-        Operation::ReplaceDevice { device, by, throttle } => replace(pool, &device, by, throttle).await,
+        Operation::ReplaceDevice { device, by, throttle } => {
+            replace(pool, &device, by, throttle, opened).await
+        }
         Operation::CreateVolume {
             name,
             size,
@@ -142,6 +161,12 @@ pub(crate) async fn begin(pool: &Pool, operation: Operation) -> Result<Started, 
             steer(pool, job, JobState::Cancelled).await?;
             Ok(JobId(job).into())
         }
+        Operation::ThrottleJob { job, throttle } => {
+            find_job(pool, job)?;
+            let set = pool.set_throttle(JobId(job), throttle).await;
+            set.map_err(|error| of_pool(&format!("job {job}"), error))?;
+            Ok(Started::default())
+        }
     }
 }
 
@@ -166,17 +191,38 @@ fn running(pool: &Pool, wanted: impl Fn(&JobKind) -> bool) -> Started {
     }
 }
 
+/// Opens devices that are to be part of the pool, unless they are open, and sees that they can be.
+async fn usable(
+    pool: &Pool,
+    new: &[NewDeviceArguments],
+    opened: Vec<Rc<Device>>,
+) -> Result<Vec<Rc<Device>>, Problem> {
+    let opened = match opened.is_empty() {
+        true => device::open_new(new).await?,
+        false => {
+            device::see_that_they_may_be_used(new, &opened).await?;
+            opened
+        }
+    };
+    for (new, device) in new.iter().zip(&opened) {
+        device::see_that_it_is_none_of(pool, &new.path, device).await?;
+    }
+    Ok(opened)
+}
+
 /// Adds all, or none if one of them is not to be had.
-async fn add_devices(pool: &Pool, new: Vec<NewDeviceArguments>) -> Result<Vec<DeviceId>, Problem> {
-    let opened = device::open_new(&new).await?;
-    let mut added = Vec::new();
+async fn add_devices(
+    pool: &Pool,
+    new: Vec<NewDeviceArguments>,
+    opened: Vec<Rc<Device>>,
+) -> Result<(), Problem> {
+    let opened = usable(pool, &new, opened).await?;
     for (new, device) in new.into_iter().zip(&opened) {
         let path = new.path.clone();
-        device::see_that_it_is_none_of(pool, &path, device).await?;
-        let id = pool.add_device(described(new, device)?).await;
-        added.push(id.map_err(|error| of_pool(&path, error))?);
+        let added = pool.add_device(described(new, device)?).await;
+        added.map_err(|error| of_pool(&path, error))?;
     }
-    Ok(added)
+    Ok(())
 }
 
 /// A device with a fresh identity.
@@ -191,7 +237,13 @@ pub(crate) fn described(new: NewDeviceArguments, device: &Rc<Device>) -> Result<
     })
 }
 
-async fn replace(pool: &Pool, name: &str, by: NewDeviceArguments, throttle: u64) -> Result<Started, Problem> {
+async fn replace(
+    pool: &Pool,
+    name: &str,
+    by: NewDeviceArguments,
+    throttle: u64,
+    opened: Vec<Rc<Device>>,
+) -> Result<Started, Problem> {
     let config = pool.configuration();
     let id = find_device(&config, name)?;
     let old = config.device(id);
@@ -203,15 +255,15 @@ async fn replace(pool: &Pool, name: &str, by: NewDeviceArguments, throttle: u64)
     let by = NewDeviceArguments {
         class: inherit(by.class, old.map(|old| &old.class)),
         enclosure: inherit(by.enclosure, old.map(|old| &old.enclosure)),
+        spare: by.spare || old.is_some_and(|old| old.state == DeviceState::Spare),
         ..by
     };
-    let added = add_devices(pool, vec![by]).await?;
-    let kind = JobKind::Evacuate {
-        device: id,
-        to: added.first().copied(),
-        remove: true,
-    };
-    start(pool, name, kind, throttle).await
+    let opened = usable(pool, std::slice::from_ref(&by), opened).await?;
+    let device = opened.first().ok_or_else(|| {
+        Problem::new(ProblemKind::Host, format!("{} is not open", by.path)).about(by.path.clone())
+    })?;
+    let replaced = pool.replace_device(id, described(by, device)?, throttle).await;
+    replaced.map(Started::from).map_err(|error| of_pool(name, error))
 }
 
 pub(crate) fn check_size(name: &str, size: u64) -> Result<u64, Problem> {

@@ -18,6 +18,7 @@ use crate::member::{Member, Sheet};
 use crate::offline::{self, Force};
 use crate::operation::Pool;
 use crate::problem::{of_files, of_pool};
+use crate::told::Told;
 use crate::{file_view, places, view, volumes};
 
 /// What files lie on.
@@ -46,6 +47,7 @@ pub struct Storage {
     redundancy: Redundancy,
     /// What a person should know of the devices.
     pub(crate) notes: Vec<String>,
+    pub(crate) told: Told,
 }
 
 impl Storage {
@@ -96,6 +98,7 @@ impl Storage {
             disks: None,
             redundancy: Redundancy::default(),
             notes,
+            told: Told::default(),
         }
     }
 
@@ -108,6 +111,7 @@ impl Storage {
             disks: None,
             redundancy: Redundancy::default(),
             notes,
+            told: Told::default(),
         }
     }
 
@@ -178,11 +182,17 @@ impl Storage {
 
     /// What happened since this was asked last.
     pub fn take_events(&self) -> Vec<PoolEvent> {
+        self.gather_events();
+        self.told.take()
+    }
+
+    /// Tells who listens what has happened, at once, and keeps it for who asks.
+    pub(crate) fn gather_events(&self) {
         let mut events: Vec<PoolEvent> = self.pool.take_events().iter().map(view::event).collect();
         if let Some(files) = &self.files {
             events.extend(files.take_events().iter().filter_map(file_view::event));
         }
-        events
+        events.into_iter().for_each(|event| self.told.tell(event));
     }
 
     /// Closes everything after something was done; with what came of that, what happened. The first failure counts.

@@ -6,11 +6,11 @@ use api::storage::{
     Health, JobState, JobStatus, LayoutKind, MemberHealth, MemberStatus, PoolDevice, PoolDeviceState,
     PoolEvent, PoolEventKind, PoolStatus, Shape, VolumeStatus,
 };
-use volume_manager::Event;
 use volume_manager::model::{
     Attributes, Column, Configuration, Device, DeviceId, DeviceState, Job, JobKind, JobState as ModelState,
     Layout, Member, MemberState, ReadPolicy, Section, Volume, VolumeId,
 };
+use volume_manager::{Event, Pace};
 
 /// Which devices do their part.
 #[derive(Debug, Default)]
@@ -63,7 +63,7 @@ pub(crate) fn pool(
         used: used.values().sum(),
         devices,
         volumes,
-        jobs: jobs.iter().map(|job| view_job(config, job)).collect(),
+        jobs: jobs.iter().map(|job| view_job(config, job, None)).collect(),
         files: None,
         notes,
     }
@@ -246,7 +246,10 @@ fn shape(config: &Configuration, attributes: &Attributes) -> Shape {
     }
 }
 
-pub(crate) fn view_job(config: &Configuration, job: &Job) -> JobStatus {
+/// `pace` is how fast it gets on, if it runs here.
+pub(crate) fn view_job(config: &Configuration, job: &Job, pace: Option<Pace>) -> JobStatus {
+    // What is known after a moment only.
+    let pace = pace.filter(|pace| *pace != Pace::default());
     let volume = |id: VolumeId| match config.volume(id) {
         Some(volume) => format!("volume {}", volume.name),
         None => format!("volume number {} (deleted)", id.0),
@@ -301,6 +304,9 @@ pub(crate) fn view_job(config: &Configuration, job: &Job) -> JobStatus {
         done: job.done,
         total: job.total,
         throttle: job.throttle,
+        rate: pace.map(|pace| pace.rate),
+        seconds_left: pace.and_then(|pace| pace.left).map(|left| left.as_secs()),
+        volatile: false,
     }
 }
 

@@ -53,17 +53,23 @@ pub(crate) async fn after(storage: &mut Storage, operation: &Operation) -> Resul
     }
 }
 
-/// Refuses what cannot be done while files are in use.
-pub(crate) fn goes_with_files_in_use(storage: &Storage, operation: &Operation) -> Result<(), Problem> {
+/// Refuses what cannot be done while files are in use, and has the file system prepare itself for the rest.
+pub(crate) async fn before_in_use(storage: &Storage, operation: &Operation) -> Result<(), Problem> {
     let in_use = |text: String, name: &str| {
         let problem = Problem::new(ProblemKind::Conflict, text).about(name);
         Err(problem.remedy("end who serves them first"))
     };
     match operation {
-        Operation::DeleteVolume { name } => in_use(
-            format!("volume {name} cannot be deleted while the pool serves disks"),
-            name,
-        ),
+        Operation::DeleteVolume { name } if name == META_VOLUME => Err(reserved(
+            "holds the metadata of all files, and the pool serves disks",
+        )),
+        Operation::DeleteVolume { name } => match known(storage, name)? {
+            Some(known) => {
+                see_that_no_job_changes(storage, name)?;
+                leave(storage, name, &known).await
+            }
+            None => Ok(()),
+        },
         Operation::CreateVolume { name, .. } if name == META_VOLUME => {
             Err(reserved("is made by `smsvmm file format`, and by nothing else"))
         }
@@ -180,6 +186,27 @@ async fn delete(storage: &mut Storage, name: &str) -> Result<(), Problem> {
     storage.end_files().await
 }
 
+/// Else it would have left the file system when it turns out that it cannot be deleted.
+fn see_that_no_job_changes(storage: &Storage, name: &str) -> Result<(), Problem> {
+    let config = storage.pool.configuration();
+    let Some(volume) = config.volumes.iter().find(|volume| volume.name == name) else {
+        return Ok(());
+    };
+    let mut live = config.jobs.iter().filter(|job| job.is_live());
+    match live.find(|job| job.kind.concerns(volume.id)) {
+        Some(job) => Err(Problem::new(
+            ProblemKind::Conflict,
+            format!("job {} works on volume {name}", job.id.0),
+        )
+        .about(name)
+        .remedy(format!(
+            "wait for it, or end it: `smsvmm job cancel {}`",
+            job.id.0
+        ))),
+        None => Ok(()),
+    }
+}
+
 /// A volume leaves the file system.
 async fn leave(storage: &Storage, name: &str, known: &VolumeStat) -> Result<(), Problem> {
     let used = known.size.saturating_sub(known.free);
@@ -195,5 +222,9 @@ async fn leave(storage: &Storage, name: &str, known: &VolumeStat) -> Result<(), 
     let removed = storage.files()?.remove_volume(known.uuid).await;
     removed.map_err(|error| of_files(&error))?;
     storage.uncover(known.uuid);
+    // What tells the pool what is in use of a volume has the volume.
+    if let Ok(volume) = storage.pool.volume(name) {
+        volume.set_usage(None);
+    }
     Ok(())
 }

@@ -419,6 +419,10 @@ impl<V: BlockDevice> State<V> {
         self.set_object(record.sums, None)?;
         self.volume_table.remove(&self.pages, index.0.into(), |_| true)?;
         self.volumes.borrow_mut().remove(&index);
+        // What open files have written there lies elsewhere by now, and the next volume may get the number.
+        for file in self.files.borrow().values() {
+            file.written.borrow_mut().remove(&index);
+        }
         Ok(())
     }
 }

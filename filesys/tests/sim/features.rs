@@ -66,6 +66,11 @@ fn a_file_follows_its_attributes_to_another_volume_and_a_drained_volume_leaves()
         fs.remove_volume([1; 16]).await.map_err(failed)?;
         refused(fs.remove_volume([2; 16]).await, "files have")?;
         assert_eq!(fs.volumes().len(), 1);
+        // The file was written where the volume was, and is flushed nevertheless: also when another one has its number.
+        file.flush().await.map_err(failed)?;
+        fs.add_volume(given(&sim, 1)).await.map_err(failed)?;
+        file.flush().await.map_err(failed)?;
+        holds(&file, 1 << 20, 7).await?;
         drop(file);
         fs.close().await.map_err(failed)
     });

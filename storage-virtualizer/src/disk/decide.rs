@@ -11,6 +11,8 @@ use super::name::DiskPath;
 
 /// Merges of one disk that are done in one go, at most: more than there can be.
 const MOST_MERGES: usize = 10_000;
+/// What of a layer is merged before the caller is asked whether to go on ([`filesys::FileSystem::absorb_while`]).
+const ABSORBED_AT_ONCE: u64 = 16 << 20;
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
     /// The writes in the redo layer stay for good. Done at once, whatever their number: the layer becomes a part of the disk, and
@@ -80,6 +82,20 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
     /// # Errors
     /// A volume failed.
     pub async fn merge(&self, path: &str, now: u64) -> Result<bool, DiskError> {
+        self.merge_while(path, now, |_, _| true).await
+    }
+
+    /// As [`Self::merge`]. `go_on` is told now and then how many bytes of the first layer have gone, and how many it has at most. Where it does
+    /// not want more, false is returned, and the merge is to be asked for again, as after a crash.
+    ///
+    /// # Errors
+    /// As [`Self::merge`].
+    pub async fn merge_while(
+        &self,
+        path: &str,
+        now: u64,
+        mut go_on: impl FnMut(u64, u64) -> bool,
+    ) -> Result<bool, DiskError> {
         let path = DiskPath::new(path)?;
         let entry = self.entry(&path);
         for _ in 0..MOST_MERGES {
@@ -97,8 +113,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 return Ok(false);
             };
             drop(turn);
-            match Box::pin(self.files().absorb(&child, true)).await {
-                Ok(()) => {}
+            let size = base.size;
+            let mut looked_at = 0;
+            let told = || {
+                looked_at = size.min(looked_at + ABSORBED_AT_ONCE);
+                go_on(looked_at, size)
+            };
+            match Box::pin(self.files().absorb_while(&child, true, told)).await {
+                Ok(true) => {}
+                Ok(false) => return Ok(false),
                 Err(FsError::Busy { .. } | FsError::NotFound { .. } | FsError::State { .. }) => {
                     return Ok(false);
                 }

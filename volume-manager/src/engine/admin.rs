@@ -11,8 +11,10 @@ use super::job::Stop;
 use super::map::SectionMap;
 use super::pool::{NewDevice, Pool, PoolError, describe};
 use super::volume::Volume;
+use super::work;
 use crate::model::{
-    self, BLOCK, DeviceId, DeviceState, Extent, JobKind, JobState, MemberState, ReadPolicy, Section,
+    self, BLOCK, Configuration, Device, DeviceId, DeviceState, Extent, JobId, JobKind, JobState, MemberState,
+    ReadPolicy, Section,
 };
 use crate::place;
 
@@ -22,6 +24,54 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
     /// # Errors
     /// It is too small, or a device of this pool already, or fails.
     pub async fn add_device(&self, new: NewDevice<D>) -> Result<DeviceId, PoolError> {
+        let (id, ()) = self.take_in(new, |_, _| Ok(())).await?;
+        self.heal().await?;
+        Ok(id)
+    }
+
+    /// Puts a device in the place of another, which may have failed: a job moves everything, or makes it anew, and takes the old one
+    /// out. The new device and the job are in the pool together or not at all, so that a crash leaves nothing to be cleared up.
+    ///
+    /// # Errors
+    /// As [`Self::add_device`]; there is no such device, it is being replaced already, or the new one has not the room for what is on it.
+    pub async fn replace_device(
+        &self,
+        old: DeviceId,
+        new: NewDevice<D>,
+        throttle: u64,
+    ) -> Result<JobId, PoolError> {
+        // Looked at once more when the configuration is changed: then it is too late to leave the new device as it was.
+        let config = self.0.config();
+        see_that_it_can_go(&config, old)?;
+        let described = describe(&mut Configuration::clone(&config), &new)?;
+        see_that_there_is_room(&config, old, &described)?;
+        let (_, job) = self
+            .take_in(new, |config, id| {
+                see_that_it_can_go(config, old)?;
+                let came = config.device(id).unwrap_or(&described);
+                see_that_there_is_room(config, old, came)?;
+                let kind = JobKind::Evacuate {
+                    device: old,
+                    to: Some(id),
+                    remove: true,
+                };
+                work::enlist(config, kind, throttle)
+            })
+            .await?;
+        cover!("admin: a device is replaced");
+        self.run(&job);
+        self.heal().await?;
+        Ok(job.id)
+    }
+
+    /// Makes a device one of the pool, and does `more` to the same configuration that takes it in.
+    async fn take_in<T>(
+        &self,
+        new: NewDevice<D>,
+        more: impl FnOnce(&mut Configuration, DeviceId) -> Result<T, PoolError>,
+    ) -> Result<(DeviceId, T), PoolError> {
+        // Who is second finds the next number.
+        let _turn = self.0.adding.hold(0, 1).await;
         let config = self.0.config();
         if config.devices.iter().any(|device| device.uuid == new.uuid) {
             return Err(PoolError::State(format!(
@@ -35,31 +85,42 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                 model::MAX_DEVICES
             )));
         }
-        let mut counting = model::Configuration::clone(&config);
+        let mut counting = Configuration::clone(&config);
         let device = describe(&mut counting, &new)?;
-        self.0.add_holder(&device, Rc::clone(&new.device)).await?;
-        let disk = Rc::new(Disk::new(device.id, &new.name, Some(Rc::clone(&new.device))));
-        self.0.format_activity_log(&disk).await?;
-        self.0.set_disk(disk);
         let id = device.id;
-        self.0
-            .change(|config| {
-                if config.next_device != id.0 {
-                    return Err(PoolError::State(
-                        "another device was added at the same time: try again".into(),
-                    ));
-                }
-                config.next_device += 1;
-                config.devices.push(device.clone());
-                Ok(())
-            })
-            .await?;
+        self.0.add_holder(&device, Rc::clone(&new.device)).await?;
+        let entered = self.enter(device, &new, more).await;
+        if entered.is_err() && self.0.config().device(id).is_none() {
+            cover!("admin: a device is not taken in");
+            self.0.hot.remove_log(id);
+            self.0.remove_disk(id);
+            // Where the pool is closed, it holds no device any more.
+            drop(self.0.forget_holder(id).await);
+        }
+        let done = entered?;
         self.0.tell(Event::DeviceAdded { device: new.name });
-        self.heal().await?;
-        Ok(id)
+        Ok((id, done))
     }
 
-    /// Takes an empty device out of the pool, and its label off it.
+    async fn enter<T>(
+        &self,
+        device: Device,
+        new: &NewDevice<D>,
+        more: impl FnOnce(&mut Configuration, DeviceId) -> Result<T, PoolError>,
+    ) -> Result<T, PoolError> {
+        let id = device.id;
+        let disk = Rc::new(Disk::new(id, &new.name, Some(Rc::clone(&new.device))));
+        self.0.format_activity_log(&disk).await?;
+        self.0.set_disk(disk);
+        let changed = self.0.change(|config| {
+            config.next_device += 1;
+            config.devices.push(device);
+            more(config, id)
+        });
+        Ok(changed.await?.0)
+    }
+
+    /// Takes an empty device out of the pool, and lets it go. It still has a label, of which the pool knows nothing any more.
     ///
     /// # Errors
     /// Something lies on it (evacuate it first), or it is the last one.
@@ -70,11 +131,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                 if config.device(id).is_none() {
                     return Err(PoolError::Unknown(format!("device {name}")));
                 }
-                let used: u64 = config
-                    .extents()
-                    .filter(|extent| extent.device == id)
-                    .map(|extent| extent.length)
-                    .sum();
+                let used = used(config, id);
                 if used > 0 {
                     return Err(PoolError::State(format!(
                         "{used} bytes of device {name} are in use: evacuate it first"
@@ -99,9 +156,8 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             })
             .await?;
         self.0.hot.remove_log(id);
-        if self.0.disk(id).is_alive() {
-            self.0.forget_holder(id).await?;
-        }
+        // One that failed is let go as well, so that others can have it while the pool is open.
+        self.0.forget_holder(id).await?;
         self.0.remove_disk(id);
         self.0.tell(Event::DeviceRemoved { device: name });
         Ok(())
@@ -384,6 +440,39 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Volume<D, C> {
             cover!("admin: another copy of a parity log");
             self.replace_log(index, None, copy).await?;
         }
+    }
+}
+
+/// Bytes of a device that belong to something.
+fn used(config: &Configuration, device: DeviceId) -> u64 {
+    let extents = config.extents().filter(|extent| extent.device == device);
+    extents.map(|extent| extent.length).sum()
+}
+
+fn see_that_it_can_go(config: &Configuration, old: DeviceId) -> Result<(), PoolError> {
+    if config.device(old).is_none() {
+        return Err(PoolError::Unknown(format!("device number {}", old.0)));
+    }
+    let leaves =
+        |kind: &JobKind| matches!(kind, JobKind::Evacuate { device, remove: true, .. } if *device == old);
+    match config.jobs.iter().find(|job| job.is_live() && leaves(&job.kind)) {
+        Some(job) => Err(PoolError::State(format!(
+            "job {} replaces the device already",
+            job.id.0
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn see_that_there_is_room(config: &Configuration, old: DeviceId, new: &Device) -> Result<(), PoolError> {
+    let needed = used(config, old);
+    let room = new.size.saturating_sub(new.data_start);
+    match needed <= room {
+        true => Ok(()),
+        false => Err(PoolError::State(format!(
+            "device {} has room for {room} bytes, and {needed} bytes lie on the one that is to leave: take a larger one",
+            new.name
+        ))),
     }
 }
 

@@ -20,6 +20,7 @@ use super::job::Control;
 use super::keep::Releasing;
 use super::map::Map;
 use super::ranges::Ranges;
+use super::tasks::is_whole;
 use super::volume::VolumeCore;
 use crate::logs::hot::HotRegions;
 use crate::model::{Configuration, DeviceId, Extent, JobId, VolumeId};
@@ -65,6 +66,8 @@ pub(crate) struct Core<D, C> {
     store: RefCell<Option<Store<D>>>,
     /// Held by who changes the configuration.
     pub(super) changing: Ranges,
+    /// Held by who adds a device: its number is nobody's before the configuration has it.
+    pub(super) adding: Ranges,
     /// Why nothing may be written any more.
     stopped: RefCell<Option<Refused>>,
     /// Extents that belong to nobody by the configuration, but are in use still or already.
@@ -81,6 +84,8 @@ pub(crate) struct Core<D, C> {
     /// The pool is being closed: jobs stop.
     pub(crate) closing: Cell<bool>,
     events: RefCell<VecDeque<Event>>,
+    /// Rung when there is an event.
+    bell: RefCell<Option<Box<dyn Fn()>>>,
 }
 
 /// Extents that are kept until this is dropped.
@@ -120,6 +125,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             hot,
             store: RefCell::new(Some(store)),
             changing: Ranges::default(),
+            adding: Ranges::default(),
             stopped: RefCell::default(),
             reserved: RefCell::default(),
             next_reservation: Cell::new(0),
@@ -129,6 +135,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             tasks: Cell::new(0),
             closing: Cell::new(false),
             events: RefCell::default(),
+            bell: RefCell::default(),
         })
     }
 
@@ -186,6 +193,14 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             events.pop_front();
         }
         events.push_back(event);
+        drop(events);
+        if let Some(ring) = &*self.bell.borrow() {
+            ring();
+        }
+    }
+
+    pub(crate) fn set_bell(&self, ring: Box<dyn Fn()>) {
+        *self.bell.borrow_mut() = Some(ring);
     }
 
     /// What was told since this was asked last.
@@ -380,8 +395,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             if self.newly_dead() != dead {
                 continue;
             }
+            let before = config;
             self.commit(next).await?;
             let config = self.config();
+            self.tell_degraded(&before, &config);
             for volume in &config.volumes {
                 if !volume.log_devices.is_empty()
                     && let Err(error) = self
@@ -397,6 +414,18 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
                 for volume in self.volumes() {
                     self.drop_copies(&volume, *device);
                 }
+            }
+        }
+    }
+
+    /// Says which volumes miss copies or parity that had all of them before.
+    fn tell_degraded(&self, before: &Configuration, now: &Configuration) {
+        for volume in &now.volumes {
+            let was_whole = before.volume(volume.id).is_some_and(|old| is_whole(before, old));
+            if was_whole && !is_whole(now, volume) {
+                self.tell(Event::VolumeDegraded {
+                    volume: volume.name.clone(),
+                });
             }
         }
     }

@@ -19,6 +19,7 @@ pub struct Sample {
     at: Duration,
     devices: BTreeMap<DeviceId, (Duration, Statistics)>,
     legs: BTreeMap<(VolumeId, MemberId), Leg>,
+    volumes: BTreeMap<VolumeId, Statistics>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -101,6 +102,15 @@ impl Sample {
         HotSpots { window, devices }
     }
 
+    /// What users of volumes had done between `earlier` and this, whatever it took on devices.
+    pub fn volumes_since(&self, earlier: &Self) -> Vec<(VolumeId, Statistics)> {
+        let before = |id: &VolumeId| earlier.volumes.get(id).copied().unwrap_or_default();
+        let volumes = self.volumes.iter();
+        volumes
+            .map(|(id, statistics)| (*id, statistics.since(&before(id))))
+            .collect()
+    }
+
     fn legs_since(&self, earlier: &Self) -> BTreeMap<DeviceId, Vec<LegLoad>> {
         let mut devices: BTreeMap<DeviceId, Vec<LegLoad>> = BTreeMap::new();
         for ((volume, member), leg) in &self.legs {
@@ -136,8 +146,9 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         let disks = self.0.disks();
         let devices = disks.iter().filter(|disk| disk.is_alive());
         let devices = devices.map(|disk| (disk.id, (disk.busy(now), disk.counters.get())));
-        let mut legs = BTreeMap::new();
+        let (mut legs, mut volumes) = (BTreeMap::new(), BTreeMap::new());
         for volume in self.0.volumes() {
+            volumes.insert(volume.id, volume.counters.get());
             let map = volume.map();
             for section in &map.sections {
                 for (column, members) in (0..).zip(&section.columns) {
@@ -160,6 +171,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             at: now,
             devices: devices.collect(),
             legs,
+            volumes,
         }
     }
 }

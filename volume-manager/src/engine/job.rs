@@ -6,6 +6,7 @@ use std::time::Duration;
 use block_io::{BlockDevice, Clock};
 
 use super::core::{Core, Refused};
+use super::meter::{Meter, Pace};
 use crate::model::JobState;
 
 /// Why a job ends or stops before its end.
@@ -35,8 +36,11 @@ impl From<Refused> for Stop {
 pub(crate) struct Control {
     pub(crate) done: Cell<u64>,
     pub(crate) total: Cell<u64>,
+    /// What of that was copied or read since the pool was opened; the rest needed no work.
+    worked: Cell<u64>,
+    meter: Cell<Meter>,
     /// Bytes per second; 0 for no limit.
-    pub(crate) throttle: Cell<u64>,
+    throttle: Cell<u64>,
     wanted: RefCell<JobState>,
     closing: Cell<bool>,
     /// When the next piece may begin.
@@ -51,6 +55,8 @@ impl Control {
         Self {
             done: Cell::new(done),
             total: Cell::new(total),
+            worked: Cell::new(0),
+            meter: Cell::default(),
             throttle: Cell::new(throttle),
             wanted: RefCell::new(state),
             closing: Cell::new(false),
@@ -68,6 +74,23 @@ impl Control {
         self.closing.set(true);
     }
 
+    /// At most so many bytes per second; 0 for no limit.
+    pub(crate) fn throttle(&self) -> u64 {
+        self.throttle.get()
+    }
+
+    /// From now on at most so many bytes per second. What it waited for by the old rate is forgotten.
+    pub(crate) fn set_throttle(&self, throttle: u64) {
+        self.throttle.set(throttle);
+        self.next.set(Duration::ZERO);
+    }
+
+    pub(crate) fn pace(&self, now: Duration) -> Pace {
+        let done = self.done.get();
+        let total = self.total.get().max(done);
+        self.meter.get().pace(now, done, self.worked.get(), total)
+    }
+
     /// Counts `bytes` that need no work.
     pub(crate) fn skip(&self, bytes: u64) {
         self.done.set(self.done.get().saturating_add(bytes));
@@ -76,9 +99,12 @@ impl Control {
     /// Counts `bytes` of work, and waits as long as the job is paused or faster than it may be.
     pub(crate) async fn progress(&self, clock: &impl Clock, bytes: u64) -> Result<(), Stop> {
         self.done.set(self.done.get().saturating_add(bytes));
-        let throttle = self.throttle.get();
+        self.worked.set(self.worked.get().saturating_add(bytes));
+        let (now, throttle) = (clock.now(), self.throttle.get());
+        let mut meter = self.meter.get();
+        meter.note(now, self.done.get(), self.worked.get());
+        self.meter.set(meter);
         if throttle > 0 {
-            let now = clock.now();
             let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(throttle);
             let pause = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
             self.next.set(self.next.get().max(now) + pause);

@@ -14,7 +14,7 @@
 //!   core, degrade   the configuration and who may change it; what the failure of a device changes
 //!   keep            the pool's logs
 //!   physical        where bytes are on devices, for who reads them there
-//!   map, disk, ranges, geometry, join, list, counters, event, job     what all of them use
+//!   map, disk, ranges, geometry, join, list, counters, event, job, meter     what all of them use
 //! ```
 
 pub(crate) mod admin;
@@ -34,6 +34,7 @@ pub(crate) mod join;
 pub(crate) mod keep;
 pub(crate) mod list;
 pub(crate) mod map;
+pub(crate) mod meter;
 pub(crate) mod open;
 pub(crate) mod physical;
 pub(crate) mod pool;

@@ -191,6 +191,11 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         self.0.take_events()
     }
 
+    /// `ring` is called whenever there is an event to be taken; it must not use the pool at once.
+    pub fn on_event(&self, ring: impl Fn() + 'static) {
+        self.0.set_bell(Box::new(ring));
+    }
+
     /// The volume of this name.
     ///
     /// # Errors

@@ -27,7 +27,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             JobKind::Move { volume, from, to } => self.move_members(*volume, *from, *to, control).await,
             JobKind::Evacuate { device, to, remove } => self.evacuate(*device, *to, *remove, control).await,
             JobKind::Scrub { volume } => self.scrub(*volume, control).await,
-            JobKind::AutoTune { window } => self.auto_tune(*window, job.throttle, control).await,
+            JobKind::AutoTune { window } => self.auto_tune(*window, control).await,
         }
     }
 

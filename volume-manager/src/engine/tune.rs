@@ -104,7 +104,7 @@ fn has_place(config: &Configuration, member: MemberId, advice: &Advice) -> bool 
 
 impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
     /// Moves load until no move would help.
-    pub(super) async fn auto_tune(&self, window: u32, throttle: u64, control: &Control) -> Result<(), Stop> {
+    pub(super) async fn auto_tune(&self, window: u32, control: &Control) -> Result<(), Stop> {
         let window = Duration::from_millis(window.into()).max(LOOK);
         let (mut done, mut last) = (BTreeSet::new(), None);
         for _ in 0..MOVES {
@@ -129,7 +129,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                 from: Some(advice.from),
                 to: Some(advice.to),
             };
-            let moved = self.start(kind, throttle).await;
+            let moved = self.start(kind, control.throttle()).await;
             let moved = moved.map_err(|error| Stop::because("cannot move load to another device", &error))?;
             self.accompany(moved, control).await?;
         }
@@ -158,6 +158,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
 
     /// Waits for a move; one that fails is left alone, one whose tuning is cancelled is cancelled, too.
     async fn accompany(&self, job: JobId, control: &Control) -> Result<(), Stop> {
+        let mut throttle = control.throttle();
         loop {
             if let Err(stop) = control.progress(&self.0.clock, 0).await {
                 if matches!(stop, Stop::Cancelled) {
@@ -169,6 +170,11 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             self.0.go_on()?;
             match self.job(job) {
                 Some(moved) if moved.is_live() => {
+                    if throttle != control.throttle() {
+                        throttle = control.throttle();
+                        // It may have ended by itself.
+                        drop(self.set_throttle(job, throttle).await);
+                    }
                     control.total.set(moved.total);
                     control.done.set(moved.done);
                 }

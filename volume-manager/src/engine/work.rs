@@ -13,6 +13,8 @@ use block_io::{BlockDevice, Clock, cover, spawn_local};
 use super::core::{Core, Refused};
 use super::event::Event;
 use super::job::{Control, Stop};
+use super::map::Map;
+use super::meter::Pace;
 use super::pool::{Pool, PoolError};
 use crate::model::{
     Configuration, DeviceId, DeviceState, Job, JobId, JobKind, JobState, Member, MemberState,
@@ -91,43 +93,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
     /// # Errors
     /// What it works on does not exist; the pool takes no changes.
     pub async fn start(&self, kind: JobKind, throttle: u64) -> Result<JobId, PoolError> {
-        let (job, _) = self
-            .0
-            .change(|config| {
-                check(config, &kind)?;
-                if let JobKind::Evacuate { device, .. } = kind
-                    && let Some(device) = config.devices.iter_mut().find(|other| other.id == device)
-                    && device.is_holder()
-                {
-                    device.state = DeviceState::Evacuating;
-                }
-                if let JobKind::Relayout { volume, target } = &kind
-                    && let Some(volume) = config.volume_mut(*volume)
-                {
-                    volume.attributes = target.clone();
-                }
-                let job = Job {
-                    id: JobId(config.next_job),
-                    total: work_of(config, &kind),
-                    kind,
-                    state: JobState::Running,
-                    done: 0,
-                    throttle,
-                };
-                config.next_job += 1;
-                let ended = config.jobs.iter().filter(|job| !job.is_live()).count();
-                let mut surplus = ended.saturating_sub(KEPT);
-                config.jobs.retain(|job| {
-                    job.is_live() || {
-                        let keep = surplus == 0;
-                        surplus = surplus.saturating_sub(1);
-                        keep
-                    }
-                });
-                config.jobs.push(job.clone());
-                Ok::<Job, PoolError>(job)
-            })
-            .await?;
+        let (job, _) = self.0.change(|config| enlist(config, kind, throttle)).await?;
         self.run(&job);
         Ok(job.id)
     }
@@ -139,21 +105,41 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
     pub async fn steer(&self, id: JobId, state: JobState) -> Result<(), PoolError> {
         self.0
             .change(|config| {
-                let job = config.jobs.iter_mut().find(|job| job.id == id);
-                let job = job.ok_or_else(|| PoolError::Unknown(format!("job {}", id.0)))?;
-                if !job.is_live() {
-                    return Err(PoolError::State(format!("job {} has ended", id.0)));
-                }
+                let job = live(config, id)?;
                 if state != JobState::Cancelled {
                     job.state = state.clone();
                 }
-                Ok(())
+                Ok::<(), PoolError>(())
             })
             .await?;
         if let Some(control) = self.0.control(id) {
             control.want(state);
         }
         Ok(())
+    }
+
+    /// Changes at most how many bytes per second a job copies or reads; 0 for no limit. It holds after a restart, too.
+    ///
+    /// # Errors
+    /// There is no such job, or it has ended.
+    pub async fn set_throttle(&self, id: JobId, throttle: u64) -> Result<(), PoolError> {
+        self.0
+            .change(|config| {
+                live(config, id)?.throttle = throttle;
+                Ok::<(), PoolError>(())
+            })
+            .await?;
+        if let Some(control) = self.0.control(id) {
+            control.set_throttle(throttle);
+        }
+        Ok(())
+    }
+
+    /// How fast a job gets on; none if it does not run.
+    pub fn pace(&self, id: JobId) -> Option<Pace> {
+        let runs = self.0.config().job(id)?.state == JobState::Running;
+        let control = self.0.control(id).filter(|_| runs)?;
+        Some(control.pace(self.0.clock.now()))
     }
 
     /// A job with its present progress.
@@ -195,8 +181,25 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         }
     }
 
+    /// Places that a job has given up are free as soon as nobody uses them any more.
+    async fn let_go(&self, kind: &JobKind, old: Vec<Rc<Map<D>>>) -> Result<(), Refused> {
+        if old.is_empty() {
+            return Ok(());
+        }
+        let extents = old.iter().flat_map(|map| map.volume.extents().copied());
+        let freed = self.0.reserve(extents.collect());
+        for map in old {
+            self.0.drained(map).await;
+        }
+        drop(freed);
+        for id in volumes_of(&self.0.config(), kind) {
+            self.complete(id).await?;
+        }
+        Ok(())
+    }
+
     /// Has a job go on in the background, if it does not yet: when a device was taken in at an open, its resync runs already.
-    fn run(&self, job: &Job) {
+    pub(super) fn run(&self, job: &Job) {
         if self.0.control(job.id).is_some() {
             cover!("work: a job runs already");
             return;
@@ -223,6 +226,9 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                     other.done = control.done.get();
                     other.total = control.total.get().max(other.done);
                 }
+                if state == JobState::Cancelled {
+                    forget_begun(config, &job.kind);
+                }
                 if let (JobKind::Evacuate { device, .. }, true) = (&job.kind, state != JobState::Done) {
                     for device in config.devices.iter_mut().filter(|other| other.id == *device) {
                         if device.state == DeviceState::Evacuating {
@@ -232,7 +238,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                 }
                 Ok::<(), Refused>(())
             });
-            let changed = changed.await;
+            let changed = match changed.await {
+                Ok(((), old)) => pool.let_go(&job.kind, old).await,
+                Err(refused) => Err(refused),
+            };
             // Not before, so that nobody takes it for one that waits to be run.
             pool.0.remove_control(job.id);
             if changed.is_ok() {
@@ -244,6 +253,79 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         });
         // Outside a worker nobody makes requests.
         drop(spawned);
+    }
+}
+
+fn live(config: &mut Configuration, id: JobId) -> Result<&mut Job, PoolError> {
+    let job = config.jobs.iter_mut().find(|job| job.id == id);
+    let job = job.ok_or_else(|| PoolError::Unknown(format!("job {}", id.0)))?;
+    match job.is_live() {
+        true => Ok(job),
+        false => Err(PoolError::State(format!("job {} has ended", id.0))),
+    }
+}
+
+/// Puts a job into a configuration, from which it runs as soon as that is durable.
+pub(super) fn enlist(config: &mut Configuration, kind: JobKind, throttle: u64) -> Result<Job, PoolError> {
+    check(config, &kind)?;
+    if let JobKind::Evacuate { device, .. } = kind
+        && let Some(device) = config.devices.iter_mut().find(|other| other.id == device)
+        && device.is_holder()
+    {
+        device.state = DeviceState::Evacuating;
+    }
+    if let JobKind::Relayout { volume, target } = &kind
+        && let Some(volume) = config.volume_mut(*volume)
+    {
+        volume.attributes = target.clone();
+    }
+    let job = Job {
+        id: JobId(config.next_job),
+        total: work_of(config, &kind),
+        kind,
+        state: JobState::Running,
+        done: 0,
+        throttle,
+    };
+    config.next_job += 1;
+    let ended = config.jobs.iter().filter(|job| !job.is_live()).count();
+    let mut surplus = ended.saturating_sub(KEPT);
+    config.jobs.retain(|job| {
+        job.is_live() || {
+            let keep = surplus == 0;
+            surplus = surplus.saturating_sub(1);
+            keep
+        }
+    });
+    config.jobs.push(job.clone());
+    Ok(job)
+}
+
+/// What a job has begun to fill, and others can do without, goes: else it would be filled as if somebody wanted one copy more.
+fn forget_begun(config: &mut Configuration, kind: &JobKind) {
+    if !matches!(kind, JobKind::Move { .. } | JobKind::Evacuate { .. }) {
+        return;
+    }
+    let volumes = volumes_of(config, kind);
+    for volume in config
+        .volumes
+        .iter_mut()
+        .filter(|volume| volumes.contains(&volume.id))
+    {
+        let legs = volume.attributes.layout.legs() as usize;
+        let columns = volume
+            .sections
+            .iter_mut()
+            .flat_map(|section| &mut section.columns);
+        for members in columns.map(|column| &mut column.members) {
+            let begun = |member: &Member| matches!(member.state, MemberState::Filling { .. });
+            while members.len() > legs
+                && let Some(last) = members.iter().rposition(begun)
+            {
+                cover!("work: what a cancelled move had begun goes");
+                members.remove(last);
+            }
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 use block_io::sim::{Failure, Scenario, Shared, Sim, World};
 use block_io::{BlockDevice, Durability};
 use volume_manager::Event;
-use volume_manager::model::{DeviceId, JobKind, Layout};
+use volume_manager::model::{DeviceId, JobId, JobKind, JobState, Layout};
 
 use crate::harness::{
     self, Promise, SimPool, attributes, create, depth, failed, flush, new_device, new_volume, open, settle,
@@ -21,6 +21,12 @@ enum Act {
     AddDevice,
     RemoveDevice,
     Evacuate,
+    /// Another device is put in the place of one, which leaves.
+    Replace,
+    /// The same for one that has failed.
+    ReplaceFailed,
+    /// A device is replaced, and somebody thinks better of it.
+    Cancel,
     Relayout(Layout),
     /// A device fails, and nothing else happens.
     Fail,
@@ -35,6 +41,8 @@ struct Case {
 }
 
 const SIZE: u64 = 12 * harness::UNIT;
+/// The disk of the device that is replaced; the volume lies on it, as on the first of all.
+const VICTIM: usize = 0;
 
 impl Case {
     fn disks(&self) -> usize {
@@ -52,6 +60,54 @@ async fn writes(pool: &SimPool, model: &Shared<Promise>, fill: u8) -> Result<(),
     write(&volume, model, 512, fill, 1024, Durability::Volatile).await?;
     flush(&volume, model).await?;
     write(&volume, model, 8192, fill + 1, 4096, Durability::Volatile).await
+}
+
+/// The disk that is no device of the pool at the beginning takes the place of another.
+async fn replace(sim: &Sim, pool: &SimPool, old: DeviceId, new: usize) -> Result<JobId, Failure> {
+    pool.replace_device(old, new_device(sim, new), 0)
+        .await
+        .map_err(failed)
+}
+
+/// A replacement that a crash has cut is either under way, or has left nothing and can be asked for again.
+async fn see_that_it_is_replaced(
+    sim: &Sim,
+    pool: &SimPool,
+    old: DeviceId,
+    new: usize,
+) -> Result<(), Failure> {
+    let there = |pool: &SimPool, wanted: DeviceId| pool.configuration().device(wanted).is_some();
+    let came = DeviceId(u32::try_from(new).unwrap());
+    if !there(pool, came) {
+        if !there(pool, old) {
+            return Err("the old device has left, and the new one is not there".into());
+        }
+        let job = replace(sim, pool, old, new).await?;
+        pool.wait(job).await.map_err(failed)?;
+    }
+    match there(pool, came) && !there(pool, old) {
+        true => Ok(()),
+        false => Err(format!(
+            "not replaced: {:?}, {:?}",
+            pool.configuration().devices,
+            pool.jobs()
+        )
+        .as_str()
+        .into()),
+    }
+}
+
+fn see_that_no_copy_is_too_many(pool: &SimPool) -> Result<(), Failure> {
+    for volume in &pool.configuration().volumes {
+        let legs = volume.attributes.layout.legs() as usize;
+        let mut columns = volume.sections.iter().flat_map(|section| &section.columns);
+        if columns.any(|column| column.members.len() != legs) {
+            return Err(format!("there are not {legs} copies of everything: {volume:?}")
+                .as_str()
+                .into());
+        }
+    }
+    Ok(())
 }
 
 impl Scenario for Case {
@@ -139,6 +195,23 @@ impl Scenario for Case {
                 writes(&pool, &model, 2).await?;
                 pool.wait(job).await.map_err(failed)?;
             }
+            Act::Replace | Act::ReplaceFailed => {
+                if self.act == Act::ReplaceFailed {
+                    sim.detach(VICTIM);
+                    writes(&pool, &model, 4).await?;
+                }
+                let job = replace(&sim, &pool, DeviceId(0), self.disks() - 1).await?;
+                writes(&pool, &model, 2).await?;
+                pool.wait(job).await.map_err(failed)?;
+            }
+            Act::Cancel => {
+                let job = replace(&sim, &pool, DeviceId(0), self.disks() - 1).await?;
+                writes(&pool, &model, 2).await?;
+                // It may have ended by itself, or ends now.
+                drop(pool.steer(job, JobState::Cancelled).await);
+                drop(pool.wait(job).await);
+                writes(&pool, &model, 4).await?;
+            }
             Act::Relayout(to) => {
                 let volume = pool.configuration().volumes[0].id;
                 let kind = JobKind::Relayout {
@@ -180,11 +253,19 @@ impl Scenario for Case {
         for disk in 0..self.disks() {
             sim.attach(disk);
         }
-        let pool = open(&sim, &model, |_| true).await.map_err(failed)?;
+        // One that is broken does not come back.
+        let there = |disk: usize| self.act != Act::ReplaceFailed || disk != VICTIM;
+        let pool = open(&sim, &model, there).await.map_err(failed)?;
         settle(&pool).await?;
+        if matches!(self.act, Act::Replace | Act::ReplaceFailed) {
+            see_that_it_is_replaced(&sim, &pool, DeviceId(0), self.disks() - 1).await?;
+        }
         volume_manager::place::verify(&pool.configuration()).map_err(|wrong| {
             Failure::from(format!("{}: {:?}", wrong.join("; "), pool.configuration()).as_str())
         })?;
+        if self.act == Act::Cancel {
+            see_that_no_copy_is_too_many(&pool)?;
+        }
         match pool.volume("v") {
             Ok(volume) if self.act == Act::Create => {
                 let bytes = harness::read_bytes(&volume, 0, usize::try_from(SIZE).unwrap())
@@ -274,6 +355,23 @@ fn volumes_and_devices_come_go_and_change_their_size() {
 #[test]
 fn data_are_moved_off_a_device() {
     run(&ALL, &[Act::Evacuate], 93_000, &[]);
+}
+
+#[test]
+fn a_device_is_replaced() {
+    run(&ALL, &[Act::Replace], 10_000, &[]);
+}
+
+#[test]
+fn a_device_that_failed_is_replaced() {
+    let layouts: Vec<Layout> = ALL.into_iter().filter(|layout| layout.tolerates() > 0).collect();
+    run(&layouts, &[Act::ReplaceFailed], 10_000, &[]);
+}
+
+#[test]
+fn a_replacement_is_cancelled() {
+    let marks = ["work: what a cancelled move had begun goes"];
+    run(&ALL, &[Act::Cancel], 10_000, &marks);
 }
 
 #[test]

@@ -73,7 +73,8 @@ fn with_guest(
     seed: u64,
     act: impl AsyncFn(Sim, SimPool) -> Result<(), Failure>,
 ) {
-    let mut world = harness::world(disks as u64);
+    // One more than is in the pool at first, and another.
+    let mut world = harness::world(disks as u64 + 1);
     let options = RunOptions {
         schedule: Schedule::Random,
         ..RunOptions::random(seed)
@@ -334,6 +335,168 @@ fn a_device_is_evacuated_and_leaves() {
             Ok(())
         });
     }
+}
+
+/// Puts disk 7 in the place of the first device of the volume, and waits until that is done.
+async fn replace(sim: &Sim, pool: &SimPool, old: DeviceId) -> Result<(), Failure> {
+    let new = NewDevice {
+        uuid: Uuid(4711),
+        ..harness::new_device(sim, 7)
+    };
+    let job = pool.replace_device(old, new, 0).await.map_err(failed)?;
+    let again = pool.replace_device(old, harness::new_device(sim, 8), 0).await;
+    assert!(again.is_err(), "it is being replaced already");
+    pool.wait(job).await.map_err(failed)?;
+    let config = pool.configuration();
+    let came = config.devices.iter().find(|device| device.uuid == Uuid(4711));
+    match came {
+        Some(came) if config.device(old).is_none() && lies_on(pool, came.id) && all_in_sync(pool) => Ok(()),
+        _ => Err(format!("not replaced: {:?}", config.devices).as_str().into()),
+    }
+}
+
+#[test]
+fn a_device_is_replaced_while_guests_write() {
+    for layout in ALL {
+        for seed in 0..3 {
+            with_guest("replace", 8, layout, seed, async move |sim, pool| {
+                let old = pool.configuration().volumes[0].sections[0].columns[0].members[0].extents[0].device;
+                replace(&sim, &pool, old).await
+            });
+        }
+    }
+}
+
+#[test]
+fn a_device_that_failed_is_replaced_while_guests_write() {
+    for layout in ALL.into_iter().filter(|layout| layout.tolerates() > 0) {
+        for seed in 0..3 {
+            with_guest("replace the failed", 8, layout, seed, async move |sim, pool| {
+                let old = unplug(&sim, &pool).await?;
+                replace(&sim, &pool, old).await
+            });
+        }
+    }
+}
+
+#[test]
+fn the_device_that_replaces_another_fails_and_is_replaced_itself() {
+    for layout in ALL.into_iter().filter(|layout| layout.tolerates() > 0) {
+        for seed in 0..4 {
+            with_guest("a broken successor", 8, layout, seed, async move |sim, pool| {
+                let old = pool.configuration().volumes[0].sections[0].columns[0].members[0].extents[0].device;
+                let job = pool
+                    .replace_device(old, harness::new_device(&sim, 7), 0)
+                    .await
+                    .map_err(failed)?;
+                sim.clock().sleep(Duration::from_millis(seed * 3)).await;
+                sim.detach(7);
+                // It fails, unless it was quick enough; the guest notices nothing.
+                drop(pool.wait(job).await);
+                let came = pool
+                    .configuration()
+                    .devices
+                    .last()
+                    .map(|device| device.id)
+                    .unwrap();
+                if pool.is_in_service(came) {
+                    // Nobody has noticed, as nothing of it was used.
+                    drop(run(&pool, JobKind::Scrub { volume: None }).await);
+                    notice(&sim, &pool, came).await?;
+                }
+                let job = pool
+                    .replace_device(came, harness::new_device(&sim, 8), 0)
+                    .await
+                    .map_err(failed)?;
+                pool.wait(job).await.map_err(failed)?;
+                settle(&pool).await?;
+                match lies_on(&pool, came) || !all_in_sync(&pool) {
+                    true => Err("something is left on the broken one".into()),
+                    false => Ok(()),
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn devices_that_are_added_at_the_same_time_do_not_get_into_each_other_s_way() {
+    for seed in 0..20 {
+        with_guest(
+            "two at once",
+            8,
+            Layout::Mirror { legs: 2 },
+            seed,
+            async move |sim, pool| {
+                let added = Rc::new(Cell::new(0));
+                // More would not be needed to get the same number twice.
+                for index in [7, 8] {
+                    let (pool, device, added) =
+                        (pool.clone(), harness::new_device(&sim, index), Rc::clone(&added));
+                    sim.spawn("add", async move {
+                        pool.add_device(device).await.unwrap();
+                        added.set(added.get() + 1);
+                    });
+                }
+                while added.get() < 2 {
+                    sim.clock().sleep(Duration::from_millis(1)).await;
+                }
+                // Each is where its number says.
+                let config = pool.configuration();
+                for device in config.devices.iter().rev().take(2) {
+                    let (volume, to) = (volume_id(&pool), Some(device.id));
+                    let from = Some(config.volumes[0].sections[0].columns[0].members[0].extents[0].device);
+                    if from != to && !lies_on(&pool, device.id) {
+                        let from = pool.configuration().extents().next().map(|extent| extent.device);
+                        run(&pool, JobKind::Move { volume, from, to }).await?;
+                    }
+                }
+                Ok(())
+            },
+        );
+    }
+}
+
+#[test]
+fn a_device_that_fails_while_it_is_added_is_not_in_the_pool() {
+    with_guest(
+        "add a broken one",
+        8,
+        Layout::Mirror { legs: 2 },
+        0,
+        async |sim, pool| {
+            let before = pool.configuration().devices.len();
+            sim.detach(7);
+            assert!(pool.add_device(harness::new_device(&sim, 7)).await.is_err());
+            sim.attach(7);
+            // Nor does it stand in the way of the next, which may be itself.
+            pool.add_device(harness::new_device(&sim, 7))
+                .await
+                .map_err(failed)?;
+            match pool.configuration().devices.len() == before + 1 {
+                true => Ok(()),
+                false => Err("something is left of the failure".into()),
+            }
+        },
+    );
+}
+
+#[test]
+fn the_throttle_of_a_running_job_changes() {
+    with_guest("throttle", 8, Layout::Mirror { legs: 2 }, 0, async |sim, pool| {
+        // At this rate it takes an hour.
+        let slow = pool
+            .start(JobKind::Scrub { volume: None }, 256)
+            .await
+            .map_err(failed)?;
+        sim.clock().sleep(Duration::from_millis(500)).await;
+        assert!(pool.job(slow).unwrap().is_live());
+        pool.set_throttle(slow, 0).await.map_err(failed)?;
+        assert_eq!(pool.configuration().job(slow).unwrap().throttle, 0);
+        pool.wait(slow).await.map_err(failed)?;
+        assert!(pool.set_throttle(slow, 1).await.is_err(), "it has ended");
+        Ok(())
+    });
 }
 
 #[test]

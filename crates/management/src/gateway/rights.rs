@@ -44,14 +44,16 @@ impl Asked<'_> {
 
 fn storage(request: &StorageRequest) -> Role {
     match request {
-        StorageRequest::Status => Role::Viewer,
+        StorageRequest::Status | StorageRequest::Load { .. } => Role::Viewer,
         StorageRequest::File(operation) if operation.only_reads() => Role::Viewer,
         StorageRequest::Disk(operation) if operation.only_reads() => Role::Viewer,
         StorageRequest::Disk(DiskOperation::Delete { .. }) => Role::Administrator,
         StorageRequest::Disk(_) => Role::Operator,
         StorageRequest::Pool(operation) | StorageRequest::Begin(operation) => match operation {
             Operation::WaitJob { .. } => Role::Viewer,
-            Operation::PauseJob { .. } | Operation::ResumeJob { .. } => Role::Operator,
+            Operation::PauseJob { .. } | Operation::ResumeJob { .. } | Operation::ThrottleJob { .. } => {
+                Role::Operator
+            }
             _ => Role::Administrator,
         },
         StorageRequest::File(_) => Role::Administrator,

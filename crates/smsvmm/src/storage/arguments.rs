@@ -413,4 +413,11 @@ pub(crate) enum JobCommand {
         /// Its number.
         job: u32,
     },
+    /// Change how fast a job may be, while it runs and after a restart.
+    Throttle {
+        /// Its number.
+        job: u32,
+        /// At most so many bytes per second, for example 100M; 0 for no limit.
+        rate: ByteSize,
+    },
 }

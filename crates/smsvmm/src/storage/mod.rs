@@ -1,8 +1,8 @@
 //! `smsvmm pool | device | volume | job | file | disk`: pools that nobody has open.
 //!
 //! Each command opens the pool's devices itself, under a lock (`storage_manager`), does one thing, and closes them. Commands
-//! that only show something only read. Where the configuration names a management socket and a machine answers there, it has the
-//! pool open, and is asked instead (`live`).
+//! that only show something only read. Where the configuration names a management socket and a process answers there, it has the
+//! pool open, and is asked instead (`live`): jobs are begun by it, and are only watched from here.
 
 mod arguments;
 mod disk_arguments;
@@ -30,8 +30,8 @@ pub(crate) use files::file;
 
 pub(crate) use arguments::{DeviceArguments, JobArguments, PoolArguments, VolumeArguments};
 use arguments::{DeviceCommand, JobCommand, PoolCommand, VolumeCommand};
-pub(crate) use select::{default_config, devices};
-pub(crate) use show::{Table, size};
+pub(crate) use select::{default_config, devices, process};
+pub(crate) use show::{Table, device_state, health, jobs, size};
 use watch::Watch;
 
 use crate::exit::{Exit, UsageError};
@@ -82,15 +82,25 @@ pub(crate) fn pool(arguments: PoolArguments) -> anyhow::Result<Exit> {
             })
         }
         PoolCommand::Import { paths, force, prefer } => import(which, paths, force, prefer),
-        PoolCommand::Export => perform(&which, Operation::Settle, |outcome| {
-            let devices = outcome.pool.devices.iter().map(|device| device.name.as_str());
-            format!(
-                "pool {} is closed, and its devices can be moved: {}\n",
-                outcome.pool.name,
-                devices.collect::<Vec<_>>().join(", ")
-            )
-        }),
+        PoolCommand::Export => export(&which),
     }
+}
+
+fn export(which: &Which) -> anyhow::Result<Exit> {
+    if live::ask(which, || StorageRequest::Status)?.is_some() {
+        let problem = Problem::new(ProblemKind::Conflict, "the pool is open in another process");
+        return Err(problem
+            .remedy("end that first: only then its devices can be moved")
+            .into());
+    }
+    perform(which, Operation::Settle, |outcome| {
+        let devices = outcome.pool.devices.iter().map(|device| device.name.as_str());
+        format!(
+            "pool {} is closed, and its devices can be moved: {}\n",
+            outcome.pool.name,
+            devices.collect::<Vec<_>>().join(", ")
+        )
+    })
 }
 
 pub(crate) fn device(arguments: DeviceArguments) -> anyhow::Result<Exit> {
@@ -103,6 +113,15 @@ pub(crate) fn device(arguments: DeviceArguments) -> anyhow::Result<Exit> {
             ))
         }),
         DeviceCommand::Add { paths, new } => {
+            if live::is_elsewhere(&which)? {
+                let devices = paths
+                    .iter()
+                    .map(|path| Ok(new.device(&live::path(&which, path)?)));
+                let devices = devices.collect::<anyhow::Result<_>>()?;
+                return perform(&which, Operation::AddDevices { devices }, |outcome| {
+                    left(&outcome.pool)
+                });
+            }
             let mut devices = select::devices(&which)?;
             // They may stand in the file already.
             devices.retain(|device| !paths.contains(device));
@@ -133,13 +152,20 @@ pub(crate) fn device(arguments: DeviceArguments) -> anyhow::Result<Exit> {
             new,
             speed,
         } => {
-            let mut devices = select::devices(&which)?;
-            devices.retain(|present| *present != by);
+            let elsewhere = live::is_elsewhere(&which)?;
             let operation = Operation::ReplaceDevice {
                 device,
-                by: new.device(&by),
+                by: match elsewhere {
+                    true => new.device(&live::path(&which, &by)?),
+                    false => new.device(&by),
+                },
                 throttle: speed.bytes(),
             };
+            if elsewhere {
+                return perform(&which, operation, |outcome| left(&outcome.pool));
+            }
+            let mut devices = select::devices(&which)?;
+            devices.retain(|present| *present != by);
             run(&which, devices, Force::No, operation, |outcome| {
                 left(&outcome.pool)
             })
@@ -263,7 +289,21 @@ pub(crate) fn job(arguments: JobArguments) -> anyhow::Result<Exit> {
             format!("job {job} rests until `smsvmm job resume {job}`\n")
         }),
         JobCommand::Resume { job } => perform(&which, Operation::ResumeJob { job }, ended),
-        JobCommand::Cancel { job } => perform(&which, Operation::CancelJob { job }, ended),
+        JobCommand::Cancel { job } => perform(&which, Operation::CancelJob { job }, |outcome| {
+            let left = outcome.jobs.iter().map(show::left_by).collect::<String>();
+            format!("{}{left}", ended(outcome))
+        }),
+        JobCommand::Throttle { job, rate } => {
+            let throttle = rate.bytes();
+            perform(
+                &which,
+                Operation::ThrottleJob { job, throttle },
+                |_| match throttle {
+                    0 => format!("job {job} goes as fast as it can\n"),
+                    _ => format!("job {job} does at most {} per second\n", show::size(throttle)),
+                },
+            )
+        }
     }
 }
 
@@ -331,9 +371,8 @@ fn perform(
     operation: Operation,
     text: impl FnOnce(&Outcome) -> String,
 ) -> anyhow::Result<Exit> {
-    match live::ask(which, || StorageRequest::Pool(operation.clone()))? {
-        Some(StorageAnswer::Pool(outcome)) => report(which, &operation, &outcome, text),
-        Some(_) => Err(live::unexpected()),
+    match live::perform(which, &operation)? {
+        Some(outcome) => report(which, &operation, &outcome, true, text),
         None => run(which, select::devices(which)?, Force::No, operation, text),
     }
 }
@@ -350,14 +389,15 @@ fn run(
         watch.notice(&notice)
     });
     watch.clear();
-    report(which, &operation, &outcome?, text)
+    report(which, &operation, &outcome?, false, text)
 }
 
-/// Says what came of an operation.
+/// Says what came of an operation; whether the pool is still open somewhere.
 fn report(
     which: &Which,
     operation: &Operation,
     outcome: &Outcome,
+    elsewhere: bool,
     text: impl FnOnce(&Outcome) -> String,
 ) -> anyhow::Result<Exit> {
     let cancels = matches!(operation, Operation::CancelJob { .. });
@@ -372,7 +412,7 @@ fn report(
         }
     }
     if !which.json {
-        tell(outcome, text)?;
+        tell(outcome, elsewhere, text)?;
     }
     Ok(match outcome.interrupted {
         true => Exit::Failed,
@@ -380,7 +420,7 @@ fn report(
     })
 }
 
-fn tell(outcome: &Outcome, text: impl FnOnce(&Outcome) -> String) -> anyhow::Result<()> {
+fn tell(outcome: &Outcome, elsewhere: bool, text: impl FnOnce(&Outcome) -> String) -> anyhow::Result<()> {
     // Bad news are in the log, on standard error, already.
     for event in outcome.events.iter().filter(|event| !event.kind.is_warning()) {
         print(&format!("{}\n", event.text))?;
@@ -392,14 +432,14 @@ fn tell(outcome: &Outcome, text: impl FnOnce(&Outcome) -> String) -> anyhow::Res
         .pool
         .jobs
         .iter()
-        .filter(|job| job.state == JobState::Running);
+        .filter(|job| job.state == JobState::Running && !job.volatile);
+    let goes_on = match elsewhere {
+        true => "it goes on; `smsvmm job wait` shows how it gets on",
+        false => "it goes on when the pool is open, or now with `smsvmm job wait`",
+    };
     for job in live {
-        logs::say(&format!(
-            "smsvmm: job {} ({}) is at {} %; it goes on when the pool is open, or now with `smsvmm job wait`",
-            job.id,
-            job.what,
-            job.percent()
-        ));
+        let (id, what, percent) = (job.id, &job.what, job.percent());
+        logs::say(&format!("smsvmm: job {id} ({what}) is at {percent} %; {goes_on}"));
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use storage_manager::DevicePaths;
 
 use super::arguments::Which;
+use crate::cli::ProcessArguments;
 use crate::exit::UsageError;
 use crate::remote::RemoteConfig;
 use crate::toml_file;
@@ -87,10 +88,14 @@ fn split(value: &str) -> Result<Vec<String>, UsageError> {
 
 /// Where the pool is managed if it is in use, or is elsewhere, as far as the configuration says.
 pub(crate) fn target(which: &Which) -> anyhow::Result<Option<Target>> {
-    let Some(path) = &which.file() else {
+    let Some(path) = which.file() else {
         return Ok(None);
     };
-    let scope = which.pool.clone().map_or(Scope::All, Scope::Pool);
+    target_in(&path, which.pool.as_deref())
+}
+
+fn target_in(path: &Path, pool: Option<&str>) -> anyhow::Result<Option<Target>> {
+    let scope = pool.map_or(Scope::All, |pool| Scope::Pool(pool.to_owned()));
     let file: File = toml_file::read(path)?;
     if let Some(remote) = file.remote {
         return remote.target(path, scope).map(Some);
@@ -105,7 +110,7 @@ pub(crate) fn target(which: &Which) -> anyhow::Result<Option<Target>> {
     if let Some(manager) = manager {
         return Ok(Some(Target::Manager(manager, scope)));
     }
-    if which.pool.is_some() {
+    if pool.is_some() {
         let text = format!(
             "{} has no manager; --pool chooses one of a manager's pools",
             path.display()
@@ -115,6 +120,26 @@ pub(crate) fn target(which: &Which) -> anyhow::Result<Option<Target>> {
     Ok(file
         .management
         .map(|management| Target::Socket(folder.join(management.socket))))
+}
+
+/// The process that `smsvmm top` and the like are about.
+///
+/// # Errors
+/// The file cannot be read, or names neither a socket nor a gateway.
+pub(crate) fn process(arguments: &ProcessArguments) -> anyhow::Result<Target> {
+    if let Some(socket) = &arguments.socket {
+        return Ok(Target::Socket(socket.clone()));
+    }
+    let path = arguments.config.clone().or_else(default_config);
+    let path =
+        &path.ok_or_else(|| UsageError::new("name the process by --socket PATH or --config FILE"))?;
+    target_in(path, None)?.ok_or_else(|| {
+        UsageError::new(format!(
+            "{} has no management socket; add [management] with socket = \"...\" and start the process again",
+            path.display()
+        ))
+        .into()
+    })
 }
 
 fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {

@@ -70,7 +70,7 @@ pub(crate) fn health(health: Health) -> &'static str {
     }
 }
 
-fn device_state(state: PoolDeviceState) -> &'static str {
+pub(crate) fn device_state(state: PoolDeviceState) -> &'static str {
     match state {
         PoolDeviceState::Active => "active",
         PoolDeviceState::Spare => "spare",
@@ -304,22 +304,75 @@ pub(crate) fn volume(volume: &VolumeStatus) -> String {
 
 pub(crate) fn jobs(jobs: &[&JobStatus]) -> String {
     let mut table = Table::new(
-        &["JOB", "KIND", "STATE", "DONE", "OF", "%", "WHAT"],
-        &[0, 3, 4, 5],
+        &[
+            "JOB", "KIND", "STATE", "DONE", "OF", "%", "RATE", "LEFT", "LIMIT", "WHAT",
+        ],
+        &[0, 3, 4, 5, 6, 7, 8],
     );
+    let dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     for job in jobs {
         let reason = job.reason.as_ref().map(|reason| format!(": {reason}"));
+        // Of some nobody knows how much it is before they end.
+        let known = job.total > 0 || !job.is_live();
         table.row([
             job.id.to_string(),
             job.kind.clone(),
             job_state(job.state).to_owned(),
             size(job.done),
-            size(job.total),
-            job.percent().to_string(),
+            dash(known.then(|| size(job.total))),
+            dash(known.then(|| job.percent().to_string())),
+            dash(job.rate.map(|rate| format!("{}/s", size(rate)))),
+            dash(job.seconds_left.map(time_left)),
+            dash((job.throttle > 0).then(|| format!("{}/s", size(job.throttle)))),
             format!("{}{}", job.what, reason.unwrap_or_default()),
         ]);
     }
     table.text()
+}
+
+/// 75 seconds as "1:15", more than an hour as "2h05m", more than a day as "3d04h".
+pub(crate) fn time_left(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
+    match (days, hours) {
+        (0, 0) => format!("{minutes}:{:02}", seconds % 60),
+        (0, _) => format!("{hours}h{:02}m", minutes % 60),
+        _ => format!("{days}d{:02}h", hours % 24),
+    }
+}
+
+/// What is there after a job was cancelled.
+pub(crate) fn left_by(job: &JobStatus) -> String {
+    let text = match (job.state, job.kind.as_str()) {
+        (JobState::Cancelled, "resync") => {
+            "what is not up to date yet is so no more than before; `smsvmm job wait` has it made good"
+        }
+        (JobState::Cancelled, "set-layout") => {
+            "the part that was done has the new layout, the rest the old one; both are whole. `smsvmm volume set-layout` goes on, in either \
+             direction"
+        }
+        (JobState::Cancelled, "move") => "what was moved stays where it is now; `smsvmm volume move` goes on",
+        (JobState::Cancelled, "evacuate") => {
+            "the device stays in the pool, and what was moved off it stays where it is now. One that was to take its place is in the pool as \
+             well: go on with `smsvmm device evacuate` and `remove`"
+        }
+        (JobState::Cancelled, "scrub") => "what was found so far is repaired",
+        (JobState::Cancelled, "auto-tune") => "moves that were done stay",
+        (JobState::Cancelled, "import" | "copy") => "nothing is left of the new disk",
+        (JobState::Cancelled, "export") => {
+            "the pool is as it was; what was written elsewhere is for who asked to clear up"
+        }
+        (JobState::Cancelled, "merge") => {
+            "the disk has its layers still, and can be used; it goes on when the disk is opened next, or with `smsvmm disk merge`"
+        }
+        (JobState::Cancelled, "relocate" | "defragment") => {
+            "what was moved stays where it is now; give the command again to go on"
+        }
+        (JobState::Cancelled, "drain") => {
+            "the volume gets nothing new still, until `smsvmm file drain --end`; give the command again to go on"
+        }
+        _ => return String::new(),
+    };
+    format!("{text}\n")
 }
 
 #[cfg(test)]
@@ -331,6 +384,12 @@ mod tests {
         let mut table = Table::new(&["A", "SIZE"], &[1]);
         table.row(["long".to_owned(), "1".to_owned()]);
         assert_eq!(table.text(), "A     SIZE\nlong     1\n");
+    }
+
+    #[test]
+    fn times_are_short() {
+        let all = [0, 75, 7500, 273_600].map(time_left);
+        assert_eq!(all, ["0:00", "1:15", "2h05m", "3d04h"]);
     }
 
     #[test]

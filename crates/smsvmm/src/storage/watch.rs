@@ -42,6 +42,11 @@ impl Watch {
         self.end = "breaking it off";
     }
 
+    /// Another process does it, and goes on.
+    pub(crate) fn leaves_it(&mut self) {
+        self.end = "not waiting for it";
+    }
+
     /// For the operation to call now and then.
     pub(crate) fn notice(&mut self, notice: &Notice<'_>) -> Flow {
         while let Some(signal) = self.signals.arrived() {
@@ -94,8 +99,20 @@ fn line_of_jobs(jobs: &[JobStatus]) -> Option<String> {
     };
     Some(format!(
         "{}{more}",
-        line(job.percent(), &format!("job {}: {}", job.id, job.what))
+        line(
+            job.percent(),
+            &format!("job {}: {}{}", job.id, job.what, pace(job))
+        )
     ))
+}
+
+/// ", 3M/s, 1:15 left", as far as it is known.
+fn pace(job: &JobStatus) -> String {
+    let rate = job.rate.map(|rate| format!(", {}/s", show::size(rate)));
+    let left = job
+        .seconds_left
+        .map(|left| format!(", {} left", show::time_left(left)));
+    rate.unwrap_or_default() + &left.unwrap_or_default()
 }
 
 /// As a job; or only how much, if nobody knows of how much.
@@ -130,10 +147,13 @@ mod tests {
             done: 50,
             total: 100,
             throttle: 0,
+            rate: Some(3 << 20),
+            seconds_left: Some(75),
+            volatile: false,
         };
         assert_eq!(
             line_of_jobs(&[job]).unwrap(),
-            "[############------------]  50 %  job 7: check all volumes"
+            "[############------------]  50 %  job 7: check all volumes, 3M/s, 1:15 left"
         );
     }
 

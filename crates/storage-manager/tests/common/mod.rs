@@ -11,6 +11,17 @@ pub(crate) fn go_on(_: Notice<'_>) -> Flow {
     Flow::GoOn
 }
 
+/// A device as it is given to a pool.
+pub(crate) fn new_device(path: &str) -> NewDevice {
+    NewDevice {
+        path: path.to_owned(),
+        spare: false,
+        class: String::new(),
+        enclosure: String::new(),
+        force: false,
+    }
+}
+
 /// Makes it; its devices.
 pub(crate) fn pool(folder: &Path) -> Vec<String> {
     let paths: Vec<String> = (0..2)
@@ -20,13 +31,7 @@ pub(crate) fn pool(folder: &Path) -> Vec<String> {
             path.to_str().unwrap().to_owned()
         })
         .collect();
-    let devices = paths.iter().map(|path| NewDevice {
-        path: path.clone(),
-        spare: false,
-        class: String::new(),
-        enclosure: String::new(),
-        force: false,
-    });
+    let devices = paths.iter().map(|path| new_device(path));
     storage_manager::create("tank", devices.collect(), &mut go_on).unwrap();
     let format = FileOperation::Format {
         meta_size: None,
