@@ -13,6 +13,7 @@ mod disk_controls;
 mod event;
 mod expanded;
 pub mod file;
+mod metrics;
 mod net;
 mod problem;
 mod scsi;
@@ -28,6 +29,7 @@ pub use disk::{DiskBus, DiskConfig, DiskSerial, DiskSource, DiskStatus, QueueSiz
 pub use disk_controls::{AtPowerOff, DiskChange, DiskLimits, OnError};
 pub use event::{Event, EventKind, EventLog, EventPage};
 pub use expanded::{ExpandedPolicy, Right};
+pub use metrics::{LATENCY_CLASSES, Latencies, Liveness, Metrics, NetMetrics, QueueMetrics, Readiness};
 pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};
 pub use problem::{Problem, ProblemKind};
 pub use scsi::{MAX_LUNS, MAX_TARGETS, ScsiAccess, ScsiPath, ScsiPlace};

@@ -17,6 +17,7 @@ mod build;
 mod control;
 mod devices;
 mod disk;
+mod metrics;
 mod processors;
 mod run;
 mod scsi;
@@ -269,6 +270,7 @@ impl Vm {
             passt: StartPasst::Here,
             helper,
             shared_memory,
+            net_counters: Arc::default(),
             events: events.clone(),
         };
         let later = devices::DeviceOpener {

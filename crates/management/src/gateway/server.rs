@@ -35,7 +35,7 @@ use super::attempts::Attempts;
 use super::audit::{Audit, AuditError, Line};
 use super::forward::{AnswerBody, Outgoing, forward};
 use super::rights::Asked;
-use crate::{life, routes, sse};
+use crate::{life, openapi, routes, sse};
 
 /// Connections that are served at a time.
 pub(super) const MAX_CONNECTIONS: usize = 256;
@@ -386,8 +386,10 @@ impl Shared {
         certificate: Option<Fingerprint>,
         request: Request<Incoming>,
     ) -> Response<AnswerBody> {
-        if request.uri().path() == "/healthz" && request.method() == Method::GET {
-            return own(routes::json(StatusCode::OK, &serde_json::json!({"status": "ok"})));
+        if request.uri().path() == "/healthz"
+            && let Some(answer) = routes::common(&["healthz"], request.method(), openapi::GATEWAY)
+        {
+            return own(answer);
         }
         let number = self.requests.fetch_add(1, Ordering::Relaxed) + 1;
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
@@ -504,9 +506,15 @@ impl Shared {
         let headers = request.headers().clone();
         let parts: Vec<&str> = uri.path().trim_start_matches('/').split('/').collect();
         let (name, rest) = match parts.as_slice() {
-            ["v1", "vms"] if method == Method::GET => return Ok(own(self.list(principal).await)),
+            ["v1", "vms"] if matches!(method, Method::GET | Method::HEAD) => {
+                return Ok(own(self.list(principal).await));
+            }
+            ["v1", "vms"] => return Ok(own(routes::not_allowed(&method, "GET"))),
             ["v1", "vms", name, rest @ ..] if !rest.is_empty() => (*name, rest),
-            _ => return Err(routes::no_such_path(uri.path())),
+            other => {
+                let answer = routes::common(other, &method, openapi::GATEWAY);
+                return answer.map(own).ok_or_else(|| routes::no_such_path(uri.path()));
+            }
         };
         let machine = self
             .machines
