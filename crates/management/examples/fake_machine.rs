@@ -20,8 +20,9 @@ fn carry(client: TcpStream, socket: &Path) -> std::io::Result<()> {
     let server = UnixStream::connect(socket)?;
     let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
     std::thread::spawn(move || {
-        // A client that has said all still wants its answer.
+        // A client that ends ends it all, as it would at the socket itself.
         let _ = std::io::copy(&mut from, &mut to);
+        let _ = to.shutdown(Shutdown::Write);
     });
     let (mut from, mut to) = (server, client);
     let mut buffer = [0; 16 << 10];

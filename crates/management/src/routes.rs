@@ -147,13 +147,13 @@ async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, 
         },
         ["v1", "events"] => match method {
             Method::GET => {
-                let query = Query::parse(request.uri().query().unwrap_or_default())?;
+                let mut query = Query::parse(request.uri().query().unwrap_or_default())?;
+                query.after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
                 if !sse::is_wanted(request.headers()) {
                     return Ok(json(StatusCode::OK, &events(context, &query).await));
                 }
-                let after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
                 let (vm, news) = (Arc::clone(&context.vm), context.news.clone());
-                context.streams.open(vm, |vm| vm.events(), news, after)
+                context.streams.open(vm, |vm| vm.events(), news, query.after)
             }
             _ => Ok(not_allowed(&method, "GET")),
         },

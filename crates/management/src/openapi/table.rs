@@ -369,7 +369,7 @@ pub(super) fn events() -> Operation {
         )
         .parameter("after", In::Query, "Only events with higher numbers; 0 if not given.", number)
         .parameter("wait", In::Query, "Seconds to wait for the first event, at most 60; for pages only.", number)
-        .parameter("Last-Event-ID", In::Header, "As `after`, and goes before it; for streams only.", number)
+        .parameter("Last-Event-ID", In::Header, "As `after`, and goes before it.", number)
         .answer(
             200,
             "A page, or a stream.",
