@@ -107,7 +107,7 @@ impl QueueStatistics {
         let micros = took
             .as_secs()
             .wrapping_mul(1_000_000)
-            .wrapping_add((took.subsec_nanos() / 1000).into());
+            .wrapping_add(took.subsec_micros().into());
         let class = (u64::BITS - micros.leading_zeros()) as usize;
         add(&self.latencies[class.min(LATENCY_CLASSES - 1)], 1);
         add(&self.time_us, micros);
