@@ -34,4 +34,4 @@ pub mod virtio_scsi;
 
 pub use disk_handle::{DiskHandle, DiskHandleError, PinnedDisk};
 pub use either::Either;
-pub use queue::{Counters, QueueStatistics};
+pub use queue::{Counters, LATENCY_CLASSES, QueueStatistics};

@@ -23,15 +23,18 @@ pub struct DiskConfig {
     pub id: DeviceId,
     /// A raw disk image or a block device of the host. Absolute once loaded. This, `file` or `vhost-user` is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^/"))]
     pub image: Option<PathBuf>,
     /// A disk of the pool: `/vm/root.dsk`, or a snapshot `/vm/root.dsk@monday`, which is read-only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^/"))]
     pub file: Option<String>,
     /// Of a disk that the host's manager serves: in which of its pools `file` is; may be left out if it has one only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
     /// The socket at which another process serves the disk (vhost-user-blk). Absolute once loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^/"), length(max = 107))]
     pub vhost_user: Option<PathBuf>,
     /// Of a disk of the pool: what becomes of what the guest writes.
     #[serde(default, skip_serializing_if = "is_persistent")]
@@ -44,15 +47,22 @@ pub struct DiskConfig {
     pub bus: DiskBus,
     /// The target of the machine's SCSI adapter that shows the disk, 0 to 254; by default 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 254))]
     pub target: Option<u8>,
     /// Its LUN there, 0 to 16383; by default the first that is free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 16383))]
     pub lun: Option<u16>,
     /// How this way gives access to the disk if there are others.
     #[serde(default, skip_serializing_if = "ScsiAccess::is_default")]
     pub access: ScsiAccess,
     /// Further ways to the disk, for multipathing: targets that show it as well.
-    #[serde(default, rename = "path", skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        default,
+        rename = "path",
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "crate::objects"
+    )]
     pub paths: Vec<ScsiPath>,
     /// The guest cannot write; several machines may then use the image at once.
     #[serde(default)]
@@ -62,6 +72,7 @@ pub struct DiskConfig {
     pub serial: Option<DiskSerial>,
     /// Request queues, 1 to 16. Of a SCSI disk: what the machine's adapter shall have at least, unless `[scsi]` says it.
     #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 16))]
     pub queues: u8,
     /// Requests that fit in a queue.
     #[serde(default)]
@@ -72,9 +83,14 @@ pub struct DiskConfig {
     /// How long the disk's worker looks for further requests before it sleeps, at most, in microseconds; by default it sleeps at
     /// once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 10_000))]
     pub poll_us: Option<u32>,
     /// Limits of its rate.
-    #[serde(default, skip_serializing_if = "DiskLimits::is_empty")]
+    #[serde(
+        default,
+        skip_serializing_if = "DiskLimits::is_empty",
+        deserialize_with = "crate::object"
+    )]
     pub limits: DiskLimits,
     /// The limits that it shares with other disks: a name in `[limit-groups]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -148,10 +148,14 @@ pub enum AtPowerOff {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct DiskChange {
     /// Each that is given is changed; 0 takes it away.
-    #[serde(skip_serializing_if = "DiskLimits::is_empty")]
+    #[serde(
+        skip_serializing_if = "DiskLimits::is_empty",
+        deserialize_with = "crate::object"
+    )]
     pub limits: DiskLimits,
     /// How long to look for further requests before sleeping, in microseconds; 0: sleep at once.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 10_000))]
     pub poll_us: Option<u32>,
     /// What happens when the disk fails a request.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -235,6 +235,20 @@ impl EventLog {
         Self::default()
     }
 
+    /// A log that goes on after `events`, which have ascending numbers; the next one is above `last` and all of them.
+    pub fn resumed(events: Vec<Event>, last: u64) -> Self {
+        let last = events.last().map_or(last, |event| last.max(event.sequence));
+        let dropped = events.len().saturating_sub(Self::CAPACITY);
+        let inner = Inner {
+            events: events.into_iter().skip(dropped).collect(),
+            last,
+            listeners: Vec::new(),
+        };
+        Self {
+            inner: Mutex::new(inner),
+        }
+    }
+
     /// Appends an event with the present time and tells all listeners; returns its number.
     pub fn record(&self, kind: EventKind) -> u64 {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -338,6 +352,30 @@ mod tests {
         }
         let page = log.page(2, 10);
         assert_eq!((page.missed, page.events[0].sequence), (3, 6));
+    }
+
+    #[test]
+    fn a_log_goes_on_where_another_ended() {
+        let first = EventLog::new();
+        for _ in 0..EventLog::CAPACITY + 5 {
+            first.record(EventKind::Paused);
+        }
+        let mut events = first.page(0, 2000).events;
+        events.insert(
+            0,
+            Event {
+                sequence: 5,
+                ..events[0].clone()
+            },
+        );
+        let log = EventLog::resumed(events, 2000);
+        assert_eq!(
+            log.page(0, 1).events[0].sequence,
+            6,
+            "not more than usual are kept"
+        );
+        assert_eq!(log.record(EventKind::Started), 2001);
+        assert_eq!(EventLog::resumed(Vec::new(), 0).record(EventKind::Started), 1);
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub enum FileOperation {
         #[serde(default)]
         parents: bool,
         /// For what is made in it.
-        #[serde(default)]
+        #[serde(default, deserialize_with = "crate::object")]
         attributes: AttributeChanges,
     },
     /// Give a file or directory another name.
@@ -70,6 +70,7 @@ pub enum FileOperation {
         /// Its path.
         path: String,
         /// What changes.
+        #[serde(deserialize_with = "crate::object")]
         attributes: AttributeChanges,
     },
     /// Where the data of a file are.

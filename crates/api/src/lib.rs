@@ -6,6 +6,8 @@
 //!
 //! Compatibility: a field may be added with a default; a field, variant or meaning never changes within `/v1`.
 
+use serde::Deserialize as _;
+
 mod calendar;
 mod device;
 mod disk;
@@ -14,6 +16,7 @@ mod event;
 mod expanded;
 pub mod file;
 mod host;
+mod metrics;
 mod net;
 mod problem;
 mod scsi;
@@ -33,6 +36,7 @@ pub use host::{
     ATTACHMENT_PROTOCOL, AttachRequest, Attachment, Host, HostStatus, MachineDefinition, MachineState,
     MachineStatus, PoolEntry, RestartPolicy,
 };
+pub use metrics::{LATENCY_CLASSES, Latencies, Liveness, Metrics, NetMetrics, QueueMetrics, Readiness};
 pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};
 pub use problem::{Problem, ProblemKind};
 pub use scsi::{MAX_LUNS, MAX_TARGETS, ScsiAccess, ScsiPath, ScsiPlace};
@@ -49,6 +53,46 @@ impl InvalidValue {
     /// An error with `message`, which names the value and what would be accepted.
     pub fn new(message: impl Into<String>) -> Self {
         Self(message.into())
+    }
+}
+
+/// For fields that are structures: serde would take an array of their fields for one as well.
+pub(crate) fn object<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: serde::Deserialize<'de>,
+{
+    Object::deserialize(deserializer).map(|object| object.0)
+}
+
+/// The same for lists of structures.
+pub(crate) fn objects<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: serde::Deserialize<'de>,
+{
+    let all = Vec::<Object<T>>::deserialize(deserializer)?;
+    Ok(all.into_iter().map(|object| object.0).collect())
+}
+
+/// A `T` that is written as a map.
+struct Object<T>(T);
+
+impl<'de, T: serde::Deserialize<'de>> serde::Deserialize<'de> for Object<T> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Map<T>(std::marker::PhantomData<T>);
+        impl<'de, T: serde::Deserialize<'de>> serde::de::Visitor<'de> for Map<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("an object")
+            }
+
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+        deserializer.deserialize_map(Map(std::marker::PhantomData))
     }
 }
 

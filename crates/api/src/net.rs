@@ -27,12 +27,14 @@ pub struct NetConfig {
     pub mac: Option<MacAddress>,
     /// Pairs of receive and transmit queues, 1 to 8.
     #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 8))]
     pub queues: u8,
     /// Buffers that fit in a queue.
     #[serde(default)]
     pub queue_size: QueueSize,
     /// Largest packet in bytes without the Ethernet header, told to the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 576))]
     pub mtu: Option<u16>,
     /// Ports of the host that lead to the guest, with backend "user" only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -47,6 +47,22 @@ pub enum ProblemKind {
 }
 
 impl ProblemKind {
+    /// All of them.
+    pub const ALL: [Self; 12] = [
+        Self::Invalid,
+        Self::Unauthenticated,
+        Self::Forbidden,
+        Self::NotFound,
+        Self::MethodNotAllowed,
+        Self::Conflict,
+        Self::TooLarge,
+        Self::Host,
+        Self::Exhausted,
+        Self::TooMany,
+        Self::Stopping,
+        Self::Timeout,
+    ];
+
     /// The HTTP status that belongs to it.
     pub const fn status(self) -> u16 {
         match self {

@@ -42,9 +42,11 @@ impl ScsiAccess {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ScsiPath {
     /// The target that shows the disk as well.
+    #[schemars(range(max = 254))]
     pub target: u8,
     /// Its LUN there; by default that of the first way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 16383))]
     pub lun: Option<u16>,
     /// How this way gives access.
     #[serde(default, skip_serializing_if = "ScsiAccess::is_default")]

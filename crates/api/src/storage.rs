@@ -25,6 +25,7 @@ pub enum Operation {
     /// Add devices, whose content is lost.
     AddDevices {
         /// Which.
+        #[serde(deserialize_with = "crate::objects")]
         devices: Vec<NewDevice>,
     },
     /// Take an empty device out.
@@ -46,6 +47,7 @@ pub enum Operation {
         /// Name, number or identity of the one that leaves.
         device: String,
         /// The one that comes.
+        #[serde(deserialize_with = "crate::object")]
         by: NewDevice,
         /// At most so many bytes per second; 0 for no limit.
         throttle: u64,
@@ -59,6 +61,7 @@ pub enum Operation {
         /// Its logical block size: 512 or 4096.
         block: u32,
         /// How it is laid out.
+        #[serde(deserialize_with = "crate::object")]
         shape: Shape,
         /// Which copies answer reads.
         #[serde(default)]
@@ -95,6 +98,7 @@ pub enum Operation {
         /// Its name.
         name: String,
         /// The new layout.
+        #[serde(deserialize_with = "crate::object")]
         shape: Shape,
         /// At most so many bytes per second; 0 for no limit.
         throttle: u64,

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use crate::event::EventLog;
 use crate::virtual_disk::TransferRequest;
 use crate::{
-    ByteSize, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, NetConfig, NetStatus, Problem,
-    StorageAnswer, StorageRequest, VmName,
+    ByteSize, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, Metrics, NetConfig, NetStatus,
+    Problem, StorageAnswer, StorageRequest, VmName,
 };
 
 /// Where a machine is in its life.
@@ -197,6 +197,20 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// The machine has no pool, or the request is impossible. What is found out later is told over the connection.
     fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem>;
+
+    /// Its numbers, those of the pool that it has open included.
+    fn metrics(&self) -> Metrics {
+        let pool = match self.storage(StorageRequest::Status) {
+            Ok(StorageAnswer::Status(pool)) => Some(*pool),
+            // It has none, or it cannot be looked at: that has no numbers.
+            _ => None,
+        };
+        Metrics {
+            vm: Some(self.status()),
+            pools: pool.into_iter().collect(),
+            ..Metrics::default()
+        }
+    }
 
     /// What happened so far and will happen.
     fn events(&self) -> &EventLog;

@@ -17,6 +17,11 @@
 //! | POST /v1/storage | does the [`StorageRequest`](api::StorageRequest) of the body | 200 [`StorageAnswer`](api::StorageAnswer) |
 //! | POST /v1/storage/transfer, to be upgraded | the [`TransferRequest`](api::virtual_disk::TransferRequest) of the body | 101, then data in both directions |
 //! | GET /v1/events?after=N&wait=SECONDS | events with numbers above N, waits for the first | 200 [`EventPage`](api::EventPage) |
+//! | the same with `Accept: text/event-stream` | events as they happen | 200 server-sent events |
+//! | GET /metrics, /v1/metrics | numbers ([`Metrics`](api::Metrics)) | 200 in Prometheus' text format |
+//! | GET /healthz | nothing | 200 [`Liveness`](api::Liveness) |
+//! | GET /readyz | whether the machine runs | 200 or 503 [`Readiness`](api::Readiness) |
+//! | GET /openapi.json | this table for programs | 200 an OpenAPI 3.1 document |
 //!
 //! Everything else is a [`Problem`](api::Problem) as `application/problem+json`. One request per connection; sizes, times and
 //! the number of connections are limited. Whoever is not the owner of the process or root is refused, whatever the mode of
@@ -28,7 +33,10 @@ pub mod blocking;
 mod client;
 mod gateway;
 mod host_routes;
+mod journal;
 mod life;
+mod metrics;
+mod openapi;
 mod routes;
 mod server;
 mod socket;
@@ -38,6 +46,7 @@ mod transfer;
 
 pub use client::{Client, ClientError, Removed};
 pub use gateway::{AuditError, Gateway, GatewayConfig, GatewayError, Machine, Running};
+pub use journal::{EventJournal, GAP, JournalError, Keeper, MIN_SEGMENT, Recovered};
 pub use server::{Server, ServerHandle};
 pub use socket::SocketError;
 pub use target::{Remote, Scope, Target};

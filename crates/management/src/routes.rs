@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, EventPage, NetConfig, NetStatus,
-    Problem, ProblemKind, Removal, StorageRequest, Vm,
+    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, EventPage, Liveness, NetConfig, NetStatus,
+    Problem, ProblemKind, Readiness, Removal, StorageRequest, Vm, VmState,
 };
 use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -17,7 +17,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
 use crate::sse::{self, Streams};
-use crate::transfer;
+use crate::{metrics, openapi, transfer};
 
 /// Longest time that a client may wait for events.
 pub(crate) const MAX_WAIT: Duration = Duration::from_secs(60);
@@ -154,18 +154,50 @@ async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, 
         },
         ["v1", "events"] => match method {
             Method::GET => {
-                let query = Query::parse(request.uri().query().unwrap_or_default())?;
+                let mut query = Query::parse(request.uri().query().unwrap_or_default())?;
+                query.after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
                 if !sse::is_wanted(request.headers()) {
                     return Ok(json(StatusCode::OK, &events(context, &query).await));
                 }
-                let after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
                 let (vm, news) = (Arc::clone(&context.vm), context.news.clone());
-                context.streams.open(vm, |vm| vm.events(), news, after)
+                context.streams.open(vm, |vm| vm.events(), news, query.after)
             }
             _ => Ok(not_allowed(&method, "GET")),
         },
-        _ => Err(no_such_path(&path)),
+        ["metrics"] | ["v1", "metrics"] => match method {
+            Method::GET => Ok(metrics::answer(&context.ask(|vm| Ok(vm.metrics())).await?)),
+            _ => Ok(not_allowed(&method, "GET")),
+        },
+        ["readyz"] => match method {
+            Method::GET => Ok(ready(context.ask(|vm| Ok(vm.status())).await?.state)),
+            _ => Ok(not_allowed(&method, "GET")),
+        },
+        rest => common(rest, &method, openapi::MACHINE).ok_or_else(|| no_such_path(&path)),
     }
+}
+
+/// What every server answers; `document` describes it.
+pub(crate) fn common(path: &[&str], method: &Method, document: &'static str) -> Option<Answer> {
+    let answer: fn(&'static str) -> Answer = match path {
+        ["healthz"] => |_| json(StatusCode::OK, &Liveness::ok()),
+        ["openapi.json"] => openapi::answer,
+        _ => return None,
+    };
+    Some(match *method {
+        Method::GET | Method::HEAD => answer(document),
+        _ => not_allowed(method, "GET"),
+    })
+}
+
+fn ready(state: VmState) -> Answer {
+    let ready = state == VmState::Running;
+    let status = if ready {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    let state = state.to_string();
+    json(status, &Readiness { ready, state })
 }
 
 type Action = fn(&dyn Vm) -> Result<(), Problem>;
@@ -371,8 +403,12 @@ pub(crate) async fn body<T: DeserializeOwned>(body: Incoming) -> Result<T, Probl
     parse(&bytes(body).await?)
 }
 
-/// A `T` from JSON.
+/// A `T` from JSON. All bodies are objects; serde would take an array for one as well.
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+    if bytes.trim_ascii_start().starts_with(b"[") {
+        let problem = Problem::new(ProblemKind::Invalid, "the body is an array");
+        return Err(problem.remedy("send an object"));
+    }
     serde_json::from_slice(bytes).map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()))
 }
 
@@ -404,7 +440,7 @@ pub(crate) fn to_json(value: &impl Serialize) -> Vec<u8> {
     text
 }
 
-fn respond(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Answer {
+pub(crate) fn respond(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Answer {
     let mut answer = empty(status);
     *answer.body_mut() = Either::Left(Full::from(body));
     answer

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use block_io::IoError;
 
+use crate::queue::{Counters, QueueStatistics};
+
 pub use rate::{Rate, RateLimit, RateLimiter};
 
 use rate::Ticket;
@@ -51,6 +53,8 @@ pub struct DiskControls {
     events: Option<Box<dyn DiskEvents>>,
     /// Servers that wait for [`Self::resume`].
     waiting: Mutex<Vec<Waker>>,
+    /// What the queues of the device that shows the disk have done.
+    statistics: Mutex<Vec<Arc<QueueStatistics>>>,
 }
 
 impl fmt::Debug for DiskControls {
@@ -108,6 +112,18 @@ impl DiskControls {
         self.put(STOPPED, false);
         let waiting = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
         waiting.into_iter().for_each(Waker::wake);
+    }
+
+    /// What the queues of the device that shows the disk alone have done, one entry for each; none if that is a SCSI adapter, whose
+    /// queues are for all its disks.
+    pub fn counters(&self) -> Vec<Counters> {
+        let statistics = self.statistics.lock().unwrap_or_else(PoisonError::into_inner);
+        statistics.iter().map(|queue| queue.counters()).collect()
+    }
+
+    /// A device with these queues shows the disk from now on.
+    pub(crate) fn set_statistics(&self, queues: &[Arc<QueueStatistics>]) {
+        *self.statistics.lock().unwrap_or_else(PoisonError::into_inner) = queues.to_vec();
     }
 
     fn put(&self, flag: u32, value: bool) {

@@ -314,8 +314,13 @@ impl<S: Service> Server<S> {
     async fn serve_slot(self: Rc<Self>, slot: Rc<Slot>) {
         let mut buffers = Buffers::default();
         while let Order::Serve(head) = slot.next().await {
+            let begin = block_io::moment();
             match self.serve_chain(head, &mut buffers).await {
-                Ok(Some(written)) => self.finish(head, written),
+                Ok(Some(written)) => {
+                    let end = block_io::moment();
+                    self.statistics.count_time(end.saturating_duration_since(begin));
+                    self.finish(head, written);
+                }
                 Ok(None) => self.abandon(head),
                 Err(reason) => {
                     self.finish(head, 0);

@@ -1,6 +1,10 @@
 //! What a queue has done so far.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Classes of [`Counters::latencies`].
+pub const LATENCY_CLASSES: usize = 24;
 
 /// Counters of one queue. One worker writes them, anybody reads them.
 #[derive(Debug, Default)]
@@ -13,6 +17,8 @@ pub struct QueueStatistics {
     others: AtomicU64,
     errors: AtomicU64,
     interrupts: AtomicU64,
+    latencies: [AtomicU64; LATENCY_CLASSES],
+    time_us: AtomicU64,
 }
 
 /// The values of [`QueueStatistics`] at one moment.
@@ -34,6 +40,11 @@ pub struct Counters {
     pub errors: u64,
     /// Interrupts sent.
     pub interrupts: u64,
+    /// How long requests took from being taken to being answered: class *i* counts what took less than 2^i microseconds and not
+    /// less than 2^(i-1), the last one everything else. Wrong by what the worker does in one turn.
+    pub latencies: [u64; LATENCY_CLASSES],
+    /// All these durations together, in microseconds.
+    pub time_us: u64,
 }
 
 impl Counters {
@@ -49,6 +60,8 @@ impl Counters {
             others: self.others + other.others,
             errors: self.errors + other.errors,
             interrupts: self.interrupts + other.interrupts,
+            latencies: std::array::from_fn(|class| self.latencies[class] + other.latencies[class]),
+            time_us: self.time_us.wrapping_add(other.time_us),
         }
     }
 }
@@ -88,6 +101,18 @@ impl QueueStatistics {
         add(&self.interrupts, 1);
     }
 
+    /// A request was answered after `took`.
+    pub(crate) fn count_time(&self, took: Duration) {
+        // In this form it is a few instructions; `as_micros` divides numbers of 128 bits.
+        let micros = took
+            .as_secs()
+            .wrapping_mul(1_000_000)
+            .wrapping_add(took.subsec_micros().into());
+        let class = (u64::BITS - micros.leading_zeros()) as usize;
+        add(&self.latencies[class.min(LATENCY_CLASSES - 1)], 1);
+        add(&self.time_us, micros);
+    }
+
     /// The values now.
     pub fn counters(&self) -> Counters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -100,6 +125,27 @@ impl QueueStatistics {
             others: get(&self.others),
             errors: get(&self.errors),
             interrupts: get(&self.interrupts),
+            latencies: self.latencies.each_ref().map(get),
+            time_us: get(&self.time_us),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_counted_by_powers_of_two() {
+        let statistics = QueueStatistics::default();
+        for micros in [0, 1, 2, 3, 900, 20_000_000] {
+            statistics.count_time(Duration::from_nanos(micros * 1000 + 999));
+        }
+        let counters = statistics.counters();
+        let mut expected = [0; LATENCY_CLASSES];
+        (expected[0], expected[1], expected[2], expected[10], expected[23]) = (1, 1, 2, 1, 1);
+        assert_eq!(counters.latencies, expected);
+        assert_eq!(counters.time_us, 20_000_906);
+        assert_eq!(counters.plus(counters).latencies[2], 4);
     }
 }

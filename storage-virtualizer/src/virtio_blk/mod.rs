@@ -207,6 +207,8 @@ where
         }
         let mut id = [0; ID_LENGTH];
         id[..serial.len()].copy_from_slice(serial.as_bytes());
+        let statistics: Vec<Arc<QueueStatistics>> = (0..*queues).map(|_| Arc::default()).collect();
+        controls.set_statistics(&statistics);
         Ok(Self {
             shared: Arc::new(SharedState {
                 disk,
@@ -215,7 +217,7 @@ where
                     write_back: AtomicBool::new(true),
                 }),
                 controls: Arc::clone(controls),
-                statistics: (0..*queues).map(|_| Arc::default()).collect(),
+                statistics,
                 events: Mutex::default(),
             }),
             workers,

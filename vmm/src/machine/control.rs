@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, NetConfig, NetStatus, Problem,
-    ProblemKind, StorageAnswer, StorageRequest, Transfer, VmState, VmStatus,
+    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, Metrics, NetConfig, NetStatus,
+    Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, VmState, VmStatus,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -234,6 +234,25 @@ impl api::Vm for Control {
         match &self.0.opener.manager {
             Some(manager) => manager.transfer(request),
             None => self.0.pool()?.transfer(request),
+        }
+    }
+
+    fn metrics(&self) -> Metrics {
+        let opener = &self.0.opener;
+        let pool = opener
+            .pool
+            .as_deref()
+            .map(|pool| pool.execute(StorageRequest::Status));
+        let pools = match pool {
+            Some(Ok(StorageAnswer::Status(pool))) => vec![*pool],
+            // It cannot be looked at now, and has no numbers.
+            _ => Vec::new(),
+        };
+        Metrics {
+            vm: Some(self.status()),
+            queues: opener.queue_metrics(),
+            nets: opener.net_metrics(),
+            pools,
         }
     }
 

@@ -19,6 +19,7 @@ use virtio_core::VirtioDevice;
 use super::MachineError;
 use super::disk::{DiskError, OpenDisk, PoolDisks};
 use super::manager::ManagerLink;
+use super::metrics::NetCounters;
 use super::scsi::{ScsiAdapter, ScsiBus, ScsiDisk, scsi_adapter};
 use super::settings::{DiskSetting, DiskSettings};
 use crate::config::{ConsoleSpec, VmConfig};
@@ -125,6 +126,8 @@ pub(super) struct DeviceOpener {
     pub(super) helper: Option<Arc<Launcher>>,
     /// Other processes can have the guest's memory.
     pub(super) shared_memory: bool,
+    /// What network cards count.
+    pub(super) net_counters: Arc<NetCounters>,
     /// The log of the VM.
     pub(super) events: Arc<EventLog>,
 }
@@ -301,6 +304,8 @@ impl DeviceOpener {
             ..NetOptions::from_config(&config, self.vm.as_str())
         };
         let device = Net::new(backend, options)?;
+        self.net_counters
+            .enter(config.id.clone(), device.statistics_while_there());
         Ok(HostDevice {
             id: config.id.clone(),
             kind: Kind::Net {
@@ -314,7 +319,7 @@ impl DeviceOpener {
 }
 
 /// The name of the SCSI adapter.
-fn adapter_id() -> DeviceId {
+pub(super) fn adapter_id() -> DeviceId {
     // This is a name.
     "scsi".parse().unwrap_or_default()
 }

@@ -18,6 +18,7 @@ mod control;
 mod devices;
 mod disk;
 mod manager;
+mod metrics;
 mod processors;
 mod run;
 mod scsi;
@@ -287,6 +288,7 @@ impl Vm {
             passt: StartPasst::Here,
             helper,
             shared_memory,
+            net_counters: Arc::default(),
             events: events.clone(),
         };
         let later = devices::DeviceOpener {

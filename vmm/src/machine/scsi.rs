@@ -30,7 +30,7 @@ use storage_virtualizer::virtio_scsi::{
     AddUnitError, FoundUnit, RemovedUnit, VirtioScsi, VirtioScsiError, VirtioScsiHandle, VirtioScsiOptions,
     relative_port,
 };
-use storage_virtualizer::{DiskHandle, Either};
+use storage_virtualizer::{Counters, DiskHandle, Either};
 use virtio_core::VirtioDevice;
 
 use super::settings::DiskSetting;
@@ -72,6 +72,9 @@ pub trait ScsiUnits: Send + Sync + fmt::Debug {
 
     /// [`VirtioScsiHandle::is_found`].
     fn is_found(&self, place: ScsiPlace) -> bool;
+
+    /// [`VirtioScsiHandle::counters`].
+    fn counters(&self) -> Vec<Counters>;
 }
 
 impl<P: DiskHandle> ScsiUnits for VirtioScsiHandle<ScsiUnitDisk<P>> {
@@ -104,6 +107,10 @@ impl<P: DiskHandle> ScsiUnits for VirtioScsiHandle<ScsiUnitDisk<P>> {
 
     fn is_found(&self, (target, lun): ScsiPlace) -> bool {
         self.is_found(target, lun)
+    }
+
+    fn counters(&self) -> Vec<Counters> {
+        self.counters()
     }
 }
 
@@ -390,6 +397,12 @@ impl ScsiBus {
                 id
             })
             .collect()
+    }
+
+    /// What the adapter's queues have done; none if there is no adapter.
+    pub(super) fn counters(&self) -> Vec<Counters> {
+        let units = self.lock().units.clone();
+        units.map(|units| units.counters()).unwrap_or_default()
     }
 
     /// The status of all disks.

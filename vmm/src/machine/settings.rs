@@ -15,6 +15,7 @@ use api::{
     DeviceId, DiskChange, DiskConfig, DiskLimits, EventKind, EventLog, InvalidValue, Problem, ProblemKind,
 };
 use block_io::{IoError, error_chain};
+use storage_virtualizer::Counters;
 use storage_virtualizer::controls::{DiskControls, DiskEvents, ErrorPolicy, Rate, RateLimit, RateLimiter};
 
 /// Has the machine paused. Called on a disk's worker: must not wait.
@@ -206,6 +207,18 @@ impl DiskSettings {
     pub(super) fn groups(&self) -> BTreeMap<DeviceId, DiskLimits> {
         let group = |(name, group): (&DeviceId, &Group)| (name.clone(), *locked(&group.limits));
         self.groups.iter().map(group).collect()
+    }
+
+    /// What the queues of each disk have done that has queues of its own.
+    pub(super) fn counters(&self) -> Vec<(DeviceId, Vec<Counters>)> {
+        let disks: Vec<_> = locked(&self.disks)
+            .iter()
+            .filter_map(|(id, disk)| Some((id.clone(), disk.upgrade()?)))
+            .collect();
+        disks
+            .into_iter()
+            .map(|(id, disk)| (id, disk.controls.counters()))
+            .collect()
     }
 
     /// Has disks that stopped try again.

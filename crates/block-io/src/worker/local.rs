@@ -185,8 +185,8 @@ pub async fn yield_now() {
 }
 
 /// The time at which the worker of this thread was first asked for it since it last looked for completions; the present
-/// outside of workers.
-pub(crate) fn moment() -> Instant {
+/// outside of workers. For durations of requests: costs a clock's reading per turn of the worker, not per request.
+pub fn moment() -> Instant {
     with_local(Local::moment).unwrap_or_else(Instant::now)
 }
 

@@ -15,7 +15,8 @@
 //! |---|---|
 //! | GET /healthz | 200 as long as the gateway answers; for everybody |
 //! | GET /v1/vms | the machines that one may know, and whether they answer |
-//! | /v1/vms/NAME/vm/..., /v1/vms/NAME/storage/..., /v1/vms/NAME/events | what [`crate`] says of /v1/vm, /v1/storage, /v1/events of that machine |
+//! | GET /openapi.json | all of this for programs |
+//! | /v1/vms/NAME/vm/..., /v1/vms/NAME/storage/..., /v1/vms/NAME/events, /v1/vms/NAME/metrics | what [`crate`] says of /v1/vm, /v1/storage, /v1/events, /v1/metrics of that machine |
 //!
 //! # Order of a request
 //! 1. The connection: TLS in time, at most [`MAX_CONNECTIONS`], of one address [`MAX_OF_ONE`].

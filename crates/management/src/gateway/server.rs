@@ -36,7 +36,7 @@ use super::attempts::Attempts;
 use super::audit::{Audit, AuditError, Line};
 use super::forward::{AnswerBody, Outgoing, forward};
 use super::rights::Asked;
-use crate::{life, routes, sse};
+use crate::{life, openapi, routes, sse};
 
 /// Connections that are served at a time.
 pub(super) const MAX_CONNECTIONS: usize = 256;
@@ -392,8 +392,10 @@ impl Shared {
         certificate: Option<Fingerprint>,
         request: Request<Incoming>,
     ) -> Response<AnswerBody> {
-        if request.uri().path() == "/healthz" && request.method() == Method::GET {
-            return own(routes::json(StatusCode::OK, &serde_json::json!({"status": "ok"})));
+        if request.uri().path() == "/healthz"
+            && let Some(answer) = routes::common(&["healthz"], request.method(), openapi::GATEWAY)
+        {
+            return own(answer);
         }
         let number = self.requests.fetch_add(1, Ordering::Relaxed) + 1;
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
@@ -509,8 +511,16 @@ impl Shared {
         let uri = request.uri().clone();
         let headers = request.headers().clone();
         let parts: Vec<&str> = uri.path().trim_start_matches('/').split('/').collect();
-        if let (["v1", "vms"], &Method::GET) = (parts.as_slice(), &method) {
-            return Ok(own(self.list(principal).await?));
+        match (parts.as_slice(), &method) {
+            (["v1", "vms"], &Method::GET | &Method::HEAD) => {
+                return Ok(own(self.list(principal).await?));
+            }
+            (["v1", "vms"], _) => return Ok(own(routes::not_allowed(&method, "GET"))),
+            (other, _) => {
+                if let Some(answer) = routes::common(other, &method, openapi::GATEWAY) {
+                    return Ok(own(answer));
+                }
+            }
         }
         let Destination {
             name,

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::sync::{Arc, Mutex};
 
+use api::storage::PoolStatus;
 use api::virtual_disk::TransferRequest;
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, NetConfig,
-    NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, Vm, VmState, VmStatus,
+    ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, Latencies,
+    Metrics, NetConfig, NetMetrics, NetStatus, Problem, ProblemKind, QueueMetrics, StorageAnswer,
+    StorageRequest, Transfer, Vm, VmState, VmStatus,
 };
 
 /// A machine that does what it is told, at once or (removals) when the test says so.
@@ -15,6 +17,8 @@ pub(crate) struct FakeVm {
     pub(crate) status: Mutex<VmStatus>,
     pub(crate) calls: Mutex<Vec<String>>,
     pub(crate) events: EventLog,
+    /// What it tells of its pool.
+    pub(crate) pool: Mutex<Option<PoolStatus>>,
 }
 
 impl FakeVm {
@@ -36,6 +40,7 @@ impl FakeVm {
             status: Mutex::new(status),
             calls: Mutex::default(),
             events: EventLog::new(),
+            pool: Mutex::default(),
         })
     }
 
@@ -118,6 +123,9 @@ impl Vm for FakeVm {
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        if let (StorageRequest::Status, Some(pool)) = (&request, &*self.pool.lock().unwrap()) {
+            return Ok(StorageAnswer::Status(Box::new(pool.clone())));
+        }
         self.note(&format!("storage: {request:?}"))?;
         Err(Problem::new(ProblemKind::Conflict, "this machine has no pool"))
     }
@@ -133,6 +141,42 @@ impl Vm for FakeVm {
             line.read_to_end(&mut said).unwrap();
             line.write_all(&said).unwrap();
         }))
+    }
+
+    fn metrics(&self) -> Metrics {
+        let vm = self.status();
+        let mut latencies = Latencies::default();
+        (latencies.classes[3], latencies.classes[23], latencies.sum_us) = (2, 1, 10_500_012);
+        let queues = vm.disks.iter().map(|disk| QueueMetrics {
+            device: disk.config.id.clone(),
+            queue: 0,
+            reads: 3,
+            read_bytes: 12_288,
+            writes: 0,
+            written_bytes: 0,
+            flushes: 0,
+            others: 0,
+            errors: 1,
+            interrupts: 2,
+            latencies,
+        });
+        let nets = vm.nets.iter().map(|net| NetMetrics {
+            device: net.config.id.clone(),
+            received_packets: 1,
+            received_bytes: 64,
+            received_dropped: 0,
+            receive_waits: 0,
+            sent_packets: u64::MAX,
+            sent_bytes: 2,
+            sent_dropped: 0,
+            send_waits: 0,
+        });
+        Metrics {
+            queues: queues.collect(),
+            nets: nets.collect(),
+            pools: self.pool.lock().unwrap().clone().into_iter().collect(),
+            vm: Some(vm),
+        }
     }
 
     fn events(&self) -> &EventLog {

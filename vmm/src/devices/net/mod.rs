@@ -143,6 +143,12 @@ impl Net {
         move || shared.counters.snapshot()
     }
 
+    /// As [`Self::statistics`], by a handle that keeps nothing of the card open; none when the card is gone.
+    pub fn statistics_while_there(&self) -> impl Fn() -> Option<NetStatistics> + Send + Sync + use<> {
+        let shared = Arc::downgrade(&self.shared);
+        move || Some(shared.upgrade()?.counters.snapshot())
+    }
+
     /// Ends all workers and waits for it: they never sleep in anything but their epoll.
     fn stop_workers(&mut self) {
         self.reset();

@@ -1,0 +1,109 @@
+//! Numbers of a running server, for those who draw curves and set alarms: `GET /metrics`, `/healthz`, `/readyz`.
+//!
+//! Counters grow from zero since their object came into being: a machine's process, a device's attachment, a pool's opening.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::storage::PoolStatus;
+use crate::{DeviceId, VmStatus};
+
+/// Classes of [`Latencies`].
+pub const LATENCY_CLASSES: usize = 24;
+
+/// How long requests took, by powers of two of a microsecond.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Latencies {
+    /// Class *i* counts what took less than 2^i microseconds and not less than 2^(i-1); the last one everything else.
+    pub classes: [u64; LATENCY_CLASSES],
+    /// All together, in microseconds.
+    pub sum_us: u64,
+}
+
+/// What a request queue of a disk, or of the SCSI adapter, has done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QueueMetrics {
+    /// The disk; `scsi` for the adapter, whose queues serve all its disks.
+    pub device: DeviceId,
+    /// The queue, from 0.
+    pub queue: u16,
+    /// Read requests.
+    pub reads: u64,
+    /// Bytes asked for by them.
+    pub read_bytes: u64,
+    /// Write requests.
+    pub writes: u64,
+    /// Bytes in them.
+    pub written_bytes: u64,
+    /// Flush requests.
+    pub flushes: u64,
+    /// All other requests: discards, write zeroes, commands without data.
+    pub others: u64,
+    /// Requests that were not answered with success.
+    pub errors: u64,
+    /// Interrupts sent.
+    pub interrupts: u64,
+    /// From the moment that a request was taken from the guest to its answer.
+    pub latencies: Latencies,
+}
+
+/// What a network card has done; "received" and "sent" are the guest's view.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetMetrics {
+    /// The card.
+    pub device: DeviceId,
+    /// Packets that the guest got.
+    pub received_packets: u64,
+    /// Their bytes, with Ethernet's header.
+    pub received_bytes: u64,
+    /// Packets that did not fit into the guest's buffers.
+    pub received_dropped: u64,
+    /// How often packets had to wait because the guest had provided no buffers.
+    pub receive_waits: u64,
+    /// Packets that the guest sent.
+    pub sent_packets: u64,
+    /// Their bytes, with Ethernet's header.
+    pub sent_bytes: u64,
+    /// Packets that were malformed, or that the host did not take.
+    pub sent_dropped: u64,
+    /// How often packets had to wait for the host.
+    pub send_waits: u64,
+}
+
+/// All numbers of a server at one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Metrics {
+    /// Of a machine: how it is.
+    pub vm: Option<VmStatus>,
+    /// Request queues of its disks.
+    pub queues: Vec<QueueMetrics>,
+    /// Its network cards.
+    pub nets: Vec<NetMetrics>,
+    /// The pools that the server has open.
+    pub pools: Vec<PoolStatus>,
+}
+
+/// The answer of `GET /healthz`: the server answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Liveness {
+    /// `ok`.
+    pub status: String,
+}
+
+impl Liveness {
+    /// It answers.
+    pub fn ok() -> Self {
+        Self {
+            status: "ok".to_owned(),
+        }
+    }
+}
+
+/// The answer of `GET /readyz`: whether the server does what it is there for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Readiness {
+    /// It does; the HTTP status is 200 then, and 503 otherwise.
+    pub ready: bool,
+    /// Where it is in its life, for example the state of a machine.
+    pub state: String,
+}

@@ -1,0 +1,416 @@
+//! All that can be asked, in one table.
+//!
+//! An entry says what a person needs and what a program needs. Statuses that are not named in an entry are problems all the same
+//! ([`document`](super::document) adds them as `default`).
+
+use api::virtual_disk::TransferRequest;
+use api::{
+    DiskChange, DiskConfig, DiskLimits, DiskStatus, EventPage, Liveness, MachineEntry, NetConfig, NetStatus,
+    Problem, ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, VmStatus,
+};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+
+use ProblemKind::{Conflict, Exhausted, Forbidden, Host, Invalid, NotFound, Stopping, Timeout, TooLarge};
+
+/// The schema of a type.
+pub(super) type TypeOf = fn(&mut SchemaGenerator) -> Schema;
+
+fn schema<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
+    generator.subschema_for::<T>()
+}
+
+fn text(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"type": "string"})
+}
+
+/// Where a parameter is.
+#[derive(Clone, Copy)]
+pub(super) enum In {
+    Path,
+    Query,
+    Header,
+}
+
+/// A parameter of a request.
+pub(super) struct Parameter {
+    pub(super) name: &'static str,
+    pub(super) place: In,
+    pub(super) required: bool,
+    pub(super) about: &'static str,
+    pub(super) schema: TypeOf,
+}
+
+/// An answer that is no problem.
+pub(super) struct Success {
+    pub(super) status: u16,
+    pub(super) about: &'static str,
+    /// Media types and what is in them.
+    pub(super) content: Vec<(&'static str, TypeOf)>,
+    /// Headers that come with it, and what they say.
+    pub(super) headers: Vec<(&'static str, &'static str)>,
+}
+
+/// Something that can be asked: a method of a path.
+pub(super) struct Operation {
+    pub(super) method: &'static str,
+    pub(super) path: &'static str,
+    /// What generated clients call it.
+    pub(super) id: &'static str,
+    pub(super) tag: &'static str,
+    pub(super) summary: &'static str,
+    pub(super) about: &'static str,
+    pub(super) parameters: Vec<Parameter>,
+    pub(super) body: Option<TypeOf>,
+    pub(super) answers: Vec<Success>,
+    pub(super) problems: Vec<ProblemKind>,
+}
+
+fn operation(
+    method: &'static str,
+    path: &'static str,
+    id: &'static str,
+    tag: &'static str,
+    summary: &'static str,
+) -> Operation {
+    Operation {
+        method,
+        path,
+        id,
+        tag,
+        summary,
+        about: "",
+        parameters: Vec::new(),
+        body: None,
+        answers: Vec::new(),
+        // Another user; the host; a machine that does not answer.
+        problems: vec![Forbidden, Host, Timeout],
+    }
+}
+
+impl Operation {
+    fn about(mut self, about: &'static str) -> Self {
+        self.about = about;
+        self
+    }
+
+    fn parameter(mut self, name: &'static str, place: In, about: &'static str, schema: TypeOf) -> Self {
+        let required = matches!(place, In::Path);
+        self.parameters.push(Parameter {
+            name,
+            place,
+            required,
+            about,
+            schema,
+        });
+        if !self.problems.contains(&Invalid) {
+            self.problems.push(Invalid);
+        }
+        self
+    }
+
+    fn id(self, about: &'static str) -> Self {
+        self.parameter("id", In::Path, about, schema::<api::DeviceId>)
+            .problem(NotFound)
+    }
+
+    fn body<T: JsonSchema>(mut self) -> Self {
+        self.body = Some(schema::<T>);
+        self.problems.extend([Invalid, TooLarge]);
+        self
+    }
+
+    fn answer(self, status: u16, about: &'static str, content: Vec<(&'static str, TypeOf)>) -> Self {
+        self.answer_with(status, about, content, Vec::new())
+    }
+
+    fn answer_with(
+        mut self,
+        status: u16,
+        about: &'static str,
+        content: Vec<(&'static str, TypeOf)>,
+        headers: Vec<(&'static str, &'static str)>,
+    ) -> Self {
+        self.answers.push(Success {
+            status,
+            about,
+            content,
+            headers,
+        });
+        self
+    }
+
+    fn json<T: JsonSchema>(self, status: u16, about: &'static str) -> Self {
+        self.answer(status, about, vec![("application/json", schema::<T>)])
+    }
+
+    fn problem(mut self, kind: ProblemKind) -> Self {
+        self.problems.push(kind);
+        self
+    }
+}
+
+/// What every server answers, whatever it serves.
+pub(super) fn common() -> Vec<Operation> {
+    vec![
+        operation(
+            "get",
+            "/openapi.json",
+            "getDescription",
+            "server",
+            "This document",
+        )
+        .answer(
+            200,
+            "An OpenAPI 3.1 document.",
+            vec![("application/json", |_| json_schema!({"type": "object"}))],
+        ),
+        operation(
+            "get",
+            "/healthz",
+            "getHealth",
+            "server",
+            "Whether the server answers",
+        )
+        .json::<Liveness>(200, "It does."),
+    ]
+}
+
+/// What is asked of a machine by its management socket.
+pub(super) fn machine() -> Vec<Operation> {
+    let mut all = common();
+    all.extend([
+        operation(
+            "get",
+            "/readyz",
+            "getReadiness",
+            "server",
+            "Whether the machine runs",
+        )
+        .json::<Readiness>(200, "Its vCPUs run.")
+        .json::<Readiness>(503, "It starts, is paused, or is on its way to its end."),
+        operation(
+            "get",
+            "/v1/metrics",
+            "getMetrics",
+            "server",
+            "Numbers for Prometheus",
+        )
+        .about("Also at `/metrics`. In Prometheus' text format; the names are listed in the documentation.")
+        .answer(200, "All numbers as they are now.", vec![("text/plain", text)]),
+        operation("get", "/v1/vm", "getVm", "machine", "How the machine is")
+            .json::<VmStatus>(200, "The machine."),
+        action(
+            "/v1/vm/power-button",
+            "pressPowerButton",
+            "Press the power button",
+        )
+        .about("It is up to the guest what follows: events tell.")
+        .problem(Conflict),
+        action(
+            "/v1/vm/stop",
+            "stop",
+            "End the machine at once, as if its cable were pulled",
+        ),
+        action("/v1/vm/reset", "reset", "Press the reset button"),
+        action("/v1/vm/pause", "pause", "Stop all vCPUs").about("Pausing a paused machine succeeds."),
+        action("/v1/vm/resume", "resume", "Let the vCPUs run on")
+            .about("Disks that stopped because of an error try again. Resuming a running machine succeeds.")
+            .problem(Conflict),
+        operation(
+            "patch",
+            "/v1/vm/limit-groups/{id}",
+            "changeLimits",
+            "machine",
+            "Change limits that disks share",
+        )
+        .about("What is not given stays; 0 takes a limit away.")
+        .id("The group.")
+        .body::<DiskLimits>()
+        .json::<DiskLimits>(200, "The limits that hold now.")
+        .problem(Conflict),
+    ]);
+    all.extend(devices::<DiskConfig, DiskStatus>([
+        ("/v1/vm/disks", "listDisks", "All disks"),
+        ("/v1/vm/disks", "attachDisk", "Attach a disk"),
+        ("/v1/vm/disks/{id}", "getDisk", "A disk"),
+        (
+            "/v1/vm/disks/{id}",
+            "detachDisk",
+            "Ask the guest to let a disk go",
+        ),
+    ]));
+    all.push(
+        operation(
+            "patch",
+            "/v1/vm/disks/{id}",
+            "changeDisk",
+            "devices",
+            "Change a disk that is in use",
+        )
+        .about("What is not given stays.")
+        .id("The disk.")
+        .body::<DiskChange>()
+        .json::<DiskStatus>(200, "The disk as it is now.")
+        .problem(Conflict)
+        .problem(Stopping),
+    );
+    all.extend(devices::<NetConfig, NetStatus>([
+        ("/v1/vm/nets", "listNets", "All network cards"),
+        ("/v1/vm/nets", "attachNet", "Attach a network card"),
+        ("/v1/vm/nets/{id}", "getNet", "A network card"),
+        (
+            "/v1/vm/nets/{id}",
+            "detachNet",
+            "Ask the guest to let a network card go",
+        ),
+    ]));
+    all.extend(storage());
+    all.push(events());
+    all
+}
+
+fn action(path: &'static str, id: &'static str, summary: &'static str) -> Operation {
+    operation("put", path, id, "machine", summary)
+        .answer(204, "It is done.", Vec::new())
+        .problem(Stopping)
+}
+
+/// A kind of devices: list, attach, look, detach.
+fn devices<C: JsonSchema, S: JsonSchema>(
+    names: [(&'static str, &'static str, &'static str); 4],
+) -> Vec<Operation> {
+    let [list, attach, get, detach] = names;
+    let of = |method, (path, id, summary)| operation(method, path, id, "devices", summary);
+    vec![
+        of("get", list).json::<Vec<S>>(200, "In the order of attachment."),
+        of("post", attach)
+            .about("Paths are absolute. An identifier that is not given becomes the first that is free.")
+            .body::<C>()
+            .answer_with(
+                201,
+                "It is on the guest's bus; an event tells when the guest uses it.",
+                vec![("application/json", schema::<S>)],
+                vec![("Location", "Its path.")],
+            )
+            .problem(Conflict)
+            .problem(NotFound)
+            .problem(Exhausted),
+        of("get", get).id("The device.").json::<S>(200, "It."),
+        of("delete", detach)
+            .about("The guest decides: a `device-removed` or `device-remove-refused` event after `after_event` tells how it went.")
+            .id("The device.")
+            .json::<Removal>(202, "The guest was asked.")
+            .problem(Conflict)
+            .problem(Stopping),
+    ]
+}
+
+/// What is asked of a pool, of a machine or by itself.
+pub(super) fn storage() -> Vec<Operation> {
+    vec![
+        operation("post", "/v1/storage", "storage", "storage", "Do something with the pool, its files or its disks")
+            .about(
+                "One request, one answer. Some take long: scrubs, merges, moves. The connection then stays open without a \
+                 word, for up to 24 hours; no other request waits for it. `begin` instead of `pool` does not wait for the \
+                 jobs that it starts: they are in the pool's status, and go on when the connection breaks.",
+            )
+            .body::<StorageRequest>()
+            .json::<StorageAnswer>(200, "What came of it.")
+            .problem(NotFound)
+            .problem(Conflict)
+            .problem(Stopping),
+        operation("post", "/v1/storage/transfer", "transfer", "storage", "Move data into the pool or out of it")
+            .about(
+                "Leaves HTTP: after 101 the connection carries the protocol `smsvmm-transfer`, in both directions, until \
+                 either end closes it. It is internal to smsvmm, may change with any version, and is used by \
+                 `smsvmm disk import | export | copy`. The client must not send anything before it has the answer. \
+                 Four at a time.",
+            )
+            .upgrade()
+            .body::<TransferRequest>()
+            .answer_with(
+                101,
+                "The connection is taken out of HTTP.",
+                Vec::new(),
+                vec![("Upgrade", "`smsvmm-transfer`."), ("Connection", "`upgrade`.")],
+            )
+            .problem(NotFound)
+            .problem(Conflict)
+            .problem(Exhausted),
+    ]
+}
+
+impl Operation {
+    fn upgrade(self) -> Self {
+        let protocol: TypeOf = |_| json_schema!({"const": "smsvmm-transfer"});
+        let mut operation = self.parameter(
+            "Upgrade",
+            In::Header,
+            "What the connection is to become; with `Connection: upgrade`.",
+            protocol,
+        );
+        operation
+            .parameters
+            .iter_mut()
+            .for_each(|parameter| parameter.required = true);
+        operation
+    }
+}
+
+/// Events, of whatever has them.
+pub(super) fn events() -> Operation {
+    let number: TypeOf = schema::<u64>;
+    operation("get", "/v1/events", "getEvents", "events", "What happened, and what happens")
+        .about(
+            "Without `Accept: text/event-stream`, a page: events with numbers above `after`; if there are none, the answer waits \
+             for the first, up to `wait` seconds. With it, a stream of server-sent events until the machine ends: `id` is \
+             the number, `data` an `Event` as JSON; an event of the type `missed` says how many are no longer kept. A client that \
+             sends `Last-Event-ID` goes on where it was. Sixteen streams at a time.",
+        )
+        .parameter("after", In::Query, "Only events with higher numbers; 0 if not given.", number)
+        .parameter("wait", In::Query, "Seconds to wait for the first event, at most 60; for pages only.", number)
+        .parameter("Last-Event-ID", In::Header, "As `after`, and goes before it.", number)
+        .answer(
+            200,
+            "A page, or a stream.",
+            vec![("application/json", schema::<EventPage>), ("text/event-stream", text)],
+        )
+        .problem(Exhausted)
+}
+
+/// What is asked of a gateway about itself.
+pub(super) fn gateway() -> Vec<Operation> {
+    let mut all = common();
+    all.push(
+        operation(
+            "get",
+            "/v1/vms",
+            "listMachines",
+            "gateway",
+            "The machines that one may know",
+        )
+        .json::<Vec<MachineEntry>>(200, "In the order of the gateway's configuration."),
+    );
+    all
+}
+
+/// The schema of all problems.
+pub(super) fn problem(generator: &mut SchemaGenerator) -> Schema {
+    schema::<Problem>(generator)
+}
+
+/// What is in a stream or in log files, and in no answer by itself.
+pub(super) fn further(generator: &mut SchemaGenerator) {
+    schema::<api::Event>(generator);
+}
+
+/// The name of a machine, for gateways.
+pub(super) fn machine_name() -> Parameter {
+    Parameter {
+        name: "name",
+        place: In::Path,
+        required: true,
+        about: "The machine.",
+        schema: schema::<api::VmName>,
+    }
+}
