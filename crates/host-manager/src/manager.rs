@@ -33,12 +33,16 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// Opens the pools, and finds the machines that run. `program` is smsvmm, `version` its version.
+    /// Opens the pools, and finds the machines that run. `program` is smsvmm, `version` its version; what happens is told to `events`.
     ///
     /// # Errors
     /// A pool cannot be opened, two have one name, or the folders cannot be used.
-    pub fn open(config: &HostConfig, program: PathBuf, version: &str) -> Result<Self, Problem> {
-        let events = Arc::new(EventLog::new());
+    pub fn open(
+        config: &HostConfig,
+        program: PathBuf,
+        version: &str,
+        events: Arc<EventLog>,
+    ) -> Result<Self, Problem> {
         let mut pools: Vec<Pool> = Vec::new();
         for (number, one) in config.pools.all().iter().enumerate() {
             let opened = HostedPool::open(&format!("pool-{number}"), one.devices.clone(), Default::default());
@@ -46,7 +50,15 @@ impl Manager {
                 for note in hosted.notes() {
                     tracing::warn!("{note}");
                 }
-                let name = status_of(&hosted)?.name;
+                let (name, log) = (hosted.name().to_owned(), Arc::clone(&events));
+                let pool = name.clone();
+                hosted.on_event(move |event| {
+                    log.record(EventKind::Pool {
+                        pool: pool.clone(),
+                        kind: event.kind,
+                        text: event.text,
+                    });
+                });
                 Ok((name, hosted))
             });
             let found = match named {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, EventPage, Liveness, NetConfig, NetStatus,
-    Problem, ProblemKind, Readiness, Removal, StorageRequest, Vm, VmState,
+    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, EventPage, Liveness, NetConfig,
+    NetStatus, Problem, ProblemKind, Readiness, Removal, StorageRequest, Vm, VmState,
 };
 use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};

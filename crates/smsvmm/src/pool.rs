@@ -5,9 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use api::virtual_disk::TransferRequest;
-use api::{
-    ByteSize, DiskConfig, EventKind, EventLog, Problem, StorageAnswer, StorageRequest, Transfer,
-};
+use api::{ByteSize, DiskConfig, EventKind, EventLog, Problem, StorageAnswer, StorageRequest, Transfer};
 use block_io::WorkerOptions;
 use storage_manager::{DevicePaths, DiskOptions, HostedPool, VirtualDisk};
 use storage_virtualizer::controls::DiskControls;

@@ -16,13 +16,16 @@ use std::time::Duration;
 
 use anyhow::Context;
 use host_manager::{AtEnd, HostConfig, Manager};
-use management::Server;
+use management::{EventJournal, Server};
 use sd_notify::NotifyState;
 
 use crate::cli::ServeArguments;
 use crate::exit::{Exit, UsageError};
 use crate::signals::Signals;
 use crate::{logs, toml_file};
+
+/// Bytes of events that are kept at least; at most twice as many.
+const EVENTS: u64 = 4 << 20;
 
 /// Reads host.toml.
 pub(crate) fn config(path: &Path) -> anyhow::Result<HostConfig> {
@@ -65,7 +68,14 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<Exit> {
     }
     // Before anything is opened: a second manager ends here.
     let server = Server::bind(&config.management.socket)?;
-    let manager = Arc::new(Manager::open(&config, program()?, env!("CARGO_PKG_VERSION"))?);
+    let (journal, recovered) = EventJournal::open(&config.state.join("events"), EVENTS)?;
+    let last = recovered.last;
+    let events = Arc::new(recovered.into_log());
+    let kept = journal
+        .keep(Arc::clone(&events), last)
+        .context("cannot start the thread that keeps events")?;
+    let manager = Manager::open(&config, program()?, env!("CARGO_PKG_VERSION"), events)?;
+    let manager = Arc::new(manager);
     let serving = server
         .start_host(Arc::clone(&manager) as Arc<dyn api::Host>)
         .context("cannot start the management server")?;
@@ -103,6 +113,7 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<Exit> {
     }]);
     let closed = manager.close(signal, at_end, || signals.arrived().is_some());
     drop(serving);
+    drop(kept);
     closed?;
     if anew {
         let mut command = Command::new(program()?);

@@ -131,8 +131,7 @@ pub(crate) fn process(arguments: &ProcessArguments) -> anyhow::Result<Target> {
         return Ok(Target::Socket(socket.clone()));
     }
     let path = arguments.config.clone().or_else(default_config);
-    let path =
-        &path.ok_or_else(|| UsageError::new("name the process by --socket PATH or --config FILE"))?;
+    let path = &path.ok_or_else(|| UsageError::new("name the process by --socket PATH or --config FILE"))?;
     target_in(path, None)?.ok_or_else(|| {
         UsageError::new(format!(
             "{} has no management socket; add [management] with socket = \"...\" and start the process again",
