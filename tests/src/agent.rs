@@ -34,9 +34,15 @@ impl VmBuilder<'_> {
     /// # Errors
     /// When it cannot be started, or its guest does not come up.
     pub fn interactive(self) -> Result<Vm> {
-        let vm = self.managed().script(AGENT).start()?;
+        let vm = self.managed().answering().start()?;
         vm.wait_until_ready()?;
         Ok(vm)
+    }
+
+    /// Its guest takes commands on its console, for [`Vm::guest`].
+    #[must_use]
+    pub fn answering(self) -> Self {
+        self.script(AGENT)
     }
 
     /// A management socket; and disks in the story's folder may be attached while it runs.

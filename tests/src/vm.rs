@@ -294,21 +294,33 @@ impl<'a> VmBuilder<'a> {
         self.start()?.wait(limit)
     }
 
+    /// Writes what it needs into a folder of its name; where its vm.toml is.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn written(&self) -> Result<PathBuf> {
+        let folder = self.host.folder().join(&self.name);
+        fs::create_dir_all(&folder)?;
+        let initrd = self.initrd(&folder)?;
+        let config = folder.join("vm.toml");
+        fs::write(&config, self.config(&self.kernel_file(), &initrd)?)?;
+        Ok(config)
+    }
+
+    fn kernel_file(&self) -> PathBuf {
+        self.host
+            .kernel_file(self.kernel, if self.elf { "vmlinux" } else { "bzImage" })
+    }
+
     /// Starts it.
     ///
     /// # Errors
     /// When it cannot be started.
     pub fn start(self) -> Result<Vm> {
+        let config = self.written()?;
         let folder = self.host.folder().join(&self.name);
-        fs::create_dir_all(&folder)?;
-        let initrd = self.initrd(&folder)?;
-        let kernel = self
-            .host
-            .kernel_file(self.kernel, if self.elf { "vmlinux" } else { "bzImage" });
-        let config = folder.join("vm.toml");
-        fs::write(&config, self.config(&kernel, &initrd)?)?;
         let command = match std::env::var("SMSVMM_VMM").as_deref() {
-            Ok("qemu") => self.qemu(&kernel, &initrd),
+            Ok("qemu") => self.qemu(&self.kernel_file(), &folder.join("initrd")),
             _ => {
                 let program = self.program.as_deref().unwrap_or(self.host.smsvmm());
                 ensure!(

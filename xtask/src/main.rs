@@ -3,6 +3,7 @@
 mod apt;
 mod bench;
 mod build;
+mod deb;
 mod debian;
 mod demo;
 mod fuzz;
@@ -75,6 +76,8 @@ enum Task {
     Fuzz(fuzz::Arguments),
     /// Build smsvmm as one file that needs no libraries, and what stories run inside guests: target/static
     Static,
+    /// Packages for Debian and Ubuntu: target/debian
+    Deb,
     /// Run a command in a lab host that sees a folder at the same path
     Lab(LabArguments),
 }
@@ -172,6 +175,7 @@ fn main() -> ExitCode {
         Task::Static => build::guest_programs()
             .and_then(|()| build::static_smsvmm())
             .map(|_| ExitCode::SUCCESS),
+        Task::Deb => deb::run().map(|_| ExitCode::SUCCESS),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Lab(arguments) => in_lab(arguments),
     };

@@ -29,6 +29,11 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Which machine this is, and what it may do.
     Status,
+    /// Write manual pages, one for each command.
+    Manual {
+        /// The folder to which they are written.
+        folder: PathBuf,
+    },
     /// Disks and their snapshots.
     #[command(subcommand)]
     Disk(DiskCommand),

@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use api::storage::{JobState, JobStatus};
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use expanded_api::{Answer, DiskAttributes, Request};
 use serde::Serialize;
 
@@ -55,6 +55,15 @@ struct Agent {
 }
 
 fn run(arguments: Arguments) -> Result<ExitCode, AgentError> {
+    // What follows needs no disk of the host.
+    if let Command::Manual { folder } = &arguments.command {
+        let written = std::fs::create_dir_all(folder)
+            .and_then(|()| clap_mangen::generate_to(Arguments::command(), folder));
+        let text = |error| format!("cannot write manual pages to {}: {error}", folder.display());
+        return written
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(|error| AgentError::Text(text(error)));
+    }
     if let Command::Backup(command) = arguments.command {
         let json = arguments.json;
         return backup::run(command, json, || Host::find(arguments.device.as_deref()));
@@ -96,8 +105,8 @@ fn run(arguments: Arguments) -> Result<ExitCode, AgentError> {
                 bytes.ok_or_else(|| AgentError::Text("these are no hexadecimal digits".to_owned()))?;
             agent.host.forge(&bytes, zeroes).map(|()| ExitCode::SUCCESS)
         }
-        // Without a disk of the host, but to make one.
-        Command::Backup(_) => Ok(ExitCode::FAILURE),
+        // They are done above.
+        Command::Backup(_) | Command::Manual { .. } => Ok(ExitCode::FAILURE),
         Command::Replication => agent.simple(&Request::ReplicationStatus {}),
         Command::Hsm => agent.simple(&Request::HsmStatus {}),
     }

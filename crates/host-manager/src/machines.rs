@@ -15,7 +15,6 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -27,11 +26,13 @@ use api::{
 use rustix::process::Signal;
 use vmm::config::{ConsoleSpec, ManagementConfig, VmConfig};
 
-use crate::process::{End, EndKind, Process, signal};
+use crate::process::{End, EndKind, Process, answers, signal};
 use crate::store::{Files, StartRules, Store};
 
 /// The wait before a machine is started again for the first time; each time more doubles it.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// Between two looks whether a machine that was started answers.
+const LOOK: Duration = Duration::from_millis(50);
 /// The longest such wait.
 const LONGEST_WAIT: Duration = Duration::from_secs(64);
 /// A machine that ran for so long begins with the first wait again.
@@ -279,15 +280,15 @@ impl Machines {
     /// # Errors
     /// There is none of this name.
     pub fn status(&self, name: &VmName) -> Result<MachineStatus, Problem> {
-        let mut table = self.0.lock();
-        let machine = table.machines.get_mut(name).ok_or_else(|| none(name))?;
+        let table = self.0.lock();
+        let machine = table.machines.get(name).ok_or_else(|| none(name))?;
         Ok(machine.status(name))
     }
 
     /// How all are, in the order of their names.
     pub fn list(&self) -> Vec<MachineStatus> {
-        let mut table = self.0.lock();
-        let machines = table.machines.iter_mut();
+        let table = self.0.lock();
+        let machines = table.machines.iter();
         machines.map(|(name, machine)| machine.status(name)).collect()
     }
 
@@ -341,6 +342,11 @@ impl Machines {
 }
 
 impl Machine {
+    /// Whether it has this process, which has not answered yet.
+    fn is_starting(&self, pid: u32) -> bool {
+        matches!(&self.life, Life::Alive(alive) if alive.pid == pid && !alive.answers)
+    }
+
     /// Asks its process to end. `smsvmm run` takes the first signal as the power button, and the second as the plug.
     fn end(&mut self, how: Asked) {
         self.wanted = false;
@@ -361,13 +367,12 @@ impl Machine {
         alive.asked = alive.asked.max(how);
     }
 
-    fn status(&mut self, name: &VmName) -> MachineStatus {
-        let (state, pid) = match &mut self.life {
+    fn status(&self, name: &VmName) -> MachineStatus {
+        let (state, pid) = match &self.life {
             Life::Rest { failed: true } => (MachineState::Failed, None),
             Life::Rest { failed: false } => (MachineState::Stopped, None),
             Life::Waiting => (MachineState::Waiting, None),
             Life::Alive(alive) => {
-                alive.answers = alive.answers || UnixStream::connect(&self.files.management).is_ok();
                 let state = match (alive.asked > Asked::Nothing, alive.answers) {
                     (true, _) => MachineState::Stopping,
                     (false, true) => MachineState::Running,
@@ -534,9 +539,37 @@ impl Shared {
         }
     }
 
+    /// Notes when a machine's process answers for the first time.
+    fn look_for_an_answer(self: &Arc<Self>, name: &VmName, pid: u32) {
+        let (shared, of) = (Arc::clone(self), name.clone());
+        let look = move || {
+            loop {
+                std::thread::sleep(LOOK);
+                let socket = match shared.lock().machines.get(&of) {
+                    Some(machine) if machine.is_starting(pid) => machine.files.management.clone(),
+                    _ => return,
+                };
+                if answers(&socket)
+                    && let Some(machine) = shared.lock().machines.get_mut(&of)
+                    && let Life::Alive(alive) = &mut machine.life
+                {
+                    alive.answers |= alive.pid == pid;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("start-{name}"))
+            .stack_size(256 << 10)
+            .spawn(look);
+        if let Err(error) = thread {
+            tracing::error!(machine = %name, %error, "nobody sees when a machine answers");
+        }
+    }
+
     /// Sees to a machine until it is at rest.
     fn attend(self: Arc<Self>, name: &VmName, mut process: Process) {
         loop {
+            self.look_for_an_answer(name, process.pid());
             let (begun, report) = (Instant::now(), self.report(name));
             let end = process.wait(&report);
             let mut table = self.lock();

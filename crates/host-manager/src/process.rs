@@ -4,12 +4,13 @@
 //! processes of the one before it, and nothing has to be written down that could be wrong.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::sockopt::socket_peercred;
@@ -17,6 +18,11 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_se
 use serde::{Deserialize, Serialize};
 
 use crate::store::Files;
+
+/// How long a machine may take to say how it is.
+const ANSWER: Duration = Duration::from_secs(2);
+/// As much of what it says is read, in bytes.
+const MAX_ANSWER: u64 = 1 << 20;
 
 /// How a process ended, as it says itself (`smsvmm run --report`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -146,6 +152,19 @@ impl Process {
             },
         }
     }
+}
+
+/// Whether a machine says, at its management socket, that its guest runs.
+pub(crate) fn answers(socket: &Path) -> bool {
+    let ask = || {
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(ANSWER))?;
+        stream.write_all(b"GET /v1/vm HTTP/1.1\r\nhost: smsvmm\r\nconnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.take(MAX_ANSWER).read_to_string(&mut answer)?;
+        io::Result::Ok(answer)
+    };
+    ask().is_ok_and(|answer| answer.starts_with("HTTP/1.1 200") && !answer.contains("\"state\":\"starting\""))
 }
 
 /// Sends a signal to a process; one that has ended does not mind.

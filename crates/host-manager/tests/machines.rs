@@ -1,6 +1,7 @@
 //! Machines whose processes are not smsvmm's, but this test's: they listen where they should, and end as they are told.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,12 @@ fn process() {
             let listener = UnixListener::bind(socket).unwrap();
             // Until a signal ends it.
             for connection in listener.incoming() {
-                drop(connection);
+                let answer = "HTTP/1.1 200 OK\r\ncontent-length: 19\r\n\r\n{\"state\":\"running\"}";
+                let mut connection = connection.unwrap();
+                // Who only looks whether somebody is there asks nothing, and does not read it.
+                if connection.read(&mut [0; 256]).is_ok_and(|read| read > 0) {
+                    let _ = connection.write_all(answer.as_bytes());
+                }
             }
         }
         status => {

@@ -92,6 +92,11 @@ pub(crate) enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
+    /// Write manual pages, one for each command: `man ./smsvmm-disk-snapshot.1`.
+    Manual {
+        /// The folder to which they are written.
+        folder: PathBuf,
+    },
 }
 
 /// Which process, by its management socket.

@@ -93,5 +93,11 @@ fn execute(command: Command) -> anyhow::Result<Exit> {
             output::print(&String::from_utf8_lossy(&script))?;
             Ok(Exit::Success)
         }
+        Command::Manual { folder } => {
+            let written = std::fs::create_dir_all(&folder)
+                .and_then(|()| clap_mangen::generate_to(Cli::command(), &folder));
+            written.with_context(|| format!("cannot write manual pages to {}", folder.display()))?;
+            Ok(Exit::Success)
+        }
     }
 }
