@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use access::{ClientTls, Fingerprint, Principal, Principals, Role, TlsFiles, Token};
 use api::virtual_disk::{CopyRequest, DiskOperation, TransferRequest};
-use api::{ProblemKind, StorageRequest, Vm};
+use api::{DiskConfig, NetBackend, NetConfig, ProblemKind, StorageRequest, Vm};
 use fake::FakeVm;
 use management::{
     Client, ClientError, Gateway, GatewayConfig, Machine, Remote, Running, Server, ServerHandle,
@@ -489,4 +489,36 @@ fn events_are_followed_over_it_as_long_as_one_may_see_them() {
     let rest = until(&mut stream, "\0");
     assert!(!rest.contains("power-button"), "{rest}");
     assert!(rest.ends_with("0\r\n\r\n"), "{rest}");
+}
+
+#[test]
+fn what_its_description_says_is_there() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Administrator, &[]);
+    let client = setup.client(&token);
+    client.attach_disk(&DiskConfig::new("/a.raw")).unwrap();
+    client.attach_net(&NetConfig::new(NetBackend::User)).unwrap();
+    let document = curl(&setup, "GET", "/openapi.json", &token, "");
+    let (_, document) = document.split_once("\r\n\r\n").unwrap();
+    let document: Value = serde_json::from_str(document).unwrap();
+    let mut count = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        let id = if path.contains("/nets/") { "net0" } else { "disk0" };
+        let path = path.replace("{name}", "web1").replace("{id}", id);
+        for (method, operation) in methods.as_object().unwrap() {
+            let answer = curl(&setup, &method.to_uppercase(), &path, &token, "");
+            let status = answer.get(9..12).unwrap();
+            let described = &operation["responses"];
+            assert!(described.get(status).is_some(), "{method} {path}: {answer}");
+            // What needs a body says so; what does not, does it.
+            let expected = match operation.get("requestBody") {
+                Some(_) => "400",
+                None if path.ends_with("/resume") => "409",
+                None => "20",
+            };
+            assert!(status.starts_with(expected), "{method} {path}: {answer}");
+            count += 1;
+        }
+    }
+    assert!(count > 20, "{count}");
 }
