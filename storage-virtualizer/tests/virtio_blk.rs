@@ -199,6 +199,8 @@ fn what_is_written_is_read_back() {
             (1, 65536, 1, 1)
         );
         assert_eq!(counters.errors, 0);
+        let all = counters.reads + counters.writes + counters.flushes + counters.others;
+        assert_eq!(counters.latencies.iter().sum::<u64>(), all, "each took its time");
     });
 }
 

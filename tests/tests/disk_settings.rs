@@ -1,9 +1,12 @@
 //! What vm.toml and an administrator set for disks, as a guest meets it: limits of the rate, disks that stop instead of failing, what
 //! becomes of an undoable disk at power-off.
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use stories::{Disk, Host, VmBuilder, story};
 
 const DEVICES: &str = "d0.img,d1.img";
@@ -33,6 +36,51 @@ fn machine<'a>(host: &'a Host, name: &str, disk: Disk, more: &str) -> VmBuilder<
     host.vm(name)
         .disk(disk)
         .toml(&format!("{more}\n[pool]\ndevices = [{}]\n", paths.join(", ")))
+}
+
+/// Asks a machine's socket as any program may.
+fn ask(socket: &Path, path: &str, headers: &str) -> Result<UnixStream> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\n{headers}\r\n").as_bytes())?;
+    Ok(stream)
+}
+
+/// What the disks, limited as they are, have done is in the metrics.
+fn numbers_tell_of_it(socket: &Path) -> Result<()> {
+    let mut text = String::new();
+    ask(socket, "/metrics", "")?.read_to_string(&mut text)?;
+    let number = |sample: &str| -> Result<f64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(sample));
+        Ok(line
+            .with_context(|| format!("no {sample} in {text}"))?
+            .trim()
+            .parse()?)
+    };
+    for device in ["disk0", "disk1", "late"] {
+        let of = format!("vm=\"slow\",device=\"{device}\",queue=\"0\"");
+        let reads = number(&format!("smsvmm_disk_requests_total{{{of},operation=\"read\"}}"))?;
+        let bytes = number(&format!("smsvmm_disk_bytes_total{{{of},operation=\"read\"}}"))?;
+        let waited = number(&format!("smsvmm_disk_request_seconds_sum{{{of}}}"))?;
+        ensure!(
+            reads >= 40.0 && bytes >= 163_840.0 && waited > 1.0,
+            "{device}: {reads} reads, {bytes} bytes, {waited} s"
+        );
+        ensure!(
+            number(&format!("smsvmm_disk_interrupts_total{{{of}}}"))? > 0.0,
+            "{text}"
+        );
+    }
+    ensure!(
+        number("smsvmm_vm_state{vm=\"slow\",state=\"running\"}")? == 1.0,
+        "{text}"
+    );
+    let volume = "smsvmm_volume_size_bytes{vm=\"slow\",pool=\"tank\",volume=\"data\"}";
+    ensure!(number(volume)? == f64::from(256 << 20), "{text}");
+    let mut ready = String::new();
+    ask(socket, "/readyz", "")?.read_to_string(&mut ready)?;
+    ensure!(ready.starts_with("HTTP/1.1 200"), "{ready}");
+    Ok(())
 }
 
 #[test]
@@ -104,7 +152,23 @@ fn limits_hold_a_guest_back_and_are_changed_while_it_waits() {
             .unwrap_err()
             .to_string();
         assert!(refused.contains("there is no disk /vm/none.dsk"), "{refused}");
+        let socket = host.folder().join("slow/vm.sock");
+        numbers_tell_of_it(&socket)?;
+        let mut events = ask(&socket, "/v1/events", "accept: text/event-stream\r\n")?;
         assert_eq!(vm.finish()?.exit_code(), Some(0));
+        let mut told = String::new();
+        events.read_to_string(&mut told)?;
+        for event in [
+            "\"started\"",
+            "\"device-attached\",\"id\":\"late\"",
+            "\"stopped\"",
+        ] {
+            assert!(told.contains(event), "{event}: {told}");
+        }
+        assert!(
+            told.ends_with("0\r\n\r\n"),
+            "the stream ends with the machine: {told}"
+        );
         Ok(())
     });
 }

@@ -8,17 +8,18 @@
 //! # Format
 //! Two files, the segments, take turns: what is kept is between one and two times a segment's size. A segment is text, one line per
 //! event: the CRC-32C of the rest of the line without its line break, as eight hexadecimal digits, a space, the event as in the
-//! answer of `GET /v1/events`. The line `{"closed":true}` says that nothing was lost behind it. `grep` and `jq` can read it.
+//! answer of `GET /v1/events`. Behind the last event is a mark: `{"opened":N}`, a process may have given numbers above N, or
+//! `{"closed":N}`, N was the last one that was given. `grep` and `jq` can read it.
 //!
 //! # After a crash
 //! Lines are self-contained: one that is not whole, or not what was written, is passed over, and what is behind the last good one of
 //! the newer segment is cut off. Numbers must ascend, or a line is passed over, too. Events that were told to somebody may not have
 //! been on media yet; so that no number is given twice, a log that was not closed goes on [`GAP`] numbers later, which is more than
-//! can have been waiting.
+//! can have been waiting, and says so in its mark before it gives one.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -60,7 +61,8 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Journa
 #[serde(untagged)]
 enum Line {
     Event(Event),
-    Closed { closed: bool },
+    Opened { opened: u64 },
+    Closed { closed: u64 },
 }
 
 impl Line {
@@ -90,6 +92,8 @@ struct Segment {
     events: Vec<Event>,
     /// It is a file.
     exists: bool,
+    /// The highest number that a mark has.
+    marked: u64,
     /// Its last line says that all is there.
     closed: bool,
     /// Where its last event ends.
@@ -122,7 +126,11 @@ impl Segment {
                     segment.events.push(event);
                     segment.end = at;
                 }
-                Some(Line::Closed { closed }) => segment.closed = closed,
+                Some(Line::Opened { opened }) => segment.marked = opened.max(segment.marked),
+                Some(Line::Closed { closed }) => {
+                    segment.marked = closed.max(segment.marked);
+                    segment.closed = true;
+                }
                 _ => segment.damaged += 1,
             }
         }
@@ -131,6 +139,11 @@ impl Segment {
 
     fn last(&self) -> u64 {
         self.events.last().map_or(0, |event| event.sequence)
+    }
+
+    /// The highest number that it knows of.
+    fn highest(&self) -> u64 {
+        self.last().max(self.marked)
     }
 }
 
@@ -159,8 +172,11 @@ pub struct EventJournal {
     /// The segment that is written.
     current: usize,
     file: File,
+    /// Where the next event goes. A mark may be behind it.
     size: u64,
     limit: u64,
+    /// The last number that may have been given, as far as is known here.
+    last: u64,
 }
 
 impl EventJournal {
@@ -176,15 +192,21 @@ impl EventJournal {
             PathBuf::from(name)
         });
         let found = [Segment::read(&paths[0])?, Segment::read(&paths[1])?];
-        let current = usize::from(found[1].last() > found[0].last());
-        let file = open_segment(&paths[current])?;
-        let end = found[current].end;
-        // From now on it is not closed.
-        let cut = file.set_len(end).and_then(|()| file.sync_data());
-        cut.map_err(failed("cut", &paths[current]))?;
-        sync_folder(path)?;
+        let current = usize::from(found[1].highest() > found[0].highest());
         let is_new = !found.iter().any(|segment| segment.exists);
         let gap = if is_new || found[current].closed { 0 } else { GAP };
+        let last = found[current].highest().saturating_add(gap);
+        let mut journal = Self {
+            file: open_segment(&paths[current])?,
+            paths,
+            current,
+            size: found[current].end,
+            limit: segment.max(MIN_SEGMENT),
+            last,
+        };
+        // From now on it is not closed.
+        journal.mark(&Line::Opened { opened: last })?;
+        sync_folder(path)?;
         let damaged = found[0].damaged + found[1].damaged;
         let [first, second] = found;
         let (older, newer) = if current == 1 {
@@ -197,16 +219,8 @@ impl EventJournal {
         let begin = newer.events.first().map_or(u64::MAX, |event| event.sequence);
         events.retain(|event| event.sequence < begin);
         events.extend(newer.events);
-        let last = events.last().map_or(0, |event| event.sequence);
-        let journal = Self {
-            paths,
-            current,
-            file,
-            size: end,
-            limit: segment.max(MIN_SEGMENT),
-        };
         let recovered = Recovered {
-            last: last + gap,
+            last,
             events,
             damaged,
         };
@@ -219,7 +233,13 @@ impl EventJournal {
     /// The file system is full, or broken.
     pub fn append(&mut self, events: &[Event]) -> Result<(), JournalError> {
         for event in events {
-            self.write(&Line::Event(event.clone()))?;
+            let text = Line::Event(event.clone()).to_text();
+            if self.size > 0 && self.size + text.len() as u64 > self.limit {
+                self.turn()?;
+            }
+            self.write(&text)?;
+            self.size += text.len() as u64;
+            self.last = event.sequence.max(self.last);
         }
         self.sync()
     }
@@ -229,25 +249,23 @@ impl EventJournal {
     /// # Errors
     /// As [`Self::append`].
     pub fn close(mut self) -> Result<(), JournalError> {
-        self.write(&Line::Closed { closed: true })?;
+        self.mark(&Line::Closed { closed: self.last })
+    }
+
+    /// Writes a mark behind the last event, durably; the next event takes its place.
+    fn mark(&mut self, line: &Line) -> Result<(), JournalError> {
+        let text = line.to_text();
+        self.write(&text)?;
+        // What was there may have been longer. If this is not done any more, its rest is no line.
+        let cut = self.file.set_len(self.size + text.len() as u64);
+        cut.map_err(failed("cut", &self.paths[self.current]))?;
         self.sync()
     }
 
-    fn write(&mut self, line: &Line) -> Result<(), JournalError> {
-        let text = line.to_text();
-        let is_event = matches!(line, Line::Event(_));
-        if is_event && self.size > 0 && self.size + text.len() as u64 > self.limit {
-            self.turn()?;
-        }
-        let path = &self.paths[self.current];
-        let written = self.file.write_all(&text);
-        if written.is_err() {
-            // Half a line would spoil the next one. If this fails as well, reading passes over both.
-            let _ = self.file.set_len(self.size);
-        }
-        written.map_err(failed("write", path))?;
-        self.size += text.len() as u64;
-        Ok(())
+    /// Writes where the next event goes. What was written in part is written over the next time.
+    fn write(&mut self, text: &[u8]) -> Result<(), JournalError> {
+        let written = self.file.write_all_at(text, self.size);
+        written.map_err(failed("write", &self.paths[self.current]))
     }
 
     /// Goes on in the other segment. What is in this one is durable before the other one is emptied.
@@ -346,7 +364,7 @@ impl Drop for Keeper {
 
 fn open_segment(path: &Path) -> Result<File, JournalError> {
     let mut options = OpenOptions::new();
-    options.append(true).create(true).mode(0o600);
+    options.write(true).create(true).truncate(false).mode(0o600);
     options.open(path).map_err(failed("open", path))
 }
 
@@ -418,6 +436,32 @@ mod tests {
     }
 
     #[test]
+    fn no_number_is_given_twice_however_lives_end() {
+        let folder = folder();
+        let path = folder.path().join("events");
+        let (mut journal, _) = EventJournal::open(&path, 0).unwrap();
+        journal.append(&events(1..=2)).unwrap();
+        drop(journal);
+        // Two that told of numbers which they never wrote, one that had nothing to say, and then they are known.
+        for (life, last) in [2 + GAP, 2 + 2 * GAP, 2 + 3 * GAP].into_iter().enumerate() {
+            let (journal, found) = EventJournal::open(&path, 0).unwrap();
+            assert_eq!((found.last, found.events.len()), (last, 2));
+            assert_eq!(found.damaged, 0);
+            if life == 2 {
+                journal.close().unwrap();
+            }
+        }
+        let size = |number| fs::metadata(segment(&path, number)).map_or(0, |file| file.len());
+        let before = size(0);
+        for _ in 0..50 {
+            let (journal, found) = EventJournal::open(&path, 0).unwrap();
+            assert_eq!(found.last, 2 + 3 * GAP);
+            journal.close().unwrap();
+        }
+        assert_eq!((size(0), size(1)), (before, 0), "marks do not add up");
+    }
+
+    #[test]
     fn segments_take_turns_and_the_file_does_not_grow() {
         let folder = folder();
         let path = folder.path().join("events");
@@ -480,7 +524,7 @@ mod tests {
             &b"\n\n\n"[..],
             b"00000000 {}\n",
             b"\xff\xff\0\0",
-            b"0 {\"closed\":true}\n",
+            b"0 {\"closed\":7}\n",
         ] {
             fs::write(segment(&path, 1), rubbish).unwrap();
             EventJournal::open(&path, MIN_SEGMENT).unwrap();

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use access::{ClientTls, Fingerprint, Principal, Principals, Role, TlsFiles, Token};
 use api::virtual_disk::{CopyRequest, DiskOperation, TransferRequest};
-use api::{Host, ProblemKind, StorageRequest, Vm, VmName};
+use api::{DiskConfig, Host, NetBackend, NetConfig, ProblemKind, StorageRequest, Vm, VmName};
 use fake::FakeVm;
 use fake_host::FakeHost;
 use management::{
@@ -553,4 +553,36 @@ fn a_manager_behind_the_gateway_is_for_those_who_may_know_the_whole_host() {
     assert_eq!(looked.detail, "the pool is not for this", "it was passed on");
     let settle = StorageRequest::Begin(api::storage::Operation::Settle);
     assert_eq!(problem_of(tank.storage(&settle)).kind, ProblemKind::Forbidden);
+}
+
+#[test]
+fn what_its_description_says_is_there() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Administrator, &[]);
+    let client = setup.client(&token);
+    client.attach_disk(&DiskConfig::new("/a.raw")).unwrap();
+    client.attach_net(&NetConfig::new(NetBackend::User)).unwrap();
+    let document = curl(&setup, "GET", "/openapi.json", &token, "");
+    let (_, document) = document.split_once("\r\n\r\n").unwrap();
+    let document: Value = serde_json::from_str(document).unwrap();
+    let mut count = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        let id = if path.contains("/nets/") { "net0" } else { "disk0" };
+        let path = path.replace("{name}", "web1").replace("{id}", id);
+        for (method, operation) in methods.as_object().unwrap() {
+            let answer = curl(&setup, &method.to_uppercase(), &path, &token, "");
+            let status = answer.get(9..12).unwrap();
+            let described = &operation["responses"];
+            assert!(described.get(status).is_some(), "{method} {path}: {answer}");
+            // What needs a body says so; what does not, does it.
+            let expected = match operation.get("requestBody") {
+                Some(_) => "400",
+                None if path.ends_with("/resume") => "409",
+                None => "20",
+            };
+            assert!(status.starts_with(expected), "{method} {path}: {answer}");
+            count += 1;
+        }
+    }
+    assert!(count > 20, "{count}");
 }

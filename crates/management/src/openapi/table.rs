@@ -311,7 +311,7 @@ pub(super) fn storage() -> Vec<Operation> {
         operation("post", "/v1/storage", "storage", "storage", "Do something with the pool, its files or its disks")
             .about(
                 "One request, one answer. Some take long: scrubs, merges, moves. The connection then stays open without a \
-                 word, for up to 24 hours; no other request waits for it. `begin` instead of `pool` does not wait for the \
+                 word, for up to 24 hours; three such requests hold no other one up. `begin` instead of `pool` does not wait for the \
                  jobs that it starts: they are in the pool's status, and go on when the connection breaks.",
             )
             .body::<StorageRequest>()
