@@ -16,8 +16,10 @@ use vmm::config::VmConfig;
 use vmm::machine::ManagerDisks;
 
 /// Longest time until a disk is open: another process may have to let it go first, and a manager that was just started may still be opening its
-/// pools. Whoever lost a manager asks again.
+/// pools.
 const ATTACH_LIMIT: Duration = Duration::from_secs(30);
+/// The same for a machine that goes on: it asks again and again, and its own end waits for the answer.
+const AGAIN_LIMIT: Duration = Duration::from_secs(10);
 /// Longest time for an answer that nothing has to be waited for.
 const LIMIT: Duration = Duration::from_secs(30);
 /// Longest time for what is done with a pool: jobs are waited for.
@@ -82,13 +84,15 @@ fn execute(connection: &UnixStream, path: &str, request: &StorageRequest) -> Res
 }
 
 impl ManagerDisks for ManagedDisks {
-    fn attach(&self, connection: &UnixStream, disk: &DiskConfig) -> Result<(), Problem> {
+    fn attach(&self, connection: &UnixStream, disk: &DiskConfig, goes_on: bool) -> Result<(), Problem> {
         let request = AttachRequest {
             vm: self.vm.clone(),
             pool: disk.pool.clone(),
             disk: disk.clone(),
+            goes_on,
         };
-        blocking::attach(connection, &request, ATTACH_LIMIT).map_err(problem)
+        let limit = if goes_on { AGAIN_LIMIT } else { ATTACH_LIMIT };
+        blocking::attach(connection, &request, limit).map_err(problem)
     }
 
     fn change(&self, connection: &UnixStream, disk: &DeviceId, change: &DiskChange) -> Result<(), Problem> {

@@ -36,11 +36,12 @@ pub enum Pools {
 /// Says to a manager what this machine wants, at a connection to it that was just made. Is called inside the sandbox, by threads that
 /// may wait, send and receive, and no more.
 pub trait ManagerDisks: Send + Sync + fmt::Debug {
-    /// Has it open a disk; afterwards it serves the disk at `connection`, over vhost-user.
+    /// Has it open a disk; afterwards it serves the disk at `connection`, over vhost-user. A machine that `goes_on` has had the disk before,
+    /// from another manager.
     ///
     /// # Errors
     /// It refuses, or does not answer.
-    fn attach(&self, connection: &UnixStream, disk: &DiskConfig) -> Result<(), Problem>;
+    fn attach(&self, connection: &UnixStream, disk: &DiskConfig, goes_on: bool) -> Result<(), Problem>;
 
     /// Has it change a disk that it serves to this machine.
     ///
@@ -87,10 +88,10 @@ impl ManagerLink {
     ///
     /// # Errors
     /// It is away, or refuses; later it may not.
-    pub(super) fn attach(&self, disk: &DiskConfig) -> io::Result<Dialled> {
+    pub(super) fn attach(&self, disk: &DiskConfig, goes_on: bool) -> io::Result<Dialled> {
         let dialled = self.helper.connect(&self.socket)?;
         self.disks
-            .attach(&dialled.socket, disk)
+            .attach(&dialled.socket, disk, goes_on)
             .map_err(io::Error::other)?;
         Ok(dialled)
     }
