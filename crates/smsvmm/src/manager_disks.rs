@@ -140,7 +140,7 @@ impl ManagerDisks for ManagedDisks {
     fn change(&self, ask: Ask<'_>, disk: &DeviceId, change: &DiskChange) -> Result<(), Problem> {
         let request = Request::Change {
             disk: disk.clone(),
-            change: change.clone(),
+            change: *change,
         };
         let dialled = asked(ask, &request)?;
         let changed = blocking::answer::<Attachment>(&dialled.socket, LIMIT);

@@ -132,7 +132,10 @@ impl ManagerLink {
 
     fn ask(&self, request: &str) -> Result<Dialled, Problem> {
         self.helper.ask_manager(request).map_err(|error| {
-            let text = format!("it cannot be asked at {}: {error}", self.socket.display());
+            let text = format!(
+                "the manager cannot be asked at {}: {error}",
+                self.socket.display()
+            );
             Problem::new(ProblemKind::Host, text).remedy("see whether `smsvmm serve` runs")
         })
     }
