@@ -167,6 +167,18 @@ pub struct AttachRequest {
     pub pool: Option<String>,
     /// The disk: its `file`, and how it is to be used.
     pub disk: DiskConfig,
+    /// The machine has had the disk before and goes on with it, from another manager: what it has written must be there, whatever the disk's
+    /// mode is.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub goes_on: bool,
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde calls it with a reference"
+)]
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// What the connection of an attachment is upgraded to.

@@ -3,11 +3,16 @@
 //! ```text
 //!   a machine's process ── POST /v1/attachments ──► attach(): the disk is opened, as its configuration wants it
 //!                       ◄── 101 ───────────────────  the connection is vhost-user now, and this service the back-end
-//!                       ── closes it, or dies ─────► what is in flight ends, the disk is closed, as at power-off
+//!                       ── closes it, or dies ─────► what is in flight ends, the disk is closed
 //! ```
 //!
 //! A disk is in use as long as its connection lives, and nothing else says so: there is no record that could be wrong after a crash. The
 //! process at the other end keeps what matters for the next manager, the guest's rings and the record of what was in flight.
+//!
+//! A machine that is done with a disk stops its queues first; then the disk is closed as at power-off. A connection that ends while they are served
+//! says that somebody died: the machine's process, or, seen from there, the manager. The disk is left as it is then, as after a crash:
+//! a machine that lives on finds what it has written, whatever the disk's mode ([`AttachRequest::goes_on`]), and one that is started anew
+//! what its mode keeps over a crash.
 //!
 //! A use goes through `Opening` (no connection yet), `Served` and `Ending`. It stays in the list until its disk is closed, so that whoever
 //! wants the disk next knows whether waiting is of any use.
@@ -29,7 +34,7 @@ use storage_manager::{DiskGuard, HostedDisk, HostedPool, VirtualDisk};
 use storage_virtualizer::controls::DiskControls;
 use storage_virtualizer::{Counters, PinnedDisk};
 
-use storage_virtualizer::vhost_user::serve_blk;
+use storage_virtualizer::vhost_user::{Parting, serve_blk};
 use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkHandle};
 use vmm::machine::{blk_options, set_controls};
 
@@ -60,6 +65,8 @@ struct Shared {
 #[derive(Default)]
 struct State {
     closing: bool,
+    /// Until then only machines that go on are served.
+    returning: Option<Instant>,
     uses: BTreeMap<Key, Use>,
 }
 
@@ -124,6 +131,12 @@ impl DiskService {
         &self.0.events
     }
 
+    /// There are machines that go on with their disks as soon as they have found this manager, within `time`: machines that are started
+    /// wait so long, so that none of them takes a disk that another one still believes to have. To be called before anybody asks for disks.
+    pub fn expect_machines(&self, time: Duration) {
+        self.0.state().returning = Instant::now().checked_add(time);
+    }
+
     /// Opens a disk of `pool`, whose name is `pool_name`, for a machine; what is returned serves it at the connection that it is given, on the
     /// thread that calls it, and returns when the front-end has gone and the disk is closed. If it is never called, the disk is closed as well.
     ///
@@ -137,7 +150,12 @@ impl DiskService {
         pool: &HostedPool,
         request: AttachRequest,
     ) -> Result<Transfer, Problem> {
-        let AttachRequest { vm, disk: config, .. } = request;
+        let AttachRequest {
+            vm,
+            disk: config,
+            goes_on,
+            ..
+        } = request;
         check(&config)?;
         let controls = Arc::<DiskControls>::default();
         set_controls(&controls, &config);
@@ -149,8 +167,11 @@ impl DiskService {
                 controls: Arc::clone(&controls),
                 phase: Phase::Opening,
             },
+            goes_on,
         )?;
-        let disk = self.0.open(&place.key, pool_name, pool, &config)?;
+        let disk = self
+            .0
+            .open(&place.key, pool_name, || pool.configured_disk(&config, goes_on))?;
         let device = VirtioBlk::new(
             disk.handle().clone(),
             &blk_options(&config, controls),
@@ -292,14 +313,16 @@ impl Shared {
     }
 
     /// Enters a use into the list, when there is none of the same name any more.
-    fn take_place(self: &Arc<Self>, key: Key, new: Use) -> Result<Place, Problem> {
+    fn take_place(self: &Arc<Self>, key: Key, new: Use, goes_on: bool) -> Result<Place, Problem> {
         let mut wait = Wait::default();
         let mut state = self.state();
         loop {
             if state.closing {
                 return Err(closing());
             }
+            let returning = state.returning.is_some_and(|until| Instant::now() < until);
             match state.uses.get(&key) {
+                None if returning && !goes_on => wait = Wait::default(),
                 None => break,
                 Some(old) => wait.is_worth_while(&key, old)?,
             }
@@ -316,14 +339,13 @@ impl Shared {
     fn open(
         &self,
         key: &Key,
-        pool_name: &str,
-        pool: &HostedPool,
-        config: &DiskConfig,
+        pool: &str,
+        open: impl Fn() -> Result<HostedDisk, Problem>,
     ) -> Result<HostedDisk, Problem> {
         let mut wait = Wait::default();
         let mut alone = false;
         loop {
-            let problem = match pool.configured_disk(config) {
+            let problem = match open() {
                 Err(problem) if problem.kind == ProblemKind::Conflict => problem,
                 other => return other,
             };
@@ -331,8 +353,9 @@ impl Shared {
             if state.closing {
                 return Err(closing());
             }
+            let file = state.uses.get(key).and_then(|own| own.config.file.as_deref());
             let same = |(other, used): &(&Key, &Use)| {
-                *other != key && used.pool == pool_name && used.config.file == config.file
+                *other != key && used.pool == pool && used.config.file.as_deref() == file
             };
             match state.uses.iter().find(same) {
                 Some((other, used)) => {
@@ -447,10 +470,14 @@ impl OpenDisk {
             }
         }
         place.tell(|vm, id, file| EventKind::DiskAttached { vm, id, file });
-        serve_blk(socket, device);
+        let parting = serve_blk(socket, device);
         place.set_phase(Phase::Ending);
+        let goes_on = parting == Parting::InUse || place.shared.state().closing;
         if let Some(guard) = self.guard.take() {
-            guard.close();
+            match goes_on {
+                true => guard.leave(),
+                false => guard.close(),
+            }
         }
         place.tell(|vm, id, file| EventKind::DiskDetached { vm, id, file });
     }
@@ -461,9 +488,9 @@ impl Drop for OpenDisk {
         drop(self.device.take());
         let (guard, place) = (self.guard.take(), self.place.take());
         let Some(guard) = guard else { return };
-        // It was never served, or not to its end. Who drops it may not have the time to wait.
+        // It was never served, or not to its end: nobody has said that he is done with it. Who drops it may not have the time to wait.
         let end = move || {
-            guard.close();
+            guard.leave();
             drop(place);
         };
         if let Err(error) = thread::Builder::new().name("close-disk".into()).spawn(end) {

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use api::virtual_disk::{DiskMode, DiskOperation};
-use api::{DiskChange, DiskConfig, DiskLimits, OnError, ProblemKind, StorageRequest};
+use api::{AtPowerOff, DiskChange, DiskConfig, DiskLimits, OnError, ProblemKind, StorageRequest};
 use host::{Manager, disk, make_pool};
 use storage_virtualizer::vhost_user::front_end::{
     FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice, dial,
@@ -124,6 +124,88 @@ fn a_machine_that_was_killed_has_its_disk_again_when_it_is_started_again() {
             assert_eq!(read(&mut queue), 0, "what was written is forgotten");
             write(&mut queue, 9);
         }
+        manager.stop();
+    });
+}
+
+#[test]
+fn what_is_not_to_last_lasts_as_long_as_the_machine_whatever_the_manager_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = make_pool(folder.path(), &[ROOT, DATA]);
+    let mut manager = Manager::start(folder.path(), &devices);
+    let fleeting = DiskConfig {
+        mode: DiskMode::Nonpersistent,
+        ..disk("root", ROOT)
+    };
+    let undone = DiskConfig {
+        mode: DiskMode::Undoable,
+        at_power_off: Some(AtPowerOff::Discard),
+        ..disk("data", DATA)
+    };
+    let mut machines: Vec<_> = [&fleeting, &undone]
+        .map(|config| {
+            let machine = manager.machine("web1", config);
+            let mut queue = machine.queues().unwrap().remove(0);
+            write(&mut queue, 5);
+            (machine, queue)
+        })
+        .into();
+    for _ in 0..2 {
+        manager.stop();
+        manager = Manager::start(folder.path(), &devices);
+        for (machine, queue) in &mut machines {
+            machine.reconnect().unwrap();
+            assert_eq!(read(queue), 5);
+        }
+    }
+    for (machine, _) in &mut machines {
+        machine.stop().unwrap();
+    }
+    drop(machines);
+    manager.wait_for(0);
+    // They have ended in order: power-off.
+    for config in [&fleeting, &undone] {
+        let machine = manager.machine("web1", config);
+        assert_eq!(read(&mut machine.queues().unwrap().remove(0)), 0);
+    }
+    manager.stop();
+}
+
+#[test]
+fn a_machine_that_is_started_waits_for_those_that_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = make_pool(folder.path(), &[ROOT]);
+    let manager = Manager::start(folder.path(), &devices);
+    let mut machine = manager.machine("web1", &disk("root", ROOT));
+    let mut queue = machine.queues().unwrap().remove(0);
+    write(&mut queue, 4);
+    manager.stop();
+    let manager = Manager::start(folder.path(), &devices);
+    manager.disks().expect_machines(Duration::from_secs(2));
+    thread::scope(|scope| {
+        let late = scope.spawn(|| manager.attach("web2", &disk("root", ROOT)).unwrap_err());
+        thread::sleep(Duration::from_millis(300));
+        machine.reconnect().unwrap();
+        let refused = late.join().unwrap();
+        assert!(refused.detail.contains("in use by machine `web1`"), "{refused}");
+    });
+    assert_eq!(read(&mut queue), 4);
+    manager.stop();
+}
+
+#[test]
+fn an_undoable_disk_of_a_machine_that_was_killed_is_kept() {
+    with_manager(|manager| {
+        let config = DiskConfig {
+            mode: DiskMode::Undoable,
+            at_power_off: Some(AtPowerOff::Discard),
+            ..disk("root", ROOT)
+        };
+        let machine = manager.machine("web1", &config);
+        write(&mut machine.queues().unwrap().remove(0), 8);
+        drop(machine);
+        let machine = manager.machine("web1", &config);
+        assert_eq!(read(&mut machine.queues().unwrap().remove(0)), 8);
         manager.stop();
     });
 }
@@ -301,6 +383,7 @@ fn garbage_and_silence_cost_the_one_who_sends_them_his_disk_and_nobody_else() {
             vm: "web3".parse().unwrap(),
             pool: None,
             disk: disk("root", ROOT),
+            goes_on: false,
         })
         .unwrap();
         let request = format!(

@@ -22,30 +22,23 @@ use crate::transfer::PROTOCOL;
 const MAX_HEAD: usize = 16 << 10;
 /// Bytes that are on their way in one direction of a [`relay`].
 const PIPE: usize = 64 << 10;
+/// Where disks are asked for.
+pub const ATTACHMENTS: &str = "/v1/attachments";
 /// The status of a connection that is taken out of HTTP.
 const SWITCHING_PROTOCOLS: u16 = 101;
+
+/// What the connection of a transfer is upgraded to.
+pub const TRANSFER_PROTOCOL: &str = PROTOCOL;
 
 /// Has the manager at the other end of `stream` open a disk; afterwards the connection speaks vhost-user, with the manager as back-end.
 /// The answer may take up to `limit`.
 ///
 /// # Errors
 /// The manager refuses, which is a [`ClientError::Problem`], or does not answer in time or in our language.
-pub fn attach(stream: &UnixStream, request: &AttachRequest, limit: Duration) -> Result<(), ClientError> {
-    upgrade(stream, "/v1/attachments", request, ATTACHMENT_PROTOCOL, limit)
-}
-
-/// Has a connection to a manager, or to a machine, move the data of what `request` (an [`api::virtual_disk::TransferRequest`]) wants;
-/// `path` is that of the route.
-///
-/// # Errors
-/// As [`attach`].
-pub fn transfer(
-    stream: &UnixStream,
-    path: &str,
-    request: &impl Serialize,
-    limit: Duration,
-) -> Result<(), ClientError> {
-    upgrade(stream, path, request, PROTOCOL, limit)
+pub fn attach(stream: &UnixStream, asked: &AttachRequest, limit: Duration) -> Result<(), ClientError> {
+    let bytes = request("POST", ATTACHMENTS, asked, Some(ATTACHMENT_PROTOCOL))?;
+    Exchange::new(stream, limit).send(&bytes)?;
+    upgraded(stream, limit)
 }
 
 /// Sends the one request of a connection, and returns its answer, which may take up to `limit`.
@@ -59,21 +52,50 @@ pub fn ask<T: DeserializeOwned>(
     body: &impl Serialize,
     limit: Duration,
 ) -> Result<T, ClientError> {
-    let reply = exchange(stream, method, path, body, None, limit)?;
+    Exchange::new(stream, limit).send(&request(method, path, body, None)?)?;
+    answer(stream, limit)
+}
+
+/// A request as it is sent; `upgrade`: what the connection is to become. `method` and `path` are the caller's own words, or names.
+///
+/// # Errors
+/// The body cannot be said in JSON.
+pub fn request(
+    method: &str,
+    path: &str,
+    body: &impl Serialize,
+    upgrade: Option<&str>,
+) -> Result<Vec<u8>, ClientError> {
+    let body = serde_json::to_vec(body).map_err(broken)?;
+    let connection = match upgrade {
+        Some(protocol) => format!("connection: upgrade\r\nupgrade: {protocol}\r\n"),
+        None => "connection: close\r\n".to_owned(),
+    };
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: smsvmm\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{connection}\r\n",
+        body.len()
+    );
+    Ok([head.as_bytes(), &body].concat())
+}
+
+/// The answer to a request that was sent.
+///
+/// # Errors
+/// As [`attach`].
+pub fn answer<T: DeserializeOwned>(stream: &UnixStream, limit: Duration) -> Result<T, ClientError> {
+    let reply = Exchange::new(stream, limit).reply()?;
     if !(200..300).contains(&reply.status) {
         return Err(reply.refusal());
     }
     reply.decode()
 }
 
-fn upgrade(
-    stream: &UnixStream,
-    path: &str,
-    body: &impl Serialize,
-    protocol: &str,
-    limit: Duration,
-) -> Result<(), ClientError> {
-    let reply = exchange(stream, "POST", path, body, Some(protocol), limit)?;
+/// The same for a connection that was to be taken out of HTTP, and is.
+///
+/// # Errors
+/// As [`attach`].
+pub fn upgraded(stream: &UnixStream, limit: Duration) -> Result<(), ClientError> {
+    let reply = Exchange::new(stream, limit).reply()?;
     if reply.status == SWITCHING_PROTOCOLS {
         Ok(())
     } else {
@@ -100,35 +122,6 @@ impl Reply {
             Err(error) => error,
         }
     }
-}
-
-fn exchange(
-    stream: &UnixStream,
-    method: &str,
-    path: &str,
-    body: &impl Serialize,
-    upgrade: Option<&str>,
-    limit: Duration,
-) -> Result<Reply, ClientError> {
-    let body = serde_json::to_vec(body).map_err(broken)?;
-    let connection = match upgrade {
-        Some(protocol) => format!("connection: upgrade\r\nupgrade: {protocol}\r\n"),
-        None => "connection: close\r\n".to_owned(),
-    };
-    let head = format!(
-        "{method} {path} HTTP/1.1\r\nhost: smsvmm\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{connection}\r\n",
-        body.len()
-    );
-    let mut exchange = Exchange {
-        stream,
-        limit,
-        end: Instant::now().checked_add(limit),
-    };
-    exchange.send(&[head.as_bytes(), &body].concat())?;
-    let (status, length) = parse(&exchange.head()?)?;
-    let mut body = vec![0; length];
-    exchange.receive(&mut body)?;
-    Ok(Reply { status, body })
 }
 
 fn broken(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
@@ -175,7 +168,22 @@ struct Exchange<'a> {
     end: Option<Instant>,
 }
 
-impl Exchange<'_> {
+impl<'a> Exchange<'a> {
+    fn new(stream: &'a UnixStream, limit: Duration) -> Self {
+        Self {
+            stream,
+            limit,
+            end: Instant::now().checked_add(limit),
+        }
+    }
+
+    fn reply(&mut self) -> Result<Reply, ClientError> {
+        let (status, length) = parse(&self.head()?)?;
+        let mut body = vec![0; length];
+        self.receive(&mut body)?;
+        Ok(Reply { status, body })
+    }
+
     fn wait(&self, flags: PollFlags) -> Result<(), ClientError> {
         loop {
             let left = self.end.map(|end| end.saturating_duration_since(Instant::now()));
@@ -325,7 +333,9 @@ mod tests {
             theirs.write_all(&answer).unwrap();
             String::from_utf8(asked[..count].to_vec()).unwrap()
         });
-        let outcome = upgrade(&ours, "/v1/attachments", &"what", "some-protocol", SOON);
+        let asked = request("POST", "/v1/attachments", &"what", Some("some-protocol")).unwrap();
+        (&ours).write_all(&asked).unwrap();
+        let outcome = upgraded(&ours, SOON);
         let asked = server.join().unwrap();
         assert!(
             asked.starts_with("POST /v1/attachments HTTP/1.1\r\n") && asked.ends_with("\r\n\r\n\"what\""),
@@ -375,7 +385,7 @@ mod tests {
             assert!(matches!(outcome, Err(ClientError::Broken(_))), "{outcome:?}");
         }
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let outcome = upgrade(&ours, "/", &"what", "p", Duration::from_millis(20));
+        let outcome = upgraded(&ours, Duration::from_millis(20));
         assert!(matches!(outcome, Err(ClientError::Timeout(_))), "{outcome:?}");
     }
 

@@ -7,17 +7,21 @@ use std::time::Duration;
 
 use api::virtual_disk::{DiskAnswer, DiskOperation, TransferRequest, VirtualDiskStatus};
 use api::{
-    AttachRequest, Attachment, DeviceId, DiskChange, DiskConfig, Problem, ProblemKind, StorageAnswer,
-    StorageRequest, Transfer, VmName,
+    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, DeviceId, DiskChange, DiskConfig, Problem, ProblemKind,
+    StorageAnswer, StorageRequest, Transfer, VmName,
 };
 use block_io::error_chain;
 use management::{ClientError, blocking};
+use serde::{Deserialize, Serialize};
+use storage_virtualizer::vhost_user::front_end::Dialled;
 use vmm::config::VmConfig;
-use vmm::machine::ManagerDisks;
+use vmm::machine::{Ask, ManagerDisks};
 
 /// Longest time until a disk is open: another process may have to let it go first, and a manager that was just started may still be opening its
-/// pools. Whoever lost a manager asks again.
+/// pools.
 const ATTACH_LIMIT: Duration = Duration::from_secs(30);
+/// The same for a machine that goes on: it asks again and again, and its own end waits for the answer.
+const AGAIN_LIMIT: Duration = Duration::from_secs(10);
 /// Longest time for an answer that nothing has to be waited for.
 const LIMIT: Duration = Duration::from_secs(30);
 /// Longest time for what is done with a pool: jobs are waited for.
@@ -81,29 +85,76 @@ fn execute(connection: &UnixStream, path: &str, request: &StorageRequest) -> Res
     blocking::ask(connection, "POST", path, request, STORAGE_LIMIT).map_err(problem)
 }
 
+/// All that a machine asks its manager for.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+enum Request {
+    Attach { disk: Box<DiskConfig>, goes_on: bool },
+    Change { disk: DeviceId, change: DiskChange },
+    Storage(StorageRequest),
+    Transfer(TransferRequest),
+}
+
+fn asked(ask: Ask<'_>, request: &Request) -> Result<Dialled, Problem> {
+    let text = serde_json::to_string(request);
+    ask(&text.map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()))?)
+}
+
 impl ManagerDisks for ManagedDisks {
-    fn attach(&self, connection: &UnixStream, disk: &DiskConfig) -> Result<(), Problem> {
-        let request = AttachRequest {
-            vm: self.vm.clone(),
-            pool: disk.pool.clone(),
-            disk: disk.clone(),
+    fn say(&self, request: &str) -> io::Result<Vec<u8>> {
+        let words = match serde_json::from_str(request)? {
+            Request::Attach { disk, goes_on } => {
+                let request = AttachRequest {
+                    vm: self.vm.clone(),
+                    pool: disk.pool.clone(),
+                    disk: *disk,
+                    goes_on,
+                };
+                let protocol = Some(ATTACHMENT_PROTOCOL);
+                blocking::request("POST", blocking::ATTACHMENTS, &request, protocol)
+            }
+            Request::Change { disk, change } => {
+                let path = format!("{}/{}/{disk}", blocking::ATTACHMENTS, self.vm);
+                blocking::request("PATCH", &path, &change, None)
+            }
+            Request::Storage(request) => blocking::request("POST", &self.storage, &request, None),
+            Request::Transfer(request) => {
+                let path = format!("{}/transfer", self.storage);
+                blocking::request("POST", &path, &request, Some(blocking::TRANSFER_PROTOCOL))
+            }
         };
-        blocking::attach(connection, &request, ATTACH_LIMIT).map_err(problem)
+        words.map_err(io::Error::other)
     }
 
-    fn change(&self, connection: &UnixStream, disk: &DeviceId, change: &DiskChange) -> Result<(), Problem> {
-        let path = format!("/v1/attachments/{}/{disk}", self.vm);
-        let changed = blocking::ask::<Attachment>(connection, "PATCH", &path, change, LIMIT);
+    fn attach(&self, ask: Ask<'_>, disk: &DiskConfig, goes_on: bool) -> Result<Dialled, Problem> {
+        let request = Request::Attach {
+            disk: Box::new(disk.clone()),
+            goes_on,
+        };
+        let dialled = asked(ask, &request)?;
+        let limit = if goes_on { AGAIN_LIMIT } else { ATTACH_LIMIT };
+        blocking::upgraded(&dialled.socket, limit).map_err(problem)?;
+        Ok(dialled)
+    }
+
+    fn change(&self, ask: Ask<'_>, disk: &DeviceId, change: &DiskChange) -> Result<(), Problem> {
+        let request = Request::Change {
+            disk: disk.clone(),
+            change: *change,
+        };
+        let dialled = asked(ask, &request)?;
+        let changed = blocking::answer::<Attachment>(&dialled.socket, LIMIT);
         changed.map(drop).map_err(problem)
     }
 
-    fn execute(&self, connection: &UnixStream, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        execute(connection, &self.storage, &request)
+    fn execute(&self, ask: Ask<'_>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        let dialled = asked(ask, &Request::Storage(request))?;
+        blocking::answer(&dialled.socket, STORAGE_LIMIT).map_err(problem)
     }
 
-    fn transfer(&self, connection: UnixStream, request: TransferRequest) -> Result<Transfer, Problem> {
-        let path = format!("{}/transfer", self.storage);
-        blocking::transfer(&connection, &path, &request, LIMIT).map_err(problem)?;
+    fn transfer(&self, ask: Ask<'_>, request: TransferRequest) -> Result<Transfer, Problem> {
+        let connection = asked(ask, &Request::Transfer(request))?.socket;
+        blocking::upgraded(&connection, LIMIT).map_err(problem)?;
         Ok(Box::new(move |client| blocking::relay(&client, &connection)))
     }
 }
@@ -120,6 +171,70 @@ fn problem(error: ClientError) -> Problem {
             let text = format!("the manager cannot be asked: {}", error_chain(&error));
             Problem::new(ProblemKind::Host, text)
                 .remedy("see whether `smsvmm serve` runs, and is of this version")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use api::virtual_disk::CopyRequest;
+
+    use super::*;
+
+    fn disks() -> ManagedDisks {
+        ManagedDisks {
+            vm: "web1".parse().unwrap(),
+            storage: storage_of(Some("tank")),
+        }
+    }
+
+    /// The first line of what is said for a request that a method has made.
+    fn said(make: impl FnOnce(&ManagedDisks, Ask<'_>)) -> String {
+        let disks = disks();
+        let words = std::cell::RefCell::new(String::new());
+        make(&disks, &|request| {
+            let bytes = disks.say(request).unwrap();
+            *words.borrow_mut() = String::from_utf8(bytes).unwrap();
+            Err(Problem::new(ProblemKind::Host, "nobody is asked"))
+        });
+        let words = words.into_inner();
+        words.lines().next().unwrap_or_default().to_owned()
+    }
+
+    #[test]
+    fn what_a_machine_needs_is_said_and_nothing_else() {
+        let disk = DiskConfig::new("");
+        let (device, change) = ("root".parse().unwrap(), DiskChange::default());
+        let copy = TransferRequest::Copy(CopyRequest {
+            path: "/a.dsk".into(),
+            to: "/b.dsk".into(),
+            thick: false,
+            verify: false,
+        });
+        assert_eq!(
+            said(|disks, ask| drop(disks.attach(ask, &disk, true))),
+            "POST /v1/attachments HTTP/1.1"
+        );
+        assert_eq!(
+            said(|disks, ask| drop(disks.change(ask, &device, &change))),
+            "PATCH /v1/attachments/web1/root HTTP/1.1"
+        );
+        assert_eq!(
+            said(|disks, ask| drop(disks.execute(ask, StorageRequest::Status))),
+            "POST /v1/pools/tank/storage HTTP/1.1"
+        );
+        assert_eq!(
+            said(|disks, ask| drop(disks.transfer(ask, copy))),
+            "POST /v1/pools/tank/storage/transfer HTTP/1.1"
+        );
+        for bad in [
+            "",
+            "GET /v1/host HTTP/1.1",
+            "{\"change\":{\"disk\":\"a/../..\",\"change\":{}}}",
+            "{\"change\":{\"disk\":\"a HTTP/1.1\\r\\nx: y\",\"change\":{}}}",
+            "{\"define\":{}}",
+        ] {
+            assert!(disks().say(bad).is_err(), "{bad}");
         }
     }
 }

@@ -96,7 +96,7 @@ impl PoolDisks for VmPool {
         config: &DiskConfig,
         controls: Arc<DiskControls>,
     ) -> Result<PoolDisk, Box<dyn Error + Send + Sync>> {
-        let disk = self.pool.configured_disk(config)?;
+        let disk = self.pool.configured_disk(config, false)?;
         let worker = self.pool.worker().clone();
         let GuestDisk { device, resized } =
             machine::guest_disk(config, disk.handle().clone(), controls, worker)?;
@@ -116,7 +116,7 @@ impl PoolDisks for VmPool {
     }
 
     fn open_unit(&self, config: &DiskConfig) -> Result<PoolUnit, Box<dyn Error + Send + Sync>> {
-        let disk = self.pool.configured_disk(config)?;
+        let disk = self.pool.configured_disk(config, false)?;
         let handle = disk.handle().clone();
         let geometry = handle.geometry();
         let adapter = Arc::clone(&self.adapter);

@@ -229,6 +229,26 @@ fn a_dry_run_finds_each_disk_of_the_pool_or_says_what_is_wrong_with_it() {
 }
 
 #[test]
+fn a_dry_run_says_that_the_manager_is_away() {
+    let folder = folder(&format!(
+        "manager = \"host.sock\"\n{VM}[[disk]]\nfile = \"/a.dsk\"\n"
+    ));
+    let output = smsvmm(folder.path(), &["run", "vm.toml", "--dry-run"]);
+    let text = stdout(&output);
+    let socket = folder.path().join("host.sock");
+    for part in [
+        format!(
+            "nobody answers at {}: No such file or directory",
+            socket.display()
+        ),
+        "start `smsvmm serve`, or name its socket".to_owned(),
+        "disk0: /a.dsk is in a pool that cannot be opened".to_owned(),
+    ] {
+        assert!(text.contains(&part), "{part} in {text}");
+    }
+}
+
+#[test]
 fn a_shown_configuration_is_one_that_can_be_loaded() {
     let folder = folder(VM);
     let output = smsvmm(folder.path(), &["run", "vm.toml", "--dry-run"]);

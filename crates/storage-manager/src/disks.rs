@@ -64,6 +64,15 @@ impl Storage {
         closed.map_err(|error| of_disks(&error))
     }
 
+    /// Closes a disk with which somebody goes on later, and does nothing that its mode wants done at power-off.
+    ///
+    /// # Errors
+    /// As [`Self::close_disk`].
+    pub async fn leave_disk(&self, disk: Rc<VirtualDisk>) -> Result<(), Problem> {
+        let left = Box::pin(self.disks()?.leave(disk)).await;
+        left.map_err(|error| of_disks(&error))
+    }
+
     /// The paths of all disks in a directory and in those below it.
     ///
     /// # Errors

@@ -615,10 +615,20 @@ impl DiskGuard {
     /// As dropping it, but returns when the disk is closed, or could not be, and others can use it. Not to be called from the pool's worker,
     /// nor while the caller has handles on the disk.
     pub fn close(self) {
+        self.end(Closing::PowerOff);
+    }
+
+    /// As [`Self::close`], but of a disk with which somebody goes on later ([`DiskOptions::goes_on`]): nothing is done that its mode wants
+    /// done at power-off.
+    pub fn leave(self) {
+        self.end(Closing::Leave);
+    }
+
+    fn end(&self, closing: Closing) {
         let number = self.number;
         let (told, closed) = mpsc::channel();
         self.worker.spawn(move || async move {
-            close_disk(number).await;
+            close_disk(number, closing).await;
             // Somebody waits for it below.
             let _ = told.send(());
         });
@@ -630,12 +640,21 @@ impl DiskGuard {
 impl Drop for DiskGuard {
     fn drop(&mut self) {
         let number = self.number;
-        self.worker.spawn(move || close_disk(number));
+        self.worker.spawn(move || close_disk(number, Closing::PowerOff));
     }
 }
 
+/// What becomes of a disk that is closed.
+#[derive(Clone, Copy)]
+enum Closing {
+    /// What its mode wants.
+    PowerOff,
+    /// Somebody goes on with it.
+    Leave,
+}
+
 /// Closes a disk, unless that was done.
-async fn close_disk(number: u64) {
+async fn close_disk(number: u64, closing: Closing) {
     let Ok(open) = open_pool() else { return };
     let hosted = open.disks.borrow_mut().remove(&number);
     if let Some(Hosted { disk, resized }) = hosted {
@@ -643,7 +662,7 @@ async fn close_disk(number: u64) {
         drop(resized.take());
         open.closing.set(open.closing.get() + 1);
         let path = disk.path().to_string();
-        if let Err(problem) = power_off(&open.storage, disk).await {
+        if let Err(problem) = close_when_unused(&open.storage, disk, closing).await {
             tracing::error!(disk = path, %problem, "a disk could not be closed");
             open.problems.borrow_mut().push(problem);
         }
@@ -651,13 +670,20 @@ async fn close_disk(number: u64) {
     }
 }
 
-async fn power_off(storage: &Storage, disk: Rc<VirtualDisk>) -> Result<(), Problem> {
+async fn close_when_unused(
+    storage: &Storage,
+    disk: Rc<VirtualDisk>,
+    closing: Closing,
+) -> Result<(), Problem> {
     let clock = WorkerClock::new();
     let end = clock.now() + PATIENCE;
     while Rc::strong_count(&disk) > 1 && clock.now() < end {
         clock.sleep(LOOK).await;
     }
-    storage.close_disk(disk).await
+    match closing {
+        Closing::PowerOff => storage.close_disk(disk).await,
+        Closing::Leave => storage.leave_disk(disk).await,
+    }
 }
 
 /// What a transfer reads and writes instead of an image.

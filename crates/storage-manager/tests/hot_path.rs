@@ -70,6 +70,7 @@ fn load(socket: &Path, pattern: Pattern) -> Load {
             block_size: 4096,
             inflight: true,
             patience: Duration::from_secs(20),
+            greeting: None,
         },
         pattern,
         depth: 32,

@@ -160,6 +160,18 @@ impl FrontEnd {
         self.client.socket()
     }
 
+    /// Stops all queues, as at power-off; waits until nothing is in flight.
+    ///
+    /// # Errors
+    /// The server does not answer.
+    pub fn stop(&mut self) -> Result<()> {
+        for index in 0..self.options.queues {
+            let body = message::ring_state(index.into(), 0);
+            self.client.ask(request::GET_VRING_BASE, &body)?;
+        }
+        Ok(())
+    }
+
     /// Connects again to a server that was restarted; the queues go on.
     ///
     /// # Errors

@@ -186,7 +186,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                         problem: "somebody reads it, who must not see it change",
                     });
                 }
-                let mut descriptor = Box::pin(self.settle(&path, &entry, options.now)).await?;
+                let settled = self.settle_but(&path, &entry, options.now, options.goes_on);
+                let mut descriptor = Box::pin(settled).await?;
                 Box::pin(self.prepare(&path, &mut descriptor, options)).await?;
                 let file = Box::pin(self.open_layer(&path, descriptor.top(), Access::Write)).await?;
                 reservations = descriptor.reservations;
@@ -228,6 +229,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
     ) -> Result<(), DiskError> {
         match (options.mode, &mut descriptor.redo) {
             (DiskMode::Persistent, None) => Box::pin(self.make_writable(path, descriptor, options.now)).await,
+            (DiskMode::Nonpersistent, Some(redo))
+                if options.goes_on && redo.mode == DiskMode::Nonpersistent =>
+            {
+                Ok(())
+            }
             (DiskMode::Persistent | DiskMode::Nonpersistent, Some(_)) => Err(DiskError::Undecided {
                 disk: path.to_string(),
             }),
@@ -238,6 +244,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 }
                 Ok(())
             }
+            (_, None) if options.goes_on => Err(DiskError::State {
+                disk: path.to_string(),
+                problem: "whoever goes on with it wrote to a redo layer, which was committed or discarded meanwhile"
+                    .into(),
+            }),
             (mode, None) => {
                 let head = descriptor.head;
                 let stat = self.files().stat_of(head).await?;
@@ -259,12 +270,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
     /// # Errors
     /// Somebody else still uses it, or something could not be written. The disk is closed all the same, but in the first case.
     pub async fn close(&self, disk: Rc<VirtualDisk<V, C>>, now: u64) -> Result<(), DiskError> {
-        let Some(disk) = Rc::into_inner(disk) else {
-            return Err(DiskError::State {
-                disk: "a disk".into(),
-                problem: "it is still in use, and cannot be closed".into(),
-            });
-        };
+        let disk = Rc::into_inner(disk).ok_or_else(still_in_use)?;
         if disk.options.read_only {
             return Ok(());
         }
@@ -291,6 +297,20 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         };
         flushed?;
         ended
+    }
+
+    /// Closes a disk that somebody goes on with later, who believes that it is open: what was written is made durable, and nothing is
+    /// done that its mode wants done at power-off. [`DiskOptions::goes_on`] opens it again. Until then an operation that changes the disk
+    /// discards what was written to a nonpersistent one, as after a crash.
+    ///
+    /// # Errors
+    /// As [`Self::close`].
+    pub async fn leave(&self, disk: Rc<VirtualDisk<V, C>>) -> Result<(), DiskError> {
+        let disk = Rc::into_inner(disk).ok_or_else(still_in_use)?;
+        match disk.options.read_only {
+            true => Ok(()),
+            false => Ok(disk.file.flush().await?),
+        }
     }
 
     pub(super) async fn open_layer(
@@ -320,6 +340,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             disk: path.to_string(),
             problem: format!("a layer of it, {layer}, was deleted; what remains are the files beside it"),
         })
+    }
+}
+
+fn still_in_use() -> DiskError {
+    DiskError::State {
+        disk: "a disk".into(),
+        problem: "it is still in use, and cannot be closed".into(),
     }
 }
 

@@ -30,17 +30,19 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
                 disk: path.to_string(),
             });
         }
-        Box::pin(self.resolve(path, entry, &mut descriptor)).await?;
+        Box::pin(self.resolve(path, entry, &mut descriptor, false)).await?;
         descriptor.redo = descriptor.redo.filter(|redo| !redo.discarded);
         Ok(descriptor)
     }
 
-    /// What a crash has left undecided is decided. Whether that changed anything.
+    /// What a crash has left undecided is decided, but for what is in the redo layer of a disk that `goes_on`. Whether that changed
+    /// anything.
     async fn resolve(
         &self,
         path: &DiskPath,
         entry: &Entry<V, C>,
         descriptor: &mut Descriptor,
+        goes_on: bool,
     ) -> Result<bool, DiskError> {
         let mut changed = false;
         if let Some(pending) = &descriptor.pending {
@@ -60,6 +62,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         if let Some(redo) = &mut descriptor.redo
             && redo.mode == DiskMode::Nonpersistent
             && !redo.discarded
+            && !goes_on
             && !entry.is_live()
         {
             redo.discarded = true;
@@ -85,6 +88,17 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         entry: &Entry<V, C>,
         now: u64,
     ) -> Result<Descriptor, DiskError> {
+        Box::pin(self.settle_but(path, entry, now, false)).await
+    }
+
+    /// As [`Self::settle`]; a disk that `goes_on` keeps what is in its redo layer.
+    pub(super) async fn settle_but(
+        &self,
+        path: &DiskPath,
+        entry: &Entry<V, C>,
+        now: u64,
+        goes_on: bool,
+    ) -> Result<Descriptor, DiskError> {
         let mut descriptor = Box::pin(store::load(self.files(), path)).await?;
         if descriptor.deleted {
             block_io::cover!("disk: a deletion goes on");
@@ -92,7 +106,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             // There may be another one of that name.
             descriptor = Box::pin(store::load(self.files(), path)).await?;
         }
-        if Box::pin(self.resolve(path, entry, &mut descriptor)).await? {
+        if Box::pin(self.resolve(path, entry, &mut descriptor, goes_on)).await? {
             Box::pin(self.store(path, &mut descriptor, now)).await?;
         }
         Box::pin(self.tidy(path, &mut descriptor, now)).await?;

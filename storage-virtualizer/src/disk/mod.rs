@@ -86,6 +86,9 @@ pub struct DiskOptions {
     pub mode: DiskMode,
     /// For [`DiskMode::Undoable`]: what is done when the disk is closed.
     pub power_off: PowerOff,
+    /// Somebody believes that it has been open all the time, since [`Disks::leave`] or a crash: what is in its redo layer stays, in every
+    /// mode, and if it has none any more, the disk is not opened.
+    pub goes_on: bool,
     /// Nothing is written. Several may have it open like this, and nobody for writing.
     pub read_only: bool,
     /// Opened for writing, a disk gets this identifier if it has none.

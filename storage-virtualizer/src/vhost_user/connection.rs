@@ -8,13 +8,22 @@ use super::session::{Channel, Session};
 use crate::disk_handle::DiskHandle;
 use crate::virtio_blk::VirtioBlk;
 
+/// How a front-end has gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parting {
+    /// It had stopped its queues, as one does that has no use for the device any more.
+    AtRest,
+    /// Its queues were being served: it died, was cut off, or talked nonsense.
+    InUse,
+}
+
 /// Serves `device` to the front-end at the other end of `socket`, on this thread, until it goes, `socket` is shut down by who has another
 /// descriptor of it, or it says what cannot be obeyed. When this returns, what was in flight has ended, nothing of the front-end's memory is
 /// used any more, and the connection is closed.
-pub fn serve_blk<H: DiskHandle>(socket: UnixStream, device: VirtioBlk<H>) {
-    serve(socket, device);
+pub fn serve_blk<H: DiskHandle>(socket: UnixStream, device: VirtioBlk<H>) -> Parting {
+    serve(socket, device)
 }
 
-fn serve<D: ServedDevice>(socket: UnixStream, device: D) {
-    Session::new(socket, device, Arc::<Channel>::default()).serve();
+fn serve<D: ServedDevice>(socket: UnixStream, device: D) -> Parting {
+    Session::new(socket, device, Arc::<Channel>::default()).serve()
 }

@@ -117,6 +117,11 @@ impl Rings {
         }
     }
 
+    /// Whether the front-end has not stopped them.
+    pub(super) fn are_served(&self) -> bool {
+        self.rings.iter().any(|ring| ring.server.is_some())
+    }
+
     /// Stops one queue; waits until nothing of it is in flight.
     pub(super) fn stop(&mut self, index: usize, waiting: Waiting) {
         self.stop_some(index..index + 1, waiting);

@@ -18,6 +18,7 @@ use rustix::net::SendFlags;
 use virtio_core::{DeviceEvents, GuestMemory, feature};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::connection::Parting;
 use super::device::ServedDevice;
 use super::memory::{MAX_REGIONS, Memory, MemoryError, map};
 use super::message::{
@@ -161,14 +162,21 @@ impl<D: ServedDevice> Session<D> {
 
     /// Serves the front-end to its end, and says how that came. Afterwards nothing of its memory is used any more, and its connection is
     /// closed.
-    pub(super) fn serve(mut self) {
-        match self.run() {
+    pub(super) fn serve(mut self) -> Parting {
+        let ended = self.run();
+        let parting = if self.rings.are_served() {
+            Parting::InUse
+        } else {
+            Parting::AtRest
+        };
+        match ended {
             Ok(()) => tracing::info!("a vhost-user front-end has gone"),
             Err(error) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
                 tracing::warn!(%error, cause, "a vhost-user front-end was disconnected");
             }
         }
+        parting
     }
 
     /// Serves the front-end until it has gone, the socket is shut down, or it says what cannot be obeyed.

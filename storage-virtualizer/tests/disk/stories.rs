@@ -85,6 +85,50 @@ fn a_nonpersistent_disk_forgets_at_power_off_and_after_a_crash() {
 }
 
 #[test]
+fn who_goes_on_with_a_disk_finds_what_it_has_written_or_is_refused() {
+    run(|sim| async move {
+        let (_, disks) = disks(&sim).await?;
+        let on = |mode| DiskOptions {
+            goes_on: true,
+            power_off: PowerOff::Discard,
+            ..writing(mode)
+        };
+        refused(
+            disks.open(D, on(DiskMode::Nonpersistent)).await,
+            "committed or discarded meanwhile",
+        )?;
+        for (stamp, mode) in [
+            (1, DiskMode::Persistent),
+            (2, DiskMode::Nonpersistent),
+            (3, DiskMode::Undoable),
+        ] {
+            let first = DiskOptions {
+                power_off: PowerOff::Discard,
+                ..writing(mode)
+            };
+            let disk = Rc::new(disks.open(D, first).await.map_err(failed)?);
+            write(&*disk, 0, stamp).await?;
+            disks.leave(disk).await.map_err(failed)?;
+            let disk = Rc::new(disks.open(D, on(mode)).await.map_err(failed)?);
+            same(&get(&*disk, 0).await?, &stamp)?;
+            disks.close(disk, 1).await.map_err(failed)?;
+            same(&look(&disks, D).await?, &vec![1, 0, 0, 0])?;
+        }
+        // Somebody else came in between.
+        let disk = attach(&disks, D, DiskMode::Nonpersistent).await?;
+        write(&*disk, 0, 4).await?;
+        disks.leave(disk).await.map_err(failed)?;
+        let disk = attach(&disks, D, DiskMode::Nonpersistent).await?;
+        same(&get(&*disk, 0).await?, &1)?;
+        disks.close(disk, 1).await.map_err(failed)?;
+        refused(
+            disks.open(D, on(DiskMode::Nonpersistent)).await,
+            "committed or discarded meanwhile",
+        )
+    });
+}
+
+#[test]
 fn an_undoable_disk_is_committed_or_discarded() {
     run(|sim| async move {
         let (fs, disks) = disks(&sim).await?;

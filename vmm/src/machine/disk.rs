@@ -5,6 +5,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use api::virtual_disk::TransferRequest;
 use api::{
@@ -373,8 +374,13 @@ fn open_managed(
         });
     };
     let (asking, setting) = (manager.clone(), Arc::clone(setting));
+    let had = AtomicBool::new(false);
     // As it is set by then: a manager that was started again knows nothing of it.
-    let dial = Arc::new(move || asking.attach(&setting.config()));
+    let dial = Arc::new(move || {
+        let dialled = asking.attach(&setting.config(), had.load(Ordering::Relaxed))?;
+        had.store(true, Ordering::Relaxed);
+        Ok(dialled)
+    });
     let device = front_end(dial, config, opener).map_err(|source| {
         let socket = manager.socket().to_owned();
         match source {

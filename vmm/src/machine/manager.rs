@@ -1,17 +1,19 @@
 //! The manager of this host, which has pools open and serves their disks to this process.
 //!
 //! ```text
-//!   DeviceOpener ─► ManagerLink ── path ──► helper ── connects ──► the manager's socket
+//!   DeviceOpener ─► ManagerLink ── request ──► helper ── connects, asks (ManagerDisks::say) ──► the manager's socket
 //!                       │        ◄── connection ──┘
-//!                       └─ ManagerDisks: says there what is wanted, as the manager understands it
+//!                       └─ ManagerDisks: makes the request, and reads the answer
 //! ```
 //!
 //! This process may not connect, so each request has its connection from the [helper](Launcher). That of a disk is, once the manager
 //! has agreed, the disk's connection over vhost-user.
+//!
+//! The manager's socket is that of its administrator, who can have machines made of any file of the host. So it is the helper that says what is
+//! wanted, out of a few things that a machine needs, and the manager takes one request from a connection: nothing else can be said there later.
 
 use std::fmt;
 use std::io;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,7 +22,7 @@ use api::{DeviceId, DiskChange, DiskConfig, Problem, ProblemKind, StorageAnswer,
 use storage_virtualizer::vhost_user::front_end::Dialled;
 
 use super::disk::PoolDisks;
-use crate::devices::net::Launcher;
+use crate::devices::net::{Launcher, ManagerDoor};
 
 /// Who has the disks that are not images of the host.
 #[derive(Debug, Clone)]
@@ -33,32 +35,55 @@ pub enum Pools {
     Manager(Arc<dyn ManagerDisks>),
 }
 
-/// Says to a manager what this machine wants, at a connection to it that was just made. Is called inside the sandbox, by threads that
-/// may wait, send and receive, and no more.
+/// Has the manager asked for something; the answer is to be read from the connection.
+pub type Ask<'a> = &'a dyn Fn(&str) -> Result<Dialled, Problem>;
+
+/// Knows how a manager is asked, and what it answers. But for [`Self::say`], what is here is called inside the sandbox, by threads that may
+/// wait, send and receive, and no more.
 pub trait ManagerDisks: Send + Sync + fmt::Debug {
-    /// Has it open a disk; afterwards it serves the disk at `connection`, over vhost-user.
+    /// The words in which a manager is asked for `request`, which one of the other methods has made. Is called in the helper, outside of
+    /// the sandbox, and believes nothing: whoever took over this machine's process shall have no more from the manager than what a machine needs.
+    ///
+    /// # Errors
+    /// No machine asks for that.
+    fn say(&self, request: &str) -> io::Result<Vec<u8>>;
+
+    /// Has it open a disk, which it serves at the connection that is returned, over vhost-user. A machine that `goes_on` has had the disk
+    /// before, from another manager.
     ///
     /// # Errors
     /// It refuses, or does not answer.
-    fn attach(&self, connection: &UnixStream, disk: &DiskConfig) -> Result<(), Problem>;
+    fn attach(&self, ask: Ask<'_>, disk: &DiskConfig, goes_on: bool) -> Result<Dialled, Problem>;
 
     /// Has it change a disk that it serves to this machine.
     ///
     /// # Errors
     /// As [`Self::attach`].
-    fn change(&self, connection: &UnixStream, disk: &DeviceId, change: &DiskChange) -> Result<(), Problem>;
+    fn change(&self, ask: Ask<'_>, disk: &DeviceId, change: &DiskChange) -> Result<(), Problem>;
 
     /// Has it do something with the pool. Blocks until it is done.
     ///
     /// # Errors
     /// As [`Self::attach`].
-    fn execute(&self, connection: &UnixStream, request: StorageRequest) -> Result<StorageAnswer, Problem>;
+    fn execute(&self, ask: Ask<'_>, request: StorageRequest) -> Result<StorageAnswer, Problem>;
 
     /// Has it move data between the pool and who is at the other end of what is returned.
     ///
     /// # Errors
     /// As [`Self::attach`].
-    fn transfer(&self, connection: UnixStream, request: TransferRequest) -> Result<Transfer, Problem>;
+    fn transfer(&self, ask: Ask<'_>, request: TransferRequest) -> Result<Transfer, Problem>;
+}
+
+/// What the helper knows of the manager, if this machine has one.
+pub(super) fn door(pools: &Pools, socket: Option<&PathBuf>) -> Option<ManagerDoor> {
+    let (Pools::Manager(disks), Some(socket)) = (pools, socket) else {
+        return None;
+    };
+    let disks = Arc::clone(disks);
+    Some(ManagerDoor {
+        socket: socket.clone(),
+        say: Arc::new(move |request| disks.say(request)),
+    })
 }
 
 /// The manager, and the way to it.
@@ -87,32 +112,31 @@ impl ManagerLink {
     ///
     /// # Errors
     /// It is away, or refuses; later it may not.
-    pub(super) fn attach(&self, disk: &DiskConfig) -> io::Result<Dialled> {
-        let dialled = self.helper.connect(&self.socket)?;
+    pub(super) fn attach(&self, disk: &DiskConfig, goes_on: bool) -> io::Result<Dialled> {
         self.disks
-            .attach(&dialled.socket, disk)
-            .map_err(io::Error::other)?;
-        Ok(dialled)
+            .attach(&|request| self.ask(request), disk, goes_on)
+            .map_err(io::Error::other)
     }
 
     pub(super) fn change(&self, disk: &DeviceId, change: &DiskChange) -> Result<(), Problem> {
-        self.disks.change(&self.connect()?, disk, change)
+        self.disks.change(&|request| self.ask(request), disk, change)
     }
 
     pub(super) fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        self.disks.execute(&self.connect()?, request)
+        self.disks.execute(&|request| self.ask(request), request)
     }
 
     pub(super) fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem> {
-        self.disks.transfer(self.connect()?, request)
+        self.disks.transfer(&|request| self.ask(request), request)
     }
 
-    fn connect(&self) -> Result<UnixStream, Problem> {
-        let dialled = self.helper.connect(&self.socket).map_err(|error| {
-            let text = format!("cannot reach the manager at {}: {error}", self.socket.display());
-            Problem::new(ProblemKind::Host, text)
-                .remedy("start it again; the machine goes on with its disks then")
-        })?;
-        Ok(dialled.socket)
+    fn ask(&self, request: &str) -> Result<Dialled, Problem> {
+        self.helper.ask_manager(request).map_err(|error| {
+            let text = format!(
+                "the manager cannot be asked at {}: {error}",
+                self.socket.display()
+            );
+            Problem::new(ProblemKind::Host, text).remedy("see whether `smsvmm serve` runs")
+        })
     }
 }

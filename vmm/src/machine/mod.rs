@@ -40,7 +40,7 @@ use storage_virtualizer::virtio_scsi::VirtioScsiOptions;
 pub use control::Control;
 use devices::StartPasst;
 pub use disk::{GuestDisk, PoolDisk, PoolDisks, blk_options, guest_disk, serial};
-pub use manager::{ManagerDisks, Pools};
+pub use manager::{Ask, ManagerDisks, Pools};
 pub use scsi::{AddPoolUnit, OnResize, PoolUnit, ScsiAdapter, ScsiUnitDisk, ScsiUnits, scsi_adapter};
 pub use settings::set_controls;
 pub use slots::SlotError;
@@ -175,14 +175,13 @@ fn has_served_disks(config: &VmConfig) -> bool {
 
 /// Starts the helper, if there may be something for it to do: only who can be asked for more devices, or whose disks are served
 /// by others, needs it. To be called first of all, as it shall inherit as little as possible.
-fn start_helper(config: &VmConfig) -> Result<Option<Arc<Launcher>>, MachineError> {
+fn start_helper(config: &VmConfig, pools: &Pools) -> Result<Option<Arc<Launcher>>, MachineError> {
     if config.management.is_none() && !has_served_disks(config) {
         return Ok(None);
     }
     let sockets = if config.sandbox.landlock {
         Sockets::At(
             served_disks(config)
-                .chain(&config.manager)
                 .chain(&config.sandbox.paths)
                 .cloned()
                 .collect(),
@@ -190,7 +189,8 @@ fn start_helper(config: &VmConfig) -> Result<Option<Arc<Launcher>>, MachineError
     } else {
         Sockets::Any
     };
-    let helper = Launcher::start(&sockets).map_err(MachineError::system("start a helper"))?;
+    let helper = Launcher::start(&sockets, manager::door(pools, config.manager.as_ref()).as_ref())
+        .map_err(MachineError::system("start a helper"))?;
     Ok(Some(Arc::new(helper)))
 }
 
@@ -236,7 +236,7 @@ impl Vm {
         vendor: Option<Arc<dyn VendorCommands>>,
     ) -> Result<Self, MachineError> {
         let started = Instant::now();
-        let helper = start_helper(&config)?;
+        let helper = start_helper(&config, &pools)?;
         let passt = match &helper {
             Some(helper) if config.management.is_some() => StartPasst::There(helper.clone()),
             _ => StartPasst::No,

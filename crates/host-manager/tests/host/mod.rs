@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use api::file::FileOperation;
@@ -221,7 +222,7 @@ impl Manager {
     /// A new connection that is the attachment of a disk.
     pub(crate) fn attach(&self, vm: &str, disk: &DiskConfig) -> Result<UnixStream, Problem> {
         let stream = UnixStream::connect(&self.socket).unwrap();
-        match blocking::attach(&stream, &request(vm, disk), SOON) {
+        match blocking::attach(&stream, &request(vm, disk, false), SOON) {
             Ok(()) => Ok(stream),
             Err(ClientError::Problem(problem)) => Err(*problem),
             Err(error) => panic!("{error}"),
@@ -234,16 +235,20 @@ impl Manager {
     }
 
     pub(crate) fn options(&self, vm: &str, disk: &DiskConfig) -> Options {
-        let request = request(vm, disk);
+        let (vm, disk, queues) = (vm.to_owned(), disk.clone(), disk.queues.into());
+        let had = AtomicBool::new(false);
         Options {
             socket: self.socket.clone(),
-            queues: disk.queues.into(),
+            queues,
             queue_size: 128,
             block_size: 4096,
             inflight: true,
             patience: Duration::from_secs(5),
             greeting: Some(Greeting(Arc::new(move |stream| {
-                Ok(blocking::attach(stream, &request, SOON)?)
+                let goes_on = had.load(Ordering::Relaxed);
+                blocking::attach(stream, &request(&vm, &disk, goes_on), SOON)?;
+                had.store(true, Ordering::Relaxed);
+                Ok(())
             }))),
         }
     }
@@ -269,11 +274,12 @@ impl Manager {
     }
 }
 
-fn request(vm: &str, disk: &DiskConfig) -> AttachRequest {
+fn request(vm: &str, disk: &DiskConfig, goes_on: bool) -> AttachRequest {
     AttachRequest {
         vm: vm.parse().unwrap(),
         pool: None,
         disk: disk.clone(),
+        goes_on,
     }
 }
 

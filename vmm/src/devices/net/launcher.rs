@@ -2,9 +2,9 @@
 //!
 //! Inside the sandbox no thread may start a program, and passt could not set up its own sandbox inside of ours; nor may a thread
 //! connect a socket. So a VM that can be managed, or has disks that other processes serve, has a helper, forked before the
-//! sandbox is entered and before there is anything to be inherited: no guest memory, no open files. It knows two requests: a
-//! network card's settings, which it answers with passt's socket, and the path of a server's socket, which it answers with a
-//! connection. Who takes over the VM's process can have more passts started, with arguments of a fixed form, and connections
+//! sandbox is entered and before there is anything to be inherited: no guest memory, no open files. It knows three requests: a
+//! network card's settings, which it answers with passt's socket, the path of a server's socket, which it answers with a
+//! connection, and something to be asked of the host's manager, which it asks itself, as a machine may ask for little of what a manager does. Who takes over the VM's process can have more passts started, with arguments of a fixed form, and connections
 //! made to sockets that the configuration allows, and nothing else.
 //!
 //! ```text
@@ -12,18 +12,21 @@
 //!      ◄── 1, process number, socket, pipe with its words ── or ── 0, why not
 //!   VM ── path of a socket (TOML) ────► launcher ── connect ──► server of a disk
 //!      ◄── 2, connection, both ends of its way back ── or ── 0, error number, why not
+//!   VM ── request (TOML) ─────────────► launcher ── connect, asks ──► manager of the host
+//!      ◄── 2, connection, at which the answer comes, both ends of a way back ── or as above
 //! ```
 //!
 //! The helper ends when the VM's end of their socket closes, however that happens.
 
 use std::error::Error;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::panic::AssertUnwindSafe;
 use std::path::{Component, Path, PathBuf};
 use std::process::Child;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use api::{MacAddress, PortForward};
 use block_io::error_chain;
@@ -62,7 +65,21 @@ enum Request {
     },
     /// A connection to the server of a disk.
     Connection { socket: PathBuf },
+    /// A connection to the manager, at which this was asked.
+    Manager { request: String },
 }
+
+/// The host's manager, and what may be said to it.
+#[derive(Clone)]
+pub struct ManagerDoor {
+    /// Its socket.
+    pub socket: PathBuf,
+    /// The words for a request, if it is one that this machine may make.
+    pub say: Arc<Say>,
+}
+
+/// What may be said, and how.
+type Say = dyn Fn(&str) -> io::Result<Vec<u8>> + Send + Sync;
 
 /// To which sockets the helper connects.
 #[derive(Debug, Clone)]
@@ -97,11 +114,11 @@ pub struct Launcher {
 }
 
 impl Launcher {
-    /// Forks the helper, which connects to `sockets`. To be called early: it keeps the memory that this process has by now.
+    /// Forks the helper, which connects to `sockets`, and asks `manager`. To be called early: it keeps the memory that this process has by now.
     ///
     /// # Errors
     /// The system is out of processes or descriptors.
-    pub fn start(sockets: &Sockets) -> io::Result<Self> {
+    pub fn start(sockets: &Sockets, manager: Option<&ManagerDoor>) -> io::Result<Self> {
         let (ours, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -114,7 +131,9 @@ impl Launcher {
             -1 => Err(io::Error::last_os_error()),
             0 => {
                 drop(ours);
-                let served = std::panic::catch_unwind(|| serve(&theirs, sockets));
+                // After a panic nothing of it is used any more.
+                let life = AssertUnwindSafe(|| serve(&theirs, sockets, manager));
+                let served = std::panic::catch_unwind(life);
                 // SAFETY: ends the child without running anything of the parent's.
                 unsafe { libc::_exit(i32::from(served.is_err())) }
             }
@@ -170,8 +189,27 @@ impl Launcher {
         }
     }
 
+    /// Has the helper connect to the manager and ask for `request`, in the words of [`ManagerDoor::say`]. The answer is to be read from the
+    /// connection.
+    ///
+    /// # Errors
+    /// The manager is away, the request is not one of this machine's, or too long, or the helper is gone.
+    pub fn ask_manager(&self, request: &str) -> io::Result<Dialled> {
+        let request = Request::Manager {
+            request: request.to_owned(),
+        };
+        match self.ask(&request)? {
+            Answer::Connected(dialled) => Ok(dialled),
+            Answer::Failed(error) => Err(error),
+            Answer::Started { .. } => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
     fn ask(&self, request: &Request) -> io::Result<Answer> {
         let text = toml::to_string(request).map_err(io::Error::other)?;
+        if text.len() > LONGEST {
+            return Err(io::Error::other("the request is too long for the helper"));
+        }
         let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         let connected = socket.as_ref().ok_or(Errno::PIPE.into());
         let answer = connected.and_then(|socket| ask(socket, &text));
@@ -235,7 +273,7 @@ fn ask(socket: &OwnedFd, request: &str) -> io::Result<Answer> {
 }
 
 /// The helper's life.
-fn serve(socket: &OwnedFd, sockets: &Sockets) {
+fn serve(socket: &OwnedFd, sockets: &Sockets, manager: Option<&ManagerDoor>) {
     let _ = rustix::thread::set_name(c"smsvmm-launcher");
     close_all_but(socket.as_raw_fd());
     let mut children: Vec<(Child, OwnedFd)> = Vec::new();
@@ -247,7 +285,7 @@ fn serve(socket: &OwnedFd, sockets: &Sockets) {
         if count == 0 {
             return;
         }
-        let sent = match obey(&bytes[..count], sockets) {
+        let sent = match obey(&bytes[..count], sockets, manager) {
             Ok(Done::Started(passt, ours)) => {
                 let mut answer = vec![STARTED];
                 answer.extend_from_slice(&passt.process_id().to_le_bytes());
@@ -310,7 +348,7 @@ enum Done {
 }
 
 /// Does what `request` says. The error is for the VM's log.
-fn obey(request: &[u8], sockets: &Sockets) -> io::Result<Done> {
+fn obey(request: &[u8], sockets: &Sockets, manager: Option<&ManagerDoor>) -> io::Result<Done> {
     let text = std::str::from_utf8(request).map_err(io::Error::other)?;
     match toml::from_str(text).map_err(io::Error::other)? {
         Request::Passt { mac, mtu, forward } => {
@@ -325,7 +363,18 @@ fn obey(request: &[u8], sockets: &Sockets) -> io::Result<Done> {
         Request::Connection { socket } if !sockets.allow(&socket) => Err(io::Error::other(
             "it lies outside of sandbox.paths, and no disk of vm.toml is served there",
         )),
+        Request::Connection { socket } if manager.is_some_and(|door| door.socket == socket) => Err(
+            io::Error::other("it is the manager's socket, where only the manager's disks can be asked for"),
+        ),
         Request::Connection { socket } => dial(&socket).map(Done::Connected),
+        Request::Manager { request } => {
+            let door = manager.ok_or_else(|| io::Error::other("this machine has no manager"))?;
+            let words = (door.say)(&request)?;
+            let mut dialled = dial(&door.socket)?;
+            // They fit in the socket's buffer, and it has a time-out.
+            dialled.socket.write_all(&words)?;
+            Ok(Done::Connected(dialled))
+        }
     }
 }
 
@@ -397,8 +446,8 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused_with_words() {
-        assert!(obey(b"\xff", &Sockets::Any).is_err());
-        assert!(obey(b"program = \"/bin/sh\"", &Sockets::Any).is_err());
+        assert!(obey(b"\xff", &Sockets::Any, None).is_err());
+        assert!(obey(b"program = \"/bin/sh\"", &Sockets::Any, None).is_err());
     }
 
     #[test]
@@ -408,7 +457,7 @@ mod tests {
         std::fs::create_dir(&inside).unwrap();
         let allowed = inside.join("a.sock");
         let listener = std::os::unix::net::UnixListener::bind(&allowed).unwrap();
-        let launcher = Launcher::start(&Sockets::At(vec![inside.clone()])).unwrap();
+        let launcher = Launcher::start(&Sockets::At(vec![inside.clone()]), None).unwrap();
         let mut dialled = launcher.connect(&allowed).unwrap();
         let (mut accepted, _) = listener.accept().unwrap();
         std::io::Write::write_all(&mut dialled.socket, b"x").unwrap();
@@ -425,8 +474,35 @@ mod tests {
     }
 
     #[test]
+    fn the_manager_is_asked_what_may_be_asked_and_is_not_connected_to_otherwise() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("host.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let door = ManagerDoor {
+            socket: socket.clone(),
+            say: Arc::new(|request| match request {
+                "a disk" => Ok(b"please".to_vec()),
+                _ => Err(io::Error::other("not this")),
+            }),
+        };
+        let launcher = Launcher::start(&Sockets::At(Vec::new()), Some(&door)).unwrap();
+        let _dialled = launcher.ask_manager("a disk").unwrap();
+        let (mut accepted, _) = listener.accept().unwrap();
+        let mut words = [0; 6];
+        std::io::Read::read_exact(&mut accepted, &mut words).unwrap();
+        assert_eq!(&words, b"please");
+        let refused = launcher.ask_manager("the host").unwrap_err().to_string();
+        assert!(refused.contains("not this"), "{refused}");
+        assert!(launcher.connect(&socket).is_err());
+        let anywhere = Launcher::start(&Sockets::Any, Some(&door)).unwrap();
+        assert!(anywhere.connect(&socket).is_err());
+        assert!(launcher.ask_manager(&"x".repeat(LONGEST)).is_err());
+        assert!(launcher.ask_manager("a disk").is_ok(), "it lives on");
+    }
+
+    #[test]
     fn the_helper_ends_with_its_owner_and_not_before() {
-        let launcher = Launcher::start(&Sockets::Any).unwrap();
+        let launcher = Launcher::start(&Sockets::Any, None).unwrap();
         let socket = launcher.socket.lock().unwrap().take().unwrap();
         // An impossible request is answered, not fatal.
         for _ in 0..2 {
@@ -443,7 +519,7 @@ mod tests {
 
     #[test]
     fn passt_is_started_or_its_absence_explained() {
-        let launcher = Launcher::start(&Sockets::Any).unwrap();
+        let launcher = Launcher::start(&Sockets::Any, None).unwrap();
         let options = PasstOptions::new("02:00:00:00:00:01".parse().unwrap());
         match launcher.passt(&options) {
             Ok((passt, socket)) => {

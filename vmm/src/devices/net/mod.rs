@@ -21,7 +21,7 @@ use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use backend::{NetBackend, NetError};
-pub use launcher::{Launcher, Sockets};
+pub use launcher::{Launcher, ManagerDoor, Sockets};
 pub use passt::PasstOptions;
 pub use statistics::NetStatistics;
 
