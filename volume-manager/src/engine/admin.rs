@@ -464,11 +464,8 @@ fn see_that_it_can_go(config: &Configuration, old: DeviceId) -> Result<(), PoolE
     }
 }
 
-fn see_that_there_is_room(config: &Configuration, old: DeviceId, new: DeviceId) -> Result<(), PoolError> {
+fn see_that_there_is_room(config: &Configuration, old: DeviceId, new: &Device) -> Result<(), PoolError> {
     let needed = used(config, old);
-    let Some(new) = config.device(new) else {
-        return Ok(());
-    };
     let room = new.size.saturating_sub(new.data_start);
     match needed <= room {
         true => Ok(()),
