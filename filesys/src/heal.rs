@@ -119,12 +119,15 @@ pub(crate) struct Healer {
     pub(crate) bell: Bell,
 }
 
+/// What rings a bell.
+type Ring = Box<dyn Fn()>;
+
 /// Rung when there is an event.
 #[derive(Clone, Default)]
-pub(crate) struct Bell(Rc<RefCell<Option<Box<dyn Fn()>>>>);
+pub(crate) struct Bell(Rc<RefCell<Option<Ring>>>);
 
 impl Bell {
-    pub(crate) fn set(&self, ring: Box<dyn Fn()>) {
+    pub(crate) fn set(&self, ring: Ring) {
         *self.0.borrow_mut() = Some(ring);
     }
 

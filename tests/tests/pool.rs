@@ -89,7 +89,7 @@ fn a_device_is_replaced_under_a_guest_that_writes_by_a_process_in_a_sandbox() {
     story(|host| {
         files(host)?;
         let pool = pool(host, &DEVICES)?;
-        host.image("d4.img", 768)?;
+        let new = host.image("d4.img", 768)?;
         let mut vm = machine(&pool, "writer").interactive()?;
         vm.guest("mke2fs -q /dev/vda > /dev/null; mkdir /vda; mount -t ext4 /dev/vda /vda")?;
         vm.guest("dd if=/dev/urandom of=/vda/old bs=1M count=8 2> /dev/null && sync")?;
@@ -101,8 +101,8 @@ fn a_device_is_replaced_under_a_guest_that_writes_by_a_process_in_a_sandbox() {
         let add = format!("device add {}", outside.path().display());
         let refused = vm.administer(&add).unwrap_err().to_string();
         assert!(refused.contains("sandbox.paths"), "{refused}");
-        let said = vm.administer("device replace d0.img d4.img")?;
-        assert!(said.contains("d4.img") && !said.contains("d0.img"), "{said}");
+        let said = vm.administer(&format!("device replace d0.img {}", new.display()))?;
+        assert!(said.contains("d4.img\"") && !said.contains("d0.img\""), "{said}");
         let events = vm.administer("events")?;
         assert!(events.contains("d0.img has left the pool"), "{events}");
         let top = vm.administer("top --once --interval 1")?;

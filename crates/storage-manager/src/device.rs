@@ -186,7 +186,7 @@ fn in_use(name: &str, holder: Option<&str>) -> String {
     match holder {
         Some(holder) if holder.ends_with(&ourselves) => {
             format!(
-                "{name} is in use by this very process: it was given twice, or is one of its pool's devices"
+                "{name} is in use by this very process: it was given twice, under two names, or is one of its pool's devices"
             )
         }
         Some(holder) => format!("{name} is in use by {holder}"),

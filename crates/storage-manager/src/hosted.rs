@@ -441,7 +441,7 @@ impl HostedPool {
         let opened = device::open_new_here(&operation::new_devices(operation));
         match self.confined.load(Ordering::Relaxed) {
             true => opened.map_err(|problem| match problem.kind {
-                ProblemKind::Conflict | ProblemKind::Invalid => problem,
+                ProblemKind::Conflict | ProblemKind::Invalid | ProblemKind::NotFound => problem,
                 _ => problem.remedy(
                     "this process runs in a sandbox, and opens only what is below sandbox.paths of its vm.toml: add the device's folder \
                      there and start the machine again, or give this command while the machine is off",

@@ -233,7 +233,10 @@ mod tests {
         drop(works.begin("merge", "merge".into()));
         let states: Vec<JobState> = works.list().iter().map(|job| job.state).collect();
         assert_eq!(states, [JobState::Cancelled, JobState::Done, JobState::Cancelled]);
-        let last = (0..100).map(|_| works.begin("copy", "copy".into())).last();
+        let mut last = None;
+        for _ in 0..100 {
+            last = Some(works.begin("copy", "copy".into()));
+        }
         assert_eq!(
             works.status(FIRST_VOLATILE_JOB).unwrap_err().kind,
             ProblemKind::NotFound

@@ -109,6 +109,14 @@ fn disks_in_use_are_kept_together_grow_and_are_committed() {
             storage.perform_disk(delete).await.unwrap();
         }
         storage.files().unwrap().settled().await;
+        // Broken off, it is done from where it was, and nobody notices anything.
+        let disks = storage.disks().unwrap();
+        let broken_off = disks.merge_while("/root.dsk", 0, |done, all| {
+            assert_eq!((done, all), (1 << 20, 1 << 20));
+            false
+        });
+        assert!(!Box::pin(broken_off).await.unwrap());
+        assert_eq!(get(&root).await, 3);
         assert!(storage.merge_disk("/data.dsk").await.unwrap());
         assert!(storage.merge_disk("/root.dsk").await.unwrap());
         assert_eq!((get(&root).await, get(&data).await), (3, 4));

@@ -786,3 +786,42 @@ fn what_ends_with_the_process_is_listed_and_cancelled() {
     assert_eq!(problem.kind, ProblemKind::NotFound, "{problem}");
     pool.close().unwrap();
 }
+
+#[test]
+fn a_long_merge_is_listed_as_a_job() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = with_disk(folder.path());
+    let pool = open(&devices);
+    let ask = |operation| pool.execute(StorageRequest::Disk(operation)).map(drop);
+    // Almost all of it is a hole.
+    let grow = DiskOperation::Resize {
+        path: DISK.into(),
+        size: 64 << 20,
+        force: false,
+    };
+    ask(grow).unwrap();
+    let disk = opened(&pool);
+    write(&pool, disk.handle(), 0, 1);
+    write(&pool, disk.handle(), 40 << 20, 2);
+    let snapshot = DiskOperation::Snapshot {
+        paths: vec![DISK.into()],
+        name: "monday".into(),
+        description: String::new(),
+    };
+    ask(snapshot).unwrap();
+    write(&pool, disk.handle(), 0, 3);
+    let delete = DiskOperation::DeleteSnapshot {
+        path: format!("{DISK}@monday"),
+    };
+    ask(delete).unwrap();
+    let merged = until(|| {
+        let jobs = status(&pool).jobs;
+        jobs.into_iter().find(|job| job.kind == "merge" && !job.is_live())
+    });
+    assert_eq!(merged.state, JobState::Done, "{merged:?}");
+    assert!(merged.volatile && merged.what.contains(DISK), "{merged:?}");
+    assert_eq!(read(&pool, disk.handle(), 0)[0], 3);
+    assert_eq!(read(&pool, disk.handle(), 40 << 20)[0], 2);
+    drop(disk);
+    pool.close().unwrap();
+}

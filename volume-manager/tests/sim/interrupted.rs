@@ -1,7 +1,7 @@
 //! The exhaustive level for what changes a pool: every operation is crashed at every event, the pool is opened again, which is
 //! crashed in turn at a share of its events, the work goes on by itself, and at the end everything is as it was asked for, with the guest's data in it.
 
-use block_io::sim::{Failure, Scenario, Shared, Sim, World};
+use block_io::sim::{ExploreOptions, Failure, Scenario, Shared, Sim, World};
 use block_io::{BlockDevice, Durability};
 use volume_manager::Event;
 use volume_manager::model::{DeviceId, JobId, JobKind, JobState, Layout};
@@ -330,13 +330,18 @@ const ALL: [Layout; 6] = [
 
 /// Explores every layout × act.
 fn run(layouts: &[Layout], acts: &[Act], states: u64, marks: &[&str]) {
+    run_at(&depth(16, 2, 3), layouts, acts, states, marks);
+}
+
+/// As [`run`], so deep.
+fn run_at(depth: &ExploreOptions, layouts: &[Layout], acts: &[Act], states: u64, marks: &[&str]) {
     let cases = layouts.iter().flat_map(|layout| {
         acts.iter().map(|act| {
             let (layout, act) = (*layout, *act);
             (format!("{layout}, {act:?}"), Case { layout, act })
         })
     });
-    harness::explore_all(cases, &depth(16, 2, 3), states, marks);
+    harness::explore_all(cases, depth, states, marks);
 }
 
 #[test]
@@ -359,19 +364,19 @@ fn data_are_moved_off_a_device() {
 
 #[test]
 fn a_device_is_replaced() {
-    run(&ALL, &[Act::Replace], 10_000, &[]);
+    run_at(&depth(8, 1, 3), &ALL, &[Act::Replace], 15_000, &[]);
 }
 
 #[test]
 fn a_device_that_failed_is_replaced() {
     let layouts: Vec<Layout> = ALL.into_iter().filter(|layout| layout.tolerates() > 0).collect();
-    run(&layouts, &[Act::ReplaceFailed], 10_000, &[]);
+    run_at(&depth(8, 1, 3), &layouts, &[Act::ReplaceFailed], 15_000, &[]);
 }
 
 #[test]
 fn a_replacement_is_cancelled() {
     let marks = ["work: what a cancelled move had begun goes"];
-    run(&ALL, &[Act::Cancel], 10_000, &marks);
+    run_at(&depth(8, 1, 3), &ALL, &[Act::Cancel], 15_000, &marks);
 }
 
 #[test]

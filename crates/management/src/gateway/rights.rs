@@ -81,6 +81,9 @@ mod tests {
         assert_eq!(path(Method::POST, &["something", "new"]), Role::Administrator);
         let storage = |request| Asked::Storage(&request).needs();
         assert_eq!(storage(StorageRequest::Status), Role::Viewer);
+        assert_eq!(storage(StorageRequest::Load { window_ms: 0 }), Role::Viewer);
+        let throttle = Operation::ThrottleJob { job: 1, throttle: 0 };
+        assert_eq!(storage(StorageRequest::Pool(throttle)), Role::Operator);
         let snapshot = DiskOperation::Snapshot {
             paths: vec!["/a.dsk".into()],
             name: "one".into(),

@@ -129,7 +129,7 @@ fn a_device_given_twice_or_copied_is_named() {
         &["device", "add", "link.img", "--force", "--config", "vm.toml"],
     );
     assert!(
-        error.contains("link.img is in use by this very command"),
+        error.contains("link.img is in use by this very process"),
         "{error}"
     );
     let error = place.bad(
