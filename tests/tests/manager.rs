@@ -131,7 +131,7 @@ fn a_host_is_managed_from_elsewhere_while_its_machines_write() {
         // The manager is killed in the middle of a job, which goes on in the next one.
         fs::write(host.folder().join("host.toml"), HOST.replace("d0.img", "d4.img"))?;
         let mut job = Command::new(host.smsvmm());
-        let layout = format!("volume set-layout safe --layout raid5 --columns 3 --throttle 8M --config {root}");
+        let layout = format!("volume set-layout safe --layout raid5 --columns 3 --throttle 256K --config {root}");
         job.args(layout.split(' ')).current_dir(host.folder());
         let mut job = job.spawn()?;
         let begun = Instant::now();
@@ -147,6 +147,9 @@ fn a_host_is_managed_from_elsewhere_while_its_machines_write() {
         let manager = serve(host)?;
         let found = local("events")?;
         assert!(found.contains("web1 runs already"), "{found}");
+        let list = far("job list")?;
+        let job = list.lines().nth(1).and_then(|line| line.split_whitespace().next());
+        far(&format!("job throttle {} 0", job.context("no job")?))?;
         far("job wait")?;
         let layout = far("volume list")?;
         assert!(layout.contains("raid5"), "{layout}");

@@ -46,7 +46,7 @@ impl Manager {
         let mut pools: Vec<Pool> = Vec::new();
         for (number, one) in config.pools.all().iter().enumerate() {
             let opened = HostedPool::open(&format!("pool-{number}"), one.devices.clone(), Default::default());
-            let named = opened.and_then(|hosted| {
+            let named = opened.map(|hosted| {
                 for note in hosted.notes() {
                     tracing::warn!("{note}");
                 }
@@ -59,7 +59,7 @@ impl Manager {
                         text: event.text,
                     });
                 });
-                Ok((name, hosted))
+                (name, hosted)
             });
             let found = match named {
                 Ok((name, hosted)) if pools.iter().any(|pool| pool.name == name) => {

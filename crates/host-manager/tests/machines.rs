@@ -1,4 +1,5 @@
 //! Machines whose processes are not smsvmm's, but this test's: they listen where they should, and end as they are told.
+#![allow(clippy::unwrap_used)]
 
 use std::fs;
 use std::io::{Read, Write};
