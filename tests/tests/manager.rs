@@ -135,7 +135,7 @@ fn a_host_is_managed_from_elsewhere_while_its_machines_write() {
         job.args(layout.split(' ')).current_dir(host.folder());
         let mut job = job.spawn()?;
         let begun = Instant::now();
-        while !far("job list")?.contains("running") {
+        while !far("job list")?.contains("set-layout") {
             ensure!(job.try_wait()?.is_none(), "the job has ended already");
             ensure!(begun.elapsed() < Duration::from_secs(60), "{}", far("job list --all")?);
         }
