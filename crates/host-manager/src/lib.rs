@@ -7,7 +7,8 @@
 //! ```
 //!
 //! # What outlives what
-//! - *A machine ends, in whatever way:* its connections close, its disks are closed as at power-off; the manager goes on.
+//! - *A machine ends:* its connections close, its disks are closed as at power-off; if its process dies, they are left as after a crash. The
+//!   manager goes on.
 //! - *The manager ends, in whatever way:* machines go on; their disks answer no more, so what the guest asks of them waits. The next manager
 //!   opens the pools, finds the machines by their processes, and their processes ask for their disks again: what was in flight is done again.
 //!
