@@ -3,17 +3,19 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::event::EventLog;
 use crate::storage::Health;
 use crate::virtual_disk::TransferRequest;
 use crate::{
-    ByteSize, DeviceId, DiskChange, DiskConfig, Problem, StorageAnswer, StorageRequest, Transfer, VmName,
+    ByteSize, DeviceId, DiskChange, DiskConfig, Metrics, Problem, StorageAnswer, StorageRequest, Transfer,
+    VmName,
 };
 
 /// The answer of `GET /v1/host`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct HostStatus {
     /// The host's name.
@@ -35,7 +37,7 @@ pub struct HostStatus {
 }
 
 /// A pool of a host, in short: an item of the answer of `GET /v1/pools`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct PoolEntry {
     /// Its name.
@@ -51,7 +53,7 @@ pub struct PoolEntry {
 }
 
 /// When the manager starts a machine again that has ended by itself.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RestartPolicy {
     /// It stays as it is.
@@ -74,7 +76,7 @@ impl fmt::Display for RestartPolicy {
 }
 
 /// A machine that is to be known to the manager: the body of `PUT /v1/vms/NAME`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct MachineDefinition {
     /// The text of its vm.toml.
@@ -91,7 +93,7 @@ pub struct MachineDefinition {
 }
 
 /// Where a machine of a manager is in its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MachineState {
     /// It has no process.
@@ -122,7 +124,7 @@ impl fmt::Display for MachineState {
 }
 
 /// A machine of a manager: the answer of `GET /v1/vms/NAME`, an item of that of `GET /v1/vms`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct MachineStatus {
     /// Its name.
@@ -157,7 +159,7 @@ pub struct MachineStatus {
 /// A disk that a machine's process wants to use: the body of `POST /v1/attachments`, whose connection is upgraded to
 /// [`ATTACHMENT_PROTOCOL`]: from then on it is a vhost-user connection, with the manager as back-end. The disk is in use as long as the
 /// connection lives; a front-end whose manager was started anew asks again for the same.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct AttachRequest {
     /// The machine.
@@ -185,7 +187,7 @@ fn is_false(value: &bool) -> bool {
 pub const ATTACHMENT_PROTOCOL: &str = "smsvmm-vhost-user";
 
 /// A disk of a pool that is in use: an item of the answer of `GET /v1/attachments`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct Attachment {
     /// By which machine.
@@ -279,6 +281,9 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// There is none of this name, or it does not run.
     fn machine_socket(&self, name: &VmName) -> Result<PathBuf, Problem>;
+
+    /// All numbers, for those who draw curves.
+    fn metrics(&self) -> Metrics;
 
     /// What happened so far and will happen.
     fn events(&self) -> &EventLog;

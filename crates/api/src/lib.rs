@@ -36,7 +36,9 @@ pub use host::{
     ATTACHMENT_PROTOCOL, AttachRequest, Attachment, Host, HostStatus, MachineDefinition, MachineState,
     MachineStatus, PoolEntry, RestartPolicy,
 };
-pub use metrics::{LATENCY_CLASSES, Latencies, Liveness, Metrics, NetMetrics, QueueMetrics, Readiness};
+pub use metrics::{
+    AttachmentMetrics, LATENCY_CLASSES, Latencies, Liveness, Metrics, NetMetrics, QueueMetrics, Readiness,
+};
 pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};
 pub use problem::{Problem, ProblemKind};
 pub use scsi::{MAX_LUNS, MAX_TARGETS, ScsiAccess, ScsiPath, ScsiPlace};

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::storage::PoolStatus;
-use crate::{DeviceId, VmStatus};
+use crate::{Attachment, DeviceId, HostStatus, VmStatus};
 
 /// Classes of [`Latencies`].
 pub const LATENCY_CLASSES: usize = 24;
@@ -70,9 +70,34 @@ pub struct NetMetrics {
     pub send_waits: u64,
 }
 
+/// What has been done on a disk of a pool since a machine has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AttachmentMetrics {
+    /// Which disk, and which machine.
+    pub attachment: Attachment,
+    /// Read requests.
+    pub reads: u64,
+    /// Bytes asked for by them.
+    pub read_bytes: u64,
+    /// Write requests.
+    pub writes: u64,
+    /// Bytes in them.
+    pub written_bytes: u64,
+    /// Flush requests.
+    pub flushes: u64,
+    /// All other requests.
+    pub others: u64,
+    /// Requests that were not answered with success.
+    pub errors: u64,
+}
+
 /// All numbers of a server at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Metrics {
+    /// Of a manager: how its host is.
+    pub host: Option<HostStatus>,
+    /// Of a manager: the disks that it serves.
+    pub attachments: Vec<AttachmentMetrics>,
     /// Of a machine: how it is.
     pub vm: Option<VmStatus>,
     /// Request queues of its disks.

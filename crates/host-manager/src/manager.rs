@@ -2,19 +2,22 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    AttachRequest, Attachment, DeviceId, DiskChange, EventKind, EventLog, Host, HostStatus,
-    MachineDefinition, MachineStatus, PoolEntry, Problem, ProblemKind, StorageAnswer, StorageRequest,
-    Transfer, VmName,
+    AttachRequest, Attachment, AttachmentMetrics, DeviceId, DiskChange, EventKind, EventLog, Host,
+    HostStatus, MachineDefinition, MachineStatus, Metrics, PoolEntry, Problem, ProblemKind, StorageAnswer,
+    StorageRequest, Transfer, VmName,
 };
 use storage_manager::HostedPool;
 
 use crate::config::{AtEnd, HostConfig};
 use crate::disks::DiskService;
 use crate::machines::{MachineOptions, Machines};
+
+/// So soon machines that run have found a manager that was started anew.
+const RETURN: Duration = Duration::from_secs(3);
 
 struct Pool {
     name: String,
@@ -96,12 +99,16 @@ impl Manager {
                 return Err(problem);
             }
         };
+        let disks = DiskService::new(Arc::clone(&events));
+        if machines.list().iter().any(|machine| machine.pid.is_some()) {
+            disks.expect_machines(RETURN);
+        }
         Ok(Self {
             name: config.name(),
             started: Instant::now(),
             version: version.to_owned(),
             pools,
-            disks: DiskService::new(Arc::clone(&events)),
+            disks,
             machines,
             events,
         })
@@ -253,6 +260,31 @@ impl Host for Manager {
 
     fn machine_socket(&self, name: &VmName) -> Result<PathBuf, Problem> {
         self.machines.socket(name)
+    }
+
+    fn metrics(&self) -> Metrics {
+        let counted = self.disks.counters().into_iter();
+        Metrics {
+            host: Some(self.status()),
+            attachments: counted
+                .map(|(attachment, counters)| AttachmentMetrics {
+                    attachment,
+                    reads: counters.reads,
+                    read_bytes: counters.read_bytes,
+                    writes: counters.writes,
+                    written_bytes: counters.written_bytes,
+                    flushes: counters.flushes,
+                    others: counters.others,
+                    errors: counters.errors,
+                })
+                .collect(),
+            pools: self
+                .pools
+                .iter()
+                .filter_map(|pool| status_of(&pool.hosted).ok())
+                .collect(),
+            ..Metrics::default()
+        }
     }
 
     fn events(&self) -> &EventLog {

@@ -15,13 +15,14 @@
 //! | POST /v1/attachments, to be upgraded | the disk of an [`AttachRequest`](api::AttachRequest) | 101, then vhost-user |
 //! | PATCH /v1/attachments/VM/DEVICE | a [`DiskChange`](api::DiskChange) | 200 `Attachment` |
 //! | GET /v1/events | events | 200 [`EventPage`](api::EventPage) |
-//! | GET /healthz, /readyz | whether it answers | 200 |
+//! | GET /metrics | numbers for Prometheus | 200 |
+//! | GET /healthz, /readyz, /openapi.json | as of a machine | 200 |
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    ATTACHMENT_PROTOCOL, DiskChange, Host, MachineDefinition, MachineStatus, Problem, ProblemKind,
+    ATTACHMENT_PROTOCOL, DiskChange, Host, MachineDefinition, MachineStatus, Problem, ProblemKind, Readiness,
     StorageAnswer, StorageRequest, VmName,
 };
 use http_body_util::Either;
@@ -33,7 +34,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::gateway::forward::{AnswerBody, Outgoing, forward};
 use crate::routes::{self, Answer, MACHINE_TIMEOUT, STORAGE_TIMEOUT};
 use crate::sse::{self, Streams};
-use crate::transfer;
+use crate::{metrics, openapi, transfer};
 
 /// Disks in use at a time.
 const MAX_ATTACHMENTS: usize = 4096;
@@ -99,8 +100,16 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
         return machine(context, name, rest, request).await;
     }
     let answered = match (parts.as_slice(), &method) {
-        (["healthz" | "readyz"], &Method::GET) => {
-            routes::json(StatusCode::OK, &serde_json::json!({"status": "ok"}))
+        (["readyz"], &Method::GET) => routes::json(
+            StatusCode::OK,
+            &Readiness {
+                ready: true,
+                state: "running".to_owned(),
+            },
+        ),
+        (["metrics"] | ["v1", "metrics"], &Method::GET) => {
+            let metrics = context.ask(MACHINE_TIMEOUT, |host| Ok(host.metrics())).await?;
+            metrics::answer(&metrics)
         }
         (["v1", "host"], &Method::GET) => {
             let status = context.ask(MACHINE_TIMEOUT, |host| Ok(host.status())).await?;
@@ -142,7 +151,10 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
             ["healthz" | "readyz"] | ["v1", "host" | "vms" | "pools" | "events"] | ["v1", "pools", _],
             method,
         ) => routes::not_allowed(method, "GET"),
-        _ => return Err(routes::no_such_path(&path)),
+        (other, method) => match routes::common(other, method, openapi::HOST) {
+            Some(answer) => answer,
+            None => return Err(routes::no_such_path(&path)),
+        },
     };
     Ok(own(answered))
 }

@@ -9,7 +9,10 @@
 use std::fmt::{Display, Write as _};
 
 use api::storage::{Health, JobState, PoolDeviceState, PoolStatus};
-use api::{DeviceState, Latencies, Metrics, NetMetrics, QueueMetrics, VmState, VmStatus};
+use api::{
+    AttachmentMetrics, DeviceState, HostStatus, Latencies, MachineState, Metrics, NetMetrics, QueueMetrics,
+    VmState, VmStatus,
+};
 use hyper::StatusCode;
 use serde::Serialize;
 
@@ -139,6 +142,10 @@ fn text(metrics: &Metrics) -> String {
     writer
         .gauge("smsvmm_build_info", "The version of smsvmm; always 1.")
         .sample(&[("version", env!("CARGO_PKG_VERSION"))], 1);
+    if let Some(status) = &metrics.host {
+        host(&mut writer, status);
+        attachments(&mut writer, &metrics.attachments);
+    }
     if let Some(vm) = vm {
         machine(&mut writer, vm);
         devices(&mut writer, vm);
@@ -185,6 +192,66 @@ fn machine(writer: &mut Writer<'_>, vm: &VmStatus) {
     writer
         .gauge("smsvmm_vm_memory_bytes", "Size of the guest's memory.")
         .sample(&[], vm.memory.bytes());
+}
+
+fn host(writer: &mut Writer<'_>, host: &HostStatus) {
+    use MachineState::{Failed, Running, Starting, Stopped, Stopping, Waiting};
+    let help = "Seconds since the manager was started.";
+    let mut family = writer.gauge("smsvmm_manager_uptime_seconds", help);
+    family.sample(&[("host", &host.name)], host.uptime_seconds);
+    let mut family = writer.counter("smsvmm_manager_events_total", "Events that were recorded.");
+    family.sample(&[("host", &host.name)], host.last_event);
+    let help = "Where a machine of the manager is in its life: 1 for its state.";
+    let mut family = writer.gauge("smsvmm_machine_state", help);
+    let all = [Stopped, Starting, Running, Stopping, Waiting, Failed];
+    for machine in &host.machines {
+        family.states(&[("vm", machine.name.as_str())], &all, &machine.state);
+    }
+    let help = "How often a machine was started again since somebody started it.";
+    let mut family = writer.gauge("smsvmm_machine_restarts", help);
+    for machine in &host.machines {
+        family.sample(&[("vm", machine.name.as_str())], machine.restarts);
+    }
+}
+
+/// The disks that a manager serves.
+fn attachments(writer: &mut Writer<'_>, all: &[AttachmentMetrics]) {
+    fn labels(disk: &AttachmentMetrics) -> [Label<'_>; 4] {
+        let attachment = &disk.attachment;
+        [
+            ("vm", attachment.vm.as_str()),
+            ("device", attachment.device.as_str()),
+            ("pool", &attachment.pool),
+            ("file", &attachment.file),
+        ]
+    }
+    if all.is_empty() {
+        return;
+    }
+    let help = "Requests of machines to disks that the manager serves, by operation.";
+    let mut family = writer.counter("smsvmm_attachment_requests_total", help);
+    for disk in all {
+        for (operation, value) in [
+            ("read", disk.reads),
+            ("write", disk.writes),
+            ("flush", disk.flushes),
+            ("other", disk.others),
+        ] {
+            family.sample(&[&labels(disk)[..], &[("operation", operation)]].concat(), value);
+        }
+    }
+    let help = "Bytes in read and write requests to disks that the manager serves.";
+    let mut family = writer.counter("smsvmm_attachment_bytes_total", help);
+    for disk in all {
+        for (operation, value) in [("read", disk.read_bytes), ("write", disk.written_bytes)] {
+            family.sample(&[&labels(disk)[..], &[("operation", operation)]].concat(), value);
+        }
+    }
+    let help = "Requests to disks that the manager serves that were not answered with success.";
+    let mut family = writer.counter("smsvmm_attachment_errors_total", help);
+    for disk in all {
+        family.sample(&labels(disk), disk.errors);
+    }
 }
 
 fn devices(writer: &mut Writer<'_>, vm: &VmStatus) {

@@ -184,3 +184,45 @@ fn a_disk_is_attached_to_the_connection_that_asks_for_it() {
         setup.ask("PATCH /v1/attachments/db1/disk0 HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}");
     assert!(change.starts_with("HTTP/1.1 404"), "{change}");
 }
+
+#[test]
+fn what_its_description_says_is_there() {
+    let setup = Setup::new();
+    let document = setup.ask("GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n");
+    let (_, document) = document.split_once("\r\n\r\n").unwrap();
+    let document: serde_json::Value = serde_json::from_str(document).unwrap();
+    let mut count = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        // What is passed on is the machine's affair, and tested there.
+        let rest = path.strip_prefix("/v1/vms/{name}/").unwrap_or_default();
+        if rest.starts_with("vm") || rest.starts_with("storage") {
+            continue;
+        }
+        let place = path
+            .replace("{name}", "db1")
+            .replace("{pool}", "tank")
+            .replace("{id}", "disk0");
+        for (method, operation) in methods.as_object().unwrap() {
+            let method = method.to_uppercase();
+            let answer = setup.ask(&format!(
+                "{method} {place} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+            ));
+            let status = answer.get(9..12).unwrap();
+            assert!(
+                operation["responses"].get(status).is_some(),
+                "{method} {path}: {answer}"
+            );
+            assert_ne!(status, "405", "{method} {path}: {answer}");
+            count += 1;
+        }
+    }
+    assert!(count > 20, "{count}");
+    let metrics = setup.ask("GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n");
+    for line in [
+        "smsvmm_machine_state{vm=\"db1\",state=\"running\"} 1",
+        "smsvmm_attachment_requests_total{vm=\"db1\",device=\"disk0\",pool=\"tank\",file=\"/vm/db1.dsk\",operation=\"flush\"} 3",
+        "smsvmm_manager_uptime_seconds{host=\"host1\"} 1",
+    ] {
+        assert!(metrics.contains(line), "{line}: {metrics}");
+    }
+}

@@ -253,6 +253,7 @@ impl api::Vm for Control {
             queues: opener.queue_metrics(),
             nets: opener.net_metrics(),
             pools,
+            ..Metrics::default()
         }
     }
 

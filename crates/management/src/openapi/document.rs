@@ -338,6 +338,42 @@ fn machine() -> Value {
     document(&kind, &operations)
 }
 
+fn host() -> Value {
+    let about = format!(
+        "A host of smsvmm, by its manager's socket (`smsvmm serve`): HTTP/1.1 on a Unix socket, one request per connection. {RULE}"
+    );
+    let kind = Kind {
+        title: "smsvmm: a host",
+        about,
+        server: (
+            "http://localhost",
+            "The Unix socket of `[management]` in host.toml; the host in the URL does not matter.",
+        ),
+        secured: false,
+    };
+    let own = table::host()
+        .into_iter()
+        .map(|operation| (operation.path.to_owned(), None, operation));
+    // What a machine is asked has names of its own beside what its manager is.
+    let passed_on = of_machines().map(|(path, parameter, operation)| {
+        let id = format!("{}OfMachine", operation.id);
+        (path, parameter, Operation { id, ..operation })
+    });
+    document(&kind, &own.chain(passed_on).collect::<Vec<_>>())
+}
+
+/// What is passed on to machines.
+fn of_machines() -> impl Iterator<Item = (String, Option<Parameter>, Operation)> {
+    table::machine().into_iter().filter_map(|operation| {
+        let rest = operation.path.strip_prefix("/v1/")?;
+        Some((
+            format!("/v1/vms/{{name}}/{rest}"),
+            Some(table::machine_name()),
+            operation,
+        ))
+    })
+}
+
 fn gateway() -> Value {
     let about = format!(
         "The machines of a host, by `smsvmm gateway`: HTTP/1.1 over TLS 1.3, one request per connection. {RULE}"
@@ -351,15 +387,7 @@ fn gateway() -> Value {
     let own = table::gateway()
         .into_iter()
         .map(|operation| (operation.path.to_owned(), None, operation));
-    let passed_on = table::machine().into_iter().filter_map(|operation| {
-        let rest = operation.path.strip_prefix("/v1/")?;
-        Some((
-            format!("/v1/vms/{{name}}/{rest}"),
-            Some(table::machine_name()),
-            operation,
-        ))
-    });
-    document(&kind, &own.chain(passed_on).collect::<Vec<_>>())
+    document(&kind, &own.chain(of_machines()).collect::<Vec<_>>())
 }
 
 #[test]
@@ -367,6 +395,7 @@ fn the_documents_in_the_tree_are_what_the_code_makes() {
     for (name, made, kept) in [
         ("machine", machine(), super::MACHINE),
         ("gateway", gateway(), super::GATEWAY),
+        ("host", host(), super::HOST),
     ] {
         let text = format!("{made:#}\n");
         let path = format!(
@@ -391,7 +420,7 @@ fn the_documents_in_the_tree_are_what_the_code_makes() {
 
 #[test]
 fn every_reference_leads_somewhere_and_every_name_is_used_once() {
-    for document in [machine(), gateway()] {
+    for document in [machine(), gateway(), host()] {
         let mut ids = BTreeSet::new();
         let paths = document["paths"].as_object().unwrap();
         for operation in paths

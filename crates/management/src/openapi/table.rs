@@ -3,10 +3,12 @@
 //! An entry says what a person needs and what a program needs. Statuses that are not named in an entry are problems all the same
 //! ([`document`](super::document) adds them as `default`).
 
+use api::storage::PoolStatus;
 use api::virtual_disk::TransferRequest;
 use api::{
-    DiskChange, DiskConfig, DiskLimits, DiskStatus, EventPage, Liveness, MachineEntry, NetConfig, NetStatus,
-    Problem, ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, VmStatus,
+    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, DiskChange, DiskConfig, DiskLimits, DiskStatus,
+    EventPage, HostStatus, Liveness, MachineDefinition, MachineEntry, MachineStatus, NetConfig, NetStatus,
+    PoolEntry, Problem, ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, VmStatus,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
@@ -55,7 +57,7 @@ pub(super) struct Operation {
     pub(super) method: &'static str,
     pub(super) path: &'static str,
     /// What generated clients call it.
-    pub(super) id: &'static str,
+    pub(super) id: String,
     pub(super) tag: &'static str,
     pub(super) summary: &'static str,
     pub(super) about: &'static str,
@@ -75,7 +77,7 @@ fn operation(
     Operation {
         method,
         path,
-        id,
+        id: id.to_owned(),
         tag,
         summary,
         about: "",
@@ -326,7 +328,7 @@ pub(super) fn storage() -> Vec<Operation> {
                  `smsvmm disk import | export | copy`. The client must not send anything before it has the answer. \
                  Four at a time.",
             )
-            .upgrade()
+            .upgrade("smsvmm-transfer")
             .body::<TransferRequest>()
             .answer_with(
                 101,
@@ -341,8 +343,11 @@ pub(super) fn storage() -> Vec<Operation> {
 }
 
 impl Operation {
-    fn upgrade(self) -> Self {
-        let protocol: TypeOf = |_| json_schema!({"const": "smsvmm-transfer"});
+    fn upgrade(self, protocol: &'static str) -> Self {
+        let protocol: TypeOf = match protocol {
+            ATTACHMENT_PROTOCOL => |_| json_schema!({"const": ATTACHMENT_PROTOCOL}),
+            _ => |_| json_schema!({"const": "smsvmm-transfer"}),
+        };
         let mut operation = self.parameter(
             "Upgrade",
             In::Header,
@@ -392,6 +397,107 @@ pub(super) fn gateway() -> Vec<Operation> {
         .json::<Vec<MachineEntry>>(200, "In the order of the gateway's configuration."),
     );
     all
+}
+
+/// What is asked of a host's manager, beside what it passes on to machines.
+pub(super) fn host() -> Vec<Operation> {
+    let mut all = common();
+    let of = |method, path, id, summary| operation(method, path, id, "machines", summary);
+    all.extend([
+        operation("get", "/readyz", "getReadiness", "server", "Whether the manager has opened its pools")
+            .json::<Readiness>(200, "It has."),
+        operation("get", "/v1/metrics", "getMetrics", "server", "Numbers for Prometheus")
+            .about("Also at `/metrics`. In Prometheus' text format; the names are listed in the documentation.")
+            .answer(200, "All numbers as they are now.", vec![("text/plain", text)]),
+        operation("get", "/v1/host", "getHost", "host", "How the host is")
+            .json::<HostStatus>(200, "Pools, machines, and disks in use."),
+        operation("get", "/v1/pools", "listPools", "storage", "All pools")
+            .json::<Vec<PoolEntry>>(200, "In the order of host.toml."),
+        operation("get", "/v1/pools/{pool}", "getPool", "storage", "A pool")
+            .pool()
+            .json::<PoolStatus>(200, "It, with its devices, volumes and jobs."),
+        of("get", "/v1/vms", "listMachines", "All machines")
+            .json::<Vec<MachineStatus>>(200, "In the order of their names."),
+        of("get", "/v1/vms/{name}", "getMachine", "A machine")
+            .machine()
+            .json::<MachineStatus>(200, "It."),
+        of("put", "/v1/vms/{name}", "defineMachine", "Define a machine, or change its definition")
+            .about("A change counts when the machine is started next. Doing it twice does it once.")
+            .machine()
+            .body::<MachineDefinition>()
+            .json::<MachineStatus>(200, "The machine as it is now."),
+        of("delete", "/v1/vms/{name}", "deleteMachine", "Forget a machine that is stopped")
+            .about("Its disks stay.")
+            .machine()
+            .answer(204, "It is forgotten.", Vec::new())
+            .problem(Conflict),
+        of("put", "/v1/vms/{name}/start", "startMachine", "Start a machine")
+            .about("Starting one that runs succeeds.")
+            .machine()
+            .json::<MachineStatus>(202, "Its process is started; `running` when it answers.")
+            .problem(Conflict)
+            .problem(Stopping),
+        of("put", "/v1/vms/{name}/shutdown", "shutDownMachine", "Ask a guest to shut down")
+            .about("After `power.shutdown-timeout` of its definition it is stopped hard. It is not started again.")
+            .machine()
+            .json::<MachineStatus>(202, "It was asked."),
+        of("put", "/v1/vms/{name}/stop", "stopMachine", "Stop a machine hard")
+            .about("Also one that does not answer. It is not started again.")
+            .machine()
+            .json::<MachineStatus>(202, "It ends."),
+        operation("get", "/v1/attachments", "listAttachments", "attachments", "Disks in use")
+            .json::<Vec<Attachment>>(200, "Those that the manager serves."),
+        operation("post", "/v1/attachments", "attach", "attachments", "Use a disk of a pool")
+            .about(
+                "Leaves HTTP: after 101 the connection speaks vhost-user, with the manager as back-end; the disk is in use as long as it \
+                 lives. For the processes of machines; not through a gateway.",
+            )
+            .upgrade(ATTACHMENT_PROTOCOL)
+            .body::<AttachRequest>()
+            .answer_with(
+                101,
+                "The connection is taken out of HTTP.",
+                Vec::new(),
+                vec![("Upgrade", "`smsvmm-vhost-user`."), ("Connection", "`upgrade`.")],
+            )
+            .problem(NotFound)
+            .problem(Conflict)
+            .problem(Exhausted)
+            .problem(Stopping),
+        operation("patch", "/v1/attachments/{name}/{id}", "changeAttachment", "attachments", "Change a disk in use")
+            .about("Limits and polling; what is not given stays.")
+            .machine()
+            .id("The disk's name in the machine.")
+            .body::<DiskChange>()
+            .json::<Attachment>(200, "It."),
+        events(),
+    ]);
+    all.extend(storage());
+    all.extend(storage().into_iter().map(|operation| {
+        let of_one = match operation.path {
+            "/v1/storage" => ("/v1/pools/{pool}/storage", "storageOfPool"),
+            _ => ("/v1/pools/{pool}/storage/transfer", "transferOfPool"),
+        };
+        Operation {
+            path: of_one.0,
+            id: of_one.1.to_owned(),
+            ..operation
+        }
+        .pool()
+    }));
+    all
+}
+
+impl Operation {
+    fn machine(self) -> Self {
+        self.parameter("name", In::Path, "The machine.", schema::<api::VmName>)
+            .problem(NotFound)
+    }
+
+    fn pool(self) -> Self {
+        self.parameter("pool", In::Path, "The pool.", text)
+            .problem(NotFound)
+    }
 }
 
 /// The schema of all problems.

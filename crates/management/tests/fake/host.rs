@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    AttachRequest, Attachment, DeviceId, DiskChange, EventLog, Host, HostStatus, MachineDefinition,
-    MachineState, MachineStatus, Problem, ProblemKind, RestartPolicy, StorageAnswer, StorageRequest,
-    Transfer, VmName,
+    AttachRequest, Attachment, AttachmentMetrics, DeviceId, DiskChange, EventLog, Host, HostStatus,
+    MachineDefinition, MachineState, MachineStatus, Metrics, Problem, ProblemKind, RestartPolicy,
+    StorageAnswer, StorageRequest, Transfer, VmName,
 };
 
 /// It knows one machine, `db1`.
@@ -120,6 +120,30 @@ impl Host for FakeHost {
 
     fn machine_socket(&self, name: &VmName) -> Result<PathBuf, Problem> {
         self.done("find", name).map(|_| self.socket.clone())
+    }
+
+    fn metrics(&self) -> Metrics {
+        let attachment = Attachment {
+            vm: "db1".parse().unwrap(),
+            device: "disk0".parse().unwrap(),
+            pool: "tank".into(),
+            file: "/vm/db1.dsk".into(),
+            read_only: false,
+        };
+        Metrics {
+            host: Some(self.status()),
+            attachments: vec![AttachmentMetrics {
+                attachment,
+                reads: 1,
+                read_bytes: 512,
+                writes: 2,
+                written_bytes: 1024,
+                flushes: 3,
+                others: 4,
+                errors: 5,
+            }],
+            ..Metrics::default()
+        }
     }
 
     fn events(&self) -> &EventLog {
