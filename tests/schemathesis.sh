@@ -7,15 +7,18 @@
 # takes some minutes. What it finds is printed with a curl command that repeats it.
 set -eu
 cd "$(dirname "$0")/.."
-venv=target/schemathesis
-if [ ! -x $venv/bin/st ]; then
-    python3 -m venv $venv
-    $venv/bin/pip install --quiet 'schemathesis>=4.32,<5'
+root=$PWD
+venv=$root/target/schemathesis
+if [ ! -x "$venv/bin/st" ]; then
+    python3 -m venv "$venv"
+    "$venv/bin/pip" install --quiet 'schemathesis>=4.32,<5'
 fi
 cargo build -p management --example fake_machine
 url=$(mktemp)
-target/debug/examples/fake_machine > "$url" &
+"$root/target/debug/examples/fake_machine" > "$url" &
 server=$!
 trap 'kill $server; rm -f "$url"' EXIT
 while [ ! -s "$url" ]; do sleep 0.1; done
-$venv/bin/st --config-file tests/schemathesis.toml run "$(cat "$url")/openapi.json" --phases examples,coverage,fuzzing,stateful "$@"
+# It keeps what it has found where it is started.
+cd "$venv"
+bin/st --config-file "$root/tests/schemathesis.toml" run "$(cat "$url")/openapi.json" --phases examples,coverage,fuzzing,stateful "$@"

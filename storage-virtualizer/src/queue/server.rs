@@ -23,7 +23,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block_io::{EventSignal, EventWatch, IoError, PollSource, add_poll_source, spawn_local};
 use virtio_core::virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -100,6 +100,10 @@ struct Server<S> {
     /// There are chains, says the ring's index.
     announced: Cell<bool>,
     abandoned: RefCell<Vec<u16>>,
+    start: Instant,
+    /// When chains were taken last, by [`Self::clock`].
+    taken_at: Cell<u64>,
+    answered_at: Cell<u64>,
     /// Dropped last, when no slot is left and guest memory was let go.
     _done: Done,
 }
@@ -192,6 +196,9 @@ pub(super) async fn serve<S: Service>(
         doorbell_off: Cell::new(false),
         announced: Cell::new(false),
         abandoned: RefCell::default(),
+        start: block_io::moment(),
+        taken_at: Cell::new(0),
+        answered_at: Cell::new(0),
         _done: done,
     });
     add_poll_source(&(Rc::clone(&server) as Rc<dyn PollSource>));
@@ -249,6 +256,7 @@ impl<S: Service> Server<S> {
     }
 
     fn take_available(self: &Rc<Self>) -> Result<u32, String> {
+        self.taken_at.set(self.clock());
         let memory = &*self.memory;
         let mut queue = self.queue.borrow_mut();
         queue
@@ -314,11 +322,11 @@ impl<S: Service> Server<S> {
     async fn serve_slot(self: Rc<Self>, slot: Rc<Slot>) {
         let mut buffers = Buffers::default();
         while let Order::Serve(head) = slot.next().await {
-            let begin = block_io::moment();
+            let begin = self.taken_at.get();
             match self.serve_chain(head, &mut buffers).await {
                 Ok(Some(written)) => {
-                    let end = block_io::moment();
-                    self.statistics.count_time(end.saturating_duration_since(begin));
+                    self.statistics
+                        .count_time(self.answered_at().saturating_sub(begin));
                     self.finish(head, written);
                 }
                 Ok(None) => self.abandon(head),
@@ -329,6 +337,20 @@ impl<S: Service> Server<S> {
             }
             self.idle.borrow_mut().push(Rc::clone(&slot));
         }
+    }
+
+    /// Microseconds since the server began, as of the worker's turn.
+    fn clock(&self) -> u64 {
+        let since = block_io::moment().saturating_duration_since(self.start);
+        u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// The clock of the first answer of which the driver is not told yet: those of one turn need not ask it each.
+    fn answered_at(&self) -> u64 {
+        if !self.completed.get() {
+            self.answered_at.set(self.clock());
+        }
+        self.answered_at.get()
     }
 
     /// Has the service do what the chain asks for; returns how much of its memory the device may have written, or nothing if
