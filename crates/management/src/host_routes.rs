@@ -148,7 +148,9 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
             routes::json(StatusCode::OK, &page)
         }
         (
-            ["healthz" | "readyz"] | ["v1", "host" | "vms" | "pools" | "events"] | ["v1", "pools", _],
+            ["readyz" | "metrics"]
+            | ["v1", "host" | "vms" | "pools" | "events" | "metrics"]
+            | ["v1", "pools", _],
             method,
         ) => routes::not_allowed(method, "GET"),
         (other, method) => match routes::common(other, method, openapi::HOST) {

@@ -170,6 +170,10 @@ impl Host for Front {
         no_machines()
     }
 
+    fn metrics(&self) -> api::Metrics {
+        api::Metrics::default()
+    }
+
     fn events(&self) -> &EventLog {
         self.disks.events()
     }
