@@ -664,7 +664,7 @@ impl Shared {
                 path,
                 // What is done to a machine as a whole, or is passed on to it.
                 rest: match rest {
-                    ["vm" | "storage" | "events", ..] => rest,
+                    ["vm" | "storage" | "events" | "metrics", ..] => rest,
                     _ => &parts[1..],
                 },
             }),
