@@ -149,12 +149,14 @@ impl Machines {
         Ok(this)
     }
 
-    /// Starts the machines that are to be started with the manager.
+    /// Starts the machines that are to be started with the manager, and those that have ended while there was none.
     pub fn autostart(&self) {
         let names: Vec<VmName> = {
             let table = self.0.lock();
-            let rest =
-                |machine: &&Machine| machine.rules.autostart && matches!(machine.life, Life::Rest { .. });
+            let rest = |machine: &&Machine| {
+                let lost = machine.rules.restart != RestartPolicy::Never && machine.files.wanted.exists();
+                (machine.rules.autostart || lost) && matches!(machine.life, Life::Rest { .. })
+            };
             let machines = table.machines.iter();
             machines
                 .filter(|(_, machine)| rest(machine))
@@ -213,16 +215,18 @@ impl Machines {
                 let problem = Problem::new(ProblemKind::Conflict, "it is being stopped").about(name);
                 return Err(problem.remedy("start it when `smsvmm vm list` shows it as stopped"));
             }
-            Life::Alive(_) => machine.wanted = true,
+            Life::Alive(_) => machine.want(true),
             Life::Waiting => {
-                (machine.wanted, machine.restarts) = (true, 0);
+                machine.want(true);
+                machine.restarts = 0;
                 machine.life = Life::Rest { failed: false };
                 // Its thread starts it now.
                 self.0.changed.notify_all();
             }
             Life::Rest { .. } => {
                 let process = self.0.begin(name, machine)?;
-                (machine.wanted, machine.restarts) = (true, 0);
+                machine.want(true);
+                machine.restarts = 0;
                 self.0.watch(name, process);
             }
         }
@@ -262,8 +266,13 @@ impl Machines {
     pub fn delete(&self, name: &VmName) -> Result<(), Problem> {
         let mut table = self.0.lock();
         let machine = table.machines.get(name).ok_or_else(|| none(name))?;
-        if !matches!(machine.life, Life::Rest { .. }) {
-            let problem = Problem::new(ProblemKind::Conflict, "it runs").about(name);
+        let runs = match machine.life {
+            Life::Rest { .. } => None,
+            Life::Alive(_) => Some("it runs"),
+            Life::Waiting => Some("it is about to be started again"),
+        };
+        if let Some(runs) = runs {
+            let problem = Problem::new(ProblemKind::Conflict, runs).about(name);
             return Err(problem.remedy("`smsvmm vm shutdown` or `smsvmm vm stop` ends it"));
         }
         self.0.store.remove(name)?;
@@ -342,6 +351,11 @@ impl Machines {
 }
 
 impl Machine {
+    fn want(&mut self, wanted: bool) {
+        self.wanted = wanted;
+        self.files.want(wanted);
+    }
+
     /// Whether it has this process, which has not answered yet.
     fn is_starting(&self, pid: u32) -> bool {
         matches!(&self.life, Life::Alive(alive) if alive.pid == pid && !alive.answers)
@@ -349,7 +363,7 @@ impl Machine {
 
     /// Asks its process to end. `smsvmm run` takes the first signal as the power button, and the second as the plug.
     fn end(&mut self, how: Asked) {
-        self.wanted = false;
+        self.want(false);
         // Of one that waits, its thread sees that it is not wanted.
         let Life::Alive(alive) = &mut self.life else {
             return;
@@ -494,7 +508,7 @@ impl Shared {
             answers: true,
             asked: Asked::Nothing,
         });
-        machine.wanted = true;
+        machine.want(true);
         self.events.record(EventKind::MachineFound {
             vm: name.clone(),
             pid,
@@ -589,7 +603,7 @@ impl Shared {
                 restart_seconds: wait.map(|wait| wait.as_secs()),
             });
             let Some(wait) = wait else {
-                machine.rest(&end);
+                machine.rest(&end, closed);
                 self.changed.notify_all();
                 return;
             };
@@ -633,7 +647,7 @@ impl Shared {
                 if let Err(problem) = &begun {
                     machine.last_end = Some(problem.to_string());
                     machine.life = Life::Rest { failed: true };
-                    machine.wanted = false;
+                    machine.want(false);
                     tracing::error!(machine = %name, %problem, "a machine cannot be started again");
                     self.changed.notify_all();
                 } else {
@@ -660,10 +674,13 @@ impl Machine {
         again.then(|| doubled.min(LONGEST_WAIT))
     }
 
-    fn rest(&mut self, end: &End) {
+    /// Comes to rest; if the manager has `closed`, the next one decides what becomes of it.
+    fn rest(&mut self, end: &End, closed: bool) {
         let failed = self.wanted && matches!(end.kind, EndKind::Usage | EndKind::Failed);
         self.life = Life::Rest { failed };
-        self.wanted = false;
+        if !closed {
+            self.want(false);
+        }
     }
 }
 

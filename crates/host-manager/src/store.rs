@@ -4,7 +4,7 @@
 //!   STATE/vms/NAME/vm.toml        complete: absolute paths, the manager's sockets
 //!   STATE/vms/NAME/machine.toml   when it is started
 //!   STATE/vms/NAME/log            what its process had to say; log.1 before that
-//!   RUNTIME/vms/NAME/...          its sockets
+//!   RUNTIME/vms/NAME/...          its sockets, and whether it is wanted to run
 //! ```
 //!
 //! A file is replaced as a whole, and durable when that returns; a definition is there when its vm.toml is.
@@ -47,6 +47,8 @@ pub(crate) struct Files {
     pub(crate) serial: PathBuf,
     /// How the process ended, in its own words.
     pub(crate) report: PathBuf,
+    /// It is there as long as somebody wants the machine to run.
+    pub(crate) wanted: PathBuf,
 }
 
 fn failed(action: &str, path: &Path) -> impl FnOnce(io::Error) -> Problem + use<> {
@@ -104,6 +106,7 @@ impl Store {
             report: state.join("end"),
             management: runtime.join("management.sock"),
             serial: runtime.join("serial.sock"),
+            wanted: runtime.join("wanted"),
         })
     }
 
@@ -174,6 +177,20 @@ impl Store {
 }
 
 impl Files {
+    /// Notes for the next manager whether somebody wants the machine to run.
+    pub(crate) fn want(&self, wanted: bool) {
+        let noted = match wanted {
+            true => File::create(&self.wanted).map(drop),
+            false => fs::remove_file(&self.wanted),
+        };
+        match noted {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %self.wanted.display(), %error, "what is wanted cannot be noted");
+            }
+            _ => {}
+        }
+    }
+
     /// Makes what a process needs that is started now; its log.
     pub(crate) fn prepare(&self) -> Result<File, Problem> {
         for path in [&self.log, &self.management] {

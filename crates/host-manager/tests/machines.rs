@@ -231,6 +231,24 @@ fn a_new_manager_finds_what_runs() {
     second.shut_down(&name()).unwrap();
     wait_for(&second, MachineState::Stopped);
     drop(second);
+    // One that ended while there was no manager, and should not have, is started by the next.
+    let third = place.open();
+    third.start(&name()).unwrap();
+    let pid = wait_for(&third, MachineState::Running).pid.unwrap();
+    third.leave();
+    let killed = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(killed, rustix::process::Signal::KILL).unwrap();
+    wait_for(&third, MachineState::Failed);
+    drop(third);
+    let fourth = place.open();
+    assert_eq!(fourth.status(&name()).unwrap().state, MachineState::Stopped);
+    fourth.autostart();
+    assert_ne!(wait_for(&fourth, MachineState::Running).pid, Some(pid));
+    fourth.stop(&name()).unwrap();
+    wait_for(&fourth, MachineState::Stopped);
+    fourth.autostart();
+    assert_eq!(fourth.status(&name()).unwrap().state, MachineState::Stopped);
+    drop(fourth);
     // What somebody else has started is not started twice.
     let mut outside = Command::new(place.options().program);
     let store = place.folder.path().join("state/vms/web1");
@@ -240,16 +258,16 @@ fn a_new_manager_finds_what_runs() {
         .arg(store.join("end"))
         .arg(store.join("vm.toml"));
     let outside = Killed(outside.spawn().unwrap());
-    let third = place.open();
+    let fifth = place.open();
     let begun = Instant::now();
     while std::os::unix::net::UnixStream::connect(place.socket()).is_err() {
         assert!(begun.elapsed() < Duration::from_secs(30));
         std::thread::sleep(Duration::from_millis(5));
     }
-    let started = third.start(&name()).unwrap();
+    let started = fifth.start(&name()).unwrap();
     assert_eq!(started.pid, Some(outside.0.id()));
-    third.stop(&name()).unwrap();
-    wait_for(&third, MachineState::Stopped);
+    fifth.stop(&name()).unwrap();
+    wait_for(&fifth, MachineState::Stopped);
 }
 
 #[test]

@@ -103,15 +103,11 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct ProcessArguments {
     /// The management socket of who has the pool open.
-    #[arg(
-        long,
-        value_name = "PATH",
-        conflicts_with = "config",
-        required_unless_present = "config"
-    )]
+    #[arg(long, value_name = "PATH", conflicts_with = "config")]
     pub(crate) socket: Option<PathBuf>,
 
-    /// A file that names the socket (`[management]`), or a gateway (`[remote]`).
+    /// A file that names the socket (`[management]`), or a gateway (`[remote]`) [default: $SMSVMM_CONFIG, or
+    /// /etc/smsvmm/host.toml].
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 

@@ -14,6 +14,8 @@ use crate::vm;
 
 /// Between two looks at a machine.
 const LOOK: Duration = Duration::from_millis(100);
+/// Characters of a reason in the list of machines.
+const SHORT: usize = 60;
 /// For so long a machine that was started may not answer before one goes without an answer.
 const START: Duration = Duration::from_secs(20);
 
@@ -90,10 +92,18 @@ fn table(machines: &[MachineStatus]) -> String {
             machine.memory.to_string(),
             machine.restart.to_string(),
             if machine.autostart { "yes" } else { "no" }.to_owned(),
-            machine.last_end.clone().unwrap_or_else(|| "-".to_owned()),
+            machine.last_end.as_deref().map_or_else(|| "-".to_owned(), short),
         ]);
     }
     table.text()
+}
+
+/// As much of a text as fits into a line; `vm status` shows all of it.
+fn short(text: &str) -> String {
+    match text.char_indices().nth(SHORT) {
+        Some((end, _)) => format!("{}...", text[..end].trim_end()),
+        None => text.to_owned(),
+    }
 }
 
 /// Shows one machine, as its manager knows it and, if it runs, as it is itself.

@@ -112,6 +112,9 @@ impl Place {
 
     fn kind(&self) -> anyhow::Result<(PathBuf, Kind)> {
         let path = self.config()?;
+        if let Err(error) = std::fs::metadata(&path) {
+            return Err(UsageError::new(format!("cannot read {}: {error}", path.display())).into());
+        }
         match remote::target(&path, Scope::All)? {
             Some(Target::Remote(remote)) if remote.scope == Scope::All => {
                 let scoped = move |scope| {
@@ -191,7 +194,15 @@ impl Place {
         let (path, kind) = self.kind()?;
         match kind {
             Kind::Manager(scoped) if matches!(scoped(Scope::All)?, Target::Manager(..)) => {
-                Ok(Some(self.manager()?.machine(&self.name()?)?.config))
+                let machine = self.manager()?.machine(&self.name()?)?;
+                if machine.pid.is_none() {
+                    let name = &machine.name;
+                    bail!(
+                        "{name} is {}, and has no console; `smsvmm vm start {name}` starts it",
+                        machine.state
+                    );
+                }
+                Ok(Some(machine.config))
             }
             _ => Ok(Some(path)),
         }

@@ -66,10 +66,10 @@ fn wrong_usage_and_wrong_configuration_end_with_2_and_say_what_is_right() {
             &["run", "vm.toml", "--set", "cpus"],
             "smsvmm: --set cpus: has no `=`",
         ),
-        (&["vm", "status"], "either by --socket PATH or by --config"),
+        (&["vm", "status"], "by --socket PATH or --config vm.toml"),
         (
             &["vm", "status", "--socket", "a", "--config", "b"],
-            "either by --socket PATH or by --config",
+            "by either --socket or --config",
         ),
         (
             &["vm", "--socket", "s", "detach", "a/b"],
