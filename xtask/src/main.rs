@@ -77,7 +77,11 @@ enum Task {
     /// Build smsvmm as one file that needs no libraries, and what stories run inside guests: target/static
     Static,
     /// Packages for Debian and Ubuntu: target/debian
-    Deb,
+    Deb {
+        /// Install them on a clean Debian, emulated, and boot a guest by the packaged service
+        #[arg(long = "try")]
+        try_them: bool,
+    },
     /// Run a command in a lab host that sees a folder at the same path
     Lab(LabArguments),
 }
@@ -175,7 +179,7 @@ fn main() -> ExitCode {
         Task::Static => build::guest_programs()
             .and_then(|()| build::static_smsvmm())
             .map(|_| ExitCode::SUCCESS),
-        Task::Deb => deb::run().map(|_| ExitCode::SUCCESS),
+        Task::Deb { try_them } => deb::run(try_them).map(|()| ExitCode::SUCCESS),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Lab(arguments) => in_lab(arguments),
     };

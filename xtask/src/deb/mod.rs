@@ -1,5 +1,7 @@
 //! `cargo xtask deb`: packages for Debian and Ubuntu.
 
+mod trial;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -11,8 +13,17 @@ use crate::host;
 /// What makes the packages; pinned, as its answers to the metadata in Cargo.toml may change.
 const CARGO_DEB: &str = "3.8.0";
 
+/// Makes the packages, and tries them on a clean Debian if that is wanted.
+pub(crate) fn run(try_them: bool) -> Result<()> {
+    let packages = make()?;
+    match try_them {
+        true => trial::run(&packages),
+        false => Ok(()),
+    }
+}
+
 /// Makes the packages; where they are.
-pub(crate) fn run() -> Result<PathBuf> {
+fn make() -> Result<PathBuf> {
     let target = build::target()?;
     let program = build::release("smsvmm")?;
     let agent = build::static_program("agent", "sms-agent")?;
