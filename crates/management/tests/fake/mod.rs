@@ -176,6 +176,7 @@ impl Vm for FakeVm {
             nets: nets.collect(),
             pools: self.pool.lock().unwrap().clone().into_iter().collect(),
             vm: Some(vm),
+            ..Metrics::default()
         }
     }
 
