@@ -10,7 +10,7 @@
 //! | PUT /v1/vms/NAME | defines it: [`MachineDefinition`] | 200 `MachineStatus` |
 //! | DELETE /v1/vms/NAME | forgets it | 204 |
 //! | PUT /v1/vms/NAME/start, shutdown, stop | as the methods of [`api::Host`] | 202 `MachineStatus` |
-//! | /v1/vms/NAME/vm/..., /v1/vms/NAME/storage/..., /v1/vms/NAME/events | passed on to the machine's socket | |
+//! | /v1/vms/NAME/vm/..., /v1/vms/NAME/storage/..., /v1/vms/NAME/events, metrics | passed on to the machine's socket | |
 //! | GET /v1/attachments | disks in use | 200 [`Attachment`](api::Attachment) |
 //! | POST /v1/attachments, to be upgraded | the disk of an [`AttachRequest`](api::AttachRequest) | 101, then vhost-user |
 //! | PATCH /v1/attachments/VM/DEVICE | a [`DiskChange`](api::DiskChange) | 200 `Attachment` |
@@ -281,7 +281,7 @@ async fn machine(
             context.ask(MACHINE_TIMEOUT, move |host| host.stop(&name)).await?;
             return Ok(own(routes::no_content()));
         }
-        (["vm" | "storage" | "events", ..], _) => return pass_on(context, name, rest, request).await,
+        (["vm" | "storage" | "events" | "metrics", ..], _) => return pass_on(context, name, rest, request).await,
         _ => return Err(routes::no_such_path(request.uri().path())),
     };
     let (act, status) = act;

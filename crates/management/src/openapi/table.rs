@@ -320,6 +320,7 @@ pub(super) fn storage() -> Vec<Operation> {
             .json::<StorageAnswer>(200, "What came of it.")
             .problem(NotFound)
             .problem(Conflict)
+            .problem(Exhausted)
             .problem(Stopping),
         operation("post", "/v1/storage/transfer", "transfer", "storage", "Move data into the pool or out of it")
             .about(
