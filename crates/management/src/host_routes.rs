@@ -32,6 +32,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::{Semaphore, watch};
 
 use crate::gateway::forward::{AnswerBody, Outgoing, forward};
+use crate::lasting::{self, Lasting};
 use crate::routes::{self, Answer, MACHINE_TIMEOUT, STORAGE_TIMEOUT};
 use crate::sse::{self, Streams};
 use crate::{metrics, openapi, transfer};
@@ -50,16 +51,27 @@ pub(crate) struct HostContext {
     attachments: Arc<Semaphore>,
     /// Those who follow the events.
     pub(crate) streams: Streams,
+    /// Those that may last.
+    lasting: Lasting,
+    /// Those for disks.
+    attaching: Lasting,
 }
 
 impl HostContext {
-    pub(crate) fn new(host: Arc<dyn Host>, news: watch::Receiver<u64>) -> Self {
+    pub(crate) fn new(
+        host: Arc<dyn Host>,
+        news: watch::Receiver<u64>,
+        lasting: Lasting,
+        attaching: Lasting,
+    ) -> Self {
         Self {
             host,
             news,
             transfers: Arc::new(Semaphore::new(transfer::MAX_TRANSFERS)),
             attachments: Arc::new(Semaphore::new(MAX_ATTACHMENTS)),
             streams: Streams::new(),
+            lasting,
+            attaching,
         }
     }
 
@@ -144,6 +156,7 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
                 let stream = context.streams.open(host, |host| host.events(), news, after);
                 return stream.map(own);
             }
+            let _room = query.lasts().then(|| context.lasting.room()).transpose()?;
             let page = routes::page(context.host.events(), context.news.clone(), &query).await;
             routes::json(StatusCode::OK, &page)
         }
@@ -171,8 +184,15 @@ async fn storage(
     match (rest, request.method()) {
         ([], &Method::POST) => {
             let asked: StorageRequest = routes::body(request.into_body()).await?;
+            let is_quick = lasting::is_quick(&asked);
             let ask = move |host: &dyn Host| host.storage(pool.as_deref(), asked);
-            let answered = context.ask(STORAGE_TIMEOUT, ask).await?;
+            let answered = match is_quick {
+                true => context.ask(MACHINE_TIMEOUT, ask).await?,
+                false => {
+                    let host = Arc::clone(&context.host);
+                    context.lasting.help(STORAGE_TIMEOUT, move || ask(&*host)).await?
+                }
+            };
             Ok(routes::json(StatusCode::OK, &answered))
         }
         (["transfer"], &Method::POST) => {
@@ -205,7 +225,13 @@ async fn attachments(
                 let detail = format!("{MAX_ATTACHMENTS} disks are in use already");
                 Problem::new(ProblemKind::Exhausted, detail)
             })?;
-            let make = async |asked| context.ask(ATTACH_TIMEOUT, move |host| host.attach(asked)).await;
+            let make = async |asked| {
+                let host = Arc::clone(&context.host);
+                context
+                    .attaching
+                    .help(ATTACH_TIMEOUT, move || host.attach(asked))
+                    .await
+            };
             let or_use = "name the manager in vm.toml";
             transfer::take_out(request, ATTACHMENT_PROTOCOL, or_use, room, make).await
         }
@@ -275,6 +301,9 @@ async fn pass_on(
     rest: &[&str],
     mut request: Request<Incoming>,
 ) -> Result<Response<AnswerBody>, Problem> {
+    let room = (rest.first() != Some(&"vm"))
+        .then(|| context.lasting.room())
+        .transpose()?;
     let machine = name.clone();
     let socket = context
         .ask(MACHINE_TIMEOUT, move |host| host.machine_socket(&machine))
@@ -288,7 +317,7 @@ async fn pass_on(
     if let Some(query) = request.uri().query() {
         path = format!("{path}?{query}");
     }
-    forward(Outgoing {
+    let answer = forward(Outgoing {
         name: name.as_str(),
         socket: &socket,
         method: request.method().clone(),
@@ -297,5 +326,10 @@ async fn pass_on(
         body: routes::bytes(request.into_body()).await?,
         upgrade,
     })
-    .await
+    .await?;
+    // It is kept until the answer has been passed on, which may be a stream.
+    Ok(answer.map(|body| match (body, room) {
+        (Either::Right(body), Some(room)) => Either::Right(body.while_(move || room.num_permits() > 0)),
+        (body, _) => body,
+    }))
 }

@@ -20,6 +20,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
+use crate::room;
+
 /// Longest time in which a client must have sent its request's head.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest time of a connection without a request that is being done.
@@ -96,7 +98,11 @@ where
     F: Future<Output = Response<B>>,
 {
     let deadline = Deadline::new();
-    let service = service_fn(|request| {
+    let service = service_fn(|request: Request<Incoming>| {
+        // Else it is when its body has been read.
+        if request.body().is_end_stream() {
+            room::request_is_complete();
+        }
         let (answer, deadline) = (answer(request), deadline.clone());
         async move {
             deadline.set(None);
@@ -144,7 +150,7 @@ mod tests {
         client.read_to_string(&mut text).await.unwrap();
         assert!(text.ends_with("done"), "{text}");
 
-        // Nothing at all; half a head; a byte of a head every nine seconds.
+        // Nothing at all; half a head.
         for head in ["", "GET / HT"] {
             let (mut client, server) = duplex(1024);
             let begin = Instant::now();
@@ -164,6 +170,50 @@ mod tests {
         let begin = Instant::now();
         served.await.unwrap();
         assert!(begin.elapsed() <= 2 * IDLE_TIMEOUT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_byte_per_second_is_too_slow() {
+        let answer = |request: Request<Incoming>| async move {
+            let status = match crate::routes::bytes(request.into_body()).await {
+                Ok(_) => 200,
+                Err(problem) => problem.status,
+            };
+            let mut answer = Response::new(Full::new(Bytes::new()));
+            *answer.status_mut() = hyper::StatusCode::from_u16(status).unwrap();
+            answer
+        };
+        let head = "POST / HTTP/1.1\r\nhost: a-long-name-of-a-host\r\ncontent-length: 100\r\n\r\n";
+        let chunked = "POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n";
+        let slow = "1\r\nx\r\n".repeat(100);
+        for (at_once, slowly, expected) in [
+            ("", head, ""),
+            (head, slow.as_str(), "HTTP/1.1 504"),
+            (chunked, &slow, "HTTP/1.1 504"),
+        ] {
+            let (client, server) = duplex(1024);
+            let begin = Instant::now();
+            tokio::spawn(serve(server, answer));
+            let (mut read, mut write) = tokio::io::split(client);
+            write.write_all(at_once.as_bytes()).await.unwrap();
+            let sent = tokio::spawn({
+                let slowly = slowly.to_owned();
+                async move {
+                    for byte in slowly.as_bytes() {
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                        if write.write_all(&[*byte]).await.is_err() {
+                            break;
+                        }
+                    }
+                }
+            });
+            let mut text = Vec::new();
+            let _ = read.read_to_end(&mut text).await;
+            let text = String::from_utf8_lossy(&text).into_owned();
+            assert!(text.starts_with(expected), "{text}");
+            assert!(begin.elapsed() <= IDLE_TIMEOUT, "{at_once} {:?}", begin.elapsed());
+            sent.abort();
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use api::{
     DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, EventPage, Liveness, NetConfig,
-    NetStatus, Problem, ProblemKind, Readiness, Removal, StorageRequest, Vm, VmState,
+    NetStatus, Problem, ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, Vm, VmState,
 };
 use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -16,8 +16,9 @@ use serde::de::DeserializeOwned;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
+use crate::lasting::{self, Lasting};
 use crate::sse::{self, Streams};
-use crate::{metrics, openapi, transfer};
+use crate::{metrics, openapi, room, transfer};
 
 /// Longest time that a client may wait for events.
 pub(crate) const MAX_WAIT: Duration = Duration::from_secs(60);
@@ -45,15 +46,18 @@ pub(crate) struct Context {
     pub(crate) transfers: Arc<Semaphore>,
     /// Those who follow the events.
     pub(crate) streams: Streams,
+    /// Those that may last.
+    lasting: Lasting,
 }
 
 impl Context {
-    pub(crate) fn new(vm: Arc<dyn Vm>, news: watch::Receiver<u64>) -> Self {
+    pub(crate) fn new(vm: Arc<dyn Vm>, news: watch::Receiver<u64>, lasting: Lasting) -> Self {
         Self {
             vm,
             news,
             transfers: Arc::new(Semaphore::new(transfer::MAX_TRANSFERS)),
             streams: Streams::new(),
+            lasting,
         }
     }
 
@@ -62,16 +66,18 @@ impl Context {
         &self,
         question: impl FnOnce(&dyn Vm) -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, Problem> {
-        self.ask_within(MACHINE_TIMEOUT, question).await
+        let vm = Arc::clone(&self.vm);
+        help(MACHINE_TIMEOUT, move || question(&*vm)).await
     }
 
-    async fn ask_within<T: Send + 'static>(
-        &self,
-        limit: Duration,
-        question: impl FnOnce(&dyn Vm) -> Result<T, Problem> + Send + 'static,
-    ) -> Result<T, Problem> {
+    async fn storage(&self, asked: StorageRequest) -> Result<StorageAnswer, Problem> {
+        if lasting::is_quick(&asked) {
+            return self.ask(move |vm| vm.storage(asked)).await;
+        }
         let vm = Arc::clone(&self.vm);
-        help(limit, move || question(&*vm)).await
+        self.lasting
+            .help(STORAGE_TIMEOUT, move || vm.storage(asked))
+            .await
     }
 }
 
@@ -141,10 +147,7 @@ async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, 
         ["v1", "storage"] => match method {
             Method::POST => {
                 let asked: StorageRequest = body(request.into_body()).await?;
-                let answered = context
-                    .ask_within(STORAGE_TIMEOUT, move |vm| vm.storage(asked))
-                    .await?;
-                Ok(json(StatusCode::OK, &answered))
+                Ok(json(StatusCode::OK, &context.storage(asked).await?))
             }
             _ => Ok(not_allowed(&method, "POST")),
         },
@@ -157,6 +160,7 @@ async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, 
                 let mut query = Query::parse(request.uri().query().unwrap_or_default())?;
                 query.after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
                 if !sse::is_wanted(request.headers()) {
+                    let _room = query.lasts().then(|| context.lasting.room()).transpose()?;
                     return Ok(json(StatusCode::OK, &events(context, &query).await));
                 }
                 let (vm, news) = (Arc::clone(&context.vm), context.news.clone());
@@ -364,6 +368,11 @@ pub(crate) struct Query {
 }
 
 impl Query {
+    /// Whether the answer may be long in coming.
+    pub(crate) fn lasts(&self) -> bool {
+        !self.wait.is_zero()
+    }
+
     pub(crate) fn parse(text: &str) -> Result<Self, Problem> {
         let mut query = Self::default();
         for pair in text.split('&').filter(|pair| !pair.is_empty()) {
@@ -416,7 +425,10 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
 pub(crate) async fn bytes(body: Incoming) -> Result<Bytes, Problem> {
     let collected = timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
     match collected {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Ok(collected)) => {
+            room::request_is_complete();
+            Ok(collected.to_bytes())
+        }
         Ok(Err(error)) if error.is::<LengthLimitError>() => {
             let detail = format!("the body has more than {MAX_BODY} bytes");
             Err(Problem::new(ProblemKind::TooLarge, detail))

@@ -9,23 +9,35 @@ use std::time::Duration;
 use api::{EventLog, Host, Problem, ProblemKind, Vm};
 use http_body_util::Either;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, oneshot, watch};
-use tokio::task::JoinSet;
+use tokio::sync::{oneshot, watch};
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::host_routes::{self, HostContext};
+use crate::lasting::Lasting;
 use crate::life;
+use crate::room::{Peer, Room};
 use crate::routes::{self, Context};
 use crate::socket::{Listening, SocketError};
 use block_io::SocketFile;
 
-/// Connections that are served at a time.
+/// Connections at a time.
 const MAX_CONNECTIONS: usize = 64;
-/// Helper threads for requests that wait for the machine.
+/// The same for a host.
+const MAX_HOST_CONNECTIONS: usize = 512;
+/// Those of a user who may not manage: enough to be told so.
+const MAX_OF_OTHERS: usize = 8;
+/// Helper threads for requests that wait for the machine, one of which is for those that are answered at once.
 const MAX_HELPERS: usize = 4;
-/// The same for a host, which has several machines and pools.
+/// The same for a host, which has several machines and pools; 8 are for those that are answered at once.
 const MAX_HOST_HELPERS: usize = 64;
+/// Of these, those for opening disks: machines that start must not wait for what administrators do.
+const MAX_ATTACHING: usize = 16;
+/// Requests at a time that may last. With streams of events, which are counted by themselves, they leave places for others.
+const MAX_LASTING: usize = 32;
+/// The same for a host.
+const MAX_HOST_LASTING: usize = 192;
 /// How long requests in progress may take to end when the server is stopped.
 const GRACE: Duration = Duration::from_secs(1);
 /// Stack of the thread and its helpers in bytes; touched pages only count.
@@ -57,7 +69,15 @@ impl Server {
         on_start: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<ServerHandle> {
         let heard = hear(vm.events());
-        self.start_answering(Answering::Vm(Context::new(vm, heard)), MAX_HELPERS, on_start)
+        self.start_answering(
+            Answering::Vm(Context::new(
+                vm,
+                heard,
+                Lasting::new(MAX_LASTING, MAX_HELPERS - 1),
+            )),
+            MAX_HELPERS,
+            on_start,
+        )
     }
 
     /// As [`Self::start`], for a host.
@@ -66,7 +86,12 @@ impl Server {
     /// The thread cannot be started.
     pub fn start_host(self, host: Arc<dyn Host>) -> io::Result<ServerHandle> {
         let heard = hear(host.events());
-        let context = Answering::Host(HostContext::new(host, heard));
+        let context = Answering::Host(HostContext::new(
+            host,
+            heard,
+            Lasting::new(MAX_HOST_LASTING, MAX_HOST_HELPERS - MAX_ATTACHING - 8),
+            Lasting::new(MAX_HOST_LASTING, MAX_ATTACHING),
+        ));
         self.start_answering(context, MAX_HOST_HELPERS, || Ok(()))
     }
 
@@ -148,7 +173,11 @@ async fn serve(
     mut stopped: oneshot::Receiver<()>,
 ) -> io::Result<()> {
     let listener = UnixListener::from_std(listener)?;
-    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let most = match *context {
+        Answering::Vm(_) => MAX_CONNECTIONS,
+        Answering::Host(_) => MAX_HOST_CONNECTIONS,
+    };
+    let room = Room::new(most);
     let mut connections = JoinSet::new();
     loop {
         let stream = tokio::select! {
@@ -164,15 +193,18 @@ async fn serve(
             },
         };
         while connections.try_join_next().is_some() {}
-        match Arc::clone(&room).try_acquire_owned() {
-            Ok(permit) => {
-                let context = Arc::clone(&context);
-                connections.spawn(async move {
-                    connection(stream, context).await;
-                    drop(permit);
-                });
-            }
-            Err(_) => refuse(&stream),
+        let (peer, forbidden) = who(&stream);
+        let most_of_one = if forbidden.is_some() { MAX_OF_OTHERS } else { most };
+        if room.is_full(peer, most_of_one) {
+            yield_now().await;
+        }
+        match room.enter(peer, most_of_one) {
+            Some(place) => room.spawn(
+                &mut connections,
+                place,
+                connection(stream, forbidden, Arc::clone(&context)),
+            ),
+            None => refuse(&stream),
         }
     }
     drop(listener);
@@ -184,9 +216,8 @@ async fn serve(
     Ok(())
 }
 
-/// Serves one request.
-async fn connection(stream: UnixStream, context: Arc<Answering>) {
-    let forbidden = may_not_manage(&stream);
+/// Serves one request; `forbidden`: why who asks may not.
+async fn connection(stream: UnixStream, forbidden: Option<Problem>, context: Arc<Answering>) {
     let answer = move |request| {
         let (context, forbidden) = (Arc::clone(&context), forbidden.clone());
         async move {
@@ -200,29 +231,36 @@ async fn connection(stream: UnixStream, context: Arc<Answering>) {
     life::serve(stream, answer).await;
 }
 
-/// Why the process at the other end must not manage this machine.
-fn may_not_manage(stream: &UnixStream) -> Option<Problem> {
+/// Whose process is at the other end, and why it must not manage this machine or host.
+fn who(stream: &UnixStream) -> (Peer, Option<Problem>) {
     let own = rustix::process::geteuid().as_raw();
     match stream.peer_cred() {
-        Ok(peer) if peer.uid() == own || peer.uid() == 0 => None,
-        Ok(peer) => Some(Problem::new(
-            ProblemKind::Forbidden,
-            format!("user {} may not manage a machine of user {own}", peer.uid()),
-        )),
-        Err(error) => Some(Problem::new(
-            ProblemKind::Forbidden,
-            format!("cannot find out who asks: {error}"),
-        )),
+        Ok(peer) if peer.uid() == own || peer.uid() == 0 => (Peer::User(Some(peer.uid())), None),
+        Ok(peer) => {
+            let detail = format!("user {} may not manage a machine of user {own}", peer.uid());
+            let problem = Problem::new(ProblemKind::Forbidden, detail);
+            (Peer::User(Some(peer.uid())), Some(problem))
+        }
+        Err(error) => {
+            let detail = format!("cannot find out who asks: {error}");
+            (
+                Peer::User(None),
+                Some(Problem::new(ProblemKind::Forbidden, detail)),
+            )
+        }
     }
 }
 
 /// Tells a client that there are too many, if it listens at once.
 fn refuse(stream: &UnixStream) {
     debug!("too many management connections");
-    let body = routes::to_json(&Problem::new(
-        ProblemKind::Exhausted,
-        format!("there are {MAX_CONNECTIONS} connections already"),
-    ));
+    let body = routes::to_json(
+        &Problem::new(
+            ProblemKind::Exhausted,
+            "as many requests as can be are worked on already",
+        )
+        .remedy("try again when one has ended"),
+    );
     let head = format!(
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
         body.len()

@@ -11,6 +11,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use api::{EventKind, Host, MachineDefinition, ProblemKind, StorageRequest, Vm, VmName};
 use fake::FakeVm;
@@ -226,4 +227,182 @@ fn what_its_description_says_is_there() {
     ] {
         assert!(metrics.contains(line), "{line}: {metrics}");
     }
+}
+
+/// What nobody should have to wait for longer; a busy machine is slow.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+impl Setup {
+    /// Sends a part of a request, and leaves it at that.
+    fn begin(&self, request: &[u8]) -> UnixStream {
+        let mut stream = UnixStream::connect(self.socket()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        // It may have lost its place by now.
+        let _ = stream.write_all(request);
+        stream
+    }
+
+    /// As [`Self::ask`], for what may be refused before it was sent as a whole.
+    fn send(&self, request: &[u8]) -> String {
+        let mut answer = Vec::new();
+        let _ = self.begin(request).read_to_end(&mut answer);
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    fn is_answered_at_once(&self) {
+        let begin = Instant::now();
+        for request in [
+            "GET /v1/host HTTP/1.1\r\nhost: x\r\n\r\n",
+            "POST /v1/storage HTTP/1.1\r\nhost: x\r\ncontent-length: 15\r\n\r\n{\"to\":\"status\"}",
+        ] {
+            let answer = self.ask(request);
+            // Its one pool is not for this.
+            assert!(
+                answer.starts_with("HTTP/1.1 200") || answer.contains("not for this"),
+                "{answer}"
+            );
+        }
+        assert!(begin.elapsed() < AT_ONCE, "{:?}", begin.elapsed());
+    }
+}
+
+#[test]
+fn a_thousand_connections_that_say_nothing_or_half_of_it_keep_nobody_out() {
+    let setup = Setup::new();
+    let halves: [&[u8]; 4] = [
+        b"",
+        b"GET /v1/ho",
+        b"GET /v1/host HTTP/1.1\r\nhost: x\r\n",
+        // Half a body.
+        b"POST /v1/storage HTTP/1.1\r\nhost: x\r\ncontent-length: 15\r\n\r\n{\"to\":",
+    ];
+    let idle: Vec<UnixStream> = (0..1000)
+        .map(|number| {
+            if number % 250 == 0 {
+                setup.is_answered_at_once();
+            }
+            setup.begin(halves[number % 4])
+        })
+        .collect();
+    setup.is_answered_at_once();
+    drop(idle);
+    setup.is_answered_at_once();
+}
+
+#[test]
+fn requests_that_last_leave_room_for_those_that_do_not() {
+    let setup = Setup::new();
+    let body = r#"{"to":"pool","request":{"operation":"wait-job","job":1}}"#;
+    let request = format!(
+        "POST /v1/storage HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let held = setup.host.hold.write().unwrap();
+    let mut lasting: Vec<UnixStream> = (0..300).map(|_| setup.begin(request.as_bytes())).collect();
+    setup.is_answered_at_once();
+    // As many wait for events, and a machine is asked the same.
+    let waiting: Vec<UnixStream> = (0..300)
+        .map(|_| setup.begin(b"GET /v1/events?after=99&wait=60 HTTP/1.1\r\nhost: x\r\n\r\n"))
+        .collect();
+    setup.is_answered_at_once();
+    let machine = setup.client(Scope::Machine("db1".into()));
+    machine.status().unwrap();
+    // A machine gets its disk.
+    let disk = r#"{"vm":"db1","disk":{"file":"/a.dsk"}}"#;
+    let upgraded = format!(
+        "POST /v1/attachments HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\nconnection: upgrade\r\nupgrade: smsvmm-vhost-user\r\n\r\n{disk}",
+        disk.len()
+    );
+    assert!(setup.ask(&upgraded).starts_with("HTTP/1.1 101"));
+    drop(held);
+    let mut counts = [0, 0];
+    for stream in &mut lasting {
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        match answer.get(9..12) {
+            Some("409") => counts[0] += 1,
+            Some("503") if answer.contains("try again") => counts[1] += 1,
+            _ => panic!("{answer}"),
+        }
+    }
+    assert!(counts[0] >= 100 && counts[1] >= 50, "{counts:?}");
+    drop(waiting);
+}
+
+#[test]
+fn bodies_and_paths_that_are_wrong_are_refused_and_change_nothing() {
+    let setup = Setup::new();
+    let put = |body: &[u8]| {
+        let head = format!(
+            "PUT /v1/vms/db1 HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        setup.send(&[head.as_bytes(), body].concat())
+    };
+    let nested = [b"{\"config\":".as_slice(), &b"[".repeat(60_000)].concat();
+    let objects = b"{\"a\":".repeat(10_000);
+    let oversized = [br#"{"config":""#.as_slice(), &b"x".repeat(70_000), b"\"}"].concat();
+    let bodies: [(&[u8], &str); 11] = [
+        (b"", "400"),
+        (b"{", "400"),
+        (b"null", "400"),
+        (b"[]", "400"),
+        (b"{} {}", "400"),
+        (br#"{"config":"a","config":"b"}"#, "400"),
+        (br#"{"config":"a","restart":"never","nothing":1}"#, "400"),
+        (b"{\"config\":\"\xff\xfe\"}", "400"),
+        (&nested, "400"),
+        (&objects, "400"),
+        (&oversized, "413"),
+    ];
+    for (body, status) in bodies {
+        let answer = put(body);
+        let start = String::from_utf8_lossy(&body[..body.len().min(60)]).into_owned();
+        assert_eq!(answer.get(9..12), Some(status), "{start}: {answer}");
+        assert!(answer.contains("urn:smsvmm:problem:"), "{answer}");
+    }
+    let long = format!("/v1/vms/{}", "x".repeat(9_000));
+    let longer = format!("/v1/vms/{}", "x".repeat(40_000));
+    for (path, statuses) in [
+        ("/v1/vms/%2e%2e", ["400"].as_slice()),
+        ("/v1/vms/%2e%2e/host", &["400"]),
+        ("/v1/vms/../host", &["404"]),
+        ("/v1/vms/db1/../../host", &["404"]),
+        ("/v1/vms/db1/vm/%2e%2e/%2e%2e/host", &["404"]),
+        ("/v1/vms/db1%2fvm", &["400"]),
+        ("/v1/vms//vm", &["400"]),
+        ("//v1/host", &["404"]),
+        ("/v1//host", &["404"]),
+        ("/v1/host/", &["404"]),
+        ("/v1/pools/%2e%2e/storage/x", &["404"]),
+        (&long, &["400"]),
+        (&longer, &["400", "414", "431"]),
+        ("http://x/v1/host", &["200"]),
+        ("*", &["400", "404"]),
+        ("/v1/host\u{fc}", &["400", "404"]),
+    ] {
+        let answer = setup.send(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes());
+        let status = answer.get(9..12).unwrap_or_default();
+        assert!(statuses.contains(&status), "{path:.40}: {answer}");
+    }
+    for head in [
+        "PUT /v1/vms/db1/stop HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab",
+        "PUT /v1/vms/db1/stop HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        "PUT /v1/vms/db1 HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    ] {
+        let answer = setup.send(head.as_bytes());
+        assert!(
+            answer.is_empty() || answer.starts_with("HTTP/1.1 400"),
+            "{head}: {answer}"
+        );
+    }
+    setup
+        .calls()
+        .iter()
+        .for_each(|call| assert!(!["define db1", "stop db1"].contains(&call.as_str()), "{call}"));
+    // A connection carries one request: what follows is not done.
+    let one = "PUT /v1/vms/db1/start HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n";
+    let answer = setup.send(format!("{one}{}", one.replace("start", "stop")).as_bytes());
+    assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{answer}");
+    assert_eq!(setup.calls(), ["start db1"]);
 }

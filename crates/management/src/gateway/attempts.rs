@@ -73,7 +73,7 @@ impl Attempts {
 }
 
 /// Of IPv6, who has one address has all of its /64.
-fn place(address: IpAddr) -> IpAddr {
+pub(super) fn place(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
             let [a, b, c, d, ..] = address.segments();

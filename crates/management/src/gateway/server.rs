@@ -1,6 +1,5 @@
 //! The gateway's thread: connections, and what is done with each request.
 
-use std::collections::BTreeMap;
 use std::fs::Metadata;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -25,17 +24,18 @@ use hyper::header::{
 use hyper::{Method, Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, oneshot};
-use tokio::task::JoinSet;
+use tokio::sync::oneshot;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::{debug, warn};
 
-use super::attempts::Attempts;
+use super::attempts::{Attempts, place};
 use super::audit::{Audit, AuditError, Line};
 use super::forward::{AnswerBody, Outgoing, forward};
 use super::rights::Asked;
+use crate::room::{Peer, Room};
 use crate::{life, openapi, routes, sse};
 
 /// Connections that are served at a time.
@@ -252,9 +252,8 @@ impl Gateway {
             shared,
         } = self;
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let room = Room::new(MAX_CONNECTIONS);
         let mut connections = JoinSet::new();
-        let by_address: Arc<Mutex<BTreeMap<IpAddr, usize>>> = Arc::default();
         loop {
             let (stream, peer) = tokio::select! {
                 _ = &mut stopped => break,
@@ -268,25 +267,24 @@ impl Gateway {
                 },
             };
             while connections.try_join_next().is_some() {}
-            let Some(place) = Place::take(&by_address, peer.ip()) else {
-                debug!(%peer, "too many connections of one address");
-                continue;
-            };
-            let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
+            let address = Peer::Address(place(peer.ip()));
+            if room.is_full(address, MAX_OF_ONE) {
+                yield_now().await;
+            }
+            let Some(entered) = room.enter(address, MAX_OF_ONE) else {
                 debug!(%peer, "too many connections");
                 continue;
             };
             // Requests are small, and answered at once.
             let _ = stream.set_nodelay(true);
             let (acceptor, shared) = (acceptor.clone(), Arc::clone(&shared));
-            connections.spawn(async move {
+            room.spawn(&mut connections, entered, async move {
                 let secured = timeout(handshake, acceptor.accept(stream)).await;
                 match secured {
                     Ok(Ok(stream)) => connection(stream, peer, shared).await,
                     Ok(Err(error)) => debug!(%error, %peer, "no TLS"),
                     Err(_) => debug!(%peer, "no TLS in time"),
                 }
-                drop((permit, place));
             });
         }
         drop(listener);
@@ -312,39 +310,6 @@ impl Drop for Running {
             && thread.join().is_err()
         {
             warn!("the gateway's thread panicked");
-        }
-    }
-}
-
-/// A connection of an address, counted until it is dropped.
-struct Place {
-    all: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
-    address: IpAddr,
-}
-
-impl Place {
-    fn take(all: &Arc<Mutex<BTreeMap<IpAddr, usize>>>, address: IpAddr) -> Option<Self> {
-        let mut counts = lock(all);
-        let count = counts.entry(address).or_default();
-        if *count >= MAX_OF_ONE {
-            return None;
-        }
-        *count += 1;
-        Some(Self {
-            all: Arc::clone(all),
-            address,
-        })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut counts = lock(&self.all);
-        if let Some(count) = counts.get_mut(&self.address) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.address);
-            }
         }
     }
 }

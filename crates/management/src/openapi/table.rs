@@ -320,6 +320,7 @@ pub(super) fn storage() -> Vec<Operation> {
             .json::<StorageAnswer>(200, "What came of it.")
             .problem(NotFound)
             .problem(Conflict)
+            .problem(Exhausted)
             .problem(Stopping),
         operation("post", "/v1/storage/transfer", "transfer", "storage", "Move data into the pool or out of it")
             .about(
@@ -415,7 +416,9 @@ pub(super) fn host() -> Vec<Operation> {
             .json::<Vec<PoolEntry>>(200, "In the order of host.toml."),
         operation("get", "/v1/pools/{pool}", "getPool", "storage", "A pool")
             .pool()
-            .json::<PoolStatus>(200, "It, with its devices, volumes and jobs."),
+            .json::<PoolStatus>(200, "It, with its devices, volumes and jobs.")
+            .problem(Conflict)
+            .problem(Stopping),
         of("get", "/v1/vms", "listMachines", "All machines")
             .json::<Vec<MachineStatus>>(200, "In the order of their names."),
         of("get", "/v1/vms/{name}", "getMachine", "A machine")

@@ -1,7 +1,7 @@
 //! A host that does nothing and remembers what it was asked.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 
 use api::virtual_disk::TransferRequest;
 use api::{
@@ -15,6 +15,8 @@ pub(crate) struct FakeHost {
     pub(crate) calls: Mutex<Vec<String>>,
     events: EventLog,
     socket: PathBuf,
+    /// Requests that last wait as long as somebody writes here.
+    pub(crate) hold: RwLock<()>,
 }
 
 impl FakeHost {
@@ -24,6 +26,7 @@ impl FakeHost {
             calls: Mutex::default(),
             events: EventLog::new(),
             socket,
+            hold: RwLock::default(),
         })
     }
 
@@ -68,7 +71,10 @@ impl Host for FakeHost {
         }
     }
 
-    fn storage(&self, pool: Option<&str>, _request: StorageRequest) -> Result<StorageAnswer, Problem> {
+    fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        if request != StorageRequest::Status {
+            drop(self.hold.read().unwrap());
+        }
         Err(self.storage_of(pool))
     }
 
