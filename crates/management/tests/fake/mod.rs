@@ -9,7 +9,7 @@ use api::virtual_disk::TransferRequest;
 use api::{
     ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, Latencies,
     Metrics, NetConfig, NetMetrics, NetStatus, Problem, ProblemKind, QueueMetrics, StorageAnswer,
-    StorageRequest, Transfer, Vm, VmState, VmStatus,
+    StorageRequest, TraceEnd, TraceOperation, TracePage, TraceRecord, Transfer, Vm, VmState, VmStatus,
 };
 
 /// A machine that does what it is told, at once or (removals) when the test says so.
@@ -177,6 +177,32 @@ impl Vm for FakeVm {
             pools: self.pool.lock().unwrap().clone().into_iter().collect(),
             vm: Some(vm),
         }
+    }
+
+    fn trace(&self, id: &DeviceId, after: &str) -> Result<TracePage, Problem> {
+        self.note(&format!("trace {id} after {after:?}"))?;
+        let status = self.status();
+        if !status.disks.iter().any(|disk| disk.config.id == *id) {
+            return Err(Problem::new(ProblemKind::NotFound, "no such disk"));
+        }
+        let record = TraceRecord {
+            time_ns: 1_700_000_000_123_456_789,
+            queue: 1,
+            operation: TraceOperation::WriteZeroes,
+            offset: 4096,
+            length: 8192,
+            latency_ns: 1_234_567,
+            end: TraceEnd::Failed,
+        };
+        Ok(TracePage {
+            records: if after.is_empty() {
+                vec![record]
+            } else {
+                Vec::new()
+            },
+            next: "1,0".to_owned(),
+            missed: 0,
+        })
     }
 
     fn events(&self) -> &EventLog {
