@@ -17,6 +17,8 @@ pub(crate) struct FakeVm {
     pub(crate) status: Mutex<VmStatus>,
     pub(crate) calls: Mutex<Vec<String>>,
     pub(crate) events: EventLog,
+    /// The requests of each of its disks.
+    pub(crate) trace: Mutex<Vec<TraceRecord>>,
     /// What it tells of its pool.
     pub(crate) pool: Mutex<Option<PoolStatus>>,
 }
@@ -40,6 +42,15 @@ impl FakeVm {
             status: Mutex::new(status),
             calls: Mutex::default(),
             events: EventLog::new(),
+            trace: Mutex::new(vec![TraceRecord {
+                time_ns: 1_700_000_000_123_456_789,
+                queue: 1,
+                operation: TraceOperation::WriteZeroes,
+                offset: 4096,
+                length: 8192,
+                latency_ns: 1_234_567,
+                end: TraceEnd::Failed,
+            }]),
             pool: Mutex::default(),
         })
     }
@@ -185,22 +196,14 @@ impl Vm for FakeVm {
         if !status.disks.iter().any(|disk| disk.config.id == *id) {
             return Err(Problem::new(ProblemKind::NotFound, "no such disk"));
         }
-        let record = TraceRecord {
-            time_ns: 1_700_000_000_123_456_789,
-            queue: 1,
-            operation: TraceOperation::WriteZeroes,
-            offset: 4096,
-            length: 8192,
-            latency_ns: 1_234_567,
-            end: TraceEnd::Failed,
+        let trace = self.trace.lock().unwrap();
+        let seen = match after.split_once(',') {
+            Some((seen, _)) => seen.parse().unwrap(),
+            None => 0,
         };
         Ok(TracePage {
-            records: if after.is_empty() {
-                vec![record]
-            } else {
-                Vec::new()
-            },
-            next: "1,0".to_owned(),
+            records: trace[seen..].to_vec(),
+            next: format!("{},0", trace.len()),
             missed: 0,
         })
     }
