@@ -10,12 +10,13 @@ mod driver;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use block_io::{IoError, Worker, WorkerOptions};
+use block_io::{IoError, Operation, Worker, WorkerOptions};
 use driver::fickle::Fickle;
 use driver::{Descriptor, Driver, Events, PATIENCE, activate, memory, readable, reset_and_wait, writable};
 use storage_virtualizer::controls::{DiskControls, DiskEvents, ErrorPolicy, Rate, RateLimit, RateLimiter};
+use storage_virtualizer::recorder::{Ended, Position};
 use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkOptions, kind};
 use storage_virtualizer::{DiskHandle, PinnedDisk};
 use virtio_core::feature;
@@ -120,6 +121,46 @@ fn a_disk_that_reports_answers_with_an_error() {
     machine.write(0);
     machine.answers(1);
     assert_eq!(machine.status(0), 1);
+}
+
+#[test]
+fn requests_and_how_they_ended_are_recorded() {
+    let mut machine = Machine::start(DiskControls::default(), 128);
+    machine.write(0);
+    machine.answers(1);
+    machine.disk.fails.store(true, Ordering::SeqCst);
+    machine.write(1);
+    machine.answers(1);
+    let seen = machine.controls.recorder().after(&Position::default());
+    let found: Vec<_> = seen
+        .records
+        .iter()
+        .map(|record| (record.operation, record.offset, record.length, record.ended))
+        .collect();
+    let write = Some(Operation::Write);
+    assert_eq!(
+        found,
+        [(write, 0, 512, Ended::Done), (write, 0, 512, Ended::Failed)]
+    );
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
+    for record in &seen.records {
+        assert!(now - record.time_ns < 60_000_000_000, "{record}");
+        assert!(record.latency_ns < 60_000_000_000, "{record}");
+    }
+
+    // Of a disk that stops each attempt is recorded, so that it can be seen why.
+    machine.controls.set_error_policy(ErrorPolicy::Stop);
+    machine.write(2);
+    wait_until("the disk stops", || machine.controls.is_stopped());
+    machine.disk.fails.store(false, Ordering::SeqCst);
+    machine.controls.resume();
+    machine.answers(1);
+    // The device comes back as after a reboot: records stay, and go on.
+    reset_and_wait(&mut machine.device);
+    let later = machine.controls.recorder().after(&seen.position);
+    let ends: Vec<_> = later.records.iter().map(|record| record.ended).collect();
+    assert_eq!(ends, [Ended::Failed, Ended::Done]);
+    assert!(later.records[1].latency_ns >= later.records[0].latency_ns);
 }
 
 #[test]

@@ -14,11 +14,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use block_io::{HostDevice, OpenOptions, Worker, WorkerOptions};
+use block_io::{HostDevice, OpenOptions, Operation, Worker, WorkerOptions};
 use driver::fickle::Fickle;
 use driver::scsi::*;
 use driver::{Driver, Events, PATIENCE, activate, memory, readable, reset_and_wait, writable};
 use storage_virtualizer::controls::{DiskControls, ErrorPolicy};
+use storage_virtualizer::recorder::{Ended, Position};
 use storage_virtualizer::scsi::{Identity, Provisioning, TransportId, Unit, UnitOptions};
 use storage_virtualizer::virtio_scsi::{
     AddUnitError, VirtioScsi, VirtioScsiHandle, VirtioScsiOptions, scsi_feature,
@@ -160,6 +161,24 @@ fn a_disk_is_found_written_and_read() {
     let counters = machine.handle.counters()[0];
     assert_eq!((counters.reads, counters.writes), (1, 1));
     assert_eq!((counters.read_bytes, counters.written_bytes), (8192, 8192));
+}
+
+#[test]
+fn what_goes_to_the_disk_of_a_unit_is_recorded_with_its_disk() {
+    let (mut machine, disk, controls) = with_stopped_disk();
+    disk.fails.store(false, Ordering::SeqCst);
+    assert_eq!(
+        machine.command(lun(0, 0), &write(5, 1), Some(readable(DATA, 512))),
+        Answer::good()
+    );
+    machine.command(lun(0, 0), &INQUIRY, Some(writable(DATA, 96)));
+    let seen = controls.recorder().after(&Position::default()).records;
+    let found: Vec<_> = seen
+        .iter()
+        .map(|record| (record.operation, record.offset, record.length, record.ended))
+        .collect();
+    let write = Some(Operation::Write);
+    assert_eq!(found, [(write, 5 * 512, 512, Ended::Done)]);
 }
 
 #[test]

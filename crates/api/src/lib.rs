@@ -22,6 +22,7 @@ mod problem;
 mod scsi;
 pub mod storage;
 mod storage_request;
+mod trace;
 mod units;
 pub mod virtual_disk;
 mod vm;
@@ -43,6 +44,7 @@ pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protoco
 pub use problem::{Problem, ProblemKind};
 pub use scsi::{MAX_LUNS, MAX_TARGETS, ScsiAccess, ScsiPath, ScsiPlace};
 pub use storage_request::{MAX_LOAD_WINDOW_MS, StorageAnswer, StorageRequest};
+pub use trace::{DebugDump, DiskTrace, TraceEnd, TraceOperation, TracePage, TraceRecord};
 pub use units::{ByteSize, Seconds};
 pub use vm::{ExitReason, MachineEntry, Transfer, Vm, VmState, VmStatus};
 

@@ -12,7 +12,8 @@ use crate::{Attachment, DeviceId, HostStatus, VmStatus};
 pub const LATENCY_CLASSES: usize = 24;
 
 /// How long requests took, by powers of two of a microsecond.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub struct Latencies {
     /// Class *i* counts what took less than 2^i microseconds and not less than 2^(i-1); the last one everything else.
     pub classes: [u64; LATENCY_CLASSES],
@@ -21,7 +22,8 @@ pub struct Latencies {
 }
 
 /// What a request queue of a disk, or of the SCSI adapter, has done.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub struct QueueMetrics {
     /// The disk; `scsi` for the adapter, whose queues serve all its disks.
     pub device: DeviceId,
@@ -48,7 +50,8 @@ pub struct QueueMetrics {
 }
 
 /// What a network card has done; "received" and "sent" are the guest's view.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub struct NetMetrics {
     /// The card.
     pub device: DeviceId,

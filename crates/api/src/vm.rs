@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::unix::net::UnixStream;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -10,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use crate::event::EventLog;
 use crate::virtual_disk::TransferRequest;
 use crate::{
-    ByteSize, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, Metrics, NetConfig, NetStatus,
-    Problem, StorageAnswer, StorageRequest, VmName,
+    ByteSize, DebugDump, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, DiskTrace, Metrics,
+    NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, TracePage, VmName,
 };
 
 /// Where a machine is in its life.
@@ -209,6 +210,40 @@ pub trait Vm: Send + Sync {
             vm: Some(self.status()),
             pools: pool.into_iter().collect(),
             ..Metrics::default()
+        }
+    }
+
+    /// The last requests of a disk that ended after `after`, which is [`TracePage::next`] of an earlier answer, or empty.
+    ///
+    /// # Errors
+    /// There is no such disk, nobody records what it does, or `after` is nothing of the kind.
+    fn trace(&self, id: &DeviceId, _after: &str) -> Result<TracePage, Problem> {
+        let problem = Problem::new(ProblemKind::Conflict, "no record is kept of this disk's requests");
+        Err(problem.about(id))
+    }
+
+    /// What it can tell of itself now.
+    fn dump(&self) -> DebugDump {
+        let metrics = self.metrics();
+        let vm = metrics.vm.unwrap_or_else(|| self.status());
+        let disks = vm.disks.iter().map(|disk| {
+            let id = disk.config.id.clone();
+            let (records, problem) = match self.trace(&id, "") {
+                Ok(page) => (page.records, None),
+                Err(problem) => (Vec::new(), Some(problem.to_string())),
+            };
+            DiskTrace { id, records, problem }
+        });
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        DebugDump {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            time_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+            disks: disks.collect(),
+            events: self.events().page(0, EventLog::CAPACITY).events,
+            queues: metrics.queues,
+            nets: metrics.nets,
+            pools: metrics.pools,
+            vm,
         }
     }
 

@@ -158,6 +158,7 @@ impl DiskService {
         } = request;
         check(&config)?;
         let controls = Arc::<DiskControls>::default();
+        controls.recorder().set_name(&format!("{vm}/{}", config.id));
         set_controls(&controls, &config);
         let place = self.0.take_place(
             (vm, config.id.clone()),

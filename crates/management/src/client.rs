@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage, HostStatus,
+    DebugDump, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage, HostStatus,
     MachineDefinition, MachineStatus, NetConfig, NetStatus, Problem, Removal, StorageAnswer, StorageRequest,
-    VmName, VmStatus,
+    TracePage, VmName, VmStatus,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -289,6 +289,22 @@ impl Client {
         let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
         let path = format!("/v1/events?after={after}&wait={seconds}");
         decode(&self.request(&Method::GET, &path, Vec::new(), wait + TIMEOUT)?)
+    }
+
+    /// The last requests of a disk after a place in its trace, which is `next` of an earlier answer, or empty.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn trace(&self, id: &DeviceId, after: &str) -> Result<TracePage, ClientError> {
+        self.get(&format!("/v1/vm/disks/{id}/trace?after={after}"))
+    }
+
+    /// What the machine can tell of itself now.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn dump(&self) -> Result<DebugDump, ClientError> {
+        self.get("/v1/vm/debug")
     }
 
     /// The whole host, of a manager.

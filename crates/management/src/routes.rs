@@ -126,6 +126,19 @@ async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, 
             let status = context.ask(move |vm| vm.change_disk(&id, &change)).await?;
             Ok(json(StatusCode::OK, &status))
         }
+        ["v1", "vm", "disks", id, "trace"] => match method {
+            Method::GET => {
+                let id = device_id(id)?;
+                let after = trace_query(request.uri().query().unwrap_or_default())?;
+                let page = context.ask(move |vm| vm.trace(&id, &after)).await?;
+                Ok(json(StatusCode::OK, &page))
+            }
+            _ => Ok(not_allowed(&method, "GET")),
+        },
+        ["v1", "vm", "debug"] => match method {
+            Method::GET => Ok(json(StatusCode::OK, &context.ask(|vm| Ok(vm.dump())).await?)),
+            _ => Ok(not_allowed(&method, "GET")),
+        },
         ["v1", "vm", "limit-groups", name] => match method {
             Method::PATCH => {
                 let name = device_id(name)?;
@@ -393,6 +406,22 @@ impl Query {
         }
         Ok(query)
     }
+}
+
+/// The `after` of a request for a trace.
+fn trace_query(text: &str) -> Result<String, Problem> {
+    let mut after = String::new();
+    for pair in text.split('&').filter(|pair| !pair.is_empty()) {
+        match pair.split_once('=') {
+            // Some clients encode commas.
+            Some(("after", value)) => after = value.replace("%2C", ",").replace("%2c", ","),
+            _ => {
+                let problem = Problem::new(ProblemKind::Invalid, "there is no such parameter");
+                return Err(problem.about(pair).remedy("use after"));
+            }
+        }
+    }
+    Ok(after)
 }
 
 /// Events after a number; waits for the first if there is none.

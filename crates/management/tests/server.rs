@@ -208,6 +208,46 @@ fn devices_are_attached_listed_and_removed_when_the_guest_says_so() {
 }
 
 #[test]
+fn the_trace_of_a_disk_goes_on_where_a_reader_stopped_and_a_dump_has_all_disks() {
+    let setup = setup();
+    let id = setup
+        .client
+        .attach_disk(&DiskConfig::new("/a.raw"))
+        .unwrap()
+        .config
+        .id;
+    let first = setup.client.trace(&id, "").unwrap();
+    assert_eq!((first.records.len(), first.next.as_str()), (1, "1,0"));
+    let record = first.records[0];
+    let newer = api::TraceRecord { offset: 0, ..record };
+    setup.vm.trace.lock().unwrap().push(newer);
+    let second = setup.client.trace(&id, &first.next).unwrap();
+    assert_eq!(second.records, [newer]);
+    let (_, body) = raw(
+        &setup.path,
+        &request("GET", "/v1/vm/disks/disk0/trace?after=1%2C0", ""),
+    );
+    assert!(body.contains(r#""offset":0"#) && !body.contains("4096"), "{body}");
+
+    setup.vm.events.record(EventKind::Paused);
+    let dump = setup.client.dump().unwrap();
+    assert_eq!(dump.disks[0].records, [record, newer]);
+    assert_eq!((dump.queues.len(), dump.events.len()), (1, 1));
+
+    let problem = problem_of(setup.client.trace(&"other".parse().unwrap(), ""));
+    assert_eq!(problem.kind, ProblemKind::NotFound);
+    for (method, path, status) in [
+        ("GET", "/v1/vm/disks/disk0/trace?before=1", "400"),
+        ("POST", "/v1/vm/disks/disk0/trace", "405"),
+        ("PUT", "/v1/vm/debug", "405"),
+        ("GET", "/v1/vm/nets/net0/trace", "404"),
+    ] {
+        let (line, _) = raw(&setup.path, &request(method, path, ""));
+        assert!(line.contains(status), "{method} {path}: {line}");
+    }
+}
+
+#[test]
 fn events_are_paged_and_waited_for() {
     let setup = setup();
     setup.vm.events.record(EventKind::Started);

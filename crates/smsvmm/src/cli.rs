@@ -73,6 +73,8 @@ pub(crate) enum Command {
     Events(EventsArguments),
     /// What a pool that is open, and its machine, have to do: refreshed until Ctrl-C.
     Top(TopArguments),
+    /// What a machine did just now: a dump of all that it can tell of itself, a disk's requests as they end.
+    Debug(DebugArguments),
     /// Give disks to virtual machines of other programs.
     #[command(subcommand)]
     Share(ShareCommand),
@@ -126,6 +128,46 @@ pub(crate) struct EventsArguments {
     /// Leave out events up to this number.
     #[arg(long, default_value_t = 0, value_name = "NUMBER")]
     pub(crate) after: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DebugArguments {
+    /// The machine's management socket.
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
+
+    /// The machine's configuration, which names its management socket; or host.toml, or a file with [remote]
+    /// [default: $SMSVMM_CONFIG, or /etc/smsvmm/host.toml].
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Of the machines of a host's manager, the one of this name.
+    #[arg(long, global = true, value_name = "NAME")]
+    pub(crate) vm: Option<VmName>,
+
+    #[command(subcommand)]
+    pub(crate) command: DebugCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DebugCommand {
+    /// Print, as JSON, how the machine is, its last events, the last requests of each disk, counters, pools. Nothing of what is on the disks.
+    Dump {
+        /// Write it to this file.
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Print the last requests of a disk, and then each one as it ends: time, queue, operation, first byte + bytes, latency, outcome.
+    Trace {
+        /// The disk's identifier; `smsvmm vm status` lists them.
+        disk: DeviceId,
+        /// Print each as one line of JSON.
+        #[arg(long)]
+        json: bool,
+        /// Print the last requests, and end.
+        #[arg(long)]
+        once: bool,
+    },
 }
 
 #[derive(Debug, Args)]

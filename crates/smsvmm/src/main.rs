@@ -8,6 +8,7 @@
 
 mod certificates;
 mod cli;
+mod debug;
 mod exit;
 mod gateway;
 mod host;
@@ -81,6 +82,7 @@ fn execute(command: Command) -> anyhow::Result<Exit> {
         Command::Disk(arguments) => storage::disk(arguments),
         Command::Job(arguments) => storage::job(arguments),
         Command::Events(arguments) => vm::pool_events(arguments),
+        Command::Debug(arguments) => debug::execute(arguments),
         Command::Top(arguments) => top::execute(arguments),
         Command::Share(command) => share::execute(&command),
         Command::Gateway(arguments) => gateway::execute(&arguments),

@@ -20,7 +20,7 @@ use crate::exit::{Exit, UsageError};
 use crate::manager_disks::ManagedDisks;
 use crate::pool::VmPool;
 use crate::signals::Signals;
-use crate::{logs, preflight};
+use crate::{debug, logs, preflight};
 
 pub(crate) fn run(arguments: &RunArguments) -> anyhow::Result<Exit> {
     // What confines the process allows to write to what is open, and nothing else.
@@ -52,6 +52,7 @@ fn live(arguments: &RunArguments) -> anyhow::Result<(Exit, String)> {
     if arguments.dry_run {
         return Ok((preflight::report(&config, arguments.json)?, String::new()));
     }
+    debug::tell_on_panic();
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     let micro_guest = host::can_boot_stock_kernel()?;

@@ -22,7 +22,7 @@ use sd_notify::NotifyState;
 use crate::cli::ServeArguments;
 use crate::exit::{Exit, UsageError};
 use crate::signals::Signals;
-use crate::{logs, toml_file};
+use crate::{debug, logs, toml_file};
 
 /// Bytes of events that are kept at least; at most twice as many.
 const EVENTS: u64 = 4 << 20;
@@ -57,6 +57,7 @@ fn notify(states: &[NotifyState<'_>]) {
 pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<Exit> {
     let path = &arguments.config;
     let config = config(path)?;
+    debug::tell_on_panic();
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     for folder in [&config.state, &config.runtime]

@@ -13,13 +13,13 @@ use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
 use storage_virtualizer::virtio_blk::{MAX_QUEUES, VirtioBlkOptions, fitting_serial};
 
 use crate::exit::{Exit, UsageError};
-use crate::logs;
 use crate::pool::{served, with_pool};
 use crate::share_iscsi::{self, IscsiArguments};
 use crate::share_nbd::{self, NbdArguments};
 use crate::share_scsi::{self, VhostUserScsiArguments};
 use crate::signals::Signals;
 use crate::storage::Which;
+use crate::{debug, logs};
 
 /// A limited disk may be ahead of its rate by what it has in so many parts of a second.
 const BURST_PARTS: u64 = 10;
@@ -95,6 +95,7 @@ pub(crate) struct Serving {
 }
 
 pub(crate) fn execute(command: &ShareCommand) -> anyhow::Result<Exit> {
+    debug::tell_on_panic();
     match command {
         ShareCommand::VhostUser(arguments) => vhost_user(arguments),
         ShareCommand::VhostUserScsi(arguments) => share_scsi::vhost_user_scsi(arguments),
@@ -172,7 +173,7 @@ fn server_options(arguments: &VhostUserArguments, name: &str, read_only: bool) -
         device: VirtioBlkOptions {
             serial: fitting_serial(name),
             queues: arguments.serving.queues,
-            controls: Arc::new(arguments.serving.controls()),
+            controls: Arc::new(arguments.serving.controls(name)),
             ..VhostUserOptions::default().device
         },
         ..VhostUserOptions::default()
@@ -234,13 +235,14 @@ impl Serving {
         Ok((0..self.threads).map(start).collect::<Result<_, _>>()?)
     }
 
-    /// The settings of one disk.
-    pub(crate) fn controls(&self) -> DiskControls {
+    /// The settings of the disk of this name.
+    pub(crate) fn controls(&self, name: &str) -> DiskControls {
         let rate = |per_second: u64| Rate {
             per_second,
             burst: per_second / BURST_PARTS,
         };
         let controls = DiskControls::default();
+        controls.recorder().set_name(name);
         controls.set_polling(Duration::from_micros(self.poll_us.into()));
         controls.set_limit(RateLimit {
             operations: self.limit_iops.map(rate),

@@ -94,7 +94,7 @@ pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Res
             name: name.clone(),
             unit: Arc::new(Unit::new(options)),
             disk,
-            controls: Arc::new(arguments.serving.controls()),
+            controls: Arc::new(arguments.serving.controls(name)),
         });
     }
     let workers = arguments.serving.workers("scsi")?;
@@ -126,7 +126,7 @@ fn serve_pool_disks(
             name: path.clone(),
             unit: Arc::new(unit),
             disk: disk.handle().clone(),
-            controls: Arc::new(arguments.serving.controls()),
+            controls: Arc::new(arguments.serving.controls(path)),
         });
         guards.push(disk.into_guard());
     }

@@ -76,10 +76,10 @@ pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
 
 /// Where a machine is looked for.
 #[derive(Debug, Clone)]
-struct Place {
-    socket: Option<PathBuf>,
-    config: Option<PathBuf>,
-    vm: Option<VmName>,
+pub(crate) struct Place {
+    pub(crate) socket: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
+    pub(crate) vm: Option<VmName>,
 }
 
 /// What a configuration is, as far as machines are concerned.
@@ -163,7 +163,7 @@ impl Place {
     }
 
     /// The machine; of a manager all of it if no machine is named.
-    fn client(&self) -> anyhow::Result<Client> {
+    pub(crate) fn client(&self) -> anyhow::Result<Client> {
         if let Some(socket) = &self.socket {
             if self.config.is_some() {
                 return Err(UsageError::new("name the machine by either --socket or --config").into());

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use block_io::IoError;
 
+use crate::queue::recorder::Recorder;
 use crate::queue::{Counters, QueueStatistics};
 
 pub use rate::{Rate, RateLimit, RateLimiter};
@@ -44,7 +45,6 @@ const STOPS_ON_ERROR: u32 = 1 << 3;
 const GATE: u32 = LIMITED | GROUP | STOPPED;
 
 /// The settings of one disk.
-#[derive(Default)]
 pub struct DiskControls {
     flags: AtomicU32,
     poll_micros: AtomicU32,
@@ -55,6 +55,22 @@ pub struct DiskControls {
     waiting: Mutex<Vec<Waker>>,
     /// What the queues of the device that shows the disk have done.
     statistics: Mutex<Vec<Arc<QueueStatistics>>>,
+    recorder: Arc<Recorder>,
+}
+
+impl Default for DiskControls {
+    fn default() -> Self {
+        Self {
+            flags: AtomicU32::default(),
+            poll_micros: AtomicU32::default(),
+            limiter: RateLimiter::default(),
+            group: None,
+            events: None,
+            waiting: Mutex::default(),
+            statistics: Mutex::default(),
+            recorder: Recorder::new(),
+        }
+    }
 }
 
 impl fmt::Debug for DiskControls {
@@ -119,6 +135,11 @@ impl DiskControls {
     pub fn counters(&self) -> Vec<Counters> {
         let statistics = self.statistics.lock().unwrap_or_else(PoisonError::into_inner);
         statistics.iter().map(|queue| queue.counters()).collect()
+    }
+
+    /// The last requests of the disk, by whatever device or server that has these controls.
+    pub fn recorder(&self) -> &Arc<Recorder> {
+        &self.recorder
     }
 
     /// A device with these queues shows the disk from now on.

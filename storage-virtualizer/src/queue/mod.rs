@@ -1,16 +1,18 @@
 //! A virtqueue served: what all our virtio devices have in common.
 //!
 //! `server` takes chains out of the ring and puts answers in, [`Service`] says what the chains mean, [`Gate`] is where requests
-//! wait that a disk's `controls` hold back, [`Control`] is how a device talks to its servers, [`QueueStatistics`] counts.
+//! wait that a disk's `controls` hold back, [`Control`] is how a device talks to its servers, [`QueueStatistics`] counts,
+//! [`recorder`] keeps the last requests.
 
 mod control;
 mod gate;
 mod log_limit;
+pub mod recorder;
 mod server;
 mod statistics;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block_io::WorkerHandle;
 use virtio_core::{ActiveQueue, DeviceEvents, GuestMemory};
@@ -29,12 +31,15 @@ pub(crate) trait Service: 'static {
     /// Does what a chain asks for and writes the answer into it. Returns how many bytes of its memory the device may have
     /// written, or nothing if the chain is not to be answered: then whoever serves the queue next finds it.
     ///
+    /// The chain was taken at `begin`.
+    ///
     /// # Errors
     /// The driver broke the rules: why.
     fn serve(
         &self,
         server: &ServerLink,
         buffers: &mut Buffers,
+        begin: Instant,
     ) -> impl Future<Output = Result<Option<u32>, String>>;
 
     /// Whether chains that wait in [`Self::serve`] for something else than the disk can go on.

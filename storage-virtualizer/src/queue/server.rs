@@ -323,7 +323,8 @@ impl<S: Service> Server<S> {
         let mut buffers = Buffers::default();
         while let Order::Serve(head) = slot.next().await {
             let begin = self.taken_at.get();
-            match self.serve_chain(head, &mut buffers).await {
+            let moment = self.start + Duration::from_micros(begin);
+            match self.serve_chain(head, &mut buffers, moment).await {
                 Ok(Some(written)) => {
                     self.statistics
                         .count_time(self.answered_at().saturating_sub(begin));
@@ -355,11 +356,16 @@ impl<S: Service> Server<S> {
 
     /// Has the service do what the chain asks for; returns how much of its memory the device may have written, or nothing if
     /// the chain is not to be answered.
-    async fn serve_chain(&self, head: u16, buffers: &mut Buffers) -> Result<Option<u32>, String> {
+    async fn serve_chain(
+        &self,
+        head: u16,
+        buffers: &mut Buffers,
+        begin: Instant,
+    ) -> Result<Option<u32>, String> {
         buffers
             .take_chain(self.table, &self.memory, head)
             .map_err(|error| error.to_string())?;
-        self.service.serve(&self.link, buffers).await
+        self.service.serve(&self.link, buffers, begin).await
     }
 
     fn unmark(&self, head: u16) {

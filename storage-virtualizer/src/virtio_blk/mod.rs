@@ -237,7 +237,8 @@ where
 
     /// Has one queue served on its worker; nothing if the device has no such queue.
     pub(crate) fn serve(&self, start: QueueStart) -> Option<Arc<Control>> {
-        let index = usize::from(start.queue.index);
+        let queue = start.queue.index;
+        let index = usize::from(queue);
         let statistics = self.shared.statistics.get(index)?;
         let has = |feature| start.features & feature == feature;
         let (flush, config_wce) = (has(blk_feature::FLUSH), has(blk_feature::CONFIG_WCE));
@@ -249,6 +250,8 @@ where
                 disk: shared.disk.local()?,
                 settings: Arc::clone(&shared.settings),
                 statistics: Arc::clone(&shared.statistics[index]),
+                ring: shared.controls.recorder().ring(),
+                queue,
                 gate: Gate::new(Arc::clone(&shared.controls)),
                 flush,
                 config_wce,

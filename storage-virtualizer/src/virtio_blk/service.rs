@@ -3,13 +3,14 @@
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use block_io::{BlockDevice, IoBuf};
+use block_io::{BlockDevice, IoBuf, Operation};
 
 use super::execute::{Context, ID_LENGTH, execute, status_of};
-use super::request::{Request, Status, decode};
+use super::request::{Ranges, Request, Status, decode};
 use crate::chain::Buffers;
+use crate::queue::recorder::{Asked, Ended, Ring};
 use crate::queue::{Admission, Gate, QueueStatistics, ServerLink, Service};
 
 /// What the queues of a device share.
@@ -25,6 +26,10 @@ pub(super) struct BlkService<L> {
     pub(super) disk: L,
     pub(super) settings: Arc<Settings>,
     pub(super) statistics: Arc<QueueStatistics>,
+    /// Of the worker's thread.
+    pub(super) ring: Arc<Ring>,
+    /// Number of the queue.
+    pub(super) queue: u16,
     pub(super) gate: Gate,
     /// The driver can flush; without, every write must be durable (virtio 1.2 §5.2.6.2).
     pub(super) flush: bool,
@@ -39,7 +44,13 @@ where
     L: Deref<Target: BlockDevice + Sized> + 'static,
 {
     /// The disk's answer, however long it takes; none if the server ends before.
-    async fn have_done(&self, server: &ServerLink, request: &Request<'_>) -> Option<Status> {
+    async fn have_done(
+        &self,
+        server: &ServerLink,
+        request: &Request<'_>,
+        asked: Asked,
+        begin: Instant,
+    ) -> Option<Status> {
         loop {
             if self.gate.is_closed() {
                 // Not on the usual way: memory for it only where it is needed.
@@ -58,6 +69,7 @@ where
             if let Err(error) = &outcome {
                 server.log(error);
                 if self.gate.stops_on(error) {
+                    self.record(asked, status_of(&outcome), begin);
                     continue;
                 }
             }
@@ -69,16 +81,47 @@ where
         self.flush && (!self.config_wce || self.settings.write_back.load(Ordering::Relaxed))
     }
 
-    fn count(&self, request: &Request<'_>) {
-        let length = |data: &[IoBuf]| data.iter().map(|piece| piece.len() as u64).sum();
-        match request {
-            Request::Read { data, .. } => self.statistics.count_read(length(data)),
-            Request::Write { data, .. } => self.statistics.count_write(length(data)),
-            Request::Flush => self.statistics.count_flush(),
-            Request::GetId { .. } | Request::Discard(_) | Request::WriteZeroes(_) => {
-                self.statistics.count_other();
-            }
+    fn count(&self, asked: Asked) {
+        match asked.operation {
+            Some(Operation::Read) => self.statistics.count_read(asked.length),
+            Some(Operation::Write) => self.statistics.count_write(asked.length),
+            Some(Operation::Flush) => self.statistics.count_flush(),
+            Some(Operation::Discard | Operation::WriteZeroes) | None => self.statistics.count_other(),
         }
+    }
+
+    /// A request, or one attempt of it, ends now.
+    fn record(&self, asked: Asked, status: Status, begin: Instant) {
+        let ended = match status {
+            Status::Ok => Ended::Done,
+            Status::IoError => Ended::Failed,
+            Status::Unsupported => Ended::Unsupported,
+        };
+        self.ring
+            .record(self.queue, asked, ended, begin, block_io::moment());
+    }
+}
+
+/// A request in numbers.
+fn asked_of(request: &Request<'_>) -> Asked {
+    let length = |data: &[IoBuf]| data.iter().map(|piece| piece.len() as u64).sum();
+    let asked = |operation, offset, length| Asked {
+        operation,
+        offset,
+        length,
+    };
+    let ranges = |operation, ranges: &Ranges| {
+        let first = ranges.iter().next().map_or(0, |range| range.offset);
+        let all = ranges.iter().map(|range| range.length);
+        asked(Some(operation), first, all.fold(0, u64::saturating_add))
+    };
+    match request {
+        Request::Read { offset, data } => asked(Some(Operation::Read), *offset, length(data)),
+        Request::Write { offset, data } => asked(Some(Operation::Write), *offset, length(data)),
+        Request::Flush => asked(Some(Operation::Flush), 0, 0),
+        Request::GetId { data } => asked(None, 0, length(data)),
+        Request::Discard(all) => ranges(Operation::Discard, all),
+        Request::WriteZeroes(all) => ranges(Operation::WriteZeroes, all),
     }
 }
 
@@ -86,19 +129,26 @@ impl<L> Service for BlkService<L>
 where
     L: Deref<Target: BlockDevice + Sized> + 'static,
 {
-    async fn serve(&self, server: &ServerLink, buffers: &mut Buffers) -> Result<Option<u32>, String> {
+    async fn serve(
+        &self,
+        server: &ServerLink,
+        buffers: &mut Buffers,
+        begin: Instant,
+    ) -> Result<Option<u32>, String> {
         let written = buffers.writable_length();
         let decoded = decode(buffers).map_err(|error| error.to_string())?;
-        let status = match decoded.request {
+        let (asked, status) = match decoded.request {
             Ok(request) => {
-                self.count(&request);
-                match self.have_done(server, &request).await {
-                    Some(status) => status,
+                let asked = asked_of(&request);
+                self.count(asked);
+                match self.have_done(server, &request, asked, begin).await {
+                    Some(status) => (asked, status),
                     None => return Ok(None),
                 }
             }
-            Err(status) => status,
+            Err(status) => (Asked::NOTHING, status),
         };
+        self.record(asked, status, begin);
         if status != Status::Ok {
             self.statistics.count_error();
         }

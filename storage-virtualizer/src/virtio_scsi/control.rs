@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::adapter::{Adapter, Reach};
 use super::request::{ControlKind, ControlRequest, Response};
@@ -104,7 +105,12 @@ impl<H: DiskHandle> ControlService<H> {
 }
 
 impl<H: DiskHandle> Service for ControlService<H> {
-    async fn serve(&self, server: &ServerLink, buffers: &mut Buffers) -> Result<Option<u32>, String> {
+    async fn serve(
+        &self,
+        server: &ServerLink,
+        buffers: &mut Buffers,
+        _: Instant,
+    ) -> Result<Option<u32>, String> {
         let request = ControlRequest::decode(buffers)?;
         let response = match request.kind {
             ControlKind::Task {

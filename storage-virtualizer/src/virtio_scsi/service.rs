@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block_io::{
     Allocation, BlockDevice, Durability, Geometry, IoBuf, IoCause, IoError, Operation, ZeroMode, list,
@@ -14,6 +14,7 @@ use super::request::{Attribute, Request, Response};
 use super::tasks::{Sweep, Tasks};
 use crate::chain::Buffers;
 use crate::disk_handle::DiskHandle;
+use crate::queue::recorder::{Asked, Ended, Ring};
 use crate::queue::{Admission, Gate, QueueStatistics, ServerLink, Service};
 use crate::scsi::{self, Code, Command, Found, Nexus, Outcome, Sense};
 
@@ -26,6 +27,7 @@ struct LocalUnit<H: DiskHandle> {
     nexus: Arc<Nexus>,
     disk: H::Local,
     gate: Gate,
+    ring: Arc<Ring>,
     /// It was removed: what waits for it ends.
     is_gone: Cell<bool>,
 }
@@ -106,6 +108,7 @@ impl<H: DiskHandle> CommandService<H> {
                 let unit = Rc::new(LocalUnit {
                     disk: lun.handle.disk().local().map_err(|error| error.to_string())?,
                     gate: Gate::new(Arc::clone(lun.handle.controls())),
+                    ring: lun.handle.controls().recorder().ring(),
                     nexus: Arc::clone(port.nexus()),
                     lun,
                     is_gone: Cell::new(false),
@@ -155,6 +158,7 @@ impl<H: DiskHandle> CommandService<H> {
             tasks: &self.tasks,
             place,
             statistics: &self.statistics,
+            queue: u16::try_from(self.queue).unwrap_or(u16::MAX),
             outlived: self.outlived,
             is_abandoned: Cell::new(false),
         };
@@ -184,7 +188,12 @@ impl<H: DiskHandle> CommandService<H> {
 }
 
 impl<H: DiskHandle> Service for CommandService<H> {
-    async fn serve(&self, server: &ServerLink, buffers: &mut Buffers) -> Result<Option<u32>, String> {
+    async fn serve(
+        &self,
+        server: &ServerLink,
+        buffers: &mut Buffers,
+        _: Instant,
+    ) -> Result<Option<u32>, String> {
         let request = Request::decode(buffers, &self.adapter.sizes)
             .ok_or("a request is shorter than its header, or has no room for a response")?;
         let outcome = match self.find(server, request.address)? {
@@ -260,6 +269,7 @@ struct Gated<'a, H: DiskHandle> {
     tasks: &'a Tasks,
     place: usize,
     statistics: &'a QueueStatistics,
+    queue: u16,
     outlived: bool,
     /// The command is not to be answered.
     is_abandoned: Cell<bool>,
@@ -273,6 +283,17 @@ impl<H: DiskHandle> Gated<'_, H> {
         request: impl AsyncFn(&H::Disk) -> Result<(), IoError>,
     ) -> Result<(), IoError> {
         let is_ended = || self.tasks.is_ended(self.place) || self.unit.is_gone.get();
+        let begin = block_io::moment();
+        let record = |ended| {
+            let asked = Asked {
+                operation: Some(operation),
+                offset,
+                length,
+            };
+            self.unit
+                .ring
+                .record(self.queue, asked, ended, begin, block_io::moment());
+        };
         loop {
             if self.unit.gate.is_closed() {
                 // Not on the usual way: memory for it only where it is needed.
@@ -291,6 +312,10 @@ impl<H: DiskHandle> Gated<'_, H> {
                 }
             }
             let outcome = request(&self.unit.disk).await;
+            record(match outcome {
+                Ok(()) => Ended::Done,
+                Err(_) => Ended::Failed,
+            });
             if let Err(error) = &outcome {
                 self.statistics.count_error();
                 self.server.log(error);

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use api::virtual_disk::TransferRequest;
 use api::{
     DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, Metrics, NetConfig, NetStatus,
-    Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, VmState, VmStatus,
+    Problem, ProblemKind, StorageAnswer, StorageRequest, TracePage, Transfer, VmState, VmStatus,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -255,6 +255,20 @@ impl api::Vm for Control {
             pools,
             ..Metrics::default()
         }
+    }
+
+    fn trace(&self, id: &DeviceId, after: &str) -> Result<TracePage, Problem> {
+        let opener = &self.0.opener;
+        if opener.manager.is_some() && opener.settings.is_of_pool(id) {
+            let problem = Problem::new(
+                ProblemKind::Conflict,
+                format!("`{id}` is served by the host's manager, which keeps its records"),
+            );
+            return Err(problem
+                .about(id)
+                .remedy("they are in the manager's log when a request fails"));
+        }
+        opener.settings.trace(id, after)
     }
 
     fn events(&self) -> &EventLog {

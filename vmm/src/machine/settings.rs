@@ -13,10 +13,12 @@ use std::time::Duration;
 
 use api::{
     DeviceId, DiskChange, DiskConfig, DiskLimits, EventKind, EventLog, InvalidValue, Problem, ProblemKind,
+    TraceEnd, TraceOperation, TracePage, TraceRecord,
 };
-use block_io::{IoError, error_chain};
+use block_io::{IoError, Operation, error_chain};
 use storage_virtualizer::Counters;
 use storage_virtualizer::controls::{DiskControls, DiskEvents, ErrorPolicy, Rate, RateLimit, RateLimiter};
+use storage_virtualizer::recorder::{Ended, Record};
 
 /// Has the machine paused. Called on a disk's worker: must not wait.
 type Pause = Box<dyn Fn() + Send + Sync>;
@@ -156,6 +158,7 @@ impl DiskSettings {
     /// A disk is in use from now on, and may be changed. If its name is taken, the machine will refuse it, and the one that has the
     /// name stays.
     pub(super) fn enter(&self, id: DeviceId, setting: &Arc<DiskSetting>) {
+        setting.controls.recorder().set_name(&id.to_string());
         let mut disks = locked(&self.disks);
         disks.retain(|_, disk| disk.strong_count() > 0);
         disks.entry(id).or_insert_with(|| Arc::downgrade(setting));
@@ -170,16 +173,9 @@ impl DiskSettings {
     /// Changes a disk that is in use.
     pub(super) fn change(&self, id: &DeviceId, change: &DiskChange) -> Result<(), Problem> {
         let setting = locked(&self.disks).get(id).and_then(Weak::upgrade);
-        let Some(setting) = setting else {
-            let problem = Problem::new(ProblemKind::NotFound, format!("the VM has no disk `{id}`"));
-            return Err(problem.about(id).remedy("`smsvmm vm status` lists the disks"));
-        };
+        let setting = setting.ok_or_else(|| no_such_disk(id))?;
         if setting.config().vhost_user.is_some() {
-            let problem = Problem::new(
-                ProblemKind::Conflict,
-                format!("`{id}` is served by another process, which has its settings"),
-            );
-            return Err(problem.about(id).remedy("set them where it is served"));
+            return Err(served_elsewhere(id).remedy("set them where it is served"));
         }
         let changed = setting.config().changed(change).map_err(impossible)?;
         setting.put(changed);
@@ -221,6 +217,28 @@ impl DiskSettings {
             .collect()
     }
 
+    /// The last requests of a disk after `after`.
+    pub(super) fn trace(&self, id: &DeviceId, after: &str) -> Result<TracePage, Problem> {
+        let setting = locked(&self.disks).get(id).and_then(Weak::upgrade);
+        let setting = setting.ok_or_else(|| no_such_disk(id))?;
+        let config = setting.config();
+        if config.vhost_user.is_some() {
+            return Err(served_elsewhere(id).remedy("look at the process that serves it"));
+        }
+        let position = after.parse().map_err(|_| {
+            let problem = Problem::new(ProblemKind::Invalid, format!("`{after}` is no place in a trace"));
+            problem
+                .about("after")
+                .remedy("give `next` of an answer, or nothing")
+        })?;
+        let found = setting.controls.recorder().after(&position);
+        Ok(TracePage {
+            records: found.records.iter().map(of_record).collect(),
+            next: found.position.to_string(),
+            missed: found.missed,
+        })
+    }
+
     /// Has disks that stopped try again.
     pub(super) fn resume(&self) {
         let disks: Vec<_> = locked(&self.disks).values().filter_map(Weak::upgrade).collect();
@@ -249,6 +267,39 @@ impl DiskEvents for Stopping {
         if let Some(pause) = self.pause.get() {
             pause();
         }
+    }
+}
+
+fn no_such_disk(id: &DeviceId) -> Problem {
+    let problem = Problem::new(ProblemKind::NotFound, format!("the VM has no disk `{id}`"));
+    problem.about(id).remedy("`smsvmm vm status` lists the disks")
+}
+
+fn served_elsewhere(id: &DeviceId) -> Problem {
+    let detail = format!("`{id}` is served by another process, which has its settings and its trace");
+    Problem::new(ProblemKind::Conflict, detail).about(id)
+}
+
+fn of_record(record: &Record) -> TraceRecord {
+    TraceRecord {
+        time_ns: record.time_ns,
+        queue: record.queue,
+        operation: match record.operation {
+            Some(Operation::Read) => TraceOperation::Read,
+            Some(Operation::Write) => TraceOperation::Write,
+            Some(Operation::Flush) => TraceOperation::Flush,
+            Some(Operation::Discard) => TraceOperation::Discard,
+            Some(Operation::WriteZeroes) => TraceOperation::WriteZeroes,
+            None => TraceOperation::Other,
+        },
+        offset: record.offset,
+        length: record.length,
+        latency_ns: record.latency_ns,
+        end: match record.ended {
+            Ended::Done => TraceEnd::Ok,
+            Ended::Failed => TraceEnd::Failed,
+            Ended::Unsupported => TraceEnd::Unsupported,
+        },
     }
 }
 

@@ -71,6 +71,8 @@ mod tests {
         let path = |method: Method, path: &[&str]| Asked::Path(&method, path).needs();
         assert_eq!(path(Method::GET, &["vm"]), Role::Viewer);
         assert_eq!(path(Method::GET, &["events"]), Role::Viewer);
+        assert_eq!(path(Method::GET, &["vm", "disks", "d", "trace"]), Role::Viewer);
+        assert_eq!(path(Method::GET, &["vm", "debug"]), Role::Viewer);
         assert_eq!(path(Method::PUT, &["vm", "stop"]), Role::Operator);
         assert_eq!(path(Method::PATCH, &["vm", "disks", "d"]), Role::Operator);
         assert_eq!(path(Method::POST, &["vm", "disks"]), Role::Administrator);

@@ -6,9 +6,10 @@
 use api::storage::PoolStatus;
 use api::virtual_disk::TransferRequest;
 use api::{
-    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, DiskChange, DiskConfig, DiskLimits, DiskStatus,
-    EventPage, HostStatus, Liveness, MachineDefinition, MachineEntry, MachineStatus, NetConfig, NetStatus,
-    PoolEntry, Problem, ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, VmStatus,
+    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, DebugDump, DiskChange, DiskConfig, DiskLimits,
+    DiskStatus, EventPage, HostStatus, Liveness, MachineDefinition, MachineEntry, MachineStatus, NetConfig,
+    NetStatus, PoolEntry, Problem, ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, TracePage,
+    VmStatus,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
@@ -256,6 +257,7 @@ pub(super) fn machine() -> Vec<Operation> {
         .problem(Conflict)
         .problem(Stopping),
     );
+    all.extend(debugging());
     all.extend(devices::<NetConfig, NetStatus>([
         ("/v1/vm/nets", "listNets", "All network cards"),
         ("/v1/vm/nets", "attachNet", "Attach a network card"),
@@ -275,6 +277,43 @@ fn action(path: &'static str, id: &'static str, summary: &'static str) -> Operat
     operation("put", path, id, "machine", summary)
         .answer(204, "It is done.", Vec::new())
         .problem(Stopping)
+}
+
+/// What happened just now.
+fn debugging() -> Vec<Operation> {
+    vec![
+        operation(
+            "get",
+            "/v1/vm/disks/{id}/trace",
+            "getTrace",
+            "debugging",
+            "The last requests of a disk",
+        )
+        .about(
+            "Requests are told when they have ended: what they did, where, for how long. Some hundred are kept for each thread that \
+             serves the disk; ask with `after` again and again to follow it.",
+        )
+        .id("The disk.")
+        .parameter(
+            "after",
+            In::Query,
+            "`next` of an earlier answer; all that are kept if it is not given.",
+            text,
+        )
+        .json::<TracePage>(200, "In the order in which they ended.")
+        .problem(Conflict),
+        operation(
+            "get",
+            "/v1/vm/debug",
+            "getDebug",
+            "debugging",
+            "What the machine can tell of itself at one moment",
+        )
+        .json::<DebugDump>(
+            200,
+            "Its state, the last events and requests, counters, pools; nothing of what is on the disks.",
+        ),
+    ]
 }
 
 /// A kind of devices: list, attach, look, detach.

@@ -9,7 +9,7 @@ use api::virtual_disk::TransferRequest;
 use api::{
     ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, Latencies,
     Metrics, NetConfig, NetMetrics, NetStatus, Problem, ProblemKind, QueueMetrics, StorageAnswer,
-    StorageRequest, Transfer, Vm, VmState, VmStatus,
+    StorageRequest, TraceEnd, TraceOperation, TracePage, TraceRecord, Transfer, Vm, VmState, VmStatus,
 };
 
 /// A machine that does what it is told, at once or (removals) when the test says so.
@@ -17,6 +17,8 @@ pub(crate) struct FakeVm {
     pub(crate) status: Mutex<VmStatus>,
     pub(crate) calls: Mutex<Vec<String>>,
     pub(crate) events: EventLog,
+    /// The requests of each of its disks.
+    pub(crate) trace: Mutex<Vec<TraceRecord>>,
     /// What it tells of its pool.
     pub(crate) pool: Mutex<Option<PoolStatus>>,
 }
@@ -40,6 +42,15 @@ impl FakeVm {
             status: Mutex::new(status),
             calls: Mutex::default(),
             events: EventLog::new(),
+            trace: Mutex::new(vec![TraceRecord {
+                time_ns: 1_700_000_000_123_456_789,
+                queue: 1,
+                operation: TraceOperation::WriteZeroes,
+                offset: 4096,
+                length: 8192,
+                latency_ns: 1_234_567,
+                end: TraceEnd::Failed,
+            }]),
             pool: Mutex::default(),
         })
     }
@@ -178,6 +189,24 @@ impl Vm for FakeVm {
             vm: Some(vm),
             ..Metrics::default()
         }
+    }
+
+    fn trace(&self, id: &DeviceId, after: &str) -> Result<TracePage, Problem> {
+        self.note(&format!("trace {id} after {after:?}"))?;
+        let status = self.status();
+        if !status.disks.iter().any(|disk| disk.config.id == *id) {
+            return Err(Problem::new(ProblemKind::NotFound, "no such disk"));
+        }
+        let trace = self.trace.lock().unwrap();
+        let seen = match after.split_once(',') {
+            Some((seen, _)) => seen.parse().unwrap(),
+            None => 0,
+        };
+        Ok(TracePage {
+            records: trace[seen..].to_vec(),
+            next: format!("{},0", trace.len()),
+            missed: 0,
+        })
     }
 
     fn events(&self) -> &EventLog {
