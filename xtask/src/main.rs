@@ -81,6 +81,9 @@ enum Task {
         /// Install them on a clean Debian, emulated, and boot a guest by the packaged service
         #[arg(long = "try")]
         try_them: bool,
+        /// Try the packages in this folder, which were made before
+        #[arg(long, requires = "try_them", value_name = "FOLDER")]
+        packages: Option<PathBuf>,
     },
     /// Run a command in a lab host that sees a folder at the same path
     Lab(LabArguments),
@@ -179,7 +182,7 @@ fn main() -> ExitCode {
         Task::Static => build::guest_programs()
             .and_then(|()| build::static_smsvmm())
             .map(|_| ExitCode::SUCCESS),
-        Task::Deb { try_them } => deb::run(try_them).map(|()| ExitCode::SUCCESS),
+        Task::Deb { try_them, packages } => deb::run(try_them, packages).map(|()| ExitCode::SUCCESS),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Lab(arguments) => in_lab(arguments),
     };

@@ -14,8 +14,10 @@ use crate::host;
 const CARGO_DEB: &str = "3.8.0";
 
 /// Makes the packages, and tries them on a clean Debian if that is wanted.
-pub(crate) fn run(try_them: bool) -> Result<()> {
-    let packages = make()?;
+///
+/// `made`: where packages are that were made before.
+pub(crate) fn run(try_them: bool, made: Option<PathBuf>) -> Result<()> {
+    let packages = made.map_or_else(make, Ok)?;
     match try_them {
         true => trial::run(&packages),
         false => Ok(()),
