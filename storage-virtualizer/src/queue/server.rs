@@ -23,7 +23,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use block_io::{EventSignal, EventWatch, IoError, PollSource, add_poll_source, spawn_local};
 use virtio_core::virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -314,11 +314,11 @@ impl<S: Service> Server<S> {
     async fn serve_slot(self: Rc<Self>, slot: Rc<Slot>) {
         let mut buffers = Buffers::default();
         while let Order::Serve(head) = slot.next().await {
-            let begin = block_io::moment();
+            let begin = block_io::moment_nanos();
             match self.serve_chain(head, &mut buffers, begin).await {
                 Ok(Some(written)) => {
-                    let end = block_io::moment();
-                    self.statistics.count_time(end.saturating_duration_since(begin));
+                    let took = block_io::moment_nanos().saturating_sub(begin);
+                    self.statistics.count_time(took);
                     self.finish(head, written);
                 }
                 Ok(None) => self.abandon(head),
@@ -333,12 +333,7 @@ impl<S: Service> Server<S> {
 
     /// Has the service do what the chain asks for; returns how much of its memory the device may have written, or nothing if
     /// the chain is not to be answered.
-    async fn serve_chain(
-        &self,
-        head: u16,
-        buffers: &mut Buffers,
-        begin: Instant,
-    ) -> Result<Option<u32>, String> {
+    async fn serve_chain(&self, head: u16, buffers: &mut Buffers, begin: u64) -> Result<Option<u32>, String> {
         buffers
             .take_chain(self.table, &self.memory, head)
             .map_err(|error| error.to_string())?;
