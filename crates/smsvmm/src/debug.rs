@@ -61,10 +61,13 @@ fn trace(client: &Client, disk: &DeviceId, json: bool, once: bool) -> anyhow::Re
             other => other?,
         };
         // What was overwritten before we came is nothing that we missed.
-        if page.missed > 0 && !after.is_empty() && !json {
-            print(&format!("({} requests came too fast)\n", page.missed))?;
-        }
-        let mut text = String::new();
+        let mut text = match page.missed {
+            missed if missed > 0 && !after.is_empty() => match json {
+                true => format!("{}\n", serde_json::json!({ "missed": missed })),
+                false => format!("({missed} requests came too fast)\n"),
+            },
+            _ => String::new(),
+        };
         for record in &page.records {
             if json {
                 text += &serde_json::to_string(record)?;
