@@ -61,5 +61,5 @@ pub use net::{ListenAddress, ListenError, Listener, SocketFile, Stream, UnixSock
 pub use spec::relative_to;
 pub use worker::{
     EngineKind, EventSignal, EventWatch, PollSource, Worker, WorkerError, WorkerHandle, WorkerOptions,
-    add_poll_source, moment, prepare_pool, spawn_local, turns, yield_now,
+    add_poll_source, moment, moment_nanos, prepare_pool, spawn_local, turns, yield_now,
 };

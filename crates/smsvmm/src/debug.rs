@@ -4,7 +4,7 @@
 //! a file nor another thread, so it works in the sandbox.
 
 use std::fs;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -61,10 +61,13 @@ fn trace(client: &Client, disk: &DeviceId, json: bool, once: bool) -> anyhow::Re
             other => other?,
         };
         // What was overwritten before we came is nothing that we missed.
-        if page.missed > 0 && !after.is_empty() && !json {
-            print(&format!("({} requests came too fast)\n", page.missed))?;
-        }
-        let mut text = String::new();
+        let mut text = match page.missed {
+            missed if missed > 0 && !after.is_empty() => match json {
+                true => format!("{}\n", serde_json::json!({ "missed": missed })),
+                false => format!("({missed} requests came too fast)\n"),
+            },
+            _ => String::new(),
+        };
         for record in &page.records {
             if json {
                 text += &serde_json::to_string(record)?;
@@ -113,18 +116,16 @@ fn line_of(record: &TraceRecord) -> String {
 /// From now on, a panic of this process tells what its disks did last.
 pub(crate) fn tell_on_panic() {
     let usual = std::panic::take_hook();
+    // Asked now, as threads that are confined may not ask.
+    let line_end = if io::stderr().is_terminal() { "\r\n" } else { "\n" };
     std::panic::set_hook(Box::new(move |panic| {
         usual(panic);
         let mut text = Vec::new();
         // Nothing that is written into memory fails.
         let _ = recorder::write_all(&mut text);
-        if io::stderr().is_terminal() {
-            let lines = String::from_utf8_lossy(&text);
-            lines.lines().for_each(crate::logs::say);
-        } else {
-            // Nobody is left to be told when standard error is gone.
-            let _ = io::Write::write_all(&mut io::stderr(), &text);
-        }
+        let text = String::from_utf8_lossy(&text).replace('\n', line_end);
+        // Nobody is left to be told when standard error is gone.
+        let _ = io::stderr().write_all(text.as_bytes());
     }));
 }
 

@@ -141,18 +141,21 @@ fn a_request_that_fails_has_those_before_it_logged() {
     // Somebody takes its image away.
     image.set_len(0).unwrap();
     load(folder, Pattern::Read).unwrap_err();
-    let mut before = Vec::new();
-    let failed = loop {
-        let line = said.next().unwrap().unwrap();
-        if line.contains("before a request failed") {
-            assert!(line.contains("WARN") && line.contains("disk.img"), "{line}");
-            before.push(line);
-        }
-        if before.last().is_some_and(|line| line.ends_with("FAILED")) {
-            break before.pop().unwrap();
-        }
-    };
-    assert!(failed.contains(" read 0+4096 "), "{failed}");
+    // It was logged before it was answered.
+    server.0.kill().unwrap();
+    let said: Vec<String> = said.map_while(Result::ok).collect();
+    let logged: Vec<&String> = said
+        .iter()
+        .filter(|line| line.contains("before a request failed"))
+        .collect();
+    let (failed, before) = logged.split_last().unwrap();
+    assert!(
+        failed.contains("WARN")
+            && failed.contains(" read 0+4096 ")
+            && failed.contains("us FAILED disk=\"disk.img\""),
+        "{said:#?}"
+    );
     let writes = before.iter().filter(|line| line.contains(" write "));
-    assert_eq!(writes.count(), 8, "{before:#?}");
+    assert_eq!(writes.count(), 8, "{said:#?}");
+    assert!(before.iter().all(|line| line.contains("us ok")), "{said:#?}");
 }

@@ -12,7 +12,7 @@ mod server;
 mod statistics;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use block_io::WorkerHandle;
 use virtio_core::{ActiveQueue, DeviceEvents, GuestMemory};
@@ -31,7 +31,7 @@ pub(crate) trait Service: 'static {
     /// Does what a chain asks for and writes the answer into it. Returns how many bytes of its memory the device may have
     /// written, or nothing if the chain is not to be answered: then whoever serves the queue next finds it.
     ///
-    /// The chain was taken at `begin`.
+    /// The chain was taken at `begin` ([`block_io::moment_nanos`]).
     ///
     /// # Errors
     /// The driver broke the rules: why.
@@ -39,7 +39,7 @@ pub(crate) trait Service: 'static {
         &self,
         server: &ServerLink,
         buffers: &mut Buffers,
-        begin: Instant,
+        begin: u64,
     ) -> impl Future<Output = Result<Option<u32>, String>>;
 
     /// Whether chains that wait in [`Self::serve`] for something else than the disk can go on.

@@ -23,7 +23,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use block_io::{EventSignal, EventWatch, IoError, PollSource, add_poll_source, spawn_local};
 use virtio_core::virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -100,7 +100,6 @@ struct Server<S> {
     /// There are chains, says the ring's index.
     announced: Cell<bool>,
     abandoned: RefCell<Vec<u16>>,
-    start: Instant,
     /// When chains were taken last, by [`Self::clock`].
     taken_at: Cell<u64>,
     answered_at: Cell<u64>,
@@ -196,7 +195,6 @@ pub(super) async fn serve<S: Service>(
         doorbell_off: Cell::new(false),
         announced: Cell::new(false),
         abandoned: RefCell::default(),
-        start: block_io::moment(),
         taken_at: Cell::new(0),
         answered_at: Cell::new(0),
         _done: done,
@@ -323,8 +321,7 @@ impl<S: Service> Server<S> {
         let mut buffers = Buffers::default();
         while let Order::Serve(head) = slot.next().await {
             let begin = self.taken_at.get();
-            let moment = self.start + Duration::from_micros(begin);
-            match self.serve_chain(head, &mut buffers, moment).await {
+            match self.serve_chain(head, &mut buffers, begin).await {
                 Ok(Some(written)) => {
                     self.statistics
                         .count_time(self.answered_at().saturating_sub(begin));
@@ -340,10 +337,9 @@ impl<S: Service> Server<S> {
         }
     }
 
-    /// Microseconds since the server began, as of the worker's turn.
+    /// Nanoseconds, as of the worker's turn.
     fn clock(&self) -> u64 {
-        let since = block_io::moment().saturating_duration_since(self.start);
-        u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+        block_io::moment_nanos()
     }
 
     /// The clock of the first answer of which the driver is not told yet: those of one turn need not ask it each.
@@ -356,12 +352,7 @@ impl<S: Service> Server<S> {
 
     /// Has the service do what the chain asks for; returns how much of its memory the device may have written, or nothing if
     /// the chain is not to be answered.
-    async fn serve_chain(
-        &self,
-        head: u16,
-        buffers: &mut Buffers,
-        begin: Instant,
-    ) -> Result<Option<u32>, String> {
+    async fn serve_chain(&self, head: u16, buffers: &mut Buffers, begin: u64) -> Result<Option<u32>, String> {
         buffers
             .take_chain(self.table, &self.memory, head)
             .map_err(|error| error.to_string())?;

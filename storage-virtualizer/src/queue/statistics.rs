@@ -100,8 +100,9 @@ impl QueueStatistics {
         add(&self.interrupts, 1);
     }
 
-    /// A request was answered after so many microseconds.
-    pub(crate) fn count_time(&self, micros: u64) {
+    /// A request was answered after so many nanoseconds.
+    pub(crate) fn count_time(&self, nanos: u64) {
+        let micros = nanos / 1000;
         let class = (u64::BITS - micros.leading_zeros()) as usize;
         add(&self.latencies[class.min(LATENCY_CLASSES - 1)], 1);
         add(&self.time_us, micros);
@@ -133,7 +134,7 @@ mod tests {
     fn durations_are_counted_by_powers_of_two() {
         let statistics = QueueStatistics::default();
         for micros in [0, 1, 2, 3, 900, 20_000_000] {
-            statistics.count_time(micros);
+            statistics.count_time(micros * 1000 + 999);
         }
         let counters = statistics.counters();
         let mut expected = [0; LATENCY_CLASSES];

@@ -3,7 +3,7 @@
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use block_io::{BlockDevice, IoBuf, Operation};
 
@@ -49,7 +49,7 @@ where
         server: &ServerLink,
         request: &Request<'_>,
         asked: Asked,
-        begin: Instant,
+        begin: u64,
     ) -> Option<Status> {
         loop {
             if self.gate.is_closed() {
@@ -91,14 +91,14 @@ where
     }
 
     /// A request, or one attempt of it, ends now.
-    fn record(&self, asked: Asked, status: Status, begin: Instant) {
+    fn record(&self, asked: Asked, status: Status, begin: u64) {
         let ended = match status {
             Status::Ok => Ended::Done,
             Status::IoError => Ended::Failed,
             Status::Unsupported => Ended::Unsupported,
         };
         self.ring
-            .record(self.queue, asked, ended, begin, block_io::moment());
+            .record(self.queue, asked, ended, begin, block_io::moment_nanos());
     }
 }
 
@@ -133,7 +133,7 @@ where
         &self,
         server: &ServerLink,
         buffers: &mut Buffers,
-        begin: Instant,
+        begin: u64,
     ) -> Result<Option<u32>, String> {
         let written = buffers.writable_length();
         let decoded = decode(buffers).map_err(|error| error.to_string())?;

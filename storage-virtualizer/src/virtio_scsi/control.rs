@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::adapter::{Adapter, Reach};
 use super::request::{ControlKind, ControlRequest, Response};
@@ -105,12 +104,7 @@ impl<H: DiskHandle> ControlService<H> {
 }
 
 impl<H: DiskHandle> Service for ControlService<H> {
-    async fn serve(
-        &self,
-        server: &ServerLink,
-        buffers: &mut Buffers,
-        _: Instant,
-    ) -> Result<Option<u32>, String> {
+    async fn serve(&self, server: &ServerLink, buffers: &mut Buffers, _: u64) -> Result<Option<u32>, String> {
         let request = ControlRequest::decode(buffers)?;
         let response = match request.kind {
             ControlKind::Task {

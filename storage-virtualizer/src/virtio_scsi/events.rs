@@ -8,7 +8,6 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Poll, Waker};
-use std::time::Instant;
 
 use block_io::list;
 
@@ -115,12 +114,7 @@ impl EventService {
 }
 
 impl Service for EventService {
-    async fn serve(
-        &self,
-        server: &ServerLink,
-        buffers: &mut Buffers,
-        _: Instant,
-    ) -> Result<Option<u32>, String> {
+    async fn serve(&self, server: &ServerLink, buffers: &mut Buffers, _: u64) -> Result<Option<u32>, String> {
         if buffers.writable_length() < EVENT_LENGTH {
             return Err(format!("a buffer for events has at least {EVENT_LENGTH} bytes"));
         }

@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use block_io::{
     Allocation, BlockDevice, Durability, Geometry, IoBuf, IoCause, IoError, Operation, ZeroMode, list,
@@ -188,12 +188,7 @@ impl<H: DiskHandle> CommandService<H> {
 }
 
 impl<H: DiskHandle> Service for CommandService<H> {
-    async fn serve(
-        &self,
-        server: &ServerLink,
-        buffers: &mut Buffers,
-        _: Instant,
-    ) -> Result<Option<u32>, String> {
+    async fn serve(&self, server: &ServerLink, buffers: &mut Buffers, _: u64) -> Result<Option<u32>, String> {
         let request = Request::decode(buffers, &self.adapter.sizes)
             .ok_or("a request is shorter than its header, or has no room for a response")?;
         let outcome = match self.find(server, request.address)? {
@@ -283,7 +278,7 @@ impl<H: DiskHandle> Gated<'_, H> {
         request: impl AsyncFn(&H::Disk) -> Result<(), IoError>,
     ) -> Result<(), IoError> {
         let is_ended = || self.tasks.is_ended(self.place) || self.unit.is_gone.get();
-        let begin = block_io::moment();
+        let begin = block_io::moment_nanos();
         let record = |ended| {
             let asked = Asked {
                 operation: Some(operation),
@@ -292,7 +287,7 @@ impl<H: DiskHandle> Gated<'_, H> {
             };
             self.unit
                 .ring
-                .record(self.queue, asked, ended, begin, block_io::moment());
+                .record(self.queue, asked, ended, begin, block_io::moment_nanos());
         };
         loop {
             if self.unit.gate.is_closed() {

@@ -365,6 +365,27 @@ mod tests {
     }
 
     #[test]
+    fn a_trace_is_of_a_disk_that_is_served_here() {
+        let settings = settings();
+        let own = settings.of(&disk("own", None)).unwrap();
+        settings.enter("own".parse().unwrap(), &own);
+        let mut config = disk("other", None);
+        (config.image, config.vhost_user) = (None, Some("/run/other.sock".into()));
+        let other = settings.of(&config).unwrap();
+        settings.enter("other".parse().unwrap(), &other);
+        let trace = |id: &str, after| settings.trace(&id.parse().unwrap(), after);
+        assert_eq!(trace("own", "").unwrap(), TracePage::default());
+        for (id, after, kind) in [
+            ("own", "x", ProblemKind::Invalid),
+            ("own", "1,,2", ProblemKind::Invalid),
+            ("other", "", ProblemKind::Conflict),
+            ("third", "", ProblemKind::NotFound),
+        ] {
+            assert_eq!(trace(id, after).unwrap_err().kind, kind, "{id} {after}");
+        }
+    }
+
+    #[test]
     fn a_disk_with_a_taken_name_does_not_push_out_the_one_that_has_it() {
         let settings = settings();
         let config = disk("d", None);

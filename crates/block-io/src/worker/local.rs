@@ -11,7 +11,7 @@ use std::num::NonZeroU64;
 use std::pin::Pin;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, RwLock, Weak};
 use std::task::{Context, Poll, RawWaker, RawWakerVTable, Waker};
 use std::time::{Duration, Instant};
 
@@ -145,6 +145,8 @@ pub(super) struct Local {
     pub(super) rest: Rest,
     /// When this turn began, if somebody has asked.
     moment: Cell<Option<Instant>>,
+    /// The same in nanoseconds, or 0.
+    moment_nanos: Cell<u64>,
     /// See [`turns`].
     turns: Cell<u64>,
     stop: Cell<bool>,
@@ -190,6 +192,18 @@ pub fn moment() -> Instant {
     with_local(Local::moment).unwrap_or_else(Instant::now)
 }
 
+/// [`moment`] in nanoseconds since some time before anybody asked, never 0. Cheaper, as the arithmetic of `Instant` too is done once per turn.
+pub fn moment_nanos() -> u64 {
+    with_local(Local::moment_nanos).unwrap_or_else(|| nanos_of(Instant::now()))
+}
+
+fn nanos_of(moment: Instant) -> u64 {
+    static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let since = moment.saturating_duration_since(*FIRST);
+    // 584 years fit.
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX).max(1)
+}
+
 /// How often the worker of this thread has called the kernel to submit requests and to learn what has ended: with io_uring these are all the
 /// system calls that its requests cost. None outside of workers.
 pub fn turns() -> Option<u64> {
@@ -226,6 +240,7 @@ impl Local {
             engine,
             rest: Rest::new(busy_poll),
             moment: Cell::new(None),
+            moment_nanos: Cell::new(0),
             turns: Cell::new(0),
             stop: Cell::new(false),
         }
@@ -359,11 +374,23 @@ impl Local {
         moment
     }
 
+    fn moment_nanos(&self) -> u64 {
+        match self.moment_nanos.get() {
+            0 => {
+                let nanos = nanos_of(self.moment());
+                self.moment_nanos.set(nanos);
+                nanos
+            }
+            nanos => nanos,
+        }
+    }
+
     /// Submits what tasks have prepared and takes completions; `wait` for at least one if there is none yet.
     pub(super) fn turn(&self, wait: bool) {
         self.engine.enter(wait);
         self.turns.set(self.turns.get() + 1);
         self.moment.set(None);
+        self.moment_nanos.set(0);
         while let Some(completion) = self.engine.next_completion() {
             self.dispatch(completion);
         }

@@ -40,7 +40,7 @@ pub use engine::EngineKind;
 pub(crate) use engine::{Call, Request};
 pub use events::{EventSignal, EventWatch};
 pub(crate) use files::FileNumber;
-pub use local::{moment, spawn_local, turns, yield_now};
+pub use local::{moment, moment_nanos, spawn_local, turns, yield_now};
 pub(crate) use ops::Operation;
 pub(crate) use pool::execute_at_once;
 pub use pool::prepare_pool;
