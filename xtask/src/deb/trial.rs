@@ -76,6 +76,9 @@ fn boot(cache: &Cache, debian: &Path, disks: &[std::path::PathBuf]) -> Result<()
          systemd.run=\"/bin/sh -c '{script}'\" systemd.run_success_action=poweroff systemd.run_failure_action=poweroff"
     );
     let mut command = emulator.command("qemu-system-x86_64");
+    for firmware in ["usr/share/qemu", "usr/share/seabios"] {
+        command.arg("-L").arg(emulator.tree().join(firmware));
+    }
     command
         .args([
             "-M",
