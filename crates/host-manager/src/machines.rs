@@ -20,14 +20,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use api::{
-    ByteSize, EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, Problem, ProblemKind,
-    RestartPolicy, VmName,
+    ByteSize, Condition, EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, Problem,
+    ProblemKind, RestartPolicy, VmName,
 };
 use rustix::process::Signal;
 use vmm::config::{ConsoleSpec, ManagementConfig, VmConfig};
 
 use crate::process::{End, EndKind, Process, answers, signal};
-use crate::store::{Files, StartRules, Store};
+use crate::store::{self, Files, StartRules, Store};
 
 /// The wait before a machine is started again for the first time; each time more doubles it.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -81,6 +81,8 @@ enum Asked {
 #[derive(Debug)]
 struct Machine {
     rules: StartRules,
+    /// Names its definition.
+    revision: String,
     files: Files,
     cpus: u8,
     memory: ByteSize,
@@ -172,7 +174,12 @@ impl Machines {
     ///
     /// # Errors
     /// As there.
-    pub fn define(&self, name: &VmName, definition: MachineDefinition) -> Result<MachineStatus, Problem> {
+    pub fn define(
+        &self,
+        name: &VmName,
+        definition: MachineDefinition,
+        condition: &Condition,
+    ) -> Result<MachineStatus, Problem> {
         let config = self.0.complete(name, &definition)?;
         let rules = StartRules {
             autostart: definition.autostart,
@@ -186,8 +193,12 @@ impl Machines {
         })?;
         // The lock is held, so that nobody starts what is half there.
         let mut table = self.0.lock();
+        let current = table.machines.get(name);
+        let revision = current.map(|machine| machine.revision.as_str());
+        condition.check(revision).map_err(|problem| problem.about(name))?;
         self.0.store.write(name, &text, rules)?;
-        self.0.enter(&mut table, name, &config, rules)?;
+        self.0
+            .enter(&mut table, name, &config, rules, store::revision(&text, rules))?;
         drop(table);
         self.0
             .events
@@ -259,9 +270,11 @@ impl Machines {
     ///
     /// # Errors
     /// As there.
-    pub fn delete(&self, name: &VmName) -> Result<(), Problem> {
+    pub fn delete(&self, name: &VmName, condition: &Condition) -> Result<(), Problem> {
         let mut table = self.0.lock();
         let machine = table.machines.get(name).ok_or_else(|| none(name))?;
+        let revision = Some(machine.revision.as_str());
+        condition.check(revision).map_err(|problem| problem.about(name))?;
         if !matches!(machine.life, Life::Rest { .. }) {
             let problem = Problem::new(ProblemKind::Conflict, "it runs").about(name);
             return Err(problem.remedy("`smsvmm vm shutdown` or `smsvmm vm stop` ends it"));
@@ -389,6 +402,7 @@ impl Machine {
             memory: self.memory,
             autostart: self.rules.autostart,
             restart: self.rules.restart,
+            revision: self.revision.clone(),
             restarts: self.restarts,
             last_end: self.last_end.clone(),
             config: self.files.config.clone(),
@@ -446,7 +460,8 @@ impl Shared {
         let folder = files.config.parent().map(PathBuf::from).unwrap_or_default();
         let config = VmConfig::from_text(&text, &files.config, &folder, &[]);
         let config = config.map_err(|error| Problem::new(ProblemKind::Host, chain(&error)))?;
-        self.enter(&mut self.lock(), name, &config, rules)
+        let revision = store::revision(&text, rules);
+        self.enter(&mut self.lock(), name, &config, rules, revision)
     }
 
     fn enter(
@@ -455,10 +470,12 @@ impl Shared {
         name: &VmName,
         config: &VmConfig,
         rules: StartRules,
+        revision: String,
     ) -> Result<(), Problem> {
         let files = self.store.files(name)?;
         let machine = table.machines.entry(name.clone()).or_insert_with(|| Machine {
             rules,
+            revision: String::new(),
             files,
             cpus: 0,
             memory: ByteSize::from_bytes(0),
@@ -468,7 +485,7 @@ impl Shared {
             restarts: 0,
             last_end: None,
         });
-        machine.rules = rules;
+        (machine.rules, machine.revision) = (rules, revision);
         (machine.cpus, machine.memory) = (config.cpus.count, config.memory.size);
         machine.console = console(config);
         Ok(())
@@ -680,6 +697,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path(), folder.path()).unwrap();
         Machine {
+            revision: String::new(),
             rules: StartRules {
                 autostart: false,
                 restart,

@@ -349,6 +349,29 @@ fn curl(setup: &Setup, method: &str, path: &str, token: &str, body: &str) -> Str
 }
 
 #[test]
+fn conditions_and_tags_go_over_it() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Administrator, &[]);
+    let seen = curl(&setup, "GET", "/v1/vms/db1", &token, "");
+    assert!(seen.contains("\r\netag: \"1f\"\r\n"), "{seen}");
+    // The header goes where curl() has the path.
+    let refused = |condition: &str| {
+        let answer = curl(
+            &setup,
+            "PUT",
+            &format!("/v1/vms/db1 HTTP/1.1\r\n{condition}\r\nx-rest:"),
+            &token,
+            r#"{"config":""}"#,
+        );
+        answer.get(9..12).unwrap().to_owned()
+    };
+    assert_eq!(refused("if-match: \"1f\""), "200");
+    assert_eq!(refused("if-match: \"1e\"\r\nif-match: \"1f\""), "200");
+    assert_eq!(refused("if-match: \"1e\""), "412");
+    assert_eq!(refused("if-none-match: *"), "412");
+}
+
+#[test]
 fn requests_that_are_wrong_are_told_so() {
     let mut setup = setup();
     let token = setup.add("anna", Role::Administrator, &[]);
