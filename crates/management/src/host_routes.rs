@@ -151,20 +151,25 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
         }
         (["v1", "attachments", rest @ ..], _) => attachments(context, rest, request).await?,
         (["v1", "events"], &Method::GET) => {
-            let query = routes::Query::parse(request.uri().query().unwrap_or_default())?;
+            let mut query = routes::Query::parse(request.uri().query().unwrap_or_default())?;
+            query.after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
             if sse::is_wanted(request.headers()) {
-                let after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
                 let (host, news) = (Arc::clone(&context.host), context.news.clone());
-                let stream = context.streams.open(host, |host| host.events(), news, after);
+                let stream = context
+                    .streams
+                    .open(host, |host| host.events(), news, query.after);
                 return stream.map(own);
             }
             let _room = query.lasts().then(|| context.lasting.room()).transpose()?;
             let page = routes::page(context.host.events(), context.news.clone(), &query).await;
             routes::json(StatusCode::OK, &page)
         }
-        (["readyz"] | ["v1", "host" | "vms" | "pools" | "events"] | ["v1", "pools", _], method) => {
-            routes::not_allowed(method, "GET")
-        }
+        (
+            ["readyz" | "metrics"]
+            | ["v1", "metrics" | "host" | "vms" | "pools" | "events"]
+            | ["v1", "pools", _],
+            method,
+        ) => routes::not_allowed(method, "GET"),
         (other, method) => match routes::common(other, method, openapi::HOST) {
             Some(answer) => answer,
             None => return Err(routes::no_such_path(&path)),

@@ -456,3 +456,23 @@ fn a_definition_is_changed_only_as_it_was_seen() {
         ProblemKind::Precondition
     );
 }
+
+#[test]
+fn what_is_there_refuses_other_methods_and_numbers_that_are_none() {
+    let setup = Setup::new();
+    for path in [
+        "/metrics",
+        "/v1/metrics",
+        "/v1/host",
+        "/v1/events",
+        "/healthz",
+        "/readyz",
+        "/v1/pools",
+        "/v1/vms",
+    ] {
+        let answer = setup.ask(&format!("TRACE {path} HTTP/1.1\r\nhost: x\r\n\r\n"));
+        assert_eq!(answer.get(9..12), Some("405"), "{path}: {answer}");
+    }
+    let answer = setup.ask("GET /v1/events HTTP/1.1\r\nhost: x\r\nlast-event-id: {}\r\n\r\n");
+    assert_eq!(answer.get(9..12), Some("400"), "{answer}");
+}
