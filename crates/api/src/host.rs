@@ -10,8 +10,8 @@ use crate::event::EventLog;
 use crate::storage::Health;
 use crate::virtual_disk::TransferRequest;
 use crate::{
-    ByteSize, DeviceId, DiskChange, DiskConfig, Metrics, Problem, StorageAnswer, StorageRequest, Transfer,
-    VmName,
+    ByteSize, Condition, DeviceId, DiskChange, DiskConfig, Metrics, Problem, StorageAnswer, StorageRequest,
+    Transfer, VmName,
 };
 
 /// The answer of `GET /v1/host`.
@@ -142,6 +142,9 @@ pub struct MachineStatus {
     pub autostart: bool,
     /// When it is started again.
     pub restart: RestartPolicy,
+    /// Names the definition, whatever the machine does: another one after each change. Without quotation marks it is the `ETag`.
+    #[serde(default)]
+    pub revision: String,
     /// How often that was done since somebody last started it.
     pub restarts: u32,
     /// How it ended last, in words.
@@ -243,8 +246,14 @@ pub trait Host: Send + Sync {
     /// Defines a machine, or changes its definition, which counts when it is started next.
     ///
     /// # Errors
-    /// The definition is wrong; the message says where. Or it cannot be stored.
-    fn define(&self, name: &VmName, definition: MachineDefinition) -> Result<MachineStatus, Problem>;
+    /// The definition is wrong; the message says where. Or it cannot be stored; or `condition`, on the machine's
+    /// [revision](MachineStatus::revision), does not hold.
+    fn define(
+        &self,
+        name: &VmName,
+        definition: MachineDefinition,
+        condition: &Condition,
+    ) -> Result<MachineStatus, Problem>;
 
     /// How a machine is.
     ///
@@ -273,8 +282,8 @@ pub trait Host: Send + Sync {
     /// Forgets a machine that is stopped. Its disks stay.
     ///
     /// # Errors
-    /// There is none of this name, or it runs.
-    fn delete(&self, name: &VmName) -> Result<(), Problem>;
+    /// There is none of this name, or it runs, or `condition` does not hold.
+    fn delete(&self, name: &VmName, condition: &Condition) -> Result<(), Problem>;
 
     /// The management socket of a machine.
     ///

@@ -9,6 +9,7 @@
 use serde::Deserialize as _;
 
 mod calendar;
+mod condition;
 mod device;
 mod disk;
 mod disk_controls;
@@ -28,6 +29,7 @@ pub mod virtual_disk;
 mod vm;
 
 pub use calendar::Utc;
+pub use condition::Condition;
 pub use device::{DeviceId, DeviceState, Removal, VmName};
 pub use disk::{DiskBus, DiskConfig, DiskSerial, DiskSource, DiskStatus, QueueSize};
 pub use disk_controls::{AtPowerOff, DiskChange, DiskLimits, OnError};

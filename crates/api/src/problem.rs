@@ -26,6 +26,9 @@ pub enum ProblemKind {
     /// The object is not in a state in which this is possible: a duplicate identifier, a machine already paused.
     #[serde(rename = "urn:smsvmm:problem:conflict")]
     Conflict,
+    /// What the caller said must be so is not: somebody has changed the object meanwhile, or it is there already.
+    #[serde(rename = "urn:smsvmm:problem:precondition")]
+    Precondition,
     /// The body is larger than the server takes.
     #[serde(rename = "urn:smsvmm:problem:too-large")]
     TooLarge,
@@ -48,13 +51,14 @@ pub enum ProblemKind {
 
 impl ProblemKind {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Invalid,
         Self::Unauthenticated,
         Self::Forbidden,
         Self::NotFound,
         Self::MethodNotAllowed,
         Self::Conflict,
+        Self::Precondition,
         Self::TooLarge,
         Self::Host,
         Self::Exhausted,
@@ -72,6 +76,7 @@ impl ProblemKind {
             Self::NotFound => 404,
             Self::MethodNotAllowed => 405,
             Self::Conflict => 409,
+            Self::Precondition => 412,
             Self::TooLarge => 413,
             Self::TooMany => 429,
             Self::Host => 500,
@@ -89,6 +94,7 @@ impl ProblemKind {
             Self::NotFound => "no such object",
             Self::MethodNotAllowed => "the object does not support this method",
             Self::Conflict => "not possible in the present state",
+            Self::Precondition => "what was said must be so is not",
             Self::TooLarge => "the request is too large",
             Self::TooMany => "too many attempts",
             Self::Host => "the host refused",

@@ -20,14 +20,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use api::{
-    ByteSize, EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, Problem, ProblemKind,
-    RestartPolicy, VmName,
+    ByteSize, Condition, EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, Problem,
+    ProblemKind, RestartPolicy, VmName,
 };
 use rustix::process::Signal;
 use vmm::config::{ConsoleSpec, ManagementConfig, VmConfig};
 
 use crate::process::{End, EndKind, Process, answers, signal};
-use crate::store::{Files, StartRules, Store};
+use crate::store::{self, Files, StartRules, Store};
 
 /// The wait before a machine is started again for the first time; each time more doubles it.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -81,6 +81,8 @@ enum Asked {
 #[derive(Debug)]
 struct Machine {
     rules: StartRules,
+    /// Names its definition.
+    revision: String,
     files: Files,
     cpus: u8,
     memory: ByteSize,
@@ -174,7 +176,12 @@ impl Machines {
     ///
     /// # Errors
     /// As there.
-    pub fn define(&self, name: &VmName, definition: MachineDefinition) -> Result<MachineStatus, Problem> {
+    pub fn define(
+        &self,
+        name: &VmName,
+        definition: MachineDefinition,
+        condition: &Condition,
+    ) -> Result<MachineStatus, Problem> {
         let config = self.0.complete(name, &definition)?;
         let rules = StartRules {
             autostart: definition.autostart,
@@ -188,8 +195,12 @@ impl Machines {
         })?;
         // The lock is held, so that nobody starts what is half there.
         let mut table = self.0.lock();
+        let current = table.machines.get(name);
+        let revision = current.map(|machine| machine.revision.as_str());
+        condition.check(revision).map_err(|problem| problem.about(name))?;
         self.0.store.write(name, &text, rules)?;
-        self.0.enter(&mut table, name, &config, rules)?;
+        self.0
+            .enter(&mut table, name, &config, rules, store::revision(&text, rules))?;
         drop(table);
         self.0
             .events
@@ -263,9 +274,11 @@ impl Machines {
     ///
     /// # Errors
     /// As there.
-    pub fn delete(&self, name: &VmName) -> Result<(), Problem> {
+    pub fn delete(&self, name: &VmName, condition: &Condition) -> Result<(), Problem> {
         let mut table = self.0.lock();
         let machine = table.machines.get(name).ok_or_else(|| none(name))?;
+        let revision = Some(machine.revision.as_str());
+        condition.check(revision).map_err(|problem| problem.about(name))?;
         let runs = match machine.life {
             Life::Rest { .. } => None,
             Life::Alive(_) => Some("it runs"),
@@ -403,6 +416,7 @@ impl Machine {
             memory: self.memory,
             autostart: self.rules.autostart,
             restart: self.rules.restart,
+            revision: self.revision.clone(),
             restarts: self.restarts,
             last_end: self.last_end.clone(),
             config: self.files.config.clone(),
@@ -460,7 +474,8 @@ impl Shared {
         let folder = files.config.parent().map(PathBuf::from).unwrap_or_default();
         let config = VmConfig::from_text(&text, &files.config, &folder, &[]);
         let config = config.map_err(|error| Problem::new(ProblemKind::Host, chain(&error)))?;
-        self.enter(&mut self.lock(), name, &config, rules)
+        let revision = store::revision(&text, rules);
+        self.enter(&mut self.lock(), name, &config, rules, revision)
     }
 
     fn enter(
@@ -469,10 +484,12 @@ impl Shared {
         name: &VmName,
         config: &VmConfig,
         rules: StartRules,
+        revision: String,
     ) -> Result<(), Problem> {
         let files = self.store.files(name)?;
         let machine = table.machines.entry(name.clone()).or_insert_with(|| Machine {
             rules,
+            revision: String::new(),
             files,
             cpus: 0,
             memory: ByteSize::from_bytes(0),
@@ -482,7 +499,7 @@ impl Shared {
             restarts: 0,
             last_end: None,
         });
-        machine.rules = rules;
+        (machine.rules, machine.revision) = (rules, revision);
         (machine.cpus, machine.memory) = (config.cpus.count, config.memory.size);
         machine.console = console(config);
         Ok(())
@@ -697,6 +714,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path(), folder.path()).unwrap();
         Machine {
+            revision: String::new(),
             rules: StartRules {
                 autostart: false,
                 restart,

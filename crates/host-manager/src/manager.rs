@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    AttachRequest, Attachment, AttachmentMetrics, DeviceId, DiskChange, EventKind, EventLog, Host,
+    AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange, EventKind, EventLog, Host,
     HostStatus, MachineDefinition, MachineStatus, Metrics, PoolEntry, Problem, ProblemKind, StorageAnswer,
     StorageRequest, Transfer, VmName,
 };
@@ -234,8 +234,13 @@ impl Host for Manager {
         self.disks.change(vm, device, change)
     }
 
-    fn define(&self, name: &VmName, definition: MachineDefinition) -> Result<MachineStatus, Problem> {
-        self.machines.define(name, definition)
+    fn define(
+        &self,
+        name: &VmName,
+        definition: MachineDefinition,
+        condition: &Condition,
+    ) -> Result<MachineStatus, Problem> {
+        self.machines.define(name, definition, condition)
     }
 
     fn machine(&self, name: &VmName) -> Result<MachineStatus, Problem> {
@@ -254,8 +259,8 @@ impl Host for Manager {
         self.machines.stop(name)
     }
 
-    fn delete(&self, name: &VmName) -> Result<(), Problem> {
-        self.machines.delete(name)
+    fn delete(&self, name: &VmName, condition: &Condition) -> Result<(), Problem> {
+        self.machines.delete(name, condition)
     }
 
     fn machine_socket(&self, name: &VmName) -> Result<PathBuf, Problem> {

@@ -15,6 +15,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use api::{Problem, ProblemKind, RestartPolicy, VmName};
+use crc_fast::{CrcAlgorithm, Digest};
 use serde::{Deserialize, Serialize};
 
 /// A log that is larger when a machine is started is put aside, in bytes.
@@ -28,6 +29,14 @@ const MAX_DEFINITION: u64 = 1 << 20;
 pub(crate) struct StartRules {
     pub(crate) autostart: bool,
     pub(crate) restart: RestartPolicy,
+}
+
+/// A name for a definition: the same for the same one, also in another process; as good as certainly another one for another.
+pub(crate) fn revision(config: &str, rules: StartRules) -> String {
+    let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
+    digest.update(config.as_bytes());
+    digest.update(format!("{rules:?}").as_bytes());
+    format!("{:016x}", digest.finalize())
 }
 
 /// The folders.

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::{
-    EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, ProblemKind, RestartPolicy, VmName,
+    Condition, EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, ProblemKind,
+    RestartPolicy, VmName,
 };
 use host_manager::{MachineOptions, Machines};
 
@@ -153,7 +154,11 @@ fn a_machine_lives_from_its_definition_to_its_deletion() {
     let machines = place.open();
     assert!(machines.list().is_empty());
     let defined = machines
-        .define(&name(), definition(RestartPolicy::OnFailure))
+        .define(
+            &name(),
+            definition(RestartPolicy::OnFailure),
+            &Condition::default(),
+        )
         .unwrap();
     assert_eq!((defined.state, defined.cpus), (MachineState::Stopped, 2));
     assert!(defined.console.is_some_and(|path| path.ends_with("serial.sock")));
@@ -163,7 +168,10 @@ fn a_machine_lives_from_its_definition_to_its_deletion() {
     assert_eq!(machines.socket(&name()).unwrap(), place.socket());
     // It is there already.
     assert_eq!(machines.start(&name()).unwrap().pid, running.pid);
-    assert_eq!(machines.delete(&name()).unwrap_err().kind, ProblemKind::Conflict);
+    assert_eq!(
+        machines.delete(&name(), &Condition::default()).unwrap_err().kind,
+        ProblemKind::Conflict
+    );
     machines.shut_down(&name()).unwrap();
     let stopped = wait_for(&machines, MachineState::Stopped);
     assert!(stopped.last_end.is_some_and(|end| end.contains("signal")));
@@ -172,7 +180,7 @@ fn a_machine_lives_from_its_definition_to_its_deletion() {
     assert_ne!(wait_for(&machines, MachineState::Running).pid, running.pid);
     machines.stop(&name()).unwrap();
     wait_for(&machines, MachineState::Stopped);
-    machines.delete(&name()).unwrap();
+    machines.delete(&name(), &Condition::default()).unwrap();
     assert_eq!(machines.status(&name()).unwrap_err().kind, ProblemKind::NotFound);
     assert!(!place.folder.path().join("state/vms/web1").exists());
 }
@@ -182,7 +190,11 @@ fn what_fails_is_started_again_later_and_later_until_nobody_wants_it() {
     let place = Place::new();
     let machines = place.open();
     machines
-        .define(&name(), definition(RestartPolicy::OnFailure))
+        .define(
+            &name(),
+            definition(RestartPolicy::OnFailure),
+            &Condition::default(),
+        )
         .unwrap();
     place.want("3");
     machines.start(&name()).unwrap();
@@ -217,7 +229,9 @@ fn what_fails_is_started_again_later_and_later_until_nobody_wants_it() {
 fn a_new_manager_finds_what_runs() {
     let place = Place::new();
     let first = place.open();
-    first.define(&name(), definition(RestartPolicy::Always)).unwrap();
+    first
+        .define(&name(), definition(RestartPolicy::Always), &Condition::default())
+        .unwrap();
     first.start(&name()).unwrap();
     let pid = wait_for(&first, MachineState::Running).pid;
     first.leave();
@@ -278,7 +292,7 @@ fn machines_start_with_the_manager_and_end_with_it() {
         autostart: true,
         ..definition(RestartPolicy::Always)
     };
-    machines.define(&name(), wanted).unwrap();
+    machines.define(&name(), wanted, &Condition::default()).unwrap();
     machines.autostart();
     wait_for(&machines, MachineState::Running);
     machines.close(|| false);
@@ -300,7 +314,9 @@ fn wrong_definitions_are_refused_and_nothing_is_kept_of_them() {
             config: config.to_owned(),
             ..definition(RestartPolicy::Never)
         };
-        let problem = machines.define(&name(), wrong).unwrap_err();
+        let problem = machines
+            .define(&name(), wrong, &Condition::default())
+            .unwrap_err();
         assert_eq!(problem.kind, ProblemKind::Invalid, "{problem}");
         problem.to_string()
     };
@@ -310,16 +326,49 @@ fn wrong_definitions_are_refused_and_nothing_is_kept_of_them() {
     assert!(refused(other).contains("db1"));
     let dots: VmName = "..".parse().unwrap();
     let problem = machines
-        .define(&dots, definition(RestartPolicy::Never))
+        .define(&dots, definition(RestartPolicy::Never), &Condition::default())
         .unwrap_err();
     assert_eq!(problem.kind, ProblemKind::Invalid);
     assert!(machines.list().is_empty());
     // One that cannot be read does not keep the others from running.
     machines
-        .define(&name(), definition(RestartPolicy::Never))
+        .define(&name(), definition(RestartPolicy::Never), &Condition::default())
         .unwrap();
     fs::create_dir_all(place.folder.path().join("state/vms/bad")).unwrap();
     fs::write(place.folder.path().join("state/vms/bad/vm.toml"), "x").unwrap();
     let next = place.open();
     assert_eq!(next.list().len(), 1);
+}
+
+#[test]
+fn a_definition_has_a_revision_which_only_its_changes_change() {
+    let place = Place::new();
+    let machines = place.open();
+    let of = |revision: &str| Condition::parse(Some(&format!("\"{revision}\"")), None).unwrap();
+    let define = |policy, condition: &Condition| {
+        let defined = machines.define(&name(), definition(policy), condition);
+        defined
+            .map(|status| status.revision)
+            .map_err(|problem| problem.kind)
+    };
+    assert_eq!(
+        define(RestartPolicy::Never, &of("0")),
+        Err(ProblemKind::Precondition)
+    );
+    assert!(machines.list().is_empty());
+    let first = define(RestartPolicy::Never, &Condition::is_new()).unwrap();
+    let again = define(RestartPolicy::Never, &Condition::is_new());
+    assert_eq!(again, Err(ProblemKind::Precondition));
+    assert_eq!(define(RestartPolicy::Never, &of(&first)).unwrap(), first);
+    // It outlives the manager.
+    assert_eq!(place.open().status(&name()).unwrap().revision, first);
+    let second = define(RestartPolicy::Always, &of(&first)).unwrap();
+    assert_ne!(first, second);
+    assert_eq!(
+        define(RestartPolicy::Never, &of(&first)),
+        Err(ProblemKind::Precondition)
+    );
+    let deleted = machines.delete(&name(), &of(&first)).unwrap_err();
+    assert_eq!(deleted.kind, ProblemKind::Precondition);
+    machines.delete(&name(), &of(&second)).unwrap();
 }

@@ -1,9 +1,12 @@
-//! The management server on a machine that only remembers, for programs that ask it whatever comes to their minds
+//! The management server on a machine, or with the argument `host` on a host, that only remembers, for programs that ask it whatever comes to their minds
 //! (`tests/schemathesis.sh`): on a free port of the loopback address, which is printed, as many of them do not know Unix sockets.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a tool for tests")]
 
 #[path = "../tests/fake/mod.rs"]
 mod fake;
+#[path = "../tests/fake/host.rs"]
+#[allow(dead_code)]
+mod fake_host;
 #[path = "../tests/some_pool/mod.rs"]
 mod some_pool;
 
@@ -45,6 +48,14 @@ fn main() {
     vm.events.record(EventKind::Started);
     let server = management::Server::bind(&socket).unwrap();
     let _server = server.start(Arc::clone(&vm) as Arc<dyn Vm>, || Ok(())).unwrap();
+    let manager = folder.path().join("manager.sock");
+    let host = fake_host::FakeHost::new(socket.clone());
+    let managing = management::Server::bind(&manager).unwrap();
+    let _managing = managing.start_host(host).unwrap();
+    let socket = match std::env::args().nth(1).as_deref() {
+        Some("host") => manager,
+        _ => socket,
+    };
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     println!("http://{}", listener.local_addr().unwrap());
     for client in listener.incoming() {

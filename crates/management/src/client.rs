@@ -12,7 +12,7 @@ use api::{
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, HeaderName, IF_NONE_MATCH, UPGRADE};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
@@ -335,6 +335,20 @@ impl Client {
         self.send(&Method::PUT, &format!("/v1/vms/{name}"), definition, TIMEOUT)
     }
 
+    /// As [`Self::define`], only if the manager does not know it yet.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; a [`Precondition`](api::ProblemKind::Precondition) if it does.
+    pub fn define_new(
+        &self,
+        name: &VmName,
+        definition: &MachineDefinition,
+    ) -> Result<MachineStatus, ClientError> {
+        let body = serde_json::to_vec(definition).map_err(|error| ClientError::Broken(error.into()))?;
+        let condition = Some((IF_NONE_MATCH, "*"));
+        decode(&self.request_if(condition, &Method::PUT, &format!("/v1/vms/{name}"), body, TIMEOUT)?)
+    }
+
     /// One of "start", "shutdown", "stop", of a machine of a manager.
     ///
     /// # Errors
@@ -394,18 +408,27 @@ impl Client {
         body: Vec<u8>,
         limit: Duration,
     ) -> Result<Reply, ClientError> {
-        let exchange = self.exchange(method, path, body);
+        self.request_if(None, method, path, body, limit)
+    }
+
+    fn request_if(
+        &self,
+        condition: Option<(HeaderName, &str)>,
+        method: &Method,
+        path: &str,
+        body: Vec<u8>,
+        limit: Duration,
+    ) -> Result<Reply, ClientError> {
+        let exchange = async {
+            let answer = answer(&self.way, method, path, body, None, condition).await?;
+            read_all(answer).await
+        };
         let reply = self.runtime.block_on(async { timeout(limit, exchange).await });
         let reply = reply.map_err(|_| ClientError::Timeout(limit))??;
         if reply.status.is_success() {
             return Ok(reply);
         }
         Err(ClientError::Problem(Box::new(decode(&reply)?)))
-    }
-
-    async fn exchange(&self, method: &Method, path: &str, body: Vec<u8>) -> Result<Reply, ClientError> {
-        let answer = answer(&self.way, method, path, body, None).await?;
-        read_all(answer).await
     }
 }
 
@@ -420,7 +443,7 @@ fn blocking(stream: UnixStream) -> Result<std::os::unix::net::UnixStream, Client
 
 /// Takes a connection out of HTTP; with what has arrived already.
 async fn upgrade(way: &Way, path: &str, body: Vec<u8>) -> Result<(Vec<u8>, Connection), ClientError> {
-    let answer = answer(way, &Method::POST, path, body, Some(PROTOCOL)).await?;
+    let answer = answer(way, &Method::POST, path, body, Some(PROTOCOL), None).await?;
     if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
         return Err(ClientError::Problem(Box::new(decode(&read_all(answer).await?)?)));
     }
@@ -439,11 +462,15 @@ async fn answer(
     path: &str,
     body: Vec<u8>,
     upgrade: Option<&str>,
+    condition: Option<(HeaderName, &str)>,
 ) -> Result<Response<Incoming>, ClientError> {
     let stream = way.connect().await?;
     let mut builder = request(method, &way.path(path), upgrade.map(str::as_bytes));
     if let Some(token) = way.token() {
         builder = builder.header(AUTHORIZATION, format!("Bearer {token}"));
+    }
+    if let Some((header, value)) = condition {
+        builder = builder.header(header, value);
     }
     let request = builder
         .body(Full::new(Bytes::from(body)))

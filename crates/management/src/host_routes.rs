@@ -7,8 +7,8 @@
 //! | POST /v1/pools/NAME/storage, .../transfer | as /v1/storage of a machine | |
 //! | POST /v1/storage, .../transfer | the same, where there is one pool only | |
 //! | GET /v1/vms, /v1/vms/NAME | machines | 200 [`MachineStatus`](api::MachineStatus) |
-//! | PUT /v1/vms/NAME | defines it: [`MachineDefinition`] | 200 `MachineStatus` |
-//! | DELETE /v1/vms/NAME | forgets it | 204 |
+//! | PUT /v1/vms/NAME | defines it: [`MachineDefinition`]; `If-Match`, `If-None-Match` | 200 `MachineStatus` |
+//! | DELETE /v1/vms/NAME | forgets it; `If-Match` | 204 |
 //! | PUT /v1/vms/NAME/start, shutdown, stop | as the methods of [`api::Host`] | 202 `MachineStatus` |
 //! | /v1/vms/NAME/vm/..., /v1/vms/NAME/storage/..., /v1/vms/NAME/events, /v1/vms/NAME/metrics | passed on to the machine's socket | |
 //! | GET /v1/attachments | disks in use | 200 [`Attachment`](api::Attachment) |
@@ -22,12 +22,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    ATTACHMENT_PROTOCOL, DiskChange, Host, MachineDefinition, MachineStatus, Problem, ProblemKind, Readiness,
-    StorageAnswer, StorageRequest, VmName,
+    ATTACHMENT_PROTOCOL, Condition, DiskChange, Host, MachineDefinition, MachineStatus, Problem, ProblemKind,
+    Readiness, StorageAnswer, StorageRequest, VmName,
 };
 use http_body_util::Either;
 use hyper::body::Incoming;
-use hyper::header::UPGRADE;
+use hyper::header::{
+    CACHE_CONTROL, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, IF_NONE_MATCH, UPGRADE,
+};
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::{Semaphore, watch};
 
@@ -149,11 +151,13 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
         }
         (["v1", "attachments", rest @ ..], _) => attachments(context, rest, request).await?,
         (["v1", "events"], &Method::GET) => {
-            let query = routes::Query::parse(request.uri().query().unwrap_or_default())?;
+            let mut query = routes::Query::parse(request.uri().query().unwrap_or_default())?;
+            query.after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
             if sse::is_wanted(request.headers()) {
-                let after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
                 let (host, news) = (Arc::clone(&context.host), context.news.clone());
-                let stream = context.streams.open(host, |host| host.events(), news, after);
+                let stream = context
+                    .streams
+                    .open(host, |host| host.events(), news, query.after);
                 return stream.map(own);
             }
             let _room = query.lasts().then(|| context.lasting.room()).transpose()?;
@@ -261,16 +265,20 @@ async fn machine(
     request: Request<Incoming>,
 ) -> Result<Response<AnswerBody>, Problem> {
     let act: (Act, StatusCode) = match (rest, request.method()) {
-        ([], &Method::GET) => (|host, name| host.machine(name), StatusCode::OK),
+        ([], &Method::GET) => {
+            let ask = move |host: &dyn Host| host.machine(&name);
+            return Ok(own(tagged(&context.ask(MACHINE_TIMEOUT, ask).await?)));
+        }
         ([], &Method::PUT) => {
+            let condition = condition(request.headers())?;
             let definition: MachineDefinition = routes::body(request.into_body()).await?;
-            let ask = move |host: &dyn Host| host.define(&name, definition);
-            let status = context.ask(MACHINE_TIMEOUT, ask).await?;
-            return Ok(own(routes::json(StatusCode::OK, &status)));
+            let ask = move |host: &dyn Host| host.define(&name, definition, &condition);
+            return Ok(own(tagged(&context.ask(MACHINE_TIMEOUT, ask).await?)));
         }
         ([], &Method::DELETE) => {
+            let condition = condition(request.headers())?;
             context
-                .ask(MACHINE_TIMEOUT, move |host| host.delete(&name))
+                .ask(MACHINE_TIMEOUT, move |host| host.delete(&name, &condition))
                 .await?;
             return Ok(own(routes::no_content()));
         }
@@ -292,6 +300,36 @@ async fn machine(
     let (act, status) = act;
     let done = context.ask(MACHINE_TIMEOUT, move |host| act(host, &name)).await?;
     Ok(own(routes::json(status, &done)))
+}
+
+/// A machine, with its definition's tag. What else is in the answer changes without it, so nobody shall keep the answer.
+fn tagged(status: &MachineStatus) -> Answer {
+    let mut answer = routes::json(StatusCode::OK, status);
+    if let Ok(tag) = HeaderValue::try_from(format!("\"{}\"", status.revision)) {
+        let headers = answer.headers_mut();
+        headers.insert(ETAG, tag);
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
+    answer
+}
+
+/// What the client says must be so.
+fn condition(headers: &HeaderMap) -> Result<Condition, Problem> {
+    let value = |name: HeaderName| -> Result<Option<String>, Problem> {
+        let values = headers.get_all(&name).iter().map(HeaderValue::to_str);
+        let values: Result<Vec<&str>, _> = values.collect();
+        let values = values.map_err(|_| {
+            Problem::new(
+                ProblemKind::Invalid,
+                "the header has other than visible characters",
+            )
+            .about(&name)
+        })?;
+        Ok((!values.is_empty()).then(|| values.join(", ")))
+    };
+    let (matches, matches_not) = (value(IF_MATCH)?, value(IF_NONE_MATCH)?);
+    Condition::parse(matches.as_deref(), matches_not.as_deref())
+        .map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()))
 }
 
 /// Passes a request on to the machine's own socket.

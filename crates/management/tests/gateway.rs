@@ -349,6 +349,79 @@ fn curl(setup: &Setup, method: &str, path: &str, token: &str, body: &str) -> Str
 }
 
 #[test]
+fn conditions_and_tags_go_over_it() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Administrator, &[]);
+    let seen = curl(&setup, "GET", "/v1/vms/db1", &token, "");
+    assert!(seen.contains("\r\netag: \"1f\"\r\n"), "{seen}");
+    // The header goes where curl() has the path.
+    let refused = |condition: &str| {
+        let answer = curl(
+            &setup,
+            "PUT",
+            &format!("/v1/vms/db1 HTTP/1.1\r\n{condition}\r\nx-rest:"),
+            &token,
+            r#"{"config":""}"#,
+        );
+        answer.get(9..12).unwrap().to_owned()
+    };
+    assert_eq!(refused("if-match: \"1f\""), "200");
+    assert_eq!(refused("if-match: \"1e\"\r\nif-match: \"1f\""), "200");
+    assert_eq!(refused("if-match: \"1e\""), "412");
+    assert_eq!(refused("if-none-match: *"), "412");
+}
+
+#[test]
+fn the_log_has_what_was_changed_before_and_after() {
+    let mut setup = setup();
+    let token = setup.add("anna", Role::Administrator, &[]);
+    setup
+        .client(&token)
+        .attach_disk(&DiskConfig::new("/a.raw"))
+        .unwrap();
+    let limited = curl(
+        &setup,
+        "PATCH",
+        "/v1/vms/web1/vm/disks/disk0",
+        &token,
+        r#"{"limits":{"iops":5}}"#,
+    );
+    assert!(limited.starts_with("HTTP/1.1 200"), "{limited}");
+    let defined = curl(&setup, "PUT", "/v1/vms/db1", &token, r#"{"config":""}"#);
+    assert!(defined.starts_with("HTTP/1.1 200"), "{defined}");
+    let deleted = curl(&setup, "DELETE", "/v1/vms/nobody", &token, "");
+    assert!(deleted.starts_with("HTTP/1.1 404"), "{deleted}");
+    // A pool that does not tell its status: what is not known is left out.
+    let delete = r#"{"to":"pool","request":{"operation":"delete-volume","name":"safe"}}"#;
+    let unknown = curl(&setup, "POST", "/v1/storage", &token, delete);
+    assert!(unknown.starts_with("HTTP/1.1 409"), "{unknown}");
+
+    let audit = setup.audit();
+    let of = |path: &str| {
+        let first = audit.iter().find(|line| line["path"] == path).unwrap();
+        let same = |line: &&Value| line["request"] == first["request"] && line.get("path").is_none();
+        (first, audit.iter().find(same).unwrap())
+    };
+    let (first, second) = of("/v1/vms/web1/vm/disks/disk0");
+    assert_eq!(first["before"]["id"], "disk0", "{first}");
+    assert_eq!(second["after"]["id"], "disk0", "{second}");
+    assert_ne!(first["before"], second["after"]);
+    let (first, second) = of("/v1/vms/db1");
+    assert_eq!(
+        (&first["before"]["revision"], &second["after"]["revision"]),
+        (&"1f".into(), &"1f".into())
+    );
+    assert!(first["before"].get("pid").is_none(), "{first}");
+    let (first, second) = of("/v1/vms/nobody");
+    assert!(first.get("before").is_some_and(Value::is_null) && second.get("after").is_none());
+    let (first, second) = of("/v1/storage");
+    assert!(
+        first.get("before").is_none() && second["status"] == 409,
+        "{first} {second}"
+    );
+}
+
+#[test]
 fn requests_that_are_wrong_are_told_so() {
     let mut setup = setup();
     let token = setup.add("anna", Role::Administrator, &[]);
@@ -525,7 +598,10 @@ fn a_manager_behind_the_gateway_is_for_those_who_may_know_the_whole_host() {
     let refused = problem_of(all(&setup, &operator).delete_machine(&db));
     assert_eq!(refused.kind, ProblemKind::Forbidden);
     all(&setup, &administrator).delete_machine(&db).unwrap();
-    assert_eq!(*setup.host.calls.lock().unwrap(), ["start db1", "delete db1"]);
+    assert_eq!(
+        *setup.host.calls.lock().unwrap(),
+        ["start db1", "show db1", "delete db1", "show db1"]
+    );
 
     // Somebody for one machine has that, and not the host's pools, not even through it.
     let own = setup.client_of("db1", Some(restricted.clone()), None);

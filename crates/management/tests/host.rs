@@ -406,3 +406,74 @@ fn bodies_and_paths_that_are_wrong_are_refused_and_change_nothing() {
     assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{answer}");
     assert_eq!(setup.calls(), ["start db1"]);
 }
+
+#[test]
+fn a_definition_is_changed_only_as_it_was_seen() {
+    let setup = Setup::new();
+    let seen = setup.ask("GET /v1/vms/db1 HTTP/1.1\r\nhost: x\r\n\r\n");
+    assert!(
+        seen.contains("\r\netag: \"1f\"\r\n") && seen.contains("no-store"),
+        "{seen}"
+    );
+    let body = r#"{"config":"name = \"db1\""}"#;
+    for (method, condition, status) in [
+        ("PUT", "if-match: \"1f\"", "200"),
+        ("PUT", "if-match: \"1e\", \"1f\"", "200"),
+        ("PUT", "if-match: \"1e\"\r\nif-match: \"1f\"", "200"),
+        ("PUT", "if-match: \"1e\"", "412"),
+        ("PUT", "if-match: W/\"1f\"", "412"),
+        ("PUT", "if-match: 1f", "400"),
+        ("PUT", "if-match: \"\u{e9}\"", "400"),
+        ("PUT", "if-none-match: *", "412"),
+        ("DELETE", "if-match: \"1e\"", "412"),
+        ("DELETE", "if-match: \"1f\"", "204"),
+    ] {
+        setup.calls();
+        let answer = setup.ask(&format!(
+            "{method} /v1/vms/db1 HTTP/1.1\r\nhost: x\r\n{condition}\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        ));
+        assert_eq!(answer.get(9..12), Some(status), "{method} {condition}: {answer}");
+        assert_eq!(
+            setup.calls().len(),
+            usize::from(status.starts_with('2')),
+            "{condition}"
+        );
+        assert_eq!(
+            answer.contains("problem:precondition"),
+            status == "412",
+            "{answer}"
+        );
+    }
+    let definition = MachineDefinition {
+        config: String::new(),
+        folder: None,
+        autostart: false,
+        restart: api::RestartPolicy::Never,
+    };
+    let client = setup.client(Scope::All);
+    assert_eq!(
+        kind(client.define_new(&name(), &definition)),
+        ProblemKind::Precondition
+    );
+}
+
+#[test]
+fn what_is_there_refuses_other_methods_and_numbers_that_are_none() {
+    let setup = Setup::new();
+    for path in [
+        "/metrics",
+        "/v1/metrics",
+        "/v1/host",
+        "/v1/events",
+        "/healthz",
+        "/readyz",
+        "/v1/pools",
+        "/v1/vms",
+    ] {
+        let answer = setup.ask(&format!("TRACE {path} HTTP/1.1\r\nhost: x\r\n\r\n"));
+        assert_eq!(answer.get(9..12), Some("405"), "{path}: {answer}");
+    }
+    let answer = setup.ask("GET /v1/events HTTP/1.1\r\nhost: x\r\nlast-event-id: {}\r\n\r\n");
+    assert_eq!(answer.get(9..12), Some("400"), "{answer}");
+}

@@ -345,6 +345,9 @@ pub(crate) enum VmCommand {
         /// When it is started again after it has ended by itself.
         #[arg(long, value_enum, default_value_t = RestartChoice::OnFailure)]
         restart: RestartChoice,
+        /// Refuse if the manager knows a machine of this name already.
+        #[arg(long)]
+        new: bool,
     },
     /// The machines that the host's manager knows.
     List,

@@ -19,12 +19,12 @@ const SHORT: usize = 60;
 /// For so long a machine that was started may not answer before one goes without an answer.
 const START: Duration = Duration::from_secs(20);
 
-/// Has the manager know a machine.
+/// Has the manager know a machine; `new`: one that it does not know yet.
 pub(crate) fn define(
     manager: &Client,
     file: &Path,
-    autostart: bool,
-    restart: RestartPolicy,
+    (autostart, restart): (bool, RestartPolicy),
+    new: bool,
     json: bool,
 ) -> anyhow::Result<Exit> {
     let text = std::fs::read_to_string(file).map_err(UsageError::new);
@@ -44,7 +44,10 @@ pub(crate) fn define(
         autostart,
         restart,
     };
-    let status = manager.define(&name, &definition)?;
+    let status = match new {
+        true => manager.define_new(&name, &definition)?,
+        false => manager.define(&name, &definition)?,
+    };
     if json {
         print_json(&status)?;
         return Ok(Exit::Success);

@@ -37,7 +37,11 @@ pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
             file,
             autostart,
             restart,
-        } => machines::define(&place.manager()?, &file, autostart, restart.into(), json),
+            new,
+        } => {
+            let rules = (autostart, restart.into());
+            machines::define(&place.manager()?, &file, rules, new, json)
+        }
         VmCommand::List => machines::list(&place.manager()?, json),
         VmCommand::Start(name) => machines::start(&place.manager()?, &place.named(name.name).name()?, json),
         VmCommand::Shutdown { machine, no_wait } => {

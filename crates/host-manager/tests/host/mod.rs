@@ -12,8 +12,9 @@ use api::file::FileOperation;
 use api::storage::{LayoutKind, NewDevice, Operation, ReadPolicy, Shape};
 use api::virtual_disk::{DiskOperation, TransferRequest};
 use api::{
-    AttachRequest, Attachment, DeviceId, DiskChange, DiskConfig, EventKind, EventLog, Host, HostStatus,
-    MachineDefinition, MachineStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, VmName,
+    AttachRequest, Attachment, Condition, DeviceId, DiskChange, DiskConfig, EventKind, EventLog, Host,
+    HostStatus, MachineDefinition, MachineStatus, Metrics, Problem, ProblemKind, StorageAnswer,
+    StorageRequest, Transfer, VmName,
 };
 use block_io::WorkerOptions;
 use host_manager::DiskService;
@@ -142,7 +143,7 @@ impl Host for Front {
         self.disks.change(vm, device, change)
     }
 
-    fn define(&self, _: &VmName, _: MachineDefinition) -> Result<MachineStatus, Problem> {
+    fn define(&self, _: &VmName, _: MachineDefinition, _: &Condition) -> Result<MachineStatus, Problem> {
         no_machines()
     }
 
@@ -162,7 +163,7 @@ impl Host for Front {
         no_machines()
     }
 
-    fn delete(&self, _: &VmName) -> Result<(), Problem> {
+    fn delete(&self, _: &VmName, _: &Condition) -> Result<(), Problem> {
         no_machines()
     }
 
@@ -170,8 +171,8 @@ impl Host for Front {
         no_machines()
     }
 
-    fn metrics(&self) -> api::Metrics {
-        api::Metrics::default()
+    fn metrics(&self) -> Metrics {
+        Metrics::default()
     }
 
     fn events(&self) -> &EventLog {

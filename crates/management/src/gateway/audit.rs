@@ -1,8 +1,8 @@
 //! The audit log: a file of lines of JSON that only grows.
 //!
 //! ```text
-//! {"time":"2026-11-29 13:31:02Z","request":7,"principal":"anna","from":"192.0.2.7:50310","method":"POST","path":"/v1/vms/web1/storage","body":{...}}
-//! {"time":"2026-11-29 13:31:02Z","request":7,"status":200}
+//! {"time":"2026-11-29 13:31:02Z","request":7,"principal":"anna","from":"192.0.2.7:50310","method":"POST","path":"/v1/vms/web1/storage","body":{...},"before":{...}}
+//! {"time":"2026-11-29 13:31:02Z","request":7,"after":{...},"status":200}
 //! ```
 //!
 //! The first line of a request is durable before it is passed on. Bodies of requests hold no secrets. Who rotates the log sends the file away: it is
@@ -44,6 +44,11 @@ pub(super) struct Line<'a> {
     pub(super) path: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) body: Option<Value>,
+    /// How what it changes was, and how it is afterwards: see [`subject`](super::subject).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) before: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) after: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) status: Option<u16>,
     /// Why it was refused here, or why there is no answer.

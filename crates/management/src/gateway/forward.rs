@@ -6,7 +6,10 @@ use std::time::Duration;
 use api::{Problem, ProblemKind};
 use http_body_util::{Either, Full};
 use hyper::body::Bytes;
-use hyper::header::{ACCEPT, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, UPGRADE};
+use hyper::header::{
+    ACCEPT, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, ETAG, HeaderMap, HeaderName, IF_MATCH, IF_NONE_MATCH,
+    UPGRADE,
+};
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -21,8 +24,9 @@ use crate::{client, routes, sse};
 /// How long a machine's socket may take to accept.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Headers of an answer that are passed on.
-const PASSED_ON: [HeaderName; 6] = [
+const PASSED_ON: [HeaderName; 7] = [
     CONTENT_TYPE,
+    ETAG,
     CACHE_CONTROL,
     CONNECTION,
     UPGRADE,
@@ -31,7 +35,7 @@ const PASSED_ON: [HeaderName; 6] = [
 ];
 
 /// Headers of a request that are passed on.
-const TOLD: [HeaderName; 2] = [ACCEPT, sse::LAST_EVENT_ID];
+const TOLD: [HeaderName; 4] = [ACCEPT, sse::LAST_EVENT_ID, IF_MATCH, IF_NONE_MATCH];
 
 /// The body of an answer: made here, or a machine's.
 pub(crate) type AnswerBody = Either<routes::Body, Watched>;
@@ -82,8 +86,9 @@ pub(crate) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBod
     let protocol = upgrade.as_ref().map(|(_, protocol)| protocol.as_slice());
     let mut request = client::request(&method, path, protocol);
     for header in TOLD {
-        if let Some(value) = headers.get(&header) {
-            request = request.header(header, value);
+        // All of them: half a condition is another one.
+        for value in headers.get_all(&header) {
+            request = request.header(&header, value);
         }
     }
     let request = request.body(Full::new(body)).map_err(|error| {

@@ -33,6 +33,7 @@ pub(crate) mod forward;
 mod rights;
 mod server;
 mod stream;
+mod subject;
 
 pub use audit::AuditError;
 pub use server::{Gateway, GatewayConfig, GatewayError, Machine, Running};

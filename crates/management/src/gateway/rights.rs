@@ -36,6 +36,14 @@ impl Asked<'_> {
         }
     }
 
+    /// The request to a pool that it is.
+    pub(super) fn storage(&self) -> Option<&StorageRequest> {
+        match self {
+            Self::Storage(request) => Some(request),
+            Self::Path(..) | Self::Transfer => None,
+        }
+    }
+
     /// Whether nothing changes.
     pub(super) fn only_reads(&self) -> bool {
         self.needs() == Role::Viewer

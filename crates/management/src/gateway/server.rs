@@ -23,6 +23,7 @@ use hyper::header::{
 };
 use hyper::{Method, Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::{JoinSet, yield_now};
@@ -35,6 +36,7 @@ use super::attempts::{Attempts, place};
 use super::audit::{Audit, AuditError, Line};
 use super::forward::{AnswerBody, Outgoing, forward};
 use super::rights::Asked;
+use super::subject::Subject;
 use crate::room::{Peer, Room};
 use crate::{life, openapi, routes, sse};
 
@@ -330,6 +332,7 @@ async fn connection(stream: TlsStream<TcpStream>, address: SocketAddr, shared: A
 struct Open {
     audit: Arc<Mutex<Audit>>,
     request: u64,
+    after: Option<Value>,
     status: Option<u16>,
 }
 
@@ -337,6 +340,7 @@ impl Drop for Open {
     fn drop(&mut self) {
         let line = Line {
             request: self.request,
+            after: self.after.take(),
             status: self.status,
             reason: self
                 .status
@@ -520,7 +524,12 @@ impl Shared {
             return Err(Problem::new(ProblemKind::Forbidden, detail).about(name));
         }
         let mut open = None;
+        let mut subject = None;
         if !asked.only_reads() {
+            subject = Subject::of(&method, &path, rest, asked.storage());
+            if let Some(subject) = &subject {
+                line.before = subject.look(name, socket).await;
+            }
             line.body = serde_json::from_slice(&body).ok();
             let written = lock(&self.audit).write(std::mem::take(line), true);
             if let Err(error) = written {
@@ -531,6 +540,7 @@ impl Shared {
             open = Some(Open {
                 audit: Arc::clone(&self.audit),
                 request: number,
+                after: None,
                 status: None,
             });
         }
@@ -554,6 +564,11 @@ impl Shared {
                 Ok(answer) => answer.status().as_u16(),
                 Err(problem) => problem.status,
             });
+            if let (Some(subject), Ok(answer)) = (&subject, &answered)
+                && answer.status().is_success()
+            {
+                open.after = subject.look(name, socket).await;
+            }
         }
         answered
     }

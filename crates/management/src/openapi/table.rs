@@ -13,7 +13,9 @@ use api::{
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
-use ProblemKind::{Conflict, Exhausted, Forbidden, Host, Invalid, NotFound, Stopping, Timeout, TooLarge};
+use ProblemKind::{
+    Conflict, Exhausted, Forbidden, Host, Invalid, NotFound, Precondition, Stopping, Timeout, TooLarge,
+};
 
 /// The schema of a type.
 pub(super) type TypeOf = fn(&mut SchemaGenerator) -> Schema;
@@ -462,15 +464,17 @@ pub(super) fn host() -> Vec<Operation> {
             .json::<Vec<MachineStatus>>(200, "In the order of their names."),
         of("get", "/v1/vms/{name}", "getMachine", "A machine")
             .machine()
-            .json::<MachineStatus>(200, "It."),
+            .tagged("It."),
         of("put", "/v1/vms/{name}", "defineMachine", "Define a machine, or change its definition")
             .about("A change counts when the machine is started next. Doing it twice does it once.")
             .machine()
+            .conditional()
             .body::<MachineDefinition>()
-            .json::<MachineStatus>(200, "The machine as it is now."),
+            .tagged("The machine as it is now."),
         of("delete", "/v1/vms/{name}", "deleteMachine", "Forget a machine that is stopped")
             .about("Its disks stay.")
             .machine()
+            .conditional()
             .answer(204, "It is forgotten.", Vec::new())
             .problem(Conflict),
         of("put", "/v1/vms/{name}/start", "startMachine", "Start a machine")
@@ -534,6 +538,32 @@ impl Operation {
     fn machine(self) -> Self {
         self.parameter("name", In::Path, "The machine.", schema::<api::VmName>)
             .problem(NotFound)
+    }
+
+    fn tagged(self, about: &'static str) -> Self {
+        self.answer_with(
+            200,
+            about,
+            vec![("application/json", schema::<MachineStatus>)],
+            vec![
+                (
+                    "ETag",
+                    "Its definition's revision; whatever the machine does, it stays.",
+                ),
+                ("Cache-Control", "`no-store`."),
+            ],
+        )
+    }
+
+    fn conditional(self) -> Self {
+        self.parameter(
+            "If-Match",
+            In::Header,
+            "Only if this is the `ETag`, or one of these; `*`: only if it is there.",
+            text,
+        )
+        .parameter("If-None-Match", In::Header, "`*`: only if it is not there.", text)
+        .problem(Precondition)
     }
 
     fn pool(self) -> Self {

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, RwLock};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    AttachRequest, Attachment, AttachmentMetrics, DeviceId, DiskChange, EventLog, Host, HostStatus,
-    MachineDefinition, MachineState, MachineStatus, Metrics, Problem, ProblemKind, RestartPolicy,
+    AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange, EventLog, Host,
+    HostStatus, MachineDefinition, MachineState, MachineStatus, Metrics, Problem, ProblemKind, RestartPolicy,
     StorageAnswer, StorageRequest, Transfer, VmName,
 };
 
@@ -43,6 +43,7 @@ impl FakeHost {
             memory: api::ByteSize::from_mib(64),
             autostart: true,
             restart: RestartPolicy::OnFailure,
+            revision: "1f".into(),
             restarts: 0,
             last_end: None,
             config: "/state/vms/db1/vm.toml".into(),
@@ -100,7 +101,13 @@ impl Host for FakeHost {
         Err(Problem::new(ProblemKind::NotFound, "it is not in use").about(device))
     }
 
-    fn define(&self, name: &VmName, _definition: MachineDefinition) -> Result<MachineStatus, Problem> {
+    fn define(
+        &self,
+        name: &VmName,
+        _definition: MachineDefinition,
+        condition: &Condition,
+    ) -> Result<MachineStatus, Problem> {
+        condition.check((name.as_str() == "db1").then_some("1f"))?;
         self.done("define", name)
     }
 
@@ -120,7 +127,8 @@ impl Host for FakeHost {
         self.done("stop", name)
     }
 
-    fn delete(&self, name: &VmName) -> Result<(), Problem> {
+    fn delete(&self, name: &VmName, condition: &Condition) -> Result<(), Problem> {
+        condition.check(Some("1f"))?;
         self.done("delete", name).map(drop)
     }
 
