@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use api::virtual_disk::{DiskMode, DiskOperation};
 use api::{AtPowerOff, DiskChange, DiskConfig, DiskLimits, OnError, ProblemKind, StorageRequest};
 use host::{Manager, disk, make_pool};
+use management::{Client, Scope, Target};
 use storage_virtualizer::vhost_user::front_end::{
     FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice, dial,
 };
@@ -415,4 +416,59 @@ fn a_manager_that_ends_refuses_and_waits_for_nobody_who_is_there() {
         drop((silent, machine));
         manager.stop();
     });
+}
+
+/// Numbers for people: `cargo test -p host-manager --test disks -- --ignored --nocapture latency`.
+#[test]
+#[ignore = "measures; says nothing about right and wrong"]
+fn latency_of_questions_while_eight_machines_work() {
+    let names: Vec<String> = (0..8).map(|number| format!("/d{number}.dsk")).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let files: Vec<&str> = names.iter().map(String::as_str).collect();
+    let devices = make_pool(folder.path(), &files);
+    let manager = Manager::start(folder.path(), &devices);
+    let seconds = 8;
+    let loads = names.iter().enumerate().map(|(number, file)| Load {
+        front_end: manager.options(&format!("vm{number}"), &disk("root", file)),
+        pattern: Pattern::Mixed,
+        depth: 8,
+        duration: Duration::from_secs(seconds),
+        range: Some(4 << 20),
+        once: false,
+        stride: None,
+        verify: false,
+        flush_every: 100,
+        reconnect: false,
+        patience: Duration::from_secs(30),
+        pid: None,
+        seed: number as u64,
+    });
+    let running: Vec<_> = loads.map(|load| thread::spawn(move || run(&load))).collect();
+    let client = Client::new(Target::Manager(manager.socket().to_owned(), Scope::All)).unwrap();
+    let begin = Instant::now();
+    let mut times = [Vec::new(), Vec::new()];
+    while begin.elapsed() < Duration::from_secs(seconds - 1) {
+        let asked = Instant::now();
+        client.host().unwrap();
+        times[0].push(asked.elapsed());
+        let asked = Instant::now();
+        client.storage(&StorageRequest::Status).unwrap();
+        times[1].push(asked.elapsed());
+        thread::sleep(Duration::from_millis(5));
+    }
+    for one in running {
+        one.join().unwrap().unwrap();
+    }
+    for (what, times) in ["GET /v1/host", "storage status"].iter().zip(&mut times) {
+        times.sort();
+        let at = |part: usize| times[(times.len() - 1) * part / 100];
+        println!(
+            "{what}: {} times, p50 {:?}, p99 {:?}, most {:?}",
+            times.len(),
+            at(50),
+            at(99),
+            at(100)
+        );
+    }
+    manager.stop();
 }
