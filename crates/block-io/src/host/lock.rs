@@ -86,12 +86,23 @@ pub(super) fn block_device_holder(path: &Path) -> Option<String> {
                 return None;
             }
             let information = fs::read_to_string(process.join("fdinfo").join(descriptor)).ok()?;
-            matches(&information).then_some(())
+            (matches(&information) && !is_passing(&name_of(process))).then_some(())
         })
     };
     open_as(&|information| information.contains("lock:"))
         .or_else(|| open_as(&is_open_for_writing))
         .or_else(|| open_as(&|_| true))
+}
+
+/// Whether a process of this name is one that looks at a device whenever somebody has written to it, and soon lets it go: udev, which reads
+/// it and has the kernel look for partitions, for which the kernel holds it alone for a moment.
+fn is_passing(name: &str) -> bool {
+    matches!(name, "(udev-worker)" | "systemd-udevd" | "udevd" | "blkid")
+}
+
+fn name_of(process: &Path) -> String {
+    let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
+    name.trim().to_owned()
 }
 
 /// Whether the flags in a descriptor's `fdinfo` are those of a writer.
@@ -110,9 +121,8 @@ fn find_process(matches: impl Fn(&Path, &str) -> Option<()>) -> Option<String> {
             .ok()?
             .flatten()
             .find_map(|descriptor| matches(&process, descriptor.file_name().to_str()?))?;
-        let command = fs::read_to_string(process.join("comm")).unwrap_or_default();
         let pid = process.file_name()?.to_str()?.to_owned();
-        Some(format!("{} (pid {pid})", command.trim()))
+        Some(format!("{} (pid {pid})", name_of(&process)))
     })
 }
 
@@ -136,6 +146,13 @@ fn processes() -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_looks_at_every_device_is_no_holder() {
+        assert!(is_passing("(udev-worker)"));
+        assert!(!is_passing("qemu-system-x86"));
+        assert!(!is_passing(&name_of(Path::new("/proc/self"))));
+    }
 
     #[test]
     fn writers_are_told_from_those_who_look() {
