@@ -14,9 +14,12 @@
 //!
 //! Relative paths are relative to the file.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 /// The contents of host.toml.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -47,16 +50,35 @@ pub struct Management {
 }
 
 /// `[pool]`, or several `[[pool]]`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "[pool] or [[pool]] has `devices = [...]` and nothing else"
-)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Pools {
     /// One.
     One(PoolConfig),
     /// Any number.
     Several(Vec<PoolConfig>),
+}
+
+impl<'de> Deserialize<'de> for Pools {
+    /// By hand, as what is derived would not tell what is wrong with a pool.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = Pools;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("[pool] or [[pool]] with devices = [...]")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Pools, A::Error> {
+                PoolConfig::deserialize(MapAccessDeserializer::new(map)).map(Pools::One)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<Pools, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(items)).map(Pools::Several)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
 }
 
 impl Default for Pools {
@@ -167,7 +189,10 @@ mod tests {
     #[test]
     fn mistakes_are_told() {
         let error = read("[pool]\ndevice = [\"a\"]").unwrap_err().to_string();
-        assert!(error.contains("devices = [...]"), "{error}");
+        assert!(
+            error.contains("unknown field `device`, expected `devices`"),
+            "{error}"
+        );
         assert!(
             read("[machines]\nat-end = \"kill\"")
                 .unwrap_err()
