@@ -136,7 +136,7 @@ pub(crate) struct DebugArguments {
     #[arg(long, global = true, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
 
-    /// The machine's configuration, which names its management socket; or host.toml, or a file with [remote]
+    /// The machine's configuration, which names its management socket; or host.toml, or a file with `[remote]`
     /// [default: $SMSVMM_CONFIG, or /etc/smsvmm/host.toml].
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
@@ -315,7 +315,7 @@ pub(crate) struct VmArguments {
     #[arg(long, global = true, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
 
-    /// The machine's configuration, which names its management socket; or host.toml, or a file with [remote]
+    /// The machine's configuration, which names its management socket; or host.toml, or a file with `[remote]`
     /// [default: $SMSVMM_CONFIG, or /etc/smsvmm/host.toml].
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
