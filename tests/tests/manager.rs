@@ -69,6 +69,21 @@ fn console(host: &Host, name: &str) -> Result<Vm> {
     Vm::launch(command, &host.folder().join(name), PATIENCE)
 }
 
+/// The machine's process, if it runs.
+fn running(host: &Host) -> Result<Option<i32>> {
+    let list = host.administer("vm list --config host.toml")?;
+    let words: Vec<&str> = list
+        .lines()
+        .last()
+        .unwrap_or_default()
+        .split_whitespace()
+        .collect();
+    Ok(match words.as_slice() {
+        [_, "running", pid, ..] => pid.parse().ok(),
+        _ => None,
+    })
+}
+
 /// Waits until the guest's load has gone on.
 fn goes_on(vm: &mut Vm) -> Result<()> {
     let rounds = vm.guest("cat /rounds")?;
@@ -171,12 +186,10 @@ fn a_host_is_managed_from_elsewhere_while_its_machines_write() {
         far("disk export /vm/web1.dsk@noon noon.raw")?;
 
         // The machine is killed; the manager starts it again, and its disk is well.
-        let list = local("vm list")?;
-        let pid = list.lines().last().and_then(|line| line.split_whitespace().nth(2));
-        let pid = pid.and_then(|pid| Pid::from_raw(pid.parse().ok()?));
-        kill_process(pid.context("a process")?, Signal::KILL)?;
+        let killed = running(host)?.context("a process")?;
+        kill_process(Pid::from_raw(killed).context("a process")?, Signal::KILL)?;
         drop(vm);
-        while !local("vm list")?.contains("running") {
+        while running(host)?.is_none_or(|pid| pid == killed) {
             ensure!(begun.elapsed() < PATIENCE, "{}", local("vm list")?);
         }
         let mut vm = console(host, "web1")?;
