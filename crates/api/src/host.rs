@@ -212,6 +212,12 @@ pub trait Host: Send + Sync {
     /// How it is.
     fn status(&self) -> HostStatus;
 
+    /// All machines, in the order of their names.
+    fn machines(&self) -> Vec<MachineStatus>;
+
+    /// The disks of pools that are in use.
+    fn attachments(&self) -> Vec<Attachment>;
+
     /// Does something with a pool, by its name (none: the only one), and the disks in it, while machines use them. Blocks until it is
     /// done.
     ///

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use vmm::config::PoolConfig;
 
 /// The contents of host.toml.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -104,14 +105,6 @@ impl Pools {
     }
 }
 
-/// A pool, by its devices.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct PoolConfig {
-    /// Files, block devices, `nbd://` addresses, `multipath:` lists, in any order.
-    pub devices: Vec<String>,
-}
-
 /// `[machines]`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
@@ -147,9 +140,7 @@ impl HostConfig {
                         .to_owned(),
                 );
             }
-            for device in &mut pool.devices {
-                *device = block_io::relative_to(device, folder);
-            }
+            pool.complete(folder);
         }
         Ok(())
     }

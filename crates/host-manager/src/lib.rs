@@ -24,7 +24,7 @@ mod manager;
 mod process;
 mod store;
 
-pub use config::{AtEnd, HostConfig, MachinesConfig, Management, PoolConfig, Pools};
+pub use config::{AtEnd, HostConfig, MachinesConfig, Management, Pools};
 pub use disks::DiskService;
 pub use machines::{MachineOptions, Machines};
 pub use manager::Manager;

@@ -449,7 +449,7 @@ impl Shared {
             overrides.push(format!("manager={}", self.options.manager.display()));
         }
         let config = VmConfig::from_text(&definition.config, &shown, &folder, &overrides);
-        let mut config = config.map_err(|error| invalid(format!("{:#}", chain(&error))))?;
+        let mut config = config.map_err(|error| invalid(block_io::error_chain(&error)))?;
         if config.name != *name {
             return Err(invalid(format!("its vm.toml has the name {}", config.name)));
         }
@@ -473,7 +473,8 @@ impl Shared {
         let files = self.store.files(name)?;
         let folder = files.config.parent().map(PathBuf::from).unwrap_or_default();
         let config = VmConfig::from_text(&text, &files.config, &folder, &[]);
-        let config = config.map_err(|error| Problem::new(ProblemKind::Host, chain(&error)))?;
+        let config =
+            config.map_err(|error| Problem::new(ProblemKind::Host, block_io::error_chain(&error)))?;
         let revision = store::revision(&text, rules);
         self.enter(&mut self.lock(), name, &config, rules, revision)
     }
@@ -534,7 +535,7 @@ impl Shared {
     }
 
     /// Starts a machine's process, unless there is one.
-    fn begin(&self, name: &VmName, machine: &mut Machine) -> Result<Process, Problem> {
+    fn begin(self: &Arc<Self>, name: &VmName, machine: &mut Machine) -> Result<Process, Problem> {
         if let Some(process) = self.find(name, machine) {
             return Ok(process);
         }
@@ -555,6 +556,7 @@ impl Shared {
             vm: name.clone(),
             pid,
         });
+        self.look_for_an_answer(name, pid);
         Ok(process)
     }
 
@@ -600,7 +602,6 @@ impl Shared {
     /// Sees to a machine until it is at rest.
     fn attend(self: Arc<Self>, name: &VmName, mut process: Process) {
         loop {
-            self.look_for_an_answer(name, process.pid());
             let (begun, report) = (Instant::now(), self.report(name));
             let end = process.wait(&report);
             let mut table = self.lock();
@@ -642,7 +643,7 @@ impl Shared {
 
     /// Waits, and starts the machine again, as long as it is wanted.
     fn start_again(
-        &self,
+        self: &Arc<Self>,
         mut table: MutexGuard<'_, Table>,
         name: &VmName,
         wait: Duration,
@@ -699,11 +700,6 @@ impl Machine {
             self.want(false);
         }
     }
-}
-
-/// An error with its causes, for a person.
-fn chain(error: &dyn std::error::Error) -> String {
-    block_io::error_chain(error)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use api::storage::PoolStatus;
 use api::virtual_disk::TransferRequest;
 use api::{
     AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange, EventKind, EventLog, Host,
@@ -53,16 +54,8 @@ impl Manager {
                 for note in hosted.notes() {
                     tracing::warn!("{note}");
                 }
-                let (name, log) = (hosted.name().to_owned(), Arc::clone(&events));
-                let pool = name.clone();
-                hosted.on_event(move |event| {
-                    log.record(EventKind::Pool {
-                        pool: pool.clone(),
-                        kind: event.kind,
-                        text: event.text,
-                    });
-                });
-                (name, hosted)
+                hosted.record_events(Arc::clone(&events));
+                (hosted.name().to_owned(), hosted)
             });
             let found = match named {
                 Ok((name, hosted)) if pools.iter().any(|pool| pool.name == name) => {
@@ -157,6 +150,26 @@ impl Manager {
         closed.into_iter().collect()
     }
 
+    /// How the pools are that can be looked at.
+    fn pool_statuses(&self) -> Vec<PoolStatus> {
+        let statuses = self.pools.iter().map(|pool| status_of(&pool.hosted));
+        statuses.filter_map(Result::ok).collect()
+    }
+
+    /// How the host is, whose pools are as was just seen.
+    fn status_with(&self, pools: &[PoolStatus]) -> HostStatus {
+        HostStatus {
+            name: self.name.clone(),
+            version: self.version.clone(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            pools: pools.iter().map(entry).collect(),
+            machines: self.machines.list(),
+            attachments: self.disks.list(),
+            last_event: self.events.last(),
+        }
+    }
+
     fn pool(&self, name: Option<&str>) -> Result<&Pool, Problem> {
         let names = || self.pool_names().join(", ");
         match (name, self.pools.as_slice()) {
@@ -177,39 +190,35 @@ impl Manager {
     }
 }
 
-fn status_of(pool: &HostedPool) -> Result<api::storage::PoolStatus, Problem> {
+fn status_of(pool: &HostedPool) -> Result<PoolStatus, Problem> {
     match pool.execute(StorageRequest::Status)? {
         StorageAnswer::Status(status) => Ok(*status),
         _ => Err(Problem::new(ProblemKind::Host, "the pool does not say how it is")),
     }
 }
 
-impl Pool {
-    fn entry(&self) -> Option<PoolEntry> {
-        let status = status_of(&self.hosted).ok()?;
-        let jobs = status.jobs.iter().filter(|job| job.is_live()).count();
-        Some(PoolEntry {
-            name: status.name,
-            state: status.state,
-            size: status.size,
-            used: status.used,
-            jobs: u32::try_from(jobs).unwrap_or(u32::MAX),
-        })
+fn entry(status: &PoolStatus) -> PoolEntry {
+    let jobs = status.jobs.iter().filter(|job| job.is_live()).count();
+    PoolEntry {
+        name: status.name.clone(),
+        state: status.state,
+        size: status.size,
+        used: status.used,
+        jobs: u32::try_from(jobs).unwrap_or(u32::MAX),
     }
 }
 
 impl Host for Manager {
     fn status(&self) -> HostStatus {
-        HostStatus {
-            name: self.name.clone(),
-            version: self.version.clone(),
-            pid: std::process::id(),
-            uptime_seconds: self.started.elapsed().as_secs(),
-            pools: self.pools.iter().filter_map(Pool::entry).collect(),
-            machines: self.machines.list(),
-            attachments: self.disks.list(),
-            last_event: self.events.last(),
-        }
+        self.status_with(&self.pool_statuses())
+    }
+
+    fn machines(&self) -> Vec<MachineStatus> {
+        self.machines.list()
+    }
+
+    fn attachments(&self) -> Vec<Attachment> {
+        self.disks.list()
     }
 
     fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
@@ -268,9 +277,10 @@ impl Host for Manager {
     }
 
     fn metrics(&self) -> Metrics {
+        let pools = self.pool_statuses();
         let counted = self.disks.counters().into_iter();
         Metrics {
-            host: Some(self.status()),
+            host: Some(self.status_with(&pools)),
             attachments: counted
                 .map(|(attachment, counters)| AttachmentMetrics {
                     attachment,
@@ -283,11 +293,7 @@ impl Host for Manager {
                     errors: counters.errors,
                 })
                 .collect(),
-            pools: self
-                .pools
-                .iter()
-                .filter_map(|pool| status_of(&pool.hosted).ok())
-                .collect(),
+            pools,
             ..Metrics::default()
         }
     }

@@ -130,8 +130,8 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
             routes::json(StatusCode::OK, &status)
         }
         (["v1", "vms"], &Method::GET) => {
-            let status = context.ask(MACHINE_TIMEOUT, |host| Ok(host.status())).await?;
-            routes::json(StatusCode::OK, &status.machines)
+            let machines = context.ask(MACHINE_TIMEOUT, |host| Ok(host.machines())).await?;
+            routes::json(StatusCode::OK, &machines)
         }
         (["v1", "pools"], &Method::GET) => {
             let status = context.ask(MACHINE_TIMEOUT, |host| Ok(host.status())).await?;
@@ -220,8 +220,10 @@ async fn attachments(
 ) -> Result<Answer, Problem> {
     match (rest, request.method()) {
         ([], &Method::GET) => {
-            let status = context.ask(MACHINE_TIMEOUT, |host| Ok(host.status())).await?;
-            Ok(routes::json(StatusCode::OK, &status.attachments))
+            let attachments = context
+                .ask(MACHINE_TIMEOUT, |host| Ok(host.attachments()))
+                .await?;
+            Ok(routes::json(StatusCode::OK, &attachments))
         }
         ([], &Method::POST) => {
             let room = Arc::clone(&context.attachments).try_acquire_owned();

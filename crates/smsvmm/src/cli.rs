@@ -132,18 +132,8 @@ pub(crate) struct EventsArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct DebugArguments {
-    /// The machine's management socket.
-    #[arg(long, global = true, value_name = "PATH")]
-    pub(crate) socket: Option<PathBuf>,
-
-    /// The machine's configuration, which names its management socket; or host.toml, or a file with `[remote]`
-    /// [default: $SMSVMM_CONFIG, or /etc/smsvmm/host.toml].
-    #[arg(long, global = true, value_name = "FILE")]
-    pub(crate) config: Option<PathBuf>,
-
-    /// Of the machines of a host's manager, the one of this name.
-    #[arg(long, global = true, value_name = "NAME")]
-    pub(crate) vm: Option<VmName>,
+    #[command(flatten)]
+    pub(crate) place: Place,
 
     #[command(subcommand)]
     pub(crate) command: DebugCommand,
@@ -309,8 +299,9 @@ pub(crate) enum HostCommand {
     },
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct VmArguments {
+/// Which machine.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Place {
     /// The machine's management socket.
     #[arg(long, global = true, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
@@ -323,6 +314,12 @@ pub(crate) struct VmArguments {
     /// Of the machines of a host's manager, the one of this name; commands without an argument of their own take it as that as well.
     #[arg(long, global = true, value_name = "NAME")]
     pub(crate) vm: Option<VmName>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VmArguments {
+    #[command(flatten)]
+    pub(crate) place: Place,
 
     /// Print JSON.
     #[arg(long, global = true)]

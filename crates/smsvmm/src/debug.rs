@@ -16,20 +16,14 @@ use storage_virtualizer::recorder;
 use crate::cli::{DebugArguments, DebugCommand};
 use crate::exit::Exit;
 use crate::output::{print, print_json};
-use crate::vm::{self, Place};
+use crate::vm;
 
 /// How often a disk that is followed is looked at: a ring of some hundred records lasts for that long up to some thousand requests per second.
 const INTERVAL: Duration = Duration::from_millis(50);
 
 pub(crate) fn execute(arguments: DebugArguments) -> anyhow::Result<Exit> {
-    let DebugArguments {
-        socket,
-        config,
-        vm,
-        command,
-    } = arguments;
-    let client = Place { socket, config, vm }.client()?;
-    match command {
+    let client = arguments.place.client()?;
+    match arguments.command {
         DebugCommand::Dump { output } => dump(&client, output.as_deref()),
         DebugCommand::Trace { disk, json, once } => trace(&client, &disk, json, once),
     }

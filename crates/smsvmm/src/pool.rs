@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use api::virtual_disk::TransferRequest;
-use api::{ByteSize, DiskConfig, EventKind, EventLog, Problem, StorageAnswer, StorageRequest, Transfer};
+use api::{ByteSize, DiskConfig, EventLog, Problem, StorageAnswer, StorageRequest, Transfer};
 use block_io::WorkerOptions;
 use storage_manager::{DevicePaths, DiskOptions, HostedPool, VirtualDisk};
 use storage_virtualizer::controls::DiskControls;
@@ -74,14 +74,7 @@ impl VmPool {
 
     /// What happens to the pool stands in the machine's log from now on, with what has happened since it was opened.
     pub(crate) fn record_events(&self, log: Arc<EventLog>) {
-        let pool = self.pool.name().to_owned();
-        self.pool.on_event(move |event| {
-            log.record(EventKind::Pool {
-                pool: pool.clone(),
-                kind: event.kind,
-                text: event.text,
-            });
-        });
+        self.pool.record_events(log);
     }
 
     /// Ends the use of all disks, as their modes want it, and closes the pool.

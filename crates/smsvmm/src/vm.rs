@@ -13,7 +13,8 @@ use serde_json::json;
 use vmm::config::VmConfig;
 
 use crate::cli::{
-    DiskArguments, DiskSettingArguments, EventsArguments, MachineName, NetArguments, VmArguments, VmCommand,
+    DiskArguments, DiskSettingArguments, EventsArguments, MachineName, NetArguments, Place, VmArguments,
+    VmCommand,
 };
 use crate::exit::{Exit, UsageError};
 use crate::output::{print, print_json};
@@ -23,14 +24,7 @@ use crate::{machines, remote, serve, storage, terminal};
 const FOLLOW_WAIT: Duration = Duration::from_secs(50);
 
 pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
-    let VmArguments {
-        socket,
-        config,
-        vm,
-        json,
-        command,
-    } = arguments;
-    let place = Place { socket, config, vm };
+    let VmArguments { place, json, command } = arguments;
     let machine = |name: MachineName| place.named(name.name).client();
     match command {
         VmCommand::Define {
@@ -76,14 +70,6 @@ pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
         VmCommand::Events { follow, after } => events(&place.client()?, follow, after, json, |_| true),
         VmCommand::Console { console } => terminal::console(place.console_config()?.as_deref(), console),
     }
-}
-
-/// Where a machine is looked for.
-#[derive(Debug, Clone)]
-pub(crate) struct Place {
-    pub(crate) socket: Option<PathBuf>,
-    pub(crate) config: Option<PathBuf>,
-    pub(crate) vm: Option<VmName>,
 }
 
 /// What a configuration is, as far as machines are concerned.

@@ -1,88 +1,20 @@
 //! A pool that a process has open is watched and changed by commands, through the process's management socket.
 #![allow(clippy::unwrap_used)]
 
+mod pool_machine;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
-use api::virtual_disk::TransferRequest;
-use api::{
-    ByteSize, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventLog, NetConfig,
-    NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, Vm, VmState, VmStatus,
-};
+use api::{EventLog, Vm};
 use block_io::WorkerOptions;
 use management::{Server, ServerHandle};
+use pool_machine::Machine;
 use serde_json::Value;
 use storage_manager::HostedPool;
-
-/// A machine without a guest.
-struct Machine {
-    pool: HostedPool,
-    events: Arc<EventLog>,
-}
-
-fn no<T>() -> Result<T, Problem> {
-    Err(Problem::new(ProblemKind::Conflict, "not in this test"))
-}
-
-impl Vm for Machine {
-    fn status(&self) -> VmStatus {
-        VmStatus {
-            name: "web1".parse().unwrap(),
-            state: VmState::Running,
-            pid: 1,
-            uptime_seconds: 1,
-            resets: 0,
-            cpus: 1,
-            memory: ByteSize::from_mib(1),
-            disks: Vec::new(),
-            nets: Vec::new(),
-            limit_groups: Default::default(),
-            last_event: 0,
-        }
-    }
-    fn power_button(&self) -> Result<(), Problem> {
-        no()
-    }
-    fn stop(&self, _cause: &str) -> Result<(), Problem> {
-        no()
-    }
-    fn reset(&self) -> Result<(), Problem> {
-        no()
-    }
-    fn pause(&self) -> Result<(), Problem> {
-        no()
-    }
-    fn resume(&self) -> Result<(), Problem> {
-        no()
-    }
-    fn attach_disk(&self, _disk: DiskConfig) -> Result<DiskStatus, Problem> {
-        no()
-    }
-    fn attach_net(&self, _net: NetConfig) -> Result<NetStatus, Problem> {
-        no()
-    }
-    fn detach(&self, _id: &DeviceId) -> Result<(), Problem> {
-        no()
-    }
-    fn change_disk(&self, _id: &DeviceId, _change: &DiskChange) -> Result<DiskStatus, Problem> {
-        no()
-    }
-    fn change_limits(&self, _group: &DeviceId, _change: &DiskLimits) -> Result<DiskLimits, Problem> {
-        no()
-    }
-    fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        self.pool.execute(request)
-    }
-    fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem> {
-        self.pool.transfer(request)
-    }
-    fn events(&self) -> &EventLog {
-        &self.events
-    }
-}
 
 fn command(folder: &Path, line: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_smsvmm"));
@@ -139,15 +71,12 @@ fn machine(folder: &Path) -> (Arc<Machine>, ServerHandle) {
     let devices = ["d0", "d1"].map(|name| folder.join(name).to_str().unwrap().to_owned());
     let pool = HostedPool::open("test", devices.to_vec(), WorkerOptions::default()).unwrap();
     let events = Arc::new(EventLog::new());
-    let (log, name) = (Arc::clone(&events), pool.name().to_owned());
-    pool.on_event(move |event| {
-        log.record(EventKind::Pool {
-            pool: name.clone(),
-            kind: event.kind,
-            text: event.text,
-        });
+    pool.record_events(Arc::clone(&events));
+    let machine = Arc::new(Machine {
+        pool,
+        events,
+        disks: Vec::new(),
     });
-    let machine = Arc::new(Machine { pool, events });
     let server = Server::bind(&folder.join("vm.sock")).unwrap();
     let control: Arc<dyn Vm> = Arc::clone(&machine) as Arc<dyn Vm>;
     let server = server.start(control, || Ok(())).unwrap();

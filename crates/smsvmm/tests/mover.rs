@@ -1,6 +1,8 @@
 //! `smsvmm mover` from outside: over TLS, against a machine's management socket, with hostile connections; and its archives.
 #![allow(clippy::unwrap_used)]
 
+mod pool_machine;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -11,14 +13,12 @@ use std::time::Duration;
 
 use api::file::FileOperation;
 use api::storage::{LayoutKind, NewDevice, Operation, ReadPolicy, Shape};
-use api::virtual_disk::{DiskAnswer, DiskOperation, ImportRequest, TransferRequest};
-use api::{
-    ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, NetConfig,
-    NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, Vm, VmState, VmStatus,
-};
+use api::virtual_disk::{DiskAnswer, DiskOperation, ImportRequest};
+use api::{ByteSize, DeviceState, DiskConfig, DiskStatus, ProblemKind, StorageAnswer, StorageRequest, Vm};
 use backup::client::{Client, ClientError, Stream, Tls, connect};
 use backup::plan::{Content, Entry, Extent, ImageDisk, Kind, Place, Plan, Time};
 use block_io::WorkerOptions;
+use pool_machine::Machine;
 use storage_manager::{Flow, Force, HostedPool, Notice, PoolAt};
 
 const SIZE: u64 = 4 << 20;
@@ -344,81 +344,6 @@ fn connections_that_make_no_sense_are_ended_and_harm_nobody() {
     comes_back(&path("store"));
 }
 
-/// A machine whose guest does nothing.
-struct Machine {
-    pool: HostedPool,
-    events: EventLog,
-}
-
-fn no<T>() -> Result<T, Problem> {
-    Err(Problem::new(ProblemKind::Conflict, "not in this test"))
-}
-
-impl Vm for Machine {
-    fn status(&self) -> VmStatus {
-        let mut config = DiskConfig::new("/nowhere");
-        config.image = None;
-        config.file = Some("/a.dsk".into());
-        VmStatus {
-            name: "vm".parse().unwrap(),
-            state: VmState::Running,
-            pid: 1,
-            uptime_seconds: 1,
-            resets: 0,
-            cpus: 1,
-            memory: ByteSize::from_mib(1),
-            disks: vec![DiskStatus {
-                config,
-                state: DeviceState::Attached,
-                size: ByteSize::from_mib(4),
-                stopped: None,
-            }],
-            nets: Vec::new(),
-            limit_groups: Default::default(),
-            last_event: 0,
-        }
-    }
-    fn power_button(&self) -> Result<(), Problem> {
-        no()
-    }
-    fn stop(&self, _cause: &str) -> Result<(), Problem> {
-        no()
-    }
-    fn reset(&self) -> Result<(), Problem> {
-        no()
-    }
-    fn pause(&self) -> Result<(), Problem> {
-        no()
-    }
-    fn resume(&self) -> Result<(), Problem> {
-        no()
-    }
-    fn attach_disk(&self, _disk: DiskConfig) -> Result<DiskStatus, Problem> {
-        no()
-    }
-    fn attach_net(&self, _net: NetConfig) -> Result<NetStatus, Problem> {
-        no()
-    }
-    fn detach(&self, _id: &DeviceId) -> Result<(), Problem> {
-        no()
-    }
-    fn change_disk(&self, _id: &DeviceId, _change: &DiskChange) -> Result<DiskStatus, Problem> {
-        no()
-    }
-    fn change_limits(&self, _group: &DeviceId, _change: &DiskLimits) -> Result<DiskLimits, Problem> {
-        no()
-    }
-    fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        self.pool.execute(request)
-    }
-    fn transfer(&self, request: TransferRequest) -> Result<Transfer, Problem> {
-        self.pool.transfer(request)
-    }
-    fn events(&self) -> &EventLog {
-        &self.events
-    }
-}
-
 fn go_on(_: Notice<'_>) -> Flow {
     Flow::GoOn
 }
@@ -489,9 +414,19 @@ fn a_machines_disk_is_read_from_its_devices_or_through_its_socket() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| -> PathBuf { folder.path().join(name) };
     let (devices, pool) = pool(folder.path());
+    let mut config = DiskConfig::new("/nowhere");
+    config.image = None;
+    config.file = Some("/a.dsk".into());
+    let disk = DiskStatus {
+        config,
+        state: DeviceState::Attached,
+        size: ByteSize::from_mib(4),
+        stopped: None,
+    };
     let machine = Arc::new(Machine {
         pool,
-        events: EventLog::new(),
+        events: Arc::default(),
+        disks: vec![disk],
     });
     let server = management::Server::bind(&path("vm.sock")).unwrap();
     let _server = server

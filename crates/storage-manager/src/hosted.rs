@@ -26,7 +26,9 @@ use std::time::Duration;
 use api::file::{FileOperation, FileOutcome};
 use api::storage::{FIRST_VOLATILE_JOB, JobStatus, Operation, Outcome, PoolEvent, PoolLoad, PoolStatus};
 use api::virtual_disk::{DiskAnswer, DiskOperation, TransferRequest, Transferred};
-use api::{MAX_LOAD_WINDOW_MS, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
+use api::{
+    EventKind, EventLog, MAX_LOAD_WINDOW_MS, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer,
+};
 use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOptions, spawn_local};
 use storage_virtualizer::PinnedDisk;
 use storage_virtualizer::disk::DiskOptions;
@@ -282,6 +284,18 @@ impl HostedPool {
                 let Ok(open) = open_pool() else { return };
                 open.storage.gather_events();
             }
+        });
+    }
+
+    /// What happens to the pool stands in `log` from now on, with what has happened since it was opened.
+    pub fn record_events(&self, log: Arc<EventLog>) {
+        let pool = self.name.clone();
+        self.on_event(move |event| {
+            log.record(EventKind::Pool {
+                pool: pool.clone(),
+                kind: event.kind,
+                text: event.text,
+            });
         });
     }
 

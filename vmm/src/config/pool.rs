@@ -1,4 +1,4 @@
-//! `[pool]`: the pool that the machine's process opens itself.
+//! `[pool]`: the pool that a process opens itself, a machine's or a manager's.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ pub struct PoolConfig {
 
 impl PoolConfig {
     /// Makes relative paths absolute.
-    pub(super) fn complete(&mut self, folder: &Path) {
+    pub fn complete(&mut self, folder: &Path) {
         for device in self.devices.iter_mut().filter(|device| !device.is_empty()) {
             *device = block_io::relative_to(device, folder);
         }

@@ -119,6 +119,14 @@ impl Host for Front {
         }
     }
 
+    fn machines(&self) -> Vec<MachineStatus> {
+        Vec::new()
+    }
+
+    fn attachments(&self) -> Vec<Attachment> {
+        self.disks.list()
+    }
+
     fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         self.has(pool)?;
         self.pool.execute(request)

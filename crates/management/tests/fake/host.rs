@@ -72,6 +72,14 @@ impl Host for FakeHost {
         }
     }
 
+    fn machines(&self) -> Vec<MachineStatus> {
+        self.status().machines
+    }
+
+    fn attachments(&self) -> Vec<Attachment> {
+        Vec::new()
+    }
+
     fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         if request != StorageRequest::Status {
             drop(self.hold.read().unwrap());

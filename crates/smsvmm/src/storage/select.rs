@@ -145,8 +145,8 @@ fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
     let shown = path.display();
     let file: File = toml_file::read(path)?;
     let pools = file.pool.unwrap_or_default();
-    let pool = match pools.all() {
-        [pool] => pool,
+    let mut pool = match pools.all() {
+        [pool] => pool.clone(),
         [] if file.manager.is_some() => {
             return Err(UsageError::new(format!(
                 "the manager that {shown} names does not answer, and only it knows the pool's devices; start it, or give --devices"
@@ -167,11 +167,8 @@ fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
         }
     };
     let folder = path.parent().unwrap_or(Path::new(""));
-    let place = |device: &String| match device.is_empty() {
-        true => device.clone(),
-        false => block_io::relative_to(device, folder),
-    };
-    Ok(pool.devices.iter().map(place).collect())
+    pool.complete(folder);
+    Ok(pool.devices)
 }
 
 /// The lines for vm.toml that name these devices.
