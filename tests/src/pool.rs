@@ -51,7 +51,11 @@ impl<'a> Pool<'a> {
             .collect();
         self.host
             .vm(name)
-            .toml(&format!("[pool]\ndevices = [{}]\n", devices.join(", ")))
+            // With a helper, so that the sandbox around both threads is tried.
+            .toml(&format!(
+                "[pool]\ndevices = [{}]\nio-helpers = 1\n",
+                devices.join(", ")
+            ))
     }
 
     /// Checks its file system.

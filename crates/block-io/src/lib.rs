@@ -60,6 +60,7 @@ pub use nbd::{NbdAddress, NbdAddressError, NbdDevice, NbdError, NbdOptions, NbdS
 pub use net::{ListenAddress, ListenError, Listener, SocketFile, Stream, UnixSocketError, listen_unix};
 pub use spec::relative_to;
 pub use worker::{
-    EngineKind, EventSignal, EventWatch, PollSource, Worker, WorkerError, WorkerHandle, WorkerOptions,
-    add_poll_source, moment, moment_nanos, prepare_pool, spawn_local, turns, yield_now,
+    EngineKind, EventSignal, EventWatch, Hook, PollSource, Worker, WorkerError, WorkerHandle, WorkerOptions,
+    add_poll_source, default_helpers, helped, moment, moment_nanos, prepare_pool, spawn_local, turns,
+    yield_now,
 };

@@ -14,20 +14,24 @@ use std::time::Duration;
 
 use block_io::{
     AlignedBuffer, BlockDevice, Clock, EngineKind, EventSignal, EventWatch, HostDevice, OpenOptions, Worker,
-    WorkerClock, WorkerOptions, spawn_local,
+    WorkerClock, WorkerOptions, helped, spawn_local,
 };
 use vmm_sys_util::eventfd::EventFd;
 
-fn workers() -> [Worker; 2] {
-    [EngineKind::Uring, EngineKind::Threads].map(|engine| {
-        Worker::start(
-            "test",
-            WorkerOptions {
-                engine: Some(engine),
-                ..Default::default()
-            },
-        )
-        .unwrap()
+fn workers() -> [Worker; 4] {
+    let kinds = [
+        (EngineKind::Uring, 0),
+        (EngineKind::Uring, 1),
+        (EngineKind::Uring, 3),
+        (EngineKind::Threads, 1),
+    ];
+    kinds.map(|(engine, helpers)| {
+        let options = WorkerOptions {
+            engine: Some(engine),
+            helpers,
+            ..Default::default()
+        };
+        Worker::start("test", options).unwrap()
     })
 }
 
@@ -280,4 +284,109 @@ fn a_closed_device_is_let_go_by_workers_that_live_on() {
         );
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Each of 64 tasks writes a block of its own again and again, with a pattern that tells task and round, and reads it: the worker and its
+/// helpers share the requests, and each task gets the answers to its own.
+#[test]
+fn helpers_take_a_part_of_many_requests_and_none_of_few() {
+    for worker in workers() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(64 << 12).unwrap();
+        let device = Arc::new(HostDevice::open(file.path(), &OpenOptions::default()).unwrap());
+        let alone = worker.run({
+            let device = Arc::clone(&device);
+            move || async move {
+                for round in 0..200 {
+                    check_block(&device, 0, round).await;
+                }
+                helped().unwrap()
+            }
+        });
+        assert_eq!(alone, 0, "one request at a time needs no help");
+
+        let (done, wait) = mpsc::channel();
+        for number in 0..64 {
+            let (device, done) = (Arc::clone(&device), done.clone());
+            worker.spawn(move || async move {
+                for round in 0..300 {
+                    check_block(&device, number, round).await;
+                    // Rests of all lengths, so that each side finds the other asleep now and then.
+                    if round % 50 == 49 {
+                        let rest = Duration::from_micros(number * 7 + round * 3);
+                        WorkerClock::new().sleep(rest).await;
+                    }
+                }
+                done.send(()).unwrap();
+            });
+        }
+        for _ in 0..64 {
+            wait.recv_timeout(Duration::from_secs(60)).unwrap();
+        }
+        let (helped, threads) = worker.run(|| async { (helped().unwrap(), Arc::<Mutex<Vec<_>>>::default()) });
+        let ran_on = Arc::clone(&threads);
+        worker
+            .confine(move || {
+                ran_on.lock().unwrap().push(std::thread::current().id());
+                Ok(())
+            })
+            .unwrap();
+        let mut threads = std::mem::take(&mut *threads.lock().unwrap());
+        let jobs = threads.len();
+        threads.dedup();
+        assert_eq!(threads.len(), jobs, "each thread once");
+        assert_eq!(helped > 0, jobs > 1, "{helped} requests by {} helpers", jobs - 1);
+    }
+}
+
+async fn check_block(device: &HostDevice, number: u64, round: u64) {
+    let mut buffer = AlignedBuffer::new(4096);
+    let pattern = (number << 32 | round).to_le_bytes();
+    buffer
+        .as_mut_slice()
+        .chunks_exact_mut(8)
+        .for_each(|chunk| chunk.copy_from_slice(&pattern));
+    // SAFETY: the buffer outlives both requests, which are awaited one by one.
+    let piece = [unsafe { buffer.io(0, 4096) }];
+    device
+        .write(number << 12, &piece, block_io::Durability::Volatile)
+        .await
+        .unwrap();
+    buffer.as_mut_slice().fill(0);
+    device.read(number << 12, &piece).await.unwrap();
+    assert!(
+        buffer.as_slice().chunks_exact(8).all(|chunk| chunk == pattern),
+        "block {number} in round {round}"
+    );
+}
+
+#[test]
+fn what_runs_at_the_start_runs_on_each_thread_and_may_refuse() {
+    let started = Arc::<Mutex<Vec<String>>>::default();
+    let names = Arc::clone(&started);
+    let hook = move || {
+        let name = std::thread::current().name().unwrap_or_default().to_owned();
+        names.lock().unwrap().push(name);
+        Ok(())
+    };
+    let options = WorkerOptions {
+        engine: Some(EngineKind::Uring),
+        helpers: 2,
+        on_start: Some(Box::new(hook)),
+        ..Default::default()
+    };
+    drop(Worker::start("io", options).unwrap());
+    assert_eq!(*started.lock().unwrap(), ["1-io", "2-io", "io"]);
+
+    let options = WorkerOptions {
+        engine: Some(EngineKind::Uring),
+        helpers: 1,
+        on_start: Some(Box::new(|| match std::thread::current().name() {
+            Some("1-io") => Err(std::io::ErrorKind::PermissionDenied.into()),
+            _ => Ok(()),
+        })),
+        ..Default::default()
+    };
+    let error = Worker::start("io", options).unwrap_err();
+    assert!(format!("{error:?}").contains("PermissionDenied"), "{error:?}");
 }

@@ -49,7 +49,11 @@ impl Manager {
     ) -> Result<Self, Problem> {
         let mut pools: Vec<Pool> = Vec::new();
         for (number, one) in config.pools.all().iter().enumerate() {
-            let opened = HostedPool::open(&format!("pool-{number}"), one.devices.clone(), Default::default());
+            let opened = HostedPool::open(
+                &format!("pool-{number}"),
+                one.devices.clone(),
+                one.worker_options(),
+            );
             let named = opened.map(|hosted| {
                 for note in hosted.notes() {
                     tracing::warn!("{note}");

@@ -33,7 +33,11 @@ pub(crate) fn with_pool(
     name: &str,
     serve: impl FnOnce(&Arc<HostedPool>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let pool = Arc::new(open(name, storage::devices(which)?, WorkerOptions::default())?);
+    let options = WorkerOptions {
+        helpers: block_io::default_helpers(),
+        ..WorkerOptions::default()
+    };
+    let pool = Arc::new(open(name, storage::devices(which)?, options)?);
     let served = serve(&pool);
     let closed = pool.close();
     served?;
@@ -63,7 +67,7 @@ impl VmPool {
     /// Opens the pool that the configuration names, if it names one, and confines its worker.
     pub(crate) fn open(config: &VmConfig, sandbox: &Sandbox) -> anyhow::Result<Option<Arc<Self>>> {
         let Some(pool) = &config.pool else { return Ok(None) };
-        let open = open("io-pool", pool.devices.clone(), WorkerOptions::default())?;
+        let open = open("io-pool", pool.devices.clone(), pool.worker_options())?;
         open.confine(sandbox.thread(Kind::PoolWorker))
             .context("cannot confine the pool's worker")?;
         Ok(Some(Arc::new(Self {

@@ -256,13 +256,13 @@ impl HostedPool {
         self.worker.handle()
     }
 
-    /// Runs `hook` on the worker's thread: the place for a seccomp filter, now that everything is open.
+    /// Runs `hook` on the threads of the worker: the place for a seccomp filter, now that everything is open.
     ///
     /// # Errors
     /// The hook's.
-    pub fn confine(&self, hook: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
+    pub fn confine(&self, hook: impl Fn() -> io::Result<()> + Clone + Send + 'static) -> io::Result<()> {
         self.confined.store(true, Ordering::Relaxed);
-        self.worker.run(move || async move { hook() })
+        self.worker.confine(hook)
     }
 
     /// `listener` is told of everything that happens to the pool, on the pool's worker: it must not block, nor use the pool. What has

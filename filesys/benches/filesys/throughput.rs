@@ -175,9 +175,13 @@ async fn peer(directory: &Path, image: Image, load: Load) -> Figures {
 /// One pool with two files under load, and two pools on two workers.
 pub(crate) fn workers(directory: &Path, options: &Options) {
     let seconds = options.seconds;
-    let open = |name: &'static str, files: u32| {
+    let open = |name: &'static str, files: u32, helpers: usize| {
         let directory = directory.to_owned();
-        let worker = Worker::start(name, WorkerOptions::default()).unwrap();
+        let options = WorkerOptions {
+            helpers,
+            ..WorkerOptions::default()
+        };
+        let worker = Worker::start(name, options).unwrap();
         worker.run(move || async move {
             let stage = Stage::set(&directory, name, 64 << 20, 2 * GIB).await;
             let mut disks = Vec::new();
@@ -190,32 +194,41 @@ pub(crate) fn workers(directory: &Path, options: &Options) {
         });
         worker
     };
-    let pools = [open("p0", 2), open("p1", 1)];
-    let mut results: [Vec<(f64, f64)>; 3] = Default::default();
-    for _ in 0..options.rounds {
-        for (result, (first, second)) in results.iter_mut().zip([(1, 0), (2, 0), (1, 1)]) {
-            let (begin, cpu_before) = (Instant::now(), cpu());
-            let done: f64 = std::thread::scope(|scope| {
-                let runs = pools
-                    .iter()
-                    .zip([first, second])
-                    .map(|(worker, files)| scope.spawn(move || worker.run(move || both(files, seconds))));
-                let runs: Vec<_> = runs.collect();
-                runs.into_iter().map(|run| run.join().unwrap()).sum()
-            });
-            let elapsed = begin.elapsed().as_secs_f64();
-            result.push((done / elapsed, (cpu() - cpu_before) * 1e6 / done));
+    let pools = [open("p0", 2, 0), open("p1", 1, 0), open("p2", 4, 1)];
+    let cases = [
+        ("one file", [1, 0, 0]),
+        ("two files of one pool", [2, 0, 0]),
+        ("two pools, two workers", [1, 1, 0]),
+        ("one file, worker with a helper", [0, 0, 1]),
+        ("two files, the same", [0, 0, 2]),
+        ("four files, the same", [0, 0, 4]),
+    ];
+    for write in [true, false] {
+        let mut results: [Vec<(f64, f64)>; 6] = Default::default();
+        for _ in 0..options.rounds {
+            for (result, (_, files)) in results.iter_mut().zip(cases) {
+                let (begin, cpu_before) = (Instant::now(), cpu());
+                let done: f64 = std::thread::scope(|scope| {
+                    let used = pools.iter().zip(files).filter(|(_, files)| *files > 0);
+                    let runs: Vec<_> = used
+                        .map(|(worker, files)| {
+                            scope.spawn(move || worker.run(move || all(files, write, seconds)))
+                        })
+                        .collect();
+                    runs.into_iter().map(|run| run.join().unwrap()).sum()
+                });
+                let elapsed = begin.elapsed().as_secs_f64();
+                result.push((done / elapsed, (cpu() - cpu_before) * 1e6 / done));
+            }
         }
-    }
-    println!("4k overwrite, qd32 for each file           IOPS   CPU µs   ratio of IOPS");
-    let one = load::median(results[0].iter().map(|result| result.0).collect());
-    for (name, result) in ["one file", "two files of one pool", "two pools, two workers"]
-        .iter()
-        .zip(&results)
-    {
-        let iops = load::median(result.iter().map(|result| result.0).collect());
-        let cpu = load::median(result.iter().map(|result| result.1).collect());
-        println!("{name:36} {iops:10.0} {cpu:8.2} {:8.2}", iops / one);
+        let load = if write { "4k overwrite" } else { "4k read" };
+        println!("{load:12}, qd32 for each file           IOPS   CPU µs   ratio of IOPS");
+        let one = load::median(results[0].iter().map(|result| result.0).collect());
+        for ((name, _), result) in cases.iter().zip(&results) {
+            let iops = load::median(result.iter().map(|result| result.0).collect());
+            let cpu = load::median(result.iter().map(|result| result.1).collect());
+            println!("{name:36} {iops:10.0} {cpu:8.2} {:8.2}", iops / one);
+        }
     }
 }
 
@@ -223,9 +236,9 @@ thread_local! {
     static STAGE: std::cell::RefCell<Option<(Stage, Vec<Disk>)>> = const { std::cell::RefCell::new(None) };
 }
 
-async fn both(files: usize, seconds: f64) -> f64 {
+async fn all(files: usize, write: bool, seconds: f64) -> f64 {
     let disks: Vec<Disk> = STAGE.with_borrow(|stage| stage.as_ref().unwrap().1[..files].to_vec());
-    let load = Load::random(true, 32, GIB / 2, seconds);
+    let load = Load::random(write, 32, GIB / 2, seconds);
     let runs: Vec<_> = disks.iter().map(|disk| load::start(disk, load)).collect();
     let mut done = 0.0;
     for run in runs {

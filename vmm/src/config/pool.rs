@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use api::InvalidValue;
+use block_io::WorkerOptions;
 use serde::{Deserialize, Serialize};
 
 /// A pool, by its devices.
@@ -11,7 +12,14 @@ use serde::{Deserialize, Serialize};
 pub struct PoolConfig {
     /// Files, block devices, `nbd://` addresses, `multipath:` lists, in any order. Absolute once loaded.
     pub devices: Vec<String>,
+    /// Threads beside the pool's own that call the kernel for it when it has much to do, at most 8; by default one where the
+    /// host has four processors or more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_helpers: Option<usize>,
 }
+
+/// Helpers of a pool at most: its one thread gives no more than a few enough to do.
+const MOST_HELPERS: usize = 8;
 
 impl PoolConfig {
     /// Makes relative paths absolute.
@@ -21,8 +29,20 @@ impl PoolConfig {
         }
     }
 
+    /// How the pool's worker runs.
+    pub fn worker_options(&self) -> WorkerOptions {
+        WorkerOptions {
+            helpers: self.io_helpers.unwrap_or_else(block_io::default_helpers),
+            ..WorkerOptions::default()
+        }
+    }
+
     /// Checks what the types alone cannot.
     pub(super) fn check(&self) -> Result<(), (&'static str, InvalidValue)> {
+        if self.io_helpers.is_some_and(|helpers| helpers > MOST_HELPERS) {
+            let problem = format!("is more than {MOST_HELPERS}");
+            return Err(("io-helpers", InvalidValue::new(problem)));
+        }
         let problem = match self.devices.as_slice() {
             [] => "is empty; a pool has at least one device, as `smsvmm pool create` prints them",
             devices if devices.iter().any(String::is_empty) => {

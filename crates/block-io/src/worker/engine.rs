@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Hook;
+use super::helper::{Helper, Helpers};
 use super::local::Shared;
 use super::pool::PoolEngine;
 use super::uring::UringEngine;
@@ -72,15 +74,49 @@ pub enum EngineKind {
 
 #[expect(clippy::large_enum_variant, reason = "there is one per worker")]
 pub(super) enum Engine {
-    Uring(UringEngine),
+    Uring(UringEngine, Helpers),
     Threads(PoolEngine),
 }
 
 impl Engine {
     pub(super) fn kind(&self) -> EngineKind {
         match self {
-            Self::Uring(_) => EngineKind::Uring,
+            Self::Uring(..) => EngineKind::Uring,
             Self::Threads(_) => EngineKind::Threads,
+        }
+    }
+
+    /// Gives the worker that `shared` is a part of so many helpers, if it has a ring.
+    pub(super) fn help(
+        &mut self,
+        name: &str,
+        count: usize,
+        shared: &Arc<Shared>,
+        hook: &Arc<Hook>,
+    ) -> io::Result<()> {
+        if let Self::Uring(_, helpers) = self {
+            let start = |number| {
+                let hook = Arc::clone(hook);
+                Helper::start(&format!("{number}-{name}"), Arc::clone(shared), move || hook())
+            };
+            *helpers = Helpers::new((1..=count).map(start).collect::<io::Result<_>>()?);
+        }
+        Ok(())
+    }
+
+    /// Requests that helpers took.
+    pub(super) fn helped(&self) -> u64 {
+        match self {
+            Self::Uring(_, helpers) => helpers.taken(),
+            Self::Threads(_) => 0,
+        }
+    }
+
+    /// What runs jobs on the helpers' threads.
+    pub(super) fn helper_threads(&self) -> Vec<Arc<Shared>> {
+        match self {
+            Self::Uring(_, helpers) => helpers.threads(),
+            Self::Threads(_) => Vec::new(),
         }
     }
 
@@ -91,14 +127,18 @@ impl Engine {
             (Self::Threads(_), _) | (_, Call::DiscardBlocks { .. }) => {
                 super::pool::submit(index, *request, Arc::clone(shared));
             }
-            (Self::Uring(engine), _) => engine.submit(index, request, shared),
+            (Self::Uring(engine, helpers), _) => {
+                if !helpers.take(index, request) {
+                    engine.submit(index, request, shared);
+                }
+            }
         }
     }
 
     /// A file with a number is about to be closed.
     pub(super) fn forget_file(&self, number: NonZeroU64) {
         match self {
-            Self::Uring(engine) => engine.forget_file(number),
+            Self::Uring(engine, _) => engine.forget_file(number),
             Self::Threads(_) => {}
         }
     }
@@ -106,7 +146,7 @@ impl Engine {
     /// Gives up operation `index`, a [`Call::Poll`] on `file`; it completes soon.
     pub(super) fn cancel_poll(&self, index: u32, file: RawFd) {
         match self {
-            Self::Uring(engine) => engine.cancel_poll(index),
+            Self::Uring(engine, _) => engine.cancel_poll(index),
             Self::Threads(engine) => engine.cancel_poll(index, file),
         }
     }
@@ -114,7 +154,7 @@ impl Engine {
     /// Watches `event` as number `index`.
     pub(super) fn watch(&self, index: u32, event: &EventFd) {
         match self {
-            Self::Uring(engine) => engine.watch(index, event.as_raw_fd()),
+            Self::Uring(engine, _) => engine.watch(index, event.as_raw_fd()),
             Self::Threads(engine) => engine.watch(index, event.as_raw_fd()),
         }
     }
@@ -122,7 +162,7 @@ impl Engine {
     /// Ends a watch. Says whether one more completion, not armed, will follow.
     pub(super) fn unwatch(&self, index: u32, event: &EventFd) -> bool {
         match self {
-            Self::Uring(engine) => {
+            Self::Uring(engine, _) => {
                 engine.unwatch(index);
                 true
             }
@@ -136,7 +176,7 @@ impl Engine {
     /// Arms watches for one event only from now on; says whether that is a change.
     pub(super) fn without_multishot(&self) -> bool {
         match self {
-            Self::Uring(engine) => engine.without_multishot(),
+            Self::Uring(engine, _) => engine.without_multishot(),
             Self::Threads(_) => false,
         }
     }
@@ -144,7 +184,7 @@ impl Engine {
     /// Writes `event`, at the latest with the next [`Self::enter`].
     pub(super) fn signal(&self, event: &EventFd) -> io::Result<()> {
         match self {
-            Self::Uring(engine) => {
+            Self::Uring(engine, _) => {
                 engine.signal(event.as_raw_fd());
                 Ok(())
             }
@@ -155,7 +195,10 @@ impl Engine {
     /// Hands everything prepared to the kernel; if `wait`, sleeps until there is a completion.
     pub(super) fn enter(&self, wait: bool) {
         match self {
-            Self::Uring(engine) => engine.enter(wait),
+            Self::Uring(engine, helpers) => {
+                engine.enter(helpers.before_enter(wait));
+                helpers.after_sleep();
+            }
             Self::Threads(engine) => engine.enter(wait),
         }
     }
@@ -163,14 +206,14 @@ impl Engine {
     /// Whether [`Self::enter`] and [`Self::next_completion`] would find something, as far as memory tells.
     pub(super) fn has_completion(&self) -> bool {
         match self {
-            Self::Uring(engine) => engine.has_completion(),
+            Self::Uring(engine, helpers) => engine.has_completion() || helpers.has_completion(),
             Self::Threads(_) => false,
         }
     }
 
     pub(super) fn next_completion(&self) -> Option<Completion> {
         match self {
-            Self::Uring(engine) => engine.next_completion(),
+            Self::Uring(engine, helpers) => engine.next_completion().or_else(|| helpers.next_completion()),
             Self::Threads(engine) => engine.next_completion(),
         }
     }

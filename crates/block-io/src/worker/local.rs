@@ -57,6 +57,13 @@ struct Inbox {
     closed: bool,
 }
 
+/// What is rare for a helper.
+pub(super) struct Rare {
+    pub(super) jobs: Vec<Spawn>,
+    pub(super) forgotten: Vec<NonZeroU64>,
+    pub(super) stop: bool,
+}
+
 /// All workers of the process by their number, for wakers that are used on foreign threads.
 static WORKERS: RwLock<Vec<Weak<Shared>>> = RwLock::new(Vec::new());
 
@@ -94,11 +101,8 @@ impl Shared {
             }
             change(&mut inbox);
         }
-        if !self.notified.swap(true, Ordering::AcqRel)
-            && let Err(error) = self.wake.write(1)
-        {
-            // An eventfd refuses only when its counter is full, and then the worker is being woken anyway.
-            tracing::error!(%error, "cannot wake a block-io worker");
+        if !self.notified.swap(true, Ordering::AcqRel) {
+            self.ring();
         }
     }
 
@@ -116,6 +120,33 @@ impl Shared {
 
     pub(super) fn wake_fd(&self) -> &EventFd {
         &self.wake
+    }
+
+    /// Wakes the thread out of its sleep, for what is not in the inbox.
+    pub(super) fn ring(&self) {
+        if let Err(error) = self.wake.write(1) {
+            // An eventfd refuses only when its counter is full, and then the worker is being woken anyway.
+            tracing::error!(%error, "cannot wake a block-io worker");
+        }
+    }
+
+    /// What a helper finds in its inbox, if there is anything.
+    pub(super) fn take_rare(&self) -> Option<Rare> {
+        let inbox = self.take()?;
+        Some(Rare {
+            jobs: inbox.spawns,
+            forgotten: inbox.forgotten,
+            stop: inbox.stop,
+        })
+    }
+
+    fn take(&self) -> Option<Inbox> {
+        if !self.notified.load(Ordering::Relaxed) || !self.notified.swap(false, Ordering::AcqRel) {
+            return None;
+        }
+        Some(std::mem::take(
+            &mut *self.inbox.lock().unwrap_or_else(PoisonError::into_inner),
+        ))
     }
 }
 
@@ -208,6 +239,11 @@ fn nanos_of(moment: Instant) -> u64 {
 /// system calls that its requests cost. None outside of workers.
 pub fn turns() -> Option<u64> {
     with_local(|local| local.turns.get())
+}
+
+/// How many requests of the worker of this thread were done by its helpers ([`super::WorkerOptions::helpers`]). None outside of workers.
+pub fn helped() -> Option<u64> {
+    with_local(|local| local.engine.helped())
 }
 
 /// Runs `future` as a task of the worker whose task calls this, or of the simulation.
@@ -320,12 +356,7 @@ impl Local {
 
     /// Takes over what other threads left. New tasks wait in `spawns`: this may be called from within a task.
     fn take_inbox(&self) {
-        if !self.shared.notified.load(Ordering::Relaxed)
-            || !self.shared.notified.swap(false, Ordering::AcqRel)
-        {
-            return;
-        }
-        let inbox = std::mem::take(&mut *self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner));
+        let Some(inbox) = self.shared.take() else { return };
         for completion in inbox.completions {
             self.dispatch(completion);
         }

@@ -22,6 +22,7 @@
 mod engine;
 mod events;
 mod files;
+mod helper;
 mod local;
 mod ops;
 mod pool;
@@ -40,13 +41,15 @@ pub use engine::EngineKind;
 pub(crate) use engine::{Call, Request};
 pub use events::{EventSignal, EventWatch};
 pub(crate) use files::FileNumber;
-pub use local::{moment, moment_nanos, spawn_local, turns, yield_now};
+pub use helper::default_helpers;
+pub use local::{helped, moment, moment_nanos, spawn_local, turns, yield_now};
 pub(crate) use ops::Operation;
 pub(crate) use pool::execute_at_once;
 pub use pool::prepare_pool;
 pub use rest::{PollSource, add_poll_source};
 
 use engine::Engine;
+use helper::Helpers;
 use local::{Local, Shared};
 use pool::PoolEngine;
 use uring::UringEngine;
@@ -80,6 +83,9 @@ pub enum WorkerError {
     },
 }
 
+/// See [`WorkerOptions::on_start`].
+pub type Hook = dyn Fn() -> io::Result<()> + Send + Sync;
+
 /// How a worker runs.
 #[derive(Default)]
 pub struct WorkerOptions {
@@ -91,7 +97,11 @@ pub struct WorkerOptions {
     pub busy_poll: Duration,
     /// Runs on the worker's thread when its ring and descriptors stand and before its first task: the place for a seccomp
     /// filter, CPU affinity, scheduling. An error stops the start.
-    pub on_start: Option<Box<dyn FnOnce() -> io::Result<()> + Send>>,
+    /// Helpers run it too.
+    pub on_start: Option<Box<Hook>>,
+    /// Threads that call the kernel for it when it has much to do: a worker on a fast device spends most of its time there. They sleep as
+    /// long as it has little. Only with io_uring.
+    pub helpers: usize,
 }
 
 impl std::fmt::Debug for WorkerOptions {
@@ -101,6 +111,7 @@ impl std::fmt::Debug for WorkerOptions {
             .field("engine", &self.engine)
             .field("busy_poll", &self.busy_poll)
             .field("on_start", &self.on_start.is_some())
+            .field("helpers", &self.helpers)
             .finish()
     }
 }
@@ -148,14 +159,17 @@ impl Worker {
             .name(name.to_owned())
             .stack_size(STACK_SIZE)
             .spawn(move || {
-                let ready = engine_for(&thread_name, options.engine).and_then(|engine| {
-                    options
-                        .on_start
-                        .map_or(Ok(()), |hook| hook())
-                        .map_err(|source| WorkerError::Start {
-                            name: thread_name,
-                            source,
-                        })?;
+                let hook: Arc<Hook> = options.on_start.unwrap_or_else(|| Box::new(|| Ok(()))).into();
+                let ready = engine_for(&thread_name, options.engine).and_then(|mut engine| {
+                    let failed = |source| WorkerError::Start {
+                        name: thread_name.clone(),
+                        source,
+                    };
+                    // Before the hook, which may forbid threads.
+                    engine
+                        .help(&thread_name, options.helpers, &thread_shared, &hook)
+                        .map_err(failed)?;
+                    hook().map_err(failed)?;
                     Ok(engine)
                 });
                 match ready {
@@ -222,6 +236,26 @@ impl Worker {
             Err(_) => panic!("the task did not end: the worker stopped"),
         }
     }
+
+    /// Runs `job` on the worker's thread and on those of its helpers: the place for a seccomp filter when [`WorkerOptions::on_start`] would be too early.
+    ///
+    /// # Errors
+    /// The first that `job` has.
+    ///
+    /// # Panics
+    /// If the worker has ended.
+    pub fn confine(&self, job: impl Fn() -> io::Result<()> + Clone + Send + 'static) -> io::Result<()> {
+        let threads = self.run(|| async { local::with_local(|local| local.engine.helper_threads()) });
+        for thread in threads.into_iter().flatten() {
+            let (answer, result) = mpsc::channel();
+            let job = job.clone();
+            thread.spawn(Box::new(move || drop(answer.send(job()))));
+            result
+                .recv()
+                .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))?;
+        }
+        self.run(move || async move { job() })
+    }
 }
 
 impl Drop for Worker {
@@ -268,7 +302,7 @@ fn engine_for(name: &str, wanted: Option<EngineKind>) -> Result<Engine, WorkerEr
     let refusal = match wanted {
         Some(EngineKind::Threads) => None,
         _ => match UringEngine::new() {
-            Ok(engine) => return Ok(Engine::Uring(engine)),
+            Ok(engine) => return Ok(Engine::Uring(engine, Helpers::default())),
             Err(source) if wanted == Some(EngineKind::Uring) => {
                 return Err(WorkerError::Uring {
                     name: name.to_owned(),
