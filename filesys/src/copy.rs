@@ -31,6 +31,13 @@ struct Span<V> {
     checked: bool,
 }
 
+impl<V> Span<V> {
+    fn bytes(&self) -> usize {
+        // At most a run of clusters that is copied at once.
+        usize::try_from(self.length).unwrap_or(0)
+    }
+}
+
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// Copies sub-clusters of a cluster of a file to the same places of another one. `entry` is what the map says of the source.
     pub(crate) async fn copy_subs(
@@ -45,15 +52,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             return Ok(());
         };
         let (source, target) = (self.state.volume(from.volume)?, self.state.volume(to.volume)?);
-        let mut sub = 0;
-        while sub < SUBS {
-            if !mask.contains(sub) {
-                sub += 1;
-                continue;
-            }
-            let count = (sub..SUBS).take_while(|sub| mask.contains(*sub)).count() as u64;
-            let skip = u64::from(sub) * SUB_CLUSTER;
-            let span = Span {
+        let runs = &*runs(mask);
+        let span = |(first, count): (u32, u64)| {
+            let skip = u64::from(first) * SUB_CLUSTER;
+            Span {
                 source: Rc::clone(&source),
                 target: Rc::clone(&target),
                 from: from.offset() + skip,
@@ -61,9 +63,27 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 length: count * SUB_CLUSTER,
                 at: cluster * CLUSTER + skip,
                 checked: entry.is_checked(),
+            }
+        };
+        let [(first, _), .., (last, count)] = *runs else {
+            return match *runs {
+                [run] => self.copy_span(file, &span(run)).await,
+                _ => Ok(()),
             };
-            self.copy_span(file, &span).await?;
-            sub += u32::try_from(count).unwrap_or(SUBS);
+        };
+        // One read, with what lies between, costs less than several.
+        let all = span((first, u64::from(last - first) + count));
+        let mut read = AlignedBuffer::new(all.bytes());
+        let together = all.source.device.read(all.from, &whole(&read)).await.is_ok();
+        for run in runs.iter().copied().map(span) {
+            if together {
+                let skip = usize::try_from(run.from - all.from).unwrap_or(0);
+                self.write_span(file, &run, &mut read, skip).await?;
+            } else {
+                // Perhaps what lies between cannot be read, which nobody needs.
+                block_io::cover!("filesys: parts are copied one by one as they cannot be read together");
+                self.copy_span(file, &run).await?;
+            }
         }
         Ok(())
     }
@@ -93,25 +113,36 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     async fn copy_span(&self, file: &FileCore, span: &Span<V>) -> Result<(), FsError> {
+        let mut buffer = AlignedBuffer::new(span.bytes());
+        span.source.device.read(span.from, &whole(&buffer)).await?;
+        self.write_span(file, span, &mut buffer, 0).await
+    }
+
+    /// Puts what was read to its place; it begins after `skip` bytes of `buffer`.
+    async fn write_span(
+        &self,
+        file: &FileCore,
+        span: &Span<V>,
+        buffer: &mut AlignedBuffer,
+        skip: usize,
+    ) -> Result<(), FsError> {
         span.target.check_works()?;
         let (first, to_first) = (span.from / SUB_CLUSTER, span.to / SUB_CLUSTER);
         let count = span.length / SUB_CLUSTER;
         let checking = self
             .begin_copy(&span.source, &span.target, to_first, count)
             .await?;
-        let mut buffer = AlignedBuffer::new(usize::try_from(span.length).unwrap_or(0));
-        span.source.device.read(span.from, &whole(&buffer)).await?;
         if span.checked {
-            let healed = self
-                .heal_data(&span.source, span.from, buffer.as_mut_slice())
-                .await?;
+            let data = &mut buffer.as_mut_slice()[skip..skip + span.bytes()];
+            let healed = self.heal_data(&span.source, span.from, data).await?;
             if let Err(FsError::Checksum { file, offset }) = self.tell_healed(file.id, span.at, &healed) {
                 block_io::cover!("filesys: data that are lost are copied with the checksum that says so");
                 tracing::error!(%file, offset, "data are not what was written, and are copied as they are");
                 self.event(Event::Corrupt { file, offset });
             }
         }
-        let memory = whole(&buffer);
+        // SAFETY: the buffer outlives the request, which is awaited here.
+        let memory = [unsafe { buffer.io(skip, span.bytes()) }];
         let write = span.target.device.write(span.to, &memory, Durability::Volatile);
         write.await?;
         note_written(file, &span.target, Durability::Volatile);
@@ -120,5 +151,31 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 .await?;
         }
         Ok(())
+    }
+}
+
+/// Sub-clusters of a mask that follow each other: the first, and their count.
+fn runs(mask: SubMask) -> Vec<(u32, u64)> {
+    let mut runs = Vec::new();
+    let mut sub = 0;
+    while sub < SUBS {
+        let count = (sub..SUBS).take_while(|sub| mask.contains(*sub)).count();
+        if count > 0 {
+            runs.push((sub, count as u64));
+        }
+        sub += u32::try_from(count).unwrap_or(SUBS) + 1;
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_a_mask() {
+        assert_eq!(runs(SubMask(0)), []);
+        assert_eq!(runs(SubMask(0xffff)), [(0, 16)]);
+        assert_eq!(runs(SubMask(0b1011_0000_0000_0110)), [(1, 2), (12, 2), (15, 1)]);
     }
 }

@@ -16,6 +16,7 @@
 //!   discard       base ◄── layer              the layer is deleted; nobody absorbs
 //! ```
 
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use block_io::{BlockDevice, Clock};
@@ -37,6 +38,8 @@ use crate::units::{FileId, SUB_CLUSTER, SUBS, SubMask};
 const PAGE: u64 = FANOUT as u64;
 /// Clusters of which parts are copied at once.
 const AT_ONCE: usize = 32;
+/// Pages of a merge in work at once.
+const LANES: usize = 3;
 
 /// A layer that is to be put on a file.
 #[derive(Debug)]
@@ -343,21 +346,21 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         go_on: &mut dyn FnMut() -> bool,
     ) -> Result<bool, FsError> {
         let (parent, child) = self.look(|state| Ok(state.absorption(parent)?)).await?;
-        loop {
-            let next = self
-                .look(|_| Ok(map_of(&parent)?.next(0)?.map(|span| span.start / PAGE)))
-                .await?;
-            let Some(page) = next else { break };
-            // Neither is written to there, or relocated. In order of numbers: a parent is older than its child.
-            let below = parent.gate.alone(page, page).await;
-            let pass = child.gate.alone(page, page).await;
-            self.absorb_page(&parent, &child, page * PAGE).await?;
-            drop(pass);
-            drop(below);
-            if !go_on() {
-                block_io::cover!("filesys: a merge was broken off");
-                return Ok(false);
-            }
+        let progress = Progress {
+            next: Cell::new(0),
+            running: Cell::new(0),
+            stopped: Cell::new(false),
+            go_on: RefCell::new(go_on),
+        };
+        let lanes =
+            (0..LANES).map(|_| -> Boxed<'_, _> { Box::pin(self.absorb_pages(&parent, &child, &progress)) });
+        gate::all(lanes.collect())
+            .await
+            .into_iter()
+            .collect::<Result<(), _>>()?;
+        if progress.stopped.get() {
+            block_io::cover!("filesys: a merge was broken off");
+            return Ok(false);
         }
         self.cut_behind_end(&child).await?;
         self.transact(LARGEST * 2, Need::Freeing, |_| {
@@ -374,6 +377,50 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         self.chains.set(self.chains.get() + 1);
         self.changed.notify();
         Ok(true)
+    }
+
+    /// One page after the other of those that the parent still has, until there are none. While one lane waits for a flush, another copies.
+    async fn absorb_pages(
+        &self,
+        parent: &Rc<FileCore>,
+        child: &Rc<FileCore>,
+        progress: &Progress<'_>,
+    ) -> Result<(), FsError> {
+        while !progress.stopped.get() {
+            let from = progress.next.get();
+            let found = self
+                .look(|_| Ok(map_of(parent)?.next(from * PAGE)?.map(|span| span.start / PAGE)))
+                .await;
+            let page = match found {
+                Ok(Some(page)) => page.max(from),
+                Ok(None) => return Ok(()),
+                Err(error) => {
+                    progress.stopped.set(true);
+                    return Err(error);
+                }
+            };
+            if from != progress.next.get() {
+                // Another lane has taken one meanwhile.
+                continue;
+            }
+            progress.next.set(page + 1);
+            progress.running.set(progress.running.get() + 1);
+            if progress.running.get() > 1 {
+                block_io::cover!("filesys: pages of a merge are in work at once");
+            }
+            // Neither is written to there, or relocated. In order of numbers: a parent is older than its child.
+            let below = parent.gate.alone(page, page).await;
+            let pass = child.gate.alone(page, page).await;
+            let absorbed = self.absorb_page(parent, child, page * PAGE).await;
+            drop(pass);
+            drop(below);
+            progress.running.set(progress.running.get() - 1);
+            if absorbed.is_err() || !(progress.go_on.borrow_mut())() {
+                progress.stopped.set(true);
+            }
+            absorbed?;
+        }
+        Ok(())
     }
 
     /// A child that is smaller than its parent was does not keep what it got behind its end. (Growing hides what ancestors have there.)
@@ -508,6 +555,18 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         Ok(())
     }
+}
+
+/// How far a merge is, for all of its lanes.
+struct Progress<'a> {
+    /// Pages before this one are done or in work.
+    next: Cell<u64>,
+    /// Pages in work.
+    running: Cell<usize>,
+    /// No lane begins another page.
+    stopped: Cell<bool>,
+    /// Asked after each page.
+    go_on: RefCell<&'a mut dyn FnMut() -> bool>,
 }
 
 /// A cluster of which both have parts.

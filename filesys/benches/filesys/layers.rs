@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use block_io::{Clock, Worker, WorkerClock, WorkerOptions};
+use block_io::{Clock, WorkerClock};
 use filesys::{Access, Snapshot};
 
 use crate::Options;
@@ -17,7 +17,7 @@ const DEPTH: usize = 32;
 /// Reads at depth 1 and at depth 32.
 pub(crate) fn chain(directory: &Path, options: &Options) {
     let (directory, seconds, rounds) = (directory.to_owned(), options.seconds, options.rounds);
-    let worker = Worker::start("bench", WorkerOptions::default()).unwrap();
+    let worker = options.worker();
     worker.run(move || async move {
         let stage = Stage::set(&directory, "d0", 64 << 20, 5 * GIB).await;
         stage.create("/flat", GIB, true).await;
@@ -81,7 +81,7 @@ async fn make_chain(stage: &Stage, name: &str, block: u64, count: u64) {
 /// What requests and who asked for it see of a snapshot.
 pub(crate) fn snapshot(directory: &Path, options: &Options) {
     let (directory, rounds) = (directory.to_owned(), options.rounds);
-    let worker = Worker::start("bench", WorkerOptions::default()).unwrap();
+    let worker = options.worker();
     worker.run(move || async move {
         let stage = Stage::set(&directory, "d0", 64 << 20, 5 * GIB).await;
         println!("4k write qd32 goes on; ms, medians (worst) | snapshot durable | longest request | longest without snapshot");
@@ -143,7 +143,7 @@ const CHANGES: [(&str, u64, Order, u64); 3] = [
 pub(crate) fn merge(directory: &Path, options: &Options) {
     const DISK: u64 = 2 * GIB;
     let (directory, rounds, with_qemu) = (directory.to_owned(), options.rounds, options.qemu);
-    let worker = Worker::start("bench", WorkerOptions::default()).unwrap();
+    let worker = options.worker();
     worker.run(move || async move {
         let stage = Stage::set(&directory, "d0", 64 << 20, 5 * GIB).await;
         stage.create("/base", DISK, true).await;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo bench -p filesys --bench filesys -- [DIRECTORY]... [--seconds N] [--rounds N] [--only PART] [--no-qemu]
-//!                                           [--share-of-tib N] [--requests N]
+//!                                           [--share-of-tib N] [--requests N] [--helpers N]
 //! ```
 //! Parts: `path`, `throughput`, `first`, `chain`, `snapshot`, `merge`, `memory`, `open`, `workers`. `path`, `memory` and `open` use devices that forget what
 //! is written to them, so that petabytes can be had; the others use files in the directories (about 7 GiB).
@@ -42,6 +42,8 @@ mod throughput;
 
 use std::path::{Path, PathBuf};
 
+use block_io::{Worker, WorkerOptions};
+
 pub(crate) struct Options {
     pub(crate) seconds: f64,
     pub(crate) rounds: usize,
@@ -49,9 +51,20 @@ pub(crate) struct Options {
     pub(crate) qemu: bool,
     pub(crate) share_of_tib: f64,
     pub(crate) requests: u64,
+    /// Of each worker, but in the part `workers`.
+    helpers: usize,
 }
 
 impl Options {
+    /// A worker for a part.
+    pub(crate) fn worker(&self) -> Worker {
+        let options = WorkerOptions {
+            helpers: self.helpers,
+            ..WorkerOptions::default()
+        };
+        Worker::start("bench", options).unwrap()
+    }
+
     fn wants(&self, part: &str) -> bool {
         self.only.is_empty() || self.only.split(',').any(|only| only == part)
     }
@@ -66,6 +79,7 @@ fn main() {
         qemu: true,
         share_of_tib: 0.125,
         requests: 200_000,
+        helpers: 0,
     };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -76,6 +90,7 @@ fn main() {
             "--only" => options.only = arguments.next().unwrap(),
             "--share-of-tib" => options.share_of_tib = arguments.next().unwrap().parse().unwrap(),
             "--requests" => options.requests = arguments.next().unwrap().parse().unwrap(),
+            "--helpers" => options.helpers = arguments.next().unwrap().parse().unwrap(),
             "--only-path" => drop(arguments.next()),
             "--no-qemu" => options.qemu = false,
             place => places.push(PathBuf::from(place)),

@@ -14,7 +14,7 @@ use crate::stage::{GIB, Stage, fill};
 /// The volume and a file on it, in turn.
 pub(crate) fn throughput(directory: &Path, options: &Options) {
     let (directory, seconds, rounds) = (directory.to_owned(), options.seconds, options.rounds);
-    let worker = Worker::start("bench", WorkerOptions::default()).unwrap();
+    let worker = options.worker();
     worker.run(move || async move {
         let stage = Stage::set(&directory, "d0", GIB, 2 * GIB).await;
         stage.create("/full", GIB, true).await;
@@ -83,7 +83,7 @@ pub(crate) fn first(directory: &Path, options: &Options) {
     const DISK: u64 = 2 * GIB;
     const WRITES: u64 = 16384;
     let (directory, rounds, with_qemu) = (directory.to_owned(), options.rounds, options.qemu);
-    let worker = Worker::start("bench", WorkerOptions::default()).unwrap();
+    let worker = options.worker();
     worker.run(move || async move {
         let once = Load {
             order: Order::Once,

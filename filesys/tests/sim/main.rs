@@ -14,6 +14,7 @@ mod features;
 mod harness;
 mod heal;
 mod machine;
+mod merges;
 mod model;
 mod names;
 mod points;
