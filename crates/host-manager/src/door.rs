@@ -122,6 +122,8 @@ impl Rights {
     fn may_ask(&self, pool: Option<&str>, request: &StorageRequest) -> bool {
         match request {
             StorageRequest::Status => true,
+            // For backups; who made a pin is not known.
+            StorageRequest::Disk(DiskOperation::Unpin { .. }) => true,
             StorageRequest::Disk(operation) => self.has(pool, &paths_of(operation), !operation.only_reads()),
             StorageRequest::File(FileOperation::Stat { path } | FileOperation::Extents { path }) => {
                 self.has(pool, &[path], false)
@@ -155,6 +157,7 @@ fn paths_of(operation: &DiskOperation) -> Vec<&str> {
         | DiskOperation::Discard { path }
         | DiskOperation::Merge { path }
         | DiskOperation::Changed { path, .. }
+        | DiskOperation::Pin { path, .. }
         | DiskOperation::Places { path, .. } => vec![path],
         _ => Vec::new(),
     }

@@ -54,6 +54,8 @@ pub struct MachineOptions {
     pub program: PathBuf,
     /// The manager's socket, for machines that have no pool of their own.
     pub manager: PathBuf,
+    /// What machines say goes to systemd's journal, too.
+    pub journal: bool,
     /// What host.toml says of machines.
     pub machines: MachinesConfig,
 }
@@ -743,6 +745,7 @@ impl Shared {
             user,
             network: machine.plan.network,
             group: group.as_ref(),
+            journal: self.options.journal.then_some(name.as_str()),
         });
         let process = process.map_err(cannot)?;
         let pid = process.pid();

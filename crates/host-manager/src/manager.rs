@@ -86,7 +86,8 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// Opens the pools, and finds the machines that run. `program` is smsvmm, `version` its version; what happens is told to `events`.
+    /// Opens the pools, and finds the machines that run. `program` is smsvmm, `version` its version; what happens is told to `events`, and what
+    /// machines say to systemd's `journal`, too.
     ///
     /// # Errors
     /// A pool cannot be opened, two have one name, or the folders cannot be used.
@@ -95,6 +96,7 @@ impl Manager {
         program: PathBuf,
         version: &str,
         events: Arc<EventLog>,
+        journal: bool,
     ) -> Result<Self, Problem> {
         let mut pools: Vec<Pool> = Vec::new();
         for (number, one) in config.pools.all().iter().enumerate() {
@@ -133,6 +135,7 @@ impl Manager {
             runtime: config.runtime.clone(),
             program,
             manager: config.management.socket.clone(),
+            journal,
             machines: config.machines.clone(),
         };
         let served = Arc::new(Served {

@@ -90,6 +90,8 @@ pub(crate) struct Start<'a> {
     /// It has interfaces of the host to open.
     pub(crate) network: bool,
     pub(crate) group: Option<&'a Group>,
+    /// What it says goes to the journal, too, by this name.
+    pub(crate) journal: Option<&'a str>,
 }
 
 /// A process that runs a machine.
@@ -111,6 +113,9 @@ impl Process {
             .arg(&start.files.config);
         if let Some(manager) = start.manager {
             command.arg("--set").arg(format!("manager={}", manager.display()));
+        }
+        if let Some(name) = start.journal {
+            command.env("SMSVMM_JOURNAL", name);
         }
         command
             .stdin(Stdio::null())

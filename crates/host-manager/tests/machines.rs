@@ -111,6 +111,7 @@ impl Place {
             runtime: path("run"),
             program: path("program"),
             manager: path("manager.sock"),
+            journal: false,
             machines: MachinesConfig {
                 users: Users::Manager,
                 ..MachinesConfig::default()
