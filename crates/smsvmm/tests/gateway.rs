@@ -120,18 +120,20 @@ fn a_gateway_confines_itself_and_serves_all_the_same() {
         "{status}"
     );
     assert!(run(at, &["vm", "list", "--config", "far.toml"]).contains("no machines"));
-    assert!(run(at, &["events", "--config", "far.toml"]).contains("the manager is ready"));
     // Who comes and goes is seen: the file is read again.
     let token = run(at, &["principal", "add", "looker", "--role", "viewer"]);
     fs::write(at.join("root.token"), token.lines().next().unwrap()).unwrap();
     run(at, &["vm", "list", "--config", "far.toml"]);
-    let stop = smsvmm(at, &["vm", "stop", "web1", "--config", "far.toml"])
-        .output()
-        .unwrap();
-    assert!(said(&stop).contains("operator"), "{}", said(&stop));
+    let refused = || {
+        let stop = smsvmm(at, &["vm", "stop", "web1", "--config", "far.toml"])
+            .output()
+            .unwrap();
+        assert!(said(&stop).contains("operator"), "{}", said(&stop));
+    };
+    refused();
     // So is a log that was put aside.
     fs::rename(at.join("audit.log"), at.join("audit.log.1")).unwrap();
-    run(at, &["vm", "list", "--config", "far.toml"]);
+    refused();
     let audit = fs::read_to_string(at.join("audit.log")).unwrap();
     assert!(audit.contains("\"looker\""), "{audit}");
 }
