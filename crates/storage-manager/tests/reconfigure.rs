@@ -676,7 +676,7 @@ fn scrub_after_truncation(left: u64) {
         );
     }
     write(&pool, &handle, 0, 8);
-    drop(disk);
+    drop((handle, disk));
     pool.close().unwrap();
 }
 
