@@ -39,6 +39,15 @@ until smsvmm vm status web1 | grep -q active; do n=$((n + 1)); test $n -lt 60; s
 run smsvmm vm list
 run smsvmm vm status web1
 process=$(smsvmm vm list | awk '/web1/ {print $3}')
+# It is kept apart from the manager and from other machines.
+apart() {
+    grep -q "^Uid:[[:space:]]*19000" "/proc/$process/status"
+    grep -q "/smsvmm.service/vm-web1$" "/proc/$process/cgroup"
+    grep -q "/smsvmm.service/manager$" "/proc/$(systemctl show -P MainPID smsvmm)/cgroup"
+}
+run apart
+# What it says is in the journal by its name.
+journalctl --no-pager -u smsvmm SMSVMM_VM=web1 | tail -n 3
 # An upgrade, and a manager that dies: the machine goes on.
 run systemctl reload smsvmm
 n=0
@@ -49,6 +58,7 @@ until smsvmm events 2> /dev/null | grep -c 'runs already' | grep -qx 2; do n=$((
 test "$(smsvmm vm list | awk '/web1/ {print $3}')" = "$process"
 n=0
 until smsvmm vm status web1 | grep -q active; do n=$((n + 1)); test $n -lt 60; sleep 1; done
+run apart
 run smsvmm pool status
 run systemctl stop smsvmm
 test ! -d "/proc/$process"

@@ -84,6 +84,20 @@ fn running(host: &Host) -> Result<Option<i32>> {
     })
 }
 
+/// The machine's process is of a user of its own, without any capability, and in a control group of its own.
+fn is_apart(host: &Host) -> Result<()> {
+    let pid = running(host)?.context("a process")?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    for expected in ["Uid:\t19000", "Gid:\t19000", "CapEff:\t0000000000000000\n"] {
+        ensure!(status.contains(expected), "{expected}: {status}");
+    }
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    ensure!(groups.contains("/vm-web1\n"), "{groups}");
+    let shown = host.administer("vm status web1 --config host.toml")?;
+    ensure!(shown.contains("process of user 19000"), "{shown}");
+    Ok(())
+}
+
 /// Waits until the guest's load has gone on.
 fn goes_on(vm: &mut Vm) -> Result<()> {
     let rounds = vm.guest("cat /rounds")?;
@@ -115,6 +129,7 @@ fn a_host_is_managed_from_elsewhere_while_its_machines_write() {
         assert!(started.contains("web1: running"), "{started}");
         let mut vm = console(host, "web1")?;
         vm.wait_until_ready()?;
+        is_apart(host)?;
         vm.guest("mke2fs -q /dev/vda > /dev/null; mkdir /vda; mount -t ext4 /dev/vda /vda; echo 0 > /rounds")?;
         vm.guest("sh /load > /dev/null 2>&1 & echo")?;
         let used = refused(host, "disk delete /vm/web1.dsk --config host.toml")?;
@@ -192,6 +207,7 @@ fn a_host_is_managed_from_elsewhere_while_its_machines_write() {
         while running(host)?.is_none_or(|pid| pid == killed) {
             ensure!(begun.elapsed() < PATIENCE, "{}", local("vm list")?);
         }
+        is_apart(host)?;
         let mut vm = console(host, "web1")?;
         vm.wait_until_ready()?;
         vm.guest("mkdir /vda; mount -t ext4 /dev/vda /vda; sha256sum -c /vda/sum || sync")?;

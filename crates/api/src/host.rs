@@ -34,6 +34,9 @@ pub struct HostStatus {
     pub attachments: Vec<Attachment>,
     /// Number of the newest event.
     pub last_event: u64,
+    /// What the manager cannot do on this host, for people: keep machines apart by users, for example.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// A pool of a host, in short: an item of the answer of `GET /v1/pools`.
@@ -134,6 +137,12 @@ pub struct MachineStatus {
     /// Its process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
+    /// The user as whom its process runs; the manager's own if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<u32>,
+    /// The control group of its process, if it has one of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control_group: Option<PathBuf>,
     /// Number of vCPUs.
     pub cpus: u8,
     /// Size of the guest's memory.
@@ -296,6 +305,13 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// There is none of this name, or it does not run.
     fn machine_socket(&self, name: &VmName) -> Result<PathBuf, Problem>;
+
+    /// Lets a machine that runs use a disk that its definition does not name, because an administrator attaches it. Any that is no disk of a
+    /// pool is none of the host's affairs.
+    ///
+    /// # Errors
+    /// There is none of this name, or it does not run.
+    fn allow_disk(&self, name: &VmName, disk: &DiskConfig) -> Result<(), Problem>;
 
     /// All numbers, for those who draw curves.
     fn metrics(&self) -> Metrics;

@@ -213,6 +213,41 @@ fn a_file_truncated_while_in_use_is_an_error_and_not_zeroes() {
 }
 
 #[test]
+fn a_file_truncated_while_in_use_is_not_made_as_long_as_it_was() {
+    let worker = worker(EngineKind::Uring);
+    let file = file_of(&std::env::temp_dir(), 65536);
+    let device = Arc::new(HostDevice::open(file.path(), &OpenOptions::default()).unwrap());
+    file.as_file().set_len(8192).unwrap();
+    let kept = Arc::clone(&device);
+    worker.run(move || async move {
+        let buffer = AlignedBuffer::new(8192);
+        // SAFETY: the buffer lives until the last request has ended.
+        let piece = || [unsafe { buffer.io(0, 8192) }];
+        // What is there can be used as long as nobody knows.
+        device.read(0, &piece()).await.unwrap();
+        assert!(!device.is_known_to_be_truncated());
+        let truncated = |error: block_io::IoError| matches!(error.cause(), IoCause::Truncated);
+        let end = 65536 - 8192;
+        assert!(truncated(
+            device
+                .write(end, &piece(), Durability::Volatile)
+                .await
+                .unwrap_err()
+        ));
+        // From then on nothing is done with it.
+        assert!(truncated(device.read(0, &piece()).await.unwrap_err()));
+        assert!(truncated(
+            device.write(0, &piece(), Durability::Volatile).await.unwrap_err()
+        ));
+        assert!(truncated(device.discard(0, 4096).await.unwrap_err()));
+    });
+    assert_eq!(file.as_file().metadata().unwrap().len(), 8192);
+    // Whoever wants it to be shorter says so.
+    assert_eq!(kept.refresh_size().unwrap(), 8192);
+    assert!(!kept.is_known_to_be_truncated());
+}
+
+#[test]
 fn a_file_truncated_while_in_use_is_noticed_by_a_flush_even_if_a_write_made_it_longer_again() {
     let worker = worker(EngineKind::Uring);
     let file = file_of(&std::env::temp_dir(), 65536);

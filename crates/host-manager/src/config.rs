@@ -10,6 +10,10 @@
 //! devices = ["/dev/vdb", "/dev/vdc"]
 //! [machines]
 //! at-end = "shut-down"                        # of the manager; or "leave"
+//! users = "200000-265535"                     # one for each machine; or an account for all, or "manager"
+//! memory-overhead = "1G"                      # most memory of a machine beside its guest's; by default no limit
+//! cpu-weight = 100                            # as cpu-max and pids-max: where vm.toml says nothing under [resources]
+//! control-group = "/smsvmm"                   # by default what systemd delegates
 //! ```
 //!
 //! Relative paths are relative to the file.
@@ -17,10 +21,13 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use api::ByteSize;
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use vmm::config::PoolConfig;
+use vmm::config::{PoolConfig, ResourcesConfig};
+
+use crate::users::Users;
 
 /// The contents of host.toml.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -111,6 +118,30 @@ impl Pools {
 pub struct MachinesConfig {
     /// What becomes of machines when the manager is told to end.
     pub at_end: AtEnd,
+    /// As whom their processes run.
+    pub users: Users,
+    /// Where their control groups are made, as a path in the tree of control groups; by default in what systemd delegates.
+    pub control_group: Option<PathBuf>,
+    /// As in vm.toml, for machines that do not say it.
+    pub cpu_weight: Option<u32>,
+    /// As in vm.toml, for machines that do not say it.
+    pub cpu_max: Option<u32>,
+    /// As in vm.toml, for machines that do not say it.
+    pub pids_max: Option<u32>,
+    /// The most memory beside that of the guest, for machines that do not say how much there may be in all.
+    pub memory_overhead: Option<ByteSize>,
+}
+
+impl MachinesConfig {
+    /// What machines have that do not say it; but for memory, which depends on the guest's.
+    fn resources(&self) -> ResourcesConfig {
+        ResourcesConfig {
+            cpu_weight: self.cpu_weight,
+            cpu_max: self.cpu_max,
+            memory_max: None,
+            pids_max: self.pids_max,
+        }
+    }
 }
 
 /// What becomes of machines when the manager is told to end.
@@ -142,7 +173,8 @@ impl HostConfig {
             }
             pool.complete(folder);
         }
-        Ok(())
+        let checked = self.machines.resources().check();
+        checked.map_err(|(key, text)| format!("machines.{key} {text}"))
     }
 
     /// The host's name.
@@ -189,6 +221,19 @@ mod tests {
                 .unwrap_err()
                 .to_string()
                 .contains("shut-down")
+        );
+        assert!(
+            read("[machines]\nusers = \"7\"")
+                .unwrap_err()
+                .to_string()
+                .contains("200000-265535")
+        );
+        let mut wrong = read("[machines]\npids-max = 1").unwrap();
+        assert!(
+            wrong
+                .complete(Path::new("/"))
+                .unwrap_err()
+                .contains("machines.pids-max")
         );
         assert!(
             read("[[pool]]\ndevices = []")

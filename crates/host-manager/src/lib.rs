@@ -19,13 +19,18 @@
 
 mod config;
 mod disks;
+mod door;
+mod group;
 mod machines;
 mod manager;
 mod process;
 mod store;
+mod users;
 
 pub use config::{AtEnd, HostConfig, MachinesConfig, Management, Pools};
 pub use disks::DiskService;
+pub use door::Storage;
 pub use machines::{MachineOptions, Machines};
 pub use manager::Manager;
 pub use process::Report;
+pub use users::Users;

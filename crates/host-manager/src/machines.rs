@@ -13,21 +13,26 @@
 //! Each machine that is not at rest has a thread, which starts its process, waits for the end of it, and decides what follows. What a person wants
 //! is noted in the table; the thread looks there when it has to decide.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use api::{
-    ByteSize, Condition, EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, Problem,
-    ProblemKind, RestartPolicy, VmName,
+    ByteSize, Condition, DiskConfig, EventKind, EventLog, MachineDefinition, MachineState, MachineStatus,
+    NetBackend, Problem, ProblemKind, RestartPolicy, VmName,
 };
+use management::{Server, ServerHandle};
 use rustix::process::Signal;
 use vmm::config::{ConsoleSpec, ManagementConfig, VmConfig};
 
-use crate::process::{End, EndKind, Process, answers, signal};
+use crate::config::MachinesConfig;
+use crate::door::{Door, Rights, Storage};
+use crate::group::{Group, Groups, Limits};
+use crate::process::{End, EndKind, Process, Start, answers, signal};
 use crate::store::{self, Files, StartRules, Store};
+use crate::users::{User, UserPlan};
 
 /// The wait before a machine is started again for the first time; each time more doubles it.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -49,6 +54,10 @@ pub struct MachineOptions {
     pub program: PathBuf,
     /// The manager's socket, for machines that have no pool of their own.
     pub manager: PathBuf,
+    /// What machines say goes to systemd's journal, too.
+    pub journal: bool,
+    /// What host.toml says of machines.
+    pub machines: MachinesConfig,
 }
 
 /// Where a machine is.
@@ -66,6 +75,7 @@ struct Alive {
     /// It has answered.
     answers: bool,
     asked: Asked,
+    group: Option<Group>,
 }
 
 /// What its process was asked.
@@ -80,18 +90,61 @@ enum Asked {
 
 #[derive(Debug)]
 struct Machine {
+    plan: Plan,
     rules: StartRules,
     /// Names its definition.
     revision: String,
     files: Files,
-    cpus: u8,
-    memory: ByteSize,
-    console: Option<PathBuf>,
+    /// Those of the manager's disks that it may use.
+    rights: Arc<Rights>,
+    /// Where it asks for them.
+    door: Option<ServerHandle>,
+    /// The number of the user as whom it was started last, if not the manager's.
+    user: Option<u32>,
     life: Life,
     /// Somebody wants it to run.
     wanted: bool,
     restarts: u32,
     last_end: Option<String>,
+}
+
+/// What matters here of a machine's definition.
+#[derive(Debug, Default)]
+struct Plan {
+    cpus: u8,
+    memory: ByteSize,
+    console: Option<PathBuf>,
+    limits: Limits,
+    /// It asks the manager for its disks.
+    managed: bool,
+    /// It has interfaces of the host as network cards.
+    network: bool,
+    disks: Vec<DiskConfig>,
+}
+
+impl Plan {
+    fn new(config: &VmConfig, options: &MachineOptions) -> Self {
+        let (own, usual) = (&config.resources, &options.machines);
+        let memory = config.memory.size;
+        let with = |overhead: ByteSize| memory.bytes().saturating_add(overhead.bytes());
+        Self {
+            cpus: config.cpus.count,
+            memory,
+            console: console(config),
+            limits: Limits {
+                cpu_weight: own.cpu_weight.or(usual.cpu_weight),
+                cpu_max: own.cpu_max.or(usual.cpu_max),
+                memory_max: own
+                    .memory_max
+                    .map(ByteSize::bytes)
+                    .or(usual.memory_overhead.map(with)),
+                pids_max: own.pids_max.or(usual.pids_max),
+            },
+            managed: config.manager.as_ref() == Some(&options.manager),
+            network: config.nets.iter().any(|net| net.backend == NetBackend::Tap),
+            disks: config.disks.clone(),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -105,6 +158,11 @@ struct Shared {
     options: MachineOptions,
     store: Store,
     events: Arc<EventLog>,
+    storage: Arc<dyn Storage>,
+    users: UserPlan,
+    groups: Option<Groups>,
+    /// What cannot be done here.
+    notes: Vec<String>,
     table: Mutex<Table>,
     /// A machine has come to rest, or a wait is over before its time.
     changed: Condvar,
@@ -119,6 +177,11 @@ fn none(name: &VmName) -> Problem {
         .remedy("`smsvmm vm list` lists them, `smsvmm vm define` makes one")
 }
 
+fn cannot_note(name: &VmName, error: &std::io::Error) -> Problem {
+    let text = format!("which disks it may use cannot be noted: {error}");
+    Problem::new(ProblemKind::Host, text).about(name)
+}
+
 /// Whether its console leads to a socket, and to which.
 fn console(config: &VmConfig) -> Option<PathBuf> {
     match &config.console.serial {
@@ -128,17 +191,36 @@ fn console(config: &VmConfig) -> Option<PathBuf> {
 }
 
 impl Machines {
-    /// Reads the definitions, and finds the processes of machines that run. A definition that cannot be read is told, and left alone.
+    /// Reads the definitions, and finds the processes of machines that run, which get their disks from `storage`. A definition that cannot be
+    /// read is told, and left alone. That machines cannot be kept apart on this host is told, too.
     ///
     /// # Errors
-    /// The folders cannot be made or read.
-    pub fn open(options: MachineOptions, events: Arc<EventLog>) -> Result<Self, Problem> {
+    /// The folders cannot be made or read, or there is no such user.
+    pub fn open(
+        options: MachineOptions,
+        storage: Arc<dyn Storage>,
+        events: Arc<EventLog>,
+    ) -> Result<Self, Problem> {
         let store = Store::open(&options.state, &options.runtime)?;
         let names = store.names()?;
+        let invalid = |text| Problem::new(ProblemKind::Invalid, text);
+        let (users, note) = UserPlan::new(&options.machines.users).map_err(invalid)?;
+        let mut notes: Vec<String> = note.into_iter().collect();
+        let groups = Groups::open(options.machines.control_group.as_deref(), &options.state);
+        let groups = groups
+            .map_err(|why| notes.push(format!("machines have no control groups of their own: {why}")))
+            .ok();
+        for note in &notes {
+            tracing::warn!("{note}");
+        }
         let this = Self(Arc::new(Shared {
             options,
             store,
             events,
+            storage,
+            users,
+            groups,
+            notes,
             table: Mutex::default(),
             changed: Condvar::new(),
         }));
@@ -149,6 +231,25 @@ impl Machines {
         }
         this.0.adopt();
         Ok(this)
+    }
+
+    /// What the manager cannot do for machines on this host, for people.
+    pub fn notes(&self) -> &[String] {
+        &self.0.notes
+    }
+
+    /// See [`api::Host::allow_disk`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn allow_disk(&self, name: &VmName, disk: &DiskConfig) -> Result<(), Problem> {
+        let table = self.0.lock();
+        let machine = table.machines.get(name).ok_or_else(|| none(name))?;
+        machine.is_alive(name)?;
+        machine
+            .rights
+            .allow(disk)
+            .map_err(|error| cannot_note(name, &error))
     }
 
     /// Starts the machines that are to be started with the manager, and those that have ended while there was none.
@@ -235,9 +336,11 @@ impl Machines {
                 self.0.changed.notify_all();
             }
             Life::Rest { .. } => {
-                let process = self.0.begin(name, machine)?;
-                machine.want(true);
-                machine.restarts = 0;
+                let process = self.0.begin(&mut table, name)?;
+                if let Some(machine) = table.machines.get_mut(name) {
+                    machine.want(true);
+                    machine.restarts = 0;
+                }
                 self.0.watch(name, process);
             }
         }
@@ -289,8 +392,10 @@ impl Machines {
             return Err(problem.remedy("`smsvmm vm shutdown` or `smsvmm vm stop` ends it"));
         }
         self.0.store.remove(name)?;
-        table.machines.remove(name);
+        let gone = table.machines.remove(name);
         drop(table);
+        // Its server may take a moment.
+        drop(gone);
         self.0
             .events
             .record(EventKind::MachineDeleted { vm: name.clone() });
@@ -321,13 +426,8 @@ impl Machines {
     pub fn socket(&self, name: &VmName) -> Result<PathBuf, Problem> {
         let table = self.0.lock();
         let machine = table.machines.get(name).ok_or_else(|| none(name))?;
-        match machine.life {
-            Life::Alive(_) => Ok(machine.files.management.clone()),
-            _ => {
-                let problem = Problem::new(ProblemKind::Conflict, "it does not run").about(name);
-                Err(problem.remedy(format!("`smsvmm vm start {name}` starts it")))
-            }
-        }
+        machine.is_alive(name)?;
+        Ok(machine.files.management.clone())
     }
 
     /// Starts nothing any more, asks all guests to shut down, and waits until all processes have ended; when `hurry` says so, they are
@@ -354,12 +454,26 @@ impl Machines {
                     .for_each(|machine| machine.end(Asked::Stop));
             }
         }
+        drop(table);
+        self.close_doors();
     }
 
     /// Starts nothing any more; processes go on without this manager.
     pub fn leave(&self) {
         self.0.lock().closed = true;
         self.0.changed.notify_all();
+        self.close_doors();
+    }
+
+    /// Nobody is served here any more.
+    fn close_doors(&self) {
+        let doors = |table: &mut Table| -> Vec<ServerHandle> {
+            let machines = table.machines.values_mut();
+            machines.filter_map(|machine| machine.door.take()).collect()
+        };
+        let closing = doors(&mut self.0.lock());
+        // Each may take a moment.
+        drop(closing);
     }
 }
 
@@ -367,6 +481,16 @@ impl Machine {
     fn want(&mut self, wanted: bool) {
         self.wanted = wanted;
         self.files.want(wanted);
+    }
+
+    fn is_alive(&self, name: &VmName) -> Result<(), Problem> {
+        match self.life {
+            Life::Alive(_) => Ok(()),
+            _ => {
+                let problem = Problem::new(ProblemKind::Conflict, "it does not run").about(name);
+                Err(problem.remedy(format!("`smsvmm vm start {name}` starts it")))
+            }
+        }
     }
 
     /// Whether it has this process, which has not answered yet.
@@ -390,7 +514,11 @@ impl Machine {
             (Asked::Stop, Asked::Stop) => &[Signal::KILL],
             _ => &[],
         };
-        signals.iter().for_each(|one| signal(&alive.handle, *one));
+        let kill = (alive.asked, how) == (Asked::Stop, Asked::Stop);
+        // With its helpers; a kernel before 5.14 cannot do that.
+        if !(kill && alive.group.as_ref().is_some_and(|group| group.kill().is_ok())) {
+            signals.iter().for_each(|one| signal(&alive.handle, *one));
+        }
         alive.asked = alive.asked.max(how);
     }
 
@@ -412,8 +540,13 @@ impl Machine {
             name: name.clone(),
             state,
             pid,
-            cpus: self.cpus,
-            memory: self.memory,
+            user: self.user,
+            control_group: match &self.life {
+                Life::Alive(alive) => alive.group.as_ref().map(|group| group.path().to_owned()),
+                _ => None,
+            },
+            cpus: self.plan.cpus,
+            memory: self.plan.memory,
             autostart: self.rules.autostart,
             restart: self.rules.restart,
             revision: self.revision.clone(),
@@ -421,7 +554,7 @@ impl Machine {
             last_end: self.last_end.clone(),
             config: self.files.config.clone(),
             log: self.files.log.clone(),
-            console: self.console.clone(),
+            console: self.plan.console.clone(),
         }
     }
 }
@@ -489,20 +622,20 @@ impl Shared {
     ) -> Result<(), Problem> {
         let files = self.store.files(name)?;
         let machine = table.machines.entry(name.clone()).or_insert_with(|| Machine {
+            plan: Plan::default(),
             rules,
             revision: String::new(),
+            rights: Arc::new(Rights::noted(&files.disks)),
+            door: None,
+            user: files.user(),
             files,
-            cpus: 0,
-            memory: ByteSize::from_bytes(0),
-            console: None,
             life: Life::Rest { failed: false },
             wanted: false,
             restarts: 0,
             last_end: None,
         });
         (machine.rules, machine.revision) = (rules, revision);
-        (machine.cpus, machine.memory) = (config.cpus.count, config.memory.size);
-        machine.console = console(config);
+        machine.plan = Plan::new(config, &self.options);
         Ok(())
     }
 
@@ -518,15 +651,19 @@ impl Shared {
 
     /// A process that runs this machine already. From then on it counts as alive.
     fn find(&self, name: &VmName, machine: &mut Machine) -> Option<Process> {
-        let process = Process::find(&machine.files.management)?;
+        let process = Process::find(&machine.files.management, machine.user)?;
         let pid = process.pid();
         machine.life = Life::Alive(Alive {
             pid,
             handle: process.handle().ok()?,
             answers: true,
             asked: Asked::Nothing,
+            group: self.group(name, machine, Some(pid)),
         });
         machine.want(true);
+        if let Err(problem) = self.open_door(name, machine) {
+            tracing::error!(machine = %name, %problem, "a machine that runs cannot ask for its disks");
+        }
         self.events.record(EventKind::MachineFound {
             vm: name.clone(),
             pid,
@@ -534,23 +671,90 @@ impl Shared {
         Some(process)
     }
 
+    /// The control group of a machine that is to be started, or whose process was found. Nothing else depends on it.
+    fn group(&self, name: &VmName, machine: &Machine, runs: Option<u32>) -> Option<Group> {
+        let groups = self.groups.as_ref()?;
+        let group = groups.group(name, &machine.plan.limits, runs);
+        group
+            .map_err(|error| tracing::warn!(machine = %name, %error, "a machine has no control group"))
+            .ok()
+    }
+
+    /// Listens where a machine asks for its disks, unless that is done.
+    fn open_door(&self, name: &VmName, machine: &mut Machine) -> Result<(), Problem> {
+        if !machine.plan.managed || machine.door.is_some() {
+            return Ok(());
+        }
+        let cannot = |error: &dyn std::error::Error| {
+            let text = format!(
+                "its way to the manager cannot be opened: {}",
+                block_io::error_chain(error)
+            );
+            Problem::new(ProblemKind::Host, text).about(name)
+        };
+        machine.files.folders()?;
+        let mut server = Server::bind(&machine.files.manager).map_err(|error| cannot(&error))?;
+        if let Some(user) = machine.user {
+            server = server.for_user(user).map_err(|error| cannot(&error))?;
+        }
+        let door = Door::new(name, Arc::clone(&machine.rights), Arc::clone(&self.storage));
+        let serving = server.start_host(Arc::new(door));
+        machine.door = Some(serving.map_err(|error| cannot(&error))?);
+        Ok(())
+    }
+
+    /// The user of a machine that is to be started: the same as before, if that can be.
+    fn choose_user(&self, table: &mut Table, name: &VmName) -> Result<Option<User>, Problem> {
+        let others = table.machines.iter().filter(|(other, _)| *other != name);
+        let taken: BTreeSet<u32> = others.filter_map(|(_, machine)| machine.user).collect();
+        let machine = table.machines.get_mut(name).ok_or_else(|| none(name))?;
+        let user = self.users.user(name, machine.user, &taken);
+        let user = user.map_err(|text| Problem::new(ProblemKind::Exhausted, text).about(name))?;
+        let number = user.map(|user| user.uid);
+        if number != machine.user {
+            machine.files.set_user(number)?;
+            machine.user = number;
+            // It is another one's.
+            drop(machine.door.take());
+        }
+        Ok(user)
+    }
+
     /// Starts a machine's process, unless there is one.
-    fn begin(self: &Arc<Self>, name: &VmName, machine: &mut Machine) -> Result<Process, Problem> {
+    fn begin(self: &Arc<Self>, table: &mut Table, name: &VmName) -> Result<Process, Problem> {
+        let machine = table.machines.get_mut(name).ok_or_else(|| none(name))?;
         if let Some(process) = self.find(name, machine) {
             return Ok(process);
         }
+        let user = self.choose_user(table, name)?;
+        let machine = table.machines.get_mut(name).ok_or_else(|| none(name))?;
+        let log = machine.files.prepare()?;
+        let noted = machine.rights.begin(&machine.plan.disks);
+        noted.map_err(|error| cannot_note(name, &error))?;
+        self.open_door(name, machine)?;
         let cannot = |error: std::io::Error| {
             let text = format!("its process cannot be started: {error}");
             Problem::new(ProblemKind::Host, text).about(name)
         };
-        let log = machine.files.prepare()?;
-        let process = Process::start(&self.options.program, &machine.files, log).map_err(cannot)?;
+        let group = self.group(name, machine, None);
+        let process = Process::start(Start {
+            program: &self.options.program,
+            files: &machine.files,
+            log,
+            manager: machine.plan.managed.then_some(&machine.files.manager),
+            user,
+            network: machine.plan.network,
+            group: group.as_ref(),
+            journal: self.options.journal.then_some(name.as_str()),
+        });
+        let process = process.map_err(cannot)?;
         let pid = process.pid();
         machine.life = Life::Alive(Alive {
             pid,
             handle: process.handle().map_err(cannot)?,
             answers: false,
             asked: Asked::Nothing,
+            group,
         });
         self.events.record(EventKind::MachineStarted {
             vm: name.clone(),
@@ -603,7 +807,8 @@ impl Shared {
     fn attend(self: Arc<Self>, name: &VmName, mut process: Process) {
         loop {
             let (begun, report) = (Instant::now(), self.report(name));
-            let end = process.wait(&report);
+            let mut end = process.wait(&report);
+            self.clean_up(name, &mut end);
             let mut table = self.lock();
             // It cannot be deleted as long as it is not at rest.
             let closed = table.closed;
@@ -631,6 +836,24 @@ impl Shared {
                 None => return,
             }
         }
+    }
+
+    /// Ends what the end of a machine's process has left; if memory was short, that is why it ended.
+    fn clean_up(&self, name: &VmName, end: &mut End) {
+        let (files, group) = match self.lock().machines.get_mut(name) {
+            Some(Machine {
+                files,
+                life: Life::Alive(alive),
+                ..
+            }) => (files.clone(), alive.group.take()),
+            _ => return,
+        };
+        if let Some(shortage) = group.and_then(Group::end)
+            && end.kind == EndKind::Failed
+        {
+            end.text = format!("{shortage}; {}", end.text);
+        }
+        files.tidy();
     }
 
     fn report(&self, name: &VmName) -> PathBuf {
@@ -661,7 +884,8 @@ impl Shared {
                 return None;
             }
             if at_once || left.is_zero() {
-                let begun = self.begin(name, machine);
+                let begun = self.begin(&mut table, name);
+                let machine = table.machines.get_mut(name)?;
                 if let Err(problem) = &begun {
                     machine.last_end = Some(problem.to_string());
                     machine.life = Life::Rest { failed: true };
@@ -709,16 +933,18 @@ mod tests {
     fn machine(restart: RestartPolicy, restarts: u32) -> Machine {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path(), folder.path()).unwrap();
+        let files = store.files(&"web1".parse().unwrap()).unwrap();
         Machine {
+            plan: Plan::default(),
+            rights: Arc::new(Rights::noted(&files.disks)),
+            door: None,
+            user: None,
             revision: String::new(),
             rules: StartRules {
                 autostart: false,
                 restart,
             },
-            files: store.files(&"web1".parse().unwrap()).unwrap(),
-            cpus: 1,
-            memory: ByteSize::from_mib(64),
-            console: None,
+            files,
             life: Life::Rest { failed: false },
             wanted: true,
             restarts,

@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 use api::storage::PoolStatus;
 use api::virtual_disk::TransferRequest;
 use api::{
-    AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange, EventKind, EventLog, Host,
-    HostStatus, MachineDefinition, MachineStatus, Metrics, PoolEntry, Problem, ProblemKind, StorageAnswer,
-    StorageRequest, Transfer, VmName,
+    AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange, DiskConfig, EventKind,
+    EventLog, Host, HostStatus, MachineDefinition, MachineStatus, Metrics, PoolEntry, Problem, ProblemKind,
+    StorageAnswer, StorageRequest, Transfer, VmName,
 };
 use storage_manager::HostedPool;
 
 use crate::config::{AtEnd, HostConfig};
 use crate::disks::DiskService;
+use crate::door::Storage;
 use crate::machines::{MachineOptions, Machines};
 
 /// So soon machines that run have found a manager that was started anew.
@@ -25,19 +26,68 @@ struct Pool {
     hosted: Arc<HostedPool>,
 }
 
+/// The pools, and the disks in them.
+struct Served {
+    pools: Vec<Pool>,
+    disks: DiskService,
+}
+
+impl Served {
+    fn pool(&self, name: Option<&str>) -> Result<&Pool, Problem> {
+        let names = || {
+            let names: Vec<&str> = self.pools.iter().map(|pool| pool.name.as_str()).collect();
+            names.join(", ")
+        };
+        match (name, self.pools.as_slice()) {
+            (None, [only]) => Ok(only),
+            (None, []) => {
+                let problem = Problem::new(ProblemKind::NotFound, "this manager has no pool");
+                Err(problem.remedy("name its devices under [[pool]] in host.toml"))
+            }
+            (None, _) => {
+                let problem = Problem::new(ProblemKind::Invalid, "it is not said which pool is meant");
+                Err(problem.remedy(format!("say it by --pool; there are {}", names())))
+            }
+            (Some(name), pools) => pools.iter().find(|pool| pool.name == name).ok_or_else(|| {
+                let problem = Problem::new(ProblemKind::NotFound, "there is no such pool").about(name);
+                problem.remedy(format!("there are: {}", names()))
+            }),
+        }
+    }
+}
+
+impl Storage for Served {
+    fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        self.pool(pool)?.hosted.execute(request)
+    }
+
+    fn transfer(&self, pool: Option<&str>, request: TransferRequest) -> Result<Transfer, Problem> {
+        self.pool(pool)?.hosted.transfer(request)
+    }
+
+    fn attach(&self, request: AttachRequest) -> Result<Transfer, Problem> {
+        let pool = self.pool(request.pool.as_deref())?;
+        self.disks.attach(&pool.name, &pool.hosted, request)
+    }
+
+    fn change(&self, vm: &VmName, device: &DeviceId, change: &DiskChange) -> Result<Attachment, Problem> {
+        self.disks.change(vm, device, change)
+    }
+}
+
 /// The manager of a host.
 pub struct Manager {
     name: String,
     started: Instant,
     version: String,
-    pools: Vec<Pool>,
-    disks: DiskService,
+    served: Arc<Served>,
     machines: Machines,
     events: Arc<EventLog>,
 }
 
 impl Manager {
-    /// Opens the pools, and finds the machines that run. `program` is smsvmm, `version` its version; what happens is told to `events`.
+    /// Opens the pools, and finds the machines that run. `program` is smsvmm, `version` its version; what happens is told to `events`, and what
+    /// machines say to systemd's `journal`, too.
     ///
     /// # Errors
     /// A pool cannot be opened, two have one name, or the folders cannot be used.
@@ -46,6 +96,7 @@ impl Manager {
         program: PathBuf,
         version: &str,
         events: Arc<EventLog>,
+        journal: bool,
     ) -> Result<Self, Problem> {
         let mut pools: Vec<Pool> = Vec::new();
         for (number, one) in config.pools.all().iter().enumerate() {
@@ -88,24 +139,29 @@ impl Manager {
             runtime: config.runtime.clone(),
             program,
             manager: config.management.socket.clone(),
+            journal,
+            machines: config.machines.clone(),
         };
-        let machines = match Machines::open(options, Arc::clone(&events)) {
+        let served = Arc::new(Served {
+            pools,
+            disks: DiskService::new(Arc::clone(&events)),
+        });
+        let storage = Arc::clone(&served) as Arc<dyn Storage>;
+        let machines = match Machines::open(options, storage, Arc::clone(&events)) {
             Ok(machines) => machines,
             Err(problem) => {
-                pools.iter().for_each(|pool| drop(pool.hosted.close()));
+                served.pools.iter().for_each(|pool| drop(pool.hosted.close()));
                 return Err(problem);
             }
         };
-        let disks = DiskService::new(Arc::clone(&events));
         if machines.list().iter().any(|machine| machine.pid.is_some()) {
-            disks.expect_machines(RETURN);
+            served.disks.expect_machines(RETURN);
         }
         Ok(Self {
             name: config.name(),
             started: Instant::now(),
             version: version.to_owned(),
-            pools,
-            disks,
+            served,
             machines,
             events,
         })
@@ -121,12 +177,12 @@ impl Manager {
 
     /// The names of the pools.
     pub fn pool_names(&self) -> Vec<&str> {
-        self.pools.iter().map(|pool| pool.name.as_str()).collect()
+        self.served.pools.iter().map(|pool| pool.name.as_str()).collect()
     }
 
     /// Whether all workers answer: returns when they have.
     pub fn is_alive(&self) {
-        for pool in &self.pools {
+        for pool in &self.served.pools {
             let (done, seen) = std::sync::mpsc::channel();
             pool.hosted.worker().spawn(move || async move {
                 // Who asked has gone.
@@ -149,14 +205,14 @@ impl Manager {
             AtEnd::ShutDown => self.machines.close(hurry),
             AtEnd::Leave => self.machines.leave(),
         }
-        self.disks.close();
-        let closed: Vec<_> = self.pools.iter().map(|pool| pool.hosted.close()).collect();
+        self.served.disks.close();
+        let closed: Vec<_> = self.served.pools.iter().map(|pool| pool.hosted.close()).collect();
         closed.into_iter().collect()
     }
 
     /// How the pools are that can be looked at.
     fn pool_statuses(&self) -> Vec<PoolStatus> {
-        let statuses = self.pools.iter().map(|pool| status_of(&pool.hosted));
+        let statuses = self.served.pools.iter().map(|pool| status_of(&pool.hosted));
         statuses.filter_map(Result::ok).collect()
     }
 
@@ -169,27 +225,9 @@ impl Manager {
             uptime_seconds: self.started.elapsed().as_secs(),
             pools: pools.iter().map(entry).collect(),
             machines: self.machines.list(),
-            attachments: self.disks.list(),
+            attachments: self.served.disks.list(),
             last_event: self.events.last(),
-        }
-    }
-
-    fn pool(&self, name: Option<&str>) -> Result<&Pool, Problem> {
-        let names = || self.pool_names().join(", ");
-        match (name, self.pools.as_slice()) {
-            (None, [only]) => Ok(only),
-            (None, []) => {
-                let problem = Problem::new(ProblemKind::NotFound, "this manager has no pool");
-                Err(problem.remedy("name its devices under [[pool]] in host.toml"))
-            }
-            (None, _) => {
-                let problem = Problem::new(ProblemKind::Invalid, "it is not said which pool is meant");
-                Err(problem.remedy(format!("say it by --pool; there are {}", names())))
-            }
-            (Some(name), pools) => pools.iter().find(|pool| pool.name == name).ok_or_else(|| {
-                let problem = Problem::new(ProblemKind::NotFound, "there is no such pool").about(name);
-                problem.remedy(format!("there are: {}", names()))
-            }),
+            notes: self.machines.notes().to_vec(),
         }
     }
 }
@@ -222,20 +260,19 @@ impl Host for Manager {
     }
 
     fn attachments(&self) -> Vec<Attachment> {
-        self.disks.list()
+        self.served.disks.list()
     }
 
     fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        self.pool(pool)?.hosted.execute(request)
+        self.served.storage(pool, request)
     }
 
     fn transfer(&self, pool: Option<&str>, request: TransferRequest) -> Result<Transfer, Problem> {
-        self.pool(pool)?.hosted.transfer(request)
+        self.served.transfer(pool, request)
     }
 
     fn attach(&self, request: AttachRequest) -> Result<Transfer, Problem> {
-        let pool = self.pool(request.pool.as_deref())?;
-        self.disks.attach(&pool.name, &pool.hosted, request)
+        self.served.attach(request)
     }
 
     fn change_attachment(
@@ -244,7 +281,7 @@ impl Host for Manager {
         device: &DeviceId,
         change: &DiskChange,
     ) -> Result<Attachment, Problem> {
-        self.disks.change(vm, device, change)
+        self.served.change(vm, device, change)
     }
 
     fn define(
@@ -280,9 +317,13 @@ impl Host for Manager {
         self.machines.socket(name)
     }
 
+    fn allow_disk(&self, name: &VmName, disk: &DiskConfig) -> Result<(), Problem> {
+        self.machines.allow_disk(name, disk)
+    }
+
     fn metrics(&self) -> Metrics {
         let pools = self.pool_statuses();
-        let counted = self.disks.counters().into_iter();
+        let counted = self.served.disks.counters().into_iter();
         Metrics {
             host: Some(self.status_with(&pools)),
             attachments: counted

@@ -2,9 +2,13 @@
 //!
 //! A process belongs to a machine if it listens on the machine's management socket, which it does before anything else: so a manager finds the
 //! processes of the one before it, and nothing has to be written down that could be wrong.
+//!
+//! It is started as its machine's user, and in its control group. Until it has opened what its vm.toml names it may open any file, as that names files
+//! of the administrator's; with the sandbox it loses that, as all capabilities, before the guest runs ([`vmm::sandbox`]). Its helper keeps it, to
+//! connect to sockets that vm.toml names.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -12,17 +16,23 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use api::VmState;
+use management::blocking;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::sockopt::socket_peercred;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, waitpid};
+use rustix::process::{
+    Gid, Pid, PidfdFlags, Resource, Rlimit, Signal, Uid, WaitOptions, pidfd_open, pidfd_send_signal,
+    setrlimit, waitpid,
+};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 use serde::{Deserialize, Serialize};
 
+use crate::group::Group;
 use crate::store::Files;
+use crate::users::User;
 
 /// How long a machine may take to say how it is.
 const ANSWER: Duration = Duration::from_secs(2);
-/// As much of what it says is read, in bytes.
-const MAX_ANSWER: u64 = 1 << 20;
 
 /// How a process ended, as it says itself (`smsvmm run --report`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +77,23 @@ impl From<Report> for End {
     }
 }
 
+/// How a process is started.
+pub(crate) struct Start<'a> {
+    /// `smsvmm`.
+    pub(crate) program: &'a Path,
+    pub(crate) files: &'a Files,
+    pub(crate) log: File,
+    /// Where it asks for disks, if it has none of its own pool.
+    pub(crate) manager: Option<&'a Path>,
+    /// As whom, if not as this process.
+    pub(crate) user: Option<User>,
+    /// It has interfaces of the host to open.
+    pub(crate) network: bool,
+    pub(crate) group: Option<&'a Group>,
+    /// What it says goes to the journal, too, by this name.
+    pub(crate) journal: Option<&'a str>,
+}
+
 /// A process that runs a machine.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -77,22 +104,41 @@ pub(crate) struct Process {
 
 impl Process {
     /// Starts one.
-    pub(crate) fn start(program: &Path, files: &Files, log: File) -> io::Result<Self> {
-        let mut command = Command::new(program);
+    pub(crate) fn start(start: Start<'_>) -> io::Result<Self> {
+        let mut command = Command::new(start.program);
         command
             .arg("run")
             .arg("--report")
-            .arg(&files.report)
-            .arg(&files.config)
+            .arg(&start.files.report)
+            .arg(&start.files.config);
+        if let Some(manager) = start.manager {
+            command.arg("--set").arg(format!("manager={}", manager.display()));
+        }
+        if let Some(name) = start.journal {
+            command.env("SMSVMM_JOURNAL", name);
+        }
+        command
             .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
+            .stdout(start.log.try_clone()?)
+            .stderr(start.log)
             // The manager's readiness is not its affair.
             .env_remove("NOTIFY_SOCKET")
             .env_remove("WATCHDOG_USEC")
             .env_remove("WATCHDOG_PID")
             // What a terminal sends to the manager is not for the machine.
             .process_group(0);
+        let entrance = start.group.map(Group::entrance).transpose()?;
+        let (user, network) = (start.user, start.network);
+        if entrance.is_some() || user.is_some() {
+            let confine = move || {
+                if let Some(entrance) = &entrance {
+                    rustix::io::write(entrance, b"0")?;
+                }
+                user.map_or(Ok(()), |user| become_user(user, network))
+            };
+            // SAFETY: it runs between fork and exec, and does nothing but system calls: it allocates nothing, and takes no lock.
+            unsafe { command.pre_exec(confine) };
+        }
         let child = command.spawn()?;
         let pid = Pid::from_child(&child);
         Ok(Self {
@@ -102,10 +148,14 @@ impl Process {
         })
     }
 
-    /// The process that listens on a machine's management socket, if one does.
-    pub(crate) fn find(socket: &Path) -> Option<Self> {
+    /// The process that listens on a machine's management socket, if one does: one of the manager's user, or of the machine's own.
+    pub(crate) fn find(socket: &Path, user: Option<u32>) -> Option<Self> {
         let stream = UnixStream::connect(socket).ok()?;
-        let pid = socket_peercred(&stream).ok()?.pid;
+        let peer = socket_peercred(&stream).ok()?;
+        let pid = peer.pid;
+        if peer.uid != rustix::process::geteuid() && Some(peer.uid.as_raw()) != user {
+            return None;
+        }
         let handle = pidfd_open(pid, PidfdFlags::empty()).ok()?;
         // The connection was made with who listens; as long as that is so, the number means it.
         let again = UnixStream::connect(socket).ok()?;
@@ -154,17 +204,62 @@ impl Process {
     }
 }
 
+/// Makes the calling thread that of a user, with what a machine's process needs until its sandbox. Between fork and exec.
+fn become_user(user: User, network: bool) -> io::Result<()> {
+    let mut keep = CapabilitySet::DAC_OVERRIDE;
+    if network {
+        keep |= CapabilitySet::NET_ADMIN;
+    }
+    // What a process of root is not held to. Where root may not change it, it stays.
+    let unlimited = Rlimit {
+        current: None,
+        maximum: None,
+    };
+    let _ = setrlimit(Resource::Memlock, unlimited);
+    for number in 0..u64::BITS {
+        let capability = CapabilitySet::from_bits_retain(1 << number);
+        if keep.contains(capability) {
+            continue;
+        }
+        match rustix::thread::remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            // Beyond the last one that this kernel knows.
+            Err(rustix::io::Errno::INVAL) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    rustix::thread::set_thread_groups(&[])?;
+    rustix::thread::set_keep_capabilities(true)?;
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+    let sets = CapabilitySets {
+        effective: keep,
+        permitted: keep,
+        inheritable: keep,
+    };
+    rustix::thread::set_capabilities(None, sets)?;
+    for capability in [CapabilitySet::DAC_OVERRIDE, CapabilitySet::NET_ADMIN] {
+        if keep.contains(capability) {
+            rustix::thread::configure_capability_in_ambient_set(capability, true)?;
+        }
+    }
+    Ok(())
+}
+
+/// As much of a machine's status as matters here: its process may be of another version.
+#[derive(Deserialize)]
+struct Said {
+    state: VmState,
+}
+
 /// Whether a machine says, at its management socket, that its guest runs.
 pub(crate) fn answers(socket: &Path) -> bool {
-    let ask = || {
-        let mut stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(ANSWER))?;
-        stream.write_all(b"GET /v1/vm HTTP/1.1\r\nhost: smsvmm\r\nconnection: close\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.take(MAX_ANSWER).read_to_string(&mut answer)?;
-        io::Result::Ok(answer)
+    let Ok(stream) = UnixStream::connect(socket) else {
+        return false;
     };
-    ask().is_ok_and(|answer| answer.starts_with("HTTP/1.1 200") && !answer.contains("\"state\":\"starting\""))
+    let said = blocking::get::<Said>(&stream, "/v1/vm", ANSWER);
+    said.is_ok_and(|said| said.state != VmState::Starting)
 }
 
 /// Sends a signal to a process; one that has ended does not mind.

@@ -4,7 +4,10 @@
 //!   STATE/vms/NAME/vm.toml        complete: absolute paths, the manager's sockets
 //!   STATE/vms/NAME/machine.toml   when it is started
 //!   STATE/vms/NAME/log            what its process had to say; log.1 before that
-//!   RUNTIME/vms/NAME/...          its sockets, and whether it is wanted to run
+//!   STATE/vms/NAME/user           as whom it was started last
+//!   RUNTIME/vms/NAME/...          its sockets, the disks that it may use, and whether it is wanted to run
+//!
+//! All of it is the manager's, and nothing is the machine's but its sockets: what it could change, it could lead elsewhere.
 //! ```
 //!
 //! A file is replaced as a whole, and durable when that returns; a definition is there when its vm.toml is.
@@ -54,6 +57,12 @@ pub(crate) struct Files {
     pub(crate) log: PathBuf,
     pub(crate) management: PathBuf,
     pub(crate) serial: PathBuf,
+    /// The socket at which it asks the manager.
+    pub(crate) manager: PathBuf,
+    /// The disks that it may use.
+    pub(crate) disks: PathBuf,
+    /// The number of its user.
+    pub(crate) user: PathBuf,
     /// How the process ended, in its own words.
     pub(crate) report: PathBuf,
     /// It is there as long as somebody wants the machine to run.
@@ -113,6 +122,9 @@ impl Store {
             rules: state.join("machine.toml"),
             log: state.join("log"),
             report: state.join("end"),
+            user: state.join("user"),
+            manager: runtime.join("manager.sock"),
+            disks: runtime.join("disks"),
             management: runtime.join("management.sock"),
             serial: runtime.join("serial.sock"),
             wanted: runtime.join("wanted"),
@@ -200,11 +212,40 @@ impl Files {
         }
     }
 
-    /// Makes what a process needs that is started now; its log.
-    pub(crate) fn prepare(&self) -> Result<File, Problem> {
+    /// The number of the user as whom the machine was started last.
+    pub(crate) fn user(&self) -> Option<u32> {
+        fs::read_to_string(&self.user).ok()?.trim().parse().ok()
+    }
+
+    /// Keeps the number of its user, also over a crash: what it leaves must not become another machine's.
+    pub(crate) fn set_user(&self, user: Option<u32>) -> Result<(), Problem> {
+        let text = user.map(|user| format!("{user}\n")).unwrap_or_default();
+        replace(&self.user, &text).map_err(failed("write", &self.user))
+    }
+
+    /// Removes sockets of a process that has ended: its own user could not.
+    pub(crate) fn tidy(&self) {
+        for socket in [&self.management, &self.serial] {
+            match fs::remove_file(socket) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %socket.display(), %error, "a socket cannot be removed");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Makes the folders of a machine.
+    pub(crate) fn folders(&self) -> Result<(), Problem> {
         for path in [&self.log, &self.management] {
             private_folder(path.parent().unwrap_or(Path::new("/")))?;
         }
+        Ok(())
+    }
+
+    /// Makes what a process needs that is started now; its log.
+    pub(crate) fn prepare(&self) -> Result<File, Problem> {
+        self.folders()?;
         if fs::metadata(&self.log).is_ok_and(|log| log.len() > MAX_LOG) {
             let old = self.log.with_extension("1");
             fs::rename(&self.log, &old).map_err(failed("put aside", &self.log))?;

@@ -3,18 +3,22 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use api::virtual_disk::TransferRequest;
 use api::{
-    Condition, EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, ProblemKind,
-    RestartPolicy, VmName,
+    AttachRequest, Attachment, Condition, DeviceId, DiskChange, DiskConfig, EventKind, EventLog,
+    MachineDefinition, MachineState, MachineStatus, Problem, ProblemKind, RestartPolicy, StorageAnswer,
+    StorageRequest, Transfer, VmName,
 };
-use host_manager::{MachineOptions, Machines};
+use host_manager::{MachineOptions, Machines, MachinesConfig, Storage, Users};
+use management::{ClientError, blocking};
 
 /// In the environment of a process that is to be a machine.
 const ARGUMENTS: &str = "SMSVMM_TEST_MACHINE";
@@ -26,7 +30,7 @@ fn process() {
         return;
     };
     let arguments: Vec<&str> = arguments.split_whitespace().collect();
-    let ["run", "--report", report, config] = arguments.as_slice() else {
+    let ["run", "--report", report, config, ..] = arguments.as_slice() else {
         panic!("{arguments:?}");
     };
     let table: toml::Table = fs::read_to_string(config).unwrap().parse().unwrap();
@@ -50,6 +54,31 @@ fn process() {
             fs::write(report, format!("{{\"status\":{status},\"text\":\"as wanted\"}}")).unwrap();
             std::process::exit(status.parse().unwrap());
         }
+    }
+}
+
+/// What is served: nothing. Who is refused by it has come through.
+struct NoPools;
+
+fn came_through<T>() -> Result<T, Problem> {
+    Err(Problem::new(ProblemKind::NotFound, "there is no pool"))
+}
+
+impl Storage for NoPools {
+    fn storage(&self, _: Option<&str>, _: StorageRequest) -> Result<StorageAnswer, Problem> {
+        came_through()
+    }
+
+    fn transfer(&self, _: Option<&str>, _: TransferRequest) -> Result<Transfer, Problem> {
+        came_through()
+    }
+
+    fn attach(&self, _: AttachRequest) -> Result<Transfer, Problem> {
+        came_through()
+    }
+
+    fn change(&self, _: &VmName, _: &DeviceId, _: &DiskChange) -> Result<Attachment, Problem> {
+        came_through()
     }
 }
 
@@ -82,11 +111,20 @@ impl Place {
             runtime: path("run"),
             program: path("program"),
             manager: path("manager.sock"),
+            journal: false,
+            machines: MachinesConfig {
+                users: Users::Manager,
+                ..MachinesConfig::default()
+            },
         }
     }
 
     fn open(&self) -> Machines {
-        Machines::open(self.options(), Arc::clone(&self.events)).unwrap()
+        self.open_with(self.options())
+    }
+
+    fn open_with(&self, options: MachineOptions) -> Machines {
+        Machines::open(options, Arc::new(NoPools), Arc::clone(&self.events)).unwrap()
     }
 
     /// What the machine's process does from now on.
@@ -274,7 +312,7 @@ fn a_new_manager_finds_what_runs() {
     let outside = Killed(outside.spawn().unwrap());
     let fifth = place.open();
     let begun = Instant::now();
-    while std::os::unix::net::UnixStream::connect(place.socket()).is_err() {
+    while UnixStream::connect(place.socket()).is_err() {
         assert!(begun.elapsed() < Duration::from_secs(30));
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -297,7 +335,7 @@ fn machines_start_with_the_manager_and_end_with_it() {
     wait_for(&machines, MachineState::Running);
     machines.close(|| false);
     assert_eq!(machines.status(&name()).unwrap().state, MachineState::Stopped);
-    assert!(std::os::unix::net::UnixStream::connect(place.socket()).is_err());
+    assert!(UnixStream::connect(place.socket()).is_err());
     let next = place.open();
     assert_eq!(next.status(&name()).unwrap().state, MachineState::Stopped);
     next.autostart();
@@ -371,4 +409,190 @@ fn a_definition_has_a_revision_which_only_its_changes_change() {
     let deleted = machines.delete(&name(), &of(&first)).unwrap_err();
     assert_eq!(deleted.kind, ProblemKind::Precondition);
     machines.delete(&name(), &of(&second)).unwrap();
+}
+
+/// Whether this test may become another user.
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// A machine whose disk is the manager's.
+fn managed(name: &str, disk: &str) -> MachineDefinition {
+    MachineDefinition {
+        config: format!(
+            "name = \"{name}\"\nmemory = \"256M\"\n[boot]\nkernel = \"/boot/vmlinuz\"\n[[disk]]\nid = \"root\"\nfile = \"{disk}\"\n"
+        ),
+        ..definition(RestartPolicy::OnFailure)
+    }
+}
+
+#[test]
+fn a_machine_comes_to_its_disks_by_a_socket_of_its_own_and_to_nothing_else() {
+    let place = Place::new();
+    let machines = place.open();
+    machines
+        .define(&name(), managed("web1", "/web1.dsk"), &Condition::default())
+        .unwrap();
+    machines.start(&name()).unwrap();
+    wait_for(&machines, MachineState::Running);
+    let kind = |outcome: Result<(), ClientError>| match outcome {
+        Err(ClientError::Problem(problem)) => problem.kind,
+        other => panic!("{other:?}"),
+    };
+    let socket = place.folder.path().join("run/vms/web1/manager.sock");
+    let connect = || UnixStream::connect(&socket).unwrap();
+    let soon = Duration::from_secs(10);
+    let attach = |vm: &str, file: &str| {
+        let request = AttachRequest {
+            vm: vm.parse().unwrap(),
+            pool: None,
+            disk: DiskConfig {
+                image: None,
+                file: Some(file.into()),
+                ..DiskConfig::new("")
+            },
+            goes_on: false,
+        };
+        kind(blocking::attach(&connect(), &request, soon))
+    };
+    let (through, refused) = (ProblemKind::NotFound, ProblemKind::Forbidden);
+    assert_eq!(attach("web1", "/web1.dsk"), through);
+    assert_eq!(attach("web1", "/db1.dsk"), refused);
+    assert_eq!(attach("db1", "/web1.dsk"), refused);
+    // The next manager knows what an administrator has attached.
+    let more = DiskConfig {
+        image: None,
+        file: Some("/more.dsk".into()),
+        ..DiskConfig::new("")
+    };
+    machines.allow_disk(&name(), &more).unwrap();
+    assert_eq!(attach("web1", "/more.dsk"), through);
+    machines.leave();
+    drop(machines);
+    let machines = place.open();
+    assert_eq!(attach("web1", "/more.dsk"), through);
+    let ask = |method: &str, path: &str, body: &serde_json::Value| {
+        kind(blocking::ask::<serde_json::Value>(&connect(), method, path, body, soon).map(drop))
+    };
+    let none = serde_json::Value::Null;
+    assert_eq!(ask("PUT", "/v1/vms/web1/start", &none), refused);
+    assert_eq!(ask("GET", "/v1/vms/web1/vm", &none), refused);
+    assert_eq!(ask("DELETE", "/v1/vms/web1", &none), refused);
+    let limits = serde_json::json!({});
+    assert_eq!(ask("PATCH", "/v1/attachments/web1/root", &limits), through);
+    assert_eq!(ask("PATCH", "/v1/attachments/db1/root", &limits), refused);
+    machines.stop(&name()).unwrap();
+    wait_for(&machines, MachineState::Stopped);
+    assert_eq!(
+        machines.allow_disk(&name(), &more).unwrap_err().kind,
+        ProblemKind::Conflict
+    );
+    assert!(!place.socket().exists());
+}
+
+#[test]
+fn machines_are_kept_apart_by_users_where_the_manager_is_root() {
+    let place = Place::new();
+    let mut options = place.options();
+    options.machines.users = Users::Range(3_000_000_000..=3_000_000_007);
+    let machines = place.open_with(options.clone());
+    machines
+        .define(&name(), managed("web1", "/web1.dsk"), &Condition::default())
+        .unwrap();
+    machines.start(&name()).unwrap();
+    let web = wait_for(&machines, MachineState::Running);
+    if !is_root() {
+        assert!(
+            machines.notes().iter().any(|note| note.contains("not root")),
+            "{:?}",
+            machines.notes()
+        );
+        assert_eq!(web.user, None);
+        machines.stop(&name()).unwrap();
+        wait_for(&machines, MachineState::Stopped);
+        return;
+    }
+    let status = |pid: u32| fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let (user, pid) = (web.user.unwrap(), web.pid.unwrap());
+    assert!((3_000_000_000..=3_000_000_007).contains(&user));
+    let seen = status(pid);
+    assert!(
+        seen.contains(&format!("Uid:\t{user}\t{user}\t{user}\t{user}\n")),
+        "{seen}"
+    );
+    assert!(
+        seen.contains(&format!("Gid:\t{user}\t{user}\t{user}\t{user}\n")),
+        "{seen}"
+    );
+    // It may open any file until its sandbox takes that as well, and nothing else.
+    for set in ["CapEff", "CapPrm", "CapBnd", "CapAmb"] {
+        assert!(seen.contains(&format!("{set}:\t0000000000000002\n")), "{seen}");
+    }
+    let owner = fs::metadata(place.folder.path().join("run/vms/web1/manager.sock"))
+        .unwrap()
+        .uid();
+    assert_eq!(owner, user);
+    let db: VmName = "db1".parse().unwrap();
+    machines
+        .define(&db, managed("db1", "/db1.dsk"), &Condition::default())
+        .unwrap();
+    machines.start(&db).unwrap();
+    let other = machines.status(&db).unwrap().user;
+    assert!(other.is_some() && other != Some(user), "{other:?}");
+    machines.stop(&db).unwrap();
+    machines.leave();
+    drop(machines);
+    // The next manager finds it, and it has the same user when it is started again.
+    let machines = place.open_with(options);
+    let found = machines.status(&name()).unwrap();
+    assert_eq!((found.pid, found.user), (Some(pid), Some(user)));
+    machines.stop(&name()).unwrap();
+    wait_for(&machines, MachineState::Stopped);
+    machines.start(&name()).unwrap();
+    assert_eq!(wait_for(&machines, MachineState::Running).user, Some(user));
+    machines.close(|| true);
+}
+
+#[test]
+fn a_machine_has_a_control_group_where_there_are_any() {
+    let place = Place::new();
+    let machines = place.open();
+    machines
+        .define(
+            &name(),
+            definition(RestartPolicy::OnFailure),
+            &Condition::default(),
+        )
+        .unwrap();
+    machines.start(&name()).unwrap();
+    let running = wait_for(&machines, MachineState::Running);
+    let Some(group) = running.control_group else {
+        assert!(
+            machines.notes().iter().any(|note| note.contains("control group")),
+            "{:?}",
+            machines.notes()
+        );
+        machines.stop(&name()).unwrap();
+        wait_for(&machines, MachineState::Stopped);
+        return;
+    };
+    let pid = running.pid.unwrap();
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    assert!(groups.contains("/vm-web1\n"), "{groups}");
+    // The next manager has it, too.
+    machines.leave();
+    drop(machines);
+    let machines = place.open();
+    assert_eq!(
+        machines.status(&name()).unwrap().control_group.as_ref(),
+        Some(&group)
+    );
+    // Whatever it does not hear, it is ended.
+    let stopped = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(stopped, rustix::process::Signal::STOP).unwrap();
+    machines.stop(&name()).unwrap();
+    assert_eq!(machines.status(&name()).unwrap().state, MachineState::Stopping);
+    machines.stop(&name()).unwrap();
+    wait_for(&machines, MachineState::Stopped);
+    assert!(!group.exists());
 }

@@ -56,6 +56,14 @@ pub fn ask<T: DeserializeOwned>(
     answer(stream, limit)
 }
 
+/// The same for something that is only looked at.
+///
+/// # Errors
+/// As [`attach`].
+pub fn get<T: DeserializeOwned>(stream: &UnixStream, path: &str, limit: Duration) -> Result<T, ClientError> {
+    ask(stream, "GET", path, &(), limit)
+}
+
 /// A request as it is sent; `upgrade`: what the connection is to become. `method` and `path` are the caller's own words, or names.
 ///
 /// # Errors

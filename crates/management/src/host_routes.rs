@@ -22,8 +22,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    ATTACHMENT_PROTOCOL, Condition, DiskChange, Host, MachineDefinition, MachineStatus, Problem, ProblemKind,
-    Readiness, StorageAnswer, StorageRequest, VmName,
+    ATTACHMENT_PROTOCOL, Condition, DiskChange, DiskConfig, Host, MachineDefinition, MachineStatus, Problem,
+    ProblemKind, Readiness, StorageAnswer, StorageRequest, VmName,
 };
 use http_body_util::Either;
 use hyper::body::Incoming;
@@ -357,13 +357,24 @@ async fn pass_on(
     if let Some(query) = request.uri().query() {
         path = format!("{path}?{query}");
     }
+    let (method, headers) = (request.method().clone(), request.headers().clone());
+    let body = routes::bytes(request.into_body()).await?;
+    if (rest, &method) == (&["vm", "disks"], &Method::POST)
+        // What is wrong with it, the machine says.
+        && let Ok(disk) = serde_json::from_slice::<DiskConfig>(&body)
+    {
+        let machine = name.clone();
+        context
+            .ask(MACHINE_TIMEOUT, move |host| host.allow_disk(&machine, &disk))
+            .await?;
+    }
     let answer = forward(Outgoing {
         name: name.as_str(),
         socket: &socket,
-        method: request.method().clone(),
+        method,
         path: &path,
-        headers: &request.headers().clone(),
-        body: routes::bytes(request.into_body()).await?,
+        headers: &headers,
+        body,
         upgrade,
     })
     .await?;

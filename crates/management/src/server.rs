@@ -47,6 +47,8 @@ const STACK_SIZE: usize = 512 << 10;
 #[derive(Debug)]
 pub struct Server {
     listening: Listening,
+    /// A user who may ask, beside root and this process's own.
+    also: Option<u32>,
 }
 
 impl Server {
@@ -55,7 +57,21 @@ impl Server {
     /// # Errors
     /// Somebody listens there already, or the file cannot be made.
     pub fn bind(path: &Path) -> Result<Self, SocketError> {
-        Listening::bind(path).map(|listening| Self { listening })
+        let listening = Listening::bind(path)?;
+        Ok(Self {
+            listening,
+            also: None,
+        })
+    }
+
+    /// Lets a user ask, too, and connect.
+    ///
+    /// # Errors
+    /// The socket cannot be given to this user.
+    pub fn for_user(mut self, user: u32) -> io::Result<Self> {
+        self.listening.give_to(user)?;
+        self.also = Some(user);
+        Ok(self)
     }
 
     /// Starts to serve `vm`, on a thread of its own, until the handle is dropped. `on_start` runs first on that thread: the
@@ -101,6 +117,7 @@ impl Server {
         helpers: usize,
         on_start: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<ServerHandle> {
+        let also = self.also;
         let (listener, file) = self.listening.into_parts();
         let (stop, stopped) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -114,7 +131,8 @@ impl Server {
             .name("management".to_owned())
             .stack_size(STACK_SIZE)
             .spawn(move || {
-                let served = on_start().and_then(|()| runtime.block_on(serve(listener, context, stopped)));
+                let served =
+                    on_start().and_then(|()| runtime.block_on(serve(listener, also, context, stopped)));
                 if let Err(error) = served {
                     warn!(%error, "the management socket cannot be served");
                 }
@@ -169,6 +187,7 @@ impl Drop for ServerHandle {
 /// Accepts until told to stop, then lets the requests in progress end.
 async fn serve(
     listener: std::os::unix::net::UnixListener,
+    also: Option<u32>,
     context: Arc<Answering>,
     mut stopped: oneshot::Receiver<()>,
 ) -> io::Result<()> {
@@ -193,7 +212,7 @@ async fn serve(
             },
         };
         while connections.try_join_next().is_some() {}
-        let (peer, forbidden) = who(&stream);
+        let (peer, forbidden) = who(&stream, also);
         let most_of_one = if forbidden.is_some() { MAX_OF_OTHERS } else { most };
         if room.is_full(peer, most_of_one) {
             yield_now().await;
@@ -232,10 +251,12 @@ async fn connection(stream: UnixStream, forbidden: Option<Problem>, context: Arc
 }
 
 /// Whose process is at the other end, and why it must not manage this machine or host.
-fn who(stream: &UnixStream) -> (Peer, Option<Problem>) {
+fn who(stream: &UnixStream, also: Option<u32>) -> (Peer, Option<Problem>) {
     let own = rustix::process::geteuid().as_raw();
     match stream.peer_cred() {
-        Ok(peer) if peer.uid() == own || peer.uid() == 0 => (Peer::User(Some(peer.uid())), None),
+        Ok(peer) if peer.uid() == own || peer.uid() == 0 || Some(peer.uid()) == also => {
+            (Peer::User(Some(peer.uid())), None)
+        }
         Ok(peer) => {
             let detail = format!("user {} may not manage a machine of user {own}", peer.uid());
             let problem = Problem::new(ProblemKind::Forbidden, detail);

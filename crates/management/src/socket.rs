@@ -49,6 +49,11 @@ impl Listening {
         Ok(Self { listener, file })
     }
 
+    /// Makes a user the socket's owner, who may connect then.
+    pub(crate) fn give_to(&self, user: u32) -> io::Result<()> {
+        self.file.give_to(user)
+    }
+
     pub(crate) fn into_parts(self) -> (UnixListener, SocketFile) {
         (self.listener, self.file)
     }

@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use management::{Gateway, GatewayConfig, Machine};
 use serde::Deserialize;
 use vmm::config::VmConfig;
+use vmm::sandbox::{ProgramPlaces, confine_program};
 
 use crate::cli::GatewayArguments;
 use crate::exit::{Exit, UsageError};
@@ -51,6 +52,14 @@ fn machine(path: &Path) -> anyhow::Result<Machine> {
     })
 }
 
+/// The folder of a file.
+fn folder_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(folder) if folder != Path::new("") => folder.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
 pub(crate) fn execute(arguments: &GatewayArguments) -> anyhow::Result<Exit> {
     let path = &arguments.config;
     let file: File = toml_file::read(path)?;
@@ -79,6 +88,12 @@ pub(crate) fn execute(arguments: &GatewayArguments) -> anyhow::Result<Exit> {
     let manager = manager.map(|config| config.management.socket);
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
+    let (access, audit) = (folder.join(file.access), folder.join(file.audit));
+    // Both files are replaced now and then: one by `smsvmm principal`, one by who rotates logs.
+    let places = ProgramPlaces {
+        read: vec![folder_of(&access)],
+        write: vec![folder_of(&audit)],
+    };
     let gateway = Gateway::bind(GatewayConfig {
         listen: file.listen,
         tls: TlsFiles {
@@ -86,8 +101,8 @@ pub(crate) fn execute(arguments: &GatewayArguments) -> anyhow::Result<Exit> {
             key: folder.join(file.key),
             client_authorities: file.client_ca.map(|path| folder.join(path)),
         },
-        access: folder.join(file.access),
-        audit: folder.join(file.audit),
+        access,
+        audit,
         machines,
         manager,
         handshake: HANDSHAKE,
@@ -99,6 +114,8 @@ pub(crate) fn execute(arguments: &GatewayArguments) -> anyhow::Result<Exit> {
         .map(|path| path.display().to_string())
         .chain(managed)
         .collect();
+    // Everything is open that is opened once, and no thread exists yet.
+    confine_program(&places).map_err(UsageError::new)?;
     let running = gateway.start()?;
     logs::say(&format!(
         "smsvmm: {} can be managed at {address}",

@@ -113,7 +113,11 @@ fn short(text: &str) -> String {
 pub(crate) fn status(manager: &Client, name: &VmName, machine: &Client, json: bool) -> anyhow::Result<Exit> {
     let known = manager.machine(name)?;
     if matches!(known.state, MachineState::Running | MachineState::Stopping) {
-        return vm::status(machine, json);
+        let shown = vm::status(machine, json);
+        if !json {
+            print(&whose(&known))?;
+        }
+        return shown;
     }
     match json {
         true => print_json(&known)?,
@@ -131,6 +135,18 @@ fn in_words(machine: &MachineStatus) -> String {
         text += &format!("last end: {end}\n");
     }
     text + &format!("log: {}\n", machine.log.display())
+}
+
+/// As whom, and where, its process runs.
+fn whose(machine: &MachineStatus) -> String {
+    let user = match machine.user {
+        Some(user) => format!("user {user}"),
+        None => "the manager's user".to_owned(),
+    };
+    match &machine.control_group {
+        Some(group) => format!("process of {user}, control group {}\n", group.display()),
+        None => format!("process of {user}, no control group of its own\n"),
+    }
 }
 
 /// Starts a machine, and waits until its process answers.

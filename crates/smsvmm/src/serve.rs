@@ -6,7 +6,8 @@
 //!   HUP ───────► pools are closed, machines go on ─► the program is executed anew, in the same process
 //! ```
 //!
-//! As a service of systemd (Type=notify) it tells when it is ready, when it ends, and that it is alive.
+//! As a service of systemd (Type=notify) it tells when it is ready, when it ends, and that it is alive; its log goes to the journal, as do those of
+//! machines.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -75,7 +76,8 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<Exit> {
     let kept = journal
         .keep(Arc::clone(&events), last)
         .context("cannot start the thread that keeps events")?;
-    let manager = Manager::open(&config, program()?, env!("CARGO_PKG_VERSION"), events)?;
+    let (version, journal) = (env!("CARGO_PKG_VERSION"), logs::to_journal());
+    let manager = Manager::open(&config, program()?, version, events, journal)?;
     let manager = Arc::new(manager);
     let serving = server
         .start_host(Arc::clone(&manager) as Arc<dyn api::Host>)

@@ -644,6 +644,52 @@ fn a_job_tells_how_fast_it_is_and_is_made_faster() {
     pool.close().unwrap();
 }
 
+/// A scrub of a pool of which a device was made shorter, to `left` bytes: the device is out of service, and the data are there.
+fn scrub_after_truncation(left: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = with_disk(folder.path());
+    let pool = open(&devices);
+    let disk = opened(&pool);
+    let handle = disk.handle().clone();
+    for piece in 0..16 {
+        write(&pool, &handle, piece * PIECE as u64, 7);
+    }
+    // The first one: copies that differ are made equal to it.
+    let file = File::options().write(true).open(&devices[0]).unwrap();
+    file.set_len(left).unwrap();
+    let scrub = Operation::Scrub {
+        volume: None,
+        throttle: 0,
+    };
+    let outcome = perform(&pool, scrub).unwrap();
+    let of_kind = |kind| outcome.events.iter().find(|event| event.kind == kind);
+    let failed = of_kind(PoolEventKind::DeviceFailed).unwrap();
+    assert!(failed.text.contains("d0"), "{failed:?}");
+    assert!(of_kind(PoolEventKind::Repaired).is_none(), "{outcome:?}");
+    let states: Vec<_> = status(&pool).devices.iter().map(|device| device.state).collect();
+    assert_eq!(states, [PoolDeviceState::Missing, PoolDeviceState::Active]);
+    for piece in 0..16 {
+        assert!(
+            read(&pool, &handle, piece * PIECE as u64)
+                .iter()
+                .all(|byte| *byte == 7)
+        );
+    }
+    write(&pool, &handle, 0, 8);
+    drop((handle, disk));
+    pool.close().unwrap();
+}
+
+#[test]
+fn a_scrub_takes_a_device_out_of_service_that_has_lost_its_unused_end() {
+    scrub_after_truncation(63 << 20);
+}
+
+#[test]
+fn a_scrub_takes_a_device_out_of_service_that_has_lost_data() {
+    scrub_after_truncation(1 << 20);
+}
+
 #[test]
 fn what_happens_is_told_at_once_and_to_all() {
     let folder = tempfile::tempdir().unwrap();

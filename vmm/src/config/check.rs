@@ -55,6 +55,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), Violation> {
     for (name, limits) in &config.limit_groups {
         within(&format!("limit-groups.{name}"), limits.check())?;
     }
+    check_resources(config)?;
     check_manager(config)?;
     check_limit_groups(config)?;
     for (number, net) in config.nets.iter().enumerate() {
@@ -65,6 +66,19 @@ pub(super) fn check(config: &VmConfig) -> Result<(), Violation> {
     check_images(config)?;
     check_paths(config)?;
     check_power(config)
+}
+
+/// What the process is allowed is not less than what the guest has.
+fn check_resources(config: &VmConfig) -> Result<(), Violation> {
+    if let Err((key, text)) = config.resources.check() {
+        return violation(format!("resources.{key}"), text);
+    }
+    let size = config.memory.size;
+    if config.resources.memory_max.is_some_and(|most| most <= size) {
+        let text = format!("must be more than the guest's memory, {size}: the process needs some of its own");
+        return violation("resources.memory-max", text);
+    }
+    Ok(())
 }
 
 /// A manager is somewhere, and its disks want nothing that only this process could keep.

@@ -39,7 +39,7 @@ pub use console::{ConsoleConfig, ConsoleSpec, EscapeKey};
 pub use cpus::{CpuConfig, CpuFeatures, HostCpus};
 pub use error::{ConfigError, Place};
 pub use memory::{HugePages, MemoryConfig};
-pub use policy::{ManagementConfig, OnCrash, OnReboot, PowerConfig, SandboxConfig, Seccomp};
+pub use policy::{ManagementConfig, OnCrash, OnReboot, PowerConfig, ResourcesConfig, SandboxConfig, Seccomp};
 pub use pool::PoolConfig;
 pub use scsi::ScsiConfig;
 use serde::{Deserialize, Serialize};
@@ -94,6 +94,9 @@ pub struct VmConfig {
     /// What follows a reboot, a crash, a power button.
     #[serde(default)]
     pub power: PowerConfig,
+    /// What a manager of the host lets the process have.
+    #[serde(default, skip_serializing_if = "ResourcesConfig::is_default")]
+    pub resources: ResourcesConfig,
 }
 
 fn yes() -> bool {

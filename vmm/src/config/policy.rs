@@ -1,8 +1,8 @@
-//! `[power]`, `[sandbox]`, `[management]`: how the process around the machine behaves.
+//! `[power]`, `[sandbox]`, `[management]`, `[resources]`: how the process around the machine behaves.
 
 use std::path::PathBuf;
 
-use api::Seconds;
+use api::{ByteSize, Seconds};
 use serde::{Deserialize, Serialize};
 
 /// What follows when the guest ends in one way or another.
@@ -88,4 +88,52 @@ pub enum Seccomp {
 pub struct ManagementConfig {
     /// Path of the Unix socket, made with mode 0600.
     pub socket: PathBuf,
+}
+
+/// What a manager of the host lets the machine's process have, by a control group of its own. Without a manager nobody looks at it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct ResourcesConfig {
+    /// Its part of the processors where they are not enough, from 1 to 10000; 100 is that of any other process group.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_weight: Option<u32>,
+    /// Most time of processors, in percent of one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_max: Option<u32>,
+    /// Most memory, with that of the guest; the kernel ends the process that needs more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_max: Option<ByteSize>,
+    /// Most threads and processes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pids_max: Option<u32>,
+}
+
+impl ResourcesConfig {
+    /// Whether nothing is other than usual.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether all can be so; else the key, and what is wrong.
+    ///
+    /// # Errors
+    /// A value is impossible.
+    pub fn check(&self) -> Result<(), (&'static str, &'static str)> {
+        if self
+            .cpu_weight
+            .is_some_and(|weight| !(1..=10_000).contains(&weight))
+        {
+            return Err(("cpu-weight", "must be from 1 to 10000; 100 is usual"));
+        }
+        if self.cpu_max == Some(0) {
+            return Err(("cpu-max", "must be at least 1, in percent of one processor"));
+        }
+        if self.pids_max.is_some_and(|most| most < 32) {
+            return Err((
+                "pids-max",
+                "must be at least 32: a machine has a thread per processor, disk and queue",
+            ));
+        }
+        Ok(())
+    }
 }

@@ -236,7 +236,7 @@ fn each_mistake_in_the_file_has_its_message() {
         // Unknown keys.
         (
             "cpu = 2",
-            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `manager`, `cpus`, `memory`, `boot`, `pool`, `scsi`, `disk`, `limit-groups`, `net`, `console`, `management`, `expanded-api`, `sandbox`, `power`)",
+            "vm.toml:3: cpu: unknown key; did you mean `cpus`? (known here: `name`, `rng`, `manager`, `cpus`, `memory`, `boot`, `pool`, `scsi`, `disk`, `limit-groups`, `net`, `console`, `management`, `expanded-api`, `sandbox`, `power`, `resources`)",
         ),
         (
             "[[disk]]\nimage = \"a\"\nreadonly = true",
@@ -456,6 +456,14 @@ fn each_mistake_in_the_file_has_its_message() {
         (
             "[expanded-api]\nobjects = [\"vm1/*\"]",
             "vm.toml:6: expanded-api.objects: `vm1/*` is no path of the pool; give one like /web1/data.dsk, or /web1/* for all below",
+        ),
+        (
+            "[resources]\ncpu-weight = 0",
+            "vm.toml:6: resources.cpu-weight: must be from 1 to 10000; 100 is usual",
+        ),
+        (
+            "[resources]\nmemory-max = \"16M\"",
+            "vm.toml:6: resources.memory-max: must be more than the guest's memory, 512M: the process needs some of its own",
         ),
         (
             "[expanded-api]\nallow = [\"everything\"]",

@@ -15,7 +15,7 @@ use super::SandboxError;
 use super::kind::Kind;
 
 /// The newest Landlock whose rights are asked for. What the kernel does not know is left out.
-const NEWEST: ABI = ABI::V7;
+pub(super) const NEWEST: ABI = ABI::V7;
 
 /// Places that the main loop and management need after the start.
 #[derive(Debug, Clone, Default)]
@@ -45,22 +45,8 @@ impl Files {
             AccessFs::WriteFile | AccessFs::Truncate,
         );
         let device = AccessFs::IoctlDev;
-        let mut management = ruleset(true)?;
-        for path in &places.attachable {
-            let fd = PathFd::new(path).map_err(|error| SandboxError::Place {
-                path: path.clone(),
-                source: reason(error),
-            })?;
-            let whole = read | write | device;
-            let access = if path.is_dir() {
-                whole
-            } else {
-                whole & AccessFs::from_file(NEWEST)
-            };
-            management = management
-                .add_rule(PathBeneath::new(fd, access))
-                .map_err(SandboxError::Landlock)?;
-        }
+        let management = ruleset(true)?;
+        let management = allow_all(management, &places.attachable, read | write | device)?;
         let management = allow(management, &removal, AccessFs::RemoveFile.into())?;
         // Sizes and queues of block devices, features of interfaces; who has an image open.
         let information = ["/sys", "/proc/self"].map(PathBuf::from);
@@ -87,17 +73,22 @@ impl Files {
             | Kind::NetQueue
             | Kind::DiskLink => &self.others,
         };
-        let status = ruleset.try_clone()?.restrict_self().map_err(io::Error::other)?;
-        let version = match status.landlock {
-            LandlockStatus::Available { effective_abi, .. } => effective_abi as u32,
-            _ => 0,
-        };
-        Ok(match status.ruleset {
-            RulesetStatus::FullyEnforced => Enforced::Fully(version),
-            RulesetStatus::PartiallyEnforced => Enforced::Partly(version),
-            RulesetStatus::NotEnforced => Enforced::Not,
-        })
+        restrict(ruleset)
     }
+}
+
+/// Puts the calling thread, and all that it will start, under `ruleset`, for good.
+pub(super) fn restrict(ruleset: &RulesetCreated) -> io::Result<Enforced> {
+    let status = ruleset.try_clone()?.restrict_self().map_err(io::Error::other)?;
+    let version = match status.landlock {
+        LandlockStatus::Available { effective_abi, .. } => effective_abi as u32,
+        _ => 0,
+    };
+    Ok(match status.ruleset {
+        RulesetStatus::FullyEnforced => Enforced::Fully(version),
+        RulesetStatus::PartiallyEnforced => Enforced::Partly(version),
+        RulesetStatus::NotEnforced => Enforced::Not,
+    })
 }
 
 /// How far the kernel's Landlock goes, with its version.
@@ -109,7 +100,7 @@ pub(super) enum Enforced {
 }
 
 /// A ruleset that allows nothing. `ends_children`: its threads send signals to child processes (to end passt).
-fn ruleset(ends_children: bool) -> Result<RulesetCreated, SandboxError> {
+pub(super) fn ruleset(ends_children: bool) -> Result<RulesetCreated, SandboxError> {
     let mut scopes: BitFlags<Scope> = Scope::AbstractUnixSocket.into();
     if !ends_children {
         scopes |= Scope::Signal;
@@ -122,6 +113,29 @@ fn ruleset(ends_children: bool) -> Result<RulesetCreated, SandboxError> {
             .create()
     };
     create().map_err(SandboxError::Landlock)
+}
+
+/// Adds `access` beneath `paths`, which must exist.
+pub(super) fn allow_all(
+    mut ruleset: RulesetCreated,
+    paths: &[PathBuf],
+    access: BitFlags<AccessFs>,
+) -> Result<RulesetCreated, SandboxError> {
+    for path in paths {
+        let fd = PathFd::new(path).map_err(|error| SandboxError::Place {
+            path: path.clone(),
+            source: reason(error),
+        })?;
+        let access = if path.is_dir() {
+            access
+        } else {
+            access & AccessFs::from_file(NEWEST)
+        };
+        ruleset = ruleset
+            .add_rule(PathBeneath::new(fd, access))
+            .map_err(SandboxError::Landlock)?;
+    }
+    Ok(ruleset)
 }
 
 /// Adds `access` beneath those of `paths` that exist.

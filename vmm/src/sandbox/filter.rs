@@ -40,13 +40,29 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 impl Filter {
     /// Compiles the filter of `kind`. None if there is none to be.
     pub(super) fn compile(kind: Kind, mode: Seccomp) -> Result<Option<Self>, seccompiler::BackendError> {
+        Self::of(tables::of(kind), tables::hot(kind), mode)
+    }
+
+    /// The same for all threads of a program that is no machine.
+    pub(super) fn of_program(
+        tables: &[&[Rule]],
+        mode: Seccomp,
+    ) -> Result<Option<Self>, seccompiler::BackendError> {
+        Self::of(tables, None, mode)
+    }
+
+    fn of(
+        tables: &[&[Rule]],
+        hot: Option<&Rule>,
+        mode: Seccomp,
+    ) -> Result<Option<Self>, seccompiler::BackendError> {
         let otherwise = match mode {
             Seccomp::On => SeccompAction::Trap,
             Seccomp::Log => SeccompAction::Log,
             Seccomp::Off => return Ok(None),
         };
-        let rules = || tables::of(kind).iter().copied().flatten();
-        let mut pieces = vec![tables::hot(kind).map_or_else(Vec::new, shortcut)];
+        let rules = || tables.iter().copied().flatten();
+        let mut pieces = vec![hot.map_or_else(Vec::new, shortcut)];
         for (errno, calls) in refusals(rules()) {
             let action = match mode {
                 // It is to run as if there were no filter, but the C library's detour around this call costs nothing.

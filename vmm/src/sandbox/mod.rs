@@ -22,6 +22,7 @@ mod filter;
 mod kind;
 mod names;
 mod privileges;
+mod program;
 mod rules;
 mod tables;
 mod violation;
@@ -34,6 +35,7 @@ use std::sync::Arc;
 pub use descriptors::close_on_exec;
 pub use files::Places;
 pub use kind::Kind;
+pub use program::{ProgramPlaces, confine_program};
 pub use violation::{EXIT_STATUS, before_message};
 
 use crate::config::{SandboxConfig, Seccomp};
@@ -44,13 +46,16 @@ use filter::Filter;
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
     /// A path of the configuration cannot be used.
-    #[error("sandbox.paths: {} cannot be opened; it must exist when the VM starts", path.display())]
+    #[error("sandbox: {} cannot be opened; it must exist at the start", path.display())]
     Place {
         /// The path.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
+    /// A program is confined by other means than those that there are.
+    #[error("SMSVMM_SECCOMP={0} is not known; use on, log or off")]
+    Mode(String),
     /// Landlock's rules cannot be made.
     #[error("cannot make Landlock rules; sandbox.landlock = false goes without")]
     Landlock(#[source] landlock::RulesetError),

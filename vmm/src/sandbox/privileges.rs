@@ -7,12 +7,18 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 
 /// Drops all capabilities of the calling thread, from all sets, and the possibility to gain any.
 pub(super) fn drop_all() -> io::Result<()> {
+    drop_but(CapabilitySet::empty())
+}
+
+/// The same, but for those of `kept` that it has.
+pub(super) fn drop_but(kept: CapabilitySet) -> io::Result<()> {
+    let present = rustix::thread::capabilities(None)?;
+    let kept = kept & present.permitted;
     let none = CapabilitySets {
-        effective: CapabilitySet::empty(),
-        permitted: CapabilitySet::empty(),
+        effective: kept,
+        permitted: kept,
         inheritable: CapabilitySet::empty(),
     };
-    let present = rustix::thread::capabilities(None)?;
     if present.effective.contains(CapabilitySet::SETPCAP) {
         empty_bounding_set()?;
     }

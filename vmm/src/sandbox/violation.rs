@@ -103,7 +103,7 @@ fn describe(line: &mut Line, call: i64, arguments: [i64; 3]) -> fmt::Result {
     writeln!(
         line,
         ") with arguments {first:#x}, {second:#x}, {third:#x}; the process ends. If the call should be allowed, \
-         report this line; sandbox.seccomp = \"log\" runs without enforcement"
+         report this line; sandbox.seccomp = \"log\" (SMSVMM_SECCOMP=log, if it is no machine) runs without enforcement"
     )
 }
 

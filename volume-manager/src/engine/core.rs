@@ -341,10 +341,15 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
     ///
     /// They are named by what requests went to: a device that has come back meanwhile is another [`Disk`].
     pub(crate) async fn fail(&self, disks: &[Rc<Disk<D>>]) -> Result<(), Refused> {
+        self.fail_because(disks, "a request failed").await
+    }
+
+    /// The same, for another reason than that a request failed.
+    pub(crate) async fn fail_because(&self, disks: &[Rc<Disk<D>>], reason: &str) -> Result<(), Refused> {
         for disk in disks.iter().filter(|disk| disk.is_alive()) {
             self.tell(Event::DeviceFailed {
                 device: disk.name.to_string(),
-                reason: "a request failed".into(),
+                reason: reason.into(),
             });
             disk.kill();
         }

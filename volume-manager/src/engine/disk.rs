@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use block_io::{BlockDevice, Clock, Durability, IoBuf, IoError, Operation, ZeroMode};
+use block_io::{AlignedBuffer, BlockDevice, Clock, Durability, IoBuf, IoCause, IoError, Operation, ZeroMode};
 
 use super::counters::Counters;
 use super::list;
@@ -29,6 +29,10 @@ pub(crate) struct Disk<D> {
     /// How long something was in flight, up to when nothing was, and since when something is.
     busy: Cell<Duration>,
     busy_since: Cell<Duration>,
+}
+
+fn buffer_length(block: u64) -> usize {
+    usize::try_from(block).unwrap_or(usize::MAX)
 }
 
 struct InFlight<'a, D>(&'a Disk<D>);
@@ -142,6 +146,21 @@ impl<D: BlockDevice> Disk<D> {
             .await;
         self.ended(clock, since, Operation::Read, list::length(buffers), &result);
         result
+    }
+
+    /// Whether its last block is not there any more. Costs a read, which counts for nothing.
+    pub(crate) async fn has_shrunk(&self) -> bool {
+        let Some(io) = &self.io else { return false };
+        let geometry = io.geometry();
+        let block = u64::from(geometry.logical_block);
+        let Some(last) = geometry.size.checked_sub(block) else {
+            return false;
+        };
+        let buffer = AlignedBuffer::new(buffer_length(block));
+        // SAFETY: the buffer lives until the read has ended, and is not touched meanwhile.
+        let piece = [unsafe { buffer.io(0, buffer_length(block)) }];
+        let read = io.read(last - last % block, &piece).await;
+        read.is_err_and(|error| matches!(error.cause(), IoCause::Truncated))
     }
 
     pub(crate) async fn write(

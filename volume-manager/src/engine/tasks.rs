@@ -436,7 +436,25 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         let ids: Vec<VolumeId> = self.0.config().volumes.iter().map(|volume| volume.id).collect();
         for id in ids.into_iter().filter(|id| only.is_none_or(|only| only == *id)) {
             let Ok(volume) = self.volume_by(id) else { continue };
+            self.fail_shrunk().await?;
             volume.scrub(control).await?;
+        }
+        self.fail_shrunk().await?;
+        Ok(())
+    }
+
+    /// Takes devices out of service whose end is not there any more: what is lost with it need not be in use, so that nobody reads it, and a
+    /// write behind it would make a file whole again, of zeroes.
+    async fn fail_shrunk(&self) -> Result<(), Stop> {
+        let mut shrunk = Vec::new();
+        for disk in self.0.disks().into_iter().filter(|disk| disk.is_alive()) {
+            if disk.has_shrunk().await {
+                cover!("scrub: a device has become smaller");
+                shrunk.push(disk);
+            }
+        }
+        if !shrunk.is_empty() {
+            self.0.fail_because(&shrunk, "it has become smaller").await?;
         }
         Ok(())
     }

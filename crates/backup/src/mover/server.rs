@@ -36,6 +36,9 @@ pub enum MoverError {
         /// Why not.
         source: io::Error,
     },
+    /// It cannot be confined.
+    #[error("cannot confine the mover")]
+    Confine(#[source] io::Error),
 }
 
 /// A connection that has ended.
@@ -69,6 +72,20 @@ impl Mover {
         reach: Reach,
         told: impl Fn(Ended) + Send + Sync + 'static,
     ) -> Result<Self, MoverError> {
+        Self::start_confined(config, reach, told, || Ok(()))
+    }
+
+    /// The same, where `confine` is called by this thread when everything is open that is opened once, before there are others: the place for
+    /// a sandbox.
+    ///
+    /// # Errors
+    /// As [`Self::start`], or those of `confine`.
+    pub fn start_confined(
+        config: MoverConfig,
+        reach: Reach,
+        told: impl Fn(Ended) + Send + Sync + 'static,
+        confine: impl FnOnce() -> io::Result<()>,
+    ) -> Result<Self, MoverError> {
         config.check().map_err(MoverError::Config)?;
         let tls = config.tls.as_ref().map(load).transpose()?;
         let address = config.listen;
@@ -76,6 +93,7 @@ impl Mover {
         let listener = TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
+        confine().map_err(MoverError::Confine)?;
         let stopping = Arc::new(AtomicBool::new(false));
         let server = Server {
             tls,

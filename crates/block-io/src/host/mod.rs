@@ -47,6 +47,8 @@ pub struct HostDevice {
     /// What the file system turned out to be unable to do.
     no_punch: AtomicBool,
     no_zero_range: AtomicBool,
+    /// It was found to be shorter than it should be: what is missing may be anything, and whoever makes it longer again makes zeroes of it.
+    truncated: AtomicBool,
     /// Writes in flight, where writes may be read-modify-writes.
     writes: RangeLock,
 }
@@ -75,6 +77,7 @@ impl HostDevice {
             geometry,
             discard: options.discard,
             flush_failed: AtomicBool::new(false),
+            truncated: AtomicBool::new(false),
             no_punch: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
             writes: RangeLock::default(),
@@ -104,7 +107,11 @@ impl HostDevice {
     pub fn refresh_size(&self) -> io::Result<u64> {
         let size = open::size(&self.file, self.kind)?;
         let size = size - size % u64::from(self.geometry.logical_block);
-        self.size.store(size, Ordering::Release);
+        let before = self.size.swap(size, Ordering::AcqRel);
+        if size < before {
+            // What it was to be shorter for, it is.
+            self.truncated.store(false, Ordering::Relaxed);
+        }
         Ok(size)
     }
 
@@ -121,9 +128,21 @@ impl HostDevice {
         self.kind == Kind::RegularFile && end().is_ok_and(|end| end + u64::from(open::SECTOR) <= size)
     }
 
-    /// An administrator knows of the failed flush and wants to go on.
+    /// Whether it was found to be shorter than it should be, so that all requests are refused.
+    pub fn is_known_to_be_truncated(&self) -> bool {
+        self.truncated.load(Ordering::Relaxed)
+    }
+
+    /// Notes that it has become shorter: from now on nothing is done with it.
+    fn note_truncation(&self) -> IoCause {
+        self.truncated.store(true, Ordering::Relaxed);
+        IoCause::Truncated
+    }
+
+    /// An administrator knows of the failed flush, or of the lost end, and wants to go on.
     pub fn acknowledge_flush_failure(&self) {
         self.flush_failed.store(false, Ordering::Relaxed);
+        self.truncated.store(false, Ordering::Relaxed);
     }
 
     /// Whether zeroes of regular files are made by the file system, without writing them, as far as is known.
@@ -179,6 +198,14 @@ impl HostDevice {
             IoCause::Misaligned { block }
         } else if self.geometry.read_only && operation != Operation::Read {
             IoCause::ReadOnly
+        } else if self.truncated.load(Ordering::Relaxed) {
+            IoCause::Truncated
+        } else if operation != Operation::Read
+            && offset + length + u64::from(open::SECTOR) > size
+            && self.is_truncated()
+        {
+            // It would make the file as long as it was, and nobody would notice any more: zeroes would be read for what is lost.
+            self.note_truncation()
         } else {
             return Ok(());
         };
@@ -269,7 +296,7 @@ impl BlockDevice for HostDevice {
         }
         let flushed = match self.call(Call::Sync).await {
             // A write behind the new end has made the file longer again, and what was cut off is zeroes: no read would notice.
-            Ok(_) if self.is_truncated() => Err(IoCause::Truncated),
+            Ok(_) if self.is_truncated() => Err(self.note_truncation()),
             flushed => flushed,
         };
         match flushed {

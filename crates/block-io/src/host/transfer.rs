@@ -82,7 +82,7 @@ impl HostDevice {
             // Only a file's last sector may be incomplete.
             let size = self.size.load(std::sync::atomic::Ordering::Relaxed);
             if offset + done <= size.saturating_sub(u64::from(SECTOR)) {
-                return Err(failed(IoCause::Truncated));
+                return Err(failed(self.note_truncation()));
             }
             list::zero_from(buffers, done);
         }

@@ -38,11 +38,31 @@ pub struct SocketFile {
     identity: (u64, u64),
 }
 
+impl SocketFile {
+    /// Makes a user the owner of the socket.
+    ///
+    /// # Errors
+    /// Only root may.
+    pub fn give_to(&self, user: u32) -> io::Result<()> {
+        let user = rustix::process::Uid::from_raw(user);
+        let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
+        Ok(rustix::fs::chownat(
+            rustix::fs::CWD,
+            &self.path,
+            Some(user),
+            None,
+            flags,
+        )?)
+    }
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
         let there = fs::symlink_metadata(&self.path).map(|file| (file.dev(), file.ino()));
         if there.is_ok_and(|there| there == self.identity)
             && let Err(error) = fs::remove_file(&self.path)
+            // Who runs as a user of its own leaves that to who has started it.
+            && error.kind() != io::ErrorKind::PermissionDenied
         {
             tracing::warn!(path = %self.path.display(), %error, "a socket cannot be removed");
         }

@@ -116,6 +116,7 @@ impl Host for Front {
             machines: Vec::new(),
             attachments: self.disks.list(),
             last_event: self.events().last(),
+            notes: Vec::new(),
         }
     }
 
@@ -176,6 +177,10 @@ impl Host for Front {
     }
 
     fn machine_socket(&self, _: &VmName) -> Result<PathBuf, Problem> {
+        no_machines()
+    }
+
+    fn allow_disk(&self, _: &VmName, _: &DiskConfig) -> Result<(), Problem> {
         no_machines()
     }
 

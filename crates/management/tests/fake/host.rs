@@ -39,6 +39,8 @@ impl FakeHost {
             name: name.clone(),
             state: MachineState::Running,
             pid: Some(7),
+            user: None,
+            control_group: None,
             cpus: 1,
             memory: api::ByteSize::from_mib(64),
             autostart: true,
@@ -69,6 +71,7 @@ impl Host for FakeHost {
             machines: vec![self.done("look at", &"db1".parse().unwrap()).unwrap()],
             attachments: Vec::new(),
             last_event: self.events.last(),
+            notes: Vec::new(),
         }
     }
 
@@ -142,6 +145,10 @@ impl Host for FakeHost {
 
     fn machine_socket(&self, name: &VmName) -> Result<PathBuf, Problem> {
         self.done("find", name).map(|_| self.socket.clone())
+    }
+
+    fn allow_disk(&self, name: &VmName, _: &DiskConfig) -> Result<(), Problem> {
+        self.done("allow a disk to", name).map(drop)
     }
 
     fn metrics(&self) -> Metrics {

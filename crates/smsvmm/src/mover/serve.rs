@@ -1,5 +1,6 @@
 //! `smsvmm mover serve`: the storage manager of each principal is reached by the management socket of its machine.
 
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use backup::mover::{Ended, Mover, MoverConfig, Pool, Principal};
 use management::{Client, ClientError};
 use serde_json::json;
 use storage_manager::Line;
+use vmm::sandbox::{ProgramPlaces, confine_program};
 
 use crate::exit::{Exit, UsageError};
 use crate::logs;
@@ -24,7 +26,11 @@ pub(super) fn serve(path: &Path, json: bool) -> anyhow::Result<Exit> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     let config = read(path)?;
-    let mover = Mover::start(config, Arc::new(reach), told)?;
+    std::fs::create_dir_all(&config.store)
+        .with_context(|| format!("cannot make the folder {}", config.store.display()))?;
+    let places = places(&config);
+    let confine = || confine_program(&places).map_err(io::Error::other);
+    let mover = Mover::start_confined(config, Arc::new(reach), told, confine)?;
     let address = mover.address();
     match json {
         true => print_json(&json!({ "address": address.to_string() }))?,
@@ -36,6 +42,20 @@ pub(super) fn serve(path: &Path, json: bool) -> anyhow::Result<Exit> {
     ));
     drop(mover);
     Ok(Exit::Success)
+}
+
+/// What it reads and writes: archives, and what is backed up without the help of a machine.
+fn places(config: &MoverConfig) -> ProgramPlaces {
+    let principals = config.principals.iter();
+    let devices = principals.clone().flat_map(|principal| principal.devices.clone());
+    // Images of frozen disks come and go.
+    let images = principals.flat_map(|principal| principal.images.values());
+    let folders = images.filter_map(|image| image.parent().map(Path::to_path_buf));
+    ProgramPlaces {
+        // One that is not there now is told when it is needed.
+        read: devices.chain(folders).filter(|place| place.exists()).collect(),
+        write: vec![config.store.clone()],
+    }
 }
 
 fn read(path: &Path) -> anyhow::Result<MoverConfig> {

@@ -70,14 +70,15 @@ pub(crate) fn pool(arguments: PoolArguments) -> anyhow::Result<Exit> {
         PoolCommand::Scrub { volume, speed } => {
             let throttle = speed.bytes();
             perform(&which, Operation::Scrub { volume, throttle }, |outcome| {
-                let repaired = outcome
-                    .events
-                    .iter()
-                    .filter(|event| event.kind == PoolEventKind::Repaired)
-                    .count();
-                match repaired {
+                let count = |kind| outcome.events.iter().filter(|event| event.kind == kind).count();
+                let failed = match count(PoolEventKind::DeviceFailed) {
+                    0 => String::new(),
+                    _ => "devices have failed meanwhile; `smsvmm device list` shows which\n".to_owned(),
+                };
+                match count(PoolEventKind::Repaired) {
+                    0 if !failed.is_empty() => failed,
                     0 => "everything was read; copies and parity agree\n".to_owned(),
-                    count => format!("{count} places differed and were repaired\n"),
+                    count => format!("{failed}{count} places differed and were repaired\n"),
                 }
             })
         }

@@ -4,6 +4,7 @@
 //! the sandbox can do no more than the one that started it ([`Kind::starters`]), a test sees to that.
 
 mod kvm;
+mod program;
 mod runtime;
 mod work;
 
@@ -23,6 +24,16 @@ pub(super) fn hot(kind: Kind) -> Option<&'static Rule> {
         | Kind::DiskLink => None,
     }
 }
+
+/// Those of all threads of a program that is no machine.
+pub(super) const PROGRAM: &[&[Rule]] = &[
+    runtime::EVERY_THREAD,
+    work::EVENT_LOOP,
+    work::SIGNALS,
+    work::SERVE_CLIENTS,
+    program::NETWORK,
+    program::FILES,
+];
 
 /// The tables of a kind of thread.
 pub(super) fn of(kind: Kind) -> &'static [&'static [Rule]] {
