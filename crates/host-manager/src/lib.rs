@@ -21,11 +21,13 @@ mod config;
 mod disks;
 mod machines;
 mod manager;
+mod principal;
 mod process;
 mod store;
+mod units;
 
 pub use config::{AtEnd, HostConfig, MachinesConfig, Management, Pools};
-pub use disks::DiskService;
+pub use disks::{DiskService, MachineDoor};
 pub use machines::{MachineOptions, Machines};
 pub use manager::Manager;
 pub use process::Report;

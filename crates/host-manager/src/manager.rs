@@ -1,5 +1,6 @@
 //! All of a host, behind [`api::Host`].
 
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,14 +8,18 @@ use std::time::{Duration, Instant};
 use api::storage::PoolStatus;
 use api::virtual_disk::TransferRequest;
 use api::{
-    AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange, EventKind, EventLog, Host,
-    HostStatus, MachineDefinition, MachineStatus, Metrics, PoolEntry, Problem, ProblemKind, StorageAnswer,
-    StorageRequest, Transfer, VmName,
+    AdapterRequest, AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange,
+    DiskConfig, DiskLimits, DiskStatus, EventKind, EventLog, Host, HostStatus, MachineDefinition,
+    MachineStatus, Metrics, PoolEntry, Problem, ProblemKind, Removal, StorageAnswer, StorageRequest,
+    TracePage, Transfer, VmName,
 };
+use management::{ClientError, blocking};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use storage_manager::HostedPool;
 
 use crate::config::{AtEnd, HostConfig};
-use crate::disks::DiskService;
+use crate::disks::{DiskService, MachineDoor};
 use crate::machines::{MachineOptions, Machines};
 
 /// So soon machines that run have found a manager that was started anew.
@@ -25,6 +30,42 @@ struct Pool {
     hosted: Arc<HostedPool>,
 }
 
+/// How long a machine's process may take to attach a disk: it asks this manager for it.
+const ATTACH: Duration = Duration::from_secs(60);
+
+/// The way to the processes of machines that this manager runs: their management sockets.
+struct Door(Arc<Machines>);
+
+impl Door {
+    fn ask<T: DeserializeOwned>(
+        &self,
+        vm: &VmName,
+        (method, path): (&str, &str),
+        body: &impl Serialize,
+    ) -> Result<T, Problem> {
+        let unreachable = |error: &dyn std::error::Error| {
+            let text = format!("its process cannot be asked: {}", block_io::error_chain(error));
+            Problem::new(ProblemKind::Host, text).about(vm)
+        };
+        let stream = UnixStream::connect(self.0.socket(vm)?).map_err(|error| unreachable(&error))?;
+        blocking::ask(&stream, method, path, body, ATTACH).map_err(|error| match error {
+            ClientError::Problem(problem) => *problem,
+            error => unreachable(&error),
+        })
+    }
+}
+
+impl MachineDoor for Door {
+    fn attach_disk(&self, vm: &VmName, disk: &DiskConfig) -> Result<DiskStatus, Problem> {
+        self.ask(vm, ("POST", "/v1/vm/disks"), disk)
+    }
+
+    fn detach(&self, vm: &VmName, device: &DeviceId) -> Result<(), Problem> {
+        let path = format!("/v1/vm/disks/{device}");
+        self.ask::<Removal>(vm, ("DELETE", &path), &()).map(drop)
+    }
+}
+
 /// The manager of a host.
 pub struct Manager {
     name: String,
@@ -32,7 +73,7 @@ pub struct Manager {
     version: String,
     pools: Vec<Pool>,
     disks: DiskService,
-    machines: Machines,
+    machines: Arc<Machines>,
     events: Arc<EventLog>,
 }
 
@@ -92,7 +133,9 @@ impl Manager {
                 return Err(problem);
             }
         };
+        let machines = Arc::new(machines);
         let disks = DiskService::new(Arc::clone(&events));
+        disks.reach_machines(Arc::new(Door(Arc::clone(&machines))));
         if machines.list().iter().any(|machine| machine.pid.is_some()) {
             disks.expect_machines(RETURN);
         }
@@ -232,6 +275,24 @@ impl Host for Manager {
     fn attach(&self, request: AttachRequest) -> Result<Transfer, Problem> {
         let pool = self.pool(request.pool.as_deref())?;
         self.disks.attach(&pool.name, &pool.hosted, request)
+    }
+
+    fn attach_adapter(&self, request: AdapterRequest) -> Result<Transfer, Problem> {
+        let pool = self.pool(request.pool.as_deref())?;
+        self.disks.attach_adapter(&pool.name, &pool.hosted, &request)
+    }
+
+    fn trace_attachment(&self, vm: &VmName, device: &DeviceId, after: &str) -> Result<TracePage, Problem> {
+        self.disks.trace(vm, device, after)
+    }
+
+    fn change_group(
+        &self,
+        vm: &VmName,
+        group: &DeviceId,
+        change: &DiskLimits,
+    ) -> Result<DiskLimits, Problem> {
+        self.disks.change_group(vm, group, change)
     }
 
     fn change_attachment(
