@@ -20,8 +20,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use api::{
-    ByteSize, Condition, EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, Problem,
-    ProblemKind, RestartPolicy, VmName,
+    ByteSize, Condition, EventKind, EventLog, ExpandedPolicy, MachineDefinition, MachineState, MachineStatus,
+    Problem, ProblemKind, RestartPolicy, VmName,
 };
 use rustix::process::Signal;
 use vmm::config::{ConsoleSpec, ManagementConfig, VmConfig};
@@ -87,6 +87,8 @@ struct Machine {
     cpus: u8,
     memory: ByteSize,
     console: Option<PathBuf>,
+    /// What its guest may ask of storage management.
+    expanded_api: ExpandedPolicy,
     life: Life,
     /// Somebody wants it to run.
     wanted: bool,
@@ -314,6 +316,15 @@ impl Machines {
         machines.map(|(name, machine)| machine.status(name)).collect()
     }
 
+    /// What a machine's guest may ask of storage management by its disks; none if there is no machine of this name.
+    pub fn policy(&self, name: &VmName) -> Option<ExpandedPolicy> {
+        let table = self.0.lock();
+        table
+            .machines
+            .get(name)
+            .map(|machine| machine.expanded_api.clone())
+    }
+
     /// See [`api::Host::machine_socket`].
     ///
     /// # Errors
@@ -495,6 +506,7 @@ impl Shared {
             cpus: 0,
             memory: ByteSize::from_bytes(0),
             console: None,
+            expanded_api: ExpandedPolicy::default(),
             life: Life::Rest { failed: false },
             wanted: false,
             restarts: 0,
@@ -503,6 +515,7 @@ impl Shared {
         (machine.rules, machine.revision) = (rules, revision);
         (machine.cpus, machine.memory) = (config.cpus.count, config.memory.size);
         machine.console = console(config);
+        machine.expanded_api = config.expanded_api.clone();
         Ok(())
     }
 
@@ -719,6 +732,7 @@ mod tests {
             cpus: 1,
             memory: ByteSize::from_mib(64),
             console: None,
+            expanded_api: ExpandedPolicy::default(),
             life: Life::Rest { failed: false },
             wanted: true,
             restarts,

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use api::storage::PoolStatus;
 use api::virtual_disk::TransferRequest;
 use api::{
-    AdapterRequest, AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange,
-    DiskConfig, DiskLimits, DiskStatus, EventKind, EventLog, Host, HostStatus, MachineDefinition,
+    AdapterConfig, AdapterRequest, AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId,
+    DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventLog, Host, HostStatus, MachineDefinition,
     MachineStatus, Metrics, PoolEntry, Problem, ProblemKind, Removal, StorageAnswer, StorageRequest,
     TracePage, Transfer, VmName,
 };
@@ -213,6 +213,13 @@ impl Manager {
         }
     }
 
+    /// What a guest may is what the definition of its machine says, whatever its process says.
+    fn set_policy(&self, vm: &VmName, adapter: &mut AdapterConfig) {
+        if let Some(policy) = self.machines.policy(vm) {
+            adapter.expanded_api = policy;
+        }
+    }
+
     fn pool(&self, name: Option<&str>) -> Result<&Pool, Problem> {
         let names = || self.pool_names().join(", ");
         match (name, self.pools.as_slice()) {
@@ -272,12 +279,16 @@ impl Host for Manager {
         self.pool(pool)?.hosted.transfer(request)
     }
 
-    fn attach(&self, request: AttachRequest) -> Result<Transfer, Problem> {
+    fn attach(&self, mut request: AttachRequest) -> Result<Transfer, Problem> {
+        if let Some(adapter) = &mut request.adapter {
+            self.set_policy(&request.vm, adapter);
+        }
         let pool = self.pool(request.pool.as_deref())?;
         self.disks.attach(&pool.name, &pool.hosted, request)
     }
 
-    fn attach_adapter(&self, request: AdapterRequest) -> Result<Transfer, Problem> {
+    fn attach_adapter(&self, mut request: AdapterRequest) -> Result<Transfer, Problem> {
+        self.set_policy(&request.vm, &mut request.adapter);
         let pool = self.pool(request.pool.as_deref())?;
         self.disks.attach_adapter(&pool.name, &pool.hosted, &request)
     }

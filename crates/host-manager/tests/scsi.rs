@@ -4,6 +4,7 @@
 
 #[path = "../../../storage-virtualizer/tests/driver/mod.rs"]
 mod driver;
+mod guest;
 mod host;
 
 use std::io::Write;
@@ -18,7 +19,7 @@ use api::{
 };
 use driver::scsi::{Answer, DATA, Initiator, TEST_UNIT_READY, lun, read, told, write};
 use driver::{activate, readable, writable};
-use expanded_api::{Action, Answer as Answered, Cdb, Header, Outcome, Request, State};
+use expanded_api::{Answer as Answered, Request};
 use host::{Manager, Unit, disk, make_pool};
 use host_manager::MachineDoor;
 use storage_virtualizer::vhost_user::front_end::VhostUserDevice;
@@ -34,9 +35,6 @@ const FEATURES: u64 = feature::VERSION_1
     | feature::RING_INDIRECT_DESC
     | scsi_feature::HOTPLUG
     | scsi_feature::CHANGE;
-/// Bytes of an answer of the expanded API that fit.
-const ROOM: u32 = 16 << 10;
-
 fn adapter(policy: ExpandedPolicy) -> AdapterConfig {
     AdapterConfig {
         queues: 1,
@@ -112,48 +110,16 @@ impl Machine {
         bytes[4095]
     }
 
-    /// Takes unit attentions away.
     fn settle(&mut self, number: u16) {
-        while self.driver.command(lun(0, number), &TEST_UNIT_READY, None) != Answer::good() {}
+        guest::settle(&mut self.driver, number);
     }
 
-    /// Sends a request of the expanded API by LUN `number`, and waits for its outcome.
     fn ask(&mut self, number: u16, tag: u32, request: &Request) -> Result<Answered, Problem> {
-        let text = serde_json::to_vec(request).unwrap();
-        self.driver.put(DATA, &text);
-        let send = Cdb::send(tag, u32::try_from(text.len()).unwrap(), 0, true).encode();
-        // Units that come and go leave a unit attention.
-        self.settle(number);
-        let sent = self
-            .driver
-            .command(lun(0, number), &send, Some(readable(DATA, text.len())));
-        let receive = Cdb {
-            wait_ms: 4000,
-            ..Cdb::new(Action::Receive, tag, ROOM)
-        };
-        loop {
-            let answer = self.driver.command(
-                lun(0, number),
-                &receive.encode(),
-                Some(writable(DATA, ROOM as usize)),
-            );
-            if answer.sense.is_some_and(|sense| sense.0 == 6) {
-                continue;
-            }
-            assert_eq!(answer.status, driver::scsi::GOOD, "{answer:?}");
-            let mut bytes = vec![0; ROOM as usize - answer.residual as usize];
-            self.driver.get(DATA, &mut bytes);
-            let header = Header::decode(&bytes).unwrap();
-            if matches!(header.state, State::Done | State::Failed) {
-                return match serde_json::from_slice(&bytes[Header::LENGTH..]).unwrap() {
-                    Outcome::Answer(answer) => {
-                        assert_eq!(sent, Answer::good());
-                        Ok(*answer)
-                    }
-                    Outcome::Problem(problem) => Err(problem),
-                };
-            }
-        }
+        guest::ask(&mut self.driver, number, tag, request)
+    }
+
+    fn events(&mut self, number: u16) -> Vec<(String, Option<String>)> {
+        guest::events(&mut self.driver, number)
     }
 
     /// Ends as a machine ends.
@@ -510,22 +476,4 @@ fn a_guest_manages_its_own_disks_and_no_others() {
         drop((other, machine));
         manager.stop();
     });
-}
-
-impl Machine {
-    /// The events that the guest can see by LUN `number`: names and objects.
-    fn events(&mut self, number: u16) -> Vec<(String, Option<String>)> {
-        let cdb = Cdb::new(Action::Events, 0, ROOM).encode();
-        let room = || Some(writable(DATA, ROOM as usize));
-        let mut answer = self.driver.command(lun(0, number), &cdb, room());
-        while answer.sense.is_some_and(|sense| sense.0 == 6) {
-            answer = self.driver.command(lun(0, number), &cdb, room());
-        }
-        assert_eq!(answer.status, driver::scsi::GOOD);
-        let mut bytes = vec![0; ROOM as usize - answer.residual as usize];
-        self.driver.get(DATA, &mut bytes);
-        let page: expanded_api::GuestEvents = serde_json::from_slice(&bytes[Header::LENGTH..]).unwrap();
-        let events = page.events.into_iter();
-        events.map(|event| (event.event, event.object)).collect()
-    }
 }
