@@ -110,7 +110,7 @@ fn a_host_is_managed_from_elsewhere_while_its_machines_write() {
             .disk(Disk::in_pool("/vm/data.dsk").set("bus", "\"virtio-scsi\"").serial("data"))
             .file("/load", 0o644, LOAD)
             .with_agent()?
-            .toml("[power]\nshutdown-timeout = \"3s\"\n[expanded-api]\nallow = [\"create\"]\nobjects = [\"/vm/own/*\"]\n")
+            .toml("[power]\nshutdown-timeout = \"3s\"\n[expanded-api]\nallow = [\"create\"]\nobjects = [\"/vm/own/*\"]\nvolumes = [\"safe\"]\n")
             .answering()
             .written()?;
         local("vm define web1/vm.toml --autostart")?;

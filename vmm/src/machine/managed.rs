@@ -11,7 +11,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -130,9 +130,9 @@ impl ManagedScsi {
             Ok(problem) => problem,
             Err(error) => host("make an eventfd", error),
         })?;
-        let begun = self.ask(&disk, false).and_then(|mut socket| {
+        let begun = self.ask(&disk, false).and_then(|socket| {
             // It is said first of all.
-            let first = read_news(&mut socket).map_err(|error| host("learn the size of the disk", error))?;
+            let first = read_news(&socket).map_err(|error| host("learn the size of the disk", error))?;
             if let UnitNews::Size(size) = first {
                 disk.size.store(size, Ordering::Relaxed);
             }
@@ -214,7 +214,7 @@ impl ManagedScsi {
         let mut connection = Some(socket);
         let mut pause = FIRST_TRIAL;
         loop {
-            match &mut connection {
+            match &connection {
                 Some(socket) => {
                     if self.listen(disk, socket) {
                         continue;
@@ -258,13 +258,13 @@ impl ManagedScsi {
     }
 
     /// Waits for the manager, or for an order, and does what is to be done. False if the connection is at its end.
-    fn listen(&self, disk: &Managed, socket: &mut UnixStream) -> bool {
+    fn listen(&self, disk: &Managed, socket: &UnixStream) -> bool {
         let [rung, spoken] = wait([disk.bell.as_fd(), socket.as_fd()], None);
         if rung {
             // It does not block.
             let _ = rustix::io::read(&disk.bell, &mut [0; 8]);
             if let Some(order) = disk.ordered()
-                && socket.write_all(&[order.encode()]).is_err()
+                && rustix::io::write(socket, &[order.encode()]) != Ok(1)
             {
                 return false;
             }
@@ -348,10 +348,18 @@ pub(super) fn adapter_id() -> DeviceId {
     "scsi-manager".parse().unwrap_or_default()
 }
 
-/// What the manager says next; waits for it.
-fn read_news(socket: &mut UnixStream) -> io::Result<UnitNews> {
+/// What the manager says next; waits for it. By a system call that the sandbox knows.
+fn read_news(socket: &UnixStream) -> io::Result<UnitNews> {
     let mut bytes = [0; UnitNews::LENGTH];
-    socket.read_exact(&mut bytes)?;
+    let mut filled = 0;
+    while filled < bytes.len() {
+        filled += match rustix::io::read(socket, &mut bytes[filled..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => read,
+            Err(rustix::io::Errno::INTR) => 0,
+            Err(error) => return Err(error.into()),
+        };
+    }
     UnitNews::decode(bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
