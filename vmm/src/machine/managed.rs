@@ -20,8 +20,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskStatus, EventKind, EventLog, Problem, ProblemKind, ScsiPlace,
-    UnitNews, UnitOrder,
+    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventKind, EventLog, Problem, ProblemKind,
+    ScsiPlace, UnitNews, UnitOrder,
 };
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
@@ -156,7 +156,12 @@ impl ManagedScsi {
             return Err(conflict(format!("the VM has a device `{id}` already")));
         }
         let others = disks.iter().map(|disk| disk.setting.config());
-        if let Some(other) = others.clone().find(|other| other.pool != config.pool) {
+        // One that names no pool is of the manager's only one.
+        let is_elsewhere = |other: &DiskConfig| {
+            let pools = other.pool.as_ref().zip(config.pool.as_ref());
+            pools.is_some_and(|(one, another)| one != another)
+        };
+        if let Some(other) = others.clone().find(is_elsewhere) {
             let text = format!(
                 "cannot attach `{id}`: SCSI disks of a manager are of one pool, that of `{}`",
                 other.id
@@ -313,7 +318,7 @@ impl ManagedScsi {
     /// The pool of the disks, as they name it, and how many there are.
     pub(super) fn wanted(&self) -> (Option<String>, usize) {
         let disks = locked(&self.disks);
-        let pool = disks.first().and_then(|disk| disk.setting.config().pool);
+        let pool = disks.iter().find_map(|disk| disk.setting.config().pool);
         (pool, disks.len())
     }
 
