@@ -108,7 +108,7 @@ fn goes_on(vm: &mut Vm) -> Result<()> {
 
 #[test]
 fn a_host_is_managed_from_elsewhere_while_its_machines_write() {
-    Story::default().limit(PATIENCE).tell(|host| {
+    Story::default().agent().limit(PATIENCE).tell(|host| {
         for device in DEVICES {
             host.image(device, 1024)?;
         }
@@ -117,11 +117,14 @@ fn a_host_is_managed_from_elsewhere_while_its_machines_write() {
         let manager = serve(host)?;
         let local = |command: &str| host.administer(&format!("{command} --config host.toml"));
         local("disk create /vm/web1.dsk --size 96M --volume safe")?;
+        local("disk create /vm/data.dsk --size 16M --volume safe")?;
         host.vm("web1")
             .cpus(2)
             .disk(Disk::in_pool("/vm/web1.dsk"))
+            .disk(Disk::in_pool("/vm/data.dsk").set("bus", "\"virtio-scsi\"").serial("data"))
             .file("/load", 0o644, LOAD)
-            .toml("[power]\nshutdown-timeout = \"3s\"\n")
+            .with_agent()?
+            .toml("[power]\nshutdown-timeout = \"3s\"\n[expanded-api]\nallow = [\"create\"]\nobjects = [\"/vm/own/*\"]\nvolumes = [\"safe\"]\n")
             .answering()
             .written()?;
         local("vm define web1/vm.toml --autostart")?;
@@ -132,6 +135,14 @@ fn a_host_is_managed_from_elsewhere_while_its_machines_write() {
         is_apart(host)?;
         vm.guest("mke2fs -q /dev/vda > /dev/null; mkdir /vda; mount -t ext4 /dev/vda /vda; echo 0 > /rounds")?;
         vm.guest("sh /load > /dev/null 2>&1 & echo")?;
+        // A SCSI disk; the guest makes one more by it.
+        vm.guest_until("[ -b /dev/sda ]")?;
+        vm.guest("dd if=/load of=/dev/sda bs=4k conv=sync,fsync 2> /dev/null")?;
+        let made = vm.guest("sms-agent disk create /vm/own/more.dsk --size 16M --volume safe")?;
+        assert_eq!(made.trim_end(), "/vm/own/more.dsk: /dev/sdb");
+        vm.guest("dd if=/load of=/dev/sdb bs=4k conv=sync,fsync 2> /dev/null")?;
+        let stranger = vm.guest("sms-agent disk status /vm/none.dsk 2>&1; echo")?;
+        assert!(stranger.contains("no disk of this guest"), "{stranger}");
         let used = refused(host, "disk delete /vm/web1.dsk --config host.toml")?;
         assert!(used.contains("/vm/web1.dsk"), "{used}");
 
@@ -197,6 +208,12 @@ fn a_host_is_managed_from_elsewhere_while_its_machines_write() {
             ensure!(begun.elapsed() < Duration::from_secs(60), "{}", said.text());
         }
         goes_on(&mut vm)?;
+        vm.guest("echo 3 > /proc/sys/vm/drop_caches; for disk in sda sdb; do head -c $(wc -c < /load) /dev/$disk | cmp - /load || exit 1; done")?;
+        vm.guest("sms-agent disk detach /dev/sdb")?;
+        vm.guest_until("[ ! -e /dev/sdb ]")?;
+        let status = local("vm status web1")?;
+        assert!(status.contains("/vm/data.dsk") && !status.contains("more.dsk"), "{status}");
+        local("debug trace --vm web1 disk1 --once")?;
         assert_eq!(vm.guest("dmesg | grep -ci 'i/o error' || true")?, "0\n");
         far("disk export /vm/web1.dsk@noon noon.raw")?;
 

@@ -102,6 +102,9 @@ pub enum EventKind {
     },
     /// The guest had storage management do something through one of its disks.
     GuestCommand {
+        /// Whose guest, in the log of a host's manager.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<VmName>,
         /// The command, as in the expanded API.
         command: String,
         /// What it was done to.
@@ -112,6 +115,9 @@ pub enum EventKind {
     },
     /// The guest sent a command of the expanded API that was refused: forged, too large, or more than it may.
     GuestCommandRefused {
+        /// Whose guest, in the log of a host's manager.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<VmName>,
         /// The command, as far as it could be told.
         command: String,
         /// Why.
@@ -196,6 +202,17 @@ pub enum EventKind {
         /// Why.
         reason: ExitReason,
     },
+}
+
+impl EventKind {
+    /// The same in the log of a host's manager, where it must be said whose guest it was.
+    #[must_use]
+    pub fn of_machine(mut self, name: &VmName) -> Self {
+        if let Self::GuestCommand { vm, .. } | Self::GuestCommandRefused { vm, .. } = &mut self {
+            *vm = Some(name.clone());
+        }
+        self
+    }
 }
 
 fn is_zero(number: &u64) -> bool {

@@ -2,12 +2,13 @@
 //!
 //! The principal is the virtual machine: whoever may send SCSI commands in a guest acts for all of it.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{ByteSize, InvalidValue};
 
 /// A group of commands that a guest may be allowed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Right {
     /// To look at its own disks, their volumes and snapshots, and at what it has started. Always there.
@@ -65,7 +66,7 @@ impl Right {
 }
 
 /// What the guest of a machine may do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct ExpandedPolicy {
     /// The machine's SCSI disks take the commands at all.

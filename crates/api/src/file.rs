@@ -75,7 +75,7 @@ pub enum FileOperation {
     },
     /// Where the data of a file are.
     Extents {
-        /// Its path.
+        /// Its path, or that of a snapshot of a disk: `/vm/root.dsk@monday`.
         path: String,
     },
     /// Put the data of files in order, each on its volume.

@@ -10,8 +10,8 @@ use crate::event::EventLog;
 use crate::storage::Health;
 use crate::virtual_disk::TransferRequest;
 use crate::{
-    ByteSize, Condition, DeviceId, DiskChange, DiskConfig, Metrics, Problem, StorageAnswer, StorageRequest,
-    Transfer, VmName,
+    ByteSize, Condition, DeviceId, DiskChange, DiskConfig, DiskLimits, ExpandedPolicy, Metrics, Problem,
+    QueueSize, StorageAnswer, StorageRequest, TracePage, Transfer, VmName,
 };
 
 /// The answer of `GET /v1/host`.
@@ -169,8 +169,9 @@ pub struct MachineStatus {
 }
 
 /// A disk that a machine's process wants to use: the body of `POST /v1/attachments`, whose connection is upgraded to
-/// [`ATTACHMENT_PROTOCOL`]: from then on it is a vhost-user connection, with the manager as back-end. The disk is in use as long as the
-/// connection lives; a front-end whose manager was started anew asks again for the same.
+/// [`ATTACHMENT_PROTOCOL`]: from then on it is a vhost-user connection, with the manager as back-end; or, of a SCSI disk, one for
+/// [`UnitOrder`]s and [`UnitNews`], while the [adapter](AdapterRequest) on which the disk is has the queues. The disk is in use as long as
+/// the connection lives; a front-end whose manager was started anew asks again for the same.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct AttachRequest {
@@ -181,10 +182,113 @@ pub struct AttachRequest {
     pub pool: Option<String>,
     /// The disk: its `file`, and how it is to be used.
     pub disk: DiskConfig,
+    /// Of a SCSI disk: the adapter on which it is, with the place that `disk` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterConfig>,
+    /// The limits of the disk's `limit-group`, which it shares with other disks of the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_limits: Option<DiskLimits>,
     /// The machine has had the disk before and goes on with it, from another manager: what it has written must be there, whatever the disk's
     /// mode is.
     #[serde(default, skip_serializing_if = "is_false")]
     pub goes_on: bool,
+}
+
+/// The SCSI adapter of a machine whose disks a manager serves, and what the guest may ask of storage management by them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct AdapterConfig {
+    /// Request queues.
+    pub queues: u8,
+    /// Requests that fit in each.
+    pub queue_size: QueueSize,
+    /// Targets: the guest looks at all of them when it starts.
+    pub targets: u8,
+    /// `[expanded-api]` of the machine.
+    #[serde(default)]
+    pub expanded_api: ExpandedPolicy,
+}
+
+/// The queues of a machine's SCSI adapter are to be served: the body of `POST /v1/scsi-adapters`, whose connection is upgraded to
+/// [`ATTACHMENT_PROTOCOL`] and speaks vhost-user-scsi then. The machine's SCSI disks, each an [`AttachRequest`], come first: a guest that
+/// goes on shall find all of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct AdapterRequest {
+    /// The machine.
+    pub vm: VmName,
+    /// The pool of its SCSI disks; may be left out if there is one only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// What it is like.
+    pub adapter: AdapterConfig,
+    /// So many disks must be on it.
+    pub disks: u32,
+}
+
+/// What a machine says of a SCSI disk at its connection: one byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnitOrder {
+    /// The guest is to let it go; then the manager closes the connection.
+    Detach,
+    /// The guest does not use it any more.
+    End,
+}
+
+impl UnitOrder {
+    /// As it is sent.
+    pub const fn encode(self) -> u8 {
+        match self {
+            Self::Detach => b'd',
+            Self::End => b'e',
+        }
+    }
+
+    /// None: it means nothing.
+    pub const fn decode(byte: u8) -> Option<Self> {
+        match byte {
+            b'd' => Some(Self::Detach),
+            b'e' => Some(Self::End),
+            _ => None,
+        }
+    }
+}
+
+/// What the manager says of a SCSI disk at its connection: eight bytes of what, eight of how much, the least significant first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnitNews {
+    /// It has so many bytes: said first of all, and after each change.
+    Size(u64),
+    /// The guest has sent something to it, for the first time since the adapter was reset.
+    Found,
+}
+
+impl UnitNews {
+    /// Bytes of each.
+    pub const LENGTH: usize = 16;
+
+    /// As it is sent.
+    pub fn encode(self) -> [u8; Self::LENGTH] {
+        let (what, value) = match self {
+            Self::Size(size) => (1_u64, size),
+            Self::Found => (2, 0),
+        };
+        let mut bytes = [0; Self::LENGTH];
+        bytes[..8].copy_from_slice(&what.to_le_bytes());
+        bytes[8..].copy_from_slice(&value.to_le_bytes());
+        bytes
+    }
+
+    /// None: it means nothing.
+    pub fn decode(bytes: [u8; Self::LENGTH]) -> Option<Self> {
+        let (what, value) = bytes.split_at(8);
+        let number = |bytes: &[u8]| bytes.first_chunk().map(|bytes| u64::from_le_bytes(*bytes));
+        match (number(what)?, number(value)?) {
+            (1, size) => Some(Self::Size(size)),
+            (2, _) => Some(Self::Found),
+            _ => None,
+        }
+    }
 }
 
 #[allow(
@@ -246,6 +350,26 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// There is no such disk, it is in use, or it cannot be used as is wanted.
     fn attach(&self, request: AttachRequest) -> Result<Transfer, Problem>;
+
+    /// Serves the queues of a machine's SCSI adapter, as [`Self::attach`] serves a disk. May wait some seconds for another process of the
+    /// machine to end.
+    ///
+    /// # Errors
+    /// Not all of its disks are there, or another process has it.
+    fn attach_adapter(&self, request: AdapterRequest) -> Result<Transfer, Problem>;
+
+    /// The last requests of a disk in use that ended after `after` ([`TracePage::next`], or empty).
+    ///
+    /// # Errors
+    /// There is no such disk in use, or `after` is nothing of the kind.
+    fn trace_attachment(&self, vm: &VmName, device: &DeviceId, after: &str) -> Result<TracePage, Problem>;
+
+    /// Changes limits that disks of a machine share: each that is given, 0 takes one away. Returns what holds now.
+    ///
+    /// # Errors
+    /// The machine uses no disk with these, or the change is impossible.
+    fn change_group(&self, vm: &VmName, group: &DeviceId, change: &DiskLimits)
+    -> Result<DiskLimits, Problem>;
 
     /// Changes what can be changed of a disk while a guest uses it.
     ///

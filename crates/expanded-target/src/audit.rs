@@ -61,6 +61,7 @@ impl Audit {
             return None;
         }
         Some(EventKind::GuestCommandRefused {
+            vm: None,
             command: command.to_owned(),
             reason,
             unlisted: std::mem::take(&mut self.unlisted),

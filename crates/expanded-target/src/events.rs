@@ -32,6 +32,7 @@ fn shown(event: Event) -> Option<GuestEvent> {
             command,
             object,
             failure,
+            ..
         } => ("guest-command", Some(format!("{command} {object}")), failure),
         EventKind::GuestCommandRefused { command, reason, .. } => {
             ("guest-command-refused", Some(command), Some(reason))

@@ -168,19 +168,23 @@ impl Doer<'_> {
             .collect())
     }
 
-    /// Where the present data of a disk are.
-    pub(crate) fn extents(&self, disk: &str) -> Result<Vec<Extent>, Problem> {
+    /// The file with the present data of a disk, or what names the one with those of a snapshot.
+    fn file_of(&self, disk: &str) -> Result<String, Problem> {
         if split_snapshot(disk).1.is_some() {
-            return Err(
-                conflict("where the data of a snapshot are cannot be told; ask for its disk").about(disk),
-            );
+            return Ok(disk.to_owned());
         }
         // All layers but the one that is written are frozen.
         let mut head = self.layers(disk)?.into_iter().filter(|layer| !layer.frozen);
-        let (Some(head), None) = (head.next(), head.next()) else {
-            return Err(conflict(format!("{disk} is being changed; try again")).about(disk));
-        };
-        let FileAnswer::Extents(extents) = self.file(FileOperation::Extents { path: head.path })? else {
+        match (head.next(), head.next()) {
+            (Some(head), None) => Ok(head.path),
+            _ => Err(conflict(format!("{disk} is being changed; try again")).about(disk)),
+        }
+    }
+
+    /// Where the present data of a disk are, or those of a snapshot of one.
+    pub(crate) fn extents(&self, disk: &str) -> Result<Vec<Extent>, Problem> {
+        let path = self.file_of(disk)?;
+        let FileAnswer::Extents(extents) = self.file(FileOperation::Extents { path })? else {
             return Err(unexpected());
         };
         Ok(extents
@@ -194,7 +198,7 @@ impl Doer<'_> {
             .collect())
     }
 
-    /// Differs when data of the disk may lie elsewhere: made of where they are on volumes, and of the pool's epoch, which grows with
+    /// Differs when data of the disk, or snapshot, may lie elsewhere: made of where they are on volumes, and of the pool's epoch, which grows with
     /// everything that is changed of volumes and devices.
     pub(crate) fn configuration(&self, disk: &str) -> Result<String, Problem> {
         let epoch = self.pool_status()?.epoch;

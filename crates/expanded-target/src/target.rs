@@ -231,7 +231,7 @@ impl Shared {
                 tracing::warn!(vm = %self.name, command, reason, "a command of the guest was refused");
             }
             // Not under the lock: listeners take others.
-            vm.events().record(event);
+            vm.record(event);
         }
     }
 
@@ -456,7 +456,8 @@ impl Shared {
         }
         tracing::info!(vm = %self.name, command = name, object, failure, "a command of the guest was done");
         if listed {
-            vm.events().record(EventKind::GuestCommand {
+            vm.record(EventKind::GuestCommand {
+                vm: None,
                 command: name.to_owned(),
                 object,
                 failure,

@@ -13,7 +13,7 @@ use api::virtual_disk::DiskOperation;
 use api::{ExpandedPolicy, ProblemKind, Right, StorageRequest};
 use block_io::{AlignedBuffer, BlockDevice, Durability, WorkerOptions};
 use common::{FakeVm, Guest};
-use expanded_api::{Answer, GuestDisk, Request};
+use expanded_api::{Answer, Extent, GuestDisk, Request};
 use storage_manager::{DiskOptions, Flow, Force, HostedDisk, HostedPool, Notice};
 use storage_virtualizer::DiskHandle;
 
@@ -71,6 +71,10 @@ fn pool(folder: &Path) -> HostedPool {
 
 /// Writes the first block of a disk, as a queue server would.
 fn write(pool: &HostedPool, disk: &HostedDisk) {
+    write_at(pool, disk, 0);
+}
+
+fn write_at(pool: &HostedPool, disk: &HostedDisk, offset: u64) {
     let handle = disk.handle().clone();
     let (sender, receiver) = std::sync::mpsc::channel();
     pool.worker().spawn(move || async move {
@@ -79,7 +83,7 @@ fn write(pool: &HostedPool, disk: &HostedDisk) {
         buffer.as_mut_slice().fill(7);
         // SAFETY: the buffer outlives the request, which is awaited.
         let memory = [unsafe { buffer.io(0, 4096) }];
-        disk.write(0, &memory, Durability::Volatile).await.unwrap();
+        disk.write(offset, &memory, Durability::Volatile).await.unwrap();
         disk.flush().await.unwrap();
         sender.send(()).unwrap();
     });
@@ -110,6 +114,13 @@ fn configuration(guest: &Guest, disk: &str) -> String {
         .unwrap()
     {
         Answer::ConfigurationId(text) => text,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn extents(guest: &Guest, disk: &str) -> Vec<Extent> {
+    match guest.ask(&Request::Extents { disk: disk.into() }).unwrap() {
+        Answer::Extents(extents) => extents,
         other => panic!("{other:?}"),
     }
 }
@@ -212,6 +223,16 @@ fn a_guest_makes_snapshots_moves_and_reshapes_what_is_its_own() {
         })
         .unwrap();
     assert_eq!(disks(&guest).len(), 3);
+    // What is written now is not in the images: where these are stays the same.
+    let then = (extents(&guest, a), configuration(&guest, a));
+    let image = format!("{a}@image");
+    write_at(&pool, &open, 64 << 10);
+    assert_eq!((extents(&guest, &image), configuration(&guest, &image)), then);
+    assert_ne!(extents(&guest, a), then.0);
+    let none = Request::Extents {
+        disk: format!("{a}@none"),
+    };
+    assert_eq!(guest.ask(&none).unwrap_err().kind, ProblemKind::NotFound);
     // In use.
     let revert = Request::Revert {
         snapshot: format!("{a}@monday"),

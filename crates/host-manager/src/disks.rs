@@ -21,22 +21,25 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use api::{
-    AttachRequest, Attachment, DeviceId, DiskBus, DiskChange, DiskConfig, EventKind, EventLog, InvalidValue,
-    OnError, Problem, ProblemKind, Transfer, VmName,
+    AdapterConfig, AttachRequest, Attachment, ByteSize, DeviceId, DeviceState, DiskBus, DiskChange,
+    DiskConfig, DiskLimits, DiskStatus, EventKind, EventLog, InvalidValue, OnError, Problem, ProblemKind,
+    TracePage, Transfer, VmName,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use storage_manager::{DiskGuard, HostedDisk, HostedPool, VirtualDisk};
-use storage_virtualizer::controls::DiskControls;
-use storage_virtualizer::{Counters, PinnedDisk};
+use storage_virtualizer::controls::{DiskControls, RateLimiter};
+use storage_virtualizer::{Counters, DiskHandle, PinnedDisk};
 
 use storage_virtualizer::vhost_user::{Parting, serve_blk};
 use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkHandle};
-use vmm::machine::{blk_options, set_controls};
+use vmm::machine::{blk_options, rates, set_controls, trace};
+
+use crate::units::{self, Adapter};
 
 /// How long one who wants a disk waits for another one that lets it go.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -45,29 +48,76 @@ const DOUBT: Duration = Duration::from_secs(2);
 /// Between two looks whether the other end of a connection is there.
 const LOOK: Duration = Duration::from_millis(50);
 
-type Blk = VirtioBlk<PinnedDisk<VirtualDisk>>;
-type Handle = VirtioBlkHandle<PinnedDisk<VirtualDisk>>;
+/// An open disk, for those who serve it.
+pub(crate) type Disk = PinnedDisk<VirtualDisk>;
+type Blk = VirtioBlk<Disk>;
+type Handle = VirtioBlkHandle<Disk>;
 
 /// Who uses a disk: the machine, and the disk's name in it.
-type Key = (VmName, DeviceId);
+pub(crate) type Key = (VmName, DeviceId);
 
 /// All disks that are in use.
 #[derive(Clone)]
 pub struct DiskService(Arc<Shared>);
 
-struct Shared {
+pub(crate) struct Shared {
     events: Arc<EventLog>,
+    /// The way to the processes of machines.
+    machines: OnceLock<Arc<dyn MachineDoor>>,
     state: Mutex<State>,
     /// A use has begun or ended.
-    changed: Condvar,
+    pub(crate) changed: Condvar,
+}
+
+/// The way to the processes of machines, for guests that attach and detach disks.
+pub trait MachineDoor: Send + Sync {
+    /// Has a machine's process attach a disk.
+    ///
+    /// # Errors
+    /// It cannot be asked, or refuses.
+    fn attach_disk(&self, vm: &VmName, disk: &DiskConfig) -> Result<DiskStatus, Problem>;
+
+    /// Has a machine's process ask its guest to let a device go.
+    ///
+    /// # Errors
+    /// As above.
+    fn detach(&self, vm: &VmName, device: &DeviceId) -> Result<(), Problem>;
 }
 
 #[derive(Default)]
-struct State {
-    closing: bool,
+pub(crate) struct State {
+    pub(crate) closing: bool,
     /// Until then only machines that go on are served.
     returning: Option<Instant>,
     uses: BTreeMap<Key, Use>,
+    pub(crate) adapters: BTreeMap<VmName, Seat>,
+    groups: BTreeMap<Key, Weak<Group>>,
+}
+
+/// Limits that disks of a machine share.
+struct Group {
+    limits: Mutex<DiskLimits>,
+    limiter: Arc<RateLimiter>,
+}
+
+/// A machine's SCSI adapter.
+#[derive(Default)]
+pub(crate) struct Seat {
+    pub(crate) adapter: Weak<Adapter>,
+    pub(crate) session: AdapterSession,
+}
+
+/// Who has the queues of an adapter.
+#[derive(Default)]
+pub(crate) enum AdapterSession {
+    #[default]
+    None,
+    /// Somebody was told that it may have them.
+    Opening,
+    /// A front-end.
+    Served(UnixStream),
+    /// Nobody any more, as soon as nothing is in flight.
+    Ending,
 }
 
 /// A disk that is in use.
@@ -75,14 +125,22 @@ struct Use {
     pool: String,
     config: DiskConfig,
     controls: Arc<DiskControls>,
+    /// What it shares with others.
+    _group: Option<Arc<Group>>,
     phase: Phase,
 }
 
-enum Phase {
+pub(crate) enum Phase {
     /// The disk is being opened, or is open and waits for its connection.
     Opening,
-    /// A front-end has it.
-    Served { socket: UnixStream, handle: Handle },
+    /// The same with a SCSI disk that its guest can use already.
+    Unit(Disk),
+    /// A front-end has it. A SCSI disk has no queues of its own.
+    Served {
+        socket: UnixStream,
+        disk: Disk,
+        handle: Option<Handle>,
+    },
     /// The front-end has gone, and the disk is being closed.
     Ending,
 }
@@ -92,13 +150,13 @@ impl Use {
     fn is_alive(&self) -> bool {
         match &self.phase {
             Phase::Served { socket, .. } => !has_hung_up(socket),
-            Phase::Opening | Phase::Ending => false,
+            Phase::Opening | Phase::Unit(_) | Phase::Ending => false,
         }
     }
 }
 
 /// The other end of a connection is closed.
-fn has_hung_up(socket: &UnixStream) -> bool {
+pub(crate) fn has_hung_up(socket: &UnixStream) -> bool {
     let mut polled = [PollFd::new(socket, PollFlags::RDHUP)];
     let now = Timespec {
         tv_sec: 0,
@@ -121,9 +179,20 @@ impl DiskService {
     pub fn new(events: Arc<EventLog>) -> Self {
         Self(Arc::new(Shared {
             events,
+            machines: OnceLock::new(),
             state: Mutex::default(),
             changed: Condvar::new(),
         }))
+    }
+
+    /// Guests that may attach and detach disks do it through `door`; without one they cannot. To be called once.
+    pub fn reach_machines(&self, door: Arc<dyn MachineDoor>) {
+        // The first one counts.
+        let _ = self.0.machines.set(door);
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.0
     }
 
     /// What happens is told to these.
@@ -147,17 +216,25 @@ impl DiskService {
     pub fn attach(
         &self,
         pool_name: &str,
-        pool: &HostedPool,
+        pool: &Arc<HostedPool>,
         request: AttachRequest,
     ) -> Result<Transfer, Problem> {
         let AttachRequest {
             vm,
             disk: config,
+            adapter,
+            group_limits,
             goes_on,
             ..
         } = request;
-        check(&config)?;
-        let controls = Arc::<DiskControls>::default();
+        check(&config, adapter.as_ref(), group_limits.as_ref())?;
+        let group = config
+            .limit_group
+            .clone()
+            .zip(group_limits)
+            .map(|(name, limits)| self.0.group((vm.clone(), name), limits));
+        let limiter = group.as_ref().map(|group| Arc::clone(&group.limiter));
+        let controls = Arc::new(DiskControls::new(limiter, None));
         controls.recorder().set_name(&format!("{vm}/{}", config.id));
         set_controls(&controls, &config);
         let place = self.0.take_place(
@@ -166,6 +243,7 @@ impl DiskService {
                 pool: pool_name.to_owned(),
                 config: config.clone(),
                 controls: Arc::clone(&controls),
+                _group: group,
                 phase: Phase::Opening,
             },
             goes_on,
@@ -173,6 +251,10 @@ impl DiskService {
         let disk = self
             .0
             .open(&place.key, pool_name, || pool.configured_disk(&config, goes_on))?;
+        if let Some(adapter) = adapter {
+            let on = (&config, &adapter);
+            return self.attach_unit((pool_name, pool), on, controls, (disk, place));
+        }
         let device = VirtioBlk::new(
             disk.handle().clone(),
             &blk_options(&config, controls),
@@ -204,16 +286,53 @@ impl DiskService {
     pub fn counters(&self) -> Vec<(Attachment, Counters)> {
         let state = self.0.state();
         let counted = state.uses.iter().filter_map(|(key, used)| match &used.phase {
-            Phase::Served { handle, .. } => {
+            Phase::Served {
+                handle: Some(handle), ..
+            } => {
                 let counters = handle.counters().into_iter();
                 Some((
                     attachment(key, used),
                     counters.fold(Counters::default(), Counters::plus),
                 ))
             }
-            Phase::Opening | Phase::Ending => None,
+            _ => None,
         });
         counted.collect()
+    }
+
+    /// The last requests of a disk that ended after `after`.
+    ///
+    /// # Errors
+    /// The machine has no such disk, or `after` is no place in a trace.
+    pub fn trace(&self, vm: &VmName, device: &DeviceId, after: &str) -> Result<TracePage, Problem> {
+        let state = self.0.state();
+        let used = state.uses.get(&(vm.clone(), device.clone()));
+        let controls = Arc::clone(&used.ok_or_else(|| no_use(vm, device))?.controls);
+        drop(state);
+        trace(&controls, after)
+    }
+
+    /// Changes limits that disks of a machine share.
+    ///
+    /// # Errors
+    /// None of its disks in use has them, or the change is impossible.
+    pub fn change_group(
+        &self,
+        vm: &VmName,
+        group: &DeviceId,
+        change: &DiskLimits,
+    ) -> Result<DiskLimits, Problem> {
+        let state = self.0.state();
+        let found = state.groups.get(&(vm.clone(), group.clone()));
+        let Some(found) = found.and_then(Weak::upgrade) else {
+            let text = format!("no disk of a pool that machine `{vm}` uses has the limit group `{group}`");
+            return Err(Problem::new(ProblemKind::NotFound, text).about(group));
+        };
+        drop(state);
+        let mut limits = found.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        *limits = limits.changed(change).map_err(invalid)?;
+        found.limiter.set(rates(&limits));
+        Ok(*limits)
     }
 
     /// Changes what can be changed of a disk while a guest uses it: limits, and polling.
@@ -223,10 +342,7 @@ impl DiskService {
     pub fn change(&self, vm: &VmName, device: &DeviceId, change: &DiskChange) -> Result<Attachment, Problem> {
         let key = (vm.clone(), device.clone());
         let mut state = self.0.state();
-        let Some(used) = state.uses.get_mut(&key) else {
-            let text = format!("machine `{vm}` uses no disk of a pool as `{device}`");
-            return Err(Problem::new(ProblemKind::NotFound, text).about(device));
-        };
+        let used = state.uses.get_mut(&key).ok_or_else(|| no_use(vm, device))?;
         let changed = used.config.changed(change).map_err(invalid)?;
         check_errors(&changed)?;
         set_controls(&used.controls, &changed);
@@ -239,6 +355,20 @@ impl DiskService {
     pub fn close(&self) {
         let mut state = self.0.state();
         state.closing = true;
+        // The queues of SCSI adapters first: no guest shall see that its disks go.
+        for seat in state.adapters.values() {
+            if let AdapterSession::Served(socket) = &seat.session {
+                // It may be closed already.
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+        }
+        self.0.changed.notify_all();
+        let is_served = |state: &mut State| {
+            let mut seats = state.adapters.values();
+            seats.any(|seat| matches!(seat.session, AdapterSession::Served(_)))
+        };
+        let waited = self.0.changed.wait_while(state, is_served);
+        state = waited.unwrap_or_else(PoisonError::into_inner);
         for used in state.uses.values() {
             if let Phase::Served { socket, .. } = &used.phase {
                 // It may be closed already.
@@ -266,12 +396,21 @@ fn attachment((vm, device): &Key, used: &Use) -> Attachment {
     }
 }
 
-fn invalid((key, error): (&'static str, InvalidValue)) -> Problem {
+pub(crate) fn invalid((key, error): (&'static str, InvalidValue)) -> Problem {
     Problem::new(ProblemKind::Invalid, format!("{key} {error}")).about(key)
 }
 
+fn no_use(vm: &VmName, device: &DeviceId) -> Problem {
+    let text = format!("machine `{vm}` uses no disk of a pool as `{device}`");
+    Problem::new(ProblemKind::NotFound, text).about(device)
+}
+
 /// Whether this service can serve a disk as `config` wants it.
-fn check(config: &DiskConfig) -> Result<(), Problem> {
+fn check(
+    config: &DiskConfig,
+    adapter: Option<&AdapterConfig>,
+    group: Option<&DiskLimits>,
+) -> Result<(), Problem> {
     config.check().map_err(invalid)?;
     let refused = |key, text: &str| Err(invalid((key, InvalidValue::new(text))));
     if config.file.is_none() {
@@ -280,14 +419,26 @@ fn check(config: &DiskConfig) -> Result<(), Problem> {
     if config.id.is_unassigned() {
         return refused("id", "is missing; it is the disk's name in the machine");
     }
-    if config.bus == DiskBus::VirtioScsi {
-        return refused("bus", "must be virtio-blk for a disk that a manager serves");
+    match (config.bus, adapter) {
+        (DiskBus::VirtioBlk, None) => {}
+        (DiskBus::VirtioBlk, Some(_)) => return refused("adapter", "is for disks on virtio-scsi"),
+        (DiskBus::VirtioScsi, None) => {
+            return refused(
+                "adapter",
+                "is missing; it is what the machine's SCSI disks are on",
+            );
+        }
+        (DiskBus::VirtioScsi, Some(adapter)) => {
+            units::check(adapter)?;
+            if config.lun.is_none() {
+                return refused("lun", "is missing; the machine chooses it");
+            }
+        }
     }
-    if config.limit_group.is_some() {
-        return refused(
-            "limit-group",
-            "is for disks that the machine's process serves itself; give the disk limits of its own",
-        );
+    match (&config.limit_group, group) {
+        (Some(_), None) => return refused("group-limits", "is missing; limit-group has these"),
+        (_, Some(limits)) => limits.check().map_err(invalid)?,
+        (None, None) => {}
     }
     check_errors(config)
 }
@@ -303,12 +454,53 @@ fn check_errors(config: &DiskConfig) -> Result<(), Problem> {
 }
 
 impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn events(&self) -> &EventLog {
+        &self.events
+    }
+
+    /// The way to the processes of machines.
+    pub(crate) fn machines(&self) -> Option<&Arc<dyn MachineDoor>> {
+        self.machines.get()
+    }
+
+    /// The disks of `pool` that a machine has, as it has them.
+    pub(crate) fn disks_of(&self, vm: &VmName, pool: &str) -> Vec<DiskStatus> {
+        let state = self.state();
+        let own = state.uses.iter();
+        own.filter(|((machine, _), used)| machine == vm && used.pool == pool)
+            .filter_map(|(_, used)| match &used.phase {
+                Phase::Served { disk, .. } | Phase::Unit(disk) => Some(DiskStatus {
+                    config: used.config.clone(),
+                    state: DeviceState::Active,
+                    size: ByteSize::from_bytes(disk.geometry().size),
+                    stopped: None,
+                }),
+                Phase::Opening | Phase::Ending => None,
+            })
+            .collect()
+    }
+
+    /// Limits that disks of a machine share: those that there are, or new ones.
+    fn group(&self, key: Key, limits: DiskLimits) -> Arc<Group> {
+        let mut state = self.state();
+        state.groups.retain(|_, group| group.strong_count() > 0);
+        if let Some(group) = state.groups.get(&key).and_then(Weak::upgrade) {
+            return group;
+        }
+        let group = Arc::new(Group {
+            limits: Mutex::new(limits),
+            limiter: Arc::new(RateLimiter::new(rates(&limits))),
+        });
+        state.groups.insert(key, Arc::downgrade(&group));
+        group
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         // Each change is complete at every point where its holder could panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    pub(crate) fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         let waited = self.changed.wait_timeout(state, LOOK);
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
@@ -343,7 +535,7 @@ impl Shared {
         pool: &str,
         open: impl Fn() -> Result<HostedDisk, Problem>,
     ) -> Result<HostedDisk, Problem> {
-        let mut wait = Wait::default();
+        let wait = Wait::default();
         let mut alone = false;
         loop {
             let problem = match open() {
@@ -372,13 +564,13 @@ impl Shared {
     }
 }
 
-fn closing() -> Problem {
+pub(crate) fn closing() -> Problem {
     Problem::new(ProblemKind::Stopping, "the manager is about to end")
         .remedy("ask again when it was started again")
 }
 
 /// How long somebody has waited for a disk.
-struct Wait(Instant);
+pub(crate) struct Wait(Instant);
 
 impl Default for Wait {
     fn default() -> Self {
@@ -387,12 +579,17 @@ impl Default for Wait {
 }
 
 impl Wait {
-    /// Whether to wait for `used` any longer.
-    fn is_worth_while(&mut self, (vm, device): &Key, used: &Use) -> Result<(), Problem> {
-        let alive = used.is_alive();
-        if self.0.elapsed() < if alive { DOUBT } else { PATIENCE } {
-            return Ok(());
+    /// Whether to wait any longer for one who is there, or is not any more: `refusal` if not.
+    pub(crate) fn patience(&self, alive: bool, refusal: Problem) -> Result<(), Problem> {
+        match self.0.elapsed() < if alive { DOUBT } else { PATIENCE } {
+            true => Ok(()),
+            false => Err(refusal),
         }
+    }
+
+    /// Whether to wait for `used` any longer.
+    fn is_worth_while(&self, (vm, device): &Key, used: &Use) -> Result<(), Problem> {
+        let alive = used.is_alive();
         let file = used.config.file.as_deref().unwrap_or_default();
         let text = if alive {
             format!("{file} is in use by machine `{vm}`, as its disk `{device}`")
@@ -402,27 +599,48 @@ impl Wait {
             )
         };
         let problem = Problem::new(ProblemKind::Conflict, text).about(file);
-        Err(match alive {
+        let problem = match alive {
             true => problem.remedy("detach it there, or stop that machine"),
             false => problem.remedy("try again later; `smsvmm pool status` says whether devices are slow"),
-        })
+        };
+        self.patience(alive, problem)
     }
 }
 
 /// An entry of the list, which goes when this is dropped.
-struct Place {
+pub(crate) struct Place {
     shared: Arc<Shared>,
     key: Key,
 }
 
 impl Place {
-    fn set_phase(&self, phase: Phase) {
+    /// Who uses the disk.
+    pub(crate) fn key(&self) -> &Key {
+        &self.key
+    }
+
+    /// The service ends.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.shared.state().closing
+    }
+
+    /// The disk is served from now on, unless the service ends.
+    pub(crate) fn begin(&self, served: Phase) -> bool {
+        let mut state = self.shared.state();
+        let goes_on = !state.closing;
+        if let Some(used) = state.uses.get_mut(&self.key).filter(|_| goes_on) {
+            used.phase = served;
+        }
+        goes_on
+    }
+
+    pub(crate) fn set_phase(&self, phase: Phase) {
         if let Some(used) = self.shared.state().uses.get_mut(&self.key) {
             used.phase = phase;
         }
     }
 
-    fn tell(&self, kind: impl FnOnce(VmName, DeviceId, String) -> EventKind) {
+    pub(crate) fn tell(&self, kind: impl FnOnce(VmName, DeviceId, String) -> EventKind) {
         let file = self.shared.state().uses.get(&self.key).map(|used| {
             let file = used.config.file.clone();
             file.unwrap_or_default()
@@ -461,19 +679,17 @@ impl OpenDisk {
                 return;
             }
         };
-        {
-            let mut state = place.shared.state();
-            if state.closing {
-                return;
-            }
-            if let Some(used) = state.uses.get_mut(&place.key) {
-                used.phase = Phase::Served { socket: kept, handle };
-            }
+        if !place.begin(Phase::Served {
+            socket: kept,
+            disk: handle.disk().clone(),
+            handle: Some(handle),
+        }) {
+            return;
         }
         place.tell(|vm, id, file| EventKind::DiskAttached { vm, id, file });
         let parting = serve_blk(socket, device);
         place.set_phase(Phase::Ending);
-        let goes_on = parting == Parting::InUse || place.shared.state().closing;
+        let goes_on = parting == Parting::InUse || place.is_closing();
         if let Some(guard) = self.guard.take() {
             match goes_on {
                 true => guard.leave(),
@@ -489,14 +705,19 @@ impl Drop for OpenDisk {
         drop(self.device.take());
         let (guard, place) = (self.guard.take(), self.place.take());
         let Some(guard) = guard else { return };
-        // It was never served, or not to its end: nobody has said that he is done with it. Who drops it may not have the time to wait.
-        let end = move || {
-            guard.leave();
-            drop(place);
-        };
-        if let Err(error) = thread::Builder::new().name("close-disk".into()).spawn(end) {
-            // What was to be run is dropped, which closes the disk a little later.
-            tracing::warn!(%error, "a disk is closed without being waited for");
-        }
+        // It was never served, or not to its end: nobody has said that he is done with it.
+        leave_later(guard, place);
+    }
+}
+
+/// Closes a disk as after a crash; who wants that may not have the time to wait.
+pub(crate) fn leave_later(guard: DiskGuard, place: Option<Place>) {
+    let end = move || {
+        guard.leave();
+        drop(place);
+    };
+    if let Err(error) = thread::Builder::new().name("close-disk".into()).spawn(end) {
+        // What was to be run is dropped, which closes the disk a little later.
+        tracing::warn!(%error, "a disk is closed without being waited for");
     }
 }

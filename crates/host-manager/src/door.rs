@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use api::file::FileOperation;
 use api::virtual_disk::{DiskOperation, TransferRequest};
 use api::{
-    AttachRequest, Attachment, Condition, DeviceId, DiskChange, DiskConfig, EventLog, Host, HostStatus,
-    MachineDefinition, MachineStatus, Metrics, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer,
-    VmName,
+    AdapterRequest, AttachRequest, Attachment, Condition, DeviceId, DiskChange, DiskConfig, DiskLimits,
+    EventLog, Host, HostStatus, MachineDefinition, MachineStatus, Metrics, Problem, ProblemKind,
+    StorageAnswer, StorageRequest, TracePage, Transfer, VmName,
 };
 use serde::{Deserialize, Serialize};
 
@@ -188,6 +188,25 @@ pub trait Storage: Send + Sync {
     /// # Errors
     /// As there.
     fn change(&self, vm: &VmName, device: &DeviceId, change: &DiskChange) -> Result<Attachment, Problem>;
+
+    /// See [`Host::attach_adapter`].
+    ///
+    /// # Errors
+    /// As there.
+    fn attach_adapter(&self, request: AdapterRequest) -> Result<Transfer, Problem>;
+
+    /// See [`Host::trace_attachment`].
+    ///
+    /// # Errors
+    /// As there.
+    fn trace(&self, vm: &VmName, device: &DeviceId, after: &str) -> Result<TracePage, Problem>;
+
+    /// See [`Host::change_group`].
+    ///
+    /// # Errors
+    /// As there.
+    fn change_group(&self, vm: &VmName, group: &DeviceId, change: &DiskLimits)
+    -> Result<DiskLimits, Problem>;
 }
 
 /// The manager, as one machine sees it.
@@ -286,6 +305,26 @@ impl Host for Door {
     ) -> Result<Attachment, Problem> {
         self.is(vm)?;
         self.storage.change(vm, device, change)
+    }
+
+    fn attach_adapter(&self, request: AdapterRequest) -> Result<Transfer, Problem> {
+        self.is(&request.vm)?;
+        self.storage.attach_adapter(request)
+    }
+
+    fn trace_attachment(&self, vm: &VmName, device: &DeviceId, after: &str) -> Result<TracePage, Problem> {
+        self.is(vm)?;
+        self.storage.trace(vm, device, after)
+    }
+
+    fn change_group(
+        &self,
+        vm: &VmName,
+        group: &DeviceId,
+        change: &DiskLimits,
+    ) -> Result<DiskLimits, Problem> {
+        self.is(vm)?;
+        self.storage.change_group(vm, group, change)
     }
 
     fn define(&self, _: &VmName, _: MachineDefinition, _: &Condition) -> Result<MachineStatus, Problem> {

@@ -23,12 +23,15 @@ mod door;
 mod group;
 mod machines;
 mod manager;
+mod principal;
 mod process;
+mod served;
 mod store;
+mod units;
 mod users;
 
 pub use config::{AtEnd, HostConfig, MachinesConfig, Management, Pools};
-pub use disks::DiskService;
+pub use disks::{DiskService, MachineDoor};
 pub use door::Storage;
 pub use machines::{MachineOptions, Machines};
 pub use manager::Manager;

@@ -20,8 +20,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use api::{
-    ByteSize, Condition, DiskConfig, EventKind, EventLog, MachineDefinition, MachineState, MachineStatus,
-    NetBackend, Problem, ProblemKind, RestartPolicy, VmName,
+    ByteSize, Condition, DiskConfig, EventKind, EventLog, ExpandedPolicy, MachineDefinition, MachineState,
+    MachineStatus, NetBackend, Problem, ProblemKind, RestartPolicy, VmName,
 };
 use management::{Server, ServerHandle};
 use rustix::process::Signal;
@@ -120,6 +120,8 @@ struct Plan {
     /// It has interfaces of the host as network cards.
     network: bool,
     disks: Vec<DiskConfig>,
+    /// What its guest may ask of storage management.
+    expanded_api: ExpandedPolicy,
 }
 
 impl Plan {
@@ -143,6 +145,7 @@ impl Plan {
             managed: config.manager.as_ref() == Some(&options.manager),
             network: config.nets.iter().any(|net| net.backend == NetBackend::Tap),
             disks: config.disks.clone(),
+            expanded_api: config.expanded_api.clone(),
         }
     }
 }
@@ -417,6 +420,15 @@ impl Machines {
         let table = self.0.lock();
         let machines = table.machines.iter();
         machines.map(|(name, machine)| machine.status(name)).collect()
+    }
+
+    /// What a machine's guest may ask of storage management by its disks; none if there is no machine of this name.
+    pub fn policy(&self, name: &VmName) -> Option<ExpandedPolicy> {
+        let table = self.0.lock();
+        table
+            .machines
+            .get(name)
+            .map(|machine| machine.plan.expanded_api.clone())
     }
 
     /// See [`api::Host::machine_socket`].

@@ -7,73 +7,19 @@ use std::time::{Duration, Instant};
 use api::storage::PoolStatus;
 use api::virtual_disk::TransferRequest;
 use api::{
-    AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange, DiskConfig, EventKind,
-    EventLog, Host, HostStatus, MachineDefinition, MachineStatus, Metrics, PoolEntry, Problem, ProblemKind,
-    StorageAnswer, StorageRequest, Transfer, VmName,
+    AdapterRequest, AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange,
+    DiskConfig, DiskLimits, EventKind, EventLog, Host, HostStatus, MachineDefinition, MachineStatus, Metrics,
+    PoolEntry, Problem, ProblemKind, StorageAnswer, StorageRequest, TracePage, Transfer, VmName,
 };
 use storage_manager::HostedPool;
 
 use crate::config::{AtEnd, HostConfig};
-use crate::disks::DiskService;
 use crate::door::Storage;
 use crate::machines::{MachineOptions, Machines};
+use crate::served::{Pool, Served};
 
 /// So soon machines that run have found a manager that was started anew.
 const RETURN: Duration = Duration::from_secs(3);
-
-struct Pool {
-    name: String,
-    hosted: Arc<HostedPool>,
-}
-
-/// The pools, and the disks in them.
-struct Served {
-    pools: Vec<Pool>,
-    disks: DiskService,
-}
-
-impl Served {
-    fn pool(&self, name: Option<&str>) -> Result<&Pool, Problem> {
-        let names = || {
-            let names: Vec<&str> = self.pools.iter().map(|pool| pool.name.as_str()).collect();
-            names.join(", ")
-        };
-        match (name, self.pools.as_slice()) {
-            (None, [only]) => Ok(only),
-            (None, []) => {
-                let problem = Problem::new(ProblemKind::NotFound, "this manager has no pool");
-                Err(problem.remedy("name its devices under [[pool]] in host.toml"))
-            }
-            (None, _) => {
-                let problem = Problem::new(ProblemKind::Invalid, "it is not said which pool is meant");
-                Err(problem.remedy(format!("say it by --pool; there are {}", names())))
-            }
-            (Some(name), pools) => pools.iter().find(|pool| pool.name == name).ok_or_else(|| {
-                let problem = Problem::new(ProblemKind::NotFound, "there is no such pool").about(name);
-                problem.remedy(format!("there are: {}", names()))
-            }),
-        }
-    }
-}
-
-impl Storage for Served {
-    fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        self.pool(pool)?.hosted.execute(request)
-    }
-
-    fn transfer(&self, pool: Option<&str>, request: TransferRequest) -> Result<Transfer, Problem> {
-        self.pool(pool)?.hosted.transfer(request)
-    }
-
-    fn attach(&self, request: AttachRequest) -> Result<Transfer, Problem> {
-        let pool = self.pool(request.pool.as_deref())?;
-        self.disks.attach(&pool.name, &pool.hosted, request)
-    }
-
-    fn change(&self, vm: &VmName, device: &DeviceId, change: &DiskChange) -> Result<Attachment, Problem> {
-        self.disks.change(vm, device, change)
-    }
-}
 
 /// The manager of a host.
 pub struct Manager {
@@ -81,7 +27,7 @@ pub struct Manager {
     started: Instant,
     version: String,
     served: Arc<Served>,
-    machines: Machines,
+    machines: Arc<Machines>,
     events: Arc<EventLog>,
 }
 
@@ -142,10 +88,7 @@ impl Manager {
             journal,
             machines: config.machines.clone(),
         };
-        let served = Arc::new(Served {
-            pools,
-            disks: DiskService::new(Arc::clone(&events)),
-        });
+        let served = Arc::new(Served::new(pools, &events));
         let storage = Arc::clone(&served) as Arc<dyn Storage>;
         let machines = match Machines::open(options, storage, Arc::clone(&events)) {
             Ok(machines) => machines,
@@ -154,6 +97,8 @@ impl Manager {
                 return Err(problem);
             }
         };
+        let machines = Arc::new(machines);
+        served.reach(&machines);
         if machines.list().iter().any(|machine| machine.pid.is_some()) {
             served.disks.expect_machines(RETURN);
         }
@@ -273,6 +218,23 @@ impl Host for Manager {
 
     fn attach(&self, request: AttachRequest) -> Result<Transfer, Problem> {
         self.served.attach(request)
+    }
+
+    fn attach_adapter(&self, request: AdapterRequest) -> Result<Transfer, Problem> {
+        self.served.attach_adapter(request)
+    }
+
+    fn trace_attachment(&self, vm: &VmName, device: &DeviceId, after: &str) -> Result<TracePage, Problem> {
+        self.served.trace(vm, device, after)
+    }
+
+    fn change_group(
+        &self,
+        vm: &VmName,
+        group: &DeviceId,
+        change: &DiskLimits,
+    ) -> Result<DiskLimits, Problem> {
+        self.served.change_group(vm, group, change)
     }
 
     fn change_attachment(

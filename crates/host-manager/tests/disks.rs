@@ -11,11 +11,9 @@ use std::time::{Duration, Instant};
 
 use api::virtual_disk::{DiskMode, DiskOperation};
 use api::{AtPowerOff, DiskChange, DiskConfig, DiskLimits, OnError, ProblemKind, StorageRequest};
-use host::{Manager, disk, make_pool};
+use host::{Deaf, Manager, disk, make_pool};
 use management::{Client, Scope, Target};
-use storage_virtualizer::vhost_user::front_end::{
-    FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice, dial,
-};
+use storage_virtualizer::vhost_user::front_end::{FrontEndKind, FrontEndOptions, VhostUserDevice, dial};
 use vhost_user_load::front_end::FrontEnd;
 use vhost_user_load::load::{Load, Pattern, run};
 use vhost_user_load::queue::Queue;
@@ -293,14 +291,6 @@ fn limits_are_changed_while_a_machine_uses_the_disk() {
     });
 }
 
-/// Does not care whether the manager is there.
-struct Deaf;
-
-impl LinkEvents for Deaf {
-    fn lost(&self, _: &str) {}
-    fn back(&self) {}
-}
-
 #[test]
 fn a_new_size_is_told_to_the_guest() {
     with_manager(|manager| {
@@ -346,10 +336,10 @@ fn what_a_manager_cannot_keep_is_refused_with_the_key() {
             refused.object.unwrap_or_default()
         };
         assert_eq!(refusal(&|disk| disk.on_error = OnError::Stop), "on-error");
-        assert_eq!(refusal(&|disk| disk.bus = api::DiskBus::VirtioScsi), "bus");
+        assert_eq!(refusal(&|disk| disk.bus = api::DiskBus::VirtioScsi), "adapter");
         assert_eq!(
             refusal(&|disk| disk.limit_group = Some("bulk".parse().unwrap())),
-            "limit-group"
+            "group-limits"
         );
         assert_eq!(refusal(&|disk| disk.id = api::DeviceId::default()), "id");
         assert_eq!(
@@ -384,6 +374,8 @@ fn garbage_and_silence_cost_the_one_who_sends_them_his_disk_and_nobody_else() {
             vm: "web3".parse().unwrap(),
             pool: None,
             disk: disk("root", ROOT),
+            adapter: None,
+            group_limits: None,
             goes_on: false,
         })
         .unwrap();

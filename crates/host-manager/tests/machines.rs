@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    AttachRequest, Attachment, Condition, DeviceId, DiskChange, DiskConfig, EventKind, EventLog,
-    MachineDefinition, MachineState, MachineStatus, Problem, ProblemKind, RestartPolicy, StorageAnswer,
-    StorageRequest, Transfer, VmName,
+    AdapterRequest, AttachRequest, Attachment, Condition, DeviceId, DiskChange, DiskConfig, DiskLimits,
+    EventKind, EventLog, MachineDefinition, MachineState, MachineStatus, Problem, ProblemKind, RestartPolicy,
+    StorageAnswer, StorageRequest, TracePage, Transfer, VmName,
 };
 use host_manager::{MachineOptions, Machines, MachinesConfig, Storage, Users};
 use management::{ClientError, blocking};
@@ -78,6 +78,18 @@ impl Storage for NoPools {
     }
 
     fn change(&self, _: &VmName, _: &DeviceId, _: &DiskChange) -> Result<Attachment, Problem> {
+        came_through()
+    }
+
+    fn attach_adapter(&self, _: AdapterRequest) -> Result<Transfer, Problem> {
+        came_through()
+    }
+
+    fn trace(&self, _: &VmName, _: &DeviceId, _: &str) -> Result<TracePage, Problem> {
+        came_through()
+    }
+
+    fn change_group(&self, _: &VmName, _: &DeviceId, _: &DiskLimits) -> Result<DiskLimits, Problem> {
         came_through()
     }
 }
@@ -451,6 +463,8 @@ fn a_machine_comes_to_its_disks_by_a_socket_of_its_own_and_to_nothing_else() {
                 file: Some(file.into()),
                 ..DiskConfig::new("")
             },
+            adapter: None,
+            group_limits: None,
             goes_on: false,
         };
         kind(blocking::attach(&connect(), &request, soon))

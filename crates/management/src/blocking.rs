@@ -24,6 +24,8 @@ const MAX_HEAD: usize = 16 << 10;
 const PIPE: usize = 64 << 10;
 /// Where disks are asked for.
 pub const ATTACHMENTS: &str = "/v1/attachments";
+/// Where SCSI adapters are asked for.
+pub const SCSI_ADAPTERS: &str = "/v1/scsi-adapters";
 /// The status of a connection that is taken out of HTTP.
 const SWITCHING_PROTOCOLS: u16 = 101;
 

@@ -14,6 +14,9 @@
 //! | GET /v1/attachments | disks in use | 200 [`Attachment`](api::Attachment) |
 //! | POST /v1/attachments, to be upgraded | the disk of an [`AttachRequest`](api::AttachRequest) | 101, then vhost-user |
 //! | PATCH /v1/attachments/VM/DEVICE | a [`DiskChange`](api::DiskChange) | 200 `Attachment` |
+//! | GET /v1/attachments/VM/DEVICE/trace | its last requests | 200 [`TracePage`](api::TracePage) |
+//! | PATCH /v1/attachments/VM/limit-groups/NAME | a [`DiskLimits`](api::DiskLimits) for disks that share them | 200 what holds now |
+//! | POST /v1/scsi-adapters, to be upgraded | an [`AdapterRequest`](api::AdapterRequest) | 101, then vhost-user |
 //! | GET /v1/events | events | 200 [`EventPage`](api::EventPage) |
 //! | GET /metrics | numbers for Prometheus | 200 |
 //! | GET /healthz, /readyz, /openapi.json | as of a machine | 200 |
@@ -22,8 +25,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    ATTACHMENT_PROTOCOL, Condition, DiskChange, DiskConfig, Host, MachineDefinition, MachineStatus, Problem,
-    ProblemKind, Readiness, StorageAnswer, StorageRequest, VmName,
+    ATTACHMENT_PROTOCOL, Condition, DiskChange, DiskConfig, DiskLimits, Host, MachineDefinition,
+    MachineStatus, Problem, ProblemKind, Readiness, StorageAnswer, StorageRequest, VmName,
 };
 use http_body_util::Either;
 use hyper::body::Incoming;
@@ -31,7 +34,7 @@ use hyper::header::{
     CACHE_CONTROL, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, IF_NONE_MATCH, UPGRADE,
 };
 use hyper::{Method, Request, Response, StatusCode};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::gateway::forward::{AnswerBody, Outgoing, forward};
 use crate::lasting::{self, Lasting};
@@ -41,6 +44,8 @@ use crate::{metrics, openapi, transfer};
 
 /// Disks in use at a time.
 const MAX_ATTACHMENTS: usize = 4096;
+/// For who asks for a disk and does not want the connection upgraded.
+const OR_USE: &str = "name the manager in vm.toml";
 /// Longest time until a disk is open: another one may have to let it go first, and journals may have to be replayed.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -150,6 +155,18 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
             storage(context, Some((*name).to_owned()), rest, request).await?
         }
         (["v1", "attachments", rest @ ..], _) => attachments(context, rest, request).await?,
+        (["v1", "scsi-adapters"], &Method::POST) => {
+            let room = attachment_room(context)?;
+            let make = async |asked| {
+                let host = Arc::clone(&context.host);
+                context
+                    .attaching
+                    .help(ATTACH_TIMEOUT, move || host.attach_adapter(asked))
+                    .await
+            };
+            transfer::take_out(request, ATTACHMENT_PROTOCOL, OR_USE, room, make).await?
+        }
+        (["v1", "scsi-adapters"], method) => routes::not_allowed(method, "POST"),
         (["v1", "events"], &Method::GET) => {
             let mut query = routes::Query::parse(request.uri().query().unwrap_or_default())?;
             query.after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
@@ -226,11 +243,7 @@ async fn attachments(
             Ok(routes::json(StatusCode::OK, &attachments))
         }
         ([], &Method::POST) => {
-            let room = Arc::clone(&context.attachments).try_acquire_owned();
-            let room = room.map_err(|_| {
-                let detail = format!("{MAX_ATTACHMENTS} disks are in use already");
-                Problem::new(ProblemKind::Exhausted, detail)
-            })?;
+            let room = attachment_room(context)?;
             let make = async |asked| {
                 let host = Arc::clone(&context.host);
                 context
@@ -238,15 +251,27 @@ async fn attachments(
                     .help(ATTACH_TIMEOUT, move || host.attach(asked))
                     .await
             };
-            let or_use = "name the manager in vm.toml";
-            transfer::take_out(request, ATTACHMENT_PROTOCOL, or_use, room, make).await
+            transfer::take_out(request, ATTACHMENT_PROTOCOL, OR_USE, room, make).await
         }
         ([], method) => Ok(routes::not_allowed(method, "GET, POST")),
+        ([vm, "limit-groups", group], &Method::PATCH) => {
+            let (vm, group) = (machine_name(vm)?, routes::device_id(group)?);
+            let change: DiskLimits = routes::body(request.into_body()).await?;
+            let ask = move |host: &dyn Host| host.change_group(&vm, &group, &change);
+            let limits = context.ask(MACHINE_TIMEOUT, ask).await?;
+            Ok(routes::json(StatusCode::OK, &limits))
+        }
+        ([vm, device, "trace"], &Method::GET) => {
+            let (vm, device) = (machine_name(vm)?, routes::device_id(device)?);
+            let after = routes::trace_query(request.uri().query().unwrap_or_default())?;
+            let ask = move |host: &dyn Host| host.trace_attachment(&vm, &device, &after);
+            let page = context.ask(MACHINE_TIMEOUT, ask).await?;
+            Ok(routes::json(StatusCode::OK, &page))
+        }
+        ([_, "limit-groups", _], method) => Ok(routes::not_allowed(method, "PATCH")),
+        ([_, _, "trace"], method) => Ok(routes::not_allowed(method, "GET")),
         ([vm, device], &Method::PATCH) => {
-            let vm: VmName = vm.parse().map_err(|error: api::InvalidValue| {
-                Problem::new(ProblemKind::Invalid, error.to_string()).about("vm")
-            })?;
-            let device = routes::device_id(device)?;
+            let (vm, device) = (machine_name(vm)?, routes::device_id(device)?);
             let change: DiskChange = routes::body(request.into_body()).await?;
             let ask = move |host: &dyn Host| host.change_attachment(&vm, &device, &change);
             let attachment = context.ask(MACHINE_TIMEOUT, ask).await?;
@@ -255,6 +280,19 @@ async fn attachments(
         ([_, _], method) => Ok(routes::not_allowed(method, "PATCH")),
         _ => Err(routes::no_such_path(request.uri().path())),
     }
+}
+
+/// Room for one more connection of a disk or an adapter.
+fn attachment_room(context: &HostContext) -> Result<OwnedSemaphorePermit, Problem> {
+    Arc::clone(&context.attachments).try_acquire_owned().map_err(|_| {
+        let detail = format!("{MAX_ATTACHMENTS} disks are in use already");
+        Problem::new(ProblemKind::Exhausted, detail)
+    })
+}
+
+fn machine_name(text: &str) -> Result<VmName, Problem> {
+    text.parse()
+        .map_err(|error: api::InvalidValue| Problem::new(ProblemKind::Invalid, error.to_string()).about("vm"))
 }
 
 type Act = fn(&dyn Host, &VmName) -> Result<MachineStatus, Problem>;

@@ -409,7 +409,7 @@ impl Query {
 }
 
 /// The `after` of a request for a trace.
-fn trace_query(text: &str) -> Result<String, Problem> {
+pub(crate) fn trace_query(text: &str) -> Result<String, Problem> {
     let mut after = String::new();
     for pair in text.split('&').filter(|pair| !pair.is_empty()) {
         match pair.split_once('=') {

@@ -361,6 +361,7 @@ fn every_kind_of_event() -> Vec<EventKind> {
             microseconds: 7,
         },
         EventKind::GuestCommand {
+            vm: None,
             command: text(),
             object: text(),
             failure: Some(text()),

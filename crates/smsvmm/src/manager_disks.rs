@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use api::virtual_disk::{DiskAnswer, DiskOperation, TransferRequest, VirtualDiskStatus};
 use api::{
-    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, DeviceId, DiskChange, DiskConfig, Problem, ProblemKind,
-    StorageAnswer, StorageRequest, Transfer, VmName,
+    ATTACHMENT_PROTOCOL, AdapterConfig, AdapterRequest, AttachRequest, Attachment, DeviceId, DiskChange,
+    DiskConfig, DiskLimits, Problem, ProblemKind, StorageAnswer, StorageRequest, TracePage, Transfer, VmName,
 };
 use block_io::error_chain;
 use management::{ClientError, blocking};
@@ -32,6 +32,8 @@ const STORAGE_LIMIT: Duration = Duration::from_secs(24 * 3600 + 60);
 pub(crate) struct ManagedDisks {
     vm: VmName,
     storage: String,
+    /// What its SCSI disks are on, and what its guest may. It is not the sandboxed process that says that.
+    adapter: AdapterConfig,
 }
 
 impl ManagedDisks {
@@ -46,11 +48,24 @@ impl ManagedDisks {
         pools.dedup();
         Self {
             vm: config.name.clone(),
+            adapter: adapter_of(config),
             storage: match pools.as_slice() {
                 [pool] => storage_of(Some(pool)),
                 _ => storage_of(None),
             },
         }
+    }
+}
+
+/// The adapter of the SCSI disks that the manager serves.
+fn adapter_of(config: &VmConfig) -> AdapterConfig {
+    let scsi = config.scsi.clone().unwrap_or_default();
+    let (queues, queue_size, targets) = scsi.for_disks(&config.disks);
+    AdapterConfig {
+        queues,
+        queue_size,
+        targets,
+        expanded_api: config.expanded_api.clone(),
     }
 }
 
@@ -89,8 +104,27 @@ fn execute(connection: &UnixStream, path: &str, request: &StorageRequest) -> Res
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 enum Request {
-    Attach { disk: Box<DiskConfig>, goes_on: bool },
-    Change { disk: DeviceId, change: DiskChange },
+    Attach {
+        disk: Box<DiskConfig>,
+        limits: Option<DiskLimits>,
+        goes_on: bool,
+    },
+    Adapter {
+        pool: Option<String>,
+        disks: u32,
+    },
+    Change {
+        disk: DeviceId,
+        change: DiskChange,
+    },
+    ChangeGroup {
+        group: DeviceId,
+        change: DiskLimits,
+    },
+    Trace {
+        disk: DeviceId,
+        after: String,
+    },
     Storage(StorageRequest),
     Transfer(TransferRequest),
 }
@@ -103,15 +137,43 @@ fn asked(ask: Ask<'_>, request: &Request) -> Result<Dialled, Problem> {
 impl ManagerDisks for ManagedDisks {
     fn say(&self, request: &str) -> io::Result<Vec<u8>> {
         let words = match serde_json::from_str(request)? {
-            Request::Attach { disk, goes_on } => {
+            Request::Attach {
+                disk,
+                limits,
+                goes_on,
+            } => {
                 let request = AttachRequest {
                     vm: self.vm.clone(),
                     pool: disk.pool.clone(),
+                    adapter: disk.is_unit().then(|| self.adapter.clone()),
                     disk: *disk,
+                    group_limits: limits,
                     goes_on,
                 };
                 let protocol = Some(ATTACHMENT_PROTOCOL);
                 blocking::request("POST", blocking::ATTACHMENTS, &request, protocol)
+            }
+            Request::Adapter { pool, disks } => {
+                let request = AdapterRequest {
+                    vm: self.vm.clone(),
+                    pool,
+                    adapter: self.adapter.clone(),
+                    disks,
+                };
+                let protocol = Some(ATTACHMENT_PROTOCOL);
+                blocking::request("POST", blocking::SCSI_ADAPTERS, &request, protocol)
+            }
+            Request::ChangeGroup { group, change } => {
+                let path = format!("{}/{}/limit-groups/{group}", blocking::ATTACHMENTS, self.vm);
+                blocking::request("PATCH", &path, &change, None)
+            }
+            Request::Trace { disk, after } => {
+                // A place in a trace is numbers and commas.
+                if !after.bytes().all(|byte| byte.is_ascii_digit() || byte == b',') {
+                    return Err(io::ErrorKind::InvalidInput.into());
+                }
+                let path = format!("{}/{}/{disk}/trace?after={after}", blocking::ATTACHMENTS, self.vm);
+                blocking::request("GET", &path, &(), None)
             }
             Request::Change { disk, change } => {
                 let path = format!("{}/{}/{disk}", blocking::ATTACHMENTS, self.vm);
@@ -126,15 +188,47 @@ impl ManagerDisks for ManagedDisks {
         words.map_err(io::Error::other)
     }
 
-    fn attach(&self, ask: Ask<'_>, disk: &DiskConfig, goes_on: bool) -> Result<Dialled, Problem> {
+    fn attach(
+        &self,
+        ask: Ask<'_>,
+        disk: &DiskConfig,
+        limits: Option<DiskLimits>,
+        goes_on: bool,
+    ) -> Result<Dialled, Problem> {
         let request = Request::Attach {
             disk: Box::new(disk.clone()),
+            limits,
             goes_on,
         };
         let dialled = asked(ask, &request)?;
         let limit = if goes_on { AGAIN_LIMIT } else { ATTACH_LIMIT };
         blocking::upgraded(&dialled.socket, limit).map_err(problem)?;
         Ok(dialled)
+    }
+
+    fn attach_adapter(&self, ask: Ask<'_>, pool: Option<String>, disks: u32) -> Result<Dialled, Problem> {
+        let dialled = asked(ask, &Request::Adapter { pool, disks })?;
+        blocking::upgraded(&dialled.socket, AGAIN_LIMIT).map_err(problem)?;
+        Ok(dialled)
+    }
+
+    fn trace(&self, ask: Ask<'_>, disk: &DeviceId, after: &str) -> Result<TracePage, Problem> {
+        let request = Request::Trace {
+            disk: disk.clone(),
+            after: after.to_owned(),
+        };
+        let dialled = asked(ask, &request)?;
+        blocking::answer(&dialled.socket, LIMIT).map_err(problem)
+    }
+
+    fn change_group(&self, ask: Ask<'_>, group: &DeviceId, change: &DiskLimits) -> Result<(), Problem> {
+        let request = Request::ChangeGroup {
+            group: group.clone(),
+            change: *change,
+        };
+        let dialled = asked(ask, &request)?;
+        let changed = blocking::answer::<DiskLimits>(&dialled.socket, LIMIT);
+        changed.map(drop).map_err(problem)
     }
 
     fn change(&self, ask: Ask<'_>, disk: &DeviceId, change: &DiskChange) -> Result<(), Problem> {
@@ -185,6 +279,12 @@ mod tests {
         ManagedDisks {
             vm: "web1".parse().unwrap(),
             storage: storage_of(Some("tank")),
+            adapter: AdapterConfig {
+                queues: 1,
+                queue_size: api::QueueSize::default(),
+                targets: 8,
+                expanded_api: api::ExpandedPolicy::default(),
+            },
         }
     }
 
@@ -212,8 +312,20 @@ mod tests {
             verify: false,
         });
         assert_eq!(
-            said(|disks, ask| drop(disks.attach(ask, &disk, true))),
+            said(|disks, ask| drop(disks.attach(ask, &disk, None, true))),
             "POST /v1/attachments HTTP/1.1"
+        );
+        assert_eq!(
+            said(|disks, ask| drop(disks.attach_adapter(ask, None, 1))),
+            "POST /v1/scsi-adapters HTTP/1.1"
+        );
+        assert_eq!(
+            said(|disks, ask| drop(disks.trace(ask, &device, "1,2"))),
+            "GET /v1/attachments/web1/root/trace?after=1,2 HTTP/1.1"
+        );
+        assert_eq!(
+            said(|disks, ask| drop(disks.change_group(ask, &device, &DiskLimits::default()))),
+            "PATCH /v1/attachments/web1/limit-groups/root HTTP/1.1"
         );
         assert_eq!(
             said(|disks, ask| drop(disks.change(ask, &device, &change))),
@@ -233,6 +345,8 @@ mod tests {
             "{\"change\":{\"disk\":\"a/../..\",\"change\":{}}}",
             "{\"change\":{\"disk\":\"a HTTP/1.1\\r\\nx: y\",\"change\":{}}}",
             "{\"define\":{}}",
+            "{\"trace\":{\"disk\":\"root\",\"after\":\"1 HTTP/1.1\\r\\nx: y\"}}",
+            "{\"adapter\":{\"disks\":1,\"adapter\":{}}}",
         ] {
             assert!(disks().say(bad).is_err(), "{bad}");
         }

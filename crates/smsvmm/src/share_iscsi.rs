@@ -27,8 +27,8 @@ use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::output::{print, print_json};
 use crate::pool::{served, with_pool};
+use crate::share_api::{Policies, Principals};
 use crate::share_iscsi_access;
-use crate::share_iscsi_api::{Policies, Principals};
 use crate::share_nbd::{named, reachable};
 use crate::signals::Signals;
 use crate::storage::Which;
@@ -204,7 +204,7 @@ fn serve_pool_disks(
     let (options, places, policies) = with_targets(options, arguments, &names)?;
     let principals = (0..)
         .zip(&options.targets)
-        .map(|(place, target)| Principals::new(place, &target.access, &policies))
+        .map(|(place, target)| Principals::of_initiators(place, &target.access, &policies))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let (mut disks, mut shown) = (Vec::new(), Vec::new());
     for (place, path) in arguments.paths.iter().enumerate() {

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use storage_virtualizer::iscsi::{Access, Chap, IscsiTarget, Secret, check_name};
 
 use crate::exit::UsageError;
-use crate::share_iscsi_api::Policies;
+use crate::share_api::Policies;
 
 pub(crate) fn chap(
     own: Option<(&String, &Path)>,
@@ -185,6 +185,9 @@ fn initiators(
                     "{name} has rights in `expanded-api` and no `chap`: anyone could say that it is {name}"
                 )));
             }
+            policy
+                .check()
+                .map_err(|(key, error)| refuse(format!("{name}: expanded-api.{key} {error}")))?;
             policies.insert((place, name.clone()), policy);
         }
         let files = |user: Option<User>| user.map(|user| (user.user, folder.join(user.secret_file)));

@@ -5,30 +5,44 @@
 //!                                       ├─► target 0: LUN 0, 1, … = the disks
 //!   --socket b ─ adapter, another one  ─┘
 //! ```
+//!
+//! With disks of a pool, the machine at each socket is a principal of the expanded API, which may look at the disks that it sees, or what
+//! --access says:
+//!
+//! ```toml
+//! [[machine]]
+//! socket = "a.sock"                     # relative to the file
+//! name = "web1"                         # by default the socket's
+//! [machine.expanded-api]                # as in vm.toml
+//! allow = ["snapshot"]
+//! ```
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
+use api::{ExpandedPolicy, VmName};
 use block_io::{Geometry, WorkerHandle};
 use clap::Args;
+use serde::Deserialize;
 use storage_manager::HostedPool;
 use storage_virtualizer::DiskHandle;
 use storage_virtualizer::controls::DiskControls;
-use storage_virtualizer::scsi::{Identity, Provisioning, TransportId, Unit, UnitOptions};
+use storage_virtualizer::scsi::{Identity, Provisioning, TransportId, Unit, UnitOptions, VendorCommands};
 use storage_virtualizer::vhost_user::VhostUserScsiServer;
 use storage_virtualizer::virtio_blk::fitting_serial;
 use storage_virtualizer::virtio_scsi::{ScsiGroup, VirtioScsiHandle, VirtioScsiOptions};
 
 use crate::exit::{Exit, UsageError};
-use crate::logs;
 use crate::pool::{served, with_pool};
 use crate::share::{Serving, handles};
+use crate::share_api::{Principals, name_of};
 use crate::share_iscsi::unique;
 use crate::share_nbd::named;
 use crate::signals::Signals;
 use crate::storage::Which;
+use crate::{logs, toml_file};
 
 /// What a driver is told of segments of a request, as QEMU's own devices say.
 const QUEUE_SIZE: u16 = 128;
@@ -49,8 +63,72 @@ pub(crate) struct VhostUserScsiArguments {
     /// The guests cannot write.
     #[arg(long)]
     read_only: bool,
+    /// What the machines may ask of storage management by their disks: a file with [[machine]], its socket, and [machine.expanded-api] as
+    /// in vm.toml. Those that are not in it may look at their disks.
+    #[arg(long, value_name = "FILE", conflicts_with = "images")]
+    access: Option<PathBuf>,
     #[command(flatten)]
     serving: Serving,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AccessFile {
+    #[serde(default)]
+    machine: Vec<MachineAccess>,
+}
+
+/// The machine at a socket.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct MachineAccess {
+    socket: PathBuf,
+    name: Option<VmName>,
+    #[serde(default)]
+    expanded_api: ExpandedPolicy,
+}
+
+/// Who is at each of `sockets`, and what he may.
+fn machines(
+    sockets: &[PathBuf],
+    access: Option<&Path>,
+) -> anyhow::Result<Vec<(TransportId, VmName, ExpandedPolicy)>> {
+    let mut named: Vec<(PathBuf, MachineAccess)> = Vec::new();
+    if let Some(file) = access {
+        let refuse = |what: String| UsageError::new(format!("{}: {what}", file.display()));
+        let read: AccessFile = toml_file::read(file)?;
+        let folder = absolute(file);
+        let folder = folder.parent().unwrap_or(Path::new("/"));
+        for machine in read.machine {
+            let socket = absolute(&folder.join(&machine.socket));
+            let shown = machine.socket.display();
+            if !sockets.iter().any(|served| absolute(served) == socket) {
+                return Err(refuse(format!("{shown} is not served; name it by --socket")).into());
+            }
+            if named.iter().any(|(other, _)| *other == socket) {
+                return Err(refuse(format!("{shown} is there twice")).into());
+            }
+            let policy = machine.expanded_api.check();
+            policy.map_err(|(key, error)| refuse(format!("{shown}: expanded-api.{key} {error}")))?;
+            named.push((socket, machine));
+        }
+    }
+    let machine = |socket: &PathBuf| {
+        let place = absolute(socket);
+        let own = named.iter().find(|(other, _)| *other == place);
+        let own = own.map(|(_, machine)| machine);
+        let name = match own.and_then(|machine| machine.name.clone()) {
+            Some(name) => name,
+            None => name_of(&socket.file_stem().unwrap_or_default().to_string_lossy())?,
+        };
+        let policy = own.map(|machine| machine.expanded_api.clone());
+        Ok((initiator(socket), name, policy.unwrap_or_default()))
+    };
+    sockets.iter().map(machine).collect()
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// A disk that is to be shown to all machines.
@@ -105,10 +183,11 @@ pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Res
 /// Serves disks of a pool.
 fn serve_pool_disks(
     arguments: &VhostUserScsiArguments,
-    pool: &HostedPool,
+    pool: &Arc<HostedPool>,
     signals: &Signals,
 ) -> anyhow::Result<()> {
-    let (mut disks, mut guards) = (Vec::new(), Vec::new());
+    let principals = Principals::of_machines(machines(&arguments.sockets, arguments.access.as_deref())?);
+    let (mut disks, mut opened) = (Vec::new(), Vec::new());
     for path in &arguments.paths {
         let disk = pool.disk(path, served(path, arguments.read_only))?;
         let name = path.rsplit('/').next().unwrap_or_default();
@@ -118,6 +197,7 @@ fn serve_pool_disks(
         };
         let unit = Unit::new(UnitOptions {
             store: disk.reservation_store(),
+            vendor: Some(Arc::clone(&principals) as Arc<dyn VendorCommands>),
             ..unit_options(identity, &disk.handle().geometry(), Provisioning::ThinZeroes)
         });
         unit.restore_reservations(disk.reservations())
@@ -128,10 +208,17 @@ fn serve_pool_disks(
             disk: disk.handle().clone(),
             controls: Arc::new(arguments.serving.controls(path)),
         });
-        guards.push(disk.into_guard());
+        opened.push(disk);
     }
+    let seen: Vec<_> = (0..)
+        .zip(&arguments.paths)
+        .zip(&opened)
+        .map(|((lun, path), disk)| (lun, path.as_str(), disk))
+        .collect();
+    let running = principals.start(&[], pool, &seen)?;
     let served = serve(arguments, &disks, &[pool.worker().clone()], signals);
-    drop(guards);
+    drop((running, disks));
+    opened.into_iter().for_each(|disk| drop(disk.into_guard()));
     served
 }
 
@@ -188,7 +275,7 @@ fn serve<H: DiskHandle>(
 
 /// The machine at a socket, as persistent reservations know it: the same as long as the socket has this path.
 fn initiator(socket: &Path) -> TransportId {
-    let path = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
+    let path = absolute(socket);
     let name = format!("smsvmm adapter at {}", path.display());
     TransportId::sas(u64::from_be_bytes(Identity::from_name(&name, "").naa()))
 }

@@ -545,6 +545,11 @@ fn events(
     }
 }
 
+/// Whose guest did something: in the log of a manager that is said.
+fn guest_of(vm: Option<&VmName>) -> String {
+    vm.map_or_else(|| "the guest".to_owned(), |vm| format!("the guest of {vm}"))
+}
+
 fn line_of(event: &Event) -> String {
     let what = match &event.kind {
         EventKind::Started => "started".to_owned(),
@@ -567,20 +572,28 @@ fn line_of(event: &Event) -> String {
         EventKind::DiskServerBack { id } => format!("{id}: the process that serves it is back"),
         EventKind::DebugLine { text, microseconds } => format!("debug port after {microseconds} us: {text}"),
         EventKind::GuestCommand {
+            vm,
             command,
             object,
             failure,
         } => match failure {
-            None => format!("the guest had {command} done: {object}"),
-            Some(failure) => format!("the guest wanted {command} of {object}, which failed: {failure}"),
+            None => format!("{} had {command} done: {object}", guest_of(vm.as_ref())),
+            Some(failure) => format!(
+                "{} wanted {command} of {object}, which failed: {failure}",
+                guest_of(vm.as_ref())
+            ),
         },
         EventKind::GuestCommandRefused {
+            vm,
             command,
             reason,
             unlisted,
         } => match unlisted {
-            0 => format!("{command} from the guest was refused: {reason}"),
-            more => format!("{command} from the guest was refused: {reason} (and {more} before)"),
+            0 => format!("{command} from {} was refused: {reason}", guest_of(vm.as_ref())),
+            more => format!(
+                "{command} from {} was refused: {reason} (and {more} before)",
+                guest_of(vm.as_ref())
+            ),
         },
         EventKind::ManagerStarted { version } => format!("the manager is ready (version {version})"),
         EventKind::ManagerStopping { reason } => format!("the manager ends: {reason}"),

@@ -1,9 +1,26 @@
 //! `smsvmm share vhost-user-scsi` from outside. What a front-end sees is told in `tests/tests/shared_scsi.rs`.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../../storage-virtualizer/tests/driver/mod.rs"]
+mod driver;
+#[path = "../../host-manager/tests/guest/mod.rs"]
+mod guest;
+
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+use api::{ProblemKind, Right};
+use driver::scsi::Initiator;
+use expanded_api::{Answer, Request};
+use storage_virtualizer::vhost_user::front_end::{
+    FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice, dial,
+};
+use storage_virtualizer::virtio_scsi::scsi_feature;
+use virtio_core::vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use virtio_core::{GuestMemory, feature};
 
 fn command(folder: &Path, arguments: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_smsvmm"));
@@ -50,6 +67,123 @@ fn every_socket_has_all_disks_until_a_signal_comes() {
     assert!(!folder.path().join("one.sock").exists());
 }
 
+/// A process that does not outlive the test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+struct Deaf;
+
+impl LinkEvents for Deaf {
+    fn lost(&self, _: &str) {}
+    fn back(&self) {}
+}
+
+/// The machine at a socket: its driver, and what it must have as long.
+fn machine(socket: &Path) -> (Initiator, VhostUserDevice) {
+    let place = socket.to_owned();
+    let options = FrontEndOptions {
+        kind: FrontEndKind::Scsi,
+        name: "machine".to_owned(),
+        queues: 1,
+        queue_size: 64,
+        on_start: None,
+        observer: Arc::new(Deaf),
+    };
+    let mut device = VhostUserDevice::open(Arc::new(move || dial(&place)), options).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(16 << 20).unwrap();
+    let mapped = Some(FileOffset::new(file, 0));
+    let memory: GuestMemory =
+        Arc::new(GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), 16 << 20, mapped)]).unwrap());
+    let driver = Initiator::new(&memory);
+    let queues = [&driver.control, &driver.event, &driver.requests];
+    let queues = (0..).zip(queues).map(|(index, queue)| queue.active(index));
+    let features = feature::VERSION_1
+        | feature::RING_EVENT_IDX
+        | feature::RING_INDIRECT_DESC
+        | scsi_feature::HOTPLUG
+        | scsi_feature::CHANGE;
+    driver::activate(&mut device, &memory, features, queues.collect());
+    (driver, device)
+}
+
+#[test]
+fn the_machine_at_each_socket_has_the_rights_that_are_given_to_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    for device in ["d0", "d1"] {
+        File::create(folder.join(device))
+            .unwrap()
+            .set_len(128 << 20)
+            .unwrap();
+    }
+    for line in [
+        "pool create tank d0 d1",
+        "file --devices d0,d1 format --meta-size 32M",
+        "volume --devices d0,d1 create data --size 64M --layout mirror",
+        "disk --devices d0,d1 create /a.dsk --size 16M",
+        "disk --devices d0,d1 create /b.dsk --size 16M",
+    ] {
+        let mut made = Command::new(env!("CARGO_BIN_EXE_smsvmm"));
+        let made = made.args(line.split(' ')).current_dir(folder).output().unwrap();
+        assert!(made.status.success(), "{line}: {made:?}");
+    }
+    let access = folder.join("access.toml");
+    let refused = |text: &str| {
+        fs::write(&access, text).unwrap();
+        let line = "--devices d0,d1 /a.dsk --socket one.sock --access access.toml";
+        let output = command(folder, line).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(refused("[[machine]]\nsocket = \"two.sock\"\n").contains("two.sock is not served"));
+    let twice = "[[machine]]\nsocket = \"one.sock\"\n".repeat(2);
+    assert!(refused(&twice).contains("there twice"));
+    let wrong = "[[machine]]\nsocket = \"one.sock\"\n[machine.expanded-api]\nobjects = [\"x\"]\n";
+    assert!(refused(wrong).contains("expanded-api.objects"));
+    fs::write(
+        &access,
+        "[[machine]]\nsocket = \"one.sock\"\nname = \"web1\"\n[machine.expanded-api]\nallow = [\"snapshot\"]\n",
+    )
+    .unwrap();
+    let line = "--devices d0,d1 /a.dsk --socket one.sock --socket two.sock --access access.toml";
+    let mut server = Running(command(folder, line).spawn().unwrap());
+    let said = BufReader::new(server.0.stderr.take().unwrap());
+    assert_eq!(said.lines().take(2).count(), 2);
+
+    let (mut one, _one) = machine(&folder.join("one.sock"));
+    let (mut two, _two) = machine(&folder.join("two.sock"));
+    let known = |driver: &mut Initiator| match guest::ask(driver, 0, 1, &Request::Describe {}).unwrap() {
+        Answer::Description(known) => (known.vm.to_string(), known.rights),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        known(&mut one),
+        ("web1".to_owned(), vec![Right::Observe, Right::Snapshot])
+    );
+    assert_eq!(known(&mut two), ("two".to_owned(), vec![Right::Observe]));
+    let snapshot = |disk: &str| Request::Snapshot {
+        disks: vec![disk.to_owned()],
+        name: "noon".into(),
+        description: String::new(),
+    };
+    guest::ask(&mut one, 0, 2, &snapshot("/a.dsk")).unwrap();
+    for (driver, disk) in [(&mut one, "/b.dsk"), (&mut two, "/a.dsk")] {
+        let refused = guest::ask(driver, 0, 3, &snapshot(disk)).unwrap_err();
+        assert_eq!(refused.kind, ProblemKind::Forbidden, "{refused}");
+    }
+    let Answer::Disks(disks) = guest::ask(&mut two, 0, 4, &Request::ListDisks {}).unwrap() else {
+        panic!("no disks");
+    };
+    assert_eq!(disks[0].snapshots[0].name, "noon");
+}
+
 #[test]
 fn wrong_usage_is_told() {
     let folder = folder();
@@ -66,6 +200,7 @@ fn wrong_usage_is_told() {
         ("--image a.img --socket s --queues 65", 2, "1 to 64"),
         ("--image absent.img --socket s", 1, "absent.img"),
         ("--devices d0 /a.dsk --socket s --threads 2", 2, "--threads"),
+        ("--image a.img --socket s --access f", 2, "--access"),
     ] {
         let output = command(folder.path(), arguments).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);

@@ -14,6 +14,7 @@ use crate::conversation::{Flow, Notice, Reporter, Work, on_worker};
 use crate::device::DevicePaths;
 use crate::file_view::{self as view, no_volume};
 use crate::format::{self, Wishes};
+use crate::places;
 use crate::problem::of_files;
 use crate::storage::{Access, FileSystem, Storage, now};
 
@@ -48,9 +49,9 @@ pub fn execute_file(
             false => Access::Write,
         };
         let storage = Storage::open(&paths, access).await?;
-        let done = match storage.files() {
-            Ok(files) => Box::pin(perform(files, operation, &reporter)).await,
-            Err(problem) => Err(problem),
+        let done = match (storage.files(), Box::pin(meant(&storage, operation)).await) {
+            (Ok(files), Ok(operation)) => Box::pin(perform(files, operation, &reporter)).await,
+            (Err(problem), _) | (_, Err(problem)) => Err(problem),
         };
         end(storage, done, &reporter).await
     })
@@ -67,6 +68,17 @@ async fn end(
         events,
         interrupted: reporter.stopped(),
     })
+}
+
+/// The operation on files themselves: where a snapshot of a disk may be named (`/vm/root.dsk@monday`), the file that is it.
+pub(crate) async fn meant(storage: &Storage, operation: FileOperation) -> Result<FileOperation, Problem> {
+    match operation {
+        FileOperation::Extents { path } if path.contains(".dsk@") => {
+            let (path, _) = places::frozen(storage, &path).await?;
+            Ok(FileOperation::Extents { path })
+        }
+        other => Ok(other),
+    }
 }
 
 pub(crate) async fn perform(

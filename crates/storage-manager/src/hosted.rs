@@ -836,6 +836,7 @@ async fn file(open: &Open, operation: FileOperation) -> Result<FileOutcome, Prob
     };
     let listed = listed.map(|(kind, what)| open.works.begin(kind, what));
     let reporter = Reporter::until(&open.stopping).listed(listed);
+    let operation = files::meant(storage, operation).await?;
     let answer = files::perform(storage.files()?, operation, &reporter).await;
     let interrupted = reporter.stopped();
     reporter.ended(&answer);

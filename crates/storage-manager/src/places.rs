@@ -8,7 +8,8 @@ use crate::disks::{failed, snapshot_of};
 use crate::problem::of_files;
 use crate::storage::{Storage, now};
 
-async fn frozen(storage: &Storage, path: &str) -> Result<(String, Stat), Problem> {
+/// The file that is a snapshot, and its state.
+pub(crate) async fn frozen(storage: &Storage, path: &str) -> Result<(String, Stat), Problem> {
     let (disk, snapshot) = snapshot_of(path)?;
     let found = Box::pin(storage.disks()?.frozen_file(&disk, &snapshot)).await;
     found.map_err(failed)

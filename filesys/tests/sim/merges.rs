@@ -73,7 +73,9 @@ impl Scenario for Merge {
         };
         for (number, (at, length)) in BASE.iter().chain(&LAYER).enumerate() {
             if number == BASE.len() {
-                fs.snapshot(std::slice::from_ref(&layer), 1).await.map_err(failed)?;
+                fs.snapshot(std::slice::from_ref(&layer), 1)
+                    .await
+                    .map_err(failed)?;
             }
             let fill = u8::try_from(number).unwrap() + 1;
             for page in 0..PAGES {

@@ -7,6 +7,7 @@ use super::device::ServedDevice;
 use super::session::{Channel, Session};
 use crate::disk_handle::DiskHandle;
 use crate::virtio_blk::VirtioBlk;
+use crate::virtio_scsi::VirtioScsi;
 
 /// How a front-end has gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +23,12 @@ pub enum Parting {
 /// used any more, and the connection is closed.
 pub fn serve_blk<H: DiskHandle>(socket: UnixStream, device: VirtioBlk<H>) -> Parting {
     serve(socket, device)
+}
+
+/// The same with a SCSI adapter, which stays, with its units and what they know of the initiator, for the next front-end. One front-end at a
+/// time: the caller sees to that.
+pub fn serve_scsi<H: DiskHandle>(socket: UnixStream, adapter: &VirtioScsi<H>) -> Parting {
+    serve(socket, adapter.twin())
 }
 
 fn serve<D: ServedDevice>(socket: UnixStream, device: D) -> Parting {

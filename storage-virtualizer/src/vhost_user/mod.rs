@@ -41,7 +41,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub use blk::{VhostUserOptions, VhostUserServer};
-pub use connection::{Parting, serve_blk};
+pub use connection::{Parting, serve_blk, serve_scsi};
 pub use scsi::VhostUserScsiServer;
 
 use crate::virtio_blk::VirtioBlkError;

@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use api::OnError;
 
-use super::{ConsoleSpec, DiskBus, DiskConfig, DiskSource, VmConfig};
+use super::{ConsoleSpec, DiskConfig, DiskSource, VmConfig};
 
 /// A rule that is broken: at which key, and what would be accepted.
 #[derive(Debug, PartialEq, Eq)]
@@ -94,20 +94,23 @@ fn check_manager(config: &VmConfig) -> Result<(), Violation> {
         return violation("manager", "is empty; name the socket of `smsvmm serve`");
     }
     check_socket(manager, "manager")?;
+    let scsi = config
+        .disks
+        .iter()
+        .find(|disk| disk.file.is_some() && disk.is_unit());
+    let scsi = scsi.map(|disk| &disk.pool);
     for (number, disk) in config.disks.iter().enumerate() {
         let problem = if disk.file.is_none() {
             continue;
-        } else if disk.bus == DiskBus::VirtioScsi {
-            ("bus", "must be virtio-blk for a disk that the manager serves")
+        } else if disk.is_unit() && scsi.is_some_and(|pool| *pool != disk.pool) {
+            (
+                "pool",
+                "must be that of the other SCSI disks that the manager serves: they are on one adapter",
+            )
         } else if disk.on_error != OnError::Report {
             (
                 "on-error",
                 "cannot be \"stop\" for a disk that the manager serves: it could not stop the machine's processors",
-            )
-        } else if disk.limit_group.is_some() {
-            (
-                "limit-group",
-                "is for disks that this process serves, and this one is served by the manager; give it limits of its own",
             )
         } else {
             continue;
@@ -142,8 +145,11 @@ fn check_devices(config: &VmConfig) -> Result<(), Violation> {
             format!("{scsi} SCSI disks are too many; a machine has up to {most}"),
         );
     }
-    // One adapter has them all.
-    let disks = config.disks.len() - scsi + usize::from(scsi > 0 || config.scsi.is_some());
+    // One adapter has them all, but for those that the manager serves.
+    let units = || config.disks.iter().filter(|disk| disk.is_unit());
+    let managed = config.manager.is_some() && units().any(|disk| disk.file.is_some());
+    let own = config.scsi.is_some() || units().any(|disk| config.manager.is_none() || disk.file.is_none());
+    let disks = config.disks.len() - scsi + usize::from(own) + usize::from(managed);
     let nets = config.nets.len();
     if disks + nets > VmConfig::MAX_DEVICES {
         let key = if disks > nets { "disk" } else { "net" };
@@ -203,7 +209,8 @@ fn check_devices(config: &VmConfig) -> Result<(), Violation> {
 
 /// Each place on the SCSI adapter has one disk, and the adapter has it.
 fn check_scsi(config: &VmConfig) -> Result<(), Violation> {
-    let mut places: HashMap<(u8, u16), usize> = HashMap::new();
+    // Those of the manager are on an adapter of their own.
+    let mut places: HashMap<(bool, u8, u16), usize> = HashMap::new();
     let targets = config.scsi.as_ref().and_then(|scsi| scsi.targets);
     for (number, disk) in config.disks.iter().enumerate() {
         if !disk.is_unit() {
@@ -219,7 +226,8 @@ fn check_scsi(config: &VmConfig) -> Result<(), Violation> {
                 let text = format!("the adapter has no target {target}; scsi.targets says how many it has");
                 return violation(format!("disk.{number}.target"), text);
             }
-            if let Some(other) = places.insert((target, lun), number) {
+            let of_manager = config.manager.is_some() && disk.file.is_some();
+            if let Some(other) = places.insert((of_manager, target, lun), number) {
                 let text =
                     format!("LUN {lun} of target {target} is that of disk.{other}; choose another one");
                 return violation(format!("disk.{number}.lun"), text);

@@ -267,16 +267,12 @@ fn each_mistake_in_the_file_has_its_message() {
             "vm.toml:6: disk.0.pool: `a/b` cannot be a pool of a manager; such a name has 1 to 64 of A-Z a-z 0-9 . _ -",
         ),
         (
-            "manager = \"m\"\n[[disk]]\nfile = \"/a.dsk\"\nbus = \"virtio-scsi\"",
-            "vm.toml:6: disk.0.bus: must be virtio-blk for a disk that the manager serves",
+            "manager = \"m\"\n[[disk]]\nfile = \"/a.dsk\"\nbus = \"virtio-scsi\"\n[[disk]]\nfile = \"/b.dsk\"\nbus = \"virtio-scsi\"\npool = \"fast\"",
+            "vm.toml:10: disk.1.pool: must be that of the other SCSI disks that the manager serves: they are on one adapter",
         ),
         (
             "manager = \"m\"\n[[disk]]\nfile = \"/a.dsk\"\non-error = \"stop\"",
             "vm.toml:6: disk.0.on-error: cannot be \"stop\" for a disk that the manager serves: it could not stop the machine's processors",
-        ),
-        (
-            "manager = \"m\"\n[[disk]]\nfile = \"/a.dsk\"\nlimit-group = \"bulk\"\n[limit-groups.bulk]\niops = 5",
-            "vm.toml:6: disk.0.limit-group: is for disks that this process serves, and this one is served by the manager; give it limits of its own",
         ),
         (
             "manager = \"m\"\n[[disk]]\nfile = \"/a.dsk\"\n[[disk]]\nfile = \"/a.dsk\"",

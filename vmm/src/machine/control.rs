@@ -220,7 +220,17 @@ impl api::Vm for Control {
     }
 
     fn change_limits(&self, group: &DeviceId, change: &DiskLimits) -> Result<DiskLimits, Problem> {
-        self.0.opener.settings.change_group(group, change)
+        let opener = &self.0.opener;
+        if let Some(manager) = &opener.manager
+            && opener.settings.is_group_of_pool(group)
+        {
+            match manager.change_group(group, change) {
+                // None of these disks is in use now: the next one brings the limits along.
+                Err(problem) if problem.kind == ProblemKind::NotFound => {}
+                other => other?,
+            }
+        }
+        opener.settings.change_group(group, change)
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
@@ -259,14 +269,10 @@ impl api::Vm for Control {
 
     fn trace(&self, id: &DeviceId, after: &str) -> Result<TracePage, Problem> {
         let opener = &self.0.opener;
-        if opener.manager.is_some() && opener.settings.is_of_pool(id) {
-            let problem = Problem::new(
-                ProblemKind::Conflict,
-                format!("`{id}` is served by the host's manager, which keeps its records"),
-            );
-            return Err(problem
-                .about(id)
-                .remedy("they are in the manager's log when a request fails"));
+        if let Some(manager) = &opener.manager
+            && opener.settings.is_of_pool(id)
+        {
+            return manager.trace(id, after);
         }
         opener.settings.trace(id, after)
     }

@@ -18,6 +18,7 @@ use virtio_core::VirtioDevice;
 
 use super::MachineError;
 use super::disk::{DiskError, OpenDisk, PoolDisks};
+use super::managed::ManagedScsi;
 use super::manager::ManagerLink;
 use super::metrics::NetCounters;
 use super::scsi::{ScsiAdapter, ScsiBus, ScsiDisk, scsi_adapter};
@@ -69,6 +70,11 @@ pub(super) enum Attachment {
         adapter: Option<HostDevice>,
         disk: ScsiDisk,
     },
+    /// A SCSI disk that the manager serves; and the adapter, if it is the first one.
+    Managed {
+        adapter: Option<HostDevice>,
+        disk: DiskStatus,
+    },
 }
 
 impl Kind {
@@ -119,6 +125,8 @@ pub(super) struct DeviceOpener {
     pub(super) pool: Option<Arc<dyn PoolDisks>>,
     /// The host's manager, if it has them.
     pub(super) manager: Option<ManagerLink>,
+    /// The SCSI disks that it serves.
+    pub(super) managed: Option<Arc<ManagedScsi>>,
     /// What can be changed of disks in use.
     pub(super) settings: Arc<DiskSettings>,
     pub(super) passt: StartPasst,
@@ -156,6 +164,21 @@ impl DeviceOpener {
             .map_err(|(key, error)| Problem::new(ProblemKind::Invalid, format!("{key} {error}")))?;
         let id = config.id.clone();
         let opened = match config.is_unit() {
+            true if let Some((managed, manager)) = self.managed_scsi(&config) => self
+                .open_managed(config, managed)
+                .and_then(|disk| match self.managed_adapter(managed, manager) {
+                    Ok(adapter) => Ok((
+                        Attachment::Managed {
+                            adapter,
+                            disk: disk.clone(),
+                        },
+                        disk,
+                    )),
+                    Err(error) => {
+                        managed.release(&disk.config.id);
+                        Err(error)
+                    }
+                }),
             false => self
                 .open_disk(config)
                 .map(|(device, status)| (Attachment::Device(device), status)),
@@ -216,6 +239,40 @@ impl DeviceOpener {
         let source = super::disk::open_unit(&config, self)?;
         self.settings.enter(config.id, &setting);
         Ok(ScsiDisk { setting, source })
+    }
+
+    /// The way to a SCSI disk that the manager serves; none if it is another disk.
+    fn managed_scsi(&self, config: &DiskConfig) -> Option<(&Arc<ManagedScsi>, &ManagerLink)> {
+        config.file.as_ref().filter(|_| config.is_unit())?;
+        self.managed.as_ref().zip(self.manager.as_ref())
+    }
+
+    /// Has the manager open a SCSI disk.
+    fn open_managed(&self, config: DiskConfig, managed: &Arc<ManagedScsi>) -> Result<DiskStatus, DiskError> {
+        let setting = self.setting(&config)?;
+        let status = managed.attach(&setting)?;
+        self.settings.enter(config.id, &setting);
+        Ok(status)
+    }
+
+    /// The adapter of the disks that the manager serves as a device, if there was none before.
+    fn managed_adapter(
+        &self,
+        managed: &Arc<ManagedScsi>,
+        manager: &ManagerLink,
+    ) -> Result<Option<HostDevice>, DiskError> {
+        if !managed.needs_adapter() {
+            return Ok(None);
+        }
+        let device =
+            super::disk::managed_adapter(managed, manager, self).inspect_err(|_| managed.no_adapter())?;
+        Ok(Some(HostDevice {
+            id: super::managed::adapter_id(),
+            kind: Kind::ScsiAdapter,
+            device,
+            workers: Vec::new(),
+            guard: None,
+        }))
     }
 
     /// The SCSI adapter as a device, if there was none before.
@@ -417,8 +474,15 @@ pub(super) fn open_all(
         let adapter = opener.adapter();
         devices.extend(adapter.map_err(|error| device(&adapter_id())(error.into()))?);
     }
+    // The manager has all disks of its adapter before the guest looks at it.
+    let mut managed = None;
     for disk in &config.disks {
         let failed = |error: DiskError| device(&disk.id)(error.into());
+        if let Some(bus) = opener.managed_scsi(disk) {
+            opener.open_managed(disk.clone(), bus.0).map_err(failed)?;
+            managed.get_or_insert((devices.len(), bus));
+            continue;
+        }
         match disk.is_unit() {
             false => devices.push(opener.open_disk(disk.clone()).map_err(failed)?.0),
             true => {
@@ -427,6 +491,11 @@ pub(super) fn open_all(
                 opener.scsi.plug(disk).map_err(|problem| failed(problem.into()))?;
             }
         }
+    }
+    if let Some((place, (bus, manager))) = managed {
+        let adapter = opener.managed_adapter(bus, manager);
+        let adapter = adapter.map_err(|error| device(&super::managed::adapter_id())(error.into()))?;
+        devices.splice(place..place, adapter);
     }
     for net in &config.nets {
         devices.push(

@@ -24,6 +24,8 @@ use storage_virtualizer::virtio_scsi::{VirtioScsiError, VirtioScsiOptions};
 use virtio_core::VirtioDevice;
 
 use super::devices::DeviceOpener;
+use super::managed::{self, ManagedScsi};
+use super::manager::ManagerLink;
 use super::scsi::{PoolUnit, ScsiAdapter, ScsiSource};
 use super::settings::DiskSetting;
 use crate::host::{CutOff, find_cut_off};
@@ -153,14 +155,6 @@ pub(super) enum DiskError {
         /// What it says.
         source: io::Error,
     },
-    /// It cannot be a SCSI disk.
-    #[error(
-        "{file} is a disk of the manager, which serves no single SCSI disks; give it bus = \"virtio-blk\""
-    )]
-    ManagedUnit {
-        /// The disk.
-        file: String,
-    },
     /// Nobody can connect.
     #[error(
         "the disk at {} cannot be reached from inside of the sandbox without [management] in vm.toml",
@@ -273,9 +267,6 @@ pub(super) fn open_unit(config: &DiskConfig, opener: &DeviceOpener) -> Result<Sc
             .open_unit(config)
             .map(ScsiSource::Pool)
             .map_err(DiskError::Pool),
-        (Some(DiskSource::File(file)), None) if opener.manager.is_some() => Err(DiskError::ManagedUnit {
-            file: file.to_owned(),
-        }),
         (Some(DiskSource::File(file)), None) => Err(DiskError::NoPool {
             file: file.to_owned(),
         }),
@@ -376,8 +367,12 @@ fn open_managed(
     let (asking, setting) = (manager.clone(), Arc::clone(setting));
     let had = AtomicBool::new(false);
     // As it is set by then: a manager that was started again knows nothing of it.
+    let settings = Arc::clone(&opener.settings);
     let dial = Arc::new(move || {
-        let dialled = asking.attach(&setting.config(), had.load(Ordering::Relaxed))?;
+        let (config, goes_on) = (setting.config(), had.load(Ordering::Relaxed));
+        let dialled = asking
+            .attach(&config, settings.group_limits(&config), goes_on)
+            .map_err(io::Error::other)?;
         had.store(true, Ordering::Relaxed);
         Ok(dialled)
     });
@@ -398,22 +393,61 @@ fn front_end(
     config: &DiskConfig,
     opener: &DeviceOpener,
 ) -> Result<VhostUserDevice, FrontEndError> {
+    let kind = match config.bus {
+        DiskBus::VirtioBlk => FrontEndKind::Blk,
+        DiskBus::VirtioScsi => FrontEndKind::Scsi,
+    };
+    let queues = (u16::from(config.queues), config.queue_size.get());
+    front_end_of(dial, (kind, config.id.clone()), queues, opener)
+}
+
+/// The same with so many queues of such a size.
+fn front_end_of(
+    dial: Dial,
+    (kind, id): (FrontEndKind, DeviceId),
+    (queues, queue_size): (u16, u16),
+    opener: &DeviceOpener,
+) -> Result<VhostUserDevice, FrontEndError> {
     let on_start = opener.sandbox.thread(Kind::DiskLink);
     let options = FrontEndOptions {
-        kind: match config.bus {
-            DiskBus::VirtioBlk => FrontEndKind::Blk,
-            DiskBus::VirtioScsi => FrontEndKind::Scsi,
-        },
-        name: config.id.to_string(),
-        queues: u16::from(config.queues),
-        queue_size: config.queue_size.get(),
+        kind,
+        name: id.to_string(),
+        queues,
+        queue_size,
         on_start: Some(Box::new(on_start)),
         observer: Arc::new(Recorder {
-            id: config.id.clone(),
+            id,
             events: opener.events.clone(),
         }),
     };
     VhostUserDevice::open(dial, options)
+}
+
+/// The adapter of the SCSI disks that the manager serves.
+pub(super) fn managed_adapter(
+    bus: &Arc<ManagedScsi>,
+    manager: &ManagerLink,
+    opener: &DeviceOpener,
+) -> Result<Box<dyn VirtioDevice>, DiskError> {
+    let (asking, disks) = (manager.clone(), Arc::downgrade(bus));
+    let dial = Arc::new(move || {
+        let disks = disks.upgrade().ok_or(io::ErrorKind::NotConnected)?;
+        let (pool, number) = disks.wanted();
+        let number = u32::try_from(number).unwrap_or(u32::MAX);
+        asking.attach_adapter(pool, number).map_err(io::Error::other)
+    });
+    let VirtioScsiOptions {
+        queues, queue_size, ..
+    } = opener.scsi_options;
+    let named = (FrontEndKind::Scsi, managed::adapter_id());
+    let device = front_end_of(dial, named, (queues, queue_size), opener).map_err(|source| {
+        let socket = manager.socket().to_owned();
+        match source {
+            FrontEndError::Link(LinkError::Connect(source)) => DiskError::Managed { socket, source },
+            source => DiskError::Served { socket, source },
+        }
+    })?;
+    Ok(Box::new(device))
 }
 
 fn served(device: VhostUserDevice, link: FrontEndHandle) -> OpenDisk {

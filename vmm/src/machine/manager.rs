@@ -18,7 +18,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::virtual_disk::TransferRequest;
-use api::{DeviceId, DiskChange, DiskConfig, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer};
+use api::{
+    DeviceId, DiskChange, DiskConfig, DiskLimits, Problem, ProblemKind, StorageAnswer, StorageRequest,
+    TracePage, Transfer,
+};
 use storage_virtualizer::vhost_user::front_end::Dialled;
 
 use super::disk::PoolDisks;
@@ -48,12 +51,38 @@ pub trait ManagerDisks: Send + Sync + fmt::Debug {
     /// No machine asks for that.
     fn say(&self, request: &str) -> io::Result<Vec<u8>>;
 
-    /// Has it open a disk, which it serves at the connection that is returned, over vhost-user. A machine that `goes_on` has had the disk
+    /// Has it open a disk, which it serves at the connection that is returned, over vhost-user; or, of a SCSI disk, for the machine's adapter,
+    /// and tells there how it is. `limits` are what it shares with others. A machine that `goes_on` has had the disk
     /// before, from another manager.
     ///
     /// # Errors
     /// It refuses, or does not answer.
-    fn attach(&self, ask: Ask<'_>, disk: &DiskConfig, goes_on: bool) -> Result<Dialled, Problem>;
+    fn attach(
+        &self,
+        ask: Ask<'_>,
+        disk: &DiskConfig,
+        limits: Option<DiskLimits>,
+        goes_on: bool,
+    ) -> Result<Dialled, Problem>;
+
+    /// Has it serve the queues of the machine's SCSI adapter at the connection that is returned, over vhost-user, when so many of its disks are
+    /// there, which are of `pool`.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    fn attach_adapter(&self, ask: Ask<'_>, pool: Option<String>, disks: u32) -> Result<Dialled, Problem>;
+
+    /// Has it tell the last requests of a disk that it serves to this machine.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    fn trace(&self, ask: Ask<'_>, disk: &DeviceId, after: &str) -> Result<TracePage, Problem>;
+
+    /// Has it change limits that disks which it serves to this machine share.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    fn change_group(&self, ask: Ask<'_>, group: &DeviceId, change: &DiskLimits) -> Result<(), Problem>;
 
     /// Has it change a disk that it serves to this machine.
     ///
@@ -112,10 +141,32 @@ impl ManagerLink {
     ///
     /// # Errors
     /// It is away, or refuses; later it may not.
-    pub(super) fn attach(&self, disk: &DiskConfig, goes_on: bool) -> io::Result<Dialled> {
+    pub(super) fn attach(
+        &self,
+        disk: &DiskConfig,
+        limits: Option<DiskLimits>,
+        goes_on: bool,
+    ) -> Result<Dialled, Problem> {
         self.disks
-            .attach(&|request| self.ask(request), disk, goes_on)
-            .map_err(io::Error::other)
+            .attach(&|request| self.ask(request), disk, limits, goes_on)
+    }
+
+    /// A connection at which the manager serves the queues of the machine's SCSI adapter.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    pub(super) fn attach_adapter(&self, pool: Option<String>, disks: u32) -> Result<Dialled, Problem> {
+        self.disks
+            .attach_adapter(&|request| self.ask(request), pool, disks)
+    }
+
+    pub(super) fn trace(&self, disk: &DeviceId, after: &str) -> Result<TracePage, Problem> {
+        self.disks.trace(&|request| self.ask(request), disk, after)
+    }
+
+    pub(super) fn change_group(&self, group: &DeviceId, change: &DiskLimits) -> Result<(), Problem> {
+        self.disks
+            .change_group(&|request| self.ask(request), group, change)
     }
 
     pub(super) fn change(&self, disk: &DeviceId, change: &DiskChange) -> Result<(), Problem> {

@@ -17,6 +17,7 @@ mod build;
 mod control;
 mod devices;
 mod disk;
+mod managed;
 mod manager;
 mod metrics;
 mod processors;
@@ -41,8 +42,11 @@ pub use control::Control;
 use devices::StartPasst;
 pub use disk::{GuestDisk, PoolDisk, PoolDisks, blk_options, guest_disk, serial};
 pub use manager::{Ask, ManagerDisks, Pools};
-pub use scsi::{AddPoolUnit, OnResize, PoolUnit, ScsiAdapter, ScsiUnitDisk, ScsiUnits, scsi_adapter};
-pub use settings::set_controls;
+pub use scsi::{
+    AddPoolUnit, OnResize, PoolUnit, SCSI_FAREWELL, SHORT_SCSI_FAREWELL, ScsiAdapter, ScsiBacking,
+    ScsiUnitDisk, ScsiUnits, pool_unit, scsi_adapter, scsi_initiator,
+};
+pub use settings::{rates, set_controls, trace};
 pub use slots::SlotError;
 
 use crate::boot::{BootError, BootFiles, Kernel};
@@ -136,6 +140,7 @@ struct Parts {
     consoles: devices::Consoles,
     events: Arc<EventLog>,
     scsi: Arc<scsi::ScsiBus>,
+    managed: Option<Arc<managed::ManagedScsi>>,
     started: Instant,
 }
 
@@ -270,13 +275,16 @@ impl Vm {
         let mut main_loop = MainLoop::new().map_err(|error| MachineError::MainLoop(error.to_string()))?;
         let events = Arc::new(EventLog::new());
         let settings = Arc::new(settings::DiskSettings::new(&config.limit_groups, events.clone()));
+        let managed = manager.clone().map(|link| {
+            managed::ManagedScsi::new(link, Arc::clone(&settings), sandbox.clone(), events.clone())
+        });
         let scsi = Arc::new(scsi::ScsiBus::new(events.clone(), vendor));
         let (queues, queue_size, targets) = config.scsi.clone().unwrap_or_default().for_disks(&config.disks);
         let opener = devices::DeviceOpener {
             vm: config.name.clone(),
             scsi: scsi.clone(),
             scsi_options: VirtioScsiOptions {
-                initiator: scsi::initiator(config.name.as_str()),
+                initiator: scsi_initiator(config.name.as_str()),
                 queues: queues.into(),
                 queue_size: queue_size.get(),
                 last_target: targets.saturating_sub(1),
@@ -284,6 +292,7 @@ impl Vm {
             sandbox: sandbox.clone(),
             pool,
             manager,
+            managed: managed.clone(),
             settings,
             passt: StartPasst::Here,
             helper,
@@ -309,6 +318,7 @@ impl Vm {
             consoles,
             events,
             scsi,
+            managed,
             started,
         };
         let session = run::Session::new(parts, main_loop, inbox)?;

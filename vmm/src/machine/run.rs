@@ -15,7 +15,7 @@ use super::build::{self, Machine};
 use super::control::{Inbox, Reply, Request};
 use super::devices::{Attachment, HostDevice};
 use super::signals::{Signal, Signals};
-use super::{MachineError, MainLoop, Parts};
+use super::{MachineError, MainLoop, Parts, managed};
 use crate::config::{OnCrash, OnReboot};
 use crate::host::Remains;
 use crate::platform::GuestLines;
@@ -94,6 +94,9 @@ impl Session {
     ) -> Result<ExitReason, MachineError> {
         let result = self.live(devices, Some(micro_guest));
         self.parts.scsi.close();
+        if let Some(managed) = &self.parts.managed {
+            managed.close();
+        }
         self.parts.consoles.close();
         result
     }
@@ -159,9 +162,12 @@ impl Session {
                 }
             }
             for (id, was_adapter) in machine.slots.collect() {
-                self.parts.events.record(EventKind::DeviceRemoved { id });
                 // The guest has ejected it with all that was on it.
-                let lost = was_adapter.then(|| self.parts.scsi.close());
+                let lost = was_adapter.then(|| match &self.parts.managed {
+                    Some(managed) if id == managed::adapter_id() => managed.close(),
+                    _ => self.parts.scsi.close(),
+                });
+                self.parts.events.record(EventKind::DeviceRemoved { id });
                 for id in lost.into_iter().flatten() {
                     self.parts.events.record(EventKind::DeviceRemoved { id });
                 }
@@ -287,19 +293,43 @@ impl Session {
                     return Err(problem);
                 }
                 let id = disk.setting.config().id;
-                if machine.slots.has(&id) {
+                let is_managed = |managed: &Arc<managed::ManagedScsi>| managed.has(&id);
+                if machine.slots.has(&id) || self.parts.managed.as_ref().is_some_and(is_managed) {
                     return Err(taken(&id));
                 }
                 let status = self.parts.scsi.plug(disk)?;
                 self.parts.events.record(EventKind::DeviceAttached { id });
                 Ok(Some(status))
             }
+            Attachment::Managed { adapter, disk } => {
+                let id = disk.config.id.clone();
+                let attached = match adapter {
+                    _ if machine.slots.has(&id) || self.parts.scsi.has(&id) => Err(taken(&id)),
+                    Some(adapter) => self.attach_device(machine, adapter).inspect_err(|_| {
+                        // There is no adapter, then: the next disk tries again.
+                        self.parts.managed.iter().for_each(|managed| managed.no_adapter());
+                    }),
+                    None => Ok(()),
+                };
+                if let Err(problem) = attached {
+                    self.parts.managed.iter().for_each(|managed| managed.release(&id));
+                    return Err(problem);
+                }
+                self.parts.events.record(EventKind::DeviceAttached { id });
+                Ok(Some(disk))
+            }
         }
+    }
+
+    /// Whether a SCSI disk has this name.
+    fn is_scsi(&self, id: &DeviceId) -> bool {
+        let managed = self.parts.managed.as_ref();
+        self.parts.scsi.has(id) || managed.is_some_and(|managed| managed.has(id))
     }
 
     fn attach_device(&self, machine: &mut Machine, device: HostDevice) -> Result<(), Problem> {
         let id = device.id.clone();
-        if machine.slots.has(&id) || self.parts.scsi.has(&id) {
+        if machine.slots.has(&id) || self.is_scsi(&id) {
             return Err(taken(&id));
         }
         let slot = machine.insert(&self.parts, device).map_err(|error| {
@@ -311,7 +341,8 @@ impl Session {
     }
 
     fn detach(&self, machine: &mut Machine, id: &DeviceId) -> Result<(), Problem> {
-        if self.parts.scsi.detach(id) {
+        let managed = self.parts.managed.as_ref();
+        if self.parts.scsi.detach(id) || managed.is_some_and(|managed| managed.detach(id)) {
             self.parts
                 .events
                 .record(EventKind::DeviceRemoving { id: id.clone() });
@@ -338,7 +369,15 @@ impl Session {
             state: self.state,
             uptime_seconds: self.parts.started.elapsed().as_secs(),
             resets: self.resets,
-            disks: [machine.slots.disks(), self.parts.scsi.disks()].concat(),
+            disks: [
+                machine.slots.disks(),
+                self.parts.scsi.disks(),
+                self.parts
+                    .managed
+                    .as_ref()
+                    .map_or_else(Vec::new, |managed| managed.disks()),
+            ]
+            .concat(),
             nets: machine.slots.nets(),
             last_event: self.parts.events.last(),
             ..self.parts.initial_status()

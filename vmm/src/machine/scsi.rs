@@ -36,9 +36,9 @@ use virtio_core::VirtioDevice;
 use super::settings::DiskSetting;
 
 /// How long a guest that was told of a removal may take to write its cache, before the disk goes.
-const FAREWELL: Duration = Duration::from_secs(3);
+pub const SCSI_FAREWELL: Duration = Duration::from_secs(3);
 /// The same if nothing of the disk can be in a cache: until the guest has noticed.
-const SHORT_FAREWELL: Duration = Duration::from_millis(300);
+pub const SHORT_SCSI_FAREWELL: Duration = Duration::from_millis(300);
 
 /// A disk of a machine's SCSI adapter: an image of the host, or `P` of a pool.
 pub type ScsiUnitDisk<P> = Either<Arc<HostDevice>, P>;
@@ -287,7 +287,7 @@ impl ScsiBus {
         config
             .take_places(&mut taken)
             .map_err(|(key, error)| conflict(format!("cannot attach `{id}`: {key}: {error}")))?;
-        let unit = Arc::new(unit_of(&config, &disk, &id, self.vendor.clone())?);
+        let unit = Arc::new(unit_of(&config, &disk, self.vendor.clone())?);
         let places = config.places();
         let (events, name) = (Arc::clone(&self.events), id.clone());
         let found: FoundUnit = Arc::new(move || {
@@ -356,8 +356,8 @@ impl ScsiBus {
             }
             let now = Instant::now();
             let until = match is_told && is_used {
-                true if disk.setting.config().read_only => now + SHORT_FAREWELL,
-                true => now + FAREWELL,
+                true if disk.setting.config().read_only => now + SHORT_SCSI_FAREWELL,
+                true => now + SCSI_FAREWELL,
                 false => now,
             };
             let before = disk.unit.synchronizations();
@@ -447,8 +447,8 @@ impl Drop for ScsiBus {
     }
 }
 
-/// The name of the machine's end of the adapter: what persistent reservations know it by.
-pub(super) fn initiator(machine: &str) -> TransportId {
+/// The name of a machine's end of its adapter: what persistent reservations know it by.
+pub fn scsi_initiator(machine: &str) -> TransportId {
     let name = format!("smsvmm adapter of {machine}");
     TransportId::sas(u64::from_be_bytes(Identity::from_name(&name, "").naa()))
 }
@@ -456,45 +456,84 @@ pub(super) fn initiator(machine: &str) -> TransportId {
 fn unit_of(
     config: &DiskConfig,
     disk: &ScsiDisk,
-    id: &DeviceId,
     vendor: Option<Arc<dyn VendorCommands>>,
 ) -> Result<Unit, Problem> {
-    let serial = super::disk::serial(config);
-    let (identity, provisioning) = match &disk.source {
-        // Zeroes may have to be written to it one by one.
-        ScsiSource::Image(_, path) => (Identity::from_name(path, &serial), Provisioning::Thin),
-        ScsiSource::Pool(pool) => {
-            let uuid = pool.uuid;
-            let product = "DISK".to_owned();
-            let identity = Identity {
-                product,
-                serial,
-                uuid,
-            };
-            (identity, Provisioning::ThinZeroes)
+    match &disk.source {
+        ScsiSource::Image(_, path) => {
+            let identity = Identity::from_name(path, &super::disk::serial(config));
+            // Zeroes may have to be written to it one by one.
+            let thin = Provisioning::Thin;
+            Ok(new_unit(config, disk.geometry(), identity, thin, None, vendor))
         }
+        ScsiSource::Pool(pool) => pool_unit(
+            config,
+            &ScsiBacking {
+                uuid: pool.uuid,
+                geometry: pool.geometry,
+                store: pool.store.clone(),
+                reservations: &pool.reservations,
+            },
+            vendor,
+        ),
+    }
+}
+
+/// A disk of a pool as a logical unit needs to know it.
+pub struct ScsiBacking<'a> {
+    /// Its names; the serial number is chosen by the machine's configuration.
+    pub uuid: [u8; 16],
+    /// Size and blocks.
+    pub geometry: Geometry,
+    /// Keeps its persistent reservations.
+    pub store: Option<Arc<dyn ReservationStore>>,
+    /// What was kept of them.
+    pub reservations: &'a [u8],
+}
+
+/// The logical unit that `config` wants on a disk of a pool; `vendor` does its vendor-specific commands.
+///
+/// # Errors
+/// What was kept of persistent reservations cannot be used.
+pub fn pool_unit(
+    config: &DiskConfig,
+    disk: &ScsiBacking<'_>,
+    vendor: Option<Arc<dyn VendorCommands>>,
+) -> Result<Unit, Problem> {
+    let identity = Identity {
+        product: "DISK".to_owned(),
+        serial: super::disk::serial(config),
+        uuid: disk.uuid,
     };
-    let (store, reservations) = match &disk.source {
-        ScsiSource::Image(..) => (None, &[][..]),
-        ScsiSource::Pool(pool) => (pool.store.clone(), pool.reservations.as_slice()),
-    };
-    let geometry = disk.geometry();
-    let unit = Unit::new(UnitOptions {
+    let thin = Provisioning::ThinZeroes;
+    let unit = new_unit(config, disk.geometry, identity, thin, disk.store.clone(), vendor);
+    unit.restore_reservations(disk.reservations).map_err(|error| {
+        let id = &config.id;
+        let text = format!("cannot attach `{id}`: {error}");
+        Problem::new(ProblemKind::Host, text).about(id)
+    })?;
+    Ok(unit)
+}
+
+/// `thin`: how it is provisioned if blocks can be given back.
+fn new_unit(
+    config: &DiskConfig,
+    geometry: Geometry,
+    identity: Identity,
+    thin: Provisioning,
+    store: Option<Arc<dyn ReservationStore>>,
+    vendor: Option<Arc<dyn VendorCommands>>,
+) -> Unit {
+    Unit::new(UnitOptions {
         read_only: geometry.read_only,
         provisioning: match geometry.discard_granularity {
             0 => Provisioning::Full,
-            _ => provisioning,
+            _ => thin,
         },
         port_groups: port_groups(config),
         store,
         vendor,
         ..UnitOptions::new(identity)
-    });
-    unit.restore_reservations(reservations).map_err(|error| {
-        let text = format!("cannot attach `{id}`: {error}");
-        Problem::new(ProblemKind::Host, text).about(id)
-    })?;
-    Ok(unit)
+    })
 }
 
 /// A group for each way to a disk that has several.

@@ -170,6 +170,16 @@ impl DiskSettings {
         setting.is_some_and(|setting| setting.config().file.is_some())
     }
 
+    /// Whether a disk that a pool has shares these limits.
+    pub(super) fn is_group_of_pool(&self, group: &DeviceId) -> bool {
+        let disks = locked(&self.disks);
+        let mut disks = disks.values().filter_map(Weak::upgrade);
+        disks.any(|disk| {
+            let config = disk.config();
+            config.file.is_some() && config.limit_group.as_ref() == Some(group)
+        })
+    }
+
     /// Changes a disk that is in use.
     pub(super) fn change(&self, id: &DeviceId, change: &DiskChange) -> Result<(), Problem> {
         let setting = locked(&self.disks).get(id).and_then(Weak::upgrade);
@@ -205,6 +215,12 @@ impl DiskSettings {
         self.groups.iter().map(group).collect()
     }
 
+    /// The limits that a disk shares, if it does.
+    pub(super) fn group_limits(&self, config: &DiskConfig) -> Option<DiskLimits> {
+        let group = self.groups.get(config.limit_group.as_ref()?)?;
+        Some(*locked(&group.limits))
+    }
+
     /// What the queues of each disk have done that has queues of its own.
     pub(super) fn counters(&self) -> Vec<(DeviceId, Vec<Counters>)> {
         let disks: Vec<_> = locked(&self.disks)
@@ -225,18 +241,7 @@ impl DiskSettings {
         if config.vhost_user.is_some() {
             return Err(served_elsewhere(id).remedy("look at the process that serves it"));
         }
-        let position = after.parse().map_err(|_| {
-            let problem = Problem::new(ProblemKind::Invalid, format!("`{after}` is no place in a trace"));
-            problem
-                .about("after")
-                .remedy("give `next` of an answer, or nothing")
-        })?;
-        let found = setting.controls.recorder().after(&position);
-        Ok(TracePage {
-            records: found.records.iter().map(of_record).collect(),
-            next: found.position.to_string(),
-            missed: found.missed,
-        })
+        trace(&setting.controls, after)
     }
 
     /// Has disks that stopped try again.
@@ -280,6 +285,25 @@ fn served_elsewhere(id: &DeviceId) -> Problem {
     Problem::new(ProblemKind::Conflict, detail).about(id)
 }
 
+/// The last requests of the disk that obeys `controls`, which ended after `after` ([`TracePage::next`], or empty).
+///
+/// # Errors
+/// `after` is nothing of the kind.
+pub fn trace(controls: &DiskControls, after: &str) -> Result<TracePage, Problem> {
+    let position = after.parse().map_err(|_| {
+        let problem = Problem::new(ProblemKind::Invalid, format!("`{after}` is no place in a trace"));
+        problem
+            .about("after")
+            .remedy("give `next` of an answer, or nothing")
+    })?;
+    let found = controls.recorder().after(&position);
+    Ok(TracePage {
+        records: found.records.iter().map(of_record).collect(),
+        next: found.position.to_string(),
+        missed: found.missed,
+    })
+}
+
 fn of_record(record: &Record) -> TraceRecord {
     TraceRecord {
         time_ns: record.time_ns,
@@ -303,7 +327,8 @@ fn of_record(record: &Record) -> TraceRecord {
     }
 }
 
-fn rates(limits: &DiskLimits) -> RateLimit {
+/// Limits as a disk's queue servers keep them.
+pub fn rates(limits: &DiskLimits) -> RateLimit {
     let rate = |(per_second, burst)| Rate { per_second, burst };
     RateLimit {
         operations: limits.operation_rate().map(rate),

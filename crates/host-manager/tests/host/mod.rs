@@ -2,24 +2,29 @@
 #![allow(dead_code, reason = "not every test needs everything")]
 
 use std::fs::File;
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::file::FileOperation;
 use api::storage::{LayoutKind, NewDevice, Operation, ReadPolicy, Shape};
 use api::virtual_disk::{DiskOperation, TransferRequest};
 use api::{
-    AttachRequest, Attachment, Condition, DeviceId, DiskChange, DiskConfig, EventKind, EventLog, Host,
-    HostStatus, MachineDefinition, MachineStatus, Metrics, Problem, ProblemKind, StorageAnswer,
-    StorageRequest, Transfer, VmName,
+    ATTACHMENT_PROTOCOL, AdapterConfig, AdapterRequest, AttachRequest, Attachment, Condition, DeviceId,
+    DiskChange, DiskConfig, DiskLimits, EventKind, EventLog, Host, HostStatus, MachineDefinition,
+    MachineStatus, Metrics, Problem, ProblemKind, StorageAnswer, StorageRequest, TracePage, Transfer,
+    UnitNews, UnitOrder, VmName,
 };
 use block_io::WorkerOptions;
 use host_manager::DiskService;
 use management::{ClientError, Server, ServerHandle, blocking};
 use storage_manager::{Flow, Force, HostedPool, Notice};
+use storage_virtualizer::vhost_user::front_end::{
+    FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice, dial,
+};
 use vhost_user_load::front_end::{FrontEnd, Greeting, Options};
 
 /// The name of the pool.
@@ -143,6 +148,24 @@ impl Host for Front {
         self.disks.attach(POOL, &self.pool, request)
     }
 
+    fn attach_adapter(&self, request: AdapterRequest) -> Result<Transfer, Problem> {
+        self.has(request.pool.as_deref())?;
+        self.disks.attach_adapter(POOL, &self.pool, &request)
+    }
+
+    fn trace_attachment(&self, vm: &VmName, device: &DeviceId, after: &str) -> Result<TracePage, Problem> {
+        self.disks.trace(vm, device, after)
+    }
+
+    fn change_group(
+        &self,
+        vm: &VmName,
+        group: &DeviceId,
+        change: &DiskLimits,
+    ) -> Result<DiskLimits, Problem> {
+        self.disks.change_group(vm, group, change)
+    }
+
     fn change_attachment(
         &self,
         vm: &VmName,
@@ -193,8 +216,44 @@ impl Host for Front {
     }
 }
 
+/// The connection of a SCSI disk.
+pub(crate) struct Unit(pub(crate) UnixStream);
+
+impl Unit {
+    pub(crate) fn news(&mut self) -> UnitNews {
+        let mut bytes = [0; UnitNews::LENGTH];
+        self.0.set_read_timeout(Some(SOON)).unwrap();
+        self.0.read_exact(&mut bytes).unwrap();
+        UnitNews::decode(bytes).unwrap()
+    }
+
+    pub(crate) fn order(&mut self, order: UnitOrder) {
+        self.0.write_all(&[order.encode()]).unwrap();
+    }
+
+    /// Waits until the manager has closed it.
+    pub(crate) fn is_closed(&mut self) {
+        self.0.set_read_timeout(Some(SOON)).unwrap();
+        let mut rest = Vec::new();
+        // It may be reset instead of being closed.
+        if let Err(error) = self.0.read_to_end(&mut rest) {
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        }
+    }
+}
+
+/// Does not care whether the manager is there.
+pub(crate) struct Deaf;
+
+impl LinkEvents for Deaf {
+    fn lost(&self, _: &str) {}
+    fn back(&self) {}
+}
+
 /// A manager that runs.
 pub(crate) struct Manager {
+    /// Machines say that they go on.
+    pub(crate) goes_on: bool,
     front: Arc<Front>,
     socket: PathBuf,
     server: ServerHandle,
@@ -212,6 +271,7 @@ impl Manager {
         let host = Arc::clone(&front) as Arc<dyn Host>;
         let server = Server::bind(&socket).unwrap().start_host(host).unwrap();
         Self {
+            goes_on: false,
             front,
             socket,
             server,
@@ -245,6 +305,73 @@ impl Manager {
             Err(ClientError::Problem(problem)) => Err(*problem),
             Err(error) => panic!("{error}"),
         }
+    }
+
+    /// The connection of a machine's SCSI disk.
+    pub(crate) fn unit(&self, vm: &str, disk: &DiskConfig, adapter: &AdapterConfig) -> Result<Unit, Problem> {
+        unit_at(&self.socket, vm, disk, adapter, self.goes_on)
+    }
+
+    /// A machine as far as a disk is concerned that shares `limits` with others.
+    pub(crate) fn machine_in(&self, vm: &str, disk: &DiskConfig, limits: DiskLimits) -> FrontEnd {
+        let asked = AttachRequest {
+            group_limits: Some(limits),
+            ..request(vm, disk, false)
+        };
+        let greeting = Greeting(Arc::new(move |stream: &UnixStream| {
+            Ok(blocking::attach(stream, &asked, SOON)?)
+        }));
+        FrontEnd::connect(&Options {
+            greeting: Some(greeting),
+            ..self.options(vm, disk)
+        })
+        .unwrap()
+    }
+
+    /// Has the queues of a machine's SCSI adapter served.
+    pub(crate) fn adapter(
+        &self,
+        vm: &str,
+        disks: u32,
+        adapter: &AdapterConfig,
+    ) -> Result<VhostUserDevice, Problem> {
+        let asked = AdapterRequest {
+            vm: vm.parse().unwrap(),
+            pool: None,
+            adapter: adapter.clone(),
+            disks,
+        };
+        let words =
+            blocking::request("POST", "/v1/scsi-adapters", &asked, Some(ATTACHMENT_PROTOCOL)).unwrap();
+        let (socket, refusal) = (self.socket.clone(), Arc::new(Mutex::new(None)));
+        let refused = Arc::clone(&refusal);
+        let dial = Arc::new(move || {
+            let dialled = dial(&socket)?;
+            (&dialled.socket).write_all(&words)?;
+            blocking::upgraded(&dialled.socket, SOON).map_err(|error| {
+                let text = error.to_string();
+                if let ClientError::Problem(problem) = error {
+                    *refused.lock().unwrap() = Some(*problem);
+                }
+                io::Error::other(text)
+            })?;
+            Ok(dialled)
+        });
+        let options = FrontEndOptions {
+            kind: FrontEndKind::Scsi,
+            name: vm.to_owned(),
+            queues: adapter.queues.into(),
+            queue_size: adapter.queue_size.get(),
+            on_start: None,
+            observer: Arc::new(Deaf),
+        };
+        VhostUserDevice::open(dial, options).map_err(|error| {
+            refusal
+                .lock()
+                .unwrap()
+                .take()
+                .unwrap_or_else(|| panic!("{error:?}"))
+        })
     }
 
     /// A machine, as far as its disk is concerned.
@@ -297,6 +424,8 @@ fn request(vm: &str, disk: &DiskConfig, goes_on: bool) -> AttachRequest {
         vm: vm.parse().unwrap(),
         pool: None,
         disk: disk.clone(),
+        adapter: None,
+        group_limits: None,
         goes_on,
     }
 }
@@ -308,5 +437,25 @@ pub(crate) fn disk(id: &str, file: &str) -> DiskConfig {
         image: None,
         file: Some(file.into()),
         ..DiskConfig::new("")
+    }
+}
+
+/// Asks the manager at `socket` for a SCSI disk.
+pub(crate) fn unit_at(
+    socket: &Path,
+    vm: &str,
+    disk: &DiskConfig,
+    adapter: &AdapterConfig,
+    goes_on: bool,
+) -> Result<Unit, Problem> {
+    let asked = AttachRequest {
+        adapter: Some(adapter.clone()),
+        ..request(vm, disk, goes_on)
+    };
+    let stream = UnixStream::connect(socket).unwrap();
+    match blocking::attach(&stream, &asked, SOON) {
+        Ok(()) => Ok(Unit(stream)),
+        Err(ClientError::Problem(problem)) => Err(*problem),
+        Err(error) => panic!("{error}"),
     }
 }

@@ -26,7 +26,9 @@ impl Asked<'_> {
                 (&Method::PUT, ["vm", _]) => Role::Operator,
                 (&Method::PATCH, ["vm", "disks" | "limit-groups", _]) => Role::Operator,
                 (&Method::PUT, ["vms", _, "start" | "shutdown" | "stop"]) => Role::Operator,
-                (&Method::PATCH, ["attachments", _, _]) => Role::Operator,
+                (&Method::PATCH, ["attachments", _, _] | ["attachments", _, "limit-groups", _]) => {
+                    Role::Operator
+                }
                 // Devices are made of files and interfaces of the host.
                 _ => Role::Administrator,
             },

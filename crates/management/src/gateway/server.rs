@@ -602,7 +602,7 @@ impl Shared {
         let (name, rest) = match parts {
             ["v1", "vms", name, rest @ ..] => (*name, rest),
             // A host as a whole is for those who may know all of it. Disks are not served over the network.
-            ["v1", "attachments"] | ["v1", "vms"] => return nowhere(),
+            ["v1", "attachments" | "scsi-adapters" | "vms"] => return nowhere(),
             ["v1", rest @ ..] if !rest.is_empty() && principal.knows_all() => {
                 let Some(manager) = &self.manager else {
                     return nowhere();

@@ -6,10 +6,10 @@
 use api::storage::PoolStatus;
 use api::virtual_disk::TransferRequest;
 use api::{
-    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, DebugDump, DiskChange, DiskConfig, DiskLimits,
-    DiskStatus, EventPage, HostStatus, Liveness, MachineDefinition, MachineEntry, MachineStatus, NetConfig,
-    NetStatus, PoolEntry, Problem, ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, TracePage,
-    VmStatus,
+    ATTACHMENT_PROTOCOL, AdapterRequest, AttachRequest, Attachment, DebugDump, DiskChange, DiskConfig,
+    DiskLimits, DiskStatus, EventPage, HostStatus, Liveness, MachineDefinition, MachineEntry, MachineStatus,
+    NetConfig, NetStatus, PoolEntry, Problem, ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest,
+    TracePage, VmStatus,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
@@ -495,8 +495,9 @@ pub(super) fn host() -> Vec<Operation> {
             .json::<Vec<Attachment>>(200, "Those that the manager serves."),
         operation("post", "/v1/attachments", "attach", "attachments", "Use a disk of a pool")
             .about(
-                "Leaves HTTP: after 101 the connection speaks vhost-user, with the manager as back-end; the disk is in use as long as it \
-                 lives. For the processes of machines; not through a gateway.",
+                "Leaves HTTP: after 101 the connection speaks vhost-user, with the manager as back-end; or, of a SCSI disk, it tells how the \
+                 disk is, while its adapter has the queues. The disk is in use as long as it lives. For the processes of machines; not \
+                 through a gateway.",
             )
             .upgrade(ATTACHMENT_PROTOCOL)
             .body::<AttachRequest>()
@@ -516,6 +517,39 @@ pub(super) fn host() -> Vec<Operation> {
             .id("The disk's name in the machine.")
             .body::<DiskChange>()
             .json::<Attachment>(200, "It."),
+        operation("get", "/v1/attachments/{name}/{id}/trace", "traceAttachment", "attachments", "The last requests of a disk in use")
+            .machine()
+            .id("The disk's name in the machine.")
+            .parameter("after", In::Query, "`next` of an earlier answer; all that are kept if it is not given.", text)
+            .json::<TracePage>(200, "In the order in which they ended."),
+        operation(
+            "patch",
+            "/v1/attachments/{name}/limit-groups/{id}",
+            "changeAttachmentGroup",
+            "attachments",
+            "Change limits that disks of a machine share",
+        )
+        .about("What is not given stays; 0 takes a limit away.")
+        .machine()
+        .id("The limits' name in the machine.")
+        .body::<DiskLimits>()
+        .json::<DiskLimits>(200, "What holds now."),
+        operation("post", "/v1/scsi-adapters", "attachAdapter", "attachments", "Use a machine's SCSI disks")
+            .about(
+                "Leaves HTTP: after 101 the connection speaks vhost-user-scsi, with the manager as back-end. The machine's SCSI disks \
+                 are asked for before, one by one. For the processes of machines; not through a gateway.",
+            )
+            .upgrade(ATTACHMENT_PROTOCOL)
+            .body::<AdapterRequest>()
+            .answer_with(
+                101,
+                "The connection is taken out of HTTP.",
+                Vec::new(),
+                vec![("Upgrade", "`smsvmm-vhost-user`."), ("Connection", "`upgrade`.")],
+            )
+            .problem(Conflict)
+            .problem(Exhausted)
+            .problem(Stopping),
         events(),
     ]);
     all.extend(storage());

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, RwLock};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange, EventLog, Host,
-    HostStatus, MachineDefinition, MachineState, MachineStatus, Metrics, Problem, ProblemKind, RestartPolicy,
-    StorageAnswer, StorageRequest, Transfer, VmName,
+    AdapterRequest, AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange,
+    DiskLimits, EventLog, Host, HostStatus, MachineDefinition, MachineState, MachineStatus, Metrics, Problem,
+    ProblemKind, RestartPolicy, StorageAnswer, StorageRequest, TracePage, Transfer, VmName,
 };
 
 /// It knows one machine, `db1`.
@@ -101,6 +101,23 @@ impl Host for FakeHost {
             // The test sees it.
             let _ = line.write_all(b"vhost-user");
         }))
+    }
+
+    fn attach_adapter(&self, request: AdapterRequest) -> Result<Transfer, Problem> {
+        Err(Problem::new(ProblemKind::Conflict, "it has no SCSI disks").about(request.vm))
+    }
+
+    fn trace_attachment(&self, _vm: &VmName, device: &DeviceId, _after: &str) -> Result<TracePage, Problem> {
+        Err(Problem::new(ProblemKind::NotFound, "it is not in use").about(device))
+    }
+
+    fn change_group(
+        &self,
+        _vm: &VmName,
+        group: &DeviceId,
+        _change: &DiskLimits,
+    ) -> Result<DiskLimits, Problem> {
+        Err(Problem::new(ProblemKind::NotFound, "nobody has it").about(group))
     }
 
     fn change_attachment(

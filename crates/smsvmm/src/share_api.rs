@@ -1,4 +1,5 @@
-//! iSCSI initiators that look after their own disks: the expanded API, for each initiator that the access file or command line names.
+//! Who uses SCSI disks that are shared, and looks after them itself: the expanded API, for each iSCSI initiator that the access file or
+//! command line names, and for the machine at each socket of vhost-user-scsi.
 //!
 //! ```text
 //!   session of iqn…:a ──┐                                   ┌─► ExpandedTarget of a ─► what a sees of the target, the pool
@@ -6,7 +7,7 @@
 //!   session of iqn…:b ──┘                                   └─► ExpandedTarget of b ─► …
 //! ```
 //!
-//! The principal is the name with which an initiator has logged in. A name alone is only a claim: without CHAP it may look at the disks that it
+//! Of a socket, the principal is who connects there: only the user who shares the disks may. Over iSCSI it is the name with which an initiator has logged in. A name alone is only a claim: without CHAP it may look at the disks that it
 //! sees anyway, and nothing else. Initiators that are not named (`*`) share one entry, and must not see each other's requests: they have no
 //! expanded API.
 
@@ -26,45 +27,69 @@ use api::{
 use expanded_target::{ExpandedTarget, Hook, Running};
 use storage_manager::{HostedDisk, HostedPool, VirtualDisk};
 use storage_virtualizer::iscsi::Access;
-use storage_virtualizer::scsi::{Code, Command, Nexus, Outcome, Sense, Unit, VendorCommands};
+use storage_virtualizer::scsi::{Code, Command, Nexus, Outcome, Sense, TransportId, Unit, VendorCommands};
 use storage_virtualizer::{DiskHandle, PinnedDisk};
 
 /// What an initiator may, by its target's place and its name.
 pub(crate) type Policies = BTreeMap<(usize, String), ExpandedPolicy>;
 
-/// The expanded API of one target: its units have it.
+/// The expanded API of one target: its units have it. By the name of an iSCSI initiator, or the TransportID of another one.
 #[derive(Debug, Default)]
-pub(crate) struct Principals(BTreeMap<String, ExpandedTarget>);
+pub(crate) struct Principals(BTreeMap<Vec<u8>, (VmName, ExpandedTarget)>);
 
 impl Principals {
     /// For those that may log in to the target at place `target`.
-    pub(crate) fn new(target: usize, access: &[Access], policies: &Policies) -> anyhow::Result<Arc<Self>> {
+    pub(crate) fn of_initiators(
+        target: usize,
+        access: &[Access],
+        policies: &Policies,
+    ) -> anyhow::Result<Arc<Self>> {
         let mut principals = Self::default();
         for initiator in access.iter().filter_map(|access| access.initiator.as_ref()) {
             let policy = policies.get(&(target, initiator.clone())).cloned();
             let policy = policy.unwrap_or_default();
-            if policy.enabled {
-                let principal = ExpandedTarget::new(name_of(initiator)?, policy);
-                principals.0.insert(initiator.clone(), principal);
-            }
+            principals.add(initiator.clone().into_bytes(), name_of(initiator)?, policy);
         }
         Ok(Arc::new(principals))
     }
 
-    /// Answers, until what is returned is dropped.
+    /// For machines that are known by the TransportIDs of their adapters.
+    pub(crate) fn of_machines(
+        machines: impl IntoIterator<Item = (TransportId, VmName, ExpandedPolicy)>,
+    ) -> Arc<Self> {
+        let mut principals = Self::default();
+        for (initiator, name, policy) in machines {
+            principals.add(initiator.as_bytes().to_vec(), name, policy);
+        }
+        Arc::new(principals)
+    }
+
+    fn add(&mut self, key: Vec<u8>, name: VmName, policy: ExpandedPolicy) {
+        if policy.enabled {
+            let principal = ExpandedTarget::new(name.clone(), policy);
+            self.0.insert(key, (name, principal));
+        }
+    }
+
+    /// Answers, until what is returned is dropped. Of initiators that `access` does not name, each sees all disks.
     pub(crate) fn start(
         &self,
         access: &[Access],
         pool: &Arc<HostedPool>,
         disks: &[(u16, &str, &HostedDisk)],
     ) -> anyhow::Result<Vec<Running>> {
+        let luns_of = |key: &[u8]| {
+            let of = |access: &&Access| {
+                access
+                    .initiator
+                    .as_ref()
+                    .is_some_and(|name| name.as_bytes() == key)
+            };
+            access.iter().find(of).and_then(|access| access.luns.as_ref())
+        };
         let mut running = Vec::new();
-        for (initiator, principal) in &self.0 {
-            let seen = access
-                .iter()
-                .find(|access| access.initiator.as_ref() == Some(initiator))
-                .and_then(|access| access.luns.as_ref());
-            let view = View::new(initiator, Arc::clone(pool), seen, disks)?;
+        for (key, (name, principal)) in &self.0 {
+            let view = View::new(name, Arc::clone(pool), luns_of(key), disks)?;
             let hook = || Box::new(|| Ok(())) as Hook;
             let started = principal.start(Arc::new(view), hook);
             running.push(started.context("cannot start what serves the expanded API")?);
@@ -73,7 +98,9 @@ impl Principals {
     }
 
     fn of(&self, nexus: &Nexus) -> Option<&ExpandedTarget> {
-        self.0.get(nexus.initiator().iscsi_name()?)
+        let initiator = nexus.initiator();
+        let key = initiator.iscsi_name().map_or(initiator.as_bytes(), str::as_bytes);
+        self.0.get(key).map(|(_, principal)| principal)
     }
 }
 
@@ -99,8 +126,8 @@ impl VendorCommands for Principals {
     }
 }
 
-/// An initiator's name as the name of a machine, which has fewer characters.
-fn name_of(initiator: &str) -> anyhow::Result<VmName> {
+/// An initiator's name, or that of a socket, as the name of a machine, which has fewer characters.
+pub(crate) fn name_of(initiator: &str) -> anyhow::Result<VmName> {
     let plain = |letter: char| match letter {
         '.' | '-' | '_' => letter,
         letter if letter.is_ascii_alphanumeric() => letter,
@@ -130,7 +157,7 @@ struct View {
 
 impl View {
     fn new(
-        initiator: &str,
+        name: &VmName,
         pool: Arc<HostedPool>,
         luns: Option<&BTreeSet<u16>>,
         disks: &[(u16, &str, &HostedDisk)],
@@ -154,7 +181,7 @@ impl View {
             });
         }
         Ok(Self {
-            name: name_of(initiator)?,
+            name: name.clone(),
             pool,
             disks: seen,
             events: EventLog::new(),
@@ -164,8 +191,11 @@ impl View {
 }
 
 fn not_here(what: &str) -> Problem {
-    Problem::new(ProblemKind::Conflict, format!("{what} cannot be had over iSCSI"))
-        .remedy("ask the administrator of the storage: `smsvmm share iscsi` is started with its disks")
+    Problem::new(
+        ProblemKind::Conflict,
+        format!("{what} cannot be had of shared disks"),
+    )
+    .remedy("ask the administrator of the storage: `smsvmm share` is started with its disks")
 }
 
 impl Vm for View {
