@@ -886,6 +886,7 @@ async fn steer(
         Operation::PauseJob { job } => (*job, Some("paused")),
         Operation::ResumeJob { job } => (*job, Some("resumed")),
         Operation::ThrottleJob { job, .. } => (*job, Some("made slower or faster")),
+        Operation::SetJobPriority { job, .. } => (*job, Some("given a priority")),
         _ => return Ok(None),
     };
     if job < FIRST_VOLATILE_JOB {

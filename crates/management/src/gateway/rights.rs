@@ -59,9 +59,10 @@ fn storage(request: &StorageRequest) -> Role {
         StorageRequest::Disk(_) => Role::Operator,
         StorageRequest::Pool(operation) | StorageRequest::Begin(operation) => match operation {
             Operation::WaitJob { .. } => Role::Viewer,
-            Operation::PauseJob { .. } | Operation::ResumeJob { .. } | Operation::ThrottleJob { .. } => {
-                Role::Operator
-            }
+            Operation::PauseJob { .. }
+            | Operation::ResumeJob { .. }
+            | Operation::ThrottleJob { .. }
+            | Operation::SetJobPriority { .. } => Role::Operator,
             _ => Role::Administrator,
         },
         StorageRequest::File(_) => Role::Administrator,
@@ -94,6 +95,9 @@ mod tests {
         assert_eq!(storage(StorageRequest::Load { window_ms: 0 }), Role::Viewer);
         let throttle = Operation::ThrottleJob { job: 1, throttle: 0 };
         assert_eq!(storage(StorageRequest::Pool(throttle)), Role::Operator);
+        let priority = api::storage::JobPriority::High;
+        let prefer = Operation::SetJobPriority { job: 1, priority };
+        assert_eq!(storage(StorageRequest::Pool(prefer)), Role::Operator);
         let snapshot = DiskOperation::Snapshot {
             paths: vec!["/a.dsk".into()],
             name: "one".into(),
