@@ -45,7 +45,8 @@ pub use metrics::{
 pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};
 pub use problem::{Problem, ProblemKind};
 pub use scsi::{MAX_LUNS, MAX_TARGETS, ScsiAccess, ScsiPath, ScsiPlace};
-pub use storage_request::{MAX_LOAD_WINDOW_MS, StorageAnswer, StorageRequest};
+pub(crate) use storage_request::is_full;
+pub use storage_request::{MAX_LOAD_WINDOW_MS, MAX_PAGE, StorageAnswer, StorageRequest};
 pub use trace::{DebugDump, DiskTrace, TraceEnd, TraceOperation, TracePage, TraceRecord};
 pub use units::{ByteSize, Seconds};
 pub use vm::{ExitReason, MachineEntry, Transfer, Vm, VmState, VmStatus};

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    DebugDump, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage, HostStatus,
-    MachineDefinition, MachineStatus, NetConfig, NetStatus, Problem, Removal, StorageAnswer, StorageRequest,
-    TracePage, VmName, VmStatus,
+    Attachment, DebugDump, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage,
+    HostStatus, MachineDefinition, MachineStatus, NetConfig, NetStatus, Problem, Removal, StorageAnswer,
+    StorageRequest, TracePage, VmName, VmStatus,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -23,9 +23,16 @@ use tokio::time::timeout;
 
 use crate::target::{Connection, Target, Way};
 use crate::transfer::PROTOCOL;
+use crate::{page, repeated};
 
 /// Longest time for an answer, beyond what the request itself waits.
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// How often something is asked again whose connection broke.
+const RETRIES: u32 = 3;
+/// Before each time.
+const RETRY_PAUSE: Duration = Duration::from_millis(300);
+/// Entries of a list that are asked for at a time.
+pub(crate) const PAGE: u32 = 500;
 /// Largest answer in bytes.
 pub(crate) const MAX_ANSWER: usize = 16 << 20;
 
@@ -180,7 +187,28 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn storage(&self, request: &StorageRequest) -> Result<StorageAnswer, ClientError> {
-        self.post("/v1/storage", request, crate::routes::STORAGE_TIMEOUT + TIMEOUT)
+        let limit = crate::routes::STORAGE_TIMEOUT + TIMEOUT;
+        match request.only_reads() {
+            true => self.send(&Method::POST, "/v1/storage", request, limit),
+            false => self.post("/v1/storage", request, limit),
+        }
+    }
+
+    /// As [`Self::storage`], where the answer may be long: a list of files or disks is had page by page.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn storage_whole(&self, request: &StorageRequest) -> Result<StorageAnswer, ClientError> {
+        let mut asked = request.clone();
+        if !asked.begin_pages(PAGE) {
+            return self.storage(request);
+        }
+        let mut whole = self.storage(&asked)?;
+        while let Some(after) = whole.take_next() {
+            asked.go_on_after(after);
+            whole.append(self.storage(&asked)?);
+        }
+        Ok(whole)
     }
 
     /// Has data moved between the machine's pool and the connection that is returned, which blocks, with what has arrived already.
@@ -315,6 +343,22 @@ impl Client {
         self.get("/v1/host")
     }
 
+    /// All machines of a manager, in the order of their names.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn machines(&self) -> Result<Vec<MachineStatus>, ClientError> {
+        self.list("/v1/vms")
+    }
+
+    /// All disks of its pools that a manager serves.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn attachments(&self) -> Result<Vec<Attachment>, ClientError> {
+        self.list("/v1/attachments")
+    }
+
     /// A machine of a manager.
     ///
     /// # Errors
@@ -377,13 +421,49 @@ impl Client {
         decode(&self.request(&Method::GET, path, Vec::new(), TIMEOUT)?)
     }
 
+    /// A list, page by page.
+    fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, ClientError> {
+        let mut all = Vec::new();
+        let mut query = Some(format!("limit={PAGE}"));
+        while let Some(asked) = query {
+            let reply = self.request(&Method::GET, &format!("{path}?{asked}"), Vec::new(), TIMEOUT)?;
+            all.extend(decode::<Vec<T>>(&reply)?);
+            query = reply.next;
+        }
+        Ok(all)
+    }
+
+    /// Has something made, once: where the connection breaks, the same is asked again with the same key, of a server that still answers.
     fn post<T: DeserializeOwned>(
         &self,
         path: &str,
         body: &impl Serialize,
         limit: Duration,
     ) -> Result<T, ClientError> {
-        self.send(&Method::POST, path, body, limit)
+        let body = serde_json::to_vec(body).map_err(|error| ClientError::Broken(error.into()))?;
+        let key = repeated::new_key();
+        let ask = || {
+            self.request_if(
+                Some((repeated::KEY, &key)),
+                &Method::POST,
+                path,
+                body.clone(),
+                limit,
+            )
+        };
+        let mut answered = ask();
+        for _ in 0..RETRIES {
+            if !matches!(answered, Err(ClientError::Broken(_))) {
+                break;
+            }
+            std::thread::sleep(RETRY_PAUSE);
+            match ask() {
+                // It has ended: how it ended the first time is what matters.
+                Err(ClientError::Connect { .. } | ClientError::Gateway { .. }) => break,
+                other => answered = other,
+            }
+        }
+        decode(&answered?)
     }
 
     fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
@@ -507,19 +587,22 @@ where
 }
 
 async fn read_all(answer: Response<Incoming>) -> Result<Reply, ClientError> {
-    let status = answer.status();
+    let (status, next) = (answer.status(), page::next(answer.headers()));
     let body = Limited::new(answer.into_body(), MAX_ANSWER)
         .collect()
         .await
         .map_err(ClientError::Broken)?;
     Ok(Reply {
         status,
+        next,
         body: body.to_bytes(),
     })
 }
 
 struct Reply {
     status: StatusCode,
+    /// The query of the next page, of a list.
+    next: Option<String>,
     body: Bytes,
 }
 

@@ -1,9 +1,12 @@
 //! Requests to a host's manager.
 //!
+//! Lists take `?limit=` and `?after=`: see [`page`](crate::page).
+//!
 //! | method, path | does | answer |
 //! |---|---|---|
 //! | GET /v1/host | the whole host | 200 [`HostStatus`](api::HostStatus) |
 //! | GET /v1/pools, /v1/pools/NAME | pools | 200 [`PoolEntry`](api::PoolEntry), [`PoolStatus`](api::storage::PoolStatus) |
+//! | GET /v1/pools/NAME/jobs | its jobs | 200 [`JobStatus`](api::storage::JobStatus) |
 //! | POST /v1/pools/NAME/storage, .../transfer | as /v1/storage of a machine | |
 //! | POST /v1/storage, .../transfer | the same, where there is one pool only | |
 //! | GET /v1/vms, /v1/vms/NAME | machines | 200 [`MachineStatus`](api::MachineStatus) |
@@ -26,7 +29,6 @@ use api::{
     Readiness, StorageAnswer, StorageRequest, VmName,
 };
 use http_body_util::Either;
-use hyper::body::Incoming;
 use hyper::header::{
     CACHE_CONTROL, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, IF_NONE_MATCH, UPGRADE,
 };
@@ -35,9 +37,9 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::gateway::forward::{AnswerBody, Outgoing, forward};
 use crate::lasting::{self, Lasting};
-use crate::routes::{self, Answer, MACHINE_TIMEOUT, STORAGE_TIMEOUT};
+use crate::routes::{self, Answer, Content, MACHINE_TIMEOUT, STORAGE_TIMEOUT};
 use crate::sse::{self, Streams};
-use crate::{metrics, openapi, transfer};
+use crate::{metrics, openapi, page, transfer};
 
 /// Disks in use at a time.
 const MAX_ATTACHMENTS: usize = 4096;
@@ -88,7 +90,7 @@ impl HostContext {
 }
 
 /// Answers any request.
-pub(crate) async fn answer(context: &HostContext, mut request: Request<Incoming>) -> Response<AnswerBody> {
+pub(crate) async fn answer(context: &HostContext, mut request: Request<Content>) -> Response<AnswerBody> {
     if request.method() == Method::HEAD {
         // The same answer, of which hyper sends the head only.
         *request.method_mut() = Method::GET;
@@ -103,7 +105,7 @@ fn own(answer: Answer) -> Response<AnswerBody> {
     answer.map(Either::Left)
 }
 
-async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Response<AnswerBody>, Problem> {
+async fn route(context: &HostContext, request: Request<Content>) -> Result<Response<AnswerBody>, Problem> {
     let path = request.uri().path().to_owned();
     let parts: Vec<&str> = path.strip_prefix('/').unwrap_or(&path).split('/').collect();
     let method = request.method().clone();
@@ -131,17 +133,25 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
         }
         (["v1", "vms"], &Method::GET) => {
             let machines = context.ask(MACHINE_TIMEOUT, |host| Ok(host.machines())).await?;
-            routes::json(StatusCode::OK, &machines)
+            page::answer(request.uri(), machines, |machine| machine.name.to_string())?
         }
         (["v1", "pools"], &Method::GET) => {
             let status = context.ask(MACHINE_TIMEOUT, |host| Ok(host.status())).await?;
-            routes::json(StatusCode::OK, &status.pools)
+            page::answer(request.uri(), status.pools, |pool| pool.name.clone())?
         }
         (["v1", "pools", name], &Method::GET) => {
             let name = (*name).to_owned();
             let ask = move |host: &dyn Host| host.storage(Some(&name), StorageRequest::Status);
             match context.ask(MACHINE_TIMEOUT, ask).await? {
                 StorageAnswer::Status(status) => routes::json(StatusCode::OK, &status),
+                other => routes::json(StatusCode::OK, &other),
+            }
+        }
+        (["v1", "pools", name, "jobs"], &Method::GET) => {
+            let name = (*name).to_owned();
+            let ask = move |host: &dyn Host| host.storage(Some(&name), StorageRequest::Status);
+            match context.ask(MACHINE_TIMEOUT, ask).await? {
+                StorageAnswer::Status(status) => page::answer(request.uri(), status.jobs, |job| job.id)?,
                 other => routes::json(StatusCode::OK, &other),
             }
         }
@@ -167,7 +177,8 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
         (
             ["readyz" | "metrics"]
             | ["v1", "host" | "vms" | "pools" | "events" | "metrics"]
-            | ["v1", "pools", _],
+            | ["v1", "pools", _]
+            | ["v1", "pools", _, "jobs"],
             method,
         ) => routes::not_allowed(method, "GET"),
         (other, method) => match routes::common(other, method, openapi::HOST) {
@@ -183,7 +194,7 @@ async fn storage(
     context: &HostContext,
     pool: Option<String>,
     rest: &[&str],
-    request: Request<Incoming>,
+    request: Request<Content>,
 ) -> Result<Answer, Problem> {
     match (rest, request.method()) {
         ([], &Method::POST) => {
@@ -216,14 +227,16 @@ async fn storage(
 async fn attachments(
     context: &HostContext,
     rest: &[&str],
-    request: Request<Incoming>,
+    request: Request<Content>,
 ) -> Result<Answer, Problem> {
     match (rest, request.method()) {
         ([], &Method::GET) => {
             let attachments = context
                 .ask(MACHINE_TIMEOUT, |host| Ok(host.attachments()))
                 .await?;
-            Ok(routes::json(StatusCode::OK, &attachments))
+            page::answer(request.uri(), attachments, |disk| {
+                format!("{}/{}", disk.vm, disk.device)
+            })
         }
         ([], &Method::POST) => {
             let room = Arc::clone(&context.attachments).try_acquire_owned();
@@ -264,7 +277,7 @@ async fn machine(
     context: &HostContext,
     name: VmName,
     rest: &[&str],
-    request: Request<Incoming>,
+    request: Request<Content>,
 ) -> Result<Response<AnswerBody>, Problem> {
     let act: (Act, StatusCode) = match (rest, request.method()) {
         ([], &Method::GET) => {
@@ -339,7 +352,7 @@ async fn pass_on(
     context: &HostContext,
     name: VmName,
     rest: &[&str],
-    mut request: Request<Incoming>,
+    mut request: Request<Content>,
 ) -> Result<Response<AnswerBody>, Problem> {
     let room = (rest.first() != Some(&"vm"))
         .then(|| context.lasting.room())

@@ -38,6 +38,8 @@ mod lasting;
 mod life;
 mod metrics;
 mod openapi;
+mod page;
+mod repeated;
 mod room;
 mod routes;
 mod server;

@@ -452,6 +452,34 @@ fn requests_that_are_wrong_are_told_so() {
 }
 
 #[test]
+fn pages_and_keys_go_over_it_and_keys_are_each_principals_own() {
+    let mut setup = setup();
+    let (anna, ben) = (
+        setup.add("anna", Role::Administrator, &[]),
+        setup.add("ben", Role::Administrator, &[]),
+    );
+    let body = r#"{"image": "/a.raw"}"#;
+    let attach = |token: &str| {
+        let token = format!("{token}\r\nidempotency-key: one");
+        curl(&setup, "POST", "/v1/vms/web1/vm/disks", &token, body)
+    };
+    assert!(!attach(&anna).contains("idempotency-replayed"));
+    let again = attach(&anna);
+    assert!(
+        again.contains("201") && again.contains("idempotency-replayed: true"),
+        "{again}"
+    );
+    assert!(attach(&ben).contains("\"disk1\""));
+    let page = curl(&setup, "GET", "/v1/vms/web1/vm/disks?limit=1", &anna, "");
+    assert!(
+        page.contains("link: <?limit=1&after=disk0>; rel=\"next\""),
+        "{page}"
+    );
+    let page = curl(&setup, "GET", "/v1/vms?limit=1", &anna, "");
+    assert!(page.contains("200 OK"), "{page}");
+}
+
+#[test]
 fn disks_go_over_it_in_both_directions() {
     let mut setup = setup();
     let token = setup.add("anna", Role::Operator, &[]);

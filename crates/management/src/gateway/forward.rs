@@ -19,12 +19,12 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use super::stream::Watched;
-use crate::{client, routes, sse};
+use crate::{client, repeated, routes, sse};
 
 /// How long a machine's socket may take to accept.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Headers of an answer that are passed on.
-const PASSED_ON: [HeaderName; 7] = [
+const PASSED_ON: [HeaderName; 9] = [
     CONTENT_TYPE,
     ETAG,
     CACHE_CONTROL,
@@ -32,10 +32,12 @@ const PASSED_ON: [HeaderName; 7] = [
     UPGRADE,
     hyper::header::LOCATION,
     hyper::header::ALLOW,
+    hyper::header::LINK,
+    repeated::REPLAYED,
 ];
 
 /// Headers of a request that are passed on.
-const TOLD: [HeaderName; 4] = [ACCEPT, sse::LAST_EVENT_ID, IF_MATCH, IF_NONE_MATCH];
+const TOLD: [HeaderName; 5] = [ACCEPT, sse::LAST_EVENT_ID, IF_MATCH, IF_NONE_MATCH, repeated::KEY];
 
 /// The body of an answer: made here, or a machine's.
 pub(crate) type AnswerBody = Either<routes::Body, Watched>;

@@ -21,7 +21,7 @@ use hyper::body::Incoming;
 use hyper::header::{
     AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE,
 };
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::net::TcpStream;
@@ -38,7 +38,7 @@ use super::forward::{AnswerBody, Outgoing, forward};
 use super::rights::Asked;
 use super::subject::Subject;
 use crate::room::{Peer, Room};
-use crate::{life, openapi, routes, sse};
+use crate::{life, openapi, page, repeated, routes, sse};
 
 /// Connections that are served at a time.
 pub(super) const MAX_CONNECTIONS: usize = 256;
@@ -478,11 +478,11 @@ impl Shared {
     ) -> Result<Response<AnswerBody>, Problem> {
         let method = request.method().clone();
         let uri = request.uri().clone();
-        let headers = request.headers().clone();
+        let headers = repeated::of(&principal.name, request.headers());
         let parts: Vec<&str> = uri.path().trim_start_matches('/').split('/').collect();
         match (parts.as_slice(), &method) {
             (["v1", "vms"], &Method::GET | &Method::HEAD) => {
-                return Ok(own(self.list(principal).await?));
+                return self.list(principal, &uri).await.map(own);
             }
             (["v1", "vms"], _) => return Ok(own(routes::not_allowed(&method, "GET"))),
             (other, _) => {
@@ -653,7 +653,7 @@ impl Shared {
     }
 
     /// The machines that a principal may know.
-    async fn list(&self, principal: &Principal) -> Result<routes::Answer, Problem> {
+    async fn list(&self, principal: &Principal, uri: &hyper::Uri) -> Result<routes::Answer, Problem> {
         let mut entries = self.own_machines(principal).await;
         if let Some(manager) = &self.manager {
             let managed: Vec<MachineStatus> = look(manager, "the manager", "/v1/vms").await?;
@@ -674,7 +674,7 @@ impl Shared {
                 }),
             }));
         }
-        Ok(routes::json(StatusCode::OK, &entries))
+        page::answer(uri, entries, |machine| machine.name.clone())
     }
 
     /// Those of the machines with sockets of their own.
