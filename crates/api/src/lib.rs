@@ -36,8 +36,8 @@ pub use disk_controls::{AtPowerOff, DiskChange, DiskLimits, OnError};
 pub use event::{Event, EventKind, EventLog, EventPage};
 pub use expanded::{ExpandedPolicy, Right};
 pub use host::{
-    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, Host, HostStatus, MachineDefinition, MachineState,
-    MachineStatus, PoolEntry, RestartPolicy,
+    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, CONSOLE_PROTOCOL, ConsoleRequest, Host, HostStatus,
+    MachineDefinition, MachineState, MachineStatus, PoolEntry, RestartPolicy,
 };
 pub use metrics::{
     AttachmentMetrics, LATENCY_CLASSES, Latencies, Liveness, Metrics, NetMetrics, QueueMetrics, Readiness,

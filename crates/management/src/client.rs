@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    Attachment, DebugDump, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage,
-    HostStatus, MachineDefinition, MachineStatus, NetConfig, NetStatus, Problem, Removal, StorageAnswer,
-    StorageRequest, TracePage, VmName, VmStatus,
+    Attachment, CONSOLE_PROTOCOL, ConsoleRequest, DebugDump, DeviceId, DiskChange, DiskConfig, DiskLimits,
+    DiskStatus, EventKind, EventPage, HostStatus, MachineDefinition, MachineStatus, NetConfig, NetStatus,
+    Problem, Removal, StorageAnswer, StorageRequest, TracePage, VmName, VmStatus,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -219,10 +219,32 @@ impl Client {
         &self,
         request: &TransferRequest,
     ) -> Result<(Vec<u8>, std::os::unix::net::UnixStream), ClientError> {
+        self.connection(TRANSFER, PROTOCOL, request)
+    }
+
+    /// The console of a machine, of a manager or behind a gateway: what is read of the connection is shown, what is written is typed. With
+    /// what has arrived already.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn console(
+        &self,
+        request: &ConsoleRequest,
+    ) -> Result<(Vec<u8>, std::os::unix::net::UnixStream), ClientError> {
+        self.connection("/v1/console", CONSOLE_PROTOCOL, request)
+    }
+
+    /// A connection that is taken out of HTTP.
+    fn connection(
+        &self,
+        path: &'static str,
+        protocol: &'static str,
+        request: &impl Serialize,
+    ) -> Result<(Vec<u8>, std::os::unix::net::UnixStream), ClientError> {
         let body = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
         let way = self.way.clone();
         if matches!(way, Way::Socket(..)) {
-            let exchange = upgrade(&way, TRANSFER, body);
+            let exchange = upgrade(&way, path, protocol, body);
             let answered = self.runtime.block_on(async { timeout(TIMEOUT, exchange).await });
             let (early, connection) = answered.map_err(|_| ClientError::Timeout(TIMEOUT))??;
             let Connection::Unix(stream) = connection else {
@@ -238,7 +260,7 @@ impl Client {
                 Err(error) => return drop(told.send(Err(error))),
             };
             runtime.block_on(async {
-                let upgraded = timeout(TIMEOUT, upgrade(&way, TRANSFER, body)).await;
+                let upgraded = timeout(TIMEOUT, upgrade(&way, path, protocol, body)).await;
                 let upgraded = upgraded.map_err(|_| ClientError::Timeout(TIMEOUT)).flatten();
                 let joined = upgraded.and_then(|(early, connection)| {
                     let (here, there) = UnixStream::pair().map_err(ClientError::Host)?;
@@ -522,8 +544,13 @@ fn blocking(stream: UnixStream) -> Result<std::os::unix::net::UnixStream, Client
 }
 
 /// Takes a connection out of HTTP; with what has arrived already.
-async fn upgrade(way: &Way, path: &str, body: Vec<u8>) -> Result<(Vec<u8>, Connection), ClientError> {
-    let answer = answer(way, &Method::POST, path, body, Some(PROTOCOL), None).await?;
+async fn upgrade(
+    way: &Way,
+    path: &str,
+    protocol: &str,
+    body: Vec<u8>,
+) -> Result<(Vec<u8>, Connection), ClientError> {
+    let answer = answer(way, &Method::POST, path, body, Some(protocol), None).await?;
     if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
         return Err(ClientError::Problem(Box::new(decode(&read_all(answer).await?)?)));
     }

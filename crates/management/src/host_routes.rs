@@ -13,6 +13,7 @@
 //! | PUT /v1/vms/NAME | defines it: [`MachineDefinition`]; `If-Match`, `If-None-Match` | 200 `MachineStatus` |
 //! | DELETE /v1/vms/NAME | forgets it; `If-Match` | 204 |
 //! | PUT /v1/vms/NAME/start, shutdown, stop | as the methods of [`api::Host`] | 202 `MachineStatus` |
+//! | POST /v1/vms/NAME/console, to be upgraded | its console: [`ConsoleRequest`](api::ConsoleRequest) | 101, then what is typed and shown |
 //! | /v1/vms/NAME/vm/..., /v1/vms/NAME/storage/..., /v1/vms/NAME/events, /v1/vms/NAME/metrics | passed on to the machine's socket | |
 //! | GET /v1/attachments | disks in use | 200 [`Attachment`](api::Attachment) |
 //! | POST /v1/attachments, to be upgraded | the disk of an [`AttachRequest`](api::AttachRequest) | 101, then vhost-user |
@@ -32,9 +33,11 @@ use http_body_util::Either;
 use hyper::header::{
     CACHE_CONTROL, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, IF_NONE_MATCH, UPGRADE,
 };
+use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::{Semaphore, watch};
 
+use crate::console::{Consoles, Guard};
 use crate::gateway::forward::{AnswerBody, Outgoing, forward};
 use crate::lasting::{self, Lasting};
 use crate::routes::{self, Answer, Content, MACHINE_TIMEOUT, STORAGE_TIMEOUT};
@@ -53,6 +56,7 @@ pub(crate) struct HostContext {
     news: watch::Receiver<u64>,
     transfers: Arc<Semaphore>,
     attachments: Arc<Semaphore>,
+    consoles: Consoles,
     /// Those who follow the events.
     pub(crate) streams: Streams,
     /// Those that may last.
@@ -73,6 +77,7 @@ impl HostContext {
             news,
             transfers: Arc::new(Semaphore::new(transfer::MAX_TRANSFERS)),
             attachments: Arc::new(Semaphore::new(MAX_ATTACHMENTS)),
+            consoles: Consoles::default(),
             streams: Streams::new(),
             lasting,
             attaching,
@@ -310,11 +315,44 @@ async fn machine(
         (["vm" | "storage" | "events" | "metrics", ..], _) => {
             return pass_on(context, name, rest, request).await;
         }
+        (["console"], &Method::POST) => return console(context, name, request).await.map(own),
+        (["console"], method) => return Ok(own(routes::not_allowed(method, "POST"))),
         _ => return Err(routes::no_such_path(request.uri().path())),
     };
     let (act, status) = act;
     let done = context.ask(MACHINE_TIMEOUT, move |host| act(host, &name)).await?;
     Ok(own(routes::json(status, &done)))
+}
+
+/// The console of a machine, if it leads to a socket.
+async fn console(context: &HostContext, name: VmName, request: Request<Content>) -> Result<Answer, Problem> {
+    let (upgrade, request) = upgrade_of(request);
+    let body = routes::bytes(request.into_body()).await?;
+    let machine = name.clone();
+    let status = context
+        .ask(MACHINE_TIMEOUT, move |host| host.machine(&machine))
+        .await?;
+    let socket = status.console.filter(|_| status.pid.is_some()).ok_or_else(|| {
+        let detail = "the machine does not run, or its console leads to no socket";
+        Problem::new(ProblemKind::Conflict, detail)
+            .about(&name)
+            .remedy("start it, with console.serial = \"socket:PATH\" or none in its definition")
+    })?;
+    let guard = Guard::none();
+    context
+        .consoles
+        .open(name.as_str(), &socket, upgrade, body, guard)
+        .await
+}
+
+/// What a connection is to become, if anything, with where that is to be had.
+fn upgrade_of<B>(mut request: Request<B>) -> (Option<(OnUpgrade, Vec<u8>)>, Request<B>) {
+    let protocol = request
+        .headers()
+        .get(UPGRADE)
+        .map(|value| value.as_bytes().to_vec());
+    let upgrade = protocol.map(|protocol| (hyper::upgrade::on(&mut request), protocol));
+    (upgrade, request)
 }
 
 /// A machine, with its definition's tag. What else is in the answer changes without it, so nobody shall keep the answer.
@@ -352,7 +390,7 @@ async fn pass_on(
     context: &HostContext,
     name: VmName,
     rest: &[&str],
-    mut request: Request<Content>,
+    request: Request<Content>,
 ) -> Result<Response<AnswerBody>, Problem> {
     let room = (rest.first() != Some(&"vm"))
         .then(|| context.lasting.room())
@@ -361,11 +399,7 @@ async fn pass_on(
     let socket = context
         .ask(MACHINE_TIMEOUT, move |host| host.machine_socket(&machine))
         .await?;
-    let protocol = request
-        .headers()
-        .get(UPGRADE)
-        .map(|value| value.as_bytes().to_vec());
-    let upgrade = protocol.map(|protocol| (hyper::upgrade::on(&mut request), protocol));
+    let (upgrade, request) = upgrade_of(request);
     let mut path = format!("/v1/{}", rest.join("/"));
     if let Some(query) = request.uri().query() {
         path = format!("{path}?{query}");
@@ -378,6 +412,7 @@ async fn pass_on(
         headers: &request.headers().clone(),
         body: routes::bytes(request.into_body()).await?,
         upgrade,
+        guard: None,
     })
     .await?;
     // It is kept until the answer has been passed on, which may be a stream.

@@ -31,6 +31,7 @@
 
 pub mod blocking;
 mod client;
+mod console;
 mod gateway;
 mod host_routes;
 mod journal;

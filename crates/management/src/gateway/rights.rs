@@ -24,6 +24,8 @@ impl Asked<'_> {
             Self::Path(method, path) => match (*method, *path) {
                 (&Method::GET | &Method::HEAD | &Method::OPTIONS, _) => Role::Viewer,
                 (&Method::PUT, ["vm", _]) => Role::Operator,
+                // To look on, too: it shows what the guest's administrator sees.
+                (&Method::POST, ["console"] | ["vms", _, "console"]) => Role::Operator,
                 (&Method::PATCH, ["vm", "disks" | "limit-groups", _]) => Role::Operator,
                 (&Method::PUT, ["vms", _, "start" | "shutdown" | "stop"]) => Role::Operator,
                 (&Method::PATCH, ["attachments", _, _]) => Role::Operator,
@@ -86,6 +88,8 @@ mod tests {
         assert_eq!(path(Method::PATCH, &["vm", "disks", "d"]), Role::Operator);
         assert_eq!(path(Method::POST, &["vm", "disks"]), Role::Administrator);
         assert_eq!(path(Method::PUT, &["vms", "web1", "start"]), Role::Operator);
+        assert_eq!(path(Method::POST, &["vms", "web1", "console"]), Role::Operator);
+        assert_eq!(path(Method::POST, &["console"]), Role::Operator);
         assert_eq!(path(Method::PUT, &["vms", "web1"]), Role::Administrator);
         assert_eq!(path(Method::DELETE, &["vms", "web1"]), Role::Administrator);
         assert_eq!(path(Method::DELETE, &["vm", "nets", "n"]), Role::Administrator);

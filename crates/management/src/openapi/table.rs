@@ -6,10 +6,10 @@
 use api::storage::{JobStatus, PoolStatus};
 use api::virtual_disk::TransferRequest;
 use api::{
-    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, DebugDump, DiskChange, DiskConfig, DiskLimits,
-    DiskStatus, EventPage, HostStatus, Liveness, MachineDefinition, MachineEntry, MachineStatus, NetConfig,
-    NetStatus, PoolEntry, Problem, ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, TracePage,
-    VmStatus,
+    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, CONSOLE_PROTOCOL, ConsoleRequest, DebugDump, DiskChange,
+    DiskConfig, DiskLimits, DiskStatus, EventPage, HostStatus, Liveness, MachineDefinition, MachineEntry,
+    MachineStatus, NetConfig, NetStatus, PoolEntry, Problem, ProblemKind, Readiness, Removal, StorageAnswer,
+    StorageRequest, TracePage, VmStatus,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
@@ -433,6 +433,7 @@ impl Operation {
     fn upgrade(self, protocol: &'static str) -> Self {
         let protocol: TypeOf = match protocol {
             ATTACHMENT_PROTOCOL => |_| json_schema!({"const": ATTACHMENT_PROTOCOL}),
+            CONSOLE_PROTOCOL => |_| json_schema!({"const": CONSOLE_PROTOCOL}),
             _ => |_| json_schema!({"const": "smsvmm-transfer"}),
         };
         let mut operation = self.parameter(
@@ -447,6 +448,27 @@ impl Operation {
             .for_each(|parameter| parameter.required = true);
         operation
     }
+}
+
+/// The console of a machine.
+fn console() -> Operation {
+    operation("post", "/v1/vms/{name}/console", "openConsole", "machines", "Use a machine's serial console")
+        .about(
+            "Leaves HTTP: after 101 the connection carries what the guest shows and, unless it only looks on, what is typed. One may type \
+             (else 409) and four may look on (else 503); who takes nothing for half a minute is let go. The client must not send anything \
+             before it has the answer.",
+        )
+        .machine()
+        .upgrade(CONSOLE_PROTOCOL)
+        .body::<ConsoleRequest>()
+        .answer_with(
+            101,
+            "The connection is taken out of HTTP.",
+            Vec::new(),
+            vec![("Upgrade", "`smsvmm-console`."), ("Connection", "`upgrade`.")],
+        )
+        .problem(Conflict)
+        .problem(Exhausted)
 }
 
 /// Events, of whatever has them.
@@ -483,6 +505,7 @@ pub(super) fn gateway() -> Vec<Operation> {
         )
         .list::<MachineEntry>("In the order of the gateway's configuration, if it is no page."),
     );
+    all.push(console());
     all
 }
 
@@ -566,6 +589,7 @@ pub(super) fn host() -> Vec<Operation> {
             .id("The disk's name in the machine.")
             .body::<DiskChange>()
             .json::<Attachment>(200, "It."),
+        console(),
         events(),
     ]);
     all.extend(storage());

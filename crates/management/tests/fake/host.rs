@@ -17,6 +17,8 @@ pub(crate) struct FakeHost {
     socket: PathBuf,
     /// Requests that last wait as long as somebody writes here.
     pub(crate) hold: RwLock<()>,
+    /// The socket of `db1`'s console.
+    pub(crate) console: Mutex<Option<PathBuf>>,
 }
 
 impl FakeHost {
@@ -27,6 +29,7 @@ impl FakeHost {
             events: EventLog::new(),
             socket,
             hold: RwLock::default(),
+            console: Mutex::default(),
         })
     }
 
@@ -48,7 +51,7 @@ impl FakeHost {
             last_end: None,
             config: "/state/vms/db1/vm.toml".into(),
             log: "/state/vms/db1/log".into(),
-            console: None,
+            console: self.console.lock().unwrap().clone(),
         })
     }
 
