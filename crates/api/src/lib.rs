@@ -41,6 +41,7 @@ pub use host::{
 };
 pub use metrics::{
     AttachmentMetrics, LATENCY_CLASSES, Latencies, Liveness, Metrics, NetMetrics, QueueMetrics, Readiness,
+    RequestCounts,
 };
 pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};
 pub use problem::{Problem, ProblemKind};

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    Attachment, CONSOLE_PROTOCOL, ConsoleRequest, DebugDump, DeviceId, DiskChange, DiskConfig, DiskLimits,
-    DiskStatus, EventKind, EventPage, HostStatus, MachineDefinition, MachineStatus, NetConfig, NetStatus,
-    Problem, Removal, StorageAnswer, StorageRequest, TracePage, VmName, VmStatus,
+    Attachment, AttachmentMetrics, CONSOLE_PROTOCOL, ConsoleRequest, DebugDump, DeviceId, DiskChange,
+    DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage, HostStatus, MachineDefinition, MachineStatus,
+    NetConfig, NetStatus, Problem, Removal, StorageAnswer, StorageRequest, TracePage, VmName, VmStatus,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -21,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use crate::target::{Connection, Target, Way};
+use crate::target::{Connection, Scope, Target, Way};
 use crate::transfer::PROTOCOL;
 use crate::{page, repeated};
 
@@ -379,6 +379,18 @@ impl Client {
     /// See [`ClientError`].
     pub fn attachments(&self) -> Result<Vec<Attachment>, ClientError> {
         self.list("/v1/attachments")
+    }
+
+    /// What was asked of each disk that a manager serves since its machine has it; also if the client is for one pool of it.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn attachment_counters(&self) -> Result<Vec<AttachmentMetrics>, ClientError> {
+        let whole = Self {
+            way: self.way.of(Scope::All),
+            runtime: runtime()?,
+        };
+        whole.list("/v1/attachments/counters")
     }
 
     /// A machine of a manager.

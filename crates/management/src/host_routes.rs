@@ -16,6 +16,7 @@
 //! | POST /v1/vms/NAME/console, to be upgraded | its console: [`ConsoleRequest`](api::ConsoleRequest) | 101, then what is typed and shown |
 //! | /v1/vms/NAME/vm/..., /v1/vms/NAME/storage/..., /v1/vms/NAME/events, /v1/vms/NAME/metrics | passed on to the machine's socket | |
 //! | GET /v1/attachments | disks in use | 200 [`Attachment`](api::Attachment) |
+//! | GET /v1/attachments/counters | what was asked of them | 200 [`AttachmentMetrics`](api::AttachmentMetrics) |
 //! | POST /v1/attachments, to be upgraded | the disk of an [`AttachRequest`](api::AttachRequest) | 101, then vhost-user |
 //! | PATCH /v1/attachments/VM/DEVICE | a [`DiskChange`](api::DiskChange) | 200 `Attachment` |
 //! | GET /v1/events | events | 200 [`EventPage`](api::EventPage) |
@@ -260,6 +261,13 @@ async fn attachments(
             transfer::take_out(request, ATTACHMENT_PROTOCOL, or_use, room, make).await
         }
         ([], method) => Ok(routes::not_allowed(method, "GET, POST")),
+        (["counters"], &Method::GET) => {
+            let metrics = context.ask(MACHINE_TIMEOUT, |host| Ok(host.metrics())).await?;
+            page::answer(request.uri(), metrics.attachments, |disk| {
+                format!("{}/{}", disk.attachment.vm, disk.attachment.device)
+            })
+        }
+        (["counters"], method) => Ok(routes::not_allowed(method, "GET")),
         ([vm, device], &Method::PATCH) => {
             let vm: VmName = vm.parse().map_err(|error: api::InvalidValue| {
                 Problem::new(ProblemKind::Invalid, error.to_string()).about("vm")

@@ -41,6 +41,7 @@ pub use control::Control;
 use devices::StartPasst;
 pub use disk::{GuestDisk, PoolDisk, PoolDisks, blk_options, guest_disk, serial};
 pub use manager::{Ask, ManagerDisks, Pools};
+pub use metrics::{latencies, request_counts};
 pub use scsi::{AddPoolUnit, OnResize, PoolUnit, ScsiAdapter, ScsiUnitDisk, ScsiUnits, scsi_adapter};
 pub use settings::set_controls;
 pub use slots::SlotError;

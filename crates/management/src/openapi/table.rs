@@ -6,10 +6,10 @@
 use api::storage::{JobStatus, PoolStatus};
 use api::virtual_disk::TransferRequest;
 use api::{
-    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, CONSOLE_PROTOCOL, ConsoleRequest, DebugDump, DiskChange,
-    DiskConfig, DiskLimits, DiskStatus, EventPage, HostStatus, Liveness, MachineDefinition, MachineEntry,
-    MachineStatus, NetConfig, NetStatus, PoolEntry, Problem, ProblemKind, Readiness, Removal, StorageAnswer,
-    StorageRequest, TracePage, VmStatus,
+    ATTACHMENT_PROTOCOL, AttachRequest, Attachment, AttachmentMetrics, CONSOLE_PROTOCOL, ConsoleRequest,
+    DebugDump, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventPage, HostStatus, Liveness,
+    MachineDefinition, MachineEntry, MachineStatus, NetConfig, NetStatus, PoolEntry, Problem, ProblemKind,
+    Readiness, Removal, StorageAnswer, StorageRequest, TracePage, VmStatus,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
@@ -566,6 +566,9 @@ pub(super) fn host() -> Vec<Operation> {
             .json::<MachineStatus>(202, "It ends."),
         operation("get", "/v1/attachments", "listAttachments", "attachments", "Disks in use")
             .list::<Attachment>("Those that the manager serves."),
+        operation("get", "/v1/attachments/counters", "listCounters", "attachments", "What was asked of disks in use")
+            .about("All numbers grow from zero since the machine has the disk: two answers and the time between them give rates.")
+            .list::<AttachmentMetrics>("Of those that the manager serves."),
         operation("post", "/v1/attachments", "attach", "attachments", "Use a disk of a pool")
             .about(
                 "Leaves HTTP: after 101 the connection speaks vhost-user, with the manager as back-end; the disk is in use as long as it \

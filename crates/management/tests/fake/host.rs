@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, RwLock};
 use api::virtual_disk::TransferRequest;
 use api::{
     AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange, EventLog, Host,
-    HostStatus, MachineDefinition, MachineState, MachineStatus, Metrics, Problem, ProblemKind, RestartPolicy,
-    StorageAnswer, StorageRequest, Transfer, VmName,
+    HostStatus, Latencies, MachineDefinition, MachineState, MachineStatus, Metrics, Problem, ProblemKind,
+    RequestCounts, RestartPolicy, StorageAnswer, StorageRequest, Transfer, VmName,
 };
 
 /// It knows one machine, `db1`.
@@ -159,13 +159,16 @@ impl Host for FakeHost {
             host: Some(self.status()),
             attachments: vec![AttachmentMetrics {
                 attachment,
-                reads: 1,
-                read_bytes: 512,
-                writes: 2,
-                written_bytes: 1024,
-                flushes: 3,
-                others: 4,
-                errors: 5,
+                counts: RequestCounts {
+                    reads: 1,
+                    read_bytes: 512,
+                    writes: 2,
+                    written_bytes: 1024,
+                    flushes: 3,
+                    others: 4,
+                    errors: 5,
+                },
+                latencies: Latencies::default(),
             }],
             ..Metrics::default()
         }
