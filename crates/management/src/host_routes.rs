@@ -61,7 +61,7 @@ pub(crate) struct HostContext {
     /// Those who follow the events.
     pub(crate) streams: Streams,
     /// Those that may last.
-    lasting: Lasting,
+    pub(crate) lasting: Lasting,
     /// Those for disks.
     attaching: Lasting,
 }

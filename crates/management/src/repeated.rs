@@ -23,9 +23,10 @@ use http_body_util::{BodyExt, Either, Full};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
 use hyper::{Method, Request, Response, StatusCode};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 
+use crate::page;
 use crate::routes::{self, Answer, Content};
 
 /// The header of a request.
@@ -145,11 +146,12 @@ impl Keys {
         tidy(&mut entries);
     }
 
-    /// Answers a request with a key by `route`, or as it was answered before.
+    /// Answers a request with a key by `route`, or as it was answered before; `room` is for those who have to wait for that.
     pub(crate) async fn answer<F, B>(
         &self,
         key: Bytes,
         request: Request<Incoming>,
+        room: impl FnOnce() -> Result<OwnedSemaphorePermit, Problem>,
         route: impl FnOnce(Request<Content>) -> F + Send + 'static,
     ) -> Result<Answer, Problem>
     where
@@ -175,6 +177,8 @@ impl Keys {
                 (answer, false)
             }
         };
+        let waits = replayed && answer.borrow().is_none();
+        let _room = waits.then(room).transpose()?;
         let kept = answer.wait_for(Option::is_some).await;
         let kept = kept.map_err(|_| {
             Problem::new(
@@ -249,8 +253,8 @@ pub(crate) fn of(principal: &str, headers: &HeaderMap) -> HeaderMap {
     let mut own = headers.clone();
     own.remove(KEY);
     for key in headers.get_all(KEY) {
-        let key = [principal.as_bytes(), b"/", key.as_bytes()].concat();
-        // Names and values are visible characters, or are refused as a key.
+        let name = page::encode(principal);
+        let key = [name.as_bytes(), b":", key.as_bytes()].concat();
         own.append(
             KEY,
             HeaderValue::from_bytes(&key).unwrap_or(HeaderValue::from_static("")),

@@ -49,7 +49,7 @@ pub(crate) struct Context {
     /// Those who follow the events.
     pub(crate) streams: Streams,
     /// Those that may last.
-    lasting: Lasting,
+    pub(crate) lasting: Lasting,
 }
 
 impl Context {

@@ -253,7 +253,11 @@ async fn answer(context: Arc<Served>, request: Request<Incoming>) -> Response<An
     };
     let of_first = Arc::clone(&context);
     let route = move |request| async move { of_first.answering.answer(request).await };
-    match context.keys.answer(key, request, route).await {
+    let room = || match &context.answering {
+        Answering::Vm(context) => context.lasting.room(),
+        Answering::Host(context) => context.lasting.room(),
+    };
+    match context.keys.answer(key, request, room, route).await {
         Ok(answer) => answer.map(Either::Left),
         Err(found) => problem(found),
     }
