@@ -35,4 +35,4 @@ pub mod virtio_scsi;
 pub use disk_handle::{DiskHandle, DiskHandleError, PinnedDisk};
 pub use either::Either;
 pub use queue::recorder;
-pub use queue::{Counters, LATENCY_CLASSES, QueueStatistics};
+pub use queue::{Counters, LATENCY_CLASSES, QueueStatistics, RequestCounts};

@@ -74,6 +74,6 @@ fn a_warm_queue_serves_reads_writes_and_flushes_without_allocating() {
     worker.run(|| async { COUNTS.set(false) });
     // What the two orders to the worker cost is theirs.
     assert!(counted <= 4, "{counted} allocations in 8000 requests");
-    assert_eq!(device.handle().counters()[0].errors, 0);
+    assert_eq!(device.handle().counters()[0].counts.errors, 0);
     reset_and_wait(&mut device);
 }

@@ -110,7 +110,7 @@ fn a_warm_queue_serves_reads_and_writes_without_allocating() {
         memory.read_slice(&mut answer, GuestAddress(at)).unwrap();
         assert_eq!(answer, [0; 8]);
     }
-    let counters = device.handle().counters()[0];
+    let counters = device.handle().counters()[0].counts;
     assert_eq!(counters.errors, 0);
     // But for the first command, which was told that power came on.
     assert_eq!(counters.reads + counters.writes, 550 * 16 - 1);

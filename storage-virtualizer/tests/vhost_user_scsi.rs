@@ -286,7 +286,7 @@ fn each_socket_is_an_initiator_of_its_own_and_stays_it() {
     // An adapter is reset: nobody else notices.
     b.tell(request::RESET_DEVICE, &[], &[]);
     assert_eq!(a.test(), Answer::good());
-    assert!(b_server.counters().writes >= 2);
+    assert!(b_server.counters().counts.writes >= 2);
 }
 
 #[test]

@@ -188,7 +188,7 @@ fn what_is_written_is_read_back() {
         assert_eq!(read, (OK, 65537));
         assert_eq!(machine.bytes(target, 4096), data[..4096]);
         assert_eq!(machine.bytes(target + 8192, 61440), data[4096..]);
-        let counters = machine.device.handle().counters()[0];
+        let counters = machine.device.handle().counters()[0].counts;
         assert_eq!(
             (
                 counters.reads,
@@ -352,7 +352,7 @@ fn impossible_requests_are_answered_with_an_error() {
         assert_eq!(read(&mut machine, 0, 511), IO_ERROR);
         assert_eq!(machine.request(77, 0, &[writable(DATA, 512)]).0, UNSUPPORTED);
         assert_eq!(read(&mut machine, DISK / 512 - 1, 512), OK);
-        assert_eq!(machine.device.handle().counters()[0].errors, 6);
+        assert_eq!(machine.device.handle().counters()[0].counts.errors, 6);
         assert!(machine.events.reset_reasons.lock().unwrap().is_empty());
     });
 }
@@ -758,7 +758,7 @@ fn several_queues_are_served_by_several_workers() {
             .handle()
             .counters()
             .iter()
-            .all(|counters| counters.reads + counters.writes == 500)
+            .all(|counters| counters.counts.reads + counters.counts.writes == 500)
     );
     assert!(events.reset_reasons.lock().unwrap().is_empty());
     reset_and_wait(&mut device);

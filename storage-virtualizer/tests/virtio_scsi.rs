@@ -158,7 +158,7 @@ fn a_disk_is_found_written_and_read() {
     assert!(back == pattern);
     let stored = std::fs::read(file.path()).unwrap();
     assert!(stored[5 * 512..][..8192] == pattern);
-    let counters = machine.handle.counters()[0];
+    let counters = machine.handle.counters()[0].counts;
     assert_eq!((counters.reads, counters.writes), (1, 1));
     assert_eq!((counters.read_bytes, counters.written_bytes), (8192, 8192));
 }

@@ -354,6 +354,21 @@ pub struct Job {
     pub total: u64,
     /// At most so many bytes per second; 0 for no limit.
     pub throttle: u64,
+    /// How it stands to other jobs; of one that has ended, [`Priority::Normal`].
+    pub priority: Priority,
+}
+
+/// How a job stands to others of its pool: the order in which those that wait begin, and what those that run leave to each other. The
+/// requests of guests are not concerned.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Priority {
+    /// After all others.
+    Low,
+    /// What a job has that nobody has said anything of.
+    #[default]
+    Normal,
+    /// Before all others.
+    High,
 }
 
 /// What a job does.

@@ -33,6 +33,12 @@ pub enum FileOperation {
         /// What is in its directories, too.
         #[serde(default)]
         recursive: bool,
+        /// At most so many, 1 to 1000, in the order of their paths; all if none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        limit: Option<u32>,
+        /// Only those whose paths come after this one: `next` of an earlier answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<String>,
     },
     /// Make a directory.
     MakeDirectory {
@@ -148,6 +154,14 @@ impl FileOperation {
             self,
             Self::List { .. } | Self::Stat { .. } | Self::Extents { .. } | Self::Check { repair: false }
         )
+    }
+
+    /// At most how many entries of a list are wanted.
+    pub fn limit(&self) -> Option<u32> {
+        match self {
+            Self::List { limit, .. } => *limit,
+            _ => None,
+        }
     }
 }
 
@@ -517,6 +531,22 @@ pub struct FileOutcome {
     pub events: Vec<PoolEvent>,
     /// It was broken off; done again, it goes on.
     pub interrupted: bool,
+    /// Of a list, where there may be more: the `after` that goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
+
+impl FileAnswer {
+    /// Where a list goes on of which at most `limit` entries were wanted.
+    pub fn next(&self, limit: Option<u32>) -> Option<String> {
+        match self {
+            Self::Entries(entries) => {
+                let last = entries.last().filter(|_| crate::is_full(entries.len(), limit))?;
+                Some(last.path.clone())
+            }
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -302,6 +302,19 @@ fn is_false(value: &bool) -> bool {
 /// What the connection of an attachment is upgraded to.
 pub const ATTACHMENT_PROTOCOL: &str = "smsvmm-vhost-user";
 
+/// What the connection of a console is upgraded to.
+pub const CONSOLE_PROTOCOL: &str = "smsvmm-console";
+
+/// A wish for a machine's console: the body of `POST /v1/vms/NAME/console`, whose connection is upgraded to [`CONSOLE_PROTOCOL`]: from then
+/// on it carries what the guest shows, and what is typed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ConsoleRequest {
+    /// Only look on: what is typed goes nowhere.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
 /// A disk of a pool that is in use: an item of the answer of `GET /v1/attachments`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]

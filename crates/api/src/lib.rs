@@ -36,16 +36,19 @@ pub use disk_controls::{AtPowerOff, DiskChange, DiskLimits, OnError};
 pub use event::{Event, EventKind, EventLog, EventPage};
 pub use expanded::{ExpandedPolicy, Right};
 pub use host::{
-    ATTACHMENT_PROTOCOL, AdapterConfig, AdapterRequest, AttachRequest, Attachment, Host, HostStatus,
-    MachineDefinition, MachineState, MachineStatus, PoolEntry, RestartPolicy, UnitNews, UnitOrder,
+    ATTACHMENT_PROTOCOL, AdapterConfig, AdapterRequest, AttachRequest, Attachment, CONSOLE_PROTOCOL,
+    ConsoleRequest, Host, HostStatus, MachineDefinition, MachineState, MachineStatus, PoolEntry,
+    RestartPolicy, UnitNews, UnitOrder,
 };
 pub use metrics::{
     AttachmentMetrics, LATENCY_CLASSES, Latencies, Liveness, Metrics, NetMetrics, QueueMetrics, Readiness,
+    RequestCounts,
 };
 pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};
 pub use problem::{Problem, ProblemKind};
 pub use scsi::{MAX_LUNS, MAX_TARGETS, ScsiAccess, ScsiPath, ScsiPlace};
-pub use storage_request::{MAX_LOAD_WINDOW_MS, StorageAnswer, StorageRequest};
+pub(crate) use storage_request::is_full;
+pub use storage_request::{MAX_LOAD_WINDOW_MS, MAX_PAGE, StorageAnswer, StorageRequest};
 pub use trace::{DebugDump, DiskTrace, TraceEnd, TraceOperation, TracePage, TraceRecord};
 pub use units::{ByteSize, Seconds};
 pub use vm::{ExitReason, MachineEntry, Transfer, Vm, VmState, VmStatus};

@@ -21,14 +21,36 @@ pub struct Latencies {
     pub sum_us: u64,
 }
 
-/// What a request queue of a disk, or of the SCSI adapter, has done.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+impl Latencies {
+    /// What has come since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        let grown = |class: usize| self.classes[class].saturating_sub(before.classes[class]);
+        Self {
+            classes: std::array::from_fn(grown),
+            sum_us: self.sum_us.saturating_sub(before.sum_us),
+        }
+    }
+
+    /// So many microseconds `percent` of all took at most, rounded up to a power of two; 0 if there are none.
+    pub fn percentile(&self, percent: u64) -> u64 {
+        let all: u64 = self.classes.iter().sum();
+        let wanted = (u128::from(all) * u128::from(percent)).div_ceil(100);
+        let mut below = 0;
+        for (class, count) in self.classes.iter().enumerate() {
+            below += u128::from(*count);
+            if below >= wanted && below > 0 {
+                return 1 << class;
+            }
+        }
+        0
+    }
+}
+
+/// Requests to a disk, by kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
-pub struct QueueMetrics {
-    /// The disk; `scsi` for the adapter, whose queues serve all its disks.
-    pub device: DeviceId,
-    /// The queue, from 0.
-    pub queue: u16,
+pub struct RequestCounts {
     /// Read requests.
     pub reads: u64,
     /// Bytes asked for by them.
@@ -43,6 +65,35 @@ pub struct QueueMetrics {
     pub others: u64,
     /// Requests that were not answered with success.
     pub errors: u64,
+}
+
+impl RequestCounts {
+    /// What has come since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            reads: self.reads.saturating_sub(before.reads),
+            read_bytes: self.read_bytes.saturating_sub(before.read_bytes),
+            writes: self.writes.saturating_sub(before.writes),
+            written_bytes: self.written_bytes.saturating_sub(before.written_bytes),
+            flushes: self.flushes.saturating_sub(before.flushes),
+            others: self.others.saturating_sub(before.others),
+            errors: self.errors.saturating_sub(before.errors),
+        }
+    }
+}
+
+/// What a request queue of a disk, or of the SCSI adapter, has done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct QueueMetrics {
+    /// The disk; `scsi` for the adapter, whose queues serve all its disks.
+    pub device: DeviceId,
+    /// The queue, from 0.
+    pub queue: u16,
+    /// What was asked.
+    #[serde(flatten)]
+    pub counts: RequestCounts,
     /// Interrupts sent.
     pub interrupts: u64,
     /// From the moment that a request was taken from the guest to its answer.
@@ -73,25 +124,18 @@ pub struct NetMetrics {
     pub send_waits: u64,
 }
 
-/// What has been done on a disk of a pool since a machine has it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What has been done on a disk of a pool since a machine has it: an item of the answer of `GET /v1/attachments/counters`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub struct AttachmentMetrics {
     /// Which disk, and which machine.
+    #[serde(flatten)]
     pub attachment: Attachment,
-    /// Read requests.
-    pub reads: u64,
-    /// Bytes asked for by them.
-    pub read_bytes: u64,
-    /// Write requests.
-    pub writes: u64,
-    /// Bytes in them.
-    pub written_bytes: u64,
-    /// Flush requests.
-    pub flushes: u64,
-    /// All other requests.
-    pub others: u64,
-    /// Requests that were not answered with success.
-    pub errors: u64,
+    /// What was asked.
+    #[serde(flatten)]
+    pub counts: RequestCounts,
+    /// From the moment that a request was taken from the guest to its answer.
+    pub latencies: Latencies,
 }
 
 /// All numbers of a server at one moment.
@@ -134,4 +178,29 @@ pub struct Readiness {
     pub ready: bool,
     /// Where it is in its life, for example the state of a machine.
     pub state: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_came_between_two_looks_has_percentiles() {
+        let mut before = Latencies::default();
+        (before.classes[3], before.sum_us) = (50, 300);
+        let mut after = before;
+        (after.classes[5], after.classes[10], after.sum_us) = (98, 2, 5000);
+        let between = after.since(&before);
+        assert_eq!(
+            (
+                between.percentile(50),
+                between.percentile(98),
+                between.percentile(99)
+            ),
+            (32, 32, 1024)
+        );
+        assert_eq!((between.sum_us, Latencies::default().percentile(99)), (4700, 0));
+        // Counters that began anew.
+        assert_eq!(before.since(&after).sum_us, 0);
+    }
 }

@@ -29,6 +29,9 @@ pub enum ProblemKind {
     /// What the caller said must be so is not: somebody has changed the object meanwhile, or it is there already.
     #[serde(rename = "urn:smsvmm:problem:precondition")]
     Precondition,
+    /// The key of the request was used for another one: see `Idempotency-Key`.
+    #[serde(rename = "urn:smsvmm:problem:key-reused")]
+    KeyReused,
     /// The body is larger than the server takes.
     #[serde(rename = "urn:smsvmm:problem:too-large")]
     TooLarge,
@@ -51,7 +54,7 @@ pub enum ProblemKind {
 
 impl ProblemKind {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Invalid,
         Self::Unauthenticated,
         Self::Forbidden,
@@ -59,6 +62,7 @@ impl ProblemKind {
         Self::MethodNotAllowed,
         Self::Conflict,
         Self::Precondition,
+        Self::KeyReused,
         Self::TooLarge,
         Self::Host,
         Self::Exhausted,
@@ -78,6 +82,7 @@ impl ProblemKind {
             Self::Conflict => 409,
             Self::Precondition => 412,
             Self::TooLarge => 413,
+            Self::KeyReused => 422,
             Self::TooMany => 429,
             Self::Host => 500,
             Self::Exhausted | Self::Stopping => 503,
@@ -95,6 +100,7 @@ impl ProblemKind {
             Self::MethodNotAllowed => "the object does not support this method",
             Self::Conflict => "not possible in the present state",
             Self::Precondition => "what was said must be so is not",
+            Self::KeyReused => "the key was used for another request",
             Self::TooLarge => "the request is too large",
             Self::TooMany => "too many attempts",
             Self::Host => "the host refused",

@@ -3,9 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::file::{FileOperation, FileOutcome};
+use crate::file::{FileAnswer, FileOperation, FileOutcome};
 use crate::storage::{Operation, Outcome, PoolLoad, PoolStatus};
-use crate::virtual_disk::{DiskOperation, DiskOutcome};
+use crate::virtual_disk::{DiskAnswer, DiskOperation, DiskOutcome};
 
 /// The longest window of a [`StorageRequest::Load`].
 pub const MAX_LOAD_WINDOW_MS: u32 = 60_000;
@@ -31,6 +31,57 @@ pub enum StorageRequest {
     Disk(DiskOperation),
 }
 
+impl StorageRequest {
+    /// Whether it changes nothing, so that it may be asked as often as one likes.
+    pub fn only_reads(&self) -> bool {
+        match self {
+            Self::Status | Self::Load { .. } => true,
+            Self::Pool(operation) | Self::Begin(operation) => matches!(operation, Operation::WaitJob { .. }),
+            Self::File(operation) => operation.only_reads(),
+            Self::Disk(operation) => operation.only_reads(),
+        }
+    }
+}
+
+/// Most entries of a page of a list.
+pub const MAX_PAGE: u32 = 1000;
+
+/// Whether a page is full, so that there may be another.
+pub(crate) fn is_full(count: usize, limit: Option<u32>) -> bool {
+    limit.is_some_and(|limit| count >= limit as usize)
+}
+
+impl StorageRequest {
+    /// The part of a list that this asks for.
+    fn part(&mut self) -> Option<(&mut Option<u32>, &mut Option<String>)> {
+        match self {
+            Self::File(FileOperation::List { limit, after, .. })
+            | Self::Disk(
+                DiskOperation::List { limit, after, .. } | DiskOperation::ListSnapshots { limit, after, .. },
+            ) => Some((limit, after)),
+            _ => None,
+        }
+    }
+
+    /// Asks for pages of `page` entries, if it asks for a whole list, and says whether it does.
+    pub fn begin_pages(&mut self, page: u32) -> bool {
+        match self.part() {
+            Some((limit @ None, _)) => {
+                *limit = Some(page);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Asks for the page after an entry.
+    pub fn go_on_after(&mut self, entry: String) {
+        if let Some((_, after)) = self.part() {
+            *after = Some(entry);
+        }
+    }
+}
+
 /// The answer to a [`StorageRequest`] of the same name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", tag = "from", content = "answer")]
@@ -45,4 +96,40 @@ pub enum StorageAnswer {
     File(Box<FileOutcome>),
     /// What came of an operation on disks.
     Disk(Box<DiskOutcome>),
+}
+
+impl StorageAnswer {
+    /// Where a list goes on; afterwards it does not say so any more.
+    pub fn take_next(&mut self) -> Option<String> {
+        match self {
+            Self::File(outcome) => outcome.next.take(),
+            Self::Disk(outcome) => outcome.next.take(),
+            _ => None,
+        }
+    }
+
+    /// Puts the next page of a list behind this one.
+    pub fn append(&mut self, page: Self) {
+        match (self, page) {
+            (Self::File(whole), Self::File(page)) => {
+                if let (FileAnswer::Entries(all), FileAnswer::Entries(more)) =
+                    (&mut whole.answer, page.answer)
+                {
+                    all.extend(more);
+                }
+                whole.events.extend(page.events);
+                whole.next = page.next;
+            }
+            (Self::Disk(whole), Self::Disk(page)) => {
+                match (&mut whole.answer, page.answer) {
+                    (DiskAnswer::Disks(all), DiskAnswer::Disks(more)) => all.extend(more),
+                    (DiskAnswer::Snapshots(all), DiskAnswer::Snapshots(more)) => all.extend(more),
+                    _ => {}
+                }
+                whole.events.extend(page.events);
+                whole.next = page.next;
+            }
+            _ => {}
+        }
+    }
 }

@@ -60,6 +60,23 @@ pub enum DiskOperation {
     List {
         /// The directory.
         path: String,
+        /// At most so many, 1 to 1000, in the order of their paths; all if none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        limit: Option<u32>,
+        /// Only those whose paths come after this one: `next` of an earlier answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<String>,
+    },
+    /// The snapshots of a disk, in the order in which they were made.
+    ListSnapshots {
+        /// The disk.
+        path: String,
+        /// At most so many, 1 to 1000; all if none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        limit: Option<u32>,
+        /// Only those made after this one: `next` of an earlier answer.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<String>,
     },
     /// What is known of a disk.
     Status {
@@ -184,8 +201,20 @@ impl DiskOperation {
     pub fn only_reads(&self) -> bool {
         matches!(
             self,
-            Self::List { .. } | Self::Status { .. } | Self::Changed { .. } | Self::Places { .. }
+            Self::List { .. }
+                | Self::ListSnapshots { .. }
+                | Self::Status { .. }
+                | Self::Changed { .. }
+                | Self::Places { .. }
         )
+    }
+
+    /// At most how many entries of a list are wanted.
+    pub fn limit(&self) -> Option<u32> {
+        match self {
+            Self::List { limit, .. } | Self::ListSnapshots { limit, .. } => *limit,
+            _ => None,
+        }
     }
 }
 
@@ -270,6 +299,8 @@ pub enum DiskAnswer {
     Done,
     /// Disks, in order of their paths.
     Disks(Vec<VirtualDisk>),
+    /// Snapshots, in the order in which they were made.
+    Snapshots(Vec<SnapshotStatus>),
     /// One disk.
     Status(Box<VirtualDiskStatus>),
     /// Ranges, in order.
@@ -345,6 +376,21 @@ pub struct DiskOutcome {
     pub answer: DiskAnswer,
     /// What happened meanwhile.
     pub events: Vec<PoolEvent>,
+    /// Of a list, where there may be more: the `after` that goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
+
+impl DiskAnswer {
+    /// Where a list goes on of which at most `limit` entries were wanted.
+    pub fn next(&self, limit: Option<u32>) -> Option<String> {
+        let (count, last) = match self {
+            Self::Disks(disks) => (disks.len(), &disks.last()?.path),
+            Self::Snapshots(snapshots) => (snapshots.len(), &snapshots.last()?.name),
+            _ => return None,
+        };
+        crate::is_full(count, limit).then(|| last.clone())
+    }
 }
 
 /// What an image outside of the pool is like.

@@ -28,6 +28,8 @@ impl Doer<'_> {
         let answer = self.file(FileOperation::List {
             path: path.to_owned(),
             recursive: false,
+            limit: None,
+            after: None,
         })?;
         let FileAnswer::Entries(entries) = answer else {
             return Err(unexpected());
@@ -77,6 +79,8 @@ impl Doer<'_> {
             let path = if folder.is_empty() { "/" } else { folder };
             let disks = match self.disk(DiskOperation::List {
                 path: path.to_owned(),
+                limit: None,
+                after: None,
             }) {
                 Ok(DiskAnswer::Disks(disks)) => disks,
                 Ok(_) => return Err(unexpected()),

@@ -23,7 +23,11 @@ fn policy(allow: &[Right]) -> ExpandedPolicy {
 
 fn disk_answer(answer: DiskAnswer) -> Result<StorageAnswer, Problem> {
     let events = Vec::new();
-    Ok(StorageAnswer::Disk(Box::new(DiskOutcome { answer, events })))
+    Ok(StorageAnswer::Disk(Box::new(DiskOutcome {
+        answer,
+        events,
+        next: None,
+    })))
 }
 
 /// A pool that does everything at once.
@@ -44,6 +48,7 @@ fn obliging(request: StorageRequest) -> Result<StorageAnswer, Problem> {
             answer: FileAnswer::Done,
             events: Vec::new(),
             interrupted: false,
+            next: None,
         }))),
         _ => Err(Problem::new(ProblemKind::Conflict, "not in this test")),
     }

@@ -149,6 +149,7 @@ fn paths_of(operation: &DiskOperation) -> Vec<&str> {
     match operation {
         DiskOperation::Snapshot { paths, .. } => paths.iter().map(String::as_str).collect(),
         DiskOperation::Status { path }
+        | DiskOperation::ListSnapshots { path, .. }
         | DiskOperation::Resize { path, .. }
         | DiskOperation::DescribeSnapshot { path, .. }
         | DiskOperation::Revert { path }

@@ -12,6 +12,7 @@ use api::{
     PoolEntry, Problem, ProblemKind, StorageAnswer, StorageRequest, TracePage, Transfer, VmName,
 };
 use storage_manager::HostedPool;
+use vmm::machine::{latencies, request_counts};
 
 use crate::config::{AtEnd, HostConfig};
 use crate::door::Storage;
@@ -291,13 +292,8 @@ impl Host for Manager {
             attachments: counted
                 .map(|(attachment, counters)| AttachmentMetrics {
                     attachment,
-                    reads: counters.reads,
-                    read_bytes: counters.read_bytes,
-                    writes: counters.writes,
-                    written_bytes: counters.written_bytes,
-                    flushes: counters.flushes,
-                    others: counters.others,
-                    errors: counters.errors,
+                    counts: request_counts(&counters),
+                    latencies: latencies(&counters),
                 })
                 .collect(),
             pools,

@@ -65,7 +65,7 @@ fn a_disk_is_in_use_as_long_as_the_connection() {
             (1, "web1", ROOT)
         );
         let (_, counters) = manager.disks().counters().remove(0);
-        assert_eq!((counters.reads, counters.writes), (1, 1));
+        assert_eq!((counters.counts.reads, counters.counts.writes), (1, 1));
 
         drop(machine);
         manager.wait_for(0);

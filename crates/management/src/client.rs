@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    DebugDump, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage, HostStatus,
-    MachineDefinition, MachineStatus, NetConfig, NetStatus, Problem, Removal, StorageAnswer, StorageRequest,
-    TracePage, VmName, VmStatus,
+    Attachment, AttachmentMetrics, CONSOLE_PROTOCOL, ConsoleRequest, DebugDump, DeviceId, DiskChange,
+    DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage, HostStatus, MachineDefinition, MachineStatus,
+    NetConfig, NetStatus, Problem, Removal, StorageAnswer, StorageRequest, TracePage, VmName, VmStatus,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -21,11 +21,18 @@ use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use crate::target::{Connection, Target, Way};
+use crate::target::{Connection, Scope, Target, Way};
 use crate::transfer::PROTOCOL;
+use crate::{page, repeated};
 
 /// Longest time for an answer, beyond what the request itself waits.
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// How often something is asked again whose connection broke.
+const RETRIES: u32 = 3;
+/// Before each time.
+const RETRY_PAUSE: Duration = Duration::from_millis(300);
+/// Entries of a list that are asked for at a time.
+pub(crate) const PAGE: u32 = 500;
 /// Largest answer in bytes.
 pub(crate) const MAX_ANSWER: usize = 16 << 20;
 
@@ -180,7 +187,28 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn storage(&self, request: &StorageRequest) -> Result<StorageAnswer, ClientError> {
-        self.post("/v1/storage", request, crate::routes::STORAGE_TIMEOUT + TIMEOUT)
+        let limit = crate::routes::STORAGE_TIMEOUT + TIMEOUT;
+        match request.only_reads() {
+            true => self.send(&Method::POST, "/v1/storage", request, limit),
+            false => self.post("/v1/storage", request, limit),
+        }
+    }
+
+    /// As [`Self::storage`], where the answer may be long: a list of files or disks is had page by page.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn storage_whole(&self, request: &StorageRequest) -> Result<StorageAnswer, ClientError> {
+        let mut asked = request.clone();
+        if !asked.begin_pages(PAGE) {
+            return self.storage(request);
+        }
+        let mut whole = self.storage(&asked)?;
+        while let Some(after) = whole.take_next() {
+            asked.go_on_after(after);
+            whole.append(self.storage(&asked)?);
+        }
+        Ok(whole)
     }
 
     /// Has data moved between the machine's pool and the connection that is returned, which blocks, with what has arrived already.
@@ -191,10 +219,32 @@ impl Client {
         &self,
         request: &TransferRequest,
     ) -> Result<(Vec<u8>, std::os::unix::net::UnixStream), ClientError> {
+        self.connection(TRANSFER, PROTOCOL, request)
+    }
+
+    /// The console of a machine, of a manager or behind a gateway: what is read of the connection is shown, what is written is typed. With
+    /// what has arrived already.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn console(
+        &self,
+        request: &ConsoleRequest,
+    ) -> Result<(Vec<u8>, std::os::unix::net::UnixStream), ClientError> {
+        self.connection("/v1/console", CONSOLE_PROTOCOL, request)
+    }
+
+    /// A connection that is taken out of HTTP.
+    fn connection(
+        &self,
+        path: &'static str,
+        protocol: &'static str,
+        request: &impl Serialize,
+    ) -> Result<(Vec<u8>, std::os::unix::net::UnixStream), ClientError> {
         let body = serde_json::to_vec(request).map_err(|error| ClientError::Broken(error.into()))?;
         let way = self.way.clone();
         if matches!(way, Way::Socket(..)) {
-            let exchange = upgrade(&way, TRANSFER, body);
+            let exchange = upgrade(&way, path, protocol, body);
             let answered = self.runtime.block_on(async { timeout(TIMEOUT, exchange).await });
             let (early, connection) = answered.map_err(|_| ClientError::Timeout(TIMEOUT))??;
             let Connection::Unix(stream) = connection else {
@@ -210,7 +260,7 @@ impl Client {
                 Err(error) => return drop(told.send(Err(error))),
             };
             runtime.block_on(async {
-                let upgraded = timeout(TIMEOUT, upgrade(&way, TRANSFER, body)).await;
+                let upgraded = timeout(TIMEOUT, upgrade(&way, path, protocol, body)).await;
                 let upgraded = upgraded.map_err(|_| ClientError::Timeout(TIMEOUT)).flatten();
                 let joined = upgraded.and_then(|(early, connection)| {
                     let (here, there) = UnixStream::pair().map_err(ClientError::Host)?;
@@ -315,6 +365,34 @@ impl Client {
         self.get("/v1/host")
     }
 
+    /// All machines of a manager, in the order of their names.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn machines(&self) -> Result<Vec<MachineStatus>, ClientError> {
+        self.list("/v1/vms")
+    }
+
+    /// All disks of its pools that a manager serves.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn attachments(&self) -> Result<Vec<Attachment>, ClientError> {
+        self.list("/v1/attachments")
+    }
+
+    /// What was asked of each disk that a manager serves since its machine has it; also if the client is for one pool of it.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn attachment_counters(&self) -> Result<Vec<AttachmentMetrics>, ClientError> {
+        let whole = Self {
+            way: self.way.of(Scope::All),
+            runtime: runtime()?,
+        };
+        whole.list("/v1/attachments/counters")
+    }
+
     /// A machine of a manager.
     ///
     /// # Errors
@@ -377,13 +455,49 @@ impl Client {
         decode(&self.request(&Method::GET, path, Vec::new(), TIMEOUT)?)
     }
 
+    /// A list, page by page.
+    fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, ClientError> {
+        let mut all = Vec::new();
+        let mut query = Some(format!("limit={PAGE}"));
+        while let Some(asked) = query {
+            let reply = self.request(&Method::GET, &format!("{path}?{asked}"), Vec::new(), TIMEOUT)?;
+            all.extend(decode::<Vec<T>>(&reply)?);
+            query = reply.next;
+        }
+        Ok(all)
+    }
+
+    /// Has something made, once: where the connection breaks, the same is asked again with the same key, of a server that still answers.
     fn post<T: DeserializeOwned>(
         &self,
         path: &str,
         body: &impl Serialize,
         limit: Duration,
     ) -> Result<T, ClientError> {
-        self.send(&Method::POST, path, body, limit)
+        let body = serde_json::to_vec(body).map_err(|error| ClientError::Broken(error.into()))?;
+        let key = repeated::new_key();
+        let ask = || {
+            self.request_if(
+                Some((repeated::KEY, &key)),
+                &Method::POST,
+                path,
+                body.clone(),
+                limit,
+            )
+        };
+        let mut answered = ask();
+        for _ in 0..RETRIES {
+            if !matches!(answered, Err(ClientError::Broken(_))) {
+                break;
+            }
+            std::thread::sleep(RETRY_PAUSE);
+            match ask() {
+                // It has ended: how it ended the first time is what matters.
+                Err(ClientError::Connect { .. } | ClientError::Gateway { .. }) => break,
+                other => answered = other,
+            }
+        }
+        decode(&answered?)
     }
 
     fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
@@ -442,8 +556,13 @@ fn blocking(stream: UnixStream) -> Result<std::os::unix::net::UnixStream, Client
 }
 
 /// Takes a connection out of HTTP; with what has arrived already.
-async fn upgrade(way: &Way, path: &str, body: Vec<u8>) -> Result<(Vec<u8>, Connection), ClientError> {
-    let answer = answer(way, &Method::POST, path, body, Some(PROTOCOL), None).await?;
+async fn upgrade(
+    way: &Way,
+    path: &str,
+    protocol: &str,
+    body: Vec<u8>,
+) -> Result<(Vec<u8>, Connection), ClientError> {
+    let answer = answer(way, &Method::POST, path, body, Some(protocol), None).await?;
     if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
         return Err(ClientError::Problem(Box::new(decode(&read_all(answer).await?)?)));
     }
@@ -507,19 +626,22 @@ where
 }
 
 async fn read_all(answer: Response<Incoming>) -> Result<Reply, ClientError> {
-    let status = answer.status();
+    let (status, next) = (answer.status(), page::next(answer.headers()));
     let body = Limited::new(answer.into_body(), MAX_ANSWER)
         .collect()
         .await
         .map_err(ClientError::Broken)?;
     Ok(Reply {
         status,
+        next,
         body: body.to_bytes(),
     })
 }
 
 struct Reply {
     status: StatusCode,
+    /// The query of the next page, of a list.
+    next: Option<String>,
     body: Bytes,
 }
 

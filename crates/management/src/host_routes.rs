@@ -1,17 +1,22 @@
 //! Requests to a host's manager.
 //!
+//! Lists take `?limit=` and `?after=`: see [`page`](crate::page).
+//!
 //! | method, path | does | answer |
 //! |---|---|---|
 //! | GET /v1/host | the whole host | 200 [`HostStatus`](api::HostStatus) |
 //! | GET /v1/pools, /v1/pools/NAME | pools | 200 [`PoolEntry`](api::PoolEntry), [`PoolStatus`](api::storage::PoolStatus) |
+//! | GET /v1/pools/NAME/jobs | its jobs | 200 [`JobStatus`](api::storage::JobStatus) |
 //! | POST /v1/pools/NAME/storage, .../transfer | as /v1/storage of a machine | |
 //! | POST /v1/storage, .../transfer | the same, where there is one pool only | |
 //! | GET /v1/vms, /v1/vms/NAME | machines | 200 [`MachineStatus`](api::MachineStatus) |
 //! | PUT /v1/vms/NAME | defines it: [`MachineDefinition`]; `If-Match`, `If-None-Match` | 200 `MachineStatus` |
 //! | DELETE /v1/vms/NAME | forgets it; `If-Match` | 204 |
 //! | PUT /v1/vms/NAME/start, shutdown, stop | as the methods of [`api::Host`] | 202 `MachineStatus` |
+//! | POST /v1/vms/NAME/console, to be upgraded | its console: [`ConsoleRequest`](api::ConsoleRequest) | 101, then what is typed and shown |
 //! | /v1/vms/NAME/vm/..., /v1/vms/NAME/storage/..., /v1/vms/NAME/events, /v1/vms/NAME/metrics | passed on to the machine's socket | |
 //! | GET /v1/attachments | disks in use | 200 [`Attachment`](api::Attachment) |
+//! | GET /v1/attachments/counters | what was asked of them | 200 [`AttachmentMetrics`](api::AttachmentMetrics) |
 //! | POST /v1/attachments, to be upgraded | the disk of an [`AttachRequest`](api::AttachRequest) | 101, then vhost-user |
 //! | PATCH /v1/attachments/VM/DEVICE | a [`DiskChange`](api::DiskChange) | 200 `Attachment` |
 //! | GET /v1/attachments/VM/DEVICE/trace | its last requests | 200 [`TracePage`](api::TracePage) |
@@ -29,18 +34,19 @@ use api::{
     MachineStatus, Problem, ProblemKind, Readiness, StorageAnswer, StorageRequest, VmName,
 };
 use http_body_util::Either;
-use hyper::body::Incoming;
 use hyper::header::{
     CACHE_CONTROL, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, IF_NONE_MATCH, UPGRADE,
 };
+use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use crate::console::{Consoles, Guard};
 use crate::gateway::forward::{AnswerBody, Outgoing, forward};
 use crate::lasting::{self, Lasting};
-use crate::routes::{self, Answer, MACHINE_TIMEOUT, STORAGE_TIMEOUT};
+use crate::routes::{self, Answer, Content, MACHINE_TIMEOUT, STORAGE_TIMEOUT};
 use crate::sse::{self, Streams};
-use crate::{metrics, openapi, transfer};
+use crate::{metrics, openapi, page, transfer};
 
 /// Disks in use at a time.
 const MAX_ATTACHMENTS: usize = 4096;
@@ -56,10 +62,11 @@ pub(crate) struct HostContext {
     news: watch::Receiver<u64>,
     transfers: Arc<Semaphore>,
     attachments: Arc<Semaphore>,
+    consoles: Consoles,
     /// Those who follow the events.
     pub(crate) streams: Streams,
     /// Those that may last.
-    lasting: Lasting,
+    pub(crate) lasting: Lasting,
     /// Those for disks.
     attaching: Lasting,
 }
@@ -76,6 +83,7 @@ impl HostContext {
             news,
             transfers: Arc::new(Semaphore::new(transfer::MAX_TRANSFERS)),
             attachments: Arc::new(Semaphore::new(MAX_ATTACHMENTS)),
+            consoles: Consoles::default(),
             streams: Streams::new(),
             lasting,
             attaching,
@@ -93,7 +101,7 @@ impl HostContext {
 }
 
 /// Answers any request.
-pub(crate) async fn answer(context: &HostContext, mut request: Request<Incoming>) -> Response<AnswerBody> {
+pub(crate) async fn answer(context: &HostContext, mut request: Request<Content>) -> Response<AnswerBody> {
     if request.method() == Method::HEAD {
         // The same answer, of which hyper sends the head only.
         *request.method_mut() = Method::GET;
@@ -108,7 +116,7 @@ fn own(answer: Answer) -> Response<AnswerBody> {
     answer.map(Either::Left)
 }
 
-async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Response<AnswerBody>, Problem> {
+async fn route(context: &HostContext, request: Request<Content>) -> Result<Response<AnswerBody>, Problem> {
     let path = request.uri().path().to_owned();
     let parts: Vec<&str> = path.strip_prefix('/').unwrap_or(&path).split('/').collect();
     let method = request.method().clone();
@@ -136,17 +144,25 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
         }
         (["v1", "vms"], &Method::GET) => {
             let machines = context.ask(MACHINE_TIMEOUT, |host| Ok(host.machines())).await?;
-            routes::json(StatusCode::OK, &machines)
+            page::answer(request.uri(), machines, |machine| machine.name.to_string())?
         }
         (["v1", "pools"], &Method::GET) => {
             let status = context.ask(MACHINE_TIMEOUT, |host| Ok(host.status())).await?;
-            routes::json(StatusCode::OK, &status.pools)
+            page::answer(request.uri(), status.pools, |pool| pool.name.clone())?
         }
         (["v1", "pools", name], &Method::GET) => {
             let name = (*name).to_owned();
             let ask = move |host: &dyn Host| host.storage(Some(&name), StorageRequest::Status);
             match context.ask(MACHINE_TIMEOUT, ask).await? {
                 StorageAnswer::Status(status) => routes::json(StatusCode::OK, &status),
+                other => routes::json(StatusCode::OK, &other),
+            }
+        }
+        (["v1", "pools", name, "jobs"], &Method::GET) => {
+            let name = (*name).to_owned();
+            let ask = move |host: &dyn Host| host.storage(Some(&name), StorageRequest::Status);
+            match context.ask(MACHINE_TIMEOUT, ask).await? {
+                StorageAnswer::Status(status) => page::answer(request.uri(), status.jobs, |job| job.id)?,
                 other => routes::json(StatusCode::OK, &other),
             }
         }
@@ -184,7 +200,8 @@ async fn route(context: &HostContext, request: Request<Incoming>) -> Result<Resp
         (
             ["readyz" | "metrics"]
             | ["v1", "host" | "vms" | "pools" | "events" | "metrics"]
-            | ["v1", "pools", _],
+            | ["v1", "pools", _]
+            | ["v1", "pools", _, "jobs"],
             method,
         ) => routes::not_allowed(method, "GET"),
         (other, method) => match routes::common(other, method, openapi::HOST) {
@@ -200,7 +217,7 @@ async fn storage(
     context: &HostContext,
     pool: Option<String>,
     rest: &[&str],
-    request: Request<Incoming>,
+    request: Request<Content>,
 ) -> Result<Answer, Problem> {
     match (rest, request.method()) {
         ([], &Method::POST) => {
@@ -233,14 +250,16 @@ async fn storage(
 async fn attachments(
     context: &HostContext,
     rest: &[&str],
-    request: Request<Incoming>,
+    request: Request<Content>,
 ) -> Result<Answer, Problem> {
     match (rest, request.method()) {
         ([], &Method::GET) => {
             let attachments = context
                 .ask(MACHINE_TIMEOUT, |host| Ok(host.attachments()))
                 .await?;
-            Ok(routes::json(StatusCode::OK, &attachments))
+            page::answer(request.uri(), attachments, |disk| {
+                format!("{}/{}", disk.vm, disk.device)
+            })
         }
         ([], &Method::POST) => {
             let room = attachment_room(context)?;
@@ -270,6 +289,13 @@ async fn attachments(
         }
         ([_, "limit-groups", _], method) => Ok(routes::not_allowed(method, "PATCH")),
         ([_, _, "trace"], method) => Ok(routes::not_allowed(method, "GET")),
+        (["counters"], &Method::GET) => {
+            let metrics = context.ask(MACHINE_TIMEOUT, |host| Ok(host.metrics())).await?;
+            page::answer(request.uri(), metrics.attachments, |disk| {
+                format!("{}/{}", disk.attachment.vm, disk.attachment.device)
+            })
+        }
+        (["counters"], method) => Ok(routes::not_allowed(method, "GET")),
         ([vm, device], &Method::PATCH) => {
             let (vm, device) = (machine_name(vm)?, routes::device_id(device)?);
             let change: DiskChange = routes::body(request.into_body()).await?;
@@ -302,7 +328,7 @@ async fn machine(
     context: &HostContext,
     name: VmName,
     rest: &[&str],
-    request: Request<Incoming>,
+    request: Request<Content>,
 ) -> Result<Response<AnswerBody>, Problem> {
     let act: (Act, StatusCode) = match (rest, request.method()) {
         ([], &Method::GET) => {
@@ -335,11 +361,44 @@ async fn machine(
         (["vm" | "storage" | "events" | "metrics", ..], _) => {
             return pass_on(context, name, rest, request).await;
         }
+        (["console"], &Method::POST) => return console(context, name, request).await.map(own),
+        (["console"], method) => return Ok(own(routes::not_allowed(method, "POST"))),
         _ => return Err(routes::no_such_path(request.uri().path())),
     };
     let (act, status) = act;
     let done = context.ask(MACHINE_TIMEOUT, move |host| act(host, &name)).await?;
     Ok(own(routes::json(status, &done)))
+}
+
+/// The console of a machine, if it leads to a socket.
+async fn console(context: &HostContext, name: VmName, request: Request<Content>) -> Result<Answer, Problem> {
+    let (upgrade, request) = upgrade_of(request);
+    let body = routes::bytes(request.into_body()).await?;
+    let machine = name.clone();
+    let status = context
+        .ask(MACHINE_TIMEOUT, move |host| host.machine(&machine))
+        .await?;
+    let socket = status.console.filter(|_| status.pid.is_some()).ok_or_else(|| {
+        let detail = "the machine does not run, or its console leads to no socket";
+        Problem::new(ProblemKind::Conflict, detail)
+            .about(&name)
+            .remedy("start it, with console.serial = \"socket:PATH\" or none in its definition")
+    })?;
+    let guard = Guard::none();
+    context
+        .consoles
+        .open(name.as_str(), &socket, upgrade, body, guard)
+        .await
+}
+
+/// What a connection is to become, if anything, with where that is to be had.
+fn upgrade_of<B>(mut request: Request<B>) -> (Option<(OnUpgrade, Vec<u8>)>, Request<B>) {
+    let protocol = request
+        .headers()
+        .get(UPGRADE)
+        .map(|value| value.as_bytes().to_vec());
+    let upgrade = protocol.map(|protocol| (hyper::upgrade::on(&mut request), protocol));
+    (upgrade, request)
 }
 
 /// A machine, with its definition's tag. What else is in the answer changes without it, so nobody shall keep the answer.
@@ -377,7 +436,7 @@ async fn pass_on(
     context: &HostContext,
     name: VmName,
     rest: &[&str],
-    mut request: Request<Incoming>,
+    request: Request<Content>,
 ) -> Result<Response<AnswerBody>, Problem> {
     let room = (rest.first() != Some(&"vm"))
         .then(|| context.lasting.room())
@@ -386,11 +445,7 @@ async fn pass_on(
     let socket = context
         .ask(MACHINE_TIMEOUT, move |host| host.machine_socket(&machine))
         .await?;
-    let protocol = request
-        .headers()
-        .get(UPGRADE)
-        .map(|value| value.as_bytes().to_vec());
-    let upgrade = protocol.map(|protocol| (hyper::upgrade::on(&mut request), protocol));
+    let (upgrade, request) = upgrade_of(request);
     let mut path = format!("/v1/{}", rest.join("/"));
     if let Some(query) = request.uri().query() {
         path = format!("{path}?{query}");
@@ -414,6 +469,7 @@ async fn pass_on(
         headers: &headers,
         body,
         upgrade,
+        guard: None,
     })
     .await?;
     // It is kept until the answer has been passed on, which may be a stream.

@@ -26,7 +26,10 @@ pub(crate) fn is_quick(request: &StorageRequest) -> bool {
         StorageRequest::Status => true,
         StorageRequest::Pool(operation) | StorageRequest::Begin(operation) => matches!(
             operation,
-            Operation::PauseJob { .. } | Operation::ResumeJob { .. } | Operation::ThrottleJob { .. }
+            Operation::PauseJob { .. }
+                | Operation::ResumeJob { .. }
+                | Operation::ThrottleJob { .. }
+                | Operation::SetJobPriority { .. }
         ),
         _ => false,
     }

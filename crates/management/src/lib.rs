@@ -31,6 +31,7 @@
 
 pub mod blocking;
 mod client;
+mod console;
 mod gateway;
 mod host_routes;
 mod journal;
@@ -38,6 +39,8 @@ mod lasting;
 mod life;
 mod metrics;
 mod openapi;
+mod page;
+mod repeated;
 mod room;
 mod routes;
 mod server;

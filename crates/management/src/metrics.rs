@@ -11,7 +11,7 @@ use std::fmt::{Display, Write as _};
 use api::storage::{Health, JobState, PoolDeviceState, PoolStatus};
 use api::{
     AttachmentMetrics, DeviceState, HostStatus, Latencies, MachineState, Metrics, NetMetrics, QueueMetrics,
-    VmState, VmStatus,
+    RequestCounts, VmState, VmStatus,
 };
 use hyper::StatusCode;
 use serde::Serialize;
@@ -228,29 +228,84 @@ fn attachments(writer: &mut Writer<'_>, all: &[AttachmentMetrics]) {
     if all.is_empty() {
         return;
     }
-    let help = "Requests of machines to disks that the manager serves, by operation.";
-    let mut family = writer.counter("smsvmm_attachment_requests_total", help);
-    for disk in all {
-        for (operation, value) in [
-            ("read", disk.reads),
-            ("write", disk.writes),
-            ("flush", disk.flushes),
-            ("other", disk.others),
-        ] {
-            family.sample(&[&labels(disk)[..], &[("operation", operation)]].concat(), value);
+    let rows: Vec<_> = all
+        .iter()
+        .map(|disk| Row {
+            labels: labels(disk).to_vec(),
+            counts: &disk.counts,
+            latencies: &disk.latencies,
+        })
+        .collect();
+    let families = Requests {
+        requests: (
+            "smsvmm_attachment_requests_total",
+            "Requests of machines to disks that the manager serves, by operation.",
+        ),
+        bytes: (
+            "smsvmm_attachment_bytes_total",
+            "Bytes in read and write requests to disks that the manager serves.",
+        ),
+        errors: (
+            "smsvmm_attachment_errors_total",
+            "Requests to disks that the manager serves that were not answered with success.",
+        ),
+        seconds: (
+            "smsvmm_attachment_request_seconds",
+            "From the moment that the manager took a request of a machine to its answer.",
+        ),
+    };
+    families.write(writer, &rows);
+}
+
+/// What was asked of a disk, and by which labels that is known.
+struct Row<'a> {
+    labels: Vec<Label<'a>>,
+    counts: &'a RequestCounts,
+    latencies: &'a Latencies,
+}
+
+/// The families of requests to disks: names and descriptions.
+struct Requests {
+    requests: (&'static str, &'static str),
+    bytes: (&'static str, &'static str),
+    errors: (&'static str, &'static str),
+    seconds: (&'static str, &'static str),
+}
+
+impl Requests {
+    fn write(&self, writer: &mut Writer<'_>, rows: &[Row<'_>]) {
+        let (name, help) = self.requests;
+        let mut family = writer.counter(name, help);
+        for row in rows {
+            for (operation, value) in [
+                ("read", row.counts.reads),
+                ("write", row.counts.writes),
+                ("flush", row.counts.flushes),
+                ("other", row.counts.others),
+            ] {
+                family.sample(&[&row.labels[..], &[("operation", operation)]].concat(), value);
+            }
         }
-    }
-    let help = "Bytes in read and write requests to disks that the manager serves.";
-    let mut family = writer.counter("smsvmm_attachment_bytes_total", help);
-    for disk in all {
-        for (operation, value) in [("read", disk.read_bytes), ("write", disk.written_bytes)] {
-            family.sample(&[&labels(disk)[..], &[("operation", operation)]].concat(), value);
+        let (name, help) = self.bytes;
+        let mut family = writer.counter(name, help);
+        for row in rows {
+            for (operation, value) in [
+                ("read", row.counts.read_bytes),
+                ("write", row.counts.written_bytes),
+            ] {
+                family.sample(&[&row.labels[..], &[("operation", operation)]].concat(), value);
+            }
         }
-    }
-    let help = "Requests to disks that the manager serves that were not answered with success.";
-    let mut family = writer.counter("smsvmm_attachment_errors_total", help);
-    for disk in all {
-        family.sample(&labels(disk), disk.errors);
+        let (name, help) = self.errors;
+        let mut family = writer.counter(name, help);
+        for row in rows {
+            family.sample(&row.labels, row.counts.errors);
+        }
+        let (name, help) = self.seconds;
+        let mut family = writer.family(name, "histogram", help);
+        for row in rows {
+            family.histogram(&row.labels, row.latencies);
+        }
     }
 }
 
@@ -286,44 +341,36 @@ fn queues(writer: &mut Writer<'_>, queues: &[QueueMetrics]) {
         .iter()
         .map(|queue| (queue, queue.queue.to_string()))
         .collect();
-    let mut family = writer.counter(
-        "smsvmm_disk_requests_total",
-        "Requests of the guest, by operation.",
-    );
-    for (queue, number) in &numbered {
-        for (operation, value) in [
-            ("read", queue.reads),
-            ("write", queue.writes),
-            ("flush", queue.flushes),
-            ("other", queue.others),
-        ] {
-            let labels = [("operation", operation)];
-            family.sample(&[&of_queue(queue, number)[..], &labels].concat(), value);
-        }
-    }
-    let mut family = writer.counter(
-        "smsvmm_disk_bytes_total",
-        "Bytes in read and write requests of the guest.",
-    );
-    for (queue, number) in &numbered {
-        for (operation, value) in [("read", queue.read_bytes), ("write", queue.written_bytes)] {
-            let labels = [("operation", operation)];
-            family.sample(&[&of_queue(queue, number)[..], &labels].concat(), value);
-        }
-    }
-    let help = "Requests that were not answered with success.";
-    let mut family = writer.counter("smsvmm_disk_errors_total", help);
-    for (queue, number) in &numbered {
-        family.sample(&of_queue(queue, number), queue.errors);
-    }
+    let rows: Vec<_> = numbered
+        .iter()
+        .map(|(queue, number)| Row {
+            labels: of_queue(queue, number).to_vec(),
+            counts: &queue.counts,
+            latencies: &queue.latencies,
+        })
+        .collect();
+    let families = Requests {
+        requests: (
+            "smsvmm_disk_requests_total",
+            "Requests of the guest, by operation.",
+        ),
+        bytes: (
+            "smsvmm_disk_bytes_total",
+            "Bytes in read and write requests of the guest.",
+        ),
+        errors: (
+            "smsvmm_disk_errors_total",
+            "Requests that were not answered with success.",
+        ),
+        seconds: (
+            "smsvmm_disk_request_seconds",
+            "From the moment that a request was taken from the guest to its answer.",
+        ),
+    };
+    families.write(writer, &rows);
     let mut family = writer.counter("smsvmm_disk_interrupts_total", "Interrupts sent to the guest.");
     for (queue, number) in &numbered {
         family.sample(&of_queue(queue, number), queue.interrupts);
-    }
-    let help = "From the moment that a request was taken from the guest to its answer.";
-    let mut family = writer.family("smsvmm_disk_request_seconds", "histogram", help);
-    for (queue, number) in &numbered {
-        family.histogram(&of_queue(queue, number), &queue.latencies);
     }
 }
 

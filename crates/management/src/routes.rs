@@ -18,7 +18,7 @@ use tokio::time::timeout;
 
 use crate::lasting::{self, Lasting};
 use crate::sse::{self, Streams};
-use crate::{metrics, openapi, room, transfer};
+use crate::{metrics, openapi, page, room, transfer};
 
 /// Longest time that a client may wait for events.
 pub(crate) const MAX_WAIT: Duration = Duration::from_secs(60);
@@ -36,6 +36,8 @@ pub(crate) const MACHINE_TIMEOUT: Duration = Duration::from_secs(20);
 /// The body of an answer: made already, or a stream of events.
 pub(crate) type Body = Either<Full<Bytes>, sse::Feed>;
 pub(crate) type Answer = Response<Body>;
+/// The body of a request: from its connection, or read already.
+pub(crate) type Content = Either<Incoming, Full<Bytes>>;
 
 /// What requests work on.
 pub(crate) struct Context {
@@ -47,7 +49,7 @@ pub(crate) struct Context {
     /// Those who follow the events.
     pub(crate) streams: Streams,
     /// Those that may last.
-    lasting: Lasting,
+    pub(crate) lasting: Lasting,
 }
 
 impl Context {
@@ -100,7 +102,7 @@ pub(crate) async fn help<T: Send + 'static>(
 }
 
 /// Answers any request.
-pub(crate) async fn answer(context: &Context, mut request: Request<Incoming>) -> Answer {
+pub(crate) async fn answer(context: &Context, mut request: Request<Content>) -> Answer {
     if request.method() == Method::HEAD {
         // The same answer, of which hyper sends the head only.
         *request.method_mut() = Method::GET;
@@ -111,7 +113,7 @@ pub(crate) async fn answer(context: &Context, mut request: Request<Incoming>) ->
     }
 }
 
-async fn route(context: &Context, request: Request<Incoming>) -> Result<Answer, Problem> {
+async fn route(context: &Context, request: Request<Content>) -> Result<Answer, Problem> {
     let path = request.uri().path().to_owned();
     let parts: Vec<&str> = path.strip_prefix('/').unwrap_or(&path).split('/').collect();
     let method = request.method().clone();
@@ -309,10 +311,13 @@ fn invalid_key((key, error): (&'static str, api::InvalidValue)) -> Problem {
 async fn devices<D: Device>(
     context: &Context,
     rest: &[&str],
-    request: Request<Incoming>,
+    request: Request<Content>,
 ) -> Result<Answer, Problem> {
     match (rest, request.method()) {
-        ([], &Method::GET) => Ok(json(StatusCode::OK, &context.ask(|vm| Ok(D::list(vm))).await?)),
+        ([], &Method::GET) => {
+            let devices = context.ask(|vm| Ok(D::list(vm))).await?;
+            page::answer(request.uri(), devices, |device| D::id(device).to_string())
+        }
         ([], &Method::POST) => {
             let device: D = body(request.into_body()).await?;
             device.check()?;
@@ -437,7 +442,7 @@ pub(crate) async fn page(log: &EventLog, mut news: watch::Receiver<u64>, query: 
 }
 
 /// The body of a request as a `T`.
-pub(crate) async fn body<T: DeserializeOwned>(body: Incoming) -> Result<T, Problem> {
+pub(crate) async fn body<T: DeserializeOwned>(body: Content) -> Result<T, Problem> {
     parse(&bytes(body).await?)
 }
 
@@ -451,7 +456,11 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
 }
 
 /// The body of a request, not longer and not later than is allowed.
-pub(crate) async fn bytes(body: Incoming) -> Result<Bytes, Problem> {
+pub(crate) async fn bytes<B>(body: B) -> Result<Bytes, Problem>
+where
+    B: hyper::body::Body<Data = Bytes>,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
     let collected = timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
     match collected {
         Ok(Ok(collected)) => {

@@ -8,17 +8,21 @@ use std::time::Duration;
 
 use api::{EventLog, Host, Problem, ProblemKind, Vm};
 use http_body_util::Either;
+use hyper::body::Incoming;
+use hyper::{Request, Response};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinSet, yield_now};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use crate::gateway::forward::AnswerBody;
 use crate::host_routes::{self, HostContext};
 use crate::lasting::Lasting;
 use crate::life;
+use crate::repeated::{self, Keys};
 use crate::room::{Peer, Room};
-use crate::routes::{self, Context};
+use crate::routes::{self, Content, Context};
 use crate::socket::{Listening, SocketError};
 use block_io::SocketFile;
 
@@ -126,7 +130,10 @@ impl Server {
             .thread_name("management-helper")
             .thread_stack_size(STACK_SIZE)
             .build()?;
-        let context = Arc::new(context);
+        let context = Arc::new(Served {
+            answering: context,
+            keys: Keys::default(),
+        });
         let thread = std::thread::Builder::new()
             .name("management".to_owned())
             .stack_size(STACK_SIZE)
@@ -145,6 +152,12 @@ impl Server {
             _file: file,
         })
     }
+}
+
+/// What is asked at the socket, with the requests that may be repeated.
+struct Served {
+    answering: Answering,
+    keys: Keys,
 }
 
 /// What is asked at the socket.
@@ -188,11 +201,11 @@ impl Drop for ServerHandle {
 async fn serve(
     listener: std::os::unix::net::UnixListener,
     also: Option<u32>,
-    context: Arc<Answering>,
+    context: Arc<Served>,
     mut stopped: oneshot::Receiver<()>,
 ) -> io::Result<()> {
     let listener = UnixListener::from_std(listener)?;
-    let most = match *context {
+    let most = match context.answering {
         Answering::Vm(_) => MAX_CONNECTIONS,
         Answering::Host(_) => MAX_HOST_CONNECTIONS,
     };
@@ -227,7 +240,7 @@ async fn serve(
         }
     }
     drop(listener);
-    match &*context {
+    match &context.answering {
         Answering::Vm(context) => context.streams.end(),
         Answering::Host(context) => context.streams.end(),
     }
@@ -236,18 +249,46 @@ async fn serve(
 }
 
 /// Serves one request; `forbidden`: why who asks may not.
-async fn connection(stream: UnixStream, forbidden: Option<Problem>, context: Arc<Answering>) {
+async fn connection(stream: UnixStream, forbidden: Option<Problem>, context: Arc<Served>) {
     let answer = move |request| {
         let (context, forbidden) = (Arc::clone(&context), forbidden.clone());
         async move {
-            match (forbidden, &*context) {
-                (Some(problem), _) => routes::problem(&problem).map(Either::Left),
-                (None, Answering::Vm(context)) => routes::answer(context, request).await.map(Either::Left),
-                (None, Answering::Host(context)) => host_routes::answer(context, request).await,
+            match forbidden {
+                Some(problem) => routes::problem(&problem).map(Either::Left),
+                None => answer(context, request).await,
             }
         }
     };
     life::serve(stream, answer).await;
+}
+
+/// Answers a request, which may be a repetition.
+async fn answer(context: Arc<Served>, request: Request<Incoming>) -> Response<AnswerBody> {
+    let problem = |problem| routes::problem(&problem).map(Either::Left);
+    let key = match repeated::key(&request) {
+        Ok(None) => return context.answering.answer(request.map(Either::Left)).await,
+        Ok(Some(key)) => key,
+        Err(found) => return problem(found),
+    };
+    let of_first = Arc::clone(&context);
+    let route = move |request| async move { of_first.answering.answer(request).await };
+    let room = || match &context.answering {
+        Answering::Vm(context) => context.lasting.room(),
+        Answering::Host(context) => context.lasting.room(),
+    };
+    match context.keys.answer(key, request, room, route).await {
+        Ok(answer) => answer.map(Either::Left),
+        Err(found) => problem(found),
+    }
+}
+
+impl Answering {
+    async fn answer(&self, request: Request<Content>) -> Response<AnswerBody> {
+        match self {
+            Self::Vm(context) => routes::answer(context, request).await.map(Either::Left),
+            Self::Host(context) => host_routes::answer(context, request).await,
+        }
+    }
 }
 
 /// Whose process is at the other end, and why it must not manage this machine or host.

@@ -127,6 +127,14 @@ impl Way {
         }
     }
 
+    /// The same way to something else there.
+    pub(crate) fn of(&self, wanted: Scope) -> Self {
+        let mut way = self.clone();
+        let (Self::Socket(_, scope) | Self::Remote { scope, .. }) = &mut way;
+        *scope = wanted;
+        way
+    }
+
     /// A path as the other side knows it.
     pub(crate) fn path(&self, path: &str) -> String {
         match self {

@@ -8,7 +8,6 @@ use std::thread;
 
 use api::virtual_disk::TransferRequest;
 use api::{Problem, ProblemKind, Transfer};
-use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderValue, UPGRADE};
 use hyper::upgrade::OnUpgrade;
 use hyper::{Request, StatusCode};
@@ -18,7 +17,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::debug;
 
-use crate::routes::{self, Answer, Context};
+use crate::routes::{self, Answer, Content, Context};
 
 /// What the connection is upgraded to.
 pub(crate) const PROTOCOL: &str = "smsvmm-transfer";
@@ -26,7 +25,7 @@ pub(crate) const PROTOCOL: &str = "smsvmm-transfer";
 pub(crate) const MAX_TRANSFERS: usize = 4;
 
 /// `POST /v1/storage/transfer`.
-pub(crate) async fn answer(context: &Context, request: Request<Incoming>) -> Result<Answer, Problem> {
+pub(crate) async fn answer(context: &Context, request: Request<Content>) -> Result<Answer, Problem> {
     let room = room(&context.transfers)?;
     let make = async |asked: TransferRequest| context.ask(move |vm| vm.transfer(asked)).await;
     take_out(request, PROTOCOL, "use `smsvmm disk`", room, make).await
@@ -42,7 +41,7 @@ pub(crate) fn room(transfers: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, P
 
 /// Takes the connection of a request out of HTTP, for what `make` returns for its body, which has `room` until it ends.
 pub(crate) async fn take_out<T: DeserializeOwned>(
-    mut request: Request<Incoming>,
+    mut request: Request<Content>,
     protocol: &'static str,
     or_use: &str,
     room: OwnedSemaphorePermit,

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use access::{ClientTls, Fingerprint, Principal, Principals, Role, TlsFiles, Token};
 use api::virtual_disk::{CopyRequest, DiskOperation, TransferRequest};
-use api::{DiskConfig, Host, NetBackend, NetConfig, ProblemKind, StorageRequest, Vm, VmName};
+use api::{ConsoleRequest, DiskConfig, Host, NetBackend, NetConfig, ProblemKind, StorageRequest, Vm, VmName};
 use fake::FakeVm;
 use fake_host::FakeHost;
 use management::{
@@ -149,6 +149,7 @@ fn setup() -> Setup {
     let machine = |name: &str| Machine {
         name: name.into(),
         socket: folder.path().join(format!("{name}.sock")),
+        console: (name == "web1").then(|| folder.path().join("console.sock")),
     };
     let gateway = Gateway::bind(GatewayConfig {
         listen: "127.0.0.1:0".parse().unwrap(),
@@ -452,6 +453,34 @@ fn requests_that_are_wrong_are_told_so() {
 }
 
 #[test]
+fn pages_and_keys_go_over_it_and_keys_are_each_principals_own() {
+    let mut setup = setup();
+    let (anna, ben) = (
+        setup.add("anna", Role::Administrator, &[]),
+        setup.add("ben", Role::Administrator, &[]),
+    );
+    let body = r#"{"image": "/a.raw"}"#;
+    let attach = |token: &str| {
+        let token = format!("{token}\r\nidempotency-key: one");
+        curl(&setup, "POST", "/v1/vms/web1/vm/disks", &token, body)
+    };
+    assert!(!attach(&anna).contains("idempotency-replayed"));
+    let again = attach(&anna);
+    assert!(
+        again.contains("201") && again.contains("idempotency-replayed: true"),
+        "{again}"
+    );
+    assert!(attach(&ben).contains("\"disk1\""));
+    let page = curl(&setup, "GET", "/v1/vms/web1/vm/disks?limit=1", &anna, "");
+    assert!(
+        page.contains("link: <?limit=1&after=disk0>; rel=\"next\""),
+        "{page}"
+    );
+    let page = curl(&setup, "GET", "/v1/vms?limit=1", &anna, "");
+    assert!(page.contains("200 OK"), "{page}");
+}
+
+#[test]
 fn disks_go_over_it_in_both_directions() {
     let mut setup = setup();
     let token = setup.add("anna", Role::Operator, &[]);
@@ -506,6 +535,133 @@ fn a_gateway_of_another_authority_or_name_is_not_spoken_to() {
     assert!(matches!(wrong.unwrap_err(), ClientError::Address(_)));
     let missing = remote("localhost:1".into(), setup.path("nothing.pem"));
     assert!(matches!(missing.unwrap_err(), ClientError::Tls(_)));
+}
+
+/// Waits for something that comes soon.
+fn soon<T>(mut look: impl FnMut() -> Option<T>) -> T {
+    let begin = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(20), "it does not come");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_console_is_for_operators_one_types_and_the_log_has_when_it_was_closed() {
+    let mut setup = setup();
+    let viewer = setup.add("viewer", Role::Viewer, &[]);
+    let (anna, ben) = (
+        setup.add("anna", Role::Operator, &[]),
+        setup.add("ben", Role::Operator, &["web1"]),
+    );
+    let typing = ConsoleRequest::default();
+    let looking = ConsoleRequest { read_only: true };
+    // The machine does not run.
+    assert_eq!(
+        problem_of(setup.client(&anna).console(&typing)).kind,
+        ProblemKind::Conflict
+    );
+    let guest = std::os::unix::net::UnixListener::bind(setup.path("console.sock")).unwrap();
+    for request in [&typing, &looking] {
+        assert_eq!(
+            problem_of(setup.client(&viewer).console(request)).kind,
+            ProblemKind::Forbidden
+        );
+    }
+    let (_, mut annas) = setup.client(&anna).console(&typing).unwrap();
+    let (mut machine, _) = guest.accept().unwrap();
+    machine.write_all(b"login: ").unwrap();
+    let mut shown = [0; 7];
+    annas.read_exact(&mut shown).unwrap();
+    assert_eq!(&shown, b"login: ");
+    annas.write_all(b"root\n").unwrap();
+    let mut typed = [0; 5];
+    machine.read_exact(&mut typed).unwrap();
+    assert_eq!(&typed, b"root\n");
+
+    assert_eq!(
+        problem_of(setup.client(&ben).console(&typing)).kind,
+        ProblemKind::Conflict
+    );
+    let (_, mut bens) = setup.client(&ben).console(&looking).unwrap();
+    let (mut second, _) = guest.accept().unwrap();
+    bens.write_all(b"rm -rf /\n").unwrap();
+    second.write_all(b"# ").unwrap();
+    bens.read_exact(&mut shown[..2]).unwrap();
+    // Who is not known any more has to leave; what was typed went nowhere.
+    setup.principals.all.retain(|principal| principal.name != "ben");
+    setup.principals.save(&setup.path("access.toml")).unwrap();
+    let mut rest = Vec::new();
+    let _ = bens.read_to_end(&mut rest);
+    second.read_to_end(&mut rest).unwrap();
+    assert!(rest.is_empty(), "{rest:?}");
+
+    drop(annas);
+    assert_eq!(machine.read(&mut shown).unwrap(), 0);
+    let closed = soon(|| {
+        let audit = setup.audit();
+        let closed: Vec<Value> = audit
+            .iter()
+            .filter(|line| line.get("closed").is_some())
+            .cloned()
+            .collect();
+        (closed.len() == 2).then_some((audit, closed))
+    });
+    let (audit, closed) = closed;
+    for (line, name, why) in [
+        (&closed[0], "ben", "who had it may not any more"),
+        (&closed[1], "anna", "the client closed it"),
+    ] {
+        assert_eq!(
+            (line["principal"].as_str(), line["closed"].as_str()),
+            (Some(name), Some(why))
+        );
+        let opened = audit
+            .iter()
+            .find(|other| other["request"] == line["request"])
+            .unwrap();
+        assert_eq!(opened["path"], "/v1/vms/web1/console");
+        assert!(
+            audit
+                .iter()
+                .any(|other| other["request"] == line["request"] && other["status"] == 101)
+        );
+    }
+    // The place is free again.
+    setup.client(&anna).console(&typing).unwrap();
+}
+
+#[test]
+fn the_console_of_a_managers_machine_goes_through_the_manager() {
+    let mut setup = setup();
+    let anna = setup.add("anna", Role::Operator, &[]);
+    *setup.host.console.lock().unwrap() = Some(setup.path("serial.sock"));
+    let guest = std::os::unix::net::UnixListener::bind(setup.path("serial.sock")).unwrap();
+    let client = setup.client_of("db1", Some(anna), None);
+    let (_, mut console) = client.console(&ConsoleRequest::default()).unwrap();
+    let (mut machine, _) = guest.accept().unwrap();
+    console.write_all(b"a").unwrap();
+    let mut byte = [0];
+    machine.read_exact(&mut byte).unwrap();
+    machine.write_all(&byte).unwrap();
+    console.read_exact(&mut byte).unwrap();
+    assert_eq!(
+        problem_of(client.console(&ConsoleRequest::default())).kind,
+        ProblemKind::Conflict
+    );
+    // The guest ends it.
+    drop(machine);
+    assert_eq!(console.read(&mut byte).unwrap(), 0);
+    soon(|| {
+        setup
+            .audit()
+            .iter()
+            .any(|line| line["closed"] == "the machine closed it")
+            .then_some(())
+    });
 }
 
 #[test]

@@ -604,6 +604,148 @@ fn streams_are_bounded_end_with_the_server_and_leave_room_for_others() {
 }
 
 #[test]
+fn lists_come_in_pages_that_lead_to_the_next() {
+    let setup = setup();
+    for _ in 0..5 {
+        setup
+            .client
+            .attach_disk(&DiskConfig::new("/images/a.raw"))
+            .unwrap();
+    }
+    let mut names = Vec::new();
+    let mut query = Some("limit=2".to_owned());
+    let mut pages = 0;
+    while let Some(asked) = query {
+        let mut stream = UnixStream::connect(&setup.path).unwrap();
+        let text = request("GET", &format!("/v1/vm/disks?{asked}"), "");
+        stream.write_all(text.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let disks: Vec<api::DiskStatus> = serde_json::from_str(body).unwrap();
+        names.extend(disks.into_iter().map(|disk| disk.config.id.to_string()));
+        let link = head.lines().find_map(|line| line.strip_prefix("link: <?"));
+        query = link.map(|link| link.split_once(">; rel=\"next\"").unwrap().0.to_owned());
+        pages += 1;
+        if pages == 1 {
+            // What goes meanwhile moves nothing.
+            complete_removal(&setup.vm, "disk1");
+        }
+    }
+    assert_eq!(
+        (names.join(" ").as_str(), pages),
+        ("disk0 disk1 disk2 disk3 disk4", 3)
+    );
+    let (status, _) = raw(&setup.path, &request("GET", "/v1/vm/nets?limit=0", ""));
+    assert!(status.contains("400"), "{status}");
+}
+
+/// A request with a key.
+fn keyed(path: &str, key: &str, body: &str) -> String {
+    request("POST", path, body).replacen("host: x", &format!("host: x\r\nidempotency-key: {key}"), 1)
+}
+
+#[test]
+fn a_request_that_is_sent_again_with_its_key_is_done_once() {
+    let setup = setup();
+    let body = r#"{"image": "/images/a.raw"}"#;
+    let first = raw(&setup.path, &keyed("/v1/vm/disks", "one", body));
+    assert!(first.0.contains("201"), "{first:?}");
+    assert_eq!(raw(&setup.path, &keyed("/v1/vm/disks", "one", body)), first);
+    assert_eq!(setup.client.status().unwrap().disks.len(), 1);
+    // Another key, or none, is another request.
+    assert_ne!(raw(&setup.path, &keyed("/v1/vm/disks", "two", body)), first);
+    raw(&setup.path, &request("POST", "/v1/vm/disks", body));
+    assert_eq!(setup.client.status().unwrap().disks.len(), 3);
+
+    for (path, body) in [
+        ("/v1/vm/disks", r#"{"image": "/images/b.raw"}"#),
+        ("/v1/vm/nets", body),
+    ] {
+        let (status, text) = raw(&setup.path, &keyed(path, "one", body));
+        assert!(status.contains("422"), "{status}");
+        let problem: Problem = serde_json::from_str(&text).unwrap();
+        assert_eq!(problem.kind, ProblemKind::KeyReused);
+        assert!(problem.remedy.is_some());
+    }
+    for key in ["", "with space", &"x".repeat(513)] {
+        let (status, _) = raw(&setup.path, &keyed("/v1/vm/disks", key, body));
+        assert!(status.contains("400"), "{key}: {status}");
+    }
+    // What was refused is told again, too.
+    let refused = keyed(
+        "/v1/storage",
+        "three",
+        r#"{"to": "pool", "request": {"operation": "heal"}}"#,
+    );
+    let first = raw(&setup.path, &refused);
+    assert!(first.0.contains("409"), "{first:?}");
+    assert_eq!(raw(&setup.path, &refused), first);
+    let calls = setup.vm.calls.lock().unwrap().clone();
+    assert_eq!(calls.len(), 1, "{calls:?}");
+}
+
+#[test]
+fn a_request_goes_on_without_its_connection_and_who_comes_again_waits_for_it() {
+    let setup = setup();
+    let busy = setup.vm.status.lock().unwrap();
+    let asked = keyed("/v1/vm/disks", "one", r#"{"image": "/images/a.raw"}"#);
+    let mut lost = UnixStream::connect(&setup.path).unwrap();
+    lost.write_all(asked.as_bytes()).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    drop(lost);
+    let again: Vec<_> = (0..3)
+        .map(|_| {
+            let (path, asked) = (setup.path.clone(), asked.clone());
+            std::thread::spawn(move || raw(&path, &asked))
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(200));
+    drop(busy);
+    let again: Vec<_> = again.into_iter().map(|thread| thread.join().unwrap()).collect();
+    assert!(again[0].0.contains("201"), "{again:?}");
+    assert!(again.iter().all(|answer| *answer == again[0]), "{again:?}");
+    assert_eq!(setup.client.status().unwrap().disks.len(), 1);
+}
+
+#[test]
+fn the_client_asks_again_when_its_connection_breaks() {
+    let setup = setup();
+    // Before the server: the first request arrives, and its answer is lost.
+    let path = setup.path.with_extension("front");
+    let front = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let behind = setup.path.clone();
+    let passing = std::thread::spawn(move || {
+        let mut keys = Vec::new();
+        for number in 0..2 {
+            let (mut client, _) = front.accept().unwrap();
+            let mut text = vec![0; 4096];
+            let length = client.read(&mut text).unwrap();
+            text.truncate(length);
+            let mut server = UnixStream::connect(&behind).unwrap();
+            server.write_all(&text).unwrap();
+            let mut answer = Vec::new();
+            server.read_to_end(&mut answer).unwrap();
+            if number == 1 {
+                client.write_all(&answer).unwrap();
+            }
+            let text = String::from_utf8(text).unwrap();
+            keys.extend(
+                text.lines()
+                    .find(|line| line.starts_with("idempotency-key"))
+                    .map(str::to_owned),
+            );
+        }
+        keys
+    });
+    let client = Client::new(&path).unwrap();
+    client.attach_disk(&DiskConfig::new("/images/a.raw")).unwrap();
+    let keys = passing.join().unwrap();
+    assert!(keys.len() == 2 && keys[0] == keys[1], "{keys:?}");
+    assert_eq!(setup.client.status().unwrap().disks.len(), 1);
+}
+
+#[test]
 fn heads_and_methods_can_be_asked_for() {
     let setup = setup();
     let head = |text: &str| {

@@ -415,6 +415,9 @@ pub(crate) enum VmCommand {
         /// Which console.
         #[arg(default_value = "serial")]
         console: ConsoleName,
+        /// Only look on: what is typed goes nowhere.
+        #[arg(long)]
+        read_only: bool,
     },
 }
 

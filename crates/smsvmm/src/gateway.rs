@@ -8,7 +8,7 @@ use access::TlsFiles;
 use anyhow::{Context, bail};
 use management::{Gateway, GatewayConfig, Machine};
 use serde::Deserialize;
-use vmm::config::VmConfig;
+use vmm::config::{ConsoleSpec, VmConfig};
 use vmm::sandbox::{ProgramPlaces, confine_program};
 
 use crate::cli::GatewayArguments;
@@ -49,6 +49,10 @@ fn machine(path: &Path) -> anyhow::Result<Machine> {
     Ok(Machine {
         name: config.name.to_string(),
         socket: management.socket,
+        console: match config.console.serial {
+            ConsoleSpec::Socket(path) => Some(path),
+            _ => None,
+        },
     })
 }
 

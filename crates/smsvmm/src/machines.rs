@@ -62,7 +62,7 @@ pub(crate) fn define(
 
 /// Shows all machines.
 pub(crate) fn list(manager: &Client, json: bool) -> anyhow::Result<Exit> {
-    let machines = manager.host()?.machines;
+    let machines = manager.machines()?;
     if json {
         print_json(&machines)?;
         return Ok(Exit::Success);

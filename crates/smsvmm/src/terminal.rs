@@ -1,6 +1,7 @@
 //! `smsvmm vm console`: this terminal as the machine's console.
 //!
-//! The console must lead to a socket or to a pseudo-terminal with a link, so that there is a path to connect to.
+//! The console must lead to a socket or to a pseudo-terminal with a link, so that there is a path to connect to; of a machine behind a gateway, to a
+//! socket.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -10,7 +11,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use management::{Client, Scope};
+use api::ConsoleRequest;
+use management::Client;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
@@ -24,19 +26,15 @@ use crate::logs;
 
 /// So much may be typed before the guest takes it; more waits in the terminal.
 const TYPED_AHEAD: usize = 64 << 10;
+/// Ctrl-], where no configuration says otherwise.
+const ESCAPE: u8 = 0x1d;
 
-pub(crate) fn console(config: Option<&Path>, name: ConsoleName) -> anyhow::Result<Exit> {
+pub(crate) fn console(config: Option<&Path>, name: ConsoleName, read_only: bool) -> anyhow::Result<Exit> {
     let Some(path) = config else {
         return Err(
             UsageError::new("`vm console` needs --config, which says where the console leads").into(),
         );
     };
-    if crate::remote::target(path, Scope::All)?.is_some() {
-        return Err(UsageError::new(
-            "the console of a machine behind a gateway cannot be had; use it on the machine's host",
-        )
-        .into());
-    }
     let config = VmConfig::load(path, &[]).map_err(UsageError::new)?;
     let spec = match name {
         ConsoleName::Serial => Some(&config.console.serial),
@@ -45,21 +43,45 @@ pub(crate) fn console(config: Option<&Path>, name: ConsoleName) -> anyhow::Resul
     let line = connect(
         spec.ok_or_else(|| UsageError::new("the machine has no virtio console; see console.virtio"))?,
     )?;
-    let keyboard = io::stdin();
-    let escape = config
-        .console
-        .escape
-        .control_character()
-        .filter(|_| isatty(&keyboard))
-        .map(EscapeFilter::new);
+    let escape = config.console.escape.control_character();
     let management = config
         .management
         .map(|management| Client::new(&management.socket))
         .transpose()?;
+    talk(
+        line,
+        &config.name.to_string(),
+        escape,
+        management.as_ref(),
+        read_only,
+    )
+}
+
+/// The console of a machine of another host.
+pub(crate) fn remote_console(client: &Client, name: ConsoleName, read_only: bool) -> anyhow::Result<Exit> {
+    if name == ConsoleName::Virtio {
+        return Err(
+            UsageError::new("of a machine behind a gateway only the serial console can be had").into(),
+        );
+    }
+    let (early, line) = client.console(&ConsoleRequest { read_only })?;
+    io::stdout().write_all(&early)?;
+    talk(line.into(), "the console", Some(ESCAPE), Some(client), read_only)
+}
+
+/// Has the person at this terminal talk with the guest at the other end of `line`.
+fn talk(
+    line: OwnedFd,
+    name: &str,
+    escape: Option<u8>,
+    management: Option<&Client>,
+    read_only: bool,
+) -> anyhow::Result<Exit> {
+    let keyboard = io::stdin();
+    let escape = escape.filter(|_| isatty(&keyboard)).map(EscapeFilter::new);
     if let Some(escape) = &escape {
         logs::say(&format!(
-            "Connected to {}; {} then d leaves.",
-            config.name,
+            "Connected to {name}; {} then d leaves.",
             escape.key_name()
         ));
     }
@@ -71,8 +93,9 @@ pub(crate) fn console(config: Option<&Path>, name: ConsoleName) -> anyhow::Resul
         keyboard: keyboard.as_fd(),
         screen: io::stdout(),
         escape,
-        command: &mut |command| command_machine(management.as_ref(), command),
+        command: &mut |command| command_machine(management, command),
         typed: Vec::new(),
+        read_only,
     }
     .run();
     terminal::restore();
@@ -115,6 +138,8 @@ struct Talk<'a, Screen: Write> {
     command: &'a mut dyn FnMut(ConsoleCommand),
     /// What the guest has not taken yet.
     typed: Vec<u8>,
+    /// Keys go nowhere.
+    read_only: bool,
 }
 
 /// Whether a conversation goes on.
@@ -189,6 +214,9 @@ impl<Screen: Write> Talk<'_, Screen> {
                 Vec::new()
             }
         };
+        if self.read_only {
+            self.typed.clear();
+        }
         for action in actions {
             match action {
                 EscapeAction::Help => {
@@ -269,6 +297,7 @@ mod tests {
                 escape,
                 command: &mut |command| commands.push(command),
                 typed: Vec::new(),
+                read_only: false,
             };
             talk.run().unwrap();
             result.send((screen, commands)).unwrap();

@@ -3,10 +3,10 @@
 //! The process looks for as long as the picture stands: the load that is shown is that of the seconds before.
 
 use std::io::{self, IsTerminal};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use api::storage::{DeviceLoad, PoolLoad, PoolStatus, RequestLoad};
-use api::{ProblemKind, StorageAnswer, StorageRequest, VmStatus};
+use api::{AttachmentMetrics, ProblemKind, StorageAnswer, StorageRequest, VmStatus};
 use management::{Client, ClientError};
 use serde::Serialize;
 
@@ -32,6 +32,16 @@ struct Picture {
     pool: Option<PoolStatus>,
     #[serde(skip_serializing_if = "Option::is_none")]
     load: Option<PoolLoad>,
+    /// Of a manager: what machines have asked of their disks in the window.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    attachments: Vec<AttachmentMetrics>,
+    /// How long that was.
+    #[serde(skip_serializing_if = "is_none")]
+    attachments_ms: u64,
+}
+
+fn is_none(number: &u64) -> bool {
+    *number == 0
 }
 
 pub(crate) fn execute(arguments: TopArguments) -> anyhow::Result<Exit> {
@@ -63,7 +73,11 @@ fn look(client: &Client, window_ms: u32) -> anyhow::Result<Picture> {
         vm: None,
         pool: None,
         load: None,
+        attachments: Vec::new(),
+        attachments_ms: 0,
     };
+    let begun = Instant::now();
+    let before = attachments(client)?;
     if let StorageAnswer::Load(load) = match client.storage(&StorageRequest::Load { window_ms }) {
         Ok(answer) => answer,
         // A machine without a pool.
@@ -76,6 +90,14 @@ fn look(client: &Client, window_ms: u32) -> anyhow::Result<Picture> {
     } {
         picture.load = Some(*load);
     }
+    if let Some(before) = before {
+        picture.attachments = attachments(client)?.unwrap_or_default();
+        picture.attachments_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        picture
+            .attachments
+            .iter_mut()
+            .for_each(|disk| since(disk, &before));
+    }
     if let StorageAnswer::Status(status) = client.storage(&StorageRequest::Status)? {
         picture.pool = Some(*status);
     }
@@ -86,6 +108,26 @@ fn look(client: &Client, window_ms: u32) -> anyhow::Result<Picture> {
         Err(error) => return Err(error.into()),
     };
     Ok(picture)
+}
+
+/// What was asked of the disks of machines so far; none of a process that is no manager, or that does not tell who asks.
+fn attachments(client: &Client) -> anyhow::Result<Option<Vec<AttachmentMetrics>>> {
+    match client.attachment_counters() {
+        Ok(all) => Ok(Some(all)),
+        Err(ClientError::Problem(_) | ClientError::NotUnderstood { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Leaves of a disk's numbers what is not in an earlier look.
+fn since(disk: &mut AttachmentMetrics, before: &[AttachmentMetrics]) {
+    let same = |other: &&AttachmentMetrics| {
+        (&other.attachment.vm, &other.attachment.device) == (&disk.attachment.vm, &disk.attachment.device)
+    };
+    if let Some(before) = before.iter().find(same) {
+        disk.counts = disk.counts.since(&before.counts);
+        disk.latencies = disk.latencies.since(&before.latencies);
+    }
 }
 
 fn show(picture: &Picture) -> String {
@@ -119,6 +161,12 @@ fn show(picture: &Picture) -> String {
     }
     if let Some(vm) = picture.vm.as_ref().filter(|vm| !vm.disks.is_empty()) {
         text += &format!("\n{}", disks(vm));
+    }
+    if !picture.attachments.is_empty() {
+        text += &format!(
+            "\n{}",
+            machines_disks(&picture.attachments, picture.attachments_ms)
+        );
     }
     let jobs = picture.pool.iter().flat_map(|pool| &pool.jobs);
     let live: Vec<_> = jobs.filter(|job| job.is_live()).collect();
@@ -244,6 +292,38 @@ fn disks(vm: &VmStatus) -> String {
     table.text() + &more(vm.disks.len(), "disks")
 }
 
+/// The disks that a manager serves, the busiest first.
+fn machines_disks(all: &[AttachmentMetrics], window_ms: u64) -> String {
+    let mut table = Table::new(
+        &[
+            "MACHINE", "DISK", "FILE", "READS/s", "BYTES/s", "WRITES/s", "BYTES/s", "OTHER/s", "50%", "99%",
+            "QUEUE",
+        ],
+        &[3, 4, 5, 6, 7, 8, 9, 10],
+    );
+    let mut busiest: Vec<_> = all.iter().collect();
+    busiest.sort_by_key(|disk| std::cmp::Reverse(disk.latencies.sum_us));
+    for disk in busiest.iter().take(ROWS) {
+        let (counts, times) = (&disk.counts, &disk.latencies);
+        // By Little's law: what all of them waited, over the time in which they did.
+        let tenths = times.sum_us / 100 / window_ms.max(1);
+        table.row([
+            disk.attachment.vm.to_string(),
+            disk.attachment.device.to_string(),
+            disk.attachment.file.clone(),
+            per_second(counts.reads, window_ms).to_string(),
+            size(per_second(counts.read_bytes, window_ms)),
+            per_second(counts.writes, window_ms).to_string(),
+            size(per_second(counts.written_bytes, window_ms)),
+            per_second(counts.flushes + counts.others, window_ms).to_string(),
+            micros(times.percentile(50)),
+            micros(times.percentile(99)),
+            format!("{}.{}", tenths / 10, tenths % 10),
+        ]);
+    }
+    table.text() + &more(all.len(), "disks")
+}
+
 #[cfg(test)]
 mod tests {
     use api::storage::{Health, VolumeLoad};
@@ -293,10 +373,55 @@ mod tests {
             vm: None,
             pool: Some(pool),
             load: Some(load),
+            attachments: Vec::new(),
+            attachments_ms: 0,
         });
         assert!(text.contains("pool tank: healthy, 1M of 1G used"), "{text}");
         let device =
             "d0      -       25%    1.5        0        0    -    -       100       4M  512us  4ms\n";
         assert!(text.contains(device), "{text}");
+    }
+
+    #[test]
+    fn disks_of_machines_are_shown_by_what_came_between_two_looks() {
+        let mut disk = AttachmentMetrics {
+            attachment: api::Attachment {
+                vm: "web1".parse().unwrap(),
+                device: "disk0".parse().unwrap(),
+                pool: "tank".into(),
+                file: "/web1.dsk".into(),
+                read_only: false,
+            },
+            counts: api::RequestCounts {
+                reads: 100,
+                read_bytes: 100 << 12,
+                ..api::RequestCounts::default()
+            },
+            latencies: api::Latencies::default(),
+        };
+        let before = [disk.clone()];
+        disk.counts.reads += 2000;
+        disk.counts.read_bytes += 2000 << 12;
+        disk.counts.flushes = 4;
+        // 2000 requests of a millisecond each in two seconds: one is always under way.
+        disk.latencies.classes[10] = 2000;
+        disk.latencies.sum_us = 2_000_000;
+        since(&mut disk, &before);
+        let text = machines_disks(&[disk], 2000);
+        let row: Vec<&str> = text.lines().last().unwrap().split_whitespace().collect();
+        let expected = [
+            "web1",
+            "disk0",
+            "/web1.dsk",
+            "1000",
+            "3.9M",
+            "0",
+            "0",
+            "2",
+            "1ms",
+            "1ms",
+            "1.0",
+        ];
+        assert_eq!(row, expected, "{text}");
     }
 }

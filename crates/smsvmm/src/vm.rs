@@ -68,7 +68,10 @@ pub(crate) fn execute(arguments: VmArguments) -> anyhow::Result<Exit> {
             json,
         ),
         VmCommand::Events { follow, after } => events(&place.client()?, follow, after, json, |_| true),
-        VmCommand::Console { console } => terminal::console(place.console_config()?.as_deref(), console),
+        VmCommand::Console { console, read_only } => match place.remote()? {
+            Some(client) => terminal::remote_console(&client, console, read_only),
+            None => terminal::console(place.console_config()?.as_deref(), console, read_only),
+        },
     }
 }
 
@@ -174,6 +177,19 @@ impl Place {
             Kind::Machine => own_socket(&path)?,
         };
         Ok(Client::new(target)?)
+    }
+
+    /// The machine, if it is on another host.
+    fn remote(&self) -> anyhow::Result<Option<Client>> {
+        if self.socket.is_some() || self.config.is_none() && storage::default_config().is_none() {
+            return Ok(None);
+        }
+        let is_remote = match self.kind()?.1 {
+            Kind::Machine => false,
+            Kind::Remote(_) => true,
+            Kind::Manager(scoped) => matches!(scoped(Scope::All)?, Target::Remote(_)),
+        };
+        is_remote.then(|| self.client()).transpose()
     }
 
     /// The vm.toml that says where the machine's console leads.

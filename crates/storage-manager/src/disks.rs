@@ -4,7 +4,9 @@ use std::rc::Rc;
 
 use api::file::AttributeChanges;
 use api::storage::PoolStatus;
-use api::virtual_disk::{ChangedRange, DiskAnswer, DiskOperation, DiskOutcome, VirtualDiskStatus};
+use api::virtual_disk::{
+    ChangedRange, DiskAnswer, DiskOperation, DiskOutcome, SnapshotStatus, VirtualDiskStatus,
+};
 use api::{Problem, ProblemKind};
 use block_io::WorkerClock;
 use filesys::{Kind, RangeKind};
@@ -14,7 +16,7 @@ use crate::conversation::{Flow, Notice, Reporter, on_worker};
 use crate::device::DevicePaths;
 use crate::disks_view as view;
 use crate::file_view;
-use crate::files::walk;
+use crate::files::{Part, limit_of, page, walk};
 use crate::moment;
 use crate::offline;
 use crate::places;
@@ -100,9 +102,14 @@ pub fn execute_disk(
             false => Access::Write,
         };
         let storage = Storage::open(&paths, access).await?;
+        let limit = operation.limit();
         let done = Box::pin(perform(&storage, operation, &reporter)).await;
         let (answer, events) = storage.end(done).await?;
-        Ok(DiskOutcome { answer, events })
+        Ok(DiskOutcome {
+            next: answer.next(limit),
+            answer,
+            events,
+        })
     })
 }
 
@@ -218,7 +225,13 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
     let disks = storage.disks()?;
     let now = now();
     match operation {
-        DiskOperation::List { path } => Box::pin(list(storage, &path)).await,
+        DiskOperation::List { path, limit, after } => {
+            Box::pin(list(storage, &path, (limit, after.as_deref()))).await
+        }
+        DiskOperation::ListSnapshots { path, limit, after } => {
+            let snapshots = Box::pin(status(storage, &path)).await?.snapshot_list;
+            snapshot_page(snapshots, (limit, after.as_deref())).map(DiskAnswer::Snapshots)
+        }
         DiskOperation::Status { path } => {
             let status = Box::pin(status(storage, &path)).await?;
             Ok(DiskAnswer::Status(Box::new(status)))
@@ -377,10 +390,29 @@ async fn describe(
     Box::pin(disks.describe_snapshot(disk.as_str(), &snapshot, &new)).await
 }
 
-async fn list(storage: &Storage, directory: &str) -> Result<DiskAnswer, Problem> {
+/// Those of a disk's snapshots that are wanted.
+fn snapshot_page(
+    mut all: Vec<SnapshotStatus>,
+    (limit, after): Part<'_>,
+) -> Result<Vec<SnapshotStatus>, Problem> {
+    let limit = limit_of(limit)?;
+    if let Some(after) = after {
+        let last = all.iter().position(|snapshot| snapshot.name == after);
+        let last = last.ok_or_else(|| {
+            Problem::new(ProblemKind::NotFound, "the disk has no such snapshot any more")
+                .about(after)
+                .remedy("list them from the beginning")
+        })?;
+        all.drain(..=last);
+    }
+    all.truncate(limit);
+    Ok(all)
+}
+
+async fn list(storage: &Storage, directory: &str, part: Part<'_>) -> Result<DiskAnswer, Problem> {
     let disks = storage.disks()?;
     let mut list = Vec::new();
-    for path in storage.disk_paths(directory).await? {
+    for path in page(storage.disk_paths(directory).await?, part)? {
         match Box::pin(disks.status(&path)).await {
             Ok(state) => list.push(view::disk(&state)),
             Err(error) => list.push(view::broken(path, &error)),

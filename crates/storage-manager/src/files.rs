@@ -7,7 +7,7 @@ use api::file::{
     AttributeChanges, FileAnswer, FileExtent, FileOperation, FileOutcome, FileStatus, Moved, Target,
     VolumeShare,
 };
-use api::{Problem, ProblemKind};
+use api::{MAX_PAGE, Problem, ProblemKind};
 use filesys::{FileId, FsError, Kind, Relocation, Snapshot};
 
 use crate::conversation::{Flow, Notice, Reporter, Work, on_worker};
@@ -42,28 +42,31 @@ pub fn execute_file(
             let mut storage = Storage::open_pool(&paths, Access::Write).await?;
             storage.pool.let_jobs_begin();
             let made = Box::pin(format::format(&mut storage, wishes)).await;
-            return end(storage, made.map(FileAnswer::FileSystem), &reporter).await;
+            return end(storage, made.map(FileAnswer::FileSystem), None, &reporter).await;
         }
         let access = match operation.only_reads() {
             true => Access::Read,
             false => Access::Write,
         };
         let storage = Storage::open(&paths, access).await?;
+        let limit = operation.limit();
         let done = match (storage.files(), Box::pin(meant(&storage, operation)).await) {
             (Ok(files), Ok(operation)) => Box::pin(perform(files, operation, &reporter)).await,
             (Err(problem), _) | (_, Err(problem)) => Err(problem),
         };
-        end(storage, done, &reporter).await
+        end(storage, done, limit, &reporter).await
     })
 }
 
 async fn end(
     storage: Storage,
     done: Result<FileAnswer, Problem>,
+    limit: Option<u32>,
     reporter: &Reporter<FileOutcome>,
 ) -> Result<FileOutcome, Problem> {
     let (answer, events) = storage.end(done).await?;
     Ok(FileOutcome {
+        next: answer.next(limit),
         answer,
         events,
         interrupted: reporter.stopped(),
@@ -88,7 +91,12 @@ pub(crate) async fn perform(
 ) -> Result<FileAnswer, Problem> {
     match operation {
         FileOperation::Format { .. } => Ok(FileAnswer::FileSystem(view::file_system(files))),
-        FileOperation::List { path, recursive } => Box::pin(list(files, &path, recursive)).await,
+        FileOperation::List {
+            path,
+            recursive,
+            limit,
+            after,
+        } => Box::pin(list(files, &path, recursive, (limit, after.as_deref()))).await,
         FileOperation::MakeDirectory {
             path,
             parents,
@@ -194,7 +202,39 @@ pub(crate) async fn walk(files: &FileSystem, path: &str) -> Result<Vec<Found>, P
     Ok(all)
 }
 
-async fn list(files: &FileSystem, path: &str, recursive: bool) -> Result<FileAnswer, Problem> {
+/// A part of a list: at most how many, after which.
+pub(crate) type Part<'a> = (Option<u32>, Option<&'a str>);
+
+/// Those of `all` that are wanted: all as they are, or a page in the order of their names.
+pub(crate) fn page(mut all: Vec<String>, (limit, after): Part<'_>) -> Result<Vec<String>, Problem> {
+    if limit.is_none() && after.is_none() {
+        return Ok(all);
+    }
+    let limit = limit_of(limit)?;
+    all.sort_unstable();
+    all.retain(|path| after.is_none_or(|after| path.as_str() > after));
+    all.truncate(limit);
+    Ok(all)
+}
+
+/// How many entries a page has at most.
+pub(crate) fn limit_of(limit: Option<u32>) -> Result<usize, Problem> {
+    match limit {
+        None => Ok(usize::MAX),
+        Some(limit @ 1..=MAX_PAGE) => Ok(limit as usize),
+        Some(limit) => {
+            let detail = format!("{limit} is not a number of entries from 1 to {MAX_PAGE}");
+            Err(Problem::new(ProblemKind::Invalid, detail).about("limit"))
+        }
+    }
+}
+
+async fn list(
+    files: &FileSystem,
+    path: &str,
+    recursive: bool,
+    part: Part<'_>,
+) -> Result<FileAnswer, Problem> {
     let stat = files.stat(path).await.map_err(failed)?;
     let paths: Vec<String> = match (stat.kind, recursive) {
         (Kind::File, _) => vec![path.to_owned()],
@@ -207,6 +247,7 @@ async fn list(files: &FileSystem, path: &str, recursive: bool) -> Result<FileAns
             entries.iter().map(|entry| below(path, &entry.name)).collect()
         }
     };
+    let paths = page(paths, part)?;
     let mut entries = Vec::with_capacity(paths.len());
     for path in paths {
         let stat = files.stat(&path).await.map_err(failed)?;

@@ -768,6 +768,7 @@ async fn answer(
         StorageRequest::Status => StorageAnswer::Status(Box::new(status_of(open))),
         StorageRequest::Load { window_ms } => StorageAnswer::Load(Box::new(load(open, window_ms).await?)),
         StorageRequest::Disk(operation) => {
+            let limit = operation.limit();
             let answer = match &operation {
                 // As all merges: listed while it goes on.
                 DiskOperation::Merge { path } => {
@@ -779,7 +780,11 @@ async fn answer(
                 _ => storage.perform_disk(operation).await?,
             };
             let events = storage.take_events();
-            StorageAnswer::Disk(Box::new(api::virtual_disk::DiskOutcome { answer, events }))
+            StorageAnswer::Disk(Box::new(api::virtual_disk::DiskOutcome {
+                next: answer.next(limit),
+                answer,
+                events,
+            }))
         }
         StorageRequest::File(operation) => {
             StorageAnswer::File(Box::new(Box::pin(file(open, operation)).await?))
@@ -837,11 +842,14 @@ async fn file(open: &Open, operation: FileOperation) -> Result<FileOutcome, Prob
     let listed = listed.map(|(kind, what)| open.works.begin(kind, what));
     let reporter = Reporter::until(&open.stopping).listed(listed);
     let operation = files::meant(storage, operation).await?;
+    let limit = operation.limit();
     let answer = files::perform(storage.files()?, operation, &reporter).await;
     let interrupted = reporter.stopped();
     reporter.ended(&answer);
+    let answer = answer?;
     Ok(FileOutcome {
-        answer: answer?,
+        next: answer.next(limit),
+        answer,
         events: storage.take_events(),
         interrupted,
     })
@@ -887,6 +895,7 @@ async fn steer(
         Operation::PauseJob { job } => (*job, Some("paused")),
         Operation::ResumeJob { job } => (*job, Some("resumed")),
         Operation::ThrottleJob { job, .. } => (*job, Some("made slower or faster")),
+        Operation::SetJobPriority { job, .. } => (*job, Some("given a priority")),
         _ => return Ok(None),
     };
     if job < FIRST_VOLATILE_JOB {

@@ -2,12 +2,12 @@
 
 use std::rc::Rc;
 
-use api::storage::{LayoutKind, NewDevice as NewDeviceArguments, Operation, ReadPolicy, Shape};
+use api::storage::{JobPriority, LayoutKind, NewDevice as NewDeviceArguments, Operation, ReadPolicy, Shape};
 use api::{Problem, ProblemKind};
 use block_io::WorkerClock;
 use volume_manager::model::{
     Attributes, BLOCK, Configuration, DeviceId, DeviceState, Job, JobId, JobKind, JobState, Layout,
-    MemberState, VolumeId,
+    MemberState, Priority, VolumeId,
 };
 use volume_manager::{NewDevice, NewVolume, place};
 
@@ -164,6 +164,17 @@ pub(crate) async fn begin(
         Operation::ThrottleJob { job, throttle } => {
             find_job(pool, job)?;
             let set = pool.set_throttle(JobId(job), throttle).await;
+            set.map_err(|error| of_pool(&format!("job {job}"), error))?;
+            Ok(Started::default())
+        }
+        Operation::SetJobPriority { job, priority } => {
+            find_job(pool, job)?;
+            let priority = match priority {
+                JobPriority::Low => Priority::Low,
+                JobPriority::Normal => Priority::Normal,
+                JobPriority::High => Priority::High,
+            };
+            let set = pool.set_priority(JobId(job), priority).await;
             set.map_err(|error| of_pool(&format!("job {job}"), error))?;
             Ok(Started::default())
         }

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use api::storage::{
-    Health, JobState, JobStatus, LayoutKind, MemberHealth, MemberStatus, PoolDevice, PoolDeviceState,
-    PoolEvent, PoolEventKind, PoolStatus, Shape, VolumeStatus,
+    Health, JobPriority, JobState, JobStatus, LayoutKind, MemberHealth, MemberStatus, PoolDevice,
+    PoolDeviceState, PoolEvent, PoolEventKind, PoolStatus, Shape, VolumeStatus,
 };
 use volume_manager::model::{
     Attributes, Column, Configuration, Device, DeviceId, DeviceState, Job, JobKind, JobState as ModelState,
-    Layout, Member, MemberState, ReadPolicy, Section, Volume, VolumeId,
+    Layout, Member, MemberState, Priority, ReadPolicy, Section, Volume, VolumeId,
 };
 use volume_manager::{Event, Pace};
 
@@ -304,6 +304,11 @@ pub(crate) fn view_job(config: &Configuration, job: &Job, pace: Option<Pace>) ->
         done: job.done,
         total: job.total,
         throttle: job.throttle,
+        priority: match job.priority {
+            Priority::Low => JobPriority::Low,
+            Priority::Normal => JobPriority::Normal,
+            Priority::High => JobPriority::High,
+        },
         rate: pace.map(|pace| pace.rate),
         seconds_left: pace.and_then(|pace| pace.left).map(|left| left.as_secs()),
         volatile: false,

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use api::storage::{FIRST_VOLATILE_JOB, JobState, JobStatus};
+use api::storage::{FIRST_VOLATILE_JOB, JobPriority, JobState, JobStatus};
 use api::{Problem, ProblemKind};
 use volume_manager::Meter;
 
@@ -75,6 +75,7 @@ impl Works {
             done: 0,
             total: 0,
             throttle: 0,
+            priority: JobPriority::Normal,
             rate: None,
             seconds_left: None,
             volatile: true,

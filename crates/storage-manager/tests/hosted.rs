@@ -6,6 +6,7 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use api::file::FileOperation;
 use api::storage::Operation;
 use api::virtual_disk::{DiskAnswer, DiskMode, DiskOperation, VirtualDiskStatus};
 use api::{ProblemKind, StorageAnswer, StorageRequest};
@@ -246,6 +247,79 @@ fn ask(pool: &HostedPool, operation: DiskOperation) -> Result<DiskAnswer, api::P
         StorageAnswer::Disk(outcome) => Ok(outcome.answer),
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn lists_of_files_disks_and_snapshots_come_in_pages() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = common::pool(folder.path());
+    with_disk(&devices);
+    let pool = open(&devices);
+    for number in 0..4 {
+        let path = format!("/more/{number}.dsk");
+        let create = DiskOperation::Create {
+            path,
+            size: 1 << 20,
+            thick: false,
+            target: None,
+            checksums: None,
+        };
+        if number == 0 {
+            let make = FileOperation::MakeDirectory {
+                path: "/more".into(),
+                parents: true,
+                attributes: Default::default(),
+            };
+            pool.execute(StorageRequest::File(make)).unwrap();
+        }
+        ask(&pool, create).unwrap();
+        snapshot(&pool, &format!("s{number}"));
+    }
+    let path = || "/".to_owned();
+    let (limit, after) = (None, None);
+    for mut request in [
+        StorageRequest::File(FileOperation::List {
+            path: path(),
+            recursive: true,
+            limit,
+            after: after.clone(),
+        }),
+        StorageRequest::Disk(DiskOperation::List {
+            path: path(),
+            limit,
+            after: after.clone(),
+        }),
+        StorageRequest::Disk(DiskOperation::ListSnapshots {
+            path: DISK.into(),
+            limit,
+            after,
+        }),
+    ] {
+        let whole = pool.execute(request.clone()).unwrap();
+        assert!(request.begin_pages(2) && !request.begin_pages(3));
+        let mut pages = pool.execute(request.clone()).unwrap();
+        let mut count = 1;
+        while let Some(after) = pages.take_next() {
+            request.go_on_after(after);
+            pages.append(pool.execute(request.clone()).unwrap());
+            count += 1;
+        }
+        assert!(count > 2);
+        assert_eq!(pages, whole);
+    }
+    let wrong = DiskOperation::ListSnapshots {
+        path: DISK.into(),
+        limit: Some(1001),
+        after: None,
+    };
+    assert_eq!(ask(&pool, wrong).unwrap_err().kind, ProblemKind::Invalid);
+    let gone = DiskOperation::ListSnapshots {
+        path: DISK.into(),
+        limit: None,
+        after: Some("never".into()),
+    };
+    assert_eq!(ask(&pool, gone).unwrap_err().kind, ProblemKind::NotFound);
+    pool.close().unwrap();
 }
 
 fn places(path: &str, length: u64, unless: Option<&str>) -> DiskOperation {

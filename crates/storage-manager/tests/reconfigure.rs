@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use api::file::{FileAnswer, FileOperation, Target};
 use api::storage::{
-    FIRST_VOLATILE_JOB, JobState, JobStatus, LayoutKind, NewDevice, Operation, Outcome, PoolDeviceState,
-    PoolEvent, PoolEventKind, PoolLoad, PoolStatus, ReadPolicy, Shape,
+    FIRST_VOLATILE_JOB, JobPriority, JobState, JobStatus, LayoutKind, NewDevice, Operation, Outcome,
+    PoolDeviceState, PoolEvent, PoolEventKind, PoolLoad, PoolStatus, ReadPolicy, Shape,
 };
 use api::virtual_disk::{DiskMode, DiskOperation};
 use api::{Problem, ProblemKind, StorageAnswer, StorageRequest};
@@ -627,12 +627,19 @@ fn a_job_tells_how_fast_it_is_and_is_made_faster() {
         },
     );
     assert_eq!(job(&pool, begun.id).throttle, 100);
+    assert_eq!(job(&pool, begun.id).priority, JobPriority::Normal);
+    let priority = Operation::SetJobPriority {
+        job: begun.id,
+        priority: JobPriority::Low,
+    };
+    done(&pool, priority.clone());
     pool.close().unwrap();
     drop(pool);
 
     // It stands in the pool, as the job does.
     let pool = open(&devices);
     assert_eq!(job(&pool, begun.id).throttle, 100);
+    assert_eq!(job(&pool, begun.id).priority, JobPriority::Low);
     let throttle = Operation::ThrottleJob {
         job: begun.id,
         throttle: 0,
@@ -640,7 +647,9 @@ fn a_job_tells_how_fast_it_is_and_is_made_faster() {
     perform(&pool, throttle.clone()).unwrap();
     done(&pool, Operation::WaitJob { job: Some(begun.id) });
     assert_eq!(job(&pool, begun.id).rate, None);
+    assert_eq!(job(&pool, begun.id).priority, JobPriority::Normal);
     assert_eq!(perform(&pool, throttle).unwrap_err().kind, ProblemKind::Conflict);
+    assert_eq!(perform(&pool, priority).unwrap_err().kind, ProblemKind::Conflict);
     pool.close().unwrap();
 }
 
@@ -806,6 +815,10 @@ fn what_ends_with_the_process_is_listed_and_cancelled() {
         Operation::PauseJob { job: id },
         Operation::ResumeJob { job: id },
         Operation::ThrottleJob { job: id, throttle: 1 },
+        Operation::SetJobPriority {
+            job: id,
+            priority: JobPriority::High,
+        },
     ] {
         assert_eq!(perform(&pool, operation).unwrap_err().kind, ProblemKind::Conflict);
     }

@@ -146,6 +146,8 @@ impl Setup {
         let list = FileOperation::List {
             path: "/".into(),
             recursive: false,
+            limit: None,
+            after: None,
         };
         match self.pool.execute(StorageRequest::File(list)).unwrap() {
             StorageAnswer::File(outcome) => match outcome.answer {

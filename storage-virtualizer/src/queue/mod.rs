@@ -20,7 +20,7 @@ use virtio_core::{ActiveQueue, DeviceEvents, GuestMemory};
 pub(crate) use control::{Control, Done, Outcome, Waiting};
 pub(crate) use gate::{Admission, Gate};
 pub(crate) use server::ServerLink;
-pub use statistics::{Counters, LATENCY_CLASSES, QueueStatistics};
+pub use statistics::{Counters, LATENCY_CLASSES, QueueStatistics, RequestCounts};
 
 use crate::chain::Buffers;
 use crate::disk_handle::DiskHandleError;

@@ -23,6 +23,20 @@ pub struct QueueStatistics {
 /// The values of [`QueueStatistics`] at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counters {
+    /// What was asked.
+    pub counts: RequestCounts,
+    /// Interrupts sent.
+    pub interrupts: u64,
+    /// How long requests took from being taken to being answered: class *i* counts what took less than 2^i microseconds and not
+    /// less than 2^(i-1), the last one everything else. Wrong by what the worker does in one turn.
+    pub latencies: [u64; LATENCY_CLASSES],
+    /// All these durations together, in microseconds.
+    pub time_us: u64,
+}
+
+/// Requests by kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RequestCounts {
     /// Read requests.
     pub reads: u64,
     /// Bytes asked for by them.
@@ -37,16 +51,9 @@ pub struct Counters {
     pub others: u64,
     /// Requests that were not answered with success.
     pub errors: u64,
-    /// Interrupts sent.
-    pub interrupts: u64,
-    /// How long requests took from being taken to being answered: class *i* counts what took less than 2^i microseconds and not
-    /// less than 2^(i-1), the last one everything else. Wrong by what the worker does in one turn.
-    pub latencies: [u64; LATENCY_CLASSES],
-    /// All these durations together, in microseconds.
-    pub time_us: u64,
 }
 
-impl Counters {
+impl RequestCounts {
     /// The sums of both.
     #[must_use]
     pub fn plus(self, other: Self) -> Self {
@@ -58,6 +65,16 @@ impl Counters {
             flushes: self.flushes + other.flushes,
             others: self.others + other.others,
             errors: self.errors + other.errors,
+        }
+    }
+}
+
+impl Counters {
+    /// The sums of both.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            counts: self.counts.plus(other.counts),
             interrupts: self.interrupts + other.interrupts,
             latencies: std::array::from_fn(|class| self.latencies[class] + other.latencies[class]),
             time_us: self.time_us.wrapping_add(other.time_us),
@@ -112,13 +129,15 @@ impl QueueStatistics {
     pub fn counters(&self) -> Counters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counters {
-            reads: get(&self.reads),
-            read_bytes: get(&self.read_bytes),
-            writes: get(&self.writes),
-            written_bytes: get(&self.written_bytes),
-            flushes: get(&self.flushes),
-            others: get(&self.others),
-            errors: get(&self.errors),
+            counts: RequestCounts {
+                reads: get(&self.reads),
+                read_bytes: get(&self.read_bytes),
+                writes: get(&self.writes),
+                written_bytes: get(&self.written_bytes),
+                flushes: get(&self.flushes),
+                others: get(&self.others),
+                errors: get(&self.errors),
+            },
             interrupts: get(&self.interrupts),
             latencies: self.latencies.each_ref().map(get),
             time_us: get(&self.time_us),

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
-use api::{DeviceId, Latencies, NetMetrics, QueueMetrics};
+use api::{DeviceId, Latencies, NetMetrics, QueueMetrics, RequestCounts};
 use storage_virtualizer::Counters;
 
 use super::devices::DeviceOpener;
@@ -63,18 +63,39 @@ fn of_queue(device: &DeviceId, queue: u16, counters: &Counters) -> QueueMetrics 
     QueueMetrics {
         device: device.clone(),
         queue,
-        reads: counters.reads,
-        read_bytes: counters.read_bytes,
-        writes: counters.writes,
-        written_bytes: counters.written_bytes,
-        flushes: counters.flushes,
-        others: counters.others,
-        errors: counters.errors,
+        counts: request_counts(counters),
         interrupts: counters.interrupts,
-        latencies: Latencies {
-            classes: counters.latencies,
-            sum_us: counters.time_us,
-        },
+        latencies: latencies(counters),
+    }
+}
+
+/// What a queue has counted, in the words of management.
+pub fn request_counts(counters: &Counters) -> RequestCounts {
+    let storage_virtualizer::RequestCounts {
+        reads,
+        read_bytes,
+        writes,
+        written_bytes,
+        flushes,
+        others,
+        errors,
+    } = counters.counts;
+    RequestCounts {
+        reads,
+        read_bytes,
+        writes,
+        written_bytes,
+        flushes,
+        others,
+        errors,
+    }
+}
+
+/// How long a queue's requests took, in the words of management.
+pub fn latencies(counters: &Counters) -> Latencies {
+    Latencies {
+        classes: counters.latencies,
+        sum_us: counters.time_us,
     }
 }
 

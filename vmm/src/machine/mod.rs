@@ -42,6 +42,7 @@ pub use control::Control;
 use devices::StartPasst;
 pub use disk::{GuestDisk, PoolDisk, PoolDisks, blk_options, guest_disk, serial};
 pub use manager::{Ask, ManagerDisks, Pools};
+pub use metrics::{latencies, request_counts};
 pub use scsi::{
     AddPoolUnit, OnResize, PoolUnit, SCSI_FAREWELL, SHORT_SCSI_FAREWELL, ScsiAdapter, ScsiBacking,
     ScsiUnitDisk, ScsiUnits, pool_unit, scsi_adapter, scsi_initiator,

@@ -16,7 +16,7 @@ use super::degrade::degrade;
 use super::disk::Disk;
 use super::event::Event;
 use super::fill::settle;
-use super::job::Control;
+use super::job::{Control, Levels};
 use super::keep::Releasing;
 use super::map::Map;
 use super::ranges::Ranges;
@@ -75,6 +75,8 @@ pub(crate) struct Core<D, C> {
     next_reservation: Cell<u64>,
     /// Running jobs.
     pub(crate) controls: RefCell<BTreeMap<JobId, Rc<Control>>>,
+    /// Who of them is at work.
+    pub(crate) levels: Rc<Levels>,
     /// Jobs do nothing yet: see [`OpenOptions`](super::pool::OpenOptions).
     pub(crate) jobs_wait: Cell<bool>,
     /// How often devices were taken out of service.
@@ -130,6 +132,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Core<D, C> {
             reserved: RefCell::default(),
             next_reservation: Cell::new(0),
             controls: RefCell::default(),
+            levels: Rc::default(),
             jobs_wait: Cell::new(false),
             failures: Cell::new(0),
             tasks: Cell::new(0),

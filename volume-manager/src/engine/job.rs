@@ -1,13 +1,18 @@
-//! How a long operation is steered while it runs: progress, throttle, pause, cancel.
+//! How a long operation is steered while it runs: progress, throttle, priority, pause, cancel.
+//!
+//! What jobs of different priorities leave to each other is time: while one of a higher priority is at work, a job rests three times as long as each
+//! of its pieces took, fifteen times if the other one is two levels above. So it has a quarter of the time, or a sixteenth, whatever its devices
+//! can do, and nothing is lost where the other one waits by itself: for its throttle, for its turn, or paused.
 
 use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 use std::time::Duration;
 
 use block_io::{BlockDevice, Clock};
 
 use super::core::{Core, Refused};
 use super::meter::{Meter, Pace};
-use crate::model::JobState;
+use crate::model::{Job, JobState, Priority};
 
 /// Why a job ends or stops before its end.
 #[derive(Debug, Clone)]
@@ -45,22 +50,87 @@ pub(crate) struct Control {
     closing: Cell<bool>,
     /// When the next piece may begin.
     next: Cell<Duration>,
+    priority: Cell<Priority>,
+    /// Its turn has come: it works on its volumes.
+    begun: Cell<bool>,
+    /// It has done a piece and does not wait for anything but devices; `levels` counts it then.
+    at_work: Cell<bool>,
+    /// When the piece that is being done began; none before the first.
+    piece: Cell<Option<Duration>>,
+    levels: Rc<Levels>,
+}
+
+/// How many jobs of a pool are at work, by priority.
+#[derive(Default)]
+pub(crate) struct Levels([Cell<u32>; 3]);
+
+impl Levels {
+    fn of(&self, priority: Priority) -> &Cell<u32> {
+        &self.0[priority as usize]
+    }
+
+    /// How many times as long as it works a job rests, as things are.
+    fn rest(&self, priority: Priority) -> u32 {
+        let busy = |other: Priority| other > priority && self.of(other).get() > 0;
+        match priority {
+            Priority::Low if busy(Priority::High) => 15,
+            Priority::Low | Priority::Normal if busy(Priority::Normal) || busy(Priority::High) => 3,
+            _ => 0,
+        }
+    }
 }
 
 /// Between looks at whether a paused job goes on.
 const LOOK: Duration = Duration::from_millis(50);
+/// A piece that took longer counts as this: a device that does not answer for a minute is no reason to rest for many.
+const LONGEST_PIECE: Duration = Duration::from_secs(1);
 
 impl Control {
-    pub(crate) fn new(done: u64, total: u64, throttle: u64, state: JobState) -> Self {
+    pub(crate) fn new(job: &Job, levels: Rc<Levels>) -> Self {
         Self {
-            done: Cell::new(done),
-            total: Cell::new(total),
+            done: Cell::new(job.done),
+            total: Cell::new(job.total),
             worked: Cell::new(0),
             meter: Cell::default(),
-            throttle: Cell::new(throttle),
-            wanted: RefCell::new(state),
+            throttle: Cell::new(job.throttle),
+            wanted: RefCell::new(job.state.clone()),
             closing: Cell::new(false),
             next: Cell::new(Duration::ZERO),
+            priority: Cell::new(job.priority),
+            begun: Cell::new(false),
+            at_work: Cell::new(false),
+            piece: Cell::new(None),
+            levels,
+        }
+    }
+
+    /// Whether its turn has come.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.begun.get()
+    }
+
+    /// Its turn has come.
+    pub(crate) fn begin(&self) {
+        self.begun.set(true);
+    }
+
+    pub(crate) fn priority(&self) -> Priority {
+        self.priority.get()
+    }
+
+    pub(crate) fn set_priority(&self, priority: Priority) {
+        let at_work = self.at_work.get();
+        self.be_at_work(false);
+        self.priority.set(priority);
+        self.be_at_work(at_work);
+    }
+
+    fn be_at_work(&self, at_work: bool) {
+        let count = self.levels.of(self.priority.get());
+        match (self.at_work.replace(at_work), at_work) {
+            (false, true) => count.set(count.get() + 1),
+            (true, false) => count.set(count.get().saturating_sub(1)),
+            _ => {}
         }
     }
 
@@ -96,7 +166,7 @@ impl Control {
         self.done.set(self.done.get().saturating_add(bytes));
     }
 
-    /// Counts `bytes` of work, and waits as long as the job is paused or faster than it may be.
+    /// Counts `bytes` of work, and waits as long as the job is paused, faster than it may be, or has to leave time to others.
     pub(crate) async fn progress(&self, clock: &impl Clock, bytes: u64) -> Result<(), Stop> {
         self.done.set(self.done.get().saturating_add(bytes));
         self.worked.set(self.worked.get().saturating_add(bytes));
@@ -109,6 +179,24 @@ impl Control {
             let pause = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
             self.next.set(self.next.get().max(now) + pause);
         }
+        let took = self
+            .piece
+            .get()
+            .map_or(Duration::ZERO, |begun| now.saturating_sub(begun));
+        let took = if bytes > 0 {
+            took.min(LONGEST_PIECE)
+        } else {
+            Duration::ZERO
+        };
+        self.wait(clock, now, took).await?;
+        self.piece.set(Some(clock.now()));
+        self.be_at_work(bytes > 0 || self.at_work.get());
+        Ok(())
+    }
+
+    /// Waits until the next piece may begin; the last one has ended at `ended` and took `took`.
+    async fn wait(&self, clock: &impl Clock, ended: Duration, took: Duration) -> Result<(), Stop> {
+        let worked = self.at_work.get();
         loop {
             if self.closing.get() {
                 return Err(Stop::Closing);
@@ -119,12 +207,22 @@ impl Control {
                 _ => false,
             };
             let now = clock.now();
-            let wait = self.next.get().saturating_sub(now);
+            // What is at work may have changed since the last look.
+            let rested = ended + took * self.levels.rest(self.priority.get());
+            let wait = self.next.get().max(rested).saturating_sub(now);
             if !paused && wait.is_zero() {
+                self.be_at_work(worked);
                 return Ok(());
             }
+            self.be_at_work(false);
             clock.sleep(if paused { LOOK } else { wait.min(LOOK) }).await;
         }
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.be_at_work(false);
     }
 }
 

@@ -1,5 +1,6 @@
 //! What each kind of job does, step by step. What is left to do is read from the configuration before each step.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use block_io::{BlockDevice, Clock, cover};
@@ -12,8 +13,8 @@ use super::relayout::{allowed, fits};
 use super::volume::Volume;
 use super::work::{LOOK, volumes_of};
 use crate::model::{
-    Attributes, Configuration, Device, DeviceId, Job, JobKind, JobState, Layout, Member, MemberId,
-    MemberState, Volume as VolumeModel, VolumeId,
+    Attributes, Configuration, Device, DeviceId, Job, JobId, JobKind, JobState, Layout, Member, MemberId,
+    MemberState, Priority, Volume as VolumeModel, VolumeId,
 };
 use crate::place;
 
@@ -31,21 +32,25 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         }
     }
 
-    /// Waits until jobs may begin and no earlier one works on the same volume.
+    /// Waits until jobs may begin, none works on the same volume, and none that waits for it comes first: by its priority, or among
+    /// those of the same one by its number.
     async fn turn(&self, job: &Job, control: &Control) -> Result<(), Stop> {
         let mine = volumes_of(&self.0.config(), &job.kind);
         loop {
             control.progress(&self.0.clock, 0).await?;
             self.0.go_on()?;
             let config = self.0.config();
-            let earlier = config
-                .jobs
-                .iter()
-                .filter(|other| other.id < job.id && other.state == JobState::Running);
+            let rank = |id: JobId, priority: Priority| (Reverse(priority), id);
+            let earlier = config.jobs.iter().filter(|other| {
+                let works = || self.0.control(other.id).is_some_and(|other| other.has_begun());
+                let comes_first = || rank(other.id, other.priority) < rank(job.id, control.priority());
+                other.id != job.id && other.state == JobState::Running && (works() || comes_first())
+            });
             let busy = earlier
                 .flat_map(|other| volumes_of(&config, &other.kind))
                 .any(|volume| mine.contains(&volume));
             if !busy && !self.0.jobs_wait.get() {
+                control.begin();
                 return Ok(());
             }
             self.0.clock.sleep(LOOK).await;

@@ -21,7 +21,7 @@ use super::job::{Control, Stop};
 use super::pool::Pool;
 use super::work::LOOK;
 use crate::model::{
-    Configuration, DeviceId, DeviceState, JobId, JobKind, JobState, MemberId, MemberState, VolumeId,
+    Configuration, DeviceId, DeviceState, JobId, JobKind, JobState, MemberId, MemberState, Priority, VolumeId,
 };
 use crate::place;
 
@@ -159,6 +159,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
     /// Waits for a move; one that fails is left alone, one whose tuning is cancelled is cancelled, too.
     async fn accompany(&self, job: JobId, control: &Control) -> Result<(), Stop> {
         let mut throttle = control.throttle();
+        let mut priority = Priority::Normal;
         loop {
             if let Err(stop) = control.progress(&self.0.clock, 0).await {
                 if matches!(stop, Stop::Cancelled) {
@@ -174,6 +175,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                         throttle = control.throttle();
                         // It may have ended by itself.
                         drop(self.set_throttle(job, throttle).await);
+                    }
+                    if priority != control.priority() {
+                        priority = control.priority();
+                        drop(self.set_priority(job, priority).await);
                     }
                     control.total.set(moved.total);
                     control.done.set(moved.done);

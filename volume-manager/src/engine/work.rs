@@ -2,7 +2,8 @@
 //!
 //! A job's record says what is wanted; what is left to do follows from the configuration each time a step begins. So a job can be
 //! killed at any moment: after the next open it looks at the configuration and goes on. Jobs of one volume run one after the
-//! other, in order of their numbers; jobs of different volumes run at the same time.
+//! other, in order of their priorities and numbers; jobs of different volumes run at the same time, and share it as
+//! [`super::job`] says.
 
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -17,7 +18,7 @@ use super::map::Map;
 use super::meter::Pace;
 use super::pool::{Pool, PoolError};
 use crate::model::{
-    Configuration, DeviceId, DeviceState, Job, JobId, JobKind, JobState, Member, MemberState,
+    Configuration, DeviceId, DeviceState, Job, JobId, JobKind, JobState, Member, MemberState, Priority,
     Volume as VolumeModel, VolumeId,
 };
 
@@ -135,6 +136,24 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
         Ok(())
     }
 
+    /// Changes how a job stands to others: whose turn comes first, and who leaves time to whom. It holds after a restart, too. A job
+    /// that has begun goes on.
+    ///
+    /// # Errors
+    /// There is no such job, or it has ended.
+    pub async fn set_priority(&self, id: JobId, priority: Priority) -> Result<(), PoolError> {
+        self.0
+            .change(|config| {
+                live(config, id)?.priority = priority;
+                Ok::<(), PoolError>(())
+            })
+            .await?;
+        if let Some(control) = self.0.control(id) {
+            control.set_priority(priority);
+        }
+        Ok(())
+    }
+
     /// How fast a job gets on; none if it does not run.
     pub fn pace(&self, id: JobId) -> Option<Pace> {
         let runs = self.0.config().job(id)?.state == JobState::Running;
@@ -204,7 +223,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
             cover!("work: a job runs already");
             return;
         }
-        let control = Rc::new(Control::new(job.done, job.total, job.throttle, job.state.clone()));
+        let control = Rc::new(Control::new(job, Rc::clone(&self.0.levels)));
         self.0.add_control(job.id, Rc::clone(&control));
         let (pool, job, busy) = (self.clone(), job.clone(), self.0.busy());
         let spawned = spawn_local(async move {
@@ -225,6 +244,8 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> Pool<D, C> {
                     other.state = state.clone();
                     other.done = control.done.get();
                     other.total = control.total.get().max(other.done);
+                    // Who knows no priorities can read the pool again.
+                    other.priority = Priority::Normal;
                 }
                 if state == JobState::Cancelled {
                     forget_begun(config, &job.kind);
@@ -286,6 +307,7 @@ pub(super) fn enlist(config: &mut Configuration, kind: JobKind, throttle: u64) -
         state: JobState::Running,
         done: 0,
         throttle,
+        priority: Priority::Normal,
     };
     config.next_job += 1;
     let ended = config.jobs.iter().filter(|job| !job.is_live()).count();

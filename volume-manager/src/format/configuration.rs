@@ -9,7 +9,7 @@ use super::wire::{MAY_BE_SKIPPED, Reader, Writer};
 use crate::model::{
     Attributes, Column, Configuration, Device, DeviceId, DeviceState, Extent, Incarnation, Job, JobId,
     JobKind, JobState, Layout, MAX_COLUMNS, MAX_DEVICES, MAX_INCARNATIONS, MAX_MEMBERS, MAX_NAME,
-    MAX_VOLUMES, Member, MemberId, MemberState, ReadPolicy, Section, Volume, VolumeId,
+    MAX_VOLUMES, Member, MemberId, MemberState, Priority, ReadPolicy, Section, Volume, VolumeId,
 };
 
 /// Most extents of one member, log or bitmap.
@@ -26,10 +26,12 @@ const INCARNATION: u16 = 2;
 const DEVICE: u16 = 3;
 const VOLUME: u16 = 4;
 const JOB: u16 = 5;
-/// The version of every record, but for volumes that need the next one.
+/// The version of every record, but for volumes and jobs that need the next one.
 const VERSION: u16 = 1;
 /// Of a volume that has a read policy other than the first: the policy follows at the end.
 const WITH_READ_POLICY: u16 = 2;
+/// Of a job that has a priority other than normal: the priority follows at the end.
+const WITH_PRIORITY: u16 = 2;
 
 /// Why bytes are no configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -96,7 +98,18 @@ pub fn encode(configuration: &Configuration) -> Result<Vec<u8>, CheckError> {
         });
     }
     for job in &configuration.jobs {
-        writer.record(JOB, VERSION, |body| write_job(body, job));
+        let version = match job.priority {
+            Priority::Normal => VERSION,
+            Priority::Low | Priority::High => WITH_PRIORITY,
+        };
+        writer.record(JOB, version, |body| {
+            write_job(body, job);
+            match job.priority {
+                Priority::Low => body.u8(0),
+                Priority::Normal => {}
+                Priority::High => body.u8(2),
+            }
+        });
     }
     Ok(writer.0)
 }
@@ -112,7 +125,9 @@ pub fn decode(bytes: &[u8]) -> Result<Configuration, DecodeError> {
     while !reader.is_empty() {
         let (kind, version, length) = (reader.u16()?, reader.u16()?, reader.u32()?);
         let body = reader.bytes(usize::try_from(length).unwrap_or(usize::MAX))?;
-        let known = version == VERSION || (kind == VOLUME && version == WITH_READ_POLICY);
+        let known = version == VERSION
+            || (kind == VOLUME && version == WITH_READ_POLICY)
+            || (kind == JOB && version == WITH_PRIORITY);
         if !(POOL..=JOB).contains(&kind) || !known {
             if kind & MAY_BE_SKIPPED != 0 {
                 continue;
@@ -182,7 +197,7 @@ fn read_record(
         }),
         DEVICE => configuration.devices.push(read_device(&mut body)?),
         VOLUME => configuration.volumes.push(read_volume(&mut body, version)?),
-        _ => configuration.jobs.push(read_job(&mut body)?),
+        _ => configuration.jobs.push(read_job(&mut body, version)?),
     }
     body.end()
 }
@@ -472,7 +487,7 @@ fn write_job(body: &mut Writer, job: &Job) {
     }
 }
 
-fn read_job(body: &mut Reader<'_>) -> Result<Job, DecodeError> {
+fn read_job(body: &mut Reader<'_>, version: u16) -> Result<Job, DecodeError> {
     let id = JobId(body.u32()?);
     body.rename(format!("job {}", id.0));
     let (state, text) = (body.u8()?, body.text(MAX_TEXT)?);
@@ -509,6 +524,10 @@ fn read_job(body: &mut Reader<'_>) -> Result<Job, DecodeError> {
         5 => JobKind::AutoTune { window: body.u32()? },
         _ => return Err(body.error("its kind is unknown")),
     };
+    let priority = match version {
+        WITH_PRIORITY => read_priority(body)?,
+        _ => Priority::Normal,
+    };
     Ok(Job {
         id,
         kind,
@@ -516,5 +535,15 @@ fn read_job(body: &mut Reader<'_>) -> Result<Job, DecodeError> {
         done,
         total,
         throttle,
+        priority,
     })
+}
+
+fn read_priority(body: &mut Reader<'_>) -> Result<Priority, DecodeError> {
+    match body.u8()? {
+        0 => Ok(Priority::Low),
+        1 => Ok(Priority::Normal),
+        2 => Ok(Priority::High),
+        _ => Err(body.error("its priority is unknown")),
+    }
 }

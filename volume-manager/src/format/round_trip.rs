@@ -3,6 +3,7 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use super::wire::Reader;
 use super::{DecodeError, decode, encode};
 use crate::model::*;
 
@@ -251,6 +252,11 @@ fn job(number: u32, choice: u8, target: Attributes, text: String) -> Job {
         done: u64::from(choice) << 40,
         total: u64::MAX,
         throttle: 0,
+        priority: match choice % 3 {
+            0 => Priority::Low,
+            1 => Priority::Normal,
+            _ => Priority::High,
+        },
     }
 }
 
@@ -386,6 +392,35 @@ fn what_makes_no_sense_is_refused_by_name() {
 }
 
 #[test]
+fn only_jobs_with_another_priority_than_normal_need_a_newer_program() {
+    let version = |priority| {
+        let mut configuration = sample();
+        configuration.jobs = vec![Job {
+            id: JobId(0),
+            kind: JobKind::Scrub { volume: None },
+            state: JobState::Done,
+            done: 0,
+            total: 0,
+            throttle: 0,
+            priority,
+        }];
+        configuration.next_job = 1;
+        let bytes = encode(&configuration).unwrap();
+        let mut reader = Reader::new(&bytes, "the configuration");
+        let mut last = (0, 0);
+        while !reader.is_empty() {
+            last = (reader.u16().unwrap(), reader.u16().unwrap());
+            let length = reader.u32().unwrap();
+            reader.bytes(length as usize).unwrap();
+        }
+        last
+    };
+    assert_eq!(version(Priority::Normal), (5, 1));
+    assert_eq!(version(Priority::Low), (5, 2));
+    assert_eq!(version(Priority::High), (5, 2));
+}
+
+#[test]
 fn unknown_records_are_refused_unless_they_may_be_skipped() {
     let sample = sample();
     let with = |kind: u16, version: u16| {
@@ -404,8 +439,8 @@ fn unknown_records_are_refused_unless_they_may_be_skipped() {
         })
     );
     assert_eq!(
-        with(5, 2),
-        Err(DecodeError::UnknownRecord { kind: 5, version: 2 })
+        with(5, 3),
+        Err(DecodeError::UnknownRecord { kind: 5, version: 3 })
     );
     assert!(
         matches!(with(1, 1), Err(DecodeError::Malformed { .. })),

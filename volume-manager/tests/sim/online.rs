@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use block_io::sim::{Ended, Failure, RunOptions, Schedule, Sim};
 use block_io::{Clock, Durability};
-use volume_manager::model::{DeviceId, DeviceState, JobKind, Layout, MemberState, Uuid};
-use volume_manager::{Event, NewDevice};
+use volume_manager::model::{
+    DeviceId, DeviceState, JobId, JobKind, JobState, Layout, MemberState, Priority, Uuid,
+};
+use volume_manager::{Event, NewDevice, NewVolume};
 
 use crate::harness::{
     self, Model, SimPool, UNIT, attributes, create, failed, flush, new_volume, open, settle, verify, write,
@@ -496,6 +498,103 @@ fn the_throttle_of_a_running_job_changes() {
         pool.wait(slow).await.map_err(failed)?;
         assert!(pool.set_throttle(slow, 1).await.is_err(), "it has ended");
         Ok(())
+    });
+}
+
+/// Starts a scrub of a volume.
+async fn scrub_of(pool: &SimPool, name: &str) -> Result<JobId, Failure> {
+    let config = pool.configuration();
+    let volume = config.volumes.iter().find(|volume| volume.name == name);
+    let volume = volume.map(|volume| volume.id);
+    pool.start(JobKind::Scrub { volume }, 0).await.map_err(failed)
+}
+
+#[test]
+fn jobs_that_wait_begin_in_the_order_of_their_priorities_and_numbers() {
+    with_guest("turns", 8, Layout::Mirror { legs: 2 }, 0, async |sim, pool| {
+        // Holds the volume: at this rate it takes an hour.
+        let first = pool
+            .start(JobKind::Scrub { volume: None }, 256)
+            .await
+            .map_err(failed)?;
+        sim.clock().sleep(Duration::from_millis(200)).await;
+        let mut waiting = Vec::new();
+        for priority in [Priority::Low, Priority::Normal, Priority::Normal, Priority::High] {
+            let job = scrub_of(&pool, "v").await?;
+            pool.set_priority(job, priority).await.map_err(failed)?;
+            waiting.push(job);
+        }
+        sim.clock().sleep(Duration::from_millis(200)).await;
+        assert_eq!(pool.job(waiting[3]).unwrap().done, 0, "what has begun goes on");
+        pool.set_throttle(first, 0).await.map_err(failed)?;
+        let mut ended: Vec<JobId> = Vec::new();
+        while ended.len() < 4 {
+            let over = |job: &&JobId| !pool.job(**job).unwrap().is_live() && !ended.contains(job);
+            let over: Vec<JobId> = waiting.iter().filter(over).copied().collect();
+            ended.extend(over);
+            sim.clock().sleep(Duration::from_micros(100)).await;
+        }
+        assert_eq!(ended, [waiting[3], waiting[1], waiting[2], waiting[0]]);
+        assert!(pool.jobs().iter().all(|job| job.priority == Priority::Normal));
+        assert!(
+            pool.set_priority(first, Priority::High).await.is_err(),
+            "it has ended"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn a_job_leaves_time_to_those_above_it_as_long_as_they_are_at_work() {
+    with_guest("shares", 8, Layout::Mirror { legs: 2 }, 0, async |sim, pool| {
+        // Of many small pieces.
+        for name in ["w", "x"] {
+            let volume = NewVolume {
+                name: name.to_owned(),
+                ..new_volume(Layout::StripeMirror { columns: 2, legs: 2 }, 1024 * UNIT)
+            };
+            pool.create_volume(volume).await.map_err(failed)?;
+        }
+        // How much of one job is done when another one ends that has so much priority.
+        let race = async |priority: Priority| {
+            let (one, other) = (scrub_of(&pool, "w").await?, scrub_of(&pool, "x").await?);
+            pool.set_priority(one, Priority::Low).await.map_err(failed)?;
+            pool.set_priority(other, priority).await.map_err(failed)?;
+            pool.wait(other).await.map_err(failed)?;
+            let left = pool.job(one).unwrap();
+            pool.wait(one).await.map_err(failed)?;
+            Ok::<_, Failure>((left.done, left.total))
+        };
+        let (done, total) = race(Priority::Low).await?;
+        assert!(done * 2 > total, "equals get on alike: {done} of {total}");
+        let (done, total) = race(Priority::Normal).await?;
+        assert!(done * 2 < total, "one is above: {done} of {total}");
+        let (high, total) = race(Priority::High).await?;
+        assert!(high * 4 < total && high <= done, "two above: {high} of {total}");
+
+        // Nothing is left to one that waits by itself.
+        let throttled = pool
+            .start(JobKind::Scrub { volume: None }, 256)
+            .await
+            .map_err(failed)?;
+        pool.set_priority(throttled, Priority::High)
+            .await
+            .map_err(failed)?;
+        let tuning = pool
+            .start(JobKind::AutoTune { window: 100 }, 0)
+            .await
+            .map_err(failed)?;
+        pool.set_priority(tuning, Priority::High).await.map_err(failed)?;
+        let begin = sim.clock().now();
+        pool.steer(throttled, JobState::Paused).await.map_err(failed)?;
+        let low = scrub_of(&pool, "v").await?;
+        pool.set_priority(low, Priority::Low).await.map_err(failed)?;
+        pool.wait(low).await.map_err(failed)?;
+        assert!(sim.clock().now() - begin < Duration::from_secs(5));
+        pool.set_throttle(throttled, 0).await.map_err(failed)?;
+        pool.steer(throttled, JobState::Running).await.map_err(failed)?;
+        pool.wait(throttled).await.map_err(failed)?;
+        pool.wait(tuning).await.map_err(failed)
     });
 }
 

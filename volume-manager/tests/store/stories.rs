@@ -358,6 +358,7 @@ fn what_does_not_follow_is_refused_before_anything_is_written() {
                 done: 0,
                 total: 0,
                 throttle: 0,
+                priority: Default::default(),
             })
             .collect();
         large.next_job = 100;

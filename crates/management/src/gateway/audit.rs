@@ -51,6 +51,9 @@ pub(super) struct Line<'a> {
     pub(super) after: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) status: Option<u16>,
+    /// Why a console was closed, when it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) closed: Option<&'a str>,
     /// Why it was refused here, or why there is no answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) reason: Option<&'a str>,

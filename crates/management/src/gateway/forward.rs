@@ -19,12 +19,13 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use super::stream::Watched;
-use crate::{client, routes, sse};
+use crate::console::{self, Guard};
+use crate::{client, repeated, routes, sse};
 
 /// How long a machine's socket may take to accept.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Headers of an answer that are passed on.
-const PASSED_ON: [HeaderName; 7] = [
+const PASSED_ON: [HeaderName; 9] = [
     CONTENT_TYPE,
     ETAG,
     CACHE_CONTROL,
@@ -32,10 +33,12 @@ const PASSED_ON: [HeaderName; 7] = [
     UPGRADE,
     hyper::header::LOCATION,
     hyper::header::ALLOW,
+    hyper::header::LINK,
+    repeated::REPLAYED,
 ];
 
 /// Headers of a request that are passed on.
-const TOLD: [HeaderName; 4] = [ACCEPT, sse::LAST_EVENT_ID, IF_MATCH, IF_NONE_MATCH];
+const TOLD: [HeaderName; 5] = [ACCEPT, sse::LAST_EVENT_ID, IF_MATCH, IF_NONE_MATCH, repeated::KEY];
 
 /// The body of an answer: made here, or a machine's.
 pub(crate) type AnswerBody = Either<routes::Body, Watched>;
@@ -57,6 +60,8 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) body: Bytes,
     /// The client wants to go on with this, outside of HTTP.
     pub(crate) upgrade: Option<(OnUpgrade, Vec<u8>)>,
+    /// What is upgraded is a console, which may be used as long as this permits.
+    pub(crate) guard: Option<Guard>,
 }
 
 /// Asks the machine. The answer may be long in coming.
@@ -69,6 +74,7 @@ pub(crate) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBod
         headers,
         body,
         upgrade,
+        guard,
     } = outgoing;
     let connected = timeout(CONNECT_TIMEOUT, UnixStream::connect(socket)).await;
     let stream = match connected {
@@ -99,7 +105,7 @@ pub(crate) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBod
         && let Some((client, _)) = upgrade
     {
         let machine = hyper::upgrade::on(&mut answer);
-        tokio::spawn(join(client, machine));
+        tokio::spawn(join(client, machine, guard));
     }
     let (parts, body) = answer.into_parts();
     let mut passed_on = Response::new(Either::Right(Watched::new(body)));
@@ -113,12 +119,21 @@ pub(crate) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBod
 }
 
 /// Bytes in both directions, until both ends have ended.
-async fn join(client: OnUpgrade, machine: OnUpgrade) {
+async fn join(client: OnUpgrade, machine: OnUpgrade, guard: Option<Guard>) {
     let (client, machine) = match tokio::try_join!(client, machine) {
         Ok(both) => both,
-        Err(error) => return debug!(%error, "a transfer broke before it began"),
+        Err(error) => {
+            if let Some(guard) = guard {
+                (guard.ended)("the connection broke before it began");
+            }
+            return debug!(%error, "a transfer broke before it began");
+        }
     };
     let (mut client, mut machine) = (TokioIo::new(client), TokioIo::new(machine));
+    if let Some(guard) = guard {
+        let why = console::relay(client, machine, false, guard.may_go_on).await;
+        return (guard.ended)(why);
+    }
     if let Err(error) = copy_bidirectional(&mut client, &mut machine).await {
         debug!(%error, "a transfer broke");
     }

@@ -24,6 +24,8 @@ impl Asked<'_> {
             Self::Path(method, path) => match (*method, *path) {
                 (&Method::GET | &Method::HEAD | &Method::OPTIONS, _) => Role::Viewer,
                 (&Method::PUT, ["vm", _]) => Role::Operator,
+                // To look on, too: it shows what the guest's administrator sees.
+                (&Method::POST, ["console"] | ["vms", _, "console"]) => Role::Operator,
                 (&Method::PATCH, ["vm", "disks" | "limit-groups", _]) => Role::Operator,
                 (&Method::PUT, ["vms", _, "start" | "shutdown" | "stop"]) => Role::Operator,
                 (&Method::PATCH, ["attachments", _, _] | ["attachments", _, "limit-groups", _]) => {
@@ -61,9 +63,10 @@ fn storage(request: &StorageRequest) -> Role {
         StorageRequest::Disk(_) => Role::Operator,
         StorageRequest::Pool(operation) | StorageRequest::Begin(operation) => match operation {
             Operation::WaitJob { .. } => Role::Viewer,
-            Operation::PauseJob { .. } | Operation::ResumeJob { .. } | Operation::ThrottleJob { .. } => {
-                Role::Operator
-            }
+            Operation::PauseJob { .. }
+            | Operation::ResumeJob { .. }
+            | Operation::ThrottleJob { .. }
+            | Operation::SetJobPriority { .. } => Role::Operator,
             _ => Role::Administrator,
         },
         StorageRequest::File(_) => Role::Administrator,
@@ -87,6 +90,8 @@ mod tests {
         assert_eq!(path(Method::PATCH, &["vm", "disks", "d"]), Role::Operator);
         assert_eq!(path(Method::POST, &["vm", "disks"]), Role::Administrator);
         assert_eq!(path(Method::PUT, &["vms", "web1", "start"]), Role::Operator);
+        assert_eq!(path(Method::POST, &["vms", "web1", "console"]), Role::Operator);
+        assert_eq!(path(Method::POST, &["console"]), Role::Operator);
         assert_eq!(path(Method::PUT, &["vms", "web1"]), Role::Administrator);
         assert_eq!(path(Method::DELETE, &["vms", "web1"]), Role::Administrator);
         assert_eq!(path(Method::DELETE, &["vm", "nets", "n"]), Role::Administrator);
@@ -96,6 +101,9 @@ mod tests {
         assert_eq!(storage(StorageRequest::Load { window_ms: 0 }), Role::Viewer);
         let throttle = Operation::ThrottleJob { job: 1, throttle: 0 };
         assert_eq!(storage(StorageRequest::Pool(throttle)), Role::Operator);
+        let priority = api::storage::JobPriority::High;
+        let prefer = Operation::SetJobPriority { job: 1, priority };
+        assert_eq!(storage(StorageRequest::Pool(prefer)), Role::Operator);
         let snapshot = DiskOperation::Snapshot {
             paths: vec!["/a.dsk".into()],
             name: "one".into(),

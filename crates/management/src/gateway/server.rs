@@ -17,11 +17,12 @@ use access::{
 use api::virtual_disk::TransferRequest;
 use api::{MachineEntry, MachineState, MachineStatus, Problem, ProblemKind, VmState, VmStatus};
 use http_body_util::{BodyExt, Either, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Bytes, Incoming};
 use hyper::header::{
     AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER, UPGRADE, WWW_AUTHENTICATE,
 };
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::upgrade::OnUpgrade;
+use hyper::{Method, Request, Response};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::net::TcpStream;
@@ -37,8 +38,9 @@ use super::audit::{Audit, AuditError, Line};
 use super::forward::{AnswerBody, Outgoing, forward};
 use super::rights::Asked;
 use super::subject::Subject;
+use crate::console::{Consoles, Guard};
 use crate::room::{Peer, Room};
-use crate::{life, openapi, routes, sse};
+use crate::{life, openapi, page, repeated, routes, sse};
 
 /// Connections that are served at a time.
 pub(super) const MAX_CONNECTIONS: usize = 256;
@@ -48,6 +50,8 @@ pub(super) const MAX_OF_ONE: usize = 64;
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest status of a machine in bytes.
 const MAX_STATUS: usize = 1 << 20;
+/// A client that has said nothing for so long is asked by the system whether it is still there.
+const KEEPALIVE: Duration = Duration::from_secs(30);
 /// How long requests in progress may take to end when the gateway is stopped.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -58,6 +62,8 @@ pub struct Machine {
     pub name: String,
     /// Its management socket.
     pub socket: PathBuf,
+    /// The socket of its serial console, if it leads to one.
+    pub console: Option<PathBuf>,
 }
 
 /// What a gateway needs.
@@ -153,6 +159,7 @@ struct Shared {
     audit: Arc<Mutex<Audit>>,
     attempts: Mutex<Attempts>,
     requests: AtomicU64,
+    consoles: Consoles,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -208,6 +215,7 @@ impl Gateway {
                 audit: Arc::new(Mutex::new(audit)),
                 attempts: Mutex::default(),
                 requests: AtomicU64::new(0),
+                consoles: Consoles::default(),
             }),
         })
     }
@@ -279,6 +287,7 @@ impl Gateway {
             };
             // Requests are small, and answered at once.
             let _ = stream.set_nodelay(true);
+            notice_the_dead(&stream);
             let (acceptor, shared) = (acceptor.clone(), Arc::clone(&shared));
             room.spawn(&mut connections, entered, async move {
                 let secured = timeout(handshake, acceptor.accept(stream)).await;
@@ -313,6 +322,18 @@ impl Drop for Running {
         {
             warn!("the gateway's thread panicked");
         }
+    }
+}
+
+/// Has the system notice clients that have gone without a word, of which an idle console would never hear.
+fn notice_the_dead(stream: &TcpStream) {
+    use rustix::net::sockopt;
+    let told = sockopt::set_socket_keepalive(stream, true)
+        .and_then(|()| sockopt::set_tcp_keepidle(stream, KEEPALIVE))
+        .and_then(|()| sockopt::set_tcp_keepintvl(stream, KEEPALIVE / 3))
+        .and_then(|()| sockopt::set_tcp_keepcnt(stream, 3));
+    if let Err(error) = told {
+        debug!(%error, "clients that have gone will not be noticed");
     }
 }
 
@@ -478,11 +499,11 @@ impl Shared {
     ) -> Result<Response<AnswerBody>, Problem> {
         let method = request.method().clone();
         let uri = request.uri().clone();
-        let headers = request.headers().clone();
+        let headers = repeated::of(&principal.name, request.headers());
         let parts: Vec<&str> = uri.path().trim_start_matches('/').split('/').collect();
         match (parts.as_slice(), &method) {
             (["v1", "vms"], &Method::GET | &Method::HEAD) => {
-                return Ok(own(self.list(principal).await?));
+                return self.list(principal, &uri).await.map(own);
             }
             (["v1", "vms"], _) => return Ok(own(routes::not_allowed(&method, "GET"))),
             (other, _) => {
@@ -548,17 +569,30 @@ impl Shared {
         if let Some(query) = uri.query() {
             path = format!("{path}?{query}");
         }
-        let answered = forward(Outgoing {
-            name,
-            socket,
-            method: method.clone(),
-            path: &path,
-            headers: &headers,
-            body,
-            upgrade,
-        })
-        .await
-        .map(|answer| self.watch(principal, answer));
+        let is_console = matches!(
+            (&method, parts.as_slice()),
+            (&Method::POST, ["v1", "vms", _, "console"])
+        );
+        let guard = is_console.then(|| self.guard(principal, number));
+        let own = self.machines.iter().find(|machine| machine.name == name);
+        let answered = match (guard, own) {
+            (Some(guard), Some(machine)) => self.console(machine, upgrade, body, guard).await,
+            (guard, _) => {
+                let outgoing = Outgoing {
+                    name,
+                    socket,
+                    method: method.clone(),
+                    path: &path,
+                    headers: &headers,
+                    body,
+                    upgrade,
+                    guard,
+                };
+                forward(outgoing)
+                    .await
+                    .map(|answer| self.watch(principal, answer))
+            }
+        };
         if let Some(open) = &mut open {
             open.status = Some(match &answered {
                 Ok(answer) => answer.status().as_u16(),
@@ -573,18 +607,59 @@ impl Shared {
         answered
     }
 
+    /// The console of a machine of the gateway's own.
+    async fn console(
+        &self,
+        machine: &Machine,
+        upgrade: Option<(OnUpgrade, Vec<u8>)>,
+        body: Bytes,
+        guard: Guard,
+    ) -> Result<Response<AnswerBody>, Problem> {
+        let socket = machine.console.as_ref().ok_or_else(|| {
+            Problem::new(ProblemKind::Conflict, "the machine's console leads to no socket")
+                .about(&machine.name)
+                .remedy("set console.serial = \"socket:PATH\" in its vm.toml, and start both anew")
+        })?;
+        let opened = self
+            .consoles
+            .open(&machine.name, socket, upgrade, body, guard)
+            .await;
+        opened.map(own)
+    }
+
+    /// A console may be used as long as who has it is known as it was, and the log has when it was closed, and why.
+    fn guard(self: &Arc<Self>, principal: &Principal, number: u64) -> Guard {
+        let (shared, who) = (Arc::clone(self), principal.clone());
+        Guard {
+            may_go_on: self.is_known(principal),
+            ended: Box::new(move |why| {
+                shared.note(Line {
+                    request: number,
+                    principal: Some(&who.name),
+                    closed: Some(why),
+                    ..Line::default()
+                });
+            }),
+        }
+    }
+
+    /// Whether somebody is known as it was.
+    fn is_known(self: &Arc<Self>, principal: &Principal) -> Box<dyn FnMut() -> bool + Send> {
+        let (shared, principal) = (Arc::clone(self), principal.clone());
+        Box::new(move || {
+            let mut access = lock(&shared.access);
+            let known = access.refresh().is_ok_and(|known| known.all.contains(&principal));
+            known && !principal.has_expired()
+        })
+    }
+
     /// An answer that may last for ever lasts only as long as who asked is known as it was.
     fn watch(self: &Arc<Self>, principal: &Principal, answer: Response<AnswerBody>) -> Response<AnswerBody> {
         let kind = answer.headers().get(CONTENT_TYPE);
         if kind.is_none_or(|kind| kind.as_bytes() != sse::MEDIA_TYPE.as_bytes()) {
             return answer;
         }
-        let (shared, principal) = (Arc::clone(self), principal.clone());
-        let may_go_on = move || {
-            let mut access = lock(&shared.access);
-            let known = access.refresh().is_ok_and(|known| known.all.contains(&principal));
-            known && !principal.has_expired()
-        };
+        let may_go_on = self.is_known(principal);
         answer.map(|body| match body {
             Either::Right(body) => Either::Right(body.while_(may_go_on)),
             own @ Either::Left(_) => own,
@@ -653,7 +728,7 @@ impl Shared {
     }
 
     /// The machines that a principal may know.
-    async fn list(&self, principal: &Principal) -> Result<routes::Answer, Problem> {
+    async fn list(&self, principal: &Principal, uri: &hyper::Uri) -> Result<routes::Answer, Problem> {
         let mut entries = self.own_machines(principal).await;
         if let Some(manager) = &self.manager {
             let managed: Vec<MachineStatus> = look(manager, "the manager", "/v1/vms").await?;
@@ -674,7 +749,7 @@ impl Shared {
                 }),
             }));
         }
-        Ok(routes::json(StatusCode::OK, &entries))
+        page::answer(uri, entries, |machine| machine.name.clone())
     }
 
     /// Those of the machines with sockets of their own.
@@ -726,6 +801,7 @@ async fn look<T: DeserializeOwned>(socket: &Path, name: &str, path: &str) -> Res
         headers: &HeaderMap::new(),
         body: hyper::body::Bytes::new(),
         upgrade: None,
+        guard: None,
     })
     .await?;
     let body = Limited::new(answer.into_body(), MAX_STATUS).collect().await;

@@ -98,6 +98,7 @@ impl Subject {
             headers: &headers,
             body: Bytes::from_static(self.body.as_bytes()),
             upgrade: None,
+            guard: None,
         });
         let answer = answer.await.ok()?;
         match answer.status() {

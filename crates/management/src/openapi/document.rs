@@ -206,7 +206,11 @@ fn answers(operation: &Operation, further: &[ProblemKind], schemas: &mut Schemas
             found["content"] = content.into();
         }
         for (name, about) in &answer.headers {
-            found["headers"][*name] = json!({"description": about, "schema": {"type": "string"}});
+            found["headers"][*name] = json!({
+                "description": about,
+                "required": *name != table::SOMETIMES,
+                "schema": {"type": "string"},
+            });
         }
         all.insert(answer.status.to_string(), found);
     }

@@ -3,18 +3,19 @@
 //! An entry says what a person needs and what a program needs. Statuses that are not named in an entry are problems all the same
 //! ([`document`](super::document) adds them as `default`).
 
-use api::storage::PoolStatus;
+use api::storage::{JobStatus, PoolStatus};
 use api::virtual_disk::TransferRequest;
 use api::{
-    ATTACHMENT_PROTOCOL, AdapterRequest, AttachRequest, Attachment, DebugDump, DiskChange, DiskConfig,
-    DiskLimits, DiskStatus, EventPage, HostStatus, Liveness, MachineDefinition, MachineEntry, MachineStatus,
-    NetConfig, NetStatus, PoolEntry, Problem, ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest,
-    TracePage, VmStatus,
+    ATTACHMENT_PROTOCOL, AdapterRequest, AttachRequest, Attachment, AttachmentMetrics, CONSOLE_PROTOCOL,
+    ConsoleRequest, DebugDump, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventPage, HostStatus,
+    Liveness, MachineDefinition, MachineEntry, MachineStatus, NetConfig, NetStatus, PoolEntry, Problem,
+    ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, TracePage, VmStatus,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
 use ProblemKind::{
-    Conflict, Exhausted, Forbidden, Host, Invalid, NotFound, Precondition, Stopping, Timeout, TooLarge,
+    Conflict, Exhausted, Forbidden, Host, Invalid, KeyReused, NotFound, Precondition, Stopping, Timeout,
+    TooLarge,
 };
 
 /// The schema of a type.
@@ -27,6 +28,9 @@ fn schema<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
 fn text(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "string"})
 }
+
+/// The header of an answer that is not in all of them.
+pub(super) const SOMETIMES: &str = "Link";
 
 /// Where a parameter is.
 #[derive(Clone, Copy)]
@@ -146,6 +150,45 @@ impl Operation {
 
     fn json<T: JsonSchema>(self, status: u16, about: &'static str) -> Self {
         self.answer(status, about, vec![("application/json", schema::<T>)])
+    }
+
+    /// A list, which can be had in pages.
+    fn list<T: JsonSchema>(self, about: &'static str) -> Self {
+        let limit: TypeOf = |_| json_schema!({"type": "integer", "minimum": 1, "maximum": api::MAX_PAGE});
+        self.parameter(
+            "limit",
+            In::Query,
+            "At most so many entries, in the order of what they are called by; without it and `after`, all.",
+            limit,
+        )
+        .parameter(
+            "after",
+            In::Query,
+            "Only entries behind this one; from the link of the page before.",
+            text,
+        )
+        .answer_with(
+            200,
+            about,
+            vec![("application/json", schema::<Vec<T>>)],
+            vec![(
+                SOMETIMES,
+                "Where there are more: `rel=\"next\"`, relative to the path that was asked for.",
+            )],
+        )
+    }
+
+    /// It makes something, and can be asked again.
+    fn repeatable(self) -> Self {
+        self.parameter(
+            "Idempotency-Key",
+            In::Header,
+            "Up to 512 visible ASCII characters, another one for each request. The same request with the same key is not done again, and gets the \
+             answer of the first one, for which it waits, with the header `Idempotency-Replayed`; another request gets 422. The last 256 keys of 24 hours \
+             are kept, as long as the process lives.",
+            text,
+        )
+        .problem(KeyReused)
     }
 
     fn problem(mut self, kind: ProblemKind) -> Self {
@@ -325,9 +368,10 @@ fn devices<C: JsonSchema, S: JsonSchema>(
     let [list, attach, get, detach] = names;
     let of = |method, (path, id, summary)| operation(method, path, id, "devices", summary);
     vec![
-        of("get", list).json::<Vec<S>>(200, "In the order of attachment."),
+        of("get", list).list::<S>("In the order of attachment, if it is no page."),
         of("post", attach)
             .about("Paths are absolute. An identifier that is not given becomes the first that is free.")
+            .repeatable()
             .body::<C>()
             .answer_with(
                 201,
@@ -357,6 +401,7 @@ pub(super) fn storage() -> Vec<Operation> {
                  word, for up to 24 hours; three such requests hold no other one up. `begin` instead of `pool` does not wait for the \
                  jobs that it starts: they are in the pool's status, and go on when the connection breaks.",
             )
+            .repeatable()
             .body::<StorageRequest>()
             .json::<StorageAnswer>(200, "What came of it.")
             .problem(NotFound)
@@ -388,6 +433,7 @@ impl Operation {
     fn upgrade(self, protocol: &'static str) -> Self {
         let protocol: TypeOf = match protocol {
             ATTACHMENT_PROTOCOL => |_| json_schema!({"const": ATTACHMENT_PROTOCOL}),
+            CONSOLE_PROTOCOL => |_| json_schema!({"const": CONSOLE_PROTOCOL}),
             _ => |_| json_schema!({"const": "smsvmm-transfer"}),
         };
         let mut operation = self.parameter(
@@ -402,6 +448,27 @@ impl Operation {
             .for_each(|parameter| parameter.required = true);
         operation
     }
+}
+
+/// The console of a machine.
+fn console() -> Operation {
+    operation("post", "/v1/vms/{name}/console", "openConsole", "machines", "Use a machine's serial console")
+        .about(
+            "Leaves HTTP: after 101 the connection carries what the guest shows and, unless it only looks on, what is typed. One may type \
+             (else 409) and four may look on (else 503); who takes nothing for half a minute is let go. The client must not send anything \
+             before it has the answer.",
+        )
+        .machine()
+        .upgrade(CONSOLE_PROTOCOL)
+        .body::<ConsoleRequest>()
+        .answer_with(
+            101,
+            "The connection is taken out of HTTP.",
+            Vec::new(),
+            vec![("Upgrade", "`smsvmm-console`."), ("Connection", "`upgrade`.")],
+        )
+        .problem(Conflict)
+        .problem(Exhausted)
 }
 
 /// Events, of whatever has them.
@@ -436,8 +503,9 @@ pub(super) fn gateway() -> Vec<Operation> {
             "gateway",
             "The machines that one may know",
         )
-        .json::<Vec<MachineEntry>>(200, "In the order of the gateway's configuration."),
+        .list::<MachineEntry>("In the order of the gateway's configuration, if it is no page."),
     );
+    all.push(console());
     all
 }
 
@@ -454,14 +522,19 @@ pub(super) fn host() -> Vec<Operation> {
         operation("get", "/v1/host", "getHost", "host", "How the host is")
             .json::<HostStatus>(200, "Pools, machines, and disks in use."),
         operation("get", "/v1/pools", "listPools", "storage", "All pools")
-            .json::<Vec<PoolEntry>>(200, "In the order of host.toml."),
+            .list::<PoolEntry>("In the order of host.toml, if it is no page."),
+        operation("get", "/v1/pools/{pool}/jobs", "listJobs", "storage", "The jobs of a pool")
+            .pool()
+            .list::<JobStatus>("In the order of their numbers; of those that have ended, the last.")
+            .problem(Conflict)
+            .problem(Stopping),
         operation("get", "/v1/pools/{pool}", "getPool", "storage", "A pool")
             .pool()
             .json::<PoolStatus>(200, "It, with its devices, volumes and jobs.")
             .problem(Conflict)
             .problem(Stopping),
         of("get", "/v1/vms", "listMachines", "All machines")
-            .json::<Vec<MachineStatus>>(200, "In the order of their names."),
+            .list::<MachineStatus>("In the order of their names."),
         of("get", "/v1/vms/{name}", "getMachine", "A machine")
             .machine()
             .tagged("It."),
@@ -492,7 +565,10 @@ pub(super) fn host() -> Vec<Operation> {
             .machine()
             .json::<MachineStatus>(202, "It ends."),
         operation("get", "/v1/attachments", "listAttachments", "attachments", "Disks in use")
-            .json::<Vec<Attachment>>(200, "Those that the manager serves."),
+            .list::<Attachment>("Those that the manager serves."),
+        operation("get", "/v1/attachments/counters", "listCounters", "attachments", "What was asked of disks in use")
+            .about("All numbers grow from zero since the machine has the disk: two answers and the time between them give rates.")
+            .list::<AttachmentMetrics>("Of those that the manager serves."),
         operation("post", "/v1/attachments", "attach", "attachments", "Use a disk of a pool")
             .about(
                 "Leaves HTTP: after 101 the connection speaks vhost-user, with the manager as back-end; or, of a SCSI disk, it tells how the \
@@ -550,6 +626,7 @@ pub(super) fn host() -> Vec<Operation> {
             .problem(Conflict)
             .problem(Exhausted)
             .problem(Stopping),
+        console(),
         events(),
     ]);
     all.extend(storage());

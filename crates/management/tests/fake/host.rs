@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, RwLock};
 use api::virtual_disk::TransferRequest;
 use api::{
     AdapterRequest, AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange,
-    DiskLimits, EventLog, Host, HostStatus, MachineDefinition, MachineState, MachineStatus, Metrics, Problem,
-    ProblemKind, RestartPolicy, StorageAnswer, StorageRequest, TracePage, Transfer, VmName,
+    DiskConfig, DiskLimits, EventLog, Host, HostStatus, Latencies, MachineDefinition, MachineState,
+    MachineStatus, Metrics, Problem, ProblemKind, RequestCounts, RestartPolicy, StorageAnswer,
+    StorageRequest, TracePage, Transfer, VmName,
 };
 
 /// It knows one machine, `db1`.
@@ -17,6 +18,8 @@ pub(crate) struct FakeHost {
     socket: PathBuf,
     /// Requests that last wait as long as somebody writes here.
     pub(crate) hold: RwLock<()>,
+    /// The socket of `db1`'s console.
+    pub(crate) console: Mutex<Option<PathBuf>>,
 }
 
 impl FakeHost {
@@ -27,6 +30,7 @@ impl FakeHost {
             events: EventLog::new(),
             socket,
             hold: RwLock::default(),
+            console: Mutex::default(),
         })
     }
 
@@ -50,7 +54,7 @@ impl FakeHost {
             last_end: None,
             config: "/state/vms/db1/vm.toml".into(),
             log: "/state/vms/db1/log".into(),
-            console: None,
+            console: self.console.lock().unwrap().clone(),
         })
     }
 
@@ -180,13 +184,16 @@ impl Host for FakeHost {
             host: Some(self.status()),
             attachments: vec![AttachmentMetrics {
                 attachment,
-                reads: 1,
-                read_bytes: 512,
-                writes: 2,
-                written_bytes: 1024,
-                flushes: 3,
-                others: 4,
-                errors: 5,
+                counts: RequestCounts {
+                    reads: 1,
+                    read_bytes: 512,
+                    writes: 2,
+                    written_bytes: 1024,
+                    flushes: 3,
+                    others: 4,
+                    errors: 5,
+                },
+                latencies: Latencies::default(),
             }],
             ..Metrics::default()
         }

@@ -8,8 +8,9 @@ use api::storage::PoolStatus;
 use api::virtual_disk::TransferRequest;
 use api::{
     ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, Latencies,
-    Metrics, NetConfig, NetMetrics, NetStatus, Problem, ProblemKind, QueueMetrics, StorageAnswer,
-    StorageRequest, TraceEnd, TraceOperation, TracePage, TraceRecord, Transfer, Vm, VmState, VmStatus,
+    Metrics, NetConfig, NetMetrics, NetStatus, Problem, ProblemKind, QueueMetrics, RequestCounts,
+    StorageAnswer, StorageRequest, TraceEnd, TraceOperation, TracePage, TraceRecord, Transfer, Vm, VmState,
+    VmStatus,
 };
 
 /// A machine that does what it is told, at once or (removals) when the test says so.
@@ -161,13 +162,12 @@ impl Vm for FakeVm {
         let queues = vm.disks.iter().map(|disk| QueueMetrics {
             device: disk.config.id.clone(),
             queue: 0,
-            reads: 3,
-            read_bytes: 12_288,
-            writes: 0,
-            written_bytes: 0,
-            flushes: 0,
-            others: 0,
-            errors: 1,
+            counts: RequestCounts {
+                reads: 3,
+                read_bytes: 12_288,
+                errors: 1,
+                ..RequestCounts::default()
+            },
             interrupts: 2,
             latencies,
         });

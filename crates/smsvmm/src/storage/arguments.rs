@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use api::ByteSize;
-use api::storage::{LayoutKind, NewDevice, ReadPolicy, Shape};
+use api::storage::{JobPriority, LayoutKind, NewDevice, ReadPolicy, Shape};
 use clap::{Args, Subcommand, ValueEnum};
 
 use crate::exit::UsageError;
@@ -420,4 +420,29 @@ pub(crate) enum JobCommand {
         /// At most so many bytes per second, for example 100M; 0 for no limit.
         rate: ByteSize,
     },
+    /// Change how a job stands to the pool's others, while it runs and after a restart: who begins first, and who leaves time to whom.
+    Priority {
+        /// Its number.
+        job: u32,
+        /// After others, like most, or before others.
+        #[arg(value_enum)]
+        level: PriorityArgument,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum PriorityArgument {
+    Low,
+    Normal,
+    High,
+}
+
+impl From<PriorityArgument> for JobPriority {
+    fn from(level: PriorityArgument) -> Self {
+        match level {
+            PriorityArgument::Low => Self::Low,
+            PriorityArgument::Normal => Self::Normal,
+            PriorityArgument::High => Self::High,
+        }
+    }
 }

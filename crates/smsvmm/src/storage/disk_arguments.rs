@@ -242,7 +242,11 @@ impl DiskCommand {
                 target: target.target(),
                 checksums: checksums.then_some(true),
             },
-            Self::List { path } => DiskOperation::List { path },
+            Self::List { path } => DiskOperation::List {
+                path,
+                limit: None,
+                after: None,
+            },
             Self::Status { path } => DiskOperation::Status { path },
             Self::Delete { path } if path.contains(".dsk@") => DiskOperation::DeleteSnapshot { path },
             Self::Delete { path } => DiskOperation::Delete { path },

@@ -2,8 +2,8 @@
 
 use api::file::Target;
 use api::virtual_disk::{
-    ChangedRange, DiskAnswer, DiskOperation, DiskPlaces, ImageFormat, Transferred, VirtualDisk,
-    VirtualDiskStatus,
+    ChangedRange, DiskAnswer, DiskOperation, DiskPlaces, ImageFormat, SnapshotStatus, Transferred,
+    VirtualDisk, VirtualDiskStatus,
 };
 
 use super::file_show::time;
@@ -14,6 +14,7 @@ pub(crate) fn answer(operation: &DiskOperation, answer: &DiskAnswer) -> String {
     match answer {
         DiskAnswer::Done => done(operation),
         DiskAnswer::Disks(disks) => list(disks),
+        DiskAnswer::Snapshots(snapshots) => snapshot_table(snapshots),
         DiskAnswer::Status(disk) => status(disk),
         DiskAnswer::Changed(ranges) => changed(ranges),
         DiskAnswer::Places(places) => place_list(places),
@@ -121,6 +122,14 @@ fn status(status: &VirtualDiskStatus) -> String {
     if status.snapshot_list.is_empty() {
         return text;
     }
+    text += &format!("\n{}", snapshot_table(&status.snapshot_list));
+    if let Some(name) = &status.based_on {
+        text += &format!("the disk is built on {name}\n");
+    }
+    text
+}
+
+fn snapshot_table(snapshots: &[SnapshotStatus]) -> String {
     let mut table = Table::new(
         &["SNAPSHOT", "MADE", "SIZE", "WRITTEN", "BUILT ON", "DESCRIPTION"],
         &[2, 3],
@@ -129,7 +138,7 @@ fn status(status: &VirtualDiskStatus) -> String {
         "" => "-".to_owned(),
         text => text.to_owned(),
     };
-    for snapshot in &status.snapshot_list {
+    for snapshot in snapshots {
         table.row([
             snapshot.name.clone(),
             time(snapshot.created),
@@ -139,11 +148,7 @@ fn status(status: &VirtualDiskStatus) -> String {
             dash(&snapshot.description.replace('\n', " ")),
         ]);
     }
-    text += &format!("\n{}", table.text());
-    if let Some(name) = &status.based_on {
-        text += &format!("the disk is built on {name}\n");
-    }
-    text
+    table.text()
 }
 
 fn changed(ranges: &[ChangedRange]) -> String {

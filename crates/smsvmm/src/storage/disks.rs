@@ -142,6 +142,7 @@ fn print_answer(outcome: &DiskOutcome) -> anyhow::Result<()> {
     match &outcome.answer {
         DiskAnswer::Done => print_json(&serde_json::Value::Null),
         DiskAnswer::Disks(disks) => print_json(disks),
+        DiskAnswer::Snapshots(snapshots) => print_json(snapshots),
         DiskAnswer::Status(status) => print_json(status),
         DiskAnswer::Changed(ranges) => print_json(ranges),
         DiskAnswer::Places(places) => print_json(places),

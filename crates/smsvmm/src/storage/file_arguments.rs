@@ -279,7 +279,12 @@ impl FileCommand {
                 meta_copies,
                 force,
             },
-            Self::List { path, recursive, .. } => FileOperation::List { path, recursive },
+            Self::List { path, recursive, .. } => FileOperation::List {
+                path,
+                recursive,
+                limit: None,
+                after: None,
+            },
             Self::Mkdir {
                 path,
                 parents,

@@ -25,7 +25,7 @@ pub(crate) fn ask(
     let Some(target) = select::target(which)? else {
         return Ok(None);
     };
-    match Client::new(target)?.storage(&request()) {
+    match Client::new(target)?.storage_whole(&request()) {
         Ok(answer) => Ok(Some(answer)),
         Err(ClientError::Connect { .. }) => Ok(None),
         Err(error) => Err(error.into()),

@@ -305,6 +305,13 @@ pub(crate) fn job(arguments: JobArguments) -> anyhow::Result<Exit> {
                 },
             )
         }
+        JobCommand::Priority { job, level } => {
+            let priority = level.into();
+            perform(&which, Operation::SetJobPriority { job, priority }, |_| {
+                let word = show::priority(priority);
+                format!("job {job} has {word} priority\n")
+            })
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 
 use api::file::{FileSystemStatus, META_VOLUME};
 use api::storage::{
-    Health, JobState, JobStatus, LayoutKind, MemberHealth, PoolDevice, PoolDeviceState, PoolStatus,
-    ReadPolicy, Shape, VolumeStatus,
+    Health, JobPriority, JobState, JobStatus, LayoutKind, MemberHealth, PoolDevice, PoolDeviceState,
+    PoolStatus, ReadPolicy, Shape, VolumeStatus,
 };
 
 /// Rows of cells under a heading, in columns as wide as need be.
@@ -305,7 +305,7 @@ pub(crate) fn volume(volume: &VolumeStatus) -> String {
 pub(crate) fn jobs(jobs: &[&JobStatus]) -> String {
     let mut table = Table::new(
         &[
-            "JOB", "KIND", "STATE", "DONE", "OF", "%", "RATE", "LEFT", "LIMIT", "WHAT",
+            "JOB", "KIND", "STATE", "DONE", "OF", "%", "RATE", "LEFT", "LIMIT", "PRIORITY", "WHAT",
         ],
         &[0, 3, 4, 5, 6, 7, 8],
     );
@@ -324,10 +324,19 @@ pub(crate) fn jobs(jobs: &[&JobStatus]) -> String {
             dash(job.rate.map(|rate| format!("{}/s", size(rate)))),
             dash(job.seconds_left.map(time_left)),
             dash((job.throttle > 0).then(|| format!("{}/s", size(job.throttle)))),
+            dash((job.is_live() && !job.volatile).then(|| priority(job.priority).to_owned())),
             format!("{}{}", job.what, reason.unwrap_or_default()),
         ]);
     }
     table.text()
+}
+
+pub(crate) fn priority(priority: JobPriority) -> &'static str {
+    match priority {
+        JobPriority::Low => "low",
+        JobPriority::Normal => "normal",
+        JobPriority::High => "high",
+    }
 }
 
 /// 75 seconds as "1:15", more than an hour as "2h05m", more than a day as "3d04h".

@@ -132,7 +132,7 @@ fn line(percent: u64, what: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use api::storage::JobState;
+    use api::storage::{JobPriority, JobState};
 
     use super::*;
 
@@ -147,6 +147,7 @@ mod tests {
             done: 50,
             total: 100,
             throttle: 0,
+            priority: JobPriority::Normal,
             rate: Some(3 << 20),
             seconds_left: Some(75),
             volatile: false,

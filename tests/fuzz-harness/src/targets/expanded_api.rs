@@ -97,7 +97,7 @@ impl FakeVm {
 
     fn disk(&self, operation: DiskOperation) -> DiskAnswer {
         match operation {
-            DiskOperation::List { path } => {
+            DiskOperation::List { path, .. } => {
                 self.touch(&path);
                 DiskAnswer::Disks(vec![VirtualDisk {
                     path: "/own/a.dsk".to_owned(),
@@ -127,6 +127,7 @@ impl FakeVm {
             | DiskOperation::Commit { path }
             | DiskOperation::Discard { path }
             | DiskOperation::Merge { path }
+            | DiskOperation::ListSnapshots { path, .. }
             | DiskOperation::Changed { path, .. }
             | DiskOperation::Places { path, .. }
             | DiskOperation::Pin { path, .. } => {
@@ -234,11 +235,13 @@ impl Vm for FakeVm {
             StorageRequest::Disk(operation) => StorageAnswer::Disk(Box::new(DiskOutcome {
                 answer: self.disk(operation),
                 events,
+                next: None,
             })),
             StorageRequest::File(operation) => StorageAnswer::File(Box::new(FileOutcome {
                 answer: self.file(operation),
                 events,
                 interrupted: false,
+                next: None,
             })),
             StorageRequest::Status => return Err(no()),
             other => {

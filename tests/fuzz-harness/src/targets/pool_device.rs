@@ -7,7 +7,8 @@ use volume_manager::format::slot::Header;
 use volume_manager::format::{Label, decode, encode};
 use volume_manager::model::{
     Attributes, BLOCK, Column, Configuration, Device, DeviceId, DeviceState, Extent, Incarnation, Job, JobId,
-    JobKind, JobState, Layout, Member, MemberId, MemberState, ReadPolicy, Section, Uuid, Volume, VolumeId,
+    JobKind, JobState, Layout, Member, MemberId, MemberState, Priority, ReadPolicy, Section, Uuid, Volume,
+    VolumeId,
 };
 
 const SIZE: u64 = 64 << 20;
@@ -203,6 +204,7 @@ fn sample(input: &mut Unstructured<'_>) -> arbitrary::Result<Configuration> {
         done: 1,
         total: 2,
         throttle: 0,
+        priority: Priority::High,
     };
     Ok(Configuration {
         pool: Uuid(1),
