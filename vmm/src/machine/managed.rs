@@ -136,6 +136,7 @@ impl ManagedScsi {
             if let UnitNews::Size(size) = first {
                 disk.size.store(size, Ordering::Relaxed);
             }
+            disk.is_connected.store(true, Ordering::Relaxed);
             self.start(&disk, socket)
                 .map_err(|error| host("start a thread", error))
         });
@@ -178,7 +179,7 @@ impl ManagedScsi {
             setting: Arc::clone(setting),
             size: AtomicU64::new(0),
             is_found: AtomicBool::new(false),
-            is_connected: AtomicBool::new(true),
+            is_connected: AtomicBool::new(false),
             order: Mutex::default(),
             bell: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
                 .map_err(|error| Err(error.into()))?,
@@ -315,11 +316,13 @@ impl ManagedScsi {
         locked(&self.disks).iter().map(|disk| disk.status()).collect()
     }
 
-    /// The pool of the disks, as they name it, and how many there are.
+    /// The pool of the disks, as they name it, and how many the guest may know.
     pub(super) fn wanted(&self) -> (Option<String>, usize) {
         let disks = locked(&self.disks);
         let pool = disks.iter().find_map(|disk| disk.setting.config().pool);
-        (pool, disks.len())
+        // One without a size is being asked for, for the first time.
+        let known = disks.iter().filter(|disk| disk.size.load(Ordering::Relaxed) > 0);
+        (pool, known.count())
     }
 
     /// Whether the adapter is to be made; it counts as made then.
@@ -378,4 +381,216 @@ fn wait<const N: usize>(fds: [BorrowedFd<'_>; N], patience: Option<Duration>) ->
     // Interrupted is as good as nothing.
     let _ = poll(&mut polled, timeout.as_ref());
     polled.map(|polled| !polled.revents().is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::io::{Read, Write};
+    use std::time::Instant;
+
+    use api::virtual_disk::TransferRequest;
+    use api::{DiskBus, DiskChange, DiskLimits, StorageAnswer, StorageRequest, TracePage, Transfer};
+    use storage_virtualizer::vhost_user::front_end::Dialled;
+
+    use super::*;
+    use crate::config::{SandboxConfig, Seccomp};
+    use crate::devices::net::{Launcher, Sockets};
+    use crate::machine::{Ask, ManagerDisks};
+
+    /// A manager that gives every disk, while it is there.
+    #[derive(Debug, Default)]
+    struct Fake {
+        is_away: AtomicBool,
+        /// The manager's ends of connections, and whether the machine went on.
+        given: Mutex<Vec<(UnixStream, bool)>>,
+    }
+
+    fn no<T>() -> Result<T, Problem> {
+        Err(Problem::new(ProblemKind::Host, "it is away"))
+    }
+
+    impl ManagerDisks for Fake {
+        fn say(&self, _: &str) -> io::Result<Vec<u8>> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        fn attach(
+            &self,
+            _: Ask<'_>,
+            _: &DiskConfig,
+            _: Option<DiskLimits>,
+            goes_on: bool,
+        ) -> Result<Dialled, Problem> {
+            if self.is_away.load(Ordering::Relaxed) {
+                return no();
+            }
+            let (socket, mut manager) = UnixStream::pair().unwrap();
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            manager.write_all(&UnitNews::Size(4096).encode()).unwrap();
+            locked(&self.given).push((manager, goes_on));
+            Ok(Dialled { socket, ours, theirs })
+        }
+
+        fn attach_adapter(&self, _: Ask<'_>, _: Option<String>, _: u32) -> Result<Dialled, Problem> {
+            no()
+        }
+
+        fn trace(&self, _: Ask<'_>, _: &DeviceId, _: &str) -> Result<TracePage, Problem> {
+            no()
+        }
+
+        fn change_group(&self, _: Ask<'_>, _: &DeviceId, _: &DiskLimits) -> Result<(), Problem> {
+            no()
+        }
+
+        fn change(&self, _: Ask<'_>, _: &DeviceId, _: &DiskChange) -> Result<(), Problem> {
+            no()
+        }
+
+        fn execute(&self, _: Ask<'_>, _: StorageRequest) -> Result<StorageAnswer, Problem> {
+            no()
+        }
+
+        fn transfer(&self, _: Ask<'_>, _: TransferRequest) -> Result<Transfer, Problem> {
+            no()
+        }
+    }
+
+    struct Place {
+        fake: Arc<Fake>,
+        bus: Arc<ManagedScsi>,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let fake = Arc::<Fake>::default();
+            let helper = Arc::new(Launcher::start(&Sockets::Any, None).unwrap());
+            let link = ManagerLink::new(
+                helper,
+                "/m.sock".into(),
+                Arc::clone(&fake) as Arc<dyn ManagerDisks>,
+            );
+            let sandbox = SandboxConfig {
+                seccomp: Seccomp::Off,
+                landlock: false,
+                ..SandboxConfig::default()
+            };
+            let sandbox = Sandbox::prepare(&sandbox, Vec::new()).unwrap();
+            let events = Arc::new(EventLog::new());
+            let settings = Arc::new(DiskSettings::new(&BTreeMap::new(), Arc::clone(&events)));
+            let bus = ManagedScsi::new(link, settings, sandbox, events);
+            Self { fake, bus }
+        }
+
+        fn attach(&self, id: &str, pool: Option<&str>, lun: Option<u16>) -> Result<DiskStatus, Problem> {
+            let config = DiskConfig {
+                id: id.parse().unwrap(),
+                image: None,
+                file: Some("/a.dsk".into()),
+                pool: pool.map(str::to_owned),
+                bus: DiskBus::VirtioScsi,
+                lun,
+                ..DiskConfig::new("")
+            };
+            let setting = self.bus.settings.of(&config).unwrap();
+            self.bus.attach(&setting)
+        }
+
+        /// The manager's end of the newest connection.
+        fn manager(&self) -> (UnixStream, bool) {
+            let given = locked(&self.fake.given).pop().unwrap();
+            given.0.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            given
+        }
+
+        fn until(&self, what: &str, is_so: impl Fn(&[DiskStatus]) -> bool) {
+            let begin = Instant::now();
+            while !is_so(&self.bus.disks()) {
+                assert!(
+                    begin.elapsed() < Duration::from_secs(10),
+                    "{what}: {:?}",
+                    self.bus.disks()
+                );
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+
+        fn events(&self) -> Vec<String> {
+            let page = self.bus.events.page(0, 100);
+            let short = page.events.into_iter().map(|event| match event.kind {
+                EventKind::DeviceActive { id } => format!("{id} active"),
+                EventKind::DeviceRemoved { id } => format!("{id} removed"),
+                other => format!("{other:?}"),
+            });
+            short.collect()
+        }
+    }
+
+    #[test]
+    fn a_disk_is_asked_for_again_and_goes_when_the_manager_closes_it() {
+        let place = Place::new();
+        let status = place.attach("a", None, None).unwrap();
+        assert_eq!(status.state, DeviceState::Attached);
+        assert_eq!(status.size.bytes(), 4096);
+        assert_eq!((status.config.target, status.config.lun), (Some(0), Some(0)));
+        let (mut manager, goes_on) = place.manager();
+        assert!(!goes_on);
+        manager.write_all(&UnitNews::Found.encode()).unwrap();
+        manager.write_all(&UnitNews::Size(8192).encode()).unwrap();
+        place.until("a larger disk in use", |disks| {
+            disks[0].state == DeviceState::Active && disks[0].size.bytes() == 8192
+        });
+        // The manager goes, and another one comes.
+        place.fake.is_away.store(true, Ordering::Relaxed);
+        drop(manager);
+        place.until("waiting", |disks| disks[0].state == DeviceState::Waiting);
+        assert_eq!(place.bus.wanted(), (None, 1));
+        place.fake.is_away.store(false, Ordering::Relaxed);
+        place.until("back", |disks| disks[0].state == DeviceState::Active);
+        let (mut manager, goes_on) = place.manager();
+        assert!(goes_on);
+        // It is taken away when the manager says so by closing.
+        assert!(place.bus.detach(&"a".parse().unwrap()));
+        let mut order = [0];
+        manager.read_exact(&mut order).unwrap();
+        assert_eq!(UnitOrder::decode(order[0]), Some(UnitOrder::Detach));
+        assert_eq!(place.bus.disks()[0].state, DeviceState::Removing);
+        drop(manager);
+        place.until("gone", <[DiskStatus]>::is_empty);
+        let begin = Instant::now();
+        while place.events() != ["a active", "a removed"] {
+            assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", place.events());
+        }
+    }
+
+    #[test]
+    fn names_places_and_pools_are_kept_apart_and_all_end_with_the_machine() {
+        let place = Place::new();
+        place.attach("a", Some("tank"), Some(3)).unwrap();
+        let refused = |id, pool, lun| place.attach(id, pool, lun).unwrap_err().detail;
+        assert!(refused("a", None, None).contains("already"));
+        assert!(refused("b", None, Some(3)).contains("LUN 3"));
+        assert!(refused("b", Some("other"), None).contains("one pool"));
+        place.fake.is_away.store(true, Ordering::Relaxed);
+        assert!(refused("b", None, None).contains("away"));
+        place.fake.is_away.store(false, Ordering::Relaxed);
+        let second = place.attach("b", None, None).unwrap();
+        assert_eq!(second.config.lun, Some(0), "what was refused has no place");
+        assert_eq!(place.bus.wanted(), (Some("tank".to_owned()), 2));
+        let managers = std::mem::take(&mut *locked(&place.fake.given));
+        let said = managers.into_iter().map(|(mut manager, _)| {
+            std::thread::spawn(move || {
+                let mut order = [0];
+                manager.read_exact(&mut order).unwrap();
+                UnitOrder::decode(order[0])
+            })
+        });
+        let said: Vec<_> = said.collect();
+        assert_eq!(place.bus.close().len(), 2);
+        for thread in said {
+            assert_eq!(thread.join().unwrap(), Some(UnitOrder::End));
+        }
+        assert!(place.bus.disks().is_empty());
+    }
 }
