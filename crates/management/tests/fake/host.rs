@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, RwLock};
 
 use api::virtual_disk::TransferRequest;
 use api::{
-    AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange, EventLog, Host,
-    HostStatus, MachineDefinition, MachineState, MachineStatus, Metrics, Problem, ProblemKind, RestartPolicy,
-    StorageAnswer, StorageRequest, Transfer, VmName,
+    AttachRequest, Attachment, AttachmentMetrics, Condition, DeviceId, DiskChange, DiskConfig, EventLog,
+    Host, HostStatus, MachineDefinition, MachineState, MachineStatus, Metrics, Problem, ProblemKind,
+    RestartPolicy, StorageAnswer, StorageRequest, Transfer, VmName,
 };
 
 /// It knows one machine, `db1`.
