@@ -188,7 +188,8 @@ fn what_is_written_is_read_back() {
         assert_eq!(read, (OK, 65537));
         assert_eq!(machine.bytes(target, 4096), data[..4096]);
         assert_eq!(machine.bytes(target + 8192, 61440), data[4096..]);
-        let counters = machine.device.handle().counters()[0].counts;
+        let queue = machine.device.handle().counters()[0];
+        let counters = queue.counts;
         assert_eq!(
             (
                 counters.reads,
@@ -200,7 +201,7 @@ fn what_is_written_is_read_back() {
         );
         assert_eq!(counters.errors, 0);
         let all = counters.reads + counters.writes + counters.flushes + counters.others;
-        assert_eq!(counters.latencies.iter().sum::<u64>(), all, "each took its time");
+        assert_eq!(queue.latencies.iter().sum::<u64>(), all, "each took its time");
     });
 }
 

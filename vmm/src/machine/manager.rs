@@ -9,8 +9,8 @@
 //! This process may not connect, so each request has its connection from the [helper](Launcher). That of a disk is, once the manager
 //! has agreed, the disk's connection over vhost-user.
 //!
-//! The manager's socket is that of its administrator, who can have machines made of any file of the host. So it is the helper that says what is
-//! wanted, out of a few things that a machine needs, and the manager takes one request from a connection: nothing else can be said there later.
+//! A manager that has started this machine has given it a socket of its own, where it is believed nothing; but the socket may as well be that of the
+//! manager's administrator, who can have machines made of any file of the host. So it is the helper that says what is wanted, out of a few things that a machine needs, and the manager takes one request from a connection: nothing else can be said there later.
 
 use std::fmt;
 use std::io;

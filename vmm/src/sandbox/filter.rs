@@ -254,6 +254,38 @@ mod tests {
     }
 
     #[test]
+    fn a_program_that_is_no_machine_serves_and_reads_and_starts_nothing() {
+        let filter = Filter::of_program(tables::PROGRAM, Seccomp::On).unwrap().unwrap();
+        let answer = |call: libc::c_long, first: u64| {
+            run(
+                &filter.program,
+                u32::try_from(call).unwrap(),
+                [first, 0, 0, 0, 0, 0],
+            )
+        };
+        let family = |family: i32| u64::from(family.unsigned_abs());
+        for (call, first) in [
+            (libc::SYS_accept4, 0),
+            (libc::SYS_openat, 0),
+            (libc::SYS_fdatasync, 0),
+            (libc::SYS_socket, family(libc::AF_UNIX)),
+        ] {
+            assert_eq!(answer(call, first), libc::SECCOMP_RET_ALLOW, "{call}");
+        }
+        for (call, first) in [
+            (libc::SYS_execve, 0),
+            (libc::SYS_ptrace, 0),
+            (libc::SYS_listen, 0),
+            (libc::SYS_bind, 0),
+            (libc::SYS_socket, family(libc::AF_INET)),
+            (libc::SYS_socket, family(libc::AF_NETLINK)),
+            (libc::SYS_setuid, 0),
+        ] {
+            assert_eq!(answer(call, first), libc::SECCOMP_RET_TRAP, "{call}");
+        }
+    }
+
+    #[test]
     fn the_pieces_of_a_program_work_together() {
         let answer = |kind, mode, call: libc::c_long, second: u64| {
             let filter = Filter::compile(kind, mode).unwrap().unwrap();

@@ -37,7 +37,10 @@ fn what_is_written_is_read_through_several_queues() {
         counters.counts.reads + counters.counts.writes >= report.operations,
         "{counters:?}"
     );
-    assert!(counters.counts.flushes > 0 && counters.counts.errors == 0, "{counters:?}");
+    assert!(
+        counters.counts.flushes > 0 && counters.counts.errors == 0,
+        "{counters:?}"
+    );
     served.server.stop();
     assert!(!place.socket().exists());
 }
