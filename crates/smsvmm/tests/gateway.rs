@@ -38,8 +38,13 @@ struct Serving {
 impl Serving {
     /// Waits until it says what is expected.
     fn start(folder: &Path, arguments: &[&str], expected: &str) -> Self {
-        let mut child = smsvmm(folder, arguments).stderr(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let child = smsvmm(folder, arguments).stderr(Stdio::piped()).spawn().unwrap();
+        // Ended, too, if it says something else.
+        let mut serving = Self {
+            child,
+            line: String::new(),
+        };
+        let mut lines = BufReader::new(serving.child.stderr.take().unwrap()).lines();
         let mut seen = String::new();
         loop {
             let line = lines
@@ -49,7 +54,8 @@ impl Serving {
             if line.contains(expected) {
                 // What it says later must find a reader.
                 std::thread::spawn(move || lines.for_each(drop));
-                return Self { child, line };
+                serving.line = line;
+                return serving;
             }
             seen += &format!("{line}\n");
         }
