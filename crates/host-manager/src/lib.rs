@@ -21,6 +21,7 @@ mod config;
 mod disks;
 mod machines;
 mod manager;
+mod places;
 mod principal;
 mod process;
 mod store;
