@@ -14,7 +14,8 @@
 //! a machine that lives on finds what it has written, whatever the disk's mode ([`AttachRequest::goes_on`]), and one that is started anew
 //! what its mode keeps over a crash.
 //!
-//! A use goes through `Opening` (no connection yet), `Served` and `Ending`. It stays in the list until its disk is closed, so that whoever
+//! A use goes through `Opening` (no connection yet), `Served` and `Ending`; the list of them and who waits for whom is `places`, SCSI disks and
+//! their queues are `units`. It stays in the list until its disk is closed, so that whoever
 //! wants the disk next knows whether waiting is of any use.
 
 use std::collections::BTreeMap;
@@ -31,7 +32,7 @@ use api::{
     TracePage, Transfer, VmName,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use storage_manager::{DiskGuard, HostedDisk, HostedPool, VirtualDisk};
+use storage_manager::{DiskGuard, HostedPool, VirtualDisk};
 use storage_virtualizer::controls::{DiskControls, RateLimiter};
 use storage_virtualizer::{Counters, DiskHandle, PinnedDisk};
 
@@ -39,12 +40,9 @@ use storage_virtualizer::vhost_user::{Parting, serve_blk};
 use storage_virtualizer::virtio_blk::{VirtioBlk, VirtioBlkHandle};
 use vmm::machine::{blk_options, rates, set_controls, trace};
 
+use crate::places::Place;
 use crate::units::{self, Adapter};
 
-/// How long one who wants a disk waits for another one that lets it go.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// How long it waits for a process that shows no sign of ending: one that was just killed may not know yet.
-const DOUBT: Duration = Duration::from_secs(2);
 /// Between two looks whether the other end of a connection is there.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -88,8 +86,8 @@ pub trait MachineDoor: Send + Sync {
 pub(crate) struct State {
     pub(crate) closing: bool,
     /// Until then only machines that go on are served.
-    returning: Option<Instant>,
-    uses: BTreeMap<Key, Use>,
+    pub(crate) returning: Option<Instant>,
+    pub(crate) uses: BTreeMap<Key, Use>,
     pub(crate) adapters: BTreeMap<VmName, Seat>,
     groups: BTreeMap<Key, Weak<Group>>,
 }
@@ -121,13 +119,13 @@ pub(crate) enum AdapterSession {
 }
 
 /// A disk that is in use.
-struct Use {
-    pool: String,
-    config: DiskConfig,
+pub(crate) struct Use {
+    pub(crate) pool: String,
+    pub(crate) config: DiskConfig,
     controls: Arc<DiskControls>,
     /// What it shares with others.
     _group: Option<Arc<Group>>,
-    phase: Phase,
+    pub(crate) phase: Phase,
 }
 
 pub(crate) enum Phase {
@@ -147,7 +145,7 @@ pub(crate) enum Phase {
 
 impl Use {
     /// Somebody is there who does not look like going away.
-    fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         match &self.phase {
             Phase::Served { socket, .. } => !has_hung_up(socket),
             Phase::Opening | Phase::Unit(_) | Phase::Ending => false,
@@ -250,7 +248,7 @@ impl DiskService {
         )?;
         let disk = self
             .0
-            .open(&place.key, pool_name, || pool.configured_disk(&config, goes_on))?;
+            .open(place.key(), pool_name, || pool.configured_disk(&config, goes_on))?;
         if let Some(adapter) = adapter {
             let on = (&config, &adapter);
             return self.attach_unit((pool_name, pool), on, controls, (disk, place));
@@ -503,159 +501,6 @@ impl Shared {
     pub(crate) fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         let waited = self.changed.wait_timeout(state, LOOK);
         waited.unwrap_or_else(PoisonError::into_inner).0
-    }
-
-    /// Enters a use into the list, when there is none of the same name any more.
-    fn take_place(self: &Arc<Self>, key: Key, new: Use, goes_on: bool) -> Result<Place, Problem> {
-        let mut wait = Wait::default();
-        let mut state = self.state();
-        loop {
-            if state.closing {
-                return Err(closing());
-            }
-            let returning = state.returning.is_some_and(|until| Instant::now() < until);
-            match state.uses.get(&key) {
-                None if returning && !goes_on => wait = Wait::default(),
-                None => break,
-                Some(old) => wait.is_worth_while(&key, old)?,
-            }
-            state = self.wait(state);
-        }
-        state.uses.insert(key.clone(), new);
-        Ok(Place {
-            shared: Arc::clone(self),
-            key,
-        })
-    }
-
-    /// Opens a disk, when nobody is about to let it go.
-    fn open(
-        &self,
-        key: &Key,
-        pool: &str,
-        open: impl Fn() -> Result<HostedDisk, Problem>,
-    ) -> Result<HostedDisk, Problem> {
-        let wait = Wait::default();
-        let mut alone = false;
-        loop {
-            let problem = match open() {
-                Err(problem) if problem.kind == ProblemKind::Conflict => problem,
-                other => return other,
-            };
-            let state = self.state();
-            if state.closing {
-                return Err(closing());
-            }
-            let file = state.uses.get(key).and_then(|own| own.config.file.as_deref());
-            let same = |(other, used): &(&Key, &Use)| {
-                *other != key && used.pool == pool && used.config.file.as_deref() == file
-            };
-            match state.uses.iter().find(same) {
-                Some((other, used)) => {
-                    alone = false;
-                    wait.is_worth_while(other, used)?;
-                    drop(self.wait(state));
-                }
-                // The one who had it may have gone just now.
-                None if !alone => alone = true,
-                None => return Err(problem),
-            }
-        }
-    }
-}
-
-pub(crate) fn closing() -> Problem {
-    Problem::new(ProblemKind::Stopping, "the manager is about to end")
-        .remedy("ask again when it was started again")
-}
-
-/// How long somebody has waited for a disk.
-pub(crate) struct Wait(Instant);
-
-impl Default for Wait {
-    fn default() -> Self {
-        Self(Instant::now())
-    }
-}
-
-impl Wait {
-    /// Whether to wait any longer for one who is there, or is not any more: `refusal` if not.
-    pub(crate) fn patience(&self, alive: bool, refusal: Problem) -> Result<(), Problem> {
-        match self.0.elapsed() < if alive { DOUBT } else { PATIENCE } {
-            true => Ok(()),
-            false => Err(refusal),
-        }
-    }
-
-    /// Whether to wait for `used` any longer.
-    fn is_worth_while(&self, (vm, device): &Key, used: &Use) -> Result<(), Problem> {
-        let alive = used.is_alive();
-        let file = used.config.file.as_deref().unwrap_or_default();
-        let text = if alive {
-            format!("{file} is in use by machine `{vm}`, as its disk `{device}`")
-        } else {
-            format!(
-                "{file} is still being closed after machine `{vm}`, whose disk `{device}` it was, has let it go"
-            )
-        };
-        let problem = Problem::new(ProblemKind::Conflict, text).about(file);
-        let problem = match alive {
-            true => problem.remedy("detach it there, or stop that machine"),
-            false => problem.remedy("try again later; `smsvmm pool status` says whether devices are slow"),
-        };
-        self.patience(alive, problem)
-    }
-}
-
-/// An entry of the list, which goes when this is dropped.
-pub(crate) struct Place {
-    shared: Arc<Shared>,
-    key: Key,
-}
-
-impl Place {
-    /// Who uses the disk.
-    pub(crate) fn key(&self) -> &Key {
-        &self.key
-    }
-
-    /// The service ends.
-    pub(crate) fn is_closing(&self) -> bool {
-        self.shared.state().closing
-    }
-
-    /// The disk is served from now on, unless the service ends.
-    pub(crate) fn begin(&self, served: Phase) -> bool {
-        let mut state = self.shared.state();
-        let goes_on = !state.closing;
-        if let Some(used) = state.uses.get_mut(&self.key).filter(|_| goes_on) {
-            used.phase = served;
-        }
-        goes_on
-    }
-
-    pub(crate) fn set_phase(&self, phase: Phase) {
-        if let Some(used) = self.shared.state().uses.get_mut(&self.key) {
-            used.phase = phase;
-        }
-    }
-
-    pub(crate) fn tell(&self, kind: impl FnOnce(VmName, DeviceId, String) -> EventKind) {
-        let file = self.shared.state().uses.get(&self.key).map(|used| {
-            let file = used.config.file.clone();
-            file.unwrap_or_default()
-        });
-        let (vm, device) = self.key.clone();
-        self.shared
-            .events
-            .record(kind(vm, device, file.unwrap_or_default()));
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.shared.state().uses.remove(&self.key);
-        self.shared.changed.notify_all();
     }
 }
 

@@ -23,6 +23,7 @@ mod door;
 mod group;
 mod machines;
 mod manager;
+mod places;
 mod principal;
 mod process;
 mod served;

@@ -43,7 +43,7 @@ impl Principal {
     }
 
     fn service(&self) -> Result<Arc<Shared>, Problem> {
-        self.service.upgrade().ok_or_else(crate::disks::closing)
+        self.service.upgrade().ok_or_else(crate::places::closing)
     }
 
     fn door(&self) -> Result<Arc<dyn MachineDoor>, Problem> {

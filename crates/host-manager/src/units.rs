@@ -34,9 +34,8 @@ use storage_virtualizer::vhost_user::serve_scsi;
 use storage_virtualizer::virtio_scsi::{FoundUnit, RemovedUnit, VirtioScsi, VirtioScsiOptions};
 use vmm::machine::{SCSI_FAREWELL, SHORT_SCSI_FAREWELL, ScsiBacking, pool_unit, scsi_initiator};
 
-use crate::disks::{
-    AdapterSession, Disk, DiskService, Phase, Place, Shared, Wait, closing, has_hung_up, invalid, leave_later,
-};
+use crate::disks::{AdapterSession, Disk, DiskService, Phase, Shared, has_hung_up, invalid, leave_later};
+use crate::places::{Place, Wait, closing};
 use crate::principal::Principal;
 
 /// Between two looks whether the last command of a disk has ended, or a guest has written its cache.

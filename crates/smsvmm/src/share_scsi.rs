@@ -63,8 +63,8 @@ pub(crate) struct VhostUserScsiArguments {
     /// The guests cannot write.
     #[arg(long)]
     read_only: bool,
-    /// What the machines may ask of storage management by their disks: a file with [[machine]], its socket, and [machine.expanded-api] as
-    /// in vm.toml. Those that are not in it may look at their disks.
+    /// What the machines may ask of storage management by their disks: a file with a table `machine` for each socket, and in it `expanded-api`
+    /// as in vm.toml. Those that are not in it may look at their disks.
     #[arg(long, value_name = "FILE", conflicts_with = "images")]
     access: Option<PathBuf>,
     #[command(flatten)]
