@@ -38,21 +38,21 @@ struct Serving {
 impl Serving {
     /// Waits until it says what is expected.
     fn start(folder: &Path, arguments: &[&str], expected: &str) -> Self {
-        let mut child = smsvmm(folder, arguments).stderr(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let mut seen = String::new();
-        loop {
-            let line = lines
-                .next()
-                .unwrap_or_else(|| panic!("{arguments:?}: {seen}"))
+        let child = smsvmm(folder, arguments).stderr(Stdio::piped()).spawn().unwrap();
+        let mut serving = Self {
+            child,
+            line: String::new(),
+        };
+        let mut lines = BufReader::new(serving.child.stderr.take().unwrap()).lines();
+        while !serving.line.contains(expected) {
+            let next = lines.next();
+            serving.line = next
+                .unwrap_or_else(|| panic!("{arguments:?}: {}", serving.line))
                 .unwrap();
-            if line.contains(expected) {
-                // What it says later must find a reader.
-                std::thread::spawn(move || lines.for_each(drop));
-                return Self { child, line };
-            }
-            seen += &format!("{line}\n");
         }
+        // What it says later must find a reader.
+        std::thread::spawn(move || lines.for_each(drop));
+        serving
     }
 
     fn status(&self) -> String {
