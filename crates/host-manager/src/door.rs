@@ -37,12 +37,9 @@ impl OwnDisk {
         })
     }
 
-    /// Where there is one pool only, its name may be left out; where there are several, nothing is done without.
-    fn is_in(&self, pool: Option<&str>) -> bool {
-        match (&self.pool, pool) {
-            (Some(own), Some(pool)) => own == pool,
-            _ => true,
-        }
+    /// Whether it is in a pool, by the names that the pools have: where there is one only, its name may be left out.
+    fn is_in(&self, pool: Option<&str>, storage: &dyn Storage) -> bool {
+        storage.pool_name(self.pool.as_deref()) == storage.pool_name(pool)
     }
 }
 
@@ -98,9 +95,10 @@ impl Rights {
         fs::rename(&new, &self.path)
     }
 
-    fn may_use(&self, disk: &DiskConfig) -> bool {
+    /// Whether it may use a disk of a pool. What the disk's own description says of a pool counts for nothing.
+    fn may_use(&self, storage: &dyn Storage, pool: Option<&str>, disk: &DiskConfig) -> bool {
         let allows = |own: &OwnDisk| {
-            own.is_in(disk.pool.as_deref())
+            own.is_in(pool, storage)
                 && Some(&own.file) == disk.file.as_ref()
                 && (disk.read_only || !own.read_only)
         };
@@ -108,25 +106,27 @@ impl Rights {
     }
 
     /// Whether all that `paths` names belongs to own disks; to `change` them, they must be its to write.
-    fn has(&self, pool: Option<&str>, paths: &[&str], change: bool) -> bool {
+    fn has(&self, storage: &dyn Storage, pool: Option<&str>, paths: &[&str], change: bool) -> bool {
         let disks = self.disks();
         let is_own = |path: &&str| {
             let mut disks = disks.iter();
             disks.any(|own| {
-                own.is_in(pool) && disk_of(&own.file) == disk_of(path) && !(change && own.read_only)
+                own.is_in(pool, storage) && disk_of(&own.file) == disk_of(path) && !(change && own.read_only)
             })
         };
         !paths.is_empty() && paths.iter().all(is_own)
     }
 
-    fn may_ask(&self, pool: Option<&str>, request: &StorageRequest) -> bool {
+    fn may_ask(&self, storage: &dyn Storage, pool: Option<&str>, request: &StorageRequest) -> bool {
         match request {
             StorageRequest::Status => true,
             // For backups; who made a pin is not known.
             StorageRequest::Disk(DiskOperation::Unpin { .. }) => true,
-            StorageRequest::Disk(operation) => self.has(pool, &paths_of(operation), !operation.only_reads()),
+            StorageRequest::Disk(operation) => {
+                self.has(storage, pool, &paths_of(operation), !operation.only_reads())
+            }
             StorageRequest::File(FileOperation::Stat { path } | FileOperation::Extents { path }) => {
-                self.has(pool, &[path], false)
+                self.has(storage, pool, &[path], false)
             }
             StorageRequest::File(_)
             | StorageRequest::Load { .. }
@@ -135,10 +135,10 @@ impl Rights {
         }
     }
 
-    fn may_move(&self, pool: Option<&str>, request: &TransferRequest) -> bool {
+    fn may_move(&self, storage: &dyn Storage, pool: Option<&str>, request: &TransferRequest) -> bool {
         match request {
-            TransferRequest::Export(export) => self.has(pool, &[&export.path], false),
-            TransferRequest::Read(read) => self.has(pool, &[&read.path], false),
+            TransferRequest::Export(export) => self.has(storage, pool, &[&export.path], false),
+            TransferRequest::Read(read) => self.has(storage, pool, &[&read.path], false),
             TransferRequest::Import(_) | TransferRequest::Copy(_) => false,
         }
     }
@@ -166,6 +166,9 @@ fn paths_of(operation: &DiskOperation) -> Vec<&str> {
 
 /// Who serves disks, and does things with pools: as the methods of [`Host`].
 pub trait Storage: Send + Sync {
+    /// The name of a pool that is named, or of the only one; none if there is none such.
+    fn pool_name(&self, pool: Option<&str>) -> Option<String>;
+
     /// See [`Host::storage`].
     ///
     /// # Errors
@@ -270,7 +273,7 @@ impl Host for Door {
     }
 
     fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        if !self.rights.may_ask(pool, &request) {
+        if !self.rights.may_ask(&*self.storage, pool, &request) {
             let problem = forbidden("a machine may do this with its own disks only").about(&self.vm);
             return Err(problem.remedy("ask the manager itself: `smsvmm ... --config host.toml`"));
         }
@@ -278,7 +281,7 @@ impl Host for Door {
     }
 
     fn transfer(&self, pool: Option<&str>, request: TransferRequest) -> Result<Transfer, Problem> {
-        if !self.rights.may_move(pool, &request) {
+        if !self.rights.may_move(&*self.storage, pool, &request) {
             let problem =
                 forbidden("a machine may read its own disks, and move no other data").about(&self.vm);
             return Err(problem.remedy("ask the manager itself: `smsvmm disk ... --config host.toml`"));
@@ -288,7 +291,10 @@ impl Host for Door {
 
     fn attach(&self, request: AttachRequest) -> Result<Transfer, Problem> {
         self.is(&request.vm)?;
-        if !self.rights.may_use(&request.disk) {
+        if !self
+            .rights
+            .may_use(&*self.storage, request.pool.as_deref(), &request.disk)
+        {
             let problem = forbidden("this disk is not one of the machine's").about(&request.disk.id);
             return Err(problem.remedy(format!(
                 "name it in its vm.toml, or attach it through the manager: `smsvmm vm attach-disk --config host.toml --vm {}`",
@@ -385,6 +391,81 @@ mod tests {
         }
     }
 
+    /// So many pools: `tank`, and `other`.
+    struct Named(usize);
+
+    impl Storage for Named {
+        fn pool_name(&self, pool: Option<&str>) -> Option<String> {
+            let names = ["tank", "other"].get(..self.0)?;
+            match pool {
+                Some(pool) => names.contains(&pool).then(|| pool.to_owned()),
+                None => (self.0 == 1).then(|| "tank".to_owned()),
+            }
+        }
+
+        fn storage(&self, _: Option<&str>, _: StorageRequest) -> Result<StorageAnswer, Problem> {
+            not_for_machines()
+        }
+
+        fn transfer(&self, _: Option<&str>, _: TransferRequest) -> Result<Transfer, Problem> {
+            not_for_machines()
+        }
+
+        fn attach(&self, _: AttachRequest) -> Result<Transfer, Problem> {
+            not_for_machines()
+        }
+
+        fn change(&self, _: &VmName, _: &DeviceId, _: &DiskChange) -> Result<Attachment, Problem> {
+            not_for_machines()
+        }
+
+        fn attach_adapter(&self, _: AdapterRequest) -> Result<Transfer, Problem> {
+            came_through()
+        }
+
+        fn trace(&self, _: &VmName, _: &DeviceId, _: &str) -> Result<TracePage, Problem> {
+            came_through()
+        }
+
+        fn change_group(&self, _: &VmName, _: &DeviceId, _: &DiskLimits) -> Result<DiskLimits, Problem> {
+            came_through()
+        }
+    }
+
+    fn came_through<T>() -> Result<T, Problem> {
+        Err(Problem::new(ProblemKind::NotFound, "there is nothing"))
+    }
+
+    #[test]
+    fn no_machine_speaks_for_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let (web, db): (VmName, VmName) = ("web1".parse().unwrap(), "db1".parse().unwrap());
+        let rights = Arc::new(Rights::noted(&folder.path().join("disks")));
+        let door = Door::new(&web, rights, Arc::new(Named(1)));
+        let id: DeviceId = "d0".parse().unwrap();
+        let asked = |vm: &VmName| {
+            let adapter = AdapterRequest {
+                vm: vm.clone(),
+                pool: None,
+                adapter: api::AdapterConfig {
+                    queues: 1,
+                    queue_size: api::QueueSize::default(),
+                    targets: 1,
+                    expanded_api: api::ExpandedPolicy::default(),
+                },
+                disks: 0,
+            };
+            [
+                door.attach_adapter(adapter).err(),
+                door.trace_attachment(vm, &id, "").err(),
+                door.change_group(vm, &id, &DiskLimits::default()).err(),
+            ]
+            .map(|problem| problem.map(|problem| problem.kind))
+        };
+        assert_eq!(asked(&web), [Some(ProblemKind::NotFound); 3], "they come through");
+        assert_eq!(asked(&db), [Some(ProblemKind::Forbidden); 3]);
+    }
+
     #[test]
     fn a_machine_has_its_own_disks_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
@@ -397,27 +478,37 @@ mod tests {
                 DiskConfig::new("/i.raw"),
             ])
             .unwrap();
-        assert!(rights.may_use(&disk("/a.dsk", false)) && rights.may_use(&disk("/a.dsk", true)));
-        assert!(rights.may_use(&disk("/lib.dsk@base", true)));
+        assert!(
+            rights.may_use(&Named(1), None, &disk("/a.dsk", false))
+                && rights.may_use(&Named(1), None, &disk("/a.dsk", true))
+        );
+        assert!(rights.may_use(&Named(1), None, &disk("/lib.dsk@base", true)));
         for other in ["/b.dsk", "/a.dsk@x", "/lib.dsk", "/lib.dsk@base"] {
-            assert!(!rights.may_use(&disk(other, false)), "{other}");
+            assert!(!rights.may_use(&Named(1), None, &disk(other, false)), "{other}");
         }
         // Those that are attached are known to the next manager, too.
         rights.allow(&disk("/b.dsk", false)).unwrap();
         let rights = Rights::noted(&path);
-        assert!(rights.may_use(&disk("/b.dsk", false)) && !rights.may_use(&disk("/c.dsk", false)));
+        assert!(
+            rights.may_use(&Named(1), None, &disk("/b.dsk", false))
+                && !rights.may_use(&Named(1), None, &disk("/c.dsk", false))
+        );
         rights
             .begin(&[DiskConfig {
                 pool: Some("tank".into()),
                 ..disk("/a.dsk", false)
             }])
             .unwrap();
-        assert!(!rights.may_use(&disk("/b.dsk", false)));
-        let of = |pool: &str| DiskConfig {
-            pool: Some(pool.into()),
+        assert!(!rights.may_use(&Named(1), None, &disk("/b.dsk", false)));
+        let of = |pools: usize, pool| rights.may_use(&Named(pools), pool, &disk("/a.dsk", false));
+        assert!(of(1, None) && of(1, Some("tank")) && of(2, Some("tank")));
+        assert!(!of(2, None) && !of(2, Some("other")) && !of(1, Some("other")));
+        // What the disk says of its pool is not where it is opened.
+        let lies = DiskConfig {
+            pool: Some("tank".into()),
             ..disk("/a.dsk", false)
         };
-        assert!(rights.may_use(&of("tank")) && !rights.may_use(&of("other")));
+        assert!(!rights.may_use(&Named(2), Some("other"), &lies));
     }
 
     #[test]
@@ -427,7 +518,7 @@ mod tests {
         rights
             .begin(&[disk("/a.dsk", false), disk("/lib.dsk@base", true)])
             .unwrap();
-        let may = |operation| rights.may_ask(None, &StorageRequest::Disk(operation));
+        let may = |operation| rights.may_ask(&Named(1), None, &StorageRequest::Disk(operation));
         let status = |path: &str| DiskOperation::Status { path: path.into() };
         let revert = |path: &str| DiskOperation::Revert { path: path.into() };
         let snapshot = |paths: &[&str]| DiskOperation::Snapshot {
@@ -446,17 +537,19 @@ mod tests {
             to: "/b.dsk".into(),
         };
         assert!(!may(clone));
-        assert!(rights.may_ask(None, &StorageRequest::Status));
+        assert!(rights.may_ask(&Named(1), None, &StorageRequest::Status));
         let cancel = StorageRequest::Pool(Operation::CancelJob { job: 1 });
-        assert!(!rights.may_ask(None, &cancel));
+        assert!(!rights.may_ask(&Named(1), None, &cancel));
         let stat = |path: &str| StorageRequest::File(FileOperation::Stat { path: path.into() });
-        assert!(rights.may_ask(None, &stat("/a.dsk")) && !rights.may_ask(None, &stat("/")));
+        assert!(
+            rights.may_ask(&Named(1), None, &stat("/a.dsk")) && !rights.may_ask(&Named(1), None, &stat("/"))
+        );
         let read = |path: &str| {
             let ranges = ReadRanges {
                 path: path.into(),
                 ranges: Vec::new(),
             };
-            rights.may_move(None, &TransferRequest::Read(ranges))
+            rights.may_move(&Named(1), None, &TransferRequest::Read(ranges))
         };
         assert!(read("/a.dsk@x") && !read("/b.dsk@x"));
     }

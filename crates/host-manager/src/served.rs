@@ -84,6 +84,10 @@ impl Served {
 }
 
 impl Storage for Served {
+    fn pool_name(&self, pool: Option<&str>) -> Option<String> {
+        Some(self.pool(pool).ok()?.name.clone())
+    }
+
     fn storage(&self, pool: Option<&str>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         self.pool(pool)?.hosted.execute(request)
     }

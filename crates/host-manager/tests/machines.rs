@@ -65,6 +65,10 @@ fn came_through<T>() -> Result<T, Problem> {
 }
 
 impl Storage for NoPools {
+    fn pool_name(&self, pool: Option<&str>) -> Option<String> {
+        pool.map(str::to_owned)
+    }
+
     fn storage(&self, _: Option<&str>, _: StorageRequest) -> Result<StorageAnswer, Problem> {
         came_through()
     }

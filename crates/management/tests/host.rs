@@ -137,6 +137,19 @@ fn what_is_for_a_machine_is_passed_on_but_its_end_is_the_managers() {
         kind(setup.client(Scope::Machine("web1".into())).status()),
         ProblemKind::NotFound
     );
+    // A disk that is attached through the manager is one that the machine may have from it.
+    let body = r#"{"file":"/more.dsk"}"#;
+    let length = body.len();
+    setup.calls();
+    setup.ask(&format!(
+        "POST /v1/vms/db1/vm/disks HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+    ));
+    let calls = setup.calls();
+    assert!(
+        calls.iter().any(|call| call == "allow a disk to db1"),
+        "{calls:?}"
+    );
+    assert_eq!(setup.vm.calls.lock().unwrap().len(), 2);
 }
 
 #[test]

@@ -39,26 +39,20 @@ impl Serving {
     /// Waits until it says what is expected.
     fn start(folder: &Path, arguments: &[&str], expected: &str) -> Self {
         let child = smsvmm(folder, arguments).stderr(Stdio::piped()).spawn().unwrap();
-        // Ended, too, if it says something else.
         let mut serving = Self {
             child,
             line: String::new(),
         };
         let mut lines = BufReader::new(serving.child.stderr.take().unwrap()).lines();
-        let mut seen = String::new();
-        loop {
-            let line = lines
-                .next()
-                .unwrap_or_else(|| panic!("{arguments:?}: {seen}"))
+        while !serving.line.contains(expected) {
+            let next = lines.next();
+            serving.line = next
+                .unwrap_or_else(|| panic!("{arguments:?}: {}", serving.line))
                 .unwrap();
-            if line.contains(expected) {
-                // What it says later must find a reader.
-                std::thread::spawn(move || lines.for_each(drop));
-                serving.line = line;
-                return serving;
-            }
-            seen += &format!("{line}\n");
         }
+        // What it says later must find a reader.
+        std::thread::spawn(move || lines.for_each(drop));
+        serving
     }
 
     fn status(&self) -> String {
