@@ -4,6 +4,7 @@
 //! cloud kernel, an initrd whose init says so and waits. Each machine runs twice: quietly, to count exits, and with early
 //! output, to see when the first character comes.
 
+pub(crate) mod api;
 mod disk;
 pub(crate) mod disks;
 mod exits;

@@ -110,6 +110,8 @@ enum Bench {
     Guest(bench::guest::Options),
     /// Disks over vhost-user-blk: IOPS, CPU time and latency, beside qemu-storage-daemon and fio
     Disks(bench::disks::Options),
+    /// How long the management interface takes while the disks of its pool are busy
+    Api(bench::api::Options),
 }
 
 #[derive(Args)]
@@ -176,6 +178,9 @@ fn main() -> ExitCode {
         Task::Bench {
             what: Bench::Guest(options),
         } => bench::guest::run(&options),
+        Task::Bench {
+            what: Bench::Api(options),
+        } => bench::api::run(&options),
         Task::BenchInside { part, rounds } => bench::inside(&part, rounds),
         Task::Demo { tour } => demo::run(tour),
         Task::DemoInside { tour } => demo::inside(tour),

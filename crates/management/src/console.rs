@@ -54,6 +54,30 @@ impl Guard {
     }
 }
 
+/// Tells why a console ended that was opened: also when everything ends with it.
+pub(crate) struct Closing(Option<Box<dyn FnOnce(&'static str) + Send>>);
+
+impl Closing {
+    /// It was opened.
+    pub(crate) fn new(ended: Box<dyn FnOnce(&'static str) + Send>) -> Self {
+        Self(Some(ended))
+    }
+
+    pub(crate) fn tell(mut self, why: &'static str) {
+        if let Some(ended) = self.0.take() {
+            ended(why);
+        }
+    }
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        if let Some(ended) = self.0.take() {
+            ended("the server ended");
+        }
+    }
+}
+
 /// Who is at a machine's console.
 #[derive(Debug, Default, Clone, Copy)]
 struct Present {
@@ -134,13 +158,14 @@ impl Consoles {
             Ok(Err(error)) => return Err(refused(&error)),
             Err(_) => return Err(refused(&"its socket takes no connection")),
         };
+        let closing = Closing::new(guard.ended);
         tokio::spawn(async move {
             let why = match client.await {
                 Ok(client) => relay(TokioIo::new(client), line, seat.read_only, guard.may_go_on).await,
                 Err(_) => "the connection broke before it began",
             };
             drop(seat);
-            (guard.ended)(why);
+            closing.tell(why);
         });
         let mut answer = routes::empty(StatusCode::SWITCHING_PROTOCOLS);
         let headers = answer.headers_mut();

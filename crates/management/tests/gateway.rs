@@ -61,7 +61,7 @@ struct Setup {
     address: SocketAddr,
     authority: Authority,
     principals: Principals,
-    _gateway: Running,
+    gateway: Option<Running>,
     host: Arc<FakeHost>,
     _servers: [ServerHandle; 2],
 }
@@ -171,7 +171,7 @@ fn setup() -> Setup {
         address,
         authority,
         principals,
-        _gateway: gateway.start().unwrap(),
+        gateway: Some(gateway.start().unwrap()),
         host,
         _servers: [server, managing],
         folder,
@@ -630,8 +630,12 @@ fn a_console_is_for_operators_one_types_and_the_log_has_when_it_was_closed() {
                 .any(|other| other["request"] == line["request"] && other["status"] == 101)
         );
     }
-    // The place is free again.
-    setup.client(&anna).console(&typing).unwrap();
+    // The place is free again; and what is open when the gateway ends is in the log as well.
+    let (_, open) = setup.client(&anna).console(&typing).unwrap();
+    drop(setup.gateway.take());
+    let last = setup.audit().pop().unwrap();
+    assert_eq!(last["closed"], "the server ended");
+    drop(open);
 }
 
 #[test]

@@ -1,12 +1,18 @@
 //! `vhost-user-load`: drives a vhost-user-blk server and says how fast it is, or whether it keeps its promises.
 
+use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use vhost_user_load::front_end;
+use vhost_user_load::front_end::{self, Greeting};
 use vhost_user_load::load::{Load, Pattern, Report, run};
+
+/// Longest head of a manager's answer in bytes.
+const MAX_HEAD: usize = 16 << 10;
 
 /// Drive a vhost-user-blk server without a virtual machine.
 ///
@@ -17,6 +23,9 @@ struct Arguments {
     /// The server's socket.
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
+    /// The socket is that of a host's manager: ask it for this disk, as that machine's.
+    #[arg(long, value_name = "MACHINE/DISK=FILE")]
+    attach: Option<Attach>,
     /// What is asked for.
     #[arg(long, value_enum, default_value = "randread")]
     pattern: Pattern,
@@ -67,6 +76,59 @@ struct Arguments {
     json: bool,
 }
 
+/// A disk that is asked for.
+#[derive(Debug, Clone)]
+struct Attach {
+    machine: String,
+    disk: String,
+    file: String,
+}
+
+impl FromStr for Attach {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = "name it as MACHINE/DISK=FILE";
+        let (name, file) = text.split_once('=').ok_or(wrong)?;
+        let (machine, disk) = name.split_once('/').ok_or(wrong)?;
+        Ok(Self {
+            machine: machine.to_owned(),
+            disk: disk.to_owned(),
+            file: file.to_owned(),
+        })
+    }
+}
+
+impl Attach {
+    /// Asks the manager, as the process of a machine does.
+    fn greeting(self) -> Greeting {
+        Greeting(Arc::new(move |stream| {
+            let disk = serde_json::json!({"id": self.disk, "file": self.file});
+            let body = serde_json::json!({"vm": self.machine, "disk": disk}).to_string();
+            let head = format!(
+                "POST /v1/attachments HTTP/1.1\r\nhost: load\r\nconnection: upgrade\r\nupgrade: smsvmm-vhost-user\r\n\
+                 content-type: application/json\r\ncontent-length: {}\r\n\r\n",
+                body.len()
+            );
+            let mut stream = stream;
+            stream.write_all(&[head.as_bytes(), body.as_bytes()].concat())?;
+            // Byte by byte: what follows is vhost-user's.
+            let mut answer = Vec::new();
+            let mut byte = [0];
+            while !answer.ends_with(b"\r\n\r\n") && answer.len() < MAX_HEAD {
+                stream.read_exact(&mut byte)?;
+                answer.extend(byte);
+            }
+            let answer = String::from_utf8_lossy(&answer);
+            anyhow::ensure!(
+                answer.starts_with("HTTP/1.1 101"),
+                "the manager refuses: {answer}"
+            );
+            Ok(())
+        }))
+    }
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let patience = Duration::from_secs(arguments.patience);
@@ -78,7 +140,7 @@ fn main() -> ExitCode {
             block_size: arguments.block_size,
             inflight: true,
             patience,
-            greeting: None,
+            greeting: arguments.attach.map(Attach::greeting),
         },
         pattern: arguments.pattern,
         depth: arguments.depth,

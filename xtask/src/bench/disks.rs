@@ -181,7 +181,7 @@ fn print(subjects: &[&Subject], loads: &[&Load], measured: &Measured) {
 }
 
 /// A server that ends with this.
-struct Server(Child);
+pub(super) struct Server(pub(super) Child);
 
 impl Drop for Server {
     fn drop(&mut self) {

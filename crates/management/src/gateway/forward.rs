@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use super::stream::Watched;
-use crate::console::{self, Guard};
+use crate::console::{self, Closing, Guard};
 use crate::{client, repeated, routes, sse};
 
 /// How long a machine's socket may take to accept.
@@ -120,19 +120,19 @@ pub(crate) async fn forward(outgoing: Outgoing<'_>) -> Result<Response<AnswerBod
 
 /// Bytes in both directions, until both ends have ended.
 async fn join(client: OnUpgrade, machine: OnUpgrade, guard: Option<Guard>) {
+    let console = guard.map(|guard| (guard.may_go_on, Closing::new(guard.ended)));
     let (client, machine) = match tokio::try_join!(client, machine) {
         Ok(both) => both,
         Err(error) => {
-            if let Some(guard) = guard {
-                (guard.ended)("the connection broke before it began");
+            if let Some((_, closing)) = console {
+                closing.tell("the connection broke before it began");
             }
             return debug!(%error, "a transfer broke before it began");
         }
     };
     let (mut client, mut machine) = (TokioIo::new(client), TokioIo::new(machine));
-    if let Some(guard) = guard {
-        let why = console::relay(client, machine, false, guard.may_go_on).await;
-        return (guard.ended)(why);
+    if let Some((may_go_on, closing)) = console {
+        return closing.tell(console::relay(client, machine, false, may_go_on).await);
     }
     if let Err(error) = copy_bidirectional(&mut client, &mut machine).await {
         debug!(%error, "a transfer broke");

@@ -154,6 +154,11 @@ impl Operation {
 
     /// A list, which can be had in pages.
     fn list<T: JsonSchema>(self, about: &'static str) -> Self {
+        self.list_by::<T>(text, about)
+    }
+
+    /// The same of what is called by something else than text.
+    fn list_by<T: JsonSchema>(self, key: TypeOf, about: &'static str) -> Self {
         let limit: TypeOf = |_| json_schema!({"type": "integer", "minimum": 1, "maximum": api::MAX_PAGE});
         self.parameter(
             "limit",
@@ -165,7 +170,7 @@ impl Operation {
             "after",
             In::Query,
             "Only entries behind this one; from the link of the page before.",
-            text,
+            key,
         )
         .answer_with(
             200,
@@ -186,7 +191,7 @@ impl Operation {
             "Up to 512 visible ASCII characters, another one for each request. The same request with the same key is not done again, and gets the \
              answer of the first one, for which it waits, with the header `Idempotency-Replayed`; another request gets 422. The last 256 keys of 24 hours \
              are kept, as long as the process lives.",
-            text,
+            |_| json_schema!({"type": "string", "minLength": 1, "maxLength": 512, "pattern": "^[!-~]+$"}),
         )
         .problem(KeyReused)
     }
@@ -525,7 +530,7 @@ pub(super) fn host() -> Vec<Operation> {
             .list::<PoolEntry>("In the order of host.toml, if it is no page."),
         operation("get", "/v1/pools/{pool}/jobs", "listJobs", "storage", "The jobs of a pool")
             .pool()
-            .list::<JobStatus>("In the order of their numbers; of those that have ended, the last.")
+            .list_by::<JobStatus>(schema::<u32>, "In the order of their numbers; of those that have ended, the last.")
             .problem(Conflict)
             .problem(Stopping),
         operation("get", "/v1/pools/{pool}", "getPool", "storage", "A pool")

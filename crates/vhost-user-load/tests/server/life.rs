@@ -32,7 +32,7 @@ fn what_is_written_is_read_through_several_queues() {
     load.front_end.inflight = false;
     run(&load).unwrap();
     wait_until("nobody is left", || served.server.front_ends() == 0);
-    let counters = served.server.counters();
+    let counters = served.server.counters().counts;
     assert!(
         counters.counts.reads + counters.counts.writes >= report.operations,
         "{counters:?}"

@@ -118,6 +118,7 @@ impl FakeVm {
                 DiskAnswer::Done
             }
             DiskOperation::Status { path }
+            | DiskOperation::ListSnapshots { path, .. }
             | DiskOperation::Create { path, .. }
             | DiskOperation::Delete { path }
             | DiskOperation::Resize { path, .. }
