@@ -1,16 +1,22 @@
 //! The numbers of a machine, read as Prometheus reads them; and that what is drawn of them exists.
 #![allow(clippy::unwrap_used)]
 
+#[allow(dead_code)]
 mod fake;
+#[path = "fake/host.rs"]
+#[allow(dead_code)]
+mod fake_host;
 mod some_pool;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 
-use api::{DiskConfig, NetBackend, NetConfig, Vm};
+use api::{DiskConfig, Host, NetBackend, NetConfig, Vm};
 use fake::FakeVm;
+use fake_host::FakeHost;
 use management::Server;
 
 /// A sample: its labels and its value.
@@ -114,7 +120,21 @@ fn scrape() -> String {
     vm.attach_net(NetConfig::new(NetBackend::User)).unwrap();
     let server = Server::bind(&path).unwrap();
     let _server = server.start(Arc::clone(&vm) as Arc<dyn Vm>, || Ok(())).unwrap();
-    let mut stream = UnixStream::connect(&path).unwrap();
+    ask(&path)
+}
+
+/// Those of a host's manager.
+fn scrape_host() -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("manager.sock");
+    let host = FakeHost::new(folder.path().join("vm.sock"));
+    let server = Server::bind(&path).unwrap();
+    let _server = server.start_host(host as Arc<dyn Host>).unwrap();
+    ask(&path)
+}
+
+fn ask(path: &Path) -> String {
+    let mut stream = UnixStream::connect(path).unwrap();
     stream
         .write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
         .unwrap();
@@ -175,7 +195,8 @@ fn names_in(text: &str) -> BTreeSet<String> {
 
 #[test]
 fn what_the_dashboard_draws_exists_and_the_documentation_has_it_all() {
-    let families = parse(&scrape());
+    let mut families = parse(&scrape());
+    families.extend(parse(&scrape_host()));
     let samples: BTreeSet<&String> = families
         .values()
         .flat_map(|family| family.samples.keys())

@@ -34,13 +34,10 @@ fn what_is_written_is_read_through_several_queues() {
     wait_until("nobody is left", || served.server.front_ends() == 0);
     let counters = served.server.counters().counts;
     assert!(
-        counters.counts.reads + counters.counts.writes >= report.operations,
+        counters.reads + counters.writes >= report.operations,
         "{counters:?}"
     );
-    assert!(
-        counters.counts.flushes > 0 && counters.counts.errors == 0,
-        "{counters:?}"
-    );
+    assert!(counters.flushes > 0 && counters.errors == 0, "{counters:?}");
     served.server.stop();
     assert!(!place.socket().exists());
 }

@@ -128,7 +128,6 @@ impl FakeVm {
             | DiskOperation::Commit { path }
             | DiskOperation::Discard { path }
             | DiskOperation::Merge { path }
-            | DiskOperation::ListSnapshots { path, .. }
             | DiskOperation::Changed { path, .. }
             | DiskOperation::Places { path, .. }
             | DiskOperation::Pin { path, .. } => {
