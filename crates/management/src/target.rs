@@ -68,6 +68,17 @@ pub enum Target {
     Remote(Box<Remote>),
 }
 
+impl Target {
+    /// It is a machine, and not a host or a pool of one.
+    pub fn is_machine(&self) -> bool {
+        match self {
+            Self::Socket(_) => true,
+            Self::Manager(_, scope) => matches!(scope, Scope::Machine(_)),
+            Self::Remote(remote) => matches!(remote.scope, Scope::Machine(_)),
+        }
+    }
+}
+
 impl From<&Path> for Target {
     fn from(path: &Path) -> Self {
         Self::Socket(path.to_owned())

@@ -518,8 +518,8 @@ pub(crate) fn pool_events(arguments: EventsArguments) -> anyhow::Result<Exit> {
     } = arguments;
     let target = storage::process(&process)?;
     // Of a machine that has a pool, `vm events` tells the rest; of a manager this is where all is told.
-    let is_manager = matches!(target, Target::Manager(..));
-    let wanted = move |event: &Event| is_manager || matches!(event.kind, EventKind::Pool { .. });
+    let is_host = !target.is_machine();
+    let wanted = move |event: &Event| is_host || matches!(event.kind, EventKind::Pool { .. });
     events(&Client::new(target)?, follow, after, process.json, wanted)
 }
 
