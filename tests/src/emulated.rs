@@ -4,11 +4,12 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use lab::{Archive, Cache, Toolbox};
 
 use crate::Vm;
 use crate::agent::AGENT;
+use crate::place::{self, static_file};
 use crate::vm::TOOLS_ON;
 
 /// A machine of two processors and 256 MiB that can be shared, with a stock Debian kernel whose guest runs `script`, and the devices that
@@ -17,6 +18,11 @@ use crate::vm::TOOLS_ON;
 /// # Errors
 /// When the images cannot be read, or `folder` cannot be written.
 pub fn emulated(folder: &Path, script: &str, arguments: &[&str]) -> Result<Command> {
+    machine(folder, script, &[], arguments)
+}
+
+/// The same with more programs.
+fn machine(folder: &Path, script: &str, programs: &[&Path], arguments: &[&str]) -> Result<Command> {
     let cache = Cache::locate();
     let kernel = cache.image("kernel-debian-12-cloud")?;
     let emulator = Toolbox::emulator(&cache)?;
@@ -27,6 +33,11 @@ pub fn emulated(folder: &Path, script: &str, arguments: &[&str]) -> Result<Comma
     let mut files = Archive::default();
     files.file("story", 0o755, script);
     files.file("tools-on", 0o755, TOOLS_ON);
+    for program in programs {
+        let name = program.file_name().context("a program without a name")?;
+        let content = std::fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
+        files.file(&format!("bin/{}", name.to_string_lossy()), 0o755, content);
+    }
     let mut initrd = std::fs::read(kernel.join("initrd"))?;
     initrd.extend_from_slice(&files.bytes()?);
     std::fs::create_dir_all(folder)?;
@@ -54,6 +65,19 @@ pub fn emulated(folder: &Path, script: &str, arguments: &[&str]) -> Result<Comma
 /// # Errors
 /// When it cannot be started.
 pub fn emulated_with_tools(folder: &Path, arguments: &[&str], limit: Duration) -> Result<Vm> {
+    with_tools(folder, &[], arguments, limit)
+}
+
+/// The same with `sms-agent`.
+///
+/// # Errors
+/// When it cannot be started, or `cargo xtask static` has not made the agent.
+pub fn emulated_with_agent(folder: &Path, arguments: &[&str], limit: Duration) -> Result<Vm> {
+    let agent = static_file(place::AGENT, true)?;
+    with_tools(folder, &[&agent], arguments, limit)
+}
+
+fn with_tools(folder: &Path, programs: &[&Path], arguments: &[&str], limit: Duration) -> Result<Vm> {
     let tools = Cache::locate().image("guest-tools")?.join("tools.ext4");
     let tools = format!("if=none,id=tools,format=raw,readonly=on,file={}", tools.display());
     let disk = [
@@ -62,9 +86,6 @@ pub fn emulated_with_tools(folder: &Path, arguments: &[&str], limit: Duration) -
         "-device",
         "virtio-blk-pci,drive=tools,serial=tools",
     ];
-    Vm::launch(
-        emulated(folder, AGENT, &[&disk, arguments].concat())?,
-        folder,
-        limit,
-    )
+    let arguments = [&disk, arguments].concat();
+    Vm::launch(machine(folder, AGENT, programs, &arguments)?, folder, limit)
 }

@@ -38,7 +38,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 pub use agent::Events;
-pub use emulated::{emulated, emulated_with_tools};
+pub use emulated::{emulated, emulated_with_agent, emulated_with_tools};
 pub use host::{Host, Kernel};
 pub use lab::Output;
 pub use place::program;

@@ -175,7 +175,7 @@ pub fn program() -> Result<PathBuf> {
 }
 
 /// A program in `target/static`, which must be there if the story needs it.
-fn static_file(name: &str, needed: bool) -> Result<PathBuf> {
+pub(crate) fn static_file(name: &str, needed: bool) -> Result<PathBuf> {
     let test = std::env::current_exe()?;
     // target/debug/deps/story-0123 -> target/static/smsvmm
     let target = test

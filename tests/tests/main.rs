@@ -11,6 +11,7 @@ mod file_systems;
 mod hotplug;
 mod images;
 mod iscsi;
+mod lock_time;
 mod manager;
 mod memory;
 mod network;

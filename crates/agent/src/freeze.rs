@@ -8,6 +8,7 @@
 //!   memory that is there.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -16,6 +17,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use serde::Serialize;
 
 use crate::host::AgentError;
 use crate::mounts;
@@ -131,13 +134,65 @@ fn control(file: &File, request: libc::Ioctl) -> io::Result<()> {
     }
 }
 
-/// For how long file systems stood still.
+/// For how long file systems stood still, in its parts, which follow one another.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Still {
-    /// From the first one's freezing on, which flushes what was written since the last time.
-    pub(crate) whole: Duration,
-    /// Of that, what was done meanwhile and thawing.
+    /// Freezing, from the first file system on: waits for who writes right now, and flushes what was written since the last time.
+    pub(crate) flush: Duration,
+    /// What was done meanwhile: until the host has answered that the image is there.
     pub(crate) act: Duration,
+    /// Thawing, until the last one goes on.
+    pub(crate) thaw: Duration,
+}
+
+impl Still {
+    /// All of it.
+    pub(crate) fn whole(&self) -> Duration {
+        self.flush + self.act + self.thaw
+    }
+
+    /// The same for people and programs.
+    pub(crate) fn parts(&self) -> Parts {
+        let milliseconds = |time: Duration| {
+            let microseconds = u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+            f64::from(microseconds) / 1000.0
+        };
+        Parts {
+            frozen_ms: milliseconds(self.whole()),
+            flush_ms: milliseconds(self.flush),
+            image_ms: milliseconds(self.act),
+            thaw_ms: milliseconds(self.thaw),
+        }
+    }
+}
+
+/// For how long file systems stood still, in milliseconds with three decimals; 71 minutes and more are 4294967.295.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Parts {
+    /// All of it, the sum of the following.
+    frozen_ms: f64,
+    /// The file systems' own flush.
+    flush_ms: f64,
+    /// The command to the host.
+    image_ms: f64,
+    /// Thawing.
+    thaw_ms: f64,
+}
+
+impl fmt::Display for Parts {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            frozen_ms,
+            flush_ms,
+            image_ms,
+            thaw_ms,
+        } = self;
+        write!(
+            formatter,
+            "{frozen_ms:.1} ms: {flush_ms:.1} ms to be flushed, {image_ms:.1} ms for the image, {thaw_ms:.1} ms to be thawed"
+        )
+    }
 }
 
 /// Runs `act` while all file systems are frozen; what it made, and how long that was. They are thawed after `limit` in any case, and that is
@@ -183,8 +238,9 @@ pub(crate) fn while_frozen<T>(
                 }
             }
         }
-        let frozen = begin.elapsed();
+        let flushed = begin.elapsed();
         let result = result.and_then(|()| act());
+        let acted = begin.elapsed();
         thaw();
         let duration = begin.elapsed();
         drop(done);
@@ -195,8 +251,12 @@ pub(crate) fn while_frozen<T>(
                 limit.as_secs()
             ))),
             result => result.map(|made| {
-                let act = duration.saturating_sub(frozen);
-                (made, Still { whole: duration, act })
+                let still = Still {
+                    flush: flushed,
+                    act: acted.saturating_sub(flushed),
+                    thaw: duration.saturating_sub(acted),
+                };
+                (made, still)
             }),
         }
     })
@@ -217,5 +277,32 @@ mod tests {
         };
         let acted = while_frozen(&[system], Duration::from_secs(1), || Ok(()));
         assert!(matches!(acted, Err(AgentError::Here { .. })), "{acted:?}");
+    }
+    #[test]
+    fn the_parts_of_the_time_are_what_took_it() {
+        let act = || {
+            std::thread::sleep(Duration::from_millis(20));
+            Ok(())
+        };
+        let ((), still) = while_frozen(&[], Duration::from_secs(60), act).unwrap();
+        assert!(still.act >= Duration::from_millis(20), "{still:?}");
+        assert_eq!(still.whole(), still.flush + still.act + still.thaw);
+    }
+
+    #[test]
+    fn parts_are_told_in_milliseconds() {
+        let still = Still {
+            flush: Duration::from_micros(40_250),
+            act: Duration::from_micros(7_500),
+            thaw: Duration::from_micros(250),
+        };
+        assert_eq!(
+            still.parts().to_string(),
+            "48.0 ms: 40.2 ms to be flushed, 7.5 ms for the image, 0.2 ms to be thawed"
+        );
+        assert_eq!(
+            serde_json::to_string(&still.parts()).unwrap(),
+            r#"{"frozen-ms":48.0,"flush-ms":40.25,"image-ms":7.5,"thaw-ms":0.25}"#
+        );
     }
 }

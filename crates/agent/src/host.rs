@@ -253,8 +253,16 @@ impl Host {
 
     /// Has the host do something, and waits until it is done.
     pub(crate) fn ask(&self, request: &Request) -> Result<Answer, AgentError> {
-        let text = serde_json::to_vec(request).map_err(|error| AgentError::Answer(error.to_string()))?;
         let tag = random();
+        let answer = self.ask_and_keep(tag, request);
+        self.forget(tag);
+        answer
+    }
+
+    /// The same under a tag that nobody else uses, of which [`Self::forget`] is to be told later: as little as can be while file systems
+    /// stand still.
+    pub(crate) fn ask_and_keep(&self, tag: u32, request: &Request) -> Result<Answer, AgentError> {
+        let text = serde_json::to_vec(request).map_err(|error| AgentError::Answer(error.to_string()))?;
         self.send(tag, text)?;
         let mut cdb = Cdb::new(Action::Receive, tag, 0);
         let outcome = loop {
@@ -264,14 +272,17 @@ impl Host {
                 break body;
             }
         };
-        // What the host keeps for us is not needed any more. Who comes later does not need this to succeed.
-        let _ = self.command(&Cdb::new(Action::Cancel, tag, 0), &mut []);
         let outcome =
             serde_json::from_slice(&outcome).map_err(|error| AgentError::Answer(error.to_string()))?;
         match outcome {
             Outcome::Answer(answer) => Ok(*answer),
             Outcome::Problem(problem) => Err(AgentError::Problem(problem)),
         }
+    }
+
+    /// What the host keeps for us is not needed any more. Who comes later does not need this to succeed.
+    pub(crate) fn forget(&self, tag: u32) {
+        let _ = self.command(&Cdb::new(Action::Cancel, tag, 0), &mut []);
     }
 
     /// Has something given back that may still be in use for a moment: the host closes what was detached in the background.
@@ -348,9 +359,20 @@ impl Host {
         let found = sms_disks().into_iter().find(|found| found.path == real);
         let found = found.ok_or_else(|| AgentError::NotSms(device.to_owned()))?;
         let disks = self.disks()?;
-        let disk = disks
+        let mut named = disks
             .iter()
-            .find(|disk| disk.serial.as_ref() == Some(&found.serial));
+            .filter(|disk| disk.serial.as_ref() == Some(&found.serial));
+        let disk = named.next();
+        if let (Some(one), Some(other)) = (disk, named.next()) {
+            let path = |disk: &GuestDisk| disk.path.clone().unwrap_or_else(|| "another disk".to_owned());
+            return Err(AgentError::Text(format!(
+                "{} has the serial number {}, and so have {} and {}: name the disk by its path in the pool",
+                device.display(),
+                found.serial,
+                path(one),
+                path(other)
+            )));
+        }
         disk.and_then(|disk| disk.path.clone()).ok_or_else(|| {
             AgentError::Text(format!(
                 "{} is no disk of a pool: the host cannot manage it",
@@ -379,7 +401,7 @@ impl Host {
 }
 
 /// A number that nobody else uses: the standard library's hash keys are random.
-fn random() -> u32 {
+pub(crate) fn random() -> u32 {
     use std::hash::{BuildHasher, Hasher};
     let mut hasher = std::hash::RandomState::new().build_hasher();
     hasher.write_u32(std::process::id());

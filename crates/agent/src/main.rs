@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use api::storage::{JobState, JobStatus};
 use clap::{CommandFactory, Parser};
-use expanded_api::{Answer, DiskAttributes, Request};
+use expanded_api::{Answer, DiskAttributes, Image, Request};
 use serde::Serialize;
 
 use arguments::{Arguments, Command, DiskCommand, JobCommand, VolumeCommand};
@@ -52,6 +52,14 @@ fn print(text: &str) {
 struct Agent {
     host: Host,
     json: bool,
+}
+
+/// An image, and what it cost the file systems.
+#[derive(Serialize)]
+struct FrozenImage<'a> {
+    image: &'a Image,
+    #[serde(flatten)]
+    parts: freeze::Parts,
 }
 
 fn run(arguments: Arguments) -> Result<ExitCode, AgentError> {
@@ -370,11 +378,14 @@ impl Agent {
             disks.push(self.host.path_of_device(&Path::new("/dev").join(name))?);
         }
         let request = Request::FreezeImage { disks, name };
-        let (answer, frozen) = freeze::while_frozen(&systems, limit, || self.host.ask(&request))?;
-        let (milliseconds, host) = (frozen.whole.as_millis(), frozen.act.as_millis());
+        let tag = host::random();
+        let frozen = freeze::while_frozen(&systems, limit, || self.host.ask_and_keep(tag, &request));
+        self.host.forget(tag);
+        let (answer, still) = frozen?;
+        let parts = still.parts();
         match &answer {
             Answer::Image(image) if self.json => {
-                let value = serde_json::json!({"image": image, "frozen-ms": u64::try_from(milliseconds).ok(), "image-ms": u64::try_from(host).ok()});
+                let value = FrozenImage { image, parts };
                 self.write(&value, String::new);
             }
             answer => {
@@ -383,10 +394,7 @@ impl Agent {
                     .map(|system| system.mount.display().to_string())
                     .collect();
                 print(&show::answer(answer, &[]));
-                print(&format!(
-                    "{} frozen for {milliseconds} ms, of which the image took {host} ms\n",
-                    mounts.join(", ")
-                ));
+                print(&format!("{} frozen for {parts}\n", mounts.join(", ")));
             }
         }
         Ok(ExitCode::SUCCESS)

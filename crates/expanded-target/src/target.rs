@@ -436,6 +436,7 @@ impl Shared {
         let Some(request) = self.lock().session.begin(tag) else {
             return;
         };
+        let begin = Instant::now();
         let (name, object, reads) = (request.name(), shown(&request.object()), request.only_reads());
         let done = match request {
             Request::Describe {} => Ok(Answer::Description(Box::new(self.description()))),
@@ -446,6 +447,7 @@ impl Shared {
             Ok(answer) => Outcome::Answer(Box::new(answer)),
             Err(problem) => Outcome::Problem(problem),
         });
+        let took = begin.elapsed();
         let listed = {
             let mut inner = self.lock();
             inner.session.end(tag, failure.is_none(), None, body);
@@ -454,7 +456,7 @@ impl Shared {
         if reads {
             return;
         }
-        tracing::info!(vm = %self.name, command = name, object, failure, "a command of the guest was done");
+        tracing::info!(vm = %self.name, command = name, object, failure, ?took, "a command of the guest was done");
         if listed {
             vm.record(EventKind::GuestCommand {
                 vm: None,

@@ -28,6 +28,7 @@ use expanded_target::{ExpandedTarget, Hook, Running};
 use storage_manager::{HostedDisk, HostedPool, VirtualDisk};
 use storage_virtualizer::iscsi::Access;
 use storage_virtualizer::scsi::{Code, Command, Nexus, Outcome, Sense, TransportId, Unit, VendorCommands};
+use storage_virtualizer::virtio_blk::fitting_serial;
 use storage_virtualizer::{DiskHandle, PinnedDisk};
 
 /// What an initiator may, by its target's place and its name.
@@ -140,6 +141,11 @@ pub(crate) fn name_of(initiator: &str) -> anyhow::Result<VmName> {
         .with_context(|| format!("{initiator} cannot be the name of a principal"))
 }
 
+/// The serial number of a shared disk: what is behind the last slash of its path, as far as it fits.
+pub(crate) fn serial_of(path: &str) -> String {
+    fitting_serial(path.rsplit('/').next().unwrap_or_default())
+}
+
 /// A disk that an initiator sees.
 struct Seen {
     config: DiskConfig,
@@ -171,6 +177,7 @@ impl View {
                 image: None,
                 file: Some((*path).to_owned()),
                 bus: DiskBus::VirtioScsi,
+                serial: serial_of(path).parse().ok(),
                 read_only: disk.handle().geometry().read_only,
                 ..DiskConfig::new("")
             };

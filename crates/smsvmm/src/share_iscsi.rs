@@ -27,7 +27,7 @@ use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::output::{print, print_json};
 use crate::pool::{served, with_pool};
-use crate::share_api::{Policies, Principals};
+use crate::share_api::{Policies, Principals, serial_of};
 use crate::share_iscsi_access;
 use crate::share_nbd::{named, reachable};
 use crate::signals::Signals;
@@ -212,10 +212,9 @@ fn serve_pool_disks(
         let how = served(path, arguments.read_only);
         let disk = pool.disk(path, how)?;
         let geometry = disk.handle().geometry();
-        let name = path.rsplit('/').next().unwrap_or_default();
         let identity = Identity {
             uuid: disk.uuid(),
-            ..Identity::from_name(path, &fitting_serial(name))
+            ..Identity::from_name(path, &serial_of(path))
         };
         let unit = Unit::new(UnitOptions {
             store: disk.reservation_store(),

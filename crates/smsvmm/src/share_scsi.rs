@@ -37,7 +37,7 @@ use storage_virtualizer::virtio_scsi::{ScsiGroup, VirtioScsiHandle, VirtioScsiOp
 use crate::exit::{Exit, UsageError};
 use crate::pool::{served, with_pool};
 use crate::share::{Serving, handles};
-use crate::share_api::{Principals, name_of};
+use crate::share_api::{Principals, name_of, serial_of};
 use crate::share_iscsi::unique;
 use crate::share_nbd::named;
 use crate::signals::Signals;
@@ -190,10 +190,9 @@ fn serve_pool_disks(
     let (mut disks, mut opened) = (Vec::new(), Vec::new());
     for path in &arguments.paths {
         let disk = pool.disk(path, served(path, arguments.read_only))?;
-        let name = path.rsplit('/').next().unwrap_or_default();
         let identity = Identity {
             uuid: disk.uuid(),
-            ..Identity::from_name(path, &fitting_serial(name))
+            ..Identity::from_name(path, &serial_of(path))
         };
         let unit = Unit::new(UnitOptions {
             store: disk.reservation_store(),

@@ -182,6 +182,8 @@ fn the_machine_at_each_socket_has_the_rights_that_are_given_to_it() {
         panic!("no disks");
     };
     assert_eq!(disks[0].snapshots[0].name, "noon");
+    // By it a guest knows which of its devices that is.
+    assert_eq!(disks[0].serial.as_deref(), Some("a.dsk"));
 }
 
 #[test]

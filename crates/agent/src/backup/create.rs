@@ -29,8 +29,8 @@ use super::meta::read_at;
 use super::snapshot::{Taken, device_of, mount};
 use super::walk::{Sink, Walk};
 use super::{Mover, NOT_ALL, connect, said, show, signals};
-use crate::freeze::{self, Still};
-use crate::host::{AgentError, Host};
+use crate::freeze::{self, Parts, Still};
+use crate::host::{AgentError, Host, random};
 
 /// Bytes of a file that are read and sent at once.
 const PIECE: usize = 1 << 20;
@@ -44,9 +44,8 @@ pub(crate) struct Created {
     /// What the mover has.
     pub(crate) backup: BackupInfo,
     /// For how long the file systems stood still; none if that was done before.
-    pub(crate) frozen_ms: Option<u64>,
-    /// Of that, for the image; the rest is what the file systems flushed.
-    pub(crate) image_ms: Option<u64>,
+    #[serde(flatten)]
+    pub(crate) still: Option<Parts>,
     /// What took how long.
     pub(crate) took_ms: Vec<(&'static str, u64)>,
     /// The image, if it was kept.
@@ -174,8 +173,7 @@ pub(crate) fn create(host: &Host, arguments: CreateArguments, json: bool) -> Res
     let created = Created {
         took_ms: clock.took,
         backup,
-        frozen_ms: still.map(|still| milliseconds(still.whole)),
-        image_ms: still.map(|still| milliseconds(still.act)),
+        still: still.map(|still| still.parts()),
         image: arguments.keep_image.then_some(image),
         problems: problems.listed,
         more_problems: problems.more,
@@ -310,12 +308,14 @@ fn freeze_image(
         name: image.to_owned(),
     };
     let made = Cell::new(false);
+    let tag = random();
     let frozen = freeze::while_frozen(&systems, Duration::from_secs(arguments.limit), || {
-        let answer = host.ask(&request);
+        let answer = host.ask_and_keep(tag, &request);
         // What was refused was not made: an image of this name may be another's.
         made.set(!matches!(&answer, Err(AgentError::Problem(_))));
         answer
     });
+    host.forget(tag);
     if made.get() {
         taken.image(image, disks);
     }

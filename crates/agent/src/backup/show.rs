@@ -72,10 +72,8 @@ pub(crate) fn created(created: &Created, json: bool) {
     }
     let backup = &created.backup;
     let mut text = format!("{}: {}\n", backup.name, progress(&backup.progress));
-    if let (Some(whole), Some(image)) = (created.frozen_ms, created.image_ms) {
-        text.push_str(&format!(
-            "file systems stood still for {whole} ms, of which the image took {image} ms\n"
-        ));
+    if let Some(still) = &created.still {
+        text.push_str(&format!("file systems stood still for {still}\n"));
     }
     let took = |(what, milliseconds): &(&str, u64)| {
         let tenths = milliseconds / 100;
