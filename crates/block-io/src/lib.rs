@@ -57,7 +57,9 @@ pub use host::{Cache, HostDevice, OpenError, OpenOptions};
 pub use kinds::{Device, DeviceError, DeviceOptions, SinglePath};
 pub use multipath::{DevicePath, MultiPath, MultiPathError, MultiPathOptions};
 pub use nbd::{NbdAddress, NbdAddressError, NbdDevice, NbdError, NbdOptions, NbdServer};
-pub use net::{ListenAddress, ListenError, Listener, SocketFile, Stream, UnixSocketError, listen_unix};
+pub use net::{
+    ListenAddress, ListenError, Listener, SocketFile, Stream, UnixSocketError, listen_unix, peer_groups,
+};
 pub use spec::relative_to;
 pub use worker::{
     EngineKind, EventSignal, EventWatch, Hook, PollSource, Worker, WorkerError, WorkerHandle, WorkerOptions,

@@ -6,6 +6,7 @@
 //! runtime = "/run/smsvmm"                     # sockets
 //! [management]
 //! socket = "/run/smsvmm/manager.sock"
+//! allow = [{ group = "operators", role = "operator" }]   # beside root
 //! [[pool]]                                    # or [pool], if there is one
 //! devices = ["/dev/vdb", "/dev/vdc"]
 //! [machines]
@@ -21,12 +22,15 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use access::Role;
 use api::ByteSize;
+use management::{Local, Locals};
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use vmm::config::{PoolConfig, ResourcesConfig};
 
+use crate::accounts;
 use crate::users::Users;
 
 /// The contents of host.toml.
@@ -55,6 +59,39 @@ pub struct HostConfig {
 pub struct Management {
     /// The Unix socket.
     pub socket: PathBuf,
+    /// Users of the host who may ask there, beside root and the manager's own.
+    #[serde(default)]
+    pub allow: Vec<Allow>,
+}
+
+/// One of `[[management.allow]]`: a user, or all of a group.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Allow {
+    /// The account's name, or a number.
+    user: Option<String>,
+    /// The group's name, or a number.
+    group: Option<String>,
+    /// What they may.
+    role: Role,
+}
+
+impl Management {
+    /// Who may ask, by number.
+    ///
+    /// # Errors
+    /// There is no such user or group; the message says which.
+    pub fn locals(&self) -> Result<Locals, String> {
+        let local = |allow: &Allow| match (&allow.user, &allow.group) {
+            (Some(user), None) => Ok((Local::User(accounts::user(user)?.uid), allow.role)),
+            (None, Some(group)) => Ok((Local::Group(accounts::group(group)?), allow.role)),
+            _ => Err("each has either a user or a group".to_owned()),
+        };
+        let locals = self.allow.iter().map(local).collect::<Result<_, String>>();
+        locals
+            .map(Locals::new)
+            .map_err(|error| format!("management.allow: {error}"))
+    }
 }
 
 /// `[pool]`, or several `[[pool]]`.
@@ -165,12 +202,8 @@ impl HostConfig {
             *path = folder.join(&*path);
         }
         for pool in self.pools.all_mut() {
-            if pool.devices.is_empty() || pool.devices.iter().any(String::is_empty) {
-                return Err(
-                    "a pool has at least one device, and each has a path or an address, as `smsvmm pool create` prints them"
-                        .to_owned(),
-                );
-            }
+            pool.check()
+                .map_err(|(key, problem)| format!("{key} of a pool {problem}"))?;
             pool.complete(folder);
         }
         let checked = self.machines.resources().check();
@@ -210,7 +243,42 @@ mod tests {
     }
 
     #[test]
+    fn who_may_ask() {
+        let locals =
+            |allow: &str| read(&format!("allow = [{allow}]")).map(|config| config.management.locals());
+        let all = r#"{ user = "root", role = "viewer" }, { user = "4711", role = "operator" }, { group = "0", role = "administrator" }"#;
+        let expected = vec![
+            (Local::User(0), Role::Viewer),
+            (Local::User(4711), Role::Operator),
+            (Local::Group(0), Role::Administrator),
+        ];
+        assert_eq!(locals(all).unwrap(), Ok(Locals::new(expected)));
+        assert_eq!(locals("").unwrap(), Ok(Locals::default()));
+        for (wrong, what) in [
+            (r#"{ role = "viewer" }"#, "either a user or a group"),
+            (
+                r#"{ user = "root", group = "root", role = "viewer" }"#,
+                "either a user or a group",
+            ),
+            (
+                r#"{ group = "no such group", role = "viewer" }"#,
+                "management.allow: there is no group",
+            ),
+        ] {
+            let error = locals(wrong).unwrap().unwrap_err();
+            assert!(error.contains(what), "{error}");
+        }
+        let error = locals(r#"{ user = "root", role = "king" }"#)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("unknown variant `king`"), "{error}");
+    }
+
+    #[test]
     fn mistakes_are_told() {
+        let mut many = read("[pool]\ndevices = [\"a\"]\nio-helpers = 9").unwrap();
+        let error = many.complete(Path::new("/")).unwrap_err();
+        assert_eq!(error, "io-helpers of a pool is more than 8");
         let error = read("[pool]\ndevice = [\"a\"]").unwrap_err().to_string();
         assert!(
             error.contains("unknown field `device`, expected `devices`"),

@@ -17,6 +17,7 @@
 // The way of a request from a virtqueue to a device is one future, of all layers: nothing on it is allocated.
 #![recursion_limit = "256"]
 
+mod accounts;
 mod config;
 mod disks;
 mod door;
@@ -31,7 +32,7 @@ mod store;
 mod units;
 mod users;
 
-pub use config::{AtEnd, HostConfig, MachinesConfig, Management, Pools};
+pub use config::{Allow, AtEnd, HostConfig, MachinesConfig, Management, Pools};
 pub use disks::{DiskService, MachineDoor};
 pub use door::Storage;
 pub use machines::{MachineOptions, Machines};

@@ -13,6 +13,8 @@ use crc_fast::{CrcAlgorithm, checksum};
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Deserializer};
 
+use crate::accounts;
+
 /// Numbers that neither accounts, nor useradd's ranges for containers (up to 600100000), nor systemd's (up to 1879048191) take.
 const USUAL: RangeInclusive<u32> = 1_900_000_000..=1_900_065_535;
 /// What gives a process another user, and lets it open what its machine's definition names.
@@ -162,28 +164,11 @@ fn is_mapped(map: &str, user: u32) -> bool {
     })
 }
 
-/// An account of /etc/passwd.
+/// An account of the host.
 fn account(name: &str) -> Result<User, String> {
-    let text =
-        fs::read_to_string("/etc/passwd").map_err(|error| format!("cannot read /etc/passwd: {error}"))?;
-    let user = text.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split(':').collect();
-        match fields.as_slice() {
-            [found, _, uid, gid, ..] if *found == name => Some(User {
-                uid: uid.parse().ok()?,
-                gid: gid.parse().ok()?,
-            }),
-            _ => None,
-        }
-    });
-    match user {
-        Some(user) if user.uid == 0 => {
-            Err(format!("machines.users: `{name}` is root; \"manager\" says that"))
-        }
-        Some(user) => Ok(user),
-        None => Err(format!(
-            "machines.users: there is no account `{name}` in /etc/passwd"
-        )),
+    match accounts::user(name).map_err(|error| format!("machines.users: {error}"))? {
+        User { uid: 0, .. } => Err(format!("machines.users: `{name}` is root; \"manager\" says that")),
+        user => Ok(user),
     }
 }
 

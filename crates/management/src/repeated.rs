@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use api::{Problem, ProblemKind};
 use http_body_util::{BodyExt, Either, Full};
-use hyper::body::{Body, Bytes, Incoming};
+use hyper::body::{Body, Bytes};
 use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
 use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::{OwnedSemaphorePermit, watch};
@@ -150,7 +150,7 @@ impl Keys {
     pub(crate) async fn answer<F, B>(
         &self,
         key: Bytes,
-        request: Request<Incoming>,
+        request: Request<Content>,
         room: impl FnOnce() -> Result<OwnedSemaphorePermit, Problem>,
         route: impl FnOnce(Request<Content>) -> F + Send + 'static,
     ) -> Result<Answer, Problem>

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use access::Role;
 use api::{EventLog, Host, Problem, ProblemKind, Vm};
 use http_body_util::Either;
 use hyper::body::Incoming;
@@ -20,6 +21,7 @@ use crate::gateway::forward::AnswerBody;
 use crate::host_routes::{self, HostContext};
 use crate::lasting::Lasting;
 use crate::life;
+use crate::locals::{self, Locals};
 use crate::repeated::{self, Keys};
 use crate::room::{Peer, Room};
 use crate::routes::{self, Content, Context};
@@ -30,6 +32,8 @@ use block_io::SocketFile;
 const MAX_CONNECTIONS: usize = 64;
 /// The same for a host.
 const MAX_HOST_CONNECTIONS: usize = 512;
+/// Those of a user who has a role: he must leave room for root.
+const MAX_OF_LOCAL: usize = 32;
 /// Those of a user who may not manage: enough to be told so.
 const MAX_OF_OTHERS: usize = 8;
 /// Helper threads for requests that wait for the machine, one of which is for those that are answered at once.
@@ -51,8 +55,15 @@ const STACK_SIZE: usize = 512 << 10;
 #[derive(Debug)]
 pub struct Server {
     listening: Listening,
-    /// A user who may ask, beside root and this process's own.
-    also: Option<u32>,
+    others: Others,
+}
+
+/// Who may ask, beside root and this process's user.
+#[derive(Debug, Default)]
+struct Others {
+    /// He may ask everything.
+    user: Option<u32>,
+    locals: Locals,
 }
 
 impl Server {
@@ -64,7 +75,7 @@ impl Server {
         let listening = Listening::bind(path)?;
         Ok(Self {
             listening,
-            also: None,
+            others: Others::default(),
         })
     }
 
@@ -74,7 +85,19 @@ impl Server {
     /// The socket cannot be given to this user.
     pub fn for_user(mut self, user: u32) -> io::Result<Self> {
         self.listening.give_to(user)?;
-        self.also = Some(user);
+        self.others.user = Some(user);
+        Ok(self)
+    }
+
+    /// Lets these ask, too, each what his role allows. If there are any, all users of the host can connect.
+    ///
+    /// # Errors
+    /// The socket's mode cannot be changed.
+    pub fn for_locals(mut self, locals: Locals) -> io::Result<Self> {
+        if !locals.is_empty() {
+            self.listening.let_all_connect()?;
+        }
+        self.others.locals = locals;
         Ok(self)
     }
 
@@ -121,7 +144,7 @@ impl Server {
         helpers: usize,
         on_start: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<ServerHandle> {
-        let also = self.also;
+        let others = self.others;
         let (listener, file) = self.listening.into_parts();
         let (stop, stopped) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -139,7 +162,7 @@ impl Server {
             .stack_size(STACK_SIZE)
             .spawn(move || {
                 let served =
-                    on_start().and_then(|()| runtime.block_on(serve(listener, also, context, stopped)));
+                    on_start().and_then(|()| runtime.block_on(serve(listener, others, context, stopped)));
                 if let Err(error) = served {
                     warn!(%error, "the management socket cannot be served");
                 }
@@ -200,7 +223,7 @@ impl Drop for ServerHandle {
 /// Accepts until told to stop, then lets the requests in progress end.
 async fn serve(
     listener: std::os::unix::net::UnixListener,
-    also: Option<u32>,
+    others: Others,
     context: Arc<Served>,
     mut stopped: oneshot::Receiver<()>,
 ) -> io::Result<()> {
@@ -225,8 +248,12 @@ async fn serve(
             },
         };
         while connections.try_join_next().is_some() {}
-        let (peer, forbidden) = who(&stream, also);
-        let most_of_one = if forbidden.is_some() { MAX_OF_OTHERS } else { most };
+        let (peer, may) = who(&stream, &others);
+        let most_of_one = match may {
+            May::All => most,
+            May::As(..) => MAX_OF_LOCAL,
+            May::Nothing(_) => MAX_OF_OTHERS,
+        };
         if room.is_full(peer, most_of_one) {
             yield_now().await;
         }
@@ -234,7 +261,7 @@ async fn serve(
             Some(place) => room.spawn(
                 &mut connections,
                 place,
-                connection(stream, forbidden, Arc::clone(&context)),
+                connection(stream, may, Arc::clone(&context)),
             ),
             None => refuse(&stream),
         }
@@ -248,14 +275,24 @@ async fn serve(
     Ok(())
 }
 
-/// Serves one request; `forbidden`: why who asks may not.
-async fn connection(stream: UnixStream, forbidden: Option<Problem>, context: Arc<Served>) {
-    let answer = move |request| {
-        let (context, forbidden) = (Arc::clone(&context), forbidden.clone());
+/// Serves one request of somebody who may do so much.
+async fn connection(stream: UnixStream, may: May, context: Arc<Served>) {
+    let answer = move |request: Request<Incoming>| {
+        let (context, may) = (Arc::clone(&context), may.clone());
         async move {
-            match forbidden {
-                Some(problem) => routes::problem(&problem).map(Either::Left),
-                None => answer(context, request).await,
+            let permitted = match may {
+                May::All => Ok(request.map(Either::Left)),
+                May::As(user, role) => locals::permit(user, role, request).await.map(|mut request| {
+                    // Keys of one are nobody else's.
+                    let headers = repeated::of(&user.to_string(), request.headers());
+                    *request.headers_mut() = headers;
+                    request
+                }),
+                May::Nothing(problem) => Err(*problem),
+            };
+            match permitted {
+                Ok(request) => answer(context, request).await,
+                Err(problem) => routes::problem(&problem).map(Either::Left),
             }
         }
     };
@@ -263,10 +300,10 @@ async fn connection(stream: UnixStream, forbidden: Option<Problem>, context: Arc
 }
 
 /// Answers a request, which may be a repetition.
-async fn answer(context: Arc<Served>, request: Request<Incoming>) -> Response<AnswerBody> {
+async fn answer(context: Arc<Served>, request: Request<Content>) -> Response<AnswerBody> {
     let problem = |problem| routes::problem(&problem).map(Either::Left);
     let key = match repeated::key(&request) {
-        Ok(None) => return context.answering.answer(request.map(Either::Left)).await,
+        Ok(None) => return context.answering.answer(request).await,
         Ok(Some(key)) => key,
         Err(found) => return problem(found),
     };
@@ -291,26 +328,49 @@ impl Answering {
     }
 }
 
-/// Whose process is at the other end, and why it must not manage this machine or host.
-fn who(stream: &UnixStream, also: Option<u32>) -> (Peer, Option<Problem>) {
+/// What somebody may ask.
+#[derive(Debug, Clone)]
+enum May {
+    All,
+    /// What this user's role allows.
+    As(u32, Role),
+    /// Why.
+    Nothing(Box<Problem>),
+}
+
+/// Whose process is at the other end, and what it may.
+fn who(stream: &UnixStream, others: &Others) -> (Peer, May) {
     let own = rustix::process::geteuid().as_raw();
-    match stream.peer_cred() {
-        Ok(peer) if peer.uid() == own || peer.uid() == 0 || Some(peer.uid()) == also => {
-            (Peer::User(Some(peer.uid())), None)
-        }
-        Ok(peer) => {
-            let detail = format!("user {} may not manage a machine of user {own}", peer.uid());
-            let problem = Problem::new(ProblemKind::Forbidden, detail);
-            (Peer::User(Some(peer.uid())), Some(problem))
-        }
+    let forbidden = |detail| May::Nothing(Box::new(Problem::new(ProblemKind::Forbidden, detail)));
+    let peer = match stream.peer_cred() {
+        Ok(peer) => peer,
         Err(error) => {
-            let detail = format!("cannot find out who asks: {error}");
-            (
+            return (
                 Peer::User(None),
-                Some(Problem::new(ProblemKind::Forbidden, detail)),
-            )
+                forbidden(format!("cannot find out who asks: {error}")),
+            );
         }
-    }
+    };
+    let user = peer.uid();
+    let may = if user == own || user == 0 || Some(user) == others.user {
+        May::All
+    } else {
+        let role = if others.locals.is_empty() {
+            Ok(None)
+        } else {
+            let groups = block_io::peer_groups(stream);
+            groups.map(|mut groups| {
+                groups.push(peer.gid());
+                others.locals.role(user, &groups)
+            })
+        };
+        match role {
+            Ok(Some(role)) => May::As(user, role),
+            Ok(None) => forbidden(format!("user {user} may not manage a machine of user {own}")),
+            Err(error) => forbidden(format!("cannot find out in which groups user {user} is: {error}")),
+        }
+    };
+    (Peer::User(Some(user)), may)
 }
 
 /// Tells a client that there are too many, if it listens at once.

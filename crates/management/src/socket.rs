@@ -54,6 +54,11 @@ impl Listening {
         self.file.give_to(user)
     }
 
+    /// Lets all users of the host connect; who they are is known then.
+    pub(crate) fn let_all_connect(&self) -> io::Result<()> {
+        self.file.let_all_connect()
+    }
+
     pub(crate) fn into_parts(self) -> (UnixListener, SocketFile) {
         (self.listener, self.file)
     }

@@ -69,7 +69,12 @@ pub(crate) fn serve(arguments: &ServeArguments) -> anyhow::Result<Exit> {
             .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     }
     // Before anything is opened: a second manager ends here.
+    let locals = config.management.locals().map_err(UsageError::new);
+    let locals = locals.with_context(|| path.display().to_string())?;
     let server = Server::bind(&config.management.socket)?;
+    let server = server
+        .for_locals(locals)
+        .context("cannot open the management socket for others")?;
     let (journal, recovered) = EventJournal::open(&config.state.join("events"), EVENTS)?;
     let last = recovered.last;
     let events = Arc::new(recovered.into_log());

@@ -38,7 +38,10 @@ impl PoolConfig {
     }
 
     /// Checks what the types alone cannot.
-    pub(super) fn check(&self) -> Result<(), (&'static str, InvalidValue)> {
+    ///
+    /// # Errors
+    /// The key and what is wrong with it.
+    pub fn check(&self) -> Result<(), (&'static str, InvalidValue)> {
         if self.io_helpers.is_some_and(|helpers| helpers > MOST_HELPERS) {
             let problem = format!("is more than {MOST_HELPERS}");
             return Err(("io-helpers", InvalidValue::new(problem)));

@@ -21,7 +21,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
 use crate::worker::{Call, Operation, Request};
 
 pub use listener::{ListenAddress, ListenError, Listener};
-pub use unix::{SocketFile, UnixSocketError, listen_unix};
+pub use unix::{SocketFile, UnixSocketError, listen_unix, peer_groups};
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 64;

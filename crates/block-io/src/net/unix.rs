@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -53,6 +53,48 @@ impl SocketFile {
             None,
             flags,
         )?)
+    }
+}
+
+impl SocketFile {
+    /// Lets all users of the host connect.
+    ///
+    /// # Errors
+    /// The mode cannot be changed.
+    pub fn let_all_connect(&self) -> io::Result<()> {
+        std::fs::set_permissions(&self.path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
+    }
+}
+
+/// The supplementary groups that the process at the other end of a Unix socket had when it connected (`SO_PEERGROUPS`, Linux 4.13).
+///
+/// # Errors
+/// It is no such socket, or the kernel does not know the question.
+pub fn peer_groups(socket: &impl AsFd) -> io::Result<Vec<u32>> {
+    let socket = socket.as_fd().as_raw_fd();
+    let mut groups = vec![0_u32; 64];
+    loop {
+        let mut length = libc::socklen_t::try_from(size_of_val(&*groups)).unwrap_or(libc::socklen_t::MAX);
+        // SAFETY: `groups` has room for `length` bytes, which is a valid place, too.
+        let answer = unsafe {
+            libc::getsockopt(
+                socket,
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        let count = usize::try_from(length).unwrap_or(0) / size_of::<u32>();
+        if answer == 0 {
+            groups.truncate(count);
+            return Ok(groups);
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::ERANGE) || count <= groups.len() {
+            return Err(error);
+        }
+        groups.resize(count, 0);
     }
 }
 

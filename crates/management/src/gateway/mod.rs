@@ -30,7 +30,6 @@
 mod attempts;
 mod audit;
 pub(crate) mod forward;
-mod rights;
 mod server;
 mod stream;
 mod subject;

@@ -36,9 +36,9 @@ use tracing::{debug, warn};
 use super::attempts::{Attempts, place};
 use super::audit::{Audit, AuditError, Line};
 use super::forward::{AnswerBody, Outgoing, forward};
-use super::rights::Asked;
 use super::subject::Subject;
 use crate::console::{Consoles, Guard};
+use crate::rights::Asked;
 use crate::room::{Peer, Room};
 use crate::{life, openapi, page, repeated, routes, sse};
 

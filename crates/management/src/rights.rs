@@ -8,7 +8,7 @@ use hyper::Method;
 
 /// What a request to a machine is, as far as rights are concerned.
 #[derive(Debug)]
-pub(super) enum Asked<'a> {
+pub(crate) enum Asked<'a> {
     /// Anything but the following two, by method and path behind the machine's name.
     Path(&'a Method, &'a [&'a str]),
     /// `POST storage`.
@@ -19,7 +19,7 @@ pub(super) enum Asked<'a> {
 
 impl Asked<'_> {
     /// The least role that may do it.
-    pub(super) fn needs(&self) -> Role {
+    pub(crate) fn needs(&self) -> Role {
         match self {
             Self::Path(method, path) => match (*method, *path) {
                 (&Method::GET | &Method::HEAD | &Method::OPTIONS, _) => Role::Viewer,
@@ -41,7 +41,7 @@ impl Asked<'_> {
     }
 
     /// The request to a pool that it is.
-    pub(super) fn storage(&self) -> Option<&StorageRequest> {
+    pub(crate) fn storage(&self) -> Option<&StorageRequest> {
         match self {
             Self::Storage(request) => Some(request),
             Self::Path(..) | Self::Transfer => None,
@@ -49,7 +49,7 @@ impl Asked<'_> {
     }
 
     /// Whether nothing changes.
-    pub(super) fn only_reads(&self) -> bool {
+    pub(crate) fn only_reads(&self) -> bool {
         self.needs() == Role::Viewer
     }
 }
