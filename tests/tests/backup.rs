@@ -11,17 +11,19 @@ use crate::network::{LEASE, free_port, lease};
 const DEVICES: [&str; 4] = ["d0.img", "d1.img", "d2.img", "d3.img"];
 
 /// Disks: their names, sizes and volumes. XFS is not made smaller than 300 MiB, btrfs than 109.
-const DISKS: [(&str, &str, &str); 4] = [
+const DISKS: [(&str, &str, &str); 6] = [
     ("ext4", "128M", "safe"),
     ("xfs", "320M", "fast"),
     ("btrfs", "112M", "safe"),
     ("back", "256M", "fast"),
+    ("one", "32M", "safe"),
+    ("two", "32M", "fast"),
 ];
 
 /// ext4 on a partition, XFS on all of a disk; both have a tree with one of everything, and a load. One disk is for what is restored.
-const PREPARE: [&str; 8] = [
+const PREPARE: [&str; 10] = [
     "sh /tools-on",
-    "for f in ext4 xfs btrfs back; do ln -s $(sms-agent disk list | awk \"/$f.dsk/ {print \\$1}\") /dev/$f || exit; done",
+    "for f in ext4 xfs btrfs back one two; do ln -s $(sms-agent disk list | awk \"/$f.dsk/ {print \\$1}\") /dev/$f || exit; done",
     "printf 'n\\np\\n1\\n2048\\n\\nw\\n' | fdisk -u /dev/ext4 > /dev/null 2>&1; ln -s $(readlink /dev/ext4)1 /dev/ext4p1; \
      n=0; until [ -b /dev/ext4p1 ]; do usleep 20000; done",
     "/tools/usr/bin/mke2fs -q -t ext4 /dev/ext4p1 && /tools/usr/bin/mke2fs -q -t ext4 /dev/back && \
@@ -29,9 +31,18 @@ const PREPARE: [&str; 8] = [
     "mkdir /ext4 /xfs /btrfs /back /image && mount -t ext4 /dev/ext4p1 /ext4 && mount -t xfs /dev/xfs /xfs && mount -t ext4 /dev/back /back && \
      mount -t btrfs /dev/btrfs /btrfs",
     "for f in ext4 xfs; do mkdir /$f/tree /$f/load && fs-load odd /$f/tree || exit; done",
+    VOLUME,
+    "/tools/usr/bin/mke2fs -q -t ext4 /dev/mapper/lv && mkdir /lv && mount -t ext4 /dev/mapper/lv /lv && fs-load odd /lv && \
+     head -c 3000000 /dev/urandom > /lv/large && fs-load list /lv > /tmp/lv.live",
     "head -c 300000 /dev/urandom > /btrfs/large; echo little > /btrfs/little",
     LOAD,
 ];
+
+/// A logical volume as LVM makes them: a piece of each disk one behind the other, then one in stripes.
+const VOLUME: &str = "d() { f=$(readlink /dev/$1); cat /sys/class/block/${f##*/}/dev; }; \
+    printf '0 16384 linear %s 2048\\n16384 8192 linear %s 4096\\n24576 32768 striped 2 128 %s 20480 %s 20480\\n' \
+    $(d one) $(d two) $(d two) $(d one) | /tools/usr/bin/dmsetup create --noudevsync lv && [ -b /dev/mapper/lv ] || \
+    /tools/usr/bin/dmsetup mknodes lv; [ -b /dev/mapper/lv ]";
 
 /// Files are written, appended to, replaced and deleted, until there is /tmp/stop.
 const LOAD: &str = "(n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); for f in ext4 xfs; do cd /$f/load; echo $n >> log; \
@@ -171,6 +182,8 @@ impl Guest {
             kept.all(|name| name == image),
             "not only {image} is there: {list}"
         );
+        // Of logical volumes only that of the guest.
+        self.vm.guest("[ $(ls -d /sys/block/dm-* | wc -l) = 1 ]")?;
         self.vm
             .guest("for f in ext4 xfs; do echo x > /$f/alive && sync -f /$f/alive || exit; done")
             .map(drop)
@@ -222,7 +235,7 @@ fn files_of_a_live_guest_are_backed_up_from_a_frozen_image_and_restored() {
                 builder = builder.disk(disk.set("bus", "\"virtio-scsi\"").serial(name));
             }
             let mut vm = builder.with_agent()?.with_guest_tools()?.interactive()?;
-            vm.guest_until("[ $(ls -d /sys/block/sd* | wc -l) = 4 ]")?;
+            vm.guest_until("[ $(ls -d /sys/block/sd* | wc -l) = 6 ]")?;
             for line in PREPARE {
                 vm.guest(line)?;
             }
@@ -247,8 +260,8 @@ fn files_of_a_live_guest_are_backed_up_from_a_frozen_image_and_restored() {
 }
 
 fn full_and_incremental(guest: &mut Guest) -> Result<()> {
-    // btrfs cannot be taken file by file.
-    let said = guest.create("--source /ext4 /xfs /dev/btrfs --name full --keep-image", 0)?;
+    // btrfs cannot be taken file by file; a logical volume can.
+    let said = guest.create("--source /ext4 /xfs /lv /dev/btrfs --name full --keep-image", 0)?;
     ensure!(
         said.contains("stood still for") && said.contains("read from devices"),
         "{said}"
@@ -273,6 +286,7 @@ fn full_and_incremental(guest: &mut Guest) -> Result<()> {
     for name in ["ext4", "xfs"] {
         guest.is_the_same(name, "backup-full")?;
     }
+    guest.is_the_same("lv", "live")?;
     // Holes are holes.
     guest
         .vm
@@ -286,9 +300,9 @@ fn full_and_incremental(guest: &mut Guest) -> Result<()> {
     guest
         .vm
         .guest("sms-agent disk detach /vm/btrfs.dsk@backup-full")?;
-    guest
-        .vm
-        .guest("sms-agent release-image --name backup-full /vm/xfs.dsk /vm/btrfs.dsk")?;
+    guest.vm.guest(
+        "sms-agent release-image --name backup-full /vm/xfs.dsk /vm/btrfs.dsk /vm/one.dsk /vm/two.dsk",
+    )?;
 
     guest.is_clean("backup-second")?;
     guest.look_into("ext4", "backup-second")?;
@@ -338,9 +352,9 @@ fn broken_off(mover: &Mover<'_>, guest: &mut Guest) -> Result<()> {
         );
         guest
             .vm
-            .guest(&format!("rm -f /tmp/ended; [ ! -e /dev/sde ] && {line}"))?;
+            .guest(&format!("rm -f /tmp/ended; [ ! -e /dev/sdg ] && {line}"))?;
         // The image is here: what is in it is sent, slowly.
-        guest.vm.guest_until("[ -b /dev/sde1 ]")
+        guest.vm.guest_until("[ -b /dev/sdg1 ]")
     };
     let ended = |guest: &mut Guest| -> Result<String> {
         guest.vm.guest_until("[ -e /tmp/ended ]")?;

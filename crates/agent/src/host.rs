@@ -359,20 +359,7 @@ impl Host {
         let found = sms_disks().into_iter().find(|found| found.path == real);
         let found = found.ok_or_else(|| AgentError::NotSms(device.to_owned()))?;
         let disks = self.disks()?;
-        let mut named = disks
-            .iter()
-            .filter(|disk| disk.serial.as_ref() == Some(&found.serial));
-        let disk = named.next();
-        if let (Some(one), Some(other)) = (disk, named.next()) {
-            let path = |disk: &GuestDisk| disk.path.clone().unwrap_or_else(|| "another disk".to_owned());
-            return Err(AgentError::Text(format!(
-                "{} has the serial number {}, and so have {} and {}: name the disk by its path in the pool",
-                device.display(),
-                found.serial,
-                path(one),
-                path(other)
-            )));
-        }
+        let disk = with_serial(&disks, &found.serial, device)?;
         disk.and_then(|disk| disk.path.clone()).ok_or_else(|| {
             AgentError::Text(format!(
                 "{} is no disk of a pool: the host cannot manage it",
@@ -400,6 +387,28 @@ impl Host {
     }
 }
 
+/// The disk of that serial number, which a device has. Of two it must be no guess.
+fn with_serial<'a>(
+    disks: &'a [GuestDisk],
+    serial: &str,
+    device: &Path,
+) -> Result<Option<&'a GuestDisk>, AgentError> {
+    let mut named = disks.iter().filter(|disk| disk.serial.as_deref() == Some(serial));
+    let disk = named.next();
+    let Some(other) = named.next() else {
+        return Ok(disk);
+    };
+    let paths = disk.into_iter().chain([other]);
+    let paths: Vec<&str> = paths
+        .map(|disk| disk.path.as_deref().unwrap_or("another disk"))
+        .collect();
+    Err(AgentError::Text(format!(
+        "{} has the serial number {serial}, and so have {}: name the disk by its path in the pool",
+        device.display(),
+        paths.join(" and ")
+    )))
+}
+
 /// A number that nobody else uses: the standard library's hash keys are random.
 pub(crate) fn random() -> u32 {
     use std::hash::{BuildHasher, Hasher};
@@ -421,6 +430,33 @@ mod tests {
         assert_eq!(
             text,
             "there is no disk /a.dsk; `sms-agent disk list` shows what there is"
+        );
+    }
+    #[test]
+    fn of_two_disks_with_one_serial_number_none_is_taken() {
+        let disk = |path: &str, serial: &str| GuestDisk {
+            path: Some(path.to_owned()),
+            id: None,
+            serial: Some(serial.to_owned()),
+            size: 0,
+            allocated: 0,
+            read_only: false,
+            volumes: Vec::new(),
+            snapshots: Vec::new(),
+        };
+        let disks = [
+            disk("/a/x.dsk", "x.dsk"),
+            disk("/y.dsk", "y.dsk"),
+            disk("/b/x.dsk", "x.dsk"),
+        ];
+        let device = Path::new("/dev/sdb");
+        let found = with_serial(&disks, "y.dsk", device).unwrap().unwrap();
+        assert_eq!(found.path.as_deref(), Some("/y.dsk"));
+        assert!(with_serial(&disks, "z.dsk", device).unwrap().is_none());
+        let refused = with_serial(&disks, "x.dsk", device).unwrap_err().to_string();
+        assert!(
+            refused.contains("/dev/sdb") && refused.contains("/a/x.dsk and /b/x.dsk"),
+            "{refused}"
         );
     }
 }

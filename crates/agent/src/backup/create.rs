@@ -10,7 +10,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -23,8 +23,9 @@ use expanded_api::{Answer, Request};
 use serde::Serialize;
 
 use super::arguments::CreateArguments;
+use super::dm::Volume;
 use super::glob::Glob;
-use super::locate::{self, Sources};
+use super::locate::{self, Sources, System};
 use super::meta::read_at;
 use super::snapshot::{Taken, device_of, mount};
 use super::walk::{Sink, Walk};
@@ -105,6 +106,11 @@ pub(crate) fn create(host: &Host, arguments: CreateArguments, json: bool) -> Res
     let sources = locate::sources(&arguments.sources)?;
     for note in &sources.notes {
         eprintln!("sms-agent: {note}");
+    }
+    if arguments.resume && sources.systems.iter().any(|system| system.table.is_some()) {
+        return Err(AgentError::Text(
+            "a backup of files on logical volumes is not resumed, as these may have moved since: make a new one".to_owned(),
+        ));
     }
     let disks = disks_of(host, &sources)?;
     let name = arguments.name.clone().unwrap_or_else(now);
@@ -222,7 +228,7 @@ fn disks_of(host: &Host, sources: &Sources) -> Result<Vec<Disk>, AgentError> {
     let names = sources
         .systems
         .iter()
-        .map(|system| &system.disk)
+        .flat_map(|system| &system.disks)
         .chain(&sources.disks);
     let mut disks: Vec<Disk> = Vec::new();
     for name in names {
@@ -446,17 +452,22 @@ fn walk_all(
     let exclude: Vec<Glob> = arguments.exclude.iter().map(|text| Glob::new(text)).collect();
     let mut attached = BTreeMap::new();
     for (number, system) in sources.systems.iter().enumerate() {
-        let at = index(disks, &system.disk)?;
-        let device = match attached.get(&at) {
-            Some(device) => device,
-            None => attached
-                .entry(at)
-                .or_insert(taken.attach(&format!("{}@{image}", disks[at].path))?),
-        };
-        let device = device_of(system, device)?;
-        let root: OwnedFd = mount(&system.mount.kind, &device)?;
+        system.has_not_moved()?;
+        let (mut numbers, mut devices) = (Vec::new(), Vec::new());
+        for disk in &system.disks {
+            let at = index(disks, disk)?;
+            let device = match attached.get(&at) {
+                Some(device) => device,
+                None => attached
+                    .entry(at)
+                    .or_insert(taken.attach(&format!("{}@{image}", disks[at].path))?),
+            };
+            numbers.push(u32::try_from(at).unwrap_or(u32::MAX));
+            devices.push(PathBuf::clone(device));
+        }
+        let root = mounted(system, &devices)?;
         clock.did("attaching");
-        let mut walk = Walk::new(system, u32::try_from(at).unwrap_or(u32::MAX), &exclude);
+        let mut walk = Walk::new(system, &numbers, &exclude);
         for tree in sources.trees.iter().filter(|tree| tree.system == number) {
             walk.tree(&root, tree, sink)?;
         }
@@ -464,6 +475,18 @@ fn walk_all(
         clock.did("files");
     }
     Ok(())
+}
+
+/// The root of a file system in the image, whose disks have come as `devices`.
+fn mounted(system: &System, devices: &[PathBuf]) -> Result<OwnedFd, AgentError> {
+    let kind = &system.mount.kind;
+    if let Some(table) = &system.table {
+        // It goes with the mount, whatever ends this program.
+        let volume = Volume::new(table, devices)?;
+        return mount(kind, &volume.path);
+    }
+    let disk = devices.first().map_or(Path::new(""), PathBuf::as_path);
+    mount(kind, &device_of(system, disk)?)
 }
 
 /// Sends entries to the mover.

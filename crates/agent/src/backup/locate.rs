@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use super::dm::{self, Table};
 use super::fiemap::Span;
 use crate::freeze::disks_of;
 use crate::host::AgentError;
@@ -19,12 +20,14 @@ use crate::mounts::{self, Mount};
 pub(crate) struct System {
     /// Where it is mounted.
     pub(crate) mount: Mount,
-    /// The disk below it: `sdb`.
-    pub(crate) disk: String,
+    /// The disks below it: `sdb`. More than one only below a logical volume.
+    pub(crate) disks: Vec<String>,
     /// The partition of that disk; none if it has all of the disk.
     pub(crate) partition: Option<u32>,
-    /// Where on the disk.
+    /// Where on the disk; of a logical volume all of that.
     pub(crate) span: Span,
+    /// Where a logical volume is on the disks.
+    pub(crate) table: Option<Table>,
 }
 
 /// A file or folder, with all that is in it.
@@ -194,7 +197,67 @@ fn tree(real: &Path, device: u64, mounts: &[Mount], found: &mut Sources) -> Resu
 fn system(mount: &Mount) -> Result<System, AgentError> {
     let folder = folder_of(mount.device);
     let real = fs::canonicalize(&folder).map_err(here(&folder))?;
-    place(mount, &real)
+    match real.join("dm").exists() {
+        true => volume(mount, &real),
+        false => place(mount, &real),
+    }
+}
+
+/// Where a file system on a logical volume is.
+fn volume(mount: &Mount, folder: &Path) -> Result<System, AgentError> {
+    let refused = |reason: String| {
+        let name = fs::read_to_string(folder.join("dm/name")).unwrap_or_default();
+        no(format!(
+            "{} is on the volume {}, whose files cannot be backed up by their place: {reason}; back up the whole disks below it \
+             (--source /dev/sdX)",
+            mount.point.display(),
+            name.trim()
+        ))
+    };
+    let mut disks: Vec<String> = Vec::new();
+    let below = |device| {
+        let real = fs::canonicalize(folder_of(device)).map_err(|error| error.to_string())?;
+        if real.join("dm").exists() || real.join("md").exists() {
+            let name = real.file_name().unwrap_or_default().display();
+            return Err(format!("a part of it is on {name}, which is put together itself"));
+        }
+        let mut below = place(mount, &real).map_err(|error| error.to_string())?;
+        let disk = below.disks.pop().unwrap_or_default();
+        let known = disks.iter().position(|known| *known == disk);
+        let known = known.unwrap_or_else(|| {
+            disks.push(disk);
+            disks.len() - 1
+        });
+        Ok((known, below.span))
+    };
+    let table = dm::table(mount.device).and_then(|text| Table::parse(&text, below));
+    let table = table.map_err(refused)?;
+    Ok(System {
+        mount: mount.clone(),
+        disks,
+        partition: None,
+        span: Span {
+            start: 0,
+            length: table.length(),
+        },
+        table: Some(table),
+    })
+}
+
+impl System {
+    /// Whether a logical volume is still where it was.
+    ///
+    /// # Errors
+    /// It is not, or nobody knows.
+    pub(crate) fn has_not_moved(&self) -> Result<(), AgentError> {
+        match self.table.is_none() || system(&self.mount)? == *self {
+            true => Ok(()),
+            false => Err(no(format!(
+                "the volume of {} was moved or got another size while the image was made: make the backup again",
+                self.mount.point.display()
+            ))),
+        }
+    }
 }
 
 /// Where a file system is, by its device's folder in sysfs.
@@ -214,7 +277,7 @@ fn place(mount: &Mount, folder: &Path) -> Result<System, AgentError> {
     let has_slaves = fs::read_dir(folder.join("slaves")).is_ok_and(|mut slaves| slaves.next().is_some());
     if has_slaves || folder.join("dm").exists() || folder.join("md").exists() {
         return Err(no(format!(
-            "{} is on {}, which is put together in this machine (LVM, device mapper, md): its files cannot be backed up by their place \
+            "{} is on {}, which is put together in this machine (device mapper, md): its files cannot be backed up by their place \
              yet; back up the whole disks below it (--source /dev/sdX)",
             mount.point.display(),
             name(folder)
@@ -236,12 +299,13 @@ fn place(mount: &Mount, folder: &Path) -> Result<System, AgentError> {
     };
     Ok(System {
         mount: mount.clone(),
-        disk,
+        disks: vec![disk],
         partition,
         span: Span {
             start: bytes(start)?,
             length: bytes(number("size")?)?,
         },
+        table: None,
     })
 }
 
@@ -267,7 +331,7 @@ mod tests {
             fs::write(partition.join(file), text).unwrap();
         }
         let found = place(&mount("/srv"), &partition).unwrap();
-        assert_eq!((found.disk.as_str(), found.partition), ("sdb", Some(2)));
+        assert_eq!((found.disks, found.partition), (vec!["sdb".to_owned()], Some(2)));
         assert_eq!((found.span.start, found.span.length), (1 << 20, 2 << 20));
         fs::write(partition.join("start"), "x").unwrap();
         assert!(place(&mount("/srv"), &partition).is_err());
@@ -289,7 +353,7 @@ mod tests {
         fs::create_dir_all(disk.join("slaves/sda")).unwrap();
         let refused = place(&mount("/srv"), &disk).unwrap_err().to_string();
         assert!(
-            refused.contains("/srv is on sdc") && refused.contains("LVM"),
+            refused.contains("/srv is on sdc") && refused.contains("md"),
             "{refused}"
         );
     }

@@ -1,7 +1,7 @@
 //! Frozen-image backup, the guest's part: `sms-agent backup`.
 //!
 //! ```text
-//!   locate    what the sources are: file systems, partitions, disks
+//!   locate    what the sources are: file systems, partitions, disks;  dm  logical volumes
 //!   create    freeze ──► one snapshot ──► thaw          as long as it takes to flush and snapshot, however many files there are
 //!     snapshot    the image is attached, and its file system mounted to be read
 //!     walk        names, metadata;  fiemap  where files are on the disk
@@ -11,6 +11,7 @@
 
 mod arguments;
 mod create;
+mod dm;
 mod fiemap;
 mod glob;
 mod locate;

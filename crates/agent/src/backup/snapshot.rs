@@ -169,7 +169,7 @@ pub(crate) fn device_of(system: &System, disk: &Path) -> Result<PathBuf, AgentEr
                 return Err(AgentError::Text(format!(
                     "partition {wanted} of the image is not where that of {} is: the partition table was changed since the machine \
                      started; start it again",
-                    system.disk
+                    system.disks.join(", ")
                 )));
             }
             if device.exists() {

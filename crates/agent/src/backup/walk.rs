@@ -17,6 +17,10 @@ use super::meta::{Held, modified};
 use super::{signals, snapshot};
 use crate::host::AgentError;
 
+/// Most extents of a file on a logical volume, whose stripes are extents of their own: the bytes of a file with more go through the agent, as
+/// it would need much memory for them.
+const MAX_RUNS: u64 = 1 << 20;
+
 /// What takes the entries of a walk.
 pub(crate) trait Sink {
     /// An entry; with its file if its content is to be sent.
@@ -28,8 +32,8 @@ pub(crate) trait Sink {
 /// A walk through trees of one file system.
 pub(crate) struct Walk<'a> {
     pub(crate) system: &'a System,
-    /// The number of its disk in the plan.
-    pub(crate) disk: u32,
+    /// The numbers of its disks in the plan.
+    pub(crate) disks: &'a [u32],
     pub(crate) exclude: &'a [Glob],
     /// Names of files that have several: those that have been met, by their number in the file system.
     seen: HashMap<u64, RawText>,
@@ -44,10 +48,10 @@ struct Level {
 }
 
 impl<'a> Walk<'a> {
-    pub(crate) fn new(system: &'a System, disk: u32, exclude: &'a [Glob]) -> Self {
+    pub(crate) fn new(system: &'a System, disks: &'a [u32], exclude: &'a [Glob]) -> Self {
         Self {
             system,
-            disk,
+            disks,
             exclude,
             seen: HashMap::new(),
         }
@@ -203,41 +207,56 @@ impl<'a> Walk<'a> {
         Ok((Some(entry), content, level))
     }
 
+    /// Where a piece is, in extents behind those that there are; false if it has no place, or there are too many.
+    fn place(&self, piece: Piece, extents: &mut Vec<Extent>) -> bool {
+        let most = match self.system.table {
+            Some(_) => MAX_RUNS,
+            None => MAX_EXTENTS_OF_ENTRY,
+        };
+        let mut push = |offset, length, at| {
+            let has_room = (extents.len() as u64) < most;
+            if has_room {
+                extents.push(Extent { offset, length, at });
+            }
+            has_room
+        };
+        let on = |disk: usize, start| {
+            let disk = self.disks.get(disk).copied()?;
+            Some(Place { disk, start })
+        };
+        match (piece, &self.system.table) {
+            (Piece::Content { .. }, _) => false,
+            (Piece::Zeroes { offset, length }, _) => push(offset, length, None),
+            #[rustfmt::skip]
+            (Piece::Disk { offset, length, start }, None) => {
+                on(0, start).is_some_and(|at| push(offset, length, Some(at)))
+            },
+            #[rustfmt::skip]
+            (Piece::Disk { mut offset, length, start }, Some(table)) => {
+                table.split(start, length, |disk, at, count| {
+                    let from = offset;
+                    offset += count;
+                    on(disk, at).is_some_and(|at| push(from, count, Some(at)))
+                })
+            },
+        }
+    }
+
     /// Where the bytes of a file are.
     fn file(&self, file: &File, stat: &Stat) -> io::Result<Kind> {
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         let pieces = fiemap::pieces(file, size, self.system.span)?;
-        let streamed = pieces.iter().any(|piece| matches!(piece, Piece::Content { .. }));
-        if streamed || pieces.len() as u64 > MAX_EXTENTS_OF_ENTRY {
+        let mut extents = Vec::new();
+        let all = pieces.into_iter().all(|piece| self.place(piece, &mut extents));
+        if !all {
             return Ok(Kind::File {
                 size,
                 content: Content::Stream {},
             });
         }
-        let disk = self.disk;
-        let extents = pieces.into_iter().filter_map(|piece| match piece {
-            Piece::Disk {
-                offset,
-                length,
-                start,
-            } => Some(Extent {
-                offset,
-                length,
-                at: Some(Place { disk, start }),
-            }),
-            Piece::Zeroes { offset, length } => Some(Extent {
-                offset,
-                length,
-                at: None,
-            }),
-            Piece::Content { .. } => None,
-        });
         Ok(Kind::File {
             size,
-            content: Content::Extents {
-                extents: extents.collect(),
-                more: false,
-            },
+            content: Content::Extents { extents, more: false },
         })
     }
 }
@@ -305,12 +324,13 @@ mod tests {
                 point: "/".into(),
                 kind: "ext4".into(),
             },
-            disk: "sda".into(),
+            disks: vec!["sda".into()],
             partition: None,
             span: Span {
                 start: 0,
                 length: u64::MAX,
             },
+            table: None,
         };
         let exclude: Vec<Glob> = exclude.iter().map(|text| Glob::new(text)).collect();
         let tree = Tree {
@@ -320,7 +340,7 @@ mod tests {
         };
         let root = OwnedFd::from(File::open(folder).unwrap());
         let mut kept = Kept::default();
-        Walk::new(&system, 3, &exclude)
+        Walk::new(&system, &[3], &exclude)
             .tree(&root, &tree, &mut kept)
             .unwrap();
         kept
