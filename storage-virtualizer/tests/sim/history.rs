@@ -257,7 +257,7 @@ const MARKS: [&str; 6] = [
 
 #[test]
 fn disks_on_mirrors_are_managed_under_load() {
-    run(FaultRates::default(), 25, 25, &MARKS);
+    run(FaultRates::default(), 28, 25, &MARKS);
 }
 
 #[test]
