@@ -120,6 +120,8 @@ pub(crate) fn peer_programs() {
         ("nbdcopy", "libnbd-bin"),
         ("nbdsh", "python3-libnbd"),
         ("openssl", "openssl"),
+        ("curl", "curl"),
+        ("setpriv", "util-linux"),
         ("iscsi-ls", "libiscsi-bin"),
     ];
     let missing = || -> Vec<&str> {
