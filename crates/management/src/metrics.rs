@@ -8,7 +8,7 @@
 
 use std::fmt::{Display, Write as _};
 
-use api::storage::{Health, JobState, PoolDeviceState, PoolStatus};
+use api::storage::{Health, JobState, MemberHealth, PoolDeviceState, PoolStatus};
 use api::{
     AttachmentMetrics, DeviceState, HostStatus, Latencies, MachineState, Metrics, NetMetrics, QueueMetrics,
     RequestCounts, VmState, VmStatus,
@@ -492,6 +492,19 @@ fn volumes(writer: &mut Writer<'_>, pools: &[PoolStatus]) {
     let mut family = writer.gauge("smsvmm_volume_used_bytes", help);
     for (volume, labels) in volumes() {
         family.sample(&labels, volume.used);
+    }
+    let help = "Parts of a volume on devices, copies and columns, by what they are good for.";
+    let mut family = writer.gauge("smsvmm_volume_members", help);
+    for (volume, [pool, name]) in volumes() {
+        use MemberHealth::{Filling, InSync, Missing, Stale};
+        for state in [InSync, Filling, Stale, Missing] {
+            let count = volume
+                .members
+                .iter()
+                .filter(|member| member.state == state)
+                .count();
+            family.sample(&[pool, name, ("state", &name_of(&state))], count);
+        }
     }
 }
 
