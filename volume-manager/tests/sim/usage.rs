@@ -20,11 +20,14 @@ const BLOCKS: u64 = 48;
 const DISKS: usize = 6;
 const MIB: u64 = 1 << 20;
 
-/// A very small file system: which blocks are in use, and what they hold.
+/// Sectors of a block: so much of a write a crash keeps or loses.
+const SECTORS: usize = 8;
+
+/// A very small file system: which blocks are in use, and what their sectors hold.
 #[derive(Default)]
 struct Blocks {
     used: BTreeSet<u64>,
-    content: BTreeMap<u64, u8>,
+    content: BTreeMap<u64, [u8; SECTORS]>,
     /// Block, and what a write that has not ended puts there.
     writing: BTreeMap<u64, u8>,
 }
@@ -59,7 +62,7 @@ impl FileSystem {
             .map_err(failed)?;
         let mut blocks = self.0.borrow_mut();
         blocks.writing.remove(&block);
-        blocks.content.insert(block, fill);
+        blocks.content.insert(block, [fill; SECTORS]);
         Ok(())
     }
 
@@ -69,7 +72,7 @@ impl FileSystem {
         blocks.content.remove(&block);
     }
 
-    /// A block whose first write had not ended is not in use; one that was being overwritten has the old or the new content.
+    /// A block whose first write had not ended is not in use; one that was being overwritten has the old or the new content in each sector.
     fn crashed(&self) {
         let blocks = &mut *self.0.borrow_mut();
         let content = &blocks.content;
@@ -84,15 +87,20 @@ impl FileSystem {
                 .map_err(failed)?;
             let blocks = &mut *self.0.borrow_mut();
             let old = blocks.content.get(&block).copied();
-            let allowed = [old, blocks.writing.get(&block).copied()];
-            let first = found[0];
-            if !allowed.contains(&Some(first)) || found.iter().any(|byte| *byte != first) {
-                return Err(format!("block {block} holds {first}, not one of {allowed:?}")
-                    .as_str()
-                    .into());
+            let new = blocks.writing.get(&block).copied();
+            let mut now = [0; SECTORS];
+            for (number, sector) in found.chunks(found.len() / SECTORS).enumerate() {
+                let fill = sector[0];
+                let allowed = [old.map(|old| old[number]), new];
+                if !allowed.contains(&Some(fill)) || sector.iter().any(|byte| *byte != fill) {
+                    let text =
+                        format!("sector {number} of block {block} holds {fill}, not one of {allowed:?}");
+                    return Err(text.as_str().into());
+                }
+                now[number] = fill;
             }
             // What was read once stays.
-            blocks.content.insert(block, first);
+            blocks.content.insert(block, now);
             blocks.writing.remove(&block);
         }
         Ok(())
