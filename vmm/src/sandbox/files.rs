@@ -46,7 +46,12 @@ impl Files {
         );
         let device = AccessFs::IoctlDev;
         let management = ruleset(true)?;
-        let management = allow_all(management, &places.attachable, read | write | device)?;
+        let management = allow_all(
+            management,
+            "sandbox.paths",
+            &places.attachable,
+            read | write | device,
+        )?;
         let management = allow(management, &removal, AccessFs::RemoveFile.into())?;
         // Sizes and queues of block devices, features of interfaces; who has an image open.
         let information = ["/sys", "/proc/self"].map(PathBuf::from);
@@ -115,14 +120,16 @@ pub(super) fn ruleset(ends_children: bool) -> Result<RulesetCreated, SandboxErro
     create().map_err(SandboxError::Landlock)
 }
 
-/// Adds `access` beneath `paths`, which must exist.
+/// Adds `access` beneath `paths`, which must exist; `key` names them.
 pub(super) fn allow_all(
     mut ruleset: RulesetCreated,
+    key: &'static str,
     paths: &[PathBuf],
     access: BitFlags<AccessFs>,
 ) -> Result<RulesetCreated, SandboxError> {
     for path in paths {
         let fd = PathFd::new(path).map_err(|error| SandboxError::Place {
+            key,
             path: path.clone(),
             source: reason(error),
         })?;

@@ -46,8 +46,10 @@ use filter::Filter;
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
     /// A path of the configuration cannot be used.
-    #[error("sandbox: {} cannot be opened; it must exist at the start", path.display())]
+    #[error("{key}: {} cannot be opened; it must exist at the start", path.display())]
     Place {
+        /// What names it.
+        key: &'static str,
         /// The path.
         path: PathBuf,
         /// Why.

@@ -77,6 +77,6 @@ fn rules(places: &ProgramPlaces) -> Result<RulesetCreated, SandboxError> {
         | AccessFs::MakeFifo
         | AccessFs::MakeSym;
     let write = AccessFs::from_all(NEWEST) & !(AccessFs::Execute | AccessFs::IoctlDev) & !kinds;
-    let rules = files::allow_all(files::ruleset(false)?, &places.read, read)?;
-    files::allow_all(rules, &places.write, write)
+    let rules = files::allow_all(files::ruleset(false)?, "sandbox", &places.read, read)?;
+    files::allow_all(rules, "sandbox", &places.write, write)
 }
