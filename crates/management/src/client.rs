@@ -365,14 +365,6 @@ impl Client {
         self.get("/v1/host")
     }
 
-    /// All machines of a manager, in the order of their names.
-    ///
-    /// # Errors
-    /// See [`ClientError`].
-    pub fn machines(&self) -> Result<Vec<MachineStatus>, ClientError> {
-        self.list("/v1/vms")
-    }
-
     /// All disks of its pools that a manager serves.
     ///
     /// # Errors

@@ -274,6 +274,14 @@ fn a_gateway_confines_itself_and_serves_all_the_same() {
         "{status}"
     );
     assert!(run(at, &["vm", "list", "--config", "far.toml"]).contains("no machines"));
+    fs::write(
+        at.join("web1.toml"),
+        "name = \"web1\"\n[boot]\nkernel = \"bzImage\"\n",
+    )
+    .unwrap();
+    run(at, &["vm", "define", "web1.toml", "--config", "far.toml"]);
+    let list = run(at, &["vm", "list", "--config", "far.toml"]);
+    assert!(list.contains("web1") && list.contains("stopped"), "{list}");
     // Who comes and goes is seen: the file is read again.
     let token = run(at, &["principal", "add", "looker", "--role", "viewer"]);
     fs::write(at.join("root.token"), token.lines().next().unwrap()).unwrap();
