@@ -41,7 +41,7 @@ pub use agent::Events;
 pub use emulated::{emulated, emulated_with_agent, emulated_with_tools};
 pub use host::{Host, Kernel};
 pub use lab::Output;
-pub use place::program;
+pub use place::{program, run_program};
 pub use pool::{MappedDevice, Pool};
 pub use server::Server;
 pub use terminal::{Mode, Terminal};

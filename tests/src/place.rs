@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::host::Place;
 use crate::watchdog::{self, Watchdog};
@@ -172,6 +172,18 @@ pub fn program() -> Result<PathBuf> {
         .nth(2)
         .context("the test program is in no target folder")?;
     Ok(folder.join("smsvmm"))
+}
+
+/// Has smsvmm do something in `folder`; the arguments have no spaces within.
+///
+/// # Errors
+/// It fails.
+pub fn run_program(folder: &Path, arguments: &str) -> Result<()> {
+    let mut command = Command::new(program()?);
+    let output = command.args(arguments.split(' ')).current_dir(folder).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "smsvmm {arguments}: {said}");
+    Ok(())
 }
 
 /// A program in `target/static`, which must be there if the story needs it.

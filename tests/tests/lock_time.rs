@@ -2,11 +2,10 @@
 //! whose SCSI disks `smsvmm share vhost-user-scsi` serves natively. In the lab smsvmm itself is emulated as well.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use stories::{Server, Vm, emulated_with_agent, program};
+use stories::{Server, Vm, emulated_with_agent, program, run_program};
 
 const PATIENCE: Duration = Duration::from_secs(240);
 const DEVICES: &str = "d0.img,d1.img";
@@ -18,28 +17,20 @@ const GENEROUS_MS: f64 = 2000.0;
 const LOAD: &str = "(n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); for f in ext4 xfs; do cd /$f; echo $n >> log; \
     dd if=/dev/zero of=new bs=64k count=16 2> /dev/null && mv new $((n % 20)); rm -f $((n * 7 % 20)); done; done; echo $n > /tmp/rounds) &";
 
-fn smsvmm(folder: &Path, arguments: &str) -> Result<()> {
-    let mut command = Command::new(program()?);
-    let output = command.args(arguments.split(' ')).current_dir(folder).output()?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "smsvmm {arguments}: {said}");
-    Ok(())
-}
-
 fn serve(folder: &Path) -> Result<Server> {
     for device in DEVICES.split(',') {
         std::fs::File::create(folder.join(device))?.set_len(1 << 30)?;
     }
-    smsvmm(folder, "pool create tank d0.img d1.img")?;
-    smsvmm(
+    run_program(folder, "pool create tank d0.img d1.img")?;
+    run_program(
         folder,
         &format!("file --devices {DEVICES} format --meta-size 64M"),
     )?;
     let volume = format!("volume --devices {DEVICES} create safe --size 640M --layout mirror");
-    smsvmm(folder, &volume)?;
+    run_program(folder, &volume)?;
     for (name, size) in [("ext4", "128M"), ("xfs", "320M")] {
         let create = format!("disk --devices {DEVICES} create /{name}.dsk --size {size} --volume safe");
-        smsvmm(folder, &create)?;
+        run_program(folder, &create)?;
     }
     std::fs::write(
         folder.join("access.toml"),

@@ -2,25 +2,16 @@
 //! reserves, the other respects; and the server is killed under them.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use stories::{Server, Vm, emulated_with_tools, program};
+use stories::{Server, Vm, emulated_with_tools, program, run_program};
 
 const PATIENCE: Duration = Duration::from_secs(240);
 const DEVICES: &str = "d0.img,d1.img";
 const KILLS: u32 = 2;
 /// Exit status of sg3-utils (sg3_utils(8)).
 const UNIT_ATTENTION: i32 = 6;
-
-fn smsvmm(folder: &Path, arguments: &str) -> Result<()> {
-    let mut command = Command::new(program()?);
-    let output = command.args(arguments.split(' ')).current_dir(folder).output()?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "smsvmm {arguments}: {said}");
-    Ok(())
-}
 
 fn serve(folder: &Path) -> Result<Server> {
     let arguments = format!(
@@ -111,19 +102,19 @@ fn tell() -> Result<()> {
     for device in DEVICES.split(',') {
         std::fs::File::create(folder.join(device))?.set_len(512 << 20)?;
     }
-    smsvmm(folder, "pool create tank d0.img d1.img")?;
-    smsvmm(
+    run_program(folder, "pool create tank d0.img d1.img")?;
+    run_program(
         folder,
         &format!("file --devices {DEVICES} format --meta-size 64M"),
     )?;
-    smsvmm(
+    run_program(
         folder,
         &format!("volume --devices {DEVICES} create safe --size 256M --layout mirror"),
     )?;
-    smsvmm(folder, &format!("file --devices {DEVICES} mkdir /vm"))?;
+    run_program(folder, &format!("file --devices {DEVICES} mkdir /vm"))?;
     for disk in ["shared", "data"] {
         let create = format!("disk --devices {DEVICES} create /vm/{disk}.dsk --size 64M --volume safe");
-        smsvmm(folder, &create)?;
+        run_program(folder, &create)?;
     }
     let server = serve(folder)?;
     let booted = [boot(folder, "a")?, boot(folder, "b")?];

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::event::{EventKind, EventLog};
+use crate::event::EventLog;
 use crate::virtual_disk::TransferRequest;
 use crate::{
     ByteSize, DebugDump, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, DiskTrace, Metrics,
@@ -245,11 +245,6 @@ pub trait Vm: Send + Sync {
             pools: metrics.pools,
             vm,
         }
-    }
-
-    /// Notes what its guest did, or was refused.
-    fn record(&self, kind: EventKind) {
-        self.events().record(kind);
     }
 
     /// What happened so far and will happen.

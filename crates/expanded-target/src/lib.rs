@@ -3,7 +3,7 @@
 //! ```text
 //!   worker of a disk's queue            threads of this crate                      management
 //!     SEND ──► session ── tag ──► look: parse, `allow` ──┬─► look:   what only reads ─────┐
-//!       ◄── good, or sense data: may not ────────────────┤   change: one after the other ─┼─► api::Vm: as for
+//!       ◄── good, or sense data: may not ────────────────┤   change: one after the other ─┼─► Owner: as for
 //!     RECEIVE ◄── session ◄── outcome ◄──────────────────┴── move:   what takes long ─────┘   the administrator
 //!     EVENTS  ◄── the machine's log
 //! ```
@@ -21,9 +21,11 @@ mod allow;
 mod audit;
 mod events;
 mod look;
+mod owner;
 mod perform;
 mod session;
 mod target;
 mod waits;
 
+pub use owner::Owner;
 pub use target::{ExpandedTarget, Hook, Running};

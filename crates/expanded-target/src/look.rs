@@ -101,7 +101,7 @@ impl Doer<'_> {
     }
 
     pub(crate) fn list_disks(&self) -> Result<Vec<GuestDisk>, Problem> {
-        let attached = self.vm.status().disks;
+        let attached = self.vm.disks();
         let mut found = Vec::new();
         for status in &attached {
             let own = Own::of(&status.config);

@@ -7,10 +7,11 @@ use api::file::{AttributeChanges, FileAnswer, FileOperation, Moved, Target};
 use api::storage::{JobStatus, Operation, PoolStatus, Shape};
 use api::virtual_disk::{DiskAnswer, DiskOperation, VirtualDiskStatus};
 use api::{
-    DiskBus, DiskConfig, DiskStatus, ExpandedPolicy, Problem, ProblemKind, StorageAnswer, StorageRequest, Vm,
+    DiskBus, DiskConfig, DiskStatus, ExpandedPolicy, Problem, ProblemKind, StorageAnswer, StorageRequest,
 };
 use expanded_api::{Answer, AttachedDisk, Image, ImageDisk, Request, split_snapshot};
 
+use crate::Owner;
 use crate::allow::Own;
 use crate::look::serial;
 
@@ -19,7 +20,7 @@ const MAX_JOBS: usize = 256;
 
 /// What a request is done with.
 pub(crate) struct Doer<'a> {
-    pub(crate) vm: &'a dyn Vm,
+    pub(crate) vm: &'a dyn Owner,
     pub(crate) policy: &'a ExpandedPolicy,
     /// Numbers of the jobs that the guest has begun.
     pub(crate) jobs: &'a Mutex<BTreeSet<u32>>,
@@ -171,7 +172,7 @@ impl Doer<'_> {
 
     /// The disks of the pool that the machine has.
     pub(crate) fn own(&self) -> Vec<Own> {
-        let disks = self.vm.status().disks;
+        let disks = self.vm.disks();
         disks.iter().filter_map(|disk| Own::of(&disk.config)).collect()
     }
 
@@ -283,7 +284,7 @@ impl Doer<'_> {
 
     fn attached(&self, path: &str) -> Option<DiskStatus> {
         let (disk, snapshot) = split_snapshot(path);
-        let mut disks = self.vm.status().disks.into_iter();
+        let mut disks = self.vm.disks().into_iter();
         disks.find(|status| {
             Own::of(&status.config).is_some_and(|own| own.path == disk && own.snapshot.as_deref() == snapshot)
         })

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use api::{EventKind, ExpandedPolicy, Problem, ProblemKind, Vm, VmName};
+use api::{EventKind, ExpandedPolicy, Problem, ProblemKind, VmName};
 use block_io::list;
 use expanded_api::{
     Action, Answer, Cdb, Description, Header, MAJOR, MAX_PAYLOAD, MAX_WAIT_MS, MINOR, Outcome, Page, Quota,
@@ -19,6 +19,7 @@ use storage_virtualizer::scsi::{self, Code, Command, Key, Nexus, Sense, Unit, Ve
 use crate::allow::{allow, shown};
 use crate::audit::{Audit, Bucket};
 use crate::events;
+use crate::owner::Owner;
 use crate::perform::Doer;
 use crate::session::{Cancelled, NotTaken, Seen, Session, Taken};
 use crate::waits::Waits;
@@ -67,7 +68,7 @@ struct Inner {
     requests: Bucket,
     done: Bucket,
     audit: Audit,
-    vm: Option<Arc<dyn Vm>>,
+    vm: Option<Arc<dyn Owner>>,
     stopping: bool,
 }
 
@@ -141,7 +142,7 @@ impl ExpandedTarget {
     ///
     /// # Errors
     /// A thread cannot be started.
-    pub fn start(&self, vm: Arc<dyn Vm>, mut hook: impl FnMut() -> Hook) -> io::Result<Running> {
+    pub fn start(&self, vm: Arc<dyn Owner>, mut hook: impl FnMut() -> Hook) -> io::Result<Running> {
         let running = Running(self.clone());
         let heard = Arc::downgrade(&self.0);
         vm.events().listen(move |_| {
@@ -390,7 +391,7 @@ impl Shared {
     }
 
     /// Sees whether a request is one, and whether the guest may.
-    fn check(&self, vm: &dyn Vm, tag: u32, bytes: &[u8]) {
+    fn check(&self, vm: &dyn Owner, tag: u32, bytes: &[u8]) {
         let request = match serde_json::from_slice::<Request>(bytes) {
             Ok(request) => request,
             Err(error) => {
@@ -423,7 +424,7 @@ impl Shared {
         self.lock().session.end(tag, false, Some(code), body);
     }
 
-    fn doer<'a>(&'a self, vm: &'a dyn Vm) -> Doer<'a> {
+    fn doer<'a>(&'a self, vm: &'a dyn Owner) -> Doer<'a> {
         Doer {
             vm,
             policy: &self.policy,
@@ -431,7 +432,7 @@ impl Shared {
         }
     }
 
-    fn perform(&self, vm: &dyn Vm, tag: u32) {
+    fn perform(&self, vm: &dyn Owner, tag: u32) {
         // None: it was taken back.
         let Some(request) = self.lock().session.begin(tag) else {
             return;

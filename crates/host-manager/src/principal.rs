@@ -1,15 +1,13 @@
 //! A machine as its guest sees it by the expanded API, when the manager has its disks: what the guest may ask for is done here, to the pool and
 //! to the disks that the machine has of it; what only its process can do, attach and detach, its process is asked for.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
-use std::time::Instant;
 
-use api::virtual_disk::TransferRequest;
 use api::{
-    ByteSize, DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventKind, EventLog, NetConfig,
-    NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, Vm, VmName, VmState, VmStatus,
+    DeviceId, DiskConfig, DiskStatus, EventKind, EventLog, Problem, ProblemKind, StorageAnswer,
+    StorageRequest, VmName,
 };
+use expanded_target::Owner;
 use storage_manager::HostedPool;
 
 use crate::disks::{MachineDoor, Shared};
@@ -21,7 +19,6 @@ pub(crate) struct Principal {
     pool_name: String,
     pool: Arc<HostedPool>,
     events: Arc<EventLog>,
-    begin: Instant,
 }
 
 impl Principal {
@@ -38,7 +35,6 @@ impl Principal {
             pool_name: pool_name.to_owned(),
             pool: Arc::clone(pool),
             events: Arc::clone(events),
-            begin: Instant::now(),
         }
     }
 
@@ -48,57 +44,19 @@ impl Principal {
 
     fn door(&self) -> Result<Arc<dyn MachineDoor>, Problem> {
         let door = self.service()?.machines().cloned();
-        door.ok_or_else(|| elsewhere("attaching and detaching disks"))
+        door.ok_or_else(|| {
+            let text =
+                "attaching and detaching disks is not what a guest can have of the manager of its disks";
+            Problem::new(ProblemKind::Conflict, text).remedy("ask the administrator of the machine")
+        })
     }
 }
 
-/// It is no matter of disks.
-fn elsewhere(what: &str) -> Problem {
-    Problem::new(
-        ProblemKind::Conflict,
-        format!("{what} is not what a guest can have of the manager of its disks"),
-    )
-    .remedy("ask the administrator of the machine")
-}
-
-impl Vm for Principal {
-    fn status(&self) -> VmStatus {
-        let disks = self
-            .service()
-            .map(|service| service.disks_of(&self.vm, &self.pool_name));
-        VmStatus {
-            name: self.vm.clone(),
-            state: VmState::Running,
-            pid: std::process::id(),
-            uptime_seconds: self.begin.elapsed().as_secs(),
-            resets: 0,
-            cpus: 0,
-            memory: ByteSize::from_bytes(0),
-            disks: disks.unwrap_or_default(),
-            nets: Vec::new(),
-            limit_groups: BTreeMap::new(),
-            last_event: self.events.last(),
-        }
-    }
-
-    fn power_button(&self) -> Result<(), Problem> {
-        Err(elsewhere("the power button"))
-    }
-
-    fn stop(&self, _: &str) -> Result<(), Problem> {
-        Err(elsewhere("the machine's end"))
-    }
-
-    fn reset(&self) -> Result<(), Problem> {
-        Err(elsewhere("a reset"))
-    }
-
-    fn pause(&self) -> Result<(), Problem> {
-        Err(elsewhere("a pause"))
-    }
-
-    fn resume(&self) -> Result<(), Problem> {
-        Err(elsewhere("a pause's end"))
+impl Owner for Principal {
+    fn disks(&self) -> Vec<DiskStatus> {
+        self.service()
+            .map(|service| service.disks_of(&self.vm, &self.pool_name))
+            .unwrap_or_default()
     }
 
     fn attach_disk(&self, disk: DiskConfig) -> Result<DiskStatus, Problem> {
@@ -109,28 +67,12 @@ impl Vm for Principal {
         self.door()?.attach_disk(&self.vm, &disk)
     }
 
-    fn attach_net(&self, _: NetConfig) -> Result<NetStatus, Problem> {
-        Err(elsewhere("a network"))
-    }
-
     fn detach(&self, id: &DeviceId) -> Result<(), Problem> {
         self.door()?.detach(&self.vm, id)
     }
 
-    fn change_disk(&self, _: &DeviceId, _: &DiskChange) -> Result<DiskStatus, Problem> {
-        Err(elsewhere("a change of limits"))
-    }
-
-    fn change_limits(&self, _: &DeviceId, _: &DiskLimits) -> Result<DiskLimits, Problem> {
-        Err(elsewhere("a change of limits"))
-    }
-
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         self.pool.execute(request)
-    }
-
-    fn transfer(&self, _: TransferRequest) -> Result<Transfer, Problem> {
-        Err(elsewhere("an image"))
     }
 
     fn record(&self, kind: EventKind) {

@@ -5,11 +5,11 @@
 
 use access::Role;
 use http_body_util::{Either, Full};
+use hyper::Request;
 use hyper::body::Incoming;
-use hyper::{Method, Request};
 use tracing::info;
 
-use crate::rights::Asked;
+use crate::rights::{Asked, Kind};
 use crate::routes::{self, Content};
 use api::{Problem, ProblemKind, StorageRequest};
 
@@ -62,18 +62,16 @@ pub(crate) async fn permit(
     let parts: Vec<&str> = path.strip_prefix('/').unwrap_or(&path).split('/').collect();
     let rest = meant(&parts);
     let storage: StorageRequest;
-    let (asked, request) = match (&method, rest) {
-        (&Method::POST, ["storage"] | ["pools", _, "storage"]) => {
+    let (asked, request) = match Kind::of(&method, rest) {
+        Kind::Storage => {
             let (head, body) = request.into_parts();
             let body = routes::bytes(body).await?;
             storage = routes::parse(&body)?;
             let request = Request::from_parts(head, Either::Right(Full::from(body)));
             (Asked::Storage(&storage), request)
         }
-        (&Method::POST, ["storage", "transfer"] | ["pools", _, "storage", "transfer"]) => {
-            (Asked::Transfer, request.map(Either::Left))
-        }
-        _ => (Asked::Path(&method, rest), request.map(Either::Left)),
+        Kind::Transfer => (Asked::Transfer, request.map(Either::Left)),
+        Kind::Path => (Asked::Path(&method, rest), request.map(Either::Left)),
     };
     let needed = asked.needs();
     if role < needed {

@@ -6,6 +6,27 @@ use api::storage::Operation;
 use api::virtual_disk::DiskOperation;
 use hyper::Method;
 
+/// Which kind of request it is, by its method and its path behind the machine's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Its body is a [`StorageRequest`], which decides.
+    Storage,
+    /// Its body is a [`TransferRequest`](api::virtual_disk::TransferRequest).
+    Transfer,
+    /// Method and path decide.
+    Path,
+}
+
+impl Kind {
+    pub(crate) fn of(method: &Method, path: &[&str]) -> Self {
+        match (method, path) {
+            (&Method::POST, ["storage"] | ["pools", _, "storage"]) => Self::Storage,
+            (&Method::POST, ["storage", "transfer"] | ["pools", _, "storage", "transfer"]) => Self::Transfer,
+            _ => Self::Path,
+        }
+    }
+}
+
 /// What a request to a machine is, as far as rights are concerned.
 #[derive(Debug)]
 pub(crate) enum Asked<'a> {

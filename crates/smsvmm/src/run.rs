@@ -101,7 +101,7 @@ fn live(arguments: &RunArguments) -> anyhow::Result<(Exit, String)> {
     let expanded = expanded
         .map(|expanded| {
             let hook = || Box::new(sandbox.thread(Kind::Management)) as Hook;
-            expanded.start(Arc::clone(&control), hook)
+            expanded.start(Arc::new(Arc::clone(&control)), hook)
         })
         .transpose()
         .context("cannot start what serves the guest's expanded API")?;

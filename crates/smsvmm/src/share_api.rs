@@ -15,16 +15,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::ready;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::Context;
-use api::virtual_disk::TransferRequest;
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskBus, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog,
-    ExpandedPolicy, NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, Vm,
-    VmName, VmState, VmStatus,
+    ByteSize, DeviceId, DeviceState, DiskBus, DiskConfig, DiskStatus, EventLog, ExpandedPolicy, Problem,
+    ProblemKind, StorageAnswer, StorageRequest, VmName,
 };
-use expanded_target::{ExpandedTarget, Hook, Running};
+use expanded_target::{ExpandedTarget, Hook, Owner, Running};
 use storage_manager::{HostedDisk, HostedPool, VirtualDisk};
 use storage_virtualizer::iscsi::Access;
 use storage_virtualizer::scsi::{Code, Command, Nexus, Outcome, Sense, TransportId, Unit, VendorCommands};
@@ -36,7 +33,7 @@ pub(crate) type Policies = BTreeMap<(usize, String), ExpandedPolicy>;
 
 /// The expanded API of one target: its units have it. By the name of an iSCSI initiator, or the TransportID of another one.
 #[derive(Debug, Default)]
-pub(crate) struct Principals(BTreeMap<Vec<u8>, (VmName, ExpandedTarget)>);
+pub(crate) struct Principals(BTreeMap<Vec<u8>, ExpandedTarget>);
 
 impl Principals {
     /// For those that may log in to the target at place `target`.
@@ -67,8 +64,7 @@ impl Principals {
 
     fn add(&mut self, key: Vec<u8>, name: VmName, policy: ExpandedPolicy) {
         if policy.enabled {
-            let principal = ExpandedTarget::new(name.clone(), policy);
-            self.0.insert(key, (name, principal));
+            self.0.insert(key, ExpandedTarget::new(name, policy));
         }
     }
 
@@ -89,8 +85,8 @@ impl Principals {
             access.iter().find(of).and_then(|access| access.luns.as_ref())
         };
         let mut running = Vec::new();
-        for (key, (name, principal)) in &self.0 {
-            let view = View::new(name, Arc::clone(pool), luns_of(key), disks)?;
+        for (key, principal) in &self.0 {
+            let view = View::new(Arc::clone(pool), luns_of(key), disks)?;
             let hook = || Box::new(|| Ok(())) as Hook;
             let started = principal.start(Arc::new(view), hook);
             running.push(started.context("cannot start what serves the expanded API")?);
@@ -101,7 +97,7 @@ impl Principals {
     fn of(&self, nexus: &Nexus) -> Option<&ExpandedTarget> {
         let initiator = nexus.initiator();
         let key = initiator.iscsi_name().map_or(initiator.as_bytes(), str::as_bytes);
-        self.0.get(key).map(|(_, principal)| principal)
+        self.0.get(key)
     }
 }
 
@@ -154,16 +150,13 @@ struct Seen {
 
 /// What an initiator sees: the machine of its [`ExpandedTarget`].
 struct View {
-    name: VmName,
     pool: Arc<HostedPool>,
     disks: Vec<Seen>,
     events: EventLog,
-    begin: Instant,
 }
 
 impl View {
     fn new(
-        name: &VmName,
         pool: Arc<HostedPool>,
         luns: Option<&BTreeSet<u16>>,
         disks: &[(u16, &str, &HostedDisk)],
@@ -188,11 +181,9 @@ impl View {
             });
         }
         Ok(Self {
-            name: name.clone(),
             pool,
             disks: seen,
             events: EventLog::new(),
-            begin: Instant::now(),
         })
     }
 }
@@ -205,75 +196,27 @@ fn not_here(what: &str) -> Problem {
     .remedy("ask the administrator of the storage: `smsvmm share` is started with its disks")
 }
 
-impl Vm for View {
-    fn status(&self) -> VmStatus {
+impl Owner for View {
+    fn disks(&self) -> Vec<DiskStatus> {
         let disks = self.disks.iter().map(|seen| DiskStatus {
             config: seen.config.clone(),
             state: DeviceState::Active,
             size: ByteSize::from_bytes(seen.handle.geometry().size),
             stopped: None,
         });
-        VmStatus {
-            name: self.name.clone(),
-            state: VmState::Running,
-            pid: std::process::id(),
-            uptime_seconds: self.begin.elapsed().as_secs(),
-            resets: 0,
-            cpus: 0,
-            memory: ByteSize::from_bytes(0),
-            disks: disks.collect(),
-            nets: Vec::new(),
-            limit_groups: BTreeMap::new(),
-            last_event: self.events.last(),
-        }
-    }
-
-    fn power_button(&self) -> Result<(), Problem> {
-        Err(not_here("a power button"))
-    }
-
-    fn stop(&self, _: &str) -> Result<(), Problem> {
-        Err(not_here("the end of a machine"))
-    }
-
-    fn reset(&self) -> Result<(), Problem> {
-        Err(not_here("a reset"))
-    }
-
-    fn pause(&self) -> Result<(), Problem> {
-        Err(not_here("a pause"))
-    }
-
-    fn resume(&self) -> Result<(), Problem> {
-        Err(not_here("a pause's end"))
+        disks.collect()
     }
 
     fn attach_disk(&self, _: DiskConfig) -> Result<DiskStatus, Problem> {
         Err(not_here("another disk"))
     }
 
-    fn attach_net(&self, _: NetConfig) -> Result<NetStatus, Problem> {
-        Err(not_here("a network"))
-    }
-
     fn detach(&self, _: &DeviceId) -> Result<(), Problem> {
         Err(not_here("a disk's end"))
     }
 
-    fn change_disk(&self, _: &DeviceId, _: &DiskChange) -> Result<DiskStatus, Problem> {
-        Err(not_here("a change of limits"))
-    }
-
-    fn change_limits(&self, _: &DeviceId, _: &DiskLimits) -> Result<DiskLimits, Problem> {
-        Err(not_here("a change of limits"))
-    }
-
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         self.pool.execute(request)
-    }
-
-    fn transfer(&self, _: TransferRequest) -> Result<Transfer, Problem> {
-        Err(not_here("an image"))
     }
 
     fn events(&self) -> &EventLog {

@@ -54,9 +54,7 @@ impl SocketFile {
             flags,
         )?)
     }
-}
 
-impl SocketFile {
     /// Lets all users of the host connect.
     ///
     /// # Errors

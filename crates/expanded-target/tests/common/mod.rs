@@ -195,7 +195,7 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn new(vm: Arc<dyn Vm>, policy: ExpandedPolicy) -> Self {
         let target = ExpandedTarget::new("fake".parse().unwrap(), policy);
-        let running = target.start(vm, || Box::new(|| Ok(()))).unwrap();
+        let running = target.start(Arc::new(vm), || Box::new(|| Ok(()))).unwrap();
         Self {
             target,
             running: Some(running),

@@ -38,7 +38,7 @@ use super::audit::{Audit, AuditError, Line};
 use super::forward::{AnswerBody, Outgoing, forward};
 use super::subject::Subject;
 use crate::console::{Consoles, Guard};
-use crate::rights::Asked;
+use crate::rights::{Asked, Kind};
 use crate::room::{Peer, Room};
 use crate::{life, openapi, page, repeated, routes, sse};
 
@@ -525,16 +525,16 @@ impl Shared {
         let upgrade = upgrade.map(|protocol| (hyper::upgrade::on(&mut request), protocol));
         let body = routes::bytes(request.into_body()).await?;
         let storage;
-        let asked = match (&method, rest) {
-            (&Method::POST, ["storage"] | ["pools", _, "storage"]) => {
+        let asked = match Kind::of(&method, rest) {
+            Kind::Storage => {
                 storage = routes::parse(&body)?;
                 Asked::Storage(&storage)
             }
-            (&Method::POST, ["storage", "transfer"] | ["pools", _, "storage", "transfer"]) => {
+            Kind::Transfer => {
                 let _: TransferRequest = routes::parse(&body)?;
                 Asked::Transfer
             }
-            _ => Asked::Path(&method, rest),
+            Kind::Path => Asked::Path(&method, rest),
         };
         let needed = asked.needs();
         if principal.role < needed {

@@ -371,7 +371,7 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     };
     let Ok(running) = guest
         .target
-        .start(Arc::clone(&vm) as Arc<dyn Vm>, || Box::new(|| Ok(())))
+        .start(Arc::new(Arc::clone(&vm) as Arc<dyn Vm>), || Box::new(|| Ok(())))
     else {
         // No more threads on this host: not what this is about.
         return Ok(());
