@@ -91,6 +91,7 @@ pub fn fuzz_virtio_blk(data: &[u8]) {
     let mut device = VirtioBlk::new(Arc::new(disk), &options, vec![worker.handle().clone()]).unwrap();
     let memory = Arc::new(memory);
     let activation = Activation {
+        memory_stays: false,
         memory: Arc::clone(&memory),
         features: u64::from(*features) << 24 | u64::from(*features) << 8,
         queues: vec![ActiveQueue {

@@ -207,6 +207,11 @@ impl Ram {
         &self.memory
     }
 
+    /// Whether all pages are taken at the start, and stay until [`Self::clear`]: nothing is lost if devices hold them.
+    pub fn stays(&self) -> bool {
+        self.options.prefault || self.options.pages.is_hugetlb()
+    }
+
     /// Bytes of guest memory.
     pub fn size(&self) -> u64 {
         self.options.size

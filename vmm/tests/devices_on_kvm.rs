@@ -111,8 +111,15 @@ fn with_device(machine: &Machine) -> (Arc<VirtioPci>, Arc<AtomicU32>) {
     let device = Filler::default();
     let served = device.served.clone();
     let memory = machine.ram.memory().clone();
-    let function =
-        VirtioPci::new(machine.vm.clone(), memory, Box::new(device), BAR, Arc::new(Quiet)).unwrap();
+    let function = VirtioPci::new(
+        machine.vm.clone(),
+        memory,
+        false,
+        Box::new(device),
+        BAR,
+        Arc::new(Quiet),
+    )
+    .unwrap();
     let function = Arc::new(function);
     machine.pci.insert(1, function.clone()).unwrap();
     (function, served)

@@ -172,6 +172,7 @@ fn target() -> Option<Target> {
     let function = VirtioPci::new(
         machine.vm.clone(),
         memory,
+        false,
         Box::new(Echo::default()),
         BAR,
         Arc::new(Quiet),

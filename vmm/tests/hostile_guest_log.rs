@@ -85,7 +85,15 @@ impl TransportEvents for Quiet {
 
 fn function(machine: &Machine) -> VirtioPci {
     let memory = machine.ram.memory().clone();
-    VirtioPci::new(machine.vm.clone(), memory, Box::new(Device), BAR, Arc::new(Quiet)).unwrap()
+    VirtioPci::new(
+        machine.vm.clone(),
+        memory,
+        false,
+        Box::new(Device),
+        BAR,
+        Arc::new(Quiet),
+    )
+    .unwrap()
 }
 
 /// Lines that come of `misdeeds`.

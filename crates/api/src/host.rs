@@ -192,6 +192,9 @@ pub struct AttachRequest {
     /// mode is.
     #[serde(default, skip_serializing_if = "is_false")]
     pub goes_on: bool,
+    /// The machine's memory was taken from the host when it started, and keeps its pages: the pool's worker may have the kernel hold it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub memory_stays: bool,
 }
 
 /// The SCSI adapter of a machine whose disks a manager serves, and what the guest may ask of storage management by them.
@@ -224,6 +227,9 @@ pub struct AdapterRequest {
     pub adapter: AdapterConfig,
     /// So many disks must be on it.
     pub disks: u32,
+    /// As in an [`AttachRequest`].
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub memory_stays: bool,
 }
 
 /// What a machine says of a SCSI disk at its connection: one byte.

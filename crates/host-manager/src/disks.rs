@@ -223,6 +223,7 @@ impl DiskService {
             adapter,
             group_limits,
             goes_on,
+            memory_stays,
             ..
         } = request;
         check(&config, adapter.as_ref(), group_limits.as_ref())?;
@@ -267,7 +268,7 @@ impl DiskService {
             guard: Some(disk.into_guard()),
             place: Some(place),
         };
-        Ok(Box::new(move |socket| open.serve(socket, handle)))
+        Ok(Box::new(move |socket| open.serve((socket, memory_stays), handle)))
     }
 
     /// All disks that machines use, in the order of their names.
@@ -513,7 +514,7 @@ struct OpenDisk {
 }
 
 impl OpenDisk {
-    fn serve(mut self, socket: UnixStream, handle: Handle) {
+    fn serve(mut self, (socket, memory_stays): (UnixStream, bool), handle: Handle) {
         let (Some(device), Some(place)) = (self.device.take(), &self.place) else {
             return;
         };
@@ -532,7 +533,7 @@ impl OpenDisk {
             return;
         }
         place.tell(|vm, id, file| EventKind::DiskAttached { vm, id, file });
-        let parting = serve_blk(socket, device);
+        let parting = serve_blk(socket, device, memory_stays);
         place.set_phase(Phase::Ending);
         let goes_on = parting == Parting::InUse || place.is_closing();
         if let Some(guard) = self.guard.take() {

@@ -454,6 +454,7 @@ mod tests {
                     expanded_api: api::ExpandedPolicy::default(),
                 },
                 disks: 0,
+                memory_stays: false,
             };
             [
                 door.attach_adapter(adapter).err(),

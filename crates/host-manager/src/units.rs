@@ -289,9 +289,10 @@ impl DiskService {
             );
             return Err(Problem::new(ProblemKind::Conflict, text).about(vm));
         }
+        let memory_stays = request.memory_stays;
         Ok(Box::new(move |socket| {
             if seat.begin(&socket) {
-                serve_scsi(socket, &adapter.device);
+                serve_scsi(socket, &adapter.device, memory_stays);
                 seat.set(AdapterSession::Ending);
             }
             drop(adapter);

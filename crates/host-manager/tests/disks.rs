@@ -377,6 +377,7 @@ fn garbage_and_silence_cost_the_one_who_sends_them_his_disk_and_nobody_else() {
             adapter: None,
             group_limits: None,
             goes_on: false,
+            memory_stays: false,
         })
         .unwrap();
         let request = format!(

@@ -470,6 +470,7 @@ fn a_machine_comes_to_its_disks_by_a_socket_of_its_own_and_to_nothing_else() {
             adapter: None,
             group_limits: None,
             goes_on: false,
+            memory_stays: false,
         };
         kind(blocking::attach(&connect(), &request, soon))
     };

@@ -34,6 +34,7 @@ pub(crate) struct ManagedDisks {
     storage: String,
     /// What its SCSI disks are on, and what its guest may. It is not the sandboxed process that says that.
     adapter: AdapterConfig,
+    memory_stays: bool,
 }
 
 impl ManagedDisks {
@@ -49,6 +50,7 @@ impl ManagedDisks {
         Self {
             vm: config.name.clone(),
             adapter: adapter_of(config),
+            memory_stays: config.memory.stays(),
             storage: match pools.as_slice() {
                 [pool] => storage_of(Some(pool)),
                 _ => storage_of(None),
@@ -149,6 +151,7 @@ impl ManagerDisks for ManagedDisks {
                     disk: *disk,
                     group_limits: limits,
                     goes_on,
+                    memory_stays: self.memory_stays,
                 };
                 let protocol = Some(ATTACHMENT_PROTOCOL);
                 blocking::request("POST", blocking::ATTACHMENTS, &request, protocol)
@@ -159,6 +162,7 @@ impl ManagerDisks for ManagedDisks {
                     pool,
                     adapter: self.adapter.clone(),
                     disks,
+                    memory_stays: self.memory_stays,
                 };
                 let protocol = Some(ATTACHMENT_PROTOCOL);
                 blocking::request("POST", blocking::SCSI_ADAPTERS, &request, protocol)
@@ -285,6 +289,7 @@ mod tests {
                 targets: 8,
                 expanded_api: api::ExpandedPolicy::default(),
             },
+            memory_stays: false,
         }
     }
 

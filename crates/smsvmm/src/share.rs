@@ -86,6 +86,10 @@ pub(crate) struct Serving {
     /// Look for further requests for this long before sleeping: faster at low depth, for CPU time.
     #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
     poll_us: u32,
+    /// Have the kernel hold the memory of front-ends, which costs it less CPU time per request. Only for virtual machines whose memory stays as it is:
+    /// without balloon, free page reporting and memory that is taken back
+    #[arg(long)]
+    pub(crate) pin_memory: bool,
     /// At most so many requests per second for each disk.
     #[arg(long, value_name = "NUMBER")]
     limit_iops: Option<u64>,
@@ -176,6 +180,7 @@ fn server_options(arguments: &VhostUserArguments, name: &str, read_only: bool) -
             controls: Arc::new(arguments.serving.controls(name)),
             ..VhostUserOptions::default().device
         },
+        memory_stays: arguments.serving.pin_memory,
         ..VhostUserOptions::default()
     };
     if read_only {

@@ -254,7 +254,14 @@ fn serve<H: DiskHandle>(
                 adapter.add((0, lun), unit, shown.disk.clone(), controls, None)
             })
         };
-        let server = VhostUserScsiServer::start(socket, &options, workers.to_vec(), &group, prepare)?;
+        let server = VhostUserScsiServer::start(
+            socket,
+            &options,
+            workers.to_vec(),
+            &group,
+            arguments.serving.pin_memory,
+            prepare,
+        )?;
         servers.push(server);
     }
     for socket in &arguments.sockets {

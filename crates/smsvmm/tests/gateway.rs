@@ -120,6 +120,7 @@ fn machine(at: &Path, duration: Duration) -> Load {
             adapter: None,
             group_limits: None,
             goes_on: had.load(Ordering::Relaxed),
+            memory_stays: false,
         };
         blocking::attach(stream, &request, Duration::from_secs(20))?;
         had.store(true, Ordering::Relaxed);

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+};
 use storage_virtualizer::vhost_user::client::Client;
 use storage_virtualizer::vhost_user::message::{
     self, Body, F_PROTOCOL_FEATURES, InflightArea, Region, RingAddresses, protocol_feature, request,
@@ -94,6 +96,8 @@ impl FrontEnd {
         let size = end.next_multiple_of(2 << 20);
         let memory = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&memory, size as u64)?;
+        // All of it is there from the start: a server may hold it.
+        fallocate(&memory, FallocateFlags::empty(), 0, size as u64)?;
         fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW)?;
         let memory = File::from(memory);
         let mapping = MmapRegion::from_file(FileOffset::new(memory.try_clone()?, 0), size)

@@ -156,6 +156,8 @@ impl ActiveQueue {
 pub struct Activation {
     /// The guest's memory.
     pub memory: GuestMemory,
+    /// All pages of it are there and stay where they are until the device was reset and is idle: a device may have the kernel hold them.
+    pub memory_stays: bool,
     /// Features that driver and device agreed on, all 64 bits.
     pub features: u64,
     /// The queues that the driver enabled, in ascending order of index; not necessarily all that the device has.

@@ -57,6 +57,8 @@ pub(crate) trait Service: 'static {
 /// A queue that is to be served.
 pub(crate) struct QueueStart {
     pub(crate) memory: GuestMemory,
+    /// Nobody puts other pages there until the queue's server has ended: the worker [holds](block_io::HeldMemory) it.
+    pub(crate) memory_stays: bool,
     pub(crate) features: u64,
     pub(crate) queue: ActiveQueue,
     pub(crate) events: Arc<dyn DeviceEvents>,

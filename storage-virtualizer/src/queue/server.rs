@@ -25,9 +25,9 @@ use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use block_io::{EventSignal, EventWatch, IoError, PollSource, add_poll_source, spawn_local};
+use block_io::{EventSignal, EventWatch, HeldMemory, IoError, PollSource, add_poll_source, spawn_local};
 use virtio_core::virtio_queue::{Queue, QueueOwnedT, QueueT};
-use virtio_core::vm_memory::{Bytes, GuestAddress};
+use virtio_core::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use virtio_core::{ActiveQueue, DeviceEvents, GuestMemory, feature};
 
 use super::control::{Control, Done, Outcome, Waiting};
@@ -79,6 +79,8 @@ impl ServerLink {
 struct Server<S> {
     link: ServerLink,
     service: S,
+    /// Before the memory, as it goes first.
+    _held: Option<HeldMemory>,
     memory: GuestMemory,
     table: Table,
     queue: RefCell<Queue>,
@@ -176,6 +178,7 @@ pub(super) async fn serve<S: Service>(
             ..ServerLink::default()
         },
         service,
+        _held: parts.memory_stays.then(|| hold(&parts.memory)),
         memory: parts.memory,
         table: Table {
             address: GuestAddress(queue.desc_table()),
@@ -237,6 +240,16 @@ pub(super) async fn serve<S: Service>(
         }
     }
     server.end().await;
+}
+
+/// Has the worker hold all of the guest's memory.
+fn hold(memory: &GuestMemory) -> HeldMemory {
+    let parts = memory
+        .iter()
+        .filter_map(|region| Some((region.as_ptr(), usize::try_from(region.len()).ok()?)));
+    // SAFETY: the server owns the memory, and drops this first, when nothing is in flight any more (`end`). That the pages stay is promised by
+    // who started the queue.
+    unsafe { HeldMemory::new(parts) }
 }
 
 impl<S: Service> Server<S> {

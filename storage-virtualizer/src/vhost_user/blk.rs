@@ -20,6 +20,9 @@ pub struct VhostUserOptions {
     pub device: VirtioBlkOptions,
     /// The most front-ends at a time. More than one is for disks that are read only, or for guests that know of each other.
     pub front_ends: usize,
+    /// Front-ends never give back pages of the memory that they share, nor put others there (no balloon, no free page reporting): the workers'
+    /// rings [hold](block_io::HeldMemory) it, if all of it was taken from the host already.
+    pub memory_stays: bool,
 }
 
 impl Default for VhostUserOptions {
@@ -31,6 +34,7 @@ impl Default for VhostUserOptions {
                 ..VirtioBlkOptions::default()
             },
             front_ends: 1,
+            memory_stays: false,
         }
     }
 }
@@ -39,6 +43,7 @@ struct BlkExport<H> {
     disk: H,
     options: VirtioBlkOptions,
     workers: Vec<WorkerHandle>,
+    memory_stays: bool,
 }
 
 impl<H: DiskHandle> Export for BlkExport<H> {
@@ -50,6 +55,10 @@ impl<H: DiskHandle> Export for BlkExport<H> {
             .map_err(io::Error::other)?;
         let handle = device.handle();
         Ok((device, handle))
+    }
+
+    fn memory_stays(&self) -> bool {
+        self.memory_stays
     }
 
     fn counters(handle: &Self::Handle) -> Vec<Counters> {
@@ -88,6 +97,7 @@ impl<H: DiskHandle> VhostUserServer<H> {
             disk,
             options: options.device,
             workers,
+            memory_stays: options.memory_stays,
         };
         Ok(Self(Listener::start(path, export, options.front_ends)?))
     }

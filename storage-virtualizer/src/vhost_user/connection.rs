@@ -21,16 +21,19 @@ pub enum Parting {
 /// Serves `device` to the front-end at the other end of `socket`, on this thread, until it goes, `socket` is shut down by who has another
 /// descriptor of it, or it says what cannot be obeyed. When this returns, what was in flight has ended, nothing of the front-end's memory is
 /// used any more, and the connection is closed.
-pub fn serve_blk<H: DiskHandle>(socket: UnixStream, device: VirtioBlk<H>) -> Parting {
-    serve(socket, device)
+///
+/// `memory_stays` says that the front-end never gives back pages of the memory that it shares, nor puts others there: the workers' rings then
+/// [hold](block_io::HeldMemory) it, if all of it was taken from the host already.
+pub fn serve_blk<H: DiskHandle>(socket: UnixStream, device: VirtioBlk<H>, memory_stays: bool) -> Parting {
+    serve(socket, device, memory_stays)
 }
 
 /// The same with a SCSI adapter, which stays, with its units and what they know of the initiator, for the next front-end. One front-end at a
 /// time: the caller sees to that.
-pub fn serve_scsi<H: DiskHandle>(socket: UnixStream, adapter: &VirtioScsi<H>) -> Parting {
-    serve(socket, adapter.twin())
+pub fn serve_scsi<H: DiskHandle>(socket: UnixStream, adapter: &VirtioScsi<H>, memory_stays: bool) -> Parting {
+    serve(socket, adapter.twin(), memory_stays)
 }
 
-fn serve<D: ServedDevice>(socket: UnixStream, device: D) -> Parting {
-    Session::new(socket, device, Arc::<Channel>::default()).serve()
+fn serve<D: ServedDevice>(socket: UnixStream, device: D, memory_stays: bool) -> Parting {
+    Session::new(socket, device, Arc::<Channel>::default(), memory_stays).serve()
 }

@@ -28,6 +28,9 @@ pub(super) trait Export: Send + Sync + 'static {
     /// Management of that device while the front-end has it.
     type Handle: Send;
 
+    /// See [`super::VhostUserOptions`].
+    fn memory_stays(&self) -> bool;
+
     /// A device for one more front-end.
     ///
     /// # Errors
@@ -224,7 +227,7 @@ impl<E: Export> Shared<E> {
         let number = state.next;
         state.next += 1;
         let kept = socket.try_clone()?;
-        let session = Session::new(socket, device, Arc::clone(&channel));
+        let session = Session::new(socket, device, Arc::clone(&channel), self.export.memory_stays());
         let shared = Arc::clone(self);
         // The lock is held until the front-end is in the list from which its thread takes it.
         let thread = std::thread::Builder::new()

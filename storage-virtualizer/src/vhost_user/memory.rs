@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals};
@@ -114,6 +115,15 @@ impl Memory {
             .collect();
         let memory = GuestMemoryMmap::from_arc_regions(regions).map_err(MemoryError::Collection)?;
         Ok(Some(Arc::new(memory)))
+    }
+
+    /// Whether all of it was taken from the host already, by who shares it: then holding it takes nothing more.
+    pub(super) fn is_all_there(&self) -> bool {
+        self.regions.iter().all(|mapped| {
+            let file = mapped.mapping.file_offset().map(|place| place.file().metadata());
+            // Huge pages are counted like others.
+            matches!(file, Some(Ok(file)) if file.blocks().saturating_mul(512) >= file.len())
+        })
     }
 
     /// The guest's address of what the front-end sees at `user`.

@@ -97,14 +97,22 @@ impl Ring {
 pub(super) struct Rings {
     pub(super) rings: Vec<Ring>,
     pub(super) inflight: Option<InflightRecord>,
+    /// See [`QueueStart::memory_stays`].
+    memory_stays: bool,
 }
 
 impl Rings {
-    pub(super) fn new(count: usize) -> Self {
+    pub(super) fn new(count: usize, memory_stays: bool) -> Self {
         Self {
             rings: (0..count).map(|_| Ring::default()).collect(),
             inflight: None,
+            memory_stays,
         }
+    }
+
+    /// As they were at the beginning.
+    pub(super) fn fresh(&self) -> Self {
+        Self::new(self.rings.len(), self.memory_stays)
     }
 
     /// What becomes of requests that wait when the front-end has a queue stopped: whoever can be told by the record that they
@@ -161,6 +169,7 @@ impl Rings {
         events: &Arc<dyn DeviceEvents>,
     ) -> Result<(), RingError> {
         let Some(guest) = guest else { return Ok(()) };
+        let memory_stays = self.memory_stays && memory.is_all_there();
         for (index, ring) in self.rings.iter_mut().enumerate() {
             let (true, Some(addresses), Some(kick)) = (ring.is_due(), ring.addresses, &ring.kick) else {
                 continue;
@@ -188,6 +197,7 @@ impl Rings {
             queue.set_next_used(used);
             let start = QueueStart {
                 memory: Arc::clone(guest),
+                memory_stays,
                 features,
                 queue: ActiveQueue {
                     index,

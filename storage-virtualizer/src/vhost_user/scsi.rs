@@ -21,7 +21,10 @@ use crate::disk_handle::DiskHandle;
 use crate::queue::Counters;
 use crate::virtio_scsi::{AddUnitError, ScsiGroup, VirtioScsi, VirtioScsiHandle, VirtioScsiOptions};
 
-struct ScsiExport<H>(VirtioScsi<H>);
+struct ScsiExport<H> {
+    adapter: VirtioScsi<H>,
+    memory_stays: bool,
+}
 
 impl<H: DiskHandle> Export for ScsiExport<H> {
     type Device = VirtioScsi<H>;
@@ -29,7 +32,11 @@ impl<H: DiskHandle> Export for ScsiExport<H> {
     type Handle = ();
 
     fn device(&self) -> io::Result<(Self::Device, Self::Handle)> {
-        Ok((self.0.twin(), ()))
+        Ok((self.adapter.twin(), ()))
+    }
+
+    fn memory_stays(&self) -> bool {
+        self.memory_stays
     }
 
     fn counters((): &Self::Handle) -> Vec<Counters> {
@@ -45,7 +52,7 @@ impl<H: DiskHandle> fmt::Debug for VhostUserScsiServer<H> {
         formatter
             .debug_struct("VhostUserScsiServer")
             .field("path", &self.0.path())
-            .field("adapter", &self.0.export().0)
+            .field("adapter", &self.0.export().adapter)
             .finish_non_exhaustive()
     }
 }
@@ -53,7 +60,8 @@ impl<H: DiskHandle> fmt::Debug for VhostUserScsiServer<H> {
 impl<H: DiskHandle> VhostUserScsiServer<H> {
     /// Listens at `path` and serves an adapter, whose request queue n is served by worker n modulo their number. `prepare` adds the logical units
     /// that are there from the beginning: a front-end that has lost another server repeats its commands at once. What is a unit of several
-    /// adapters of `group` is a unit of as many initiators. The socket is for its owner only.
+    /// adapters of `group` is a unit of as many initiators.
+    /// `memory_stays`: see [`super::VhostUserOptions`]. The socket is for its owner only.
     ///
     /// # Errors
     /// Someone else is there, the options are impossible, `prepare` fails, or the host has nothing left.
@@ -62,16 +70,21 @@ impl<H: DiskHandle> VhostUserScsiServer<H> {
         options: &VirtioScsiOptions,
         workers: Vec<WorkerHandle>,
         group: &ScsiGroup<H>,
+        memory_stays: bool,
         prepare: impl FnOnce(&VirtioScsiHandle<H>) -> Result<(), AddUnitError>,
     ) -> Result<Self, VhostUserError> {
         let adapter = VirtioScsi::new_in(options, workers, Some(group))?;
         prepare(&adapter.handle())?;
-        Ok(Self(Listener::start(path, ScsiExport(adapter), 1)?))
+        let export = ScsiExport {
+            adapter,
+            memory_stays,
+        };
+        Ok(Self(Listener::start(path, export, 1)?))
     }
 
     /// Adds and removes logical units, and tells of their sizes; whoever is connected is told.
     pub fn handle(&self) -> VirtioScsiHandle<H> {
-        self.0.export().0.handle()
+        self.0.export().adapter.handle()
     }
 
     /// Takes no further front-ends, ends what is in flight, closes the connection, and returns when no memory of a front-end is

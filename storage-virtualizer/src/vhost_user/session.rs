@@ -140,7 +140,8 @@ pub(super) struct Session<D: ServedDevice> {
 }
 
 impl<D: ServedDevice> Session<D> {
-    pub(super) fn new(socket: UnixStream, device: D, channel: Arc<Channel>) -> Self {
+    /// `memory_stays`: the front-end never gives memory back, nor puts other pages there, while it is shared.
+    pub(super) fn new(socket: UnixStream, device: D, channel: Arc<Channel>, memory_stays: bool) -> Self {
         let queues = device.queue_max_sizes().len();
         channel
             .errors
@@ -156,7 +157,7 @@ impl<D: ServedDevice> Session<D> {
             protocol: 0,
             memory: Memory::default(),
             guest: None,
-            rings: Rings::new(queues),
+            rings: Rings::new(queues, memory_stays),
         }
     }
 
@@ -478,7 +479,7 @@ impl<D: ServedDevice> Session<D> {
         if let Some(record) = &inflight {
             record.forget();
         }
-        self.rings = Rings::new(self.rings.rings.len());
+        self.rings = self.rings.fresh();
         self.rings.inflight = inflight;
         self.features = 0;
         self.device.reset();

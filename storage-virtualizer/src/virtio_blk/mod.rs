@@ -311,6 +311,7 @@ where
         for queue in activation.queues {
             let control = self.serve(QueueStart {
                 memory: Arc::clone(&activation.memory),
+                memory_stays: activation.memory_stays,
                 features: activation.features,
                 queue,
                 events: Arc::clone(&activation.events),

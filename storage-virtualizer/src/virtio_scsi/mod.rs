@@ -352,6 +352,7 @@ impl<H: DiskHandle> VirtioDevice for VirtioScsi<H> {
         for queue in activation.queues {
             let server = self.serve_one(QueueStart {
                 memory: Arc::clone(&activation.memory),
+                memory_stays: activation.memory_stays,
                 features: activation.features,
                 queue,
                 events: Arc::clone(&activation.events),

@@ -299,6 +299,7 @@ pub fn activate(
 ) -> Arc<Events> {
     let events = Arc::new(Events::default());
     let activation = Activation {
+        memory_stays: false,
         memory: Arc::clone(memory),
         features,
         queues,

@@ -36,6 +36,7 @@ fn serve(place: &Place, worker: &Worker) -> VhostUserScsiServer<Arc<HostDevice>>
         &options,
         workers,
         &ScsiGroup::default(),
+        false,
         |adapter| adapter.add((0, 0), unit, disk, Arc::default(), None),
     )
     .unwrap()

@@ -39,6 +39,7 @@ pub(crate) fn activate(
     assert!(device.is_idle());
     let events = Arc::new(Events::default());
     let activation = Activation {
+        memory_stays: false,
         memory: Arc::clone(memory),
         features,
         queues,

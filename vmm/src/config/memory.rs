@@ -24,6 +24,13 @@ impl MemoryConfig {
     pub const MAX: ByteSize = ByteSize::from_mib(16 << 20);
 }
 
+impl MemoryConfig {
+    /// Whether all of it is taken from the host at the start, or reserved there: nothing is lost if devices hold it.
+    pub fn stays(&self) -> bool {
+        self.prefault || matches!(self.huge_pages, HugePages::Size2M | HugePages::Size1G)
+    }
+}
+
 impl Default for MemoryConfig {
     fn default() -> Self {
         Self {

@@ -324,6 +324,7 @@ impl Driver {
             .collect();
         device
             .activate(Activation {
+                memory_stays: false,
                 memory: Arc::clone(&self.memory),
                 features,
                 queues,

@@ -79,7 +79,7 @@ pub(super) fn build(
     for device in devices {
         let id = device.id.to_string();
         slots
-            .insert(&vm, &memory, signals, device)
+            .insert(&vm, &parts.ram, signals, device)
             .map_err(|source| MachineError::Slot { id, source })?;
     }
 
@@ -131,8 +131,7 @@ pub(super) fn build(
 impl Machine {
     /// Puts a device into a free slot; the guest does not know yet.
     pub(super) fn insert(&mut self, parts: &Parts, device: HostDevice) -> Result<u8, SlotError> {
-        self.slots
-            .insert(&self.vm, parts.ram.memory(), &self.signals, device)
+        self.slots.insert(&self.vm, &parts.ram, &self.signals, device)
     }
 
     /// Tells the guest that a device has appeared in `slot`.

@@ -17,10 +17,10 @@ use block_io::Worker;
 use super::devices::{HostDevice, Kind};
 use super::signals::{Signals, SlotSignals};
 use crate::layout::AddressRange;
+use crate::memory::Ram;
 use crate::pci::{PciBus, PciError};
 use crate::transport::{BAR_SIZE, TransportError, VirtioPci};
 use crate::vm::Vm;
-use virtio_core::GuestMemory;
 
 /// A device on the bus.
 pub(super) struct Slot {
@@ -68,7 +68,7 @@ impl Slots {
     pub(super) fn insert(
         &mut self,
         vm: &Arc<Vm>,
-        memory: &GuestMemory,
+        ram: &Ram,
         signals: &Arc<Signals>,
         device: HostDevice,
     ) -> Result<u8, SlotError> {
@@ -87,7 +87,8 @@ impl Slots {
         } = device;
         let transport = Arc::new(VirtioPci::new(
             vm.clone(),
-            memory.clone(),
+            ram.memory().clone(),
+            ram.stays(),
             device,
             address,
             events,

@@ -191,6 +191,7 @@ struct Inner {
 pub struct VirtioPci {
     vm: Arc<Vm>,
     memory: GuestMemory,
+    memory_stays: bool,
     shared: Arc<Shared>,
     inner: Mutex<Inner>,
 }
@@ -205,13 +206,14 @@ impl std::fmt::Debug for VirtioPci {
 }
 
 impl VirtioPci {
-    /// Makes a function of `device`, with BAR 0 at `address` (a multiple of [`BAR_SIZE`]).
+    /// Makes a function of `device`, with BAR 0 at `address` (a multiple of [`BAR_SIZE`]). For `memory_stays` see [`Activation`].
     ///
     /// # Errors
     /// No eventfd or interrupt route can be had. The device is lost then; devices are made anew from their back ends.
     pub fn new(
         vm: Arc<Vm>,
         memory: GuestMemory,
+        memory_stays: bool,
         device: Box<dyn VirtioDevice>,
         address: u64,
         events: Arc<dyn TransportEvents>,
@@ -282,6 +284,7 @@ impl VirtioPci {
         Ok(VirtioPci {
             vm,
             memory,
+            memory_stays,
             shared,
             inner: Mutex::new(inner),
         })
@@ -385,6 +388,7 @@ impl VirtioPci {
         let number = self.shared.life.fetch_add(1, Ordering::SeqCst) + 1;
         let activation = Activation {
             memory: self.memory.clone(),
+            memory_stays: self.memory_stays,
             features: inner.driver_features,
             queues,
             events: Arc::new(Life {

@@ -164,9 +164,9 @@ fn print(subjects: &[&Subject], loads: &[&Load], measured: &Measured) {
     ];
     for (title, column) in tables {
         let names: String = loads.iter().map(|load| format!("{:>9}", load.name)).collect();
-        println!("\n{title}: medians of the rounds\n{:<30}{names}", "");
+        println!("\n{title}: medians of the rounds\n{:<34}{names}", "");
         for subject in subjects {
-            print!("{:<30}", subject.name);
+            print!("{:<34}", subject.name);
             for load in loads {
                 let rounds = measured.get(&(subject.name, load.name));
                 let all = rounds.map(|rounds| rounds.iter().flatten().map(column).collect());

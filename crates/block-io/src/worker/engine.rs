@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Hook;
 use super::helper::{Helper, Helpers};
 use super::local::Shared;
+use super::memory::Part;
 use super::pool::PoolEngine;
 use super::uring::UringEngine;
 
@@ -140,6 +141,30 @@ impl Engine {
         match self {
             Self::Uring(engine, _) => engine.forget_file(number),
             Self::Threads(_) => {}
+        }
+    }
+
+    /// Has the ring and those of the helpers hold memory: [`Self::hold_next`].
+    pub(super) fn hold(&self, part: Part) {
+        if let Self::Uring(engine, helpers) = self {
+            engine.hold(part);
+            helpers.hold(part);
+        }
+    }
+
+    /// Holds one more piece of memory; says whether there are others.
+    pub(super) fn hold_next(&self) -> bool {
+        match self {
+            Self::Uring(engine, _) => engine.hold_next(),
+            Self::Threads(_) => false,
+        }
+    }
+
+    /// Lets go of memory: afterwards no ring has it.
+    pub(super) fn release(&self, part: Part) {
+        if let Self::Uring(engine, helpers) = self {
+            engine.release(part);
+            helpers.release(part);
         }
     }
 

@@ -35,6 +35,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::engine::{Call, Completion, Request};
 use super::local::{Shared, Spawn};
+use super::memory::{self, Part};
 use super::uring::UringEngine;
 
 /// Requests that a helper has at most, so that results never find their queue full.
@@ -139,6 +140,25 @@ impl Helpers {
     pub(super) fn next_completion(&self) -> Option<Completion> {
         let (index, result) = self.helpers.iter().find_map(Helper::next)?;
         Some(Completion::Operation { index, result })
+    }
+
+    /// Has them hold memory, too.
+    pub(super) fn hold(&self, part: Part) {
+        for helper in &self.helpers {
+            helper.common.helper.order_memory(memory::Order::Hold(part));
+        }
+    }
+
+    /// Has them let go of memory, and waits until they have.
+    pub(super) fn release(&self, part: Part) {
+        let (answer, done) = mpsc::channel();
+        for helper in &self.helpers {
+            let order = memory::Order::Release(part, answer.clone());
+            helper.common.helper.order_memory(order);
+        }
+        drop(answer);
+        // It ends when each has answered, or has ended.
+        done.iter().for_each(drop);
     }
 
     /// What runs jobs on their threads.
@@ -309,6 +329,7 @@ impl Side {
         let mut idle_since = None;
         self.engine.watch(WAKE, self.common.helper.wake_fd().as_raw_fd());
         while self.take_inbox() {
+            let holds_more = self.engine.hold_next();
             let new = self.take_orders();
             if new > 0 {
                 idle_since = None;
@@ -317,6 +338,9 @@ impl Side {
                 self.common
                     .submitted
                     .store(submitted.wrapping_add(new), Ordering::Release);
+                self.report();
+            } else if holds_more {
+                self.engine.enter(false);
                 self.report();
             } else if self.in_flight == 0 && idle_since.get_or_insert_with(Instant::now).elapsed() < SPIN {
                 for _ in 0..32 {
@@ -338,6 +362,16 @@ impl Side {
         };
         for number in rare.forgotten {
             self.engine.forget_file(number);
+        }
+        for order in rare.memory {
+            match order {
+                memory::Order::Hold(part) => self.engine.hold(part),
+                memory::Order::Release(part, answer) => {
+                    self.engine.release(part);
+                    // The worker waits for it.
+                    let _ = answer.send(());
+                }
+            }
         }
         rare.jobs.into_iter().for_each(|job: Spawn| job());
         !rare.stop

@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::engine::{Completion, Engine};
 use super::events::Events;
 use super::files::{SLOTS, place_of};
+use super::memory;
 use super::ops::Ops;
 use super::rest::Rest;
 
@@ -52,6 +53,8 @@ struct Inbox {
     completions: Vec<Completion>,
     /// Files that are about to be closed.
     forgotten: Vec<NonZeroU64>,
+    /// What a helper's ring is to hold.
+    memory: Vec<memory::Order>,
     stop: bool,
     /// The worker has ended and takes nothing more.
     closed: bool,
@@ -61,6 +64,7 @@ struct Inbox {
 pub(super) struct Rare {
     pub(super) jobs: Vec<Spawn>,
     pub(super) forgotten: Vec<NonZeroU64>,
+    pub(super) memory: Vec<memory::Order>,
     pub(super) stop: bool,
 }
 
@@ -114,6 +118,11 @@ impl Shared {
         self.put(|inbox| inbox.completions.push(completion));
     }
 
+    /// For a helper.
+    pub(super) fn order_memory(&self, order: memory::Order) {
+        self.put(|inbox| inbox.memory.push(order));
+    }
+
     pub(super) fn stop(&self) {
         self.put(|inbox| inbox.stop = true);
     }
@@ -136,6 +145,7 @@ impl Shared {
         Some(Rare {
             jobs: inbox.spawns,
             forgotten: inbox.forgotten,
+            memory: inbox.memory,
             stop: inbox.stop,
         })
     }

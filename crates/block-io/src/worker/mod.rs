@@ -11,8 +11,8 @@
 //! ```
 //!
 //! # System calls
-//! For seccomp filters, which [`WorkerOptions::on_start`] can install: a worker on io_uring calls `io_uring_enter`, `read` and
-//! `write` (eventfds, on kernels before 5.13), `futex`, `fstat`, and what the allocator and a thread's end need (`mmap`,
+//! For seccomp filters, which [`WorkerOptions::on_start`] can install: a worker on io_uring calls `io_uring_enter`, `io_uring_register` (16,
+//! IORING_REGISTER_BUFFERS_UPDATE, for [`HeldMemory`]; if it fails, nothing is held), `read` and `write` (eventfds, on kernels before 5.13), `futex`, `fstat`, and what the allocator and a thread's end need (`mmap`,
 //! `munmap`, `madvise`, `brk`, `mremap`, `sched_yield`, `rt_sigprocmask`, `sigaltstack`, `close`, `exit`). Where the thread
 //! pool is needed ([`prepare_pool`]) its threads call `preadv2`, `pwritev2`, `fdatasync`, `fallocate` and
 //! `ioctl(BLKDISCARD)`, and a worker without io_uring calls `epoll_wait` and `epoll_ctl`. A worker with requests for an
@@ -24,6 +24,7 @@ mod events;
 mod files;
 mod helper;
 mod local;
+mod memory;
 mod ops;
 mod pool;
 mod rest;
@@ -43,6 +44,7 @@ pub use events::{EventSignal, EventWatch};
 pub(crate) use files::FileNumber;
 pub use helper::default_helpers;
 pub use local::{helped, moment, moment_nanos, spawn_local, turns, yield_now};
+pub use memory::HeldMemory;
 pub(crate) use ops::Operation;
 pub(crate) use pool::execute_at_once;
 pub use pool::prepare_pool;

@@ -6,7 +6,7 @@
 //! Requests in a ring do not pass the thread's system call filter. So a ring takes, from kernel 5.10 on, no others than those
 //! that are used here: it is made disabled, restricted, and then enabled.
 //!
-//! Files that are used again and again are registered with the ring: see `files`.
+//! Files that are used again and again are registered with the ring: see `files`. So is guest memory, if its pages stay: see `memory`.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -21,6 +21,7 @@ use io_uring::{IoUring, cqueue, opcode, register::Restriction};
 use super::engine::{Call, Completion, Request};
 use super::files::Files;
 use super::local::Shared;
+use super::memory::{Memory, Part};
 
 /// Entries of the submission queue: requests that go to the kernel with one call.
 const SUBMISSIONS: u32 = 128;
@@ -36,6 +37,9 @@ const SILENT: u64 = 2 << 32;
 const FILES: u64 = 3 << 32;
 const KIND: u64 = !0 << 32;
 
+/// `IORING_REGISTER_BUFFERS_UPDATE` of io_uring_register(2): changes which memory a ring knows.
+const REGISTER_BUFFERS_UPDATE: u8 = 16;
+
 /// What is written to eventfds.
 static ONE: u64 = 1;
 
@@ -45,6 +49,8 @@ pub(super) struct UringEngine {
     ring: RefCell<IoUring>,
     /// Absent where the kernel refuses.
     files: Option<Files>,
+    /// The same.
+    memory: Option<Memory>,
     /// Entries that found the submission queue full while the kernel took nothing.
     backlog: RefCell<VecDeque<Entry>>,
     /// Watches stay armed when they fire (kernel 5.13).
@@ -79,9 +85,15 @@ impl UringEngine {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let files = Files::new(&ring, &probe);
+        let memory = Memory::new(&ring);
         if disabled {
             let mut restrictions: Vec<_> = needed.into_iter().map(Restriction::sqe_op).collect();
             restrictions.push(Restriction::sqe_op(opcode::FilesUpdate::CODE));
+            if memory.is_some() {
+                restrictions.push(Restriction::sqe_op(opcode::ReadFixed::CODE));
+                restrictions.push(Restriction::sqe_op(opcode::WriteFixed::CODE));
+                restrictions.push(Restriction::register_op(REGISTER_BUFFERS_UPDATE));
+            }
             let flags = Flags::SKIP_SUCCESS | Flags::FIXED_FILE;
             restrictions.push(Restriction::sqe_flags_allowed(flags.bits()));
             ring.submitter().register_restrictions(&mut restrictions)?;
@@ -91,6 +103,7 @@ impl UringEngine {
             skip_success: ring.params().is_feature_skip_cqe_on_success(),
             ring: RefCell::new(ring),
             files,
+            memory,
             backlog: RefCell::default(),
             multishot: Cell::new(true),
         })
@@ -105,7 +118,12 @@ impl UringEngine {
                 count: 1,
             } => {
                 let (address, length) = single(buffers);
-                opcode::Read::new(file, address, length).offset(offset).build()
+                match self.held(address, length) {
+                    Some(slot) => opcode::ReadFixed::new(file, address, length, slot)
+                        .offset(offset)
+                        .build(),
+                    None => opcode::Read::new(file, address, length).offset(offset).build(),
+                }
             }
             Call::Read {
                 offset,
@@ -119,10 +137,16 @@ impl UringEngine {
                 flags,
             } => {
                 let (address, length) = single(buffers);
-                opcode::Write::new(file, address, length)
-                    .offset(offset)
-                    .rw_flags(flags)
-                    .build()
+                match self.held(address, length) {
+                    Some(slot) => opcode::WriteFixed::new(file, address, length, slot)
+                        .offset(offset)
+                        .rw_flags(flags)
+                        .build(),
+                    None => opcode::Write::new(file, address, length)
+                        .offset(offset)
+                        .rw_flags(flags)
+                        .build(),
+                }
             }
             Call::Write {
                 offset,
@@ -142,6 +166,34 @@ impl UringEngine {
             Call::DiscardBlocks { .. } => opcode::Nop::new().build(),
         };
         self.push(entry.flags(flags).user_data(OPERATION | u64::from(index)));
+    }
+
+    /// The ring's slot of the memory that these bytes lie in.
+    #[inline]
+    fn held(&self, address: *mut u8, length: u32) -> Option<u16> {
+        self.memory.as_ref()?.find(address.addr(), length as usize)
+    }
+
+    /// Holds memory from now on: [`Self::hold_next`].
+    pub(super) fn hold(&self, part: Part) {
+        if let Some(memory) = &self.memory {
+            memory.hold(part);
+        }
+    }
+
+    /// Holds one more piece of memory; says whether there are others.
+    #[inline]
+    pub(super) fn hold_next(&self) -> bool {
+        self.memory
+            .as_ref()
+            .is_some_and(|memory| memory.hold_next(&self.ring))
+    }
+
+    /// Lets go of memory.
+    pub(super) fn release(&self, part: Part) {
+        if let Some(memory) = &self.memory {
+            memory.release(part, &self.ring);
+        }
     }
 
     /// What the ring is to call the request's file.
@@ -384,6 +436,35 @@ mod tests {
         );
         assert_eq!(answer(&engine, &write.build()), 8);
     }
+    #[test]
+    fn a_piece_of_memory_is_found_while_it_is_held() {
+        let engine = match UringEngine::new() {
+            Ok(engine) => engine,
+            Err(error) => return eprintln!("skipped: this machine has no io_uring: {error}"),
+        };
+        if engine.memory.is_none() {
+            return eprintln!("skipped: no table of memory here");
+        }
+        let mut memory = vec![0_u8; 64 << 10];
+        let (start, length) = (memory.as_mut_ptr(), memory.len());
+        let part = Part::new(start, length);
+        let at = |place: usize, length: u32| engine.held(start.wrapping_add(place), length).is_some();
+        assert!(!at(0, 4096));
+        engine.hold(part);
+        engine.hold(part);
+        assert!(!at(0, 4096), "not yet");
+        assert!(!engine.hold_next());
+        assert!(at(0, 4096) && at(length - 1, 1) && at(0, 64 << 10));
+        assert!(!at(length - 1, 2) && !at(length, 1) && !at(0, 0));
+        assert!(engine.held(start.wrapping_sub(1), 2).is_none());
+        engine.release(part);
+        assert!(at(0, 4096), "by somebody else");
+        engine.release(part);
+        assert!(!at(0, 4096));
+        // Nobody knows of it: nothing happens.
+        engine.release(part);
+    }
+
     #[test]
     fn a_file_joins_at_its_first_request_and_leaves_when_it_is_closed() {
         let engine = match UringEngine::new() {

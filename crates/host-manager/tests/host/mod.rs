@@ -340,6 +340,7 @@ impl Manager {
             pool: None,
             adapter: adapter.clone(),
             disks,
+            memory_stays: false,
         };
         let words =
             blocking::request("POST", "/v1/scsi-adapters", &asked, Some(ATTACHMENT_PROTOCOL)).unwrap();
@@ -427,6 +428,7 @@ fn request(vm: &str, disk: &DiskConfig, goes_on: bool) -> AttachRequest {
         adapter: None,
         group_limits: None,
         goes_on,
+        memory_stays: false,
     }
 }
 

@@ -205,7 +205,8 @@ impl Bench {
             memory: memory.clone(),
             state: state.clone(),
         };
-        let function = VirtioPci::new(vm.clone(), memory, Box::new(device), BAR, Arc::new(Quiet)).unwrap();
+        let function =
+            VirtioPci::new(vm.clone(), memory, false, Box::new(device), BAR, Arc::new(Quiet)).unwrap();
         let function = Arc::new(function);
         pci.insert(SLOT, function.clone()).unwrap();
         (function, state)

@@ -42,10 +42,14 @@ pub(in crate::sandbox) const NET_QUEUE: &[Rule] = &[
     ioctl(0x8004_54d2, "TUNGETIFF: was the tap interface deleted?"),
 ];
 
+/// Of io_uring_register(2).
+const IORING_REGISTER_BUFFERS_UPDATE: u32 = 16;
+
 /// I/O of disks: by io_uring, or where that is refused by threads that block.
 #[rustfmt::skip]
 pub(in crate::sandbox) const DISK: &[Rule] = &[
     allow(SYS_io_uring_enter, "requests and completions"),
+    allow_if(SYS_io_uring_register, 1, IORING_REGISTER_BUFFERS_UPDATE, "guest memory that a ring holds"),
     allow(SYS_preadv2, "reads"),
     allow(SYS_pwritev2, "writes"),
     allow(SYS_preadv, "reads; preadv2 without flags in some C libraries"),

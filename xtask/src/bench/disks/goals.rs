@@ -1,6 +1,8 @@
 //! The ratios that were to be reached.
 
-use super::subjects::{CHAIN, EXTENDED, FLOOR, LIMIT, MIRROR, OVERLAY, PLAIN, PLAIN_POLLING, RAW, SNAPSHOT};
+use super::subjects::{
+    CHAIN, EXTENDED, FLOOR, LIMIT, MIRROR, OVERLAY, PLAIN, PLAIN_PINNED, PLAIN_POLLING, RAW, SNAPSHOT,
+};
 use super::{Figures, Measured, median};
 
 /// What is compared.
@@ -70,8 +72,12 @@ const GOALS: &[Goal] = &[
     goal(Cpu, "rw32", PLAIN, FLOOR, AtMost(1.5)),
     goal(Cpu, "rr32", PLAIN, RAW, AtMost(0.6)),
     goal(Cpu, "rw32", PLAIN, RAW, AtMost(0.6)),
+    goal(Cpu, "rr32", PLAIN_PINNED, RAW, AtMost(0.6)),
+    goal(Cpu, "rw32", PLAIN_PINNED, RAW, AtMost(0.6)),
     goal(Iops, "rr32", PLAIN, RAW, AtLeast(2.0)),
     goal(Iops, "rw32", PLAIN, RAW, AtLeast(2.0)),
+    goal(Iops, "rr32", PLAIN_PINNED, RAW, AtLeast(2.0)),
+    goal(Iops, "rw32", PLAIN_PINNED, RAW, AtLeast(2.0)),
     goal(Cpu, "rw32", MIRROR, PLAIN, AtMost(1.9)),
     goal(Latency, "rr1", PLAIN_POLLING, RAW, AtMost(0.5)),
     goal(Latency, "rw1", PLAIN_POLLING, RAW, AtMost(0.5)),

@@ -107,6 +107,7 @@ pub(super) enum Kind {
 }
 
 const POLLING: &[&str] = &["--poll-us", "50"];
+const PINNED: &[&str] = &["--pin-memory"];
 
 pub(super) const SUBJECTS: &[Subject] = &[
     Subject {
@@ -134,6 +135,11 @@ pub(super) const SUBJECTS: &[Subject] = &[
         loads: SHALLOW,
     },
     Subject {
+        name: "floor, memory held",
+        kind: Kind::Image(PINNED),
+        loads: DEEP,
+    },
+    Subject {
         name: PLAIN,
         kind: Kind::Pool(Disk::Plain, &[]),
         loads: ALL_AND_SCATTERED,
@@ -142,6 +148,11 @@ pub(super) const SUBJECTS: &[Subject] = &[
         name: PLAIN_POLLING,
         kind: Kind::Pool(Disk::Plain, POLLING),
         loads: SHALLOW,
+    },
+    Subject {
+        name: PLAIN_PINNED,
+        kind: Kind::Pool(Disk::Plain, PINNED),
+        loads: DEEP,
     },
     Subject {
         name: MIRROR,
@@ -190,6 +201,8 @@ pub(super) const LIMIT: &str = "limit: fio io_uring";
 pub(super) const FLOOR: &str = "floor";
 pub(super) const PLAIN: &str = "pool: plain volume";
 pub(super) const PLAIN_POLLING: &str = "pool: plain volume, polling";
+/// The kernel holds the front-end's memory, as it may where a virtual machine's memory is there from the start.
+pub(super) const PLAIN_PINNED: &str = "pool: plain volume, memory held";
 pub(super) const MIRROR: &str = "pool: mirror of 2";
 pub(super) const CHAIN: &str = "pool: chain of 8, plain";
 pub(super) const SNAPSHOT: &str = "pool: fresh snapshot, plain";
