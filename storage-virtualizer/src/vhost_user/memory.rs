@@ -167,3 +167,32 @@ pub(super) fn map(
 fn is_sealed(file: &File) -> bool {
     fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::*;
+
+    #[test]
+    fn memory_is_all_there_when_all_of_its_files_are() {
+        let file = File::from(memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap());
+        let length = 64 << 10;
+        file.set_len(length).unwrap();
+        let region = Region {
+            guest: 0,
+            size: length,
+            user: 0,
+            offset: 0,
+        };
+        let memory = Memory::from_table(&[region], vec![file.try_clone().unwrap().into()]).unwrap();
+        assert!(!memory.is_all_there());
+        for place in 0..16 {
+            assert!(!memory.is_all_there());
+            file.write_all_at(&[1], place << 12).unwrap();
+        }
+        assert!(memory.is_all_there());
+    }
+}

@@ -42,6 +42,35 @@ fn what_is_written_is_read_through_several_queues() {
     assert!(!place.socket().exists());
 }
 
+/// KiB that the kernel holds for this process, of which both sides are threads.
+fn held() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmPin:")).unwrap();
+    line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn memory_that_stays_is_held_while_its_queues_are_served_and_no_longer() {
+    let place = Place::new();
+    let options = VhostUserOptions {
+        memory_stays: true,
+        ..VhostUserOptions::default()
+    };
+    let served = serve(&place.image(), &place.socket(), options);
+    let mut load = place.load();
+    load.front_end.queues = 2;
+    let running = thread::spawn(move || run(&load));
+    wait_until("the memory is held", || held() > 0);
+    let report = running.join().unwrap().unwrap();
+    assert!(report.verified_blocks > 50, "{report:?}");
+    wait_until("the memory is let go", || held() == 0);
+    // The next one's memory lies where the first one's was, as a rule.
+    let report = run(&place.load()).unwrap();
+    assert!(report.verified_blocks > 50, "{report:?}");
+    served.server.stop();
+    assert_eq!(held(), 0);
+}
+
 #[test]
 fn a_server_that_is_stopped_and_started_under_load_loses_nothing() {
     let place = Place::new();
