@@ -14,6 +14,9 @@ use storage_virtualizer::virtio_blk::{MAX_QUEUES, VirtioBlkOptions, fitting_seri
 
 use crate::exit::{Exit, UsageError};
 use crate::pool::{served, with_pool};
+use crate::share_control::{
+    self, AddArguments, DisconnectArguments, RemoveArguments, StatusArguments, StopArguments,
+};
 use crate::share_iscsi::{self, IscsiArguments};
 use crate::share_nbd::{self, NbdArguments};
 use crate::share_scsi::{self, VhostUserScsiArguments};
@@ -49,6 +52,16 @@ pub(crate) enum ShareCommand {
     /// All disks are logical units of one target, the first is LUN 0, unless --access says otherwise. Prints how to reach it when it is ready. Initiators that are logged in
     /// when it ends are asked to log out, and get answers to what they have asked for.
     Iscsi(IscsiArguments),
+    /// What a process with --management serves, and to whom.
+    Status(StatusArguments),
+    /// Have a process with --management serve one more disk; clients of others notice nothing.
+    Add(AddArguments),
+    /// Have a process with --management serve a disk no more: what is in flight is answered, and then the disk is free.
+    Remove(RemoveArguments),
+    /// Have a process with --management end the connection of a client, after what it has in flight. It may come again.
+    Disconnect(DisconnectArguments),
+    /// End a process with --management, as SIGTERM does.
+    Stop(StopArguments),
 }
 
 #[derive(Debug, Args)]
@@ -72,7 +85,7 @@ pub(crate) struct VhostUserArguments {
 }
 
 /// How queues and disks are served.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct Serving {
     /// Virtqueues for requests that a front-end may have.
     #[arg(long, default_value_t = 4, value_name = "NUMBER")]
@@ -101,6 +114,11 @@ pub(crate) fn execute(command: &ShareCommand) -> anyhow::Result<Exit> {
         ShareCommand::VhostUserScsi(arguments) => share_scsi::vhost_user_scsi(arguments),
         ShareCommand::Iscsi(arguments) => share_iscsi::iscsi(arguments),
         ShareCommand::Nbd(arguments) => share_nbd::nbd(arguments),
+        ShareCommand::Status(arguments) => share_control::status(arguments),
+        ShareCommand::Add(arguments) => share_control::add(arguments),
+        ShareCommand::Remove(arguments) => share_control::remove(arguments),
+        ShareCommand::Disconnect(arguments) => share_control::disconnect(arguments),
+        ShareCommand::Stop(arguments) => share_control::stop(arguments),
     }
 }
 
