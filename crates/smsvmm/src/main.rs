@@ -25,6 +25,7 @@ mod run;
 mod serve;
 mod share;
 mod share_api;
+mod share_blk_manage;
 mod share_control;
 mod share_iscsi;
 mod share_iscsi_access;

@@ -1,7 +1,11 @@
 //! `smsvmm share ... --management`: disks come and go, and clients are sent away, while others use what is theirs.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../../../storage-virtualizer/tests/driver/mod.rs"]
+mod driver;
+mod iscsi;
 mod nbd;
+mod vhost_user;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
