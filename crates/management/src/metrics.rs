@@ -228,7 +228,7 @@ fn of_share(status: &ShareStatus) -> String {
     };
     let help = "Seconds since the process was started.";
     writer
-        .gauge("smsvmm_uptime_seconds", help)
+        .gauge("smsvmm_share_uptime_seconds", help)
         .sample(&[], status.uptime_seconds);
     let help = "Clients that are connected to disks that are served to others.";
     writer

@@ -16,7 +16,7 @@
 //!   nothing uses it, and closes it then. So when it returns, somebody else can open the disk.
 //! - *The end* may come in the middle of either: what was opened is in one list, which the first thread empties.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::io;
 use std::path::PathBuf;
@@ -88,6 +88,20 @@ pub(crate) struct Base {
     /// Where it listens.
     pub(crate) addresses: Vec<String>,
     opened: Mutex<BTreeMap<String, Opened>>,
+    /// Names of disks that are being added or removed.
+    changing: Mutex<BTreeSet<String>>,
+}
+
+/// The right to add or remove the disk of a name, as long as it lives.
+pub(crate) struct Claim<'a> {
+    base: &'a Base,
+    name: String,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.base.changing().remove(&self.name);
+    }
 }
 
 /// Which disk is to be served.
@@ -113,7 +127,26 @@ impl Base {
             pool,
             addresses,
             opened: Mutex::new(opened.into_iter().collect()),
+            changing: Mutex::default(),
         }
+    }
+
+    fn changing(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets nobody else add or remove a disk of this name meanwhile.
+    pub(crate) fn claim(&self, name: &str) -> Result<Claim<'_>, Problem> {
+        if !self.changing().insert(name.to_owned()) {
+            let detail = format!("{name} is being added or removed");
+            return Err(Problem::new(ProblemKind::Conflict, detail)
+                .about(name)
+                .remedy("try again when that is done"));
+        }
+        Ok(Claim {
+            base: self,
+            name: name.to_owned(),
+        })
     }
 
     fn opened(&self) -> MutexGuard<'_, BTreeMap<String, Opened>> {
@@ -387,6 +420,22 @@ mod tests {
         assert_eq!(base.source("a"), "a");
         let problem = base.storage(StorageRequest::Status).unwrap_err();
         assert_eq!(problem.kind, ProblemKind::Conflict);
+    }
+
+    #[test]
+    fn a_name_is_changed_by_one_at_a_time() {
+        let base = of_images();
+        let claim = base.claim("a").unwrap();
+        assert!(base.claim("b").is_ok());
+        let refused = base.claim("a").err().unwrap();
+        assert!(
+            refused
+                .to_string()
+                .contains("a is being added or removed; try again"),
+            "{refused}"
+        );
+        drop(claim);
+        assert!(base.claim("a").is_ok());
     }
 
     #[test]

@@ -279,6 +279,7 @@ impl<E: Export> Share for NbdShare<E> {
             ],
         )?;
         let meant = self.base.meant(&disk, name_of)?;
+        let _claim = self.base.claim(&meant.name)?;
         let find = || -> Result<Option<SharedDisk>, Problem> {
             let mut disks = self.status()?.disks;
             let place = disks.iter().position(|disk| disk.name == meant.name);
@@ -294,6 +295,7 @@ impl<E: Export> Share for NbdShare<E> {
     }
 
     fn remove(&self, name: &str) -> Result<(), Problem> {
+        let _claim = self.base.claim(name)?;
         match self.control.remove(name) {
             Ok(()) => {
                 self.base.close(name);

@@ -152,21 +152,22 @@ impl<H: DiskHandle> ScsiShare<H> {
         self.base.close_all();
     }
 
-    fn disk(&self, lun: u16, shown: &Shown, servers: &[Arc<VhostUserScsiServer<H>>]) -> SharedDisk {
-        let size = servers.first().and_then(|server| server.handle().size(0, lun));
+    /// None if it is being added or removed.
+    fn disk(&self, lun: u16, shown: &Shown, servers: &[Arc<VhostUserScsiServer<H>>]) -> Option<SharedDisk> {
+        let size = servers.first()?.handle().size(0, lun)?;
         let connected = servers.iter().filter(|server| server.is_connected());
-        SharedDisk {
+        Some(SharedDisk {
             name: shown.name.clone(),
             source: self.base.source(&shown.name),
             target: None,
             lun: Some(lun),
             socket: None,
-            size: size.unwrap_or_default(),
+            size,
             read_only: shown.read_only,
             clients: number(connected.count()),
             counts: None,
             latencies: None,
-        }
+        })
     }
 
     /// Shows a unit at all sockets, or at none.
@@ -205,7 +206,9 @@ impl<H: DiskHandle> Share for ScsiShare<H> {
     fn status(&self) -> Result<ShareStatus, Problem> {
         let servers = self.servers();
         let luns = lock(&self.luns).clone();
-        let disks = luns.iter().map(|(lun, shown)| self.disk(*lun, shown, &servers));
+        let disks = luns
+            .iter()
+            .filter_map(|(lun, shown)| self.disk(*lun, shown, &servers));
         let mut clients = Vec::new();
         for ((place, server), socket) in servers.iter().enumerate().zip(&self.base.addresses) {
             for client in server.clients() {
@@ -248,8 +251,8 @@ impl<H: DiskHandle> Share for ScsiShare<H> {
         self.kept(lun, &meant.name, meant.source.clone(), new);
         logs::say(&format!("smsvmm: {} is served as LUN {lun}", meant.name));
         let shown = lock(&self.luns).get(&lun).cloned();
-        let shown = shown.ok_or_else(|| no_disk(&meant.name))?;
-        Ok(self.disk(lun, &shown, &self.servers()))
+        let told = shown.and_then(|shown| self.disk(lun, &shown, &self.servers()));
+        told.ok_or_else(|| no_disk(&meant.name))
     }
 
     fn remove(&self, name: &str) -> Result<(), Problem> {

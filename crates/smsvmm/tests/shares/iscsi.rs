@@ -323,7 +323,8 @@ fn disks_of_a_pool_come_go_and_grow() {
     let load = Load::start(&portal, "load", 0, 0);
     let mut session = Session::log_in(&portal, "look");
     let mut some = Session::log_in(&portal, "some");
-    (session.listen(0), some.listen(1));
+    session.listen(0);
+    some.listen(1);
     assert_eq!((session.luns(), some.luns()), (vec![0, 1], vec![1]));
 
     // What is shown to somebody by name is never another disk.
@@ -338,7 +339,8 @@ fn disks_of_a_pool_come_go_and_grow() {
     place.add("/b.dsk");
     assert_eq!((session.luns(), some.luns()), (vec![0, 1, 2], vec![1]));
 
-    (session.listen(0), session.listen(2));
+    session.listen(0);
+    session.listen(2);
     place.run("disk --config share.toml resize /c.dsk 24M");
     assert_eq!(session.command(2, &TEST_UNIT_READY, 0), CAPACITY_CHANGED);
     let Answer::Good(capacity) = session.command(2, &READ_CAPACITY, 8) else {

@@ -3,6 +3,8 @@
 
 #[path = "../../../../storage-virtualizer/tests/driver/mod.rs"]
 mod driver;
+#[path = "../../../host-manager/tests/guest/mod.rs"]
+mod guest;
 mod iscsi;
 mod nbd;
 mod vhost_user;

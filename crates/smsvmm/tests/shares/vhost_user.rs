@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use expanded_api::{Answer as Answered, Request};
 use storage_virtualizer::vhost_user::front_end::{
     FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice, dial,
 };
@@ -15,7 +16,7 @@ use super::driver::scsi::{
     Answer, BAD_TARGET, CHECK_CONDITION, DATA, Initiator, OK, PLACE, TEST_UNIT_READY, lun, read, told, write,
 };
 use super::driver::{self, readable, writable};
-use super::{Place, until};
+use super::{Place, guest, until};
 
 struct Deaf;
 
@@ -78,6 +79,14 @@ fn write_and_read(driver: &mut Initiator, number: u16, block: u32, byte: u8) -> 
     Ok(())
 }
 
+/// The disks of which the expanded API tells a machine.
+fn looked_after(driver: &mut Initiator, tag: u32) -> Vec<String> {
+    match guest::ask(driver, 0, tag, &Request::ListDisks {}).unwrap() {
+        Answered::Disks(disks) => disks.into_iter().filter_map(|disk| disk.path).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
 fn code(answer: &Answer) -> Option<(u8, u8, u8)> {
     (answer.status == CHECK_CONDITION)
         .then_some(answer.sense)
@@ -107,6 +116,7 @@ fn luns_come_and_go_at_all_sockets_while_machines_go_on() {
         driver.greet(lun(0, 1));
     }
     write_and_read(&mut one, 1, 3, 2).unwrap();
+    assert_eq!(looked_after(&mut one, 1), ["/a.dsk", "/b.dsk"]);
     let status = place.status();
     assert_eq!(status["kind"], "vhost-user-scsi");
     assert_eq!(status["clients"].as_array().unwrap().len(), 2);
@@ -152,6 +162,7 @@ fn luns_come_and_go_at_all_sockets_while_machines_go_on() {
     let answer = one.command(lun(0, 0), &TEST_UNIT_READY, None);
     assert_eq!(code(&answer), Some((6, 0x3f, 0x0e)));
     write_and_read(&mut one, 0, 8, 3).unwrap();
+    assert_eq!(looked_after(&mut one, 2), ["/a.dsk"]);
 
     for (line, said) in [
         ("add /b.dsk --lun 0", "LUN 0 is taken by /a.dsk"),
