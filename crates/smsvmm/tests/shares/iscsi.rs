@@ -271,6 +271,8 @@ fn luns_come_and_go_under_load_while_others_go_on() {
     assert_eq!(session.luns(), [0, 9]);
     assert_eq!(place.disk("b.img").unwrap()["read-only"], true);
     assert_eq!(load.end(), Some(DONE));
+    // It would be asked to log out, and waited for.
+    drop(session);
     place.run("share stop --management m.sock");
     share.ended();
 }
@@ -352,6 +354,7 @@ fn disks_of_a_pool_come_go_and_grow() {
     place.run("disk --config share.toml delete /c.dsk");
     load.goes_on();
     assert_eq!(load.end(), Some(DONE));
+    drop((session, some));
     place.run("share stop --management m.sock");
     share.ended();
     let checked = place.run("file --devices d0,d1 check");
