@@ -49,7 +49,7 @@ pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protoco
 pub use problem::{Problem, ProblemKind};
 pub use scsi::{MAX_LUNS, MAX_TARGETS, ScsiAccess, ScsiPath, ScsiPlace};
 pub use share::{
-    Share, ShareAccess, ShareClient, ShareDisk, ShareKind, ShareStatus, ShareTarget, SharedDisk,
+    Share, ShareAccess, ShareClient, ShareDisk, ShareKind, ShareStatus, ShareTarget, ShareTls, SharedDisk,
 };
 pub(crate) use storage_request::is_full;
 pub use storage_request::{MAX_LOAD_WINDOW_MS, MAX_PAGE, StorageAnswer, StorageRequest};

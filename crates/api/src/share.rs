@@ -50,6 +50,9 @@ pub struct ShareStatus {
     pub pool: Option<String>,
     /// Where it listens: addresses with their ports, paths of sockets.
     pub addresses: Vec<String>,
+    /// Who may connect by TLS, of NBD; without it, whoever reaches an address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<ShareTls>,
     /// The targets, of iSCSI.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub targets: Vec<ShareTarget>,
@@ -57,6 +60,16 @@ pub struct ShareStatus {
     pub disks: Vec<SharedDisk>,
     /// Who is connected.
     pub clients: Vec<ShareClient>,
+}
+
+/// What is demanded of those who connect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct ShareTls {
+    /// Nothing is served without TLS.
+    pub required: bool,
+    /// With TLS, clients need a certificate.
+    pub client_certificates: bool,
 }
 
 /// A target of iSCSI.

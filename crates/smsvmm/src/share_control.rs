@@ -175,6 +175,15 @@ fn shown(status: &ShareStatus) -> String {
     if !status.addresses.is_empty() {
         text += &format!("listens at {}\n", status.addresses.join(", "));
     }
+    if let Some(tls) = status.tls {
+        let wanted = if tls.required { "required" } else { "allowed" };
+        let certificate = if tls.client_certificates {
+            ", clients need a certificate"
+        } else {
+            ""
+        };
+        text += &format!("TLS is {wanted}{certificate}\n");
+    }
     for target in &status.targets {
         text += &format!("target {}\n", target.name);
         for access in &target.access {
@@ -264,7 +273,7 @@ fn numbers(counts: &RequestCounts) -> [String; 5] {
 
 #[cfg(test)]
 mod tests {
-    use api::{ShareAccess, ShareKind, ShareTarget};
+    use api::{ShareAccess, ShareKind, ShareTarget, ShareTls};
 
     use super::*;
 
@@ -282,6 +291,10 @@ mod tests {
             uptime_seconds: 60,
             pool: Some("tank".to_owned()),
             addresses: vec!["127.0.0.1:3260".to_owned()],
+            tls: Some(ShareTls {
+                required: true,
+                client_certificates: true,
+            }),
             targets: vec![ShareTarget {
                 name: "iqn.t".to_owned(),
                 access: vec![ShareAccess {
@@ -317,6 +330,7 @@ mod tests {
             "iscsi: disks of the pool tank, process 7, for 60 s",
             "  *: LUNs 0, 2, by CHAP",
             "LUN 2 of iqn.t",
+            "TLS is required, clients need a certificate",
             "iqn.i",
             "1970-01-01 00:00:01Z",
         ] {

@@ -247,6 +247,7 @@ impl Base {
             uptime_seconds: self.started.elapsed().as_secs(),
             pool: self.pool.as_ref().map(|pool| pool.name().to_owned()),
             addresses: self.addresses.clone(),
+            tls: None,
             targets,
             disks,
             clients,

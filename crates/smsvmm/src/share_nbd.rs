@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use api::{
-    Problem, ProblemKind, Share, ShareClient, ShareDisk, ShareKind, ShareStatus, SharedDisk, StorageAnswer,
-    StorageRequest,
+    Problem, ProblemKind, Share, ShareClient, ShareDisk, ShareKind, ShareStatus, ShareTls, SharedDisk,
+    StorageAnswer, StorageRequest,
 };
 use block_io::{Device, DeviceOptions, ListenAddress, NbdAddress, Worker, WorkerOptions};
 use clap::{Args, ValueEnum};
@@ -125,6 +125,7 @@ pub(crate) fn nbd(arguments: &NbdArguments) -> anyhow::Result<Exit> {
     let share = NbdShare {
         base: Base::new(ShareKind::Nbd, None, shown(server.addresses()), opened),
         control,
+        tls: demanded(arguments),
         open: Box::new(move |control, meant| {
             let read_only = read_only || meant.read_only;
             let device = Device::open(&meant.source, &device_options(read_only, buffered));
@@ -185,6 +186,7 @@ fn serve_pool_disks(
             opened,
         ),
         control,
+        tls: demanded(arguments),
         open: Box::new(move |control, meant| {
             let how = served(&meant.source, all_read_only || meant.read_only);
             let disk = here.disk(&meant.source, how)?;
@@ -198,6 +200,14 @@ fn serve_pool_disks(
         }),
     };
     serve(&names, server, Arc::new(share), management, arguments, signals)
+}
+
+/// What is demanded of clients.
+fn demanded(arguments: &NbdArguments) -> Option<ShareTls> {
+    arguments.tls_cert.as_ref().map(|_| ShareTls {
+        required: matches!(arguments.tls, TlsWanted::Required),
+        client_certificates: arguments.tls_client_ca.is_some(),
+    })
 }
 
 /// What a disk of a pool is called by clients.
@@ -231,6 +241,7 @@ type Open<E> = Box<dyn Fn(&NbdControl<E>, &Meant) -> Result<Option<DiskGuard>, P
 struct NbdShare<E: Export> {
     base: Base,
     control: NbdControl<E>,
+    tls: Option<ShareTls>,
     open: Open<E>,
 }
 
@@ -264,9 +275,11 @@ impl<E: Export> Share for NbdShare<E> {
             since_ms: since(client.since),
             counts: counts(&client.counters),
         });
-        Ok(self
+        let status = self
             .base
-            .status(Vec::new(), self.disks(exports), clients.collect()))
+            .status(Vec::new(), self.disks(exports), clients.collect());
+        let tls = self.tls;
+        Ok(ShareStatus { tls, ..status })
     }
 
     fn add(&self, disk: ShareDisk) -> Result<SharedDisk, Problem> {

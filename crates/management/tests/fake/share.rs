@@ -45,6 +45,7 @@ impl Share for FakeShare {
             uptime_seconds: 2,
             pool: None,
             addresses: vec!["/run/s".to_owned()],
+            tls: None,
             targets: Vec::new(),
             disks: self.disks.lock().unwrap().iter().map(|name| disk(name)).collect(),
             clients: vec![ShareClient {
