@@ -21,6 +21,7 @@ mod metrics;
 mod net;
 mod problem;
 mod scsi;
+mod share;
 pub mod storage;
 mod storage_request;
 mod trace;
@@ -47,6 +48,9 @@ pub use metrics::{
 pub use net::{MacAddress, NetBackend, NetConfig, NetStatus, PortForward, Protocol, TapName};
 pub use problem::{Problem, ProblemKind};
 pub use scsi::{MAX_LUNS, MAX_TARGETS, ScsiAccess, ScsiPath, ScsiPlace};
+pub use share::{
+    Share, ShareAccess, ShareClient, ShareDisk, ShareKind, ShareStatus, ShareTarget, ShareTls, SharedDisk,
+};
 pub(crate) use storage_request::is_full;
 pub use storage_request::{MAX_LOAD_WINDOW_MS, MAX_PAGE, StorageAnswer, StorageRequest};
 pub use trace::{DebugDump, DiskTrace, TraceEnd, TraceOperation, TracePage, TraceRecord};

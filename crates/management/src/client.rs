@@ -8,7 +8,8 @@ use api::virtual_disk::TransferRequest;
 use api::{
     Attachment, AttachmentMetrics, CONSOLE_PROTOCOL, ConsoleRequest, DebugDump, DeviceId, DiskChange,
     DiskConfig, DiskLimits, DiskStatus, EventKind, EventPage, HostStatus, MachineDefinition, MachineStatus,
-    NetConfig, NetStatus, Problem, Removal, StorageAnswer, StorageRequest, TracePage, VmName, VmStatus,
+    NetConfig, NetStatus, Problem, Removal, ShareDisk, ShareStatus, SharedDisk, StorageAnswer,
+    StorageRequest, TracePage, VmName, VmStatus,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -21,6 +22,7 @@ use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use crate::share_routes::REMOVAL_TIMEOUT;
 use crate::target::{Connection, Scope, Target, Way};
 use crate::transfer::PROTOCOL;
 use crate::{page, repeated};
@@ -434,6 +436,51 @@ impl Client {
     /// See [`ClientError`].
     pub fn delete_machine(&self, name: &VmName) -> Result<(), ClientError> {
         self.request(&Method::DELETE, &format!("/v1/vms/{name}"), Vec::new(), TIMEOUT)
+            .map(drop)
+    }
+
+    /// What `smsvmm share` serves, and to whom.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn share(&self) -> Result<ShareStatus, ClientError> {
+        self.get("/v1/share")
+    }
+
+    /// Has `smsvmm share` serve one more disk.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn share_disk(&self, disk: &ShareDisk) -> Result<SharedDisk, ClientError> {
+        self.post("/v1/share/disks", disk, REMOVAL_TIMEOUT + TIMEOUT)
+    }
+
+    /// Has `smsvmm share` serve a disk no more; it is free then.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn unshare_disk(&self, name: &str) -> Result<(), ClientError> {
+        let path = format!("/v1/share/disks/{}", page::encode_whole(name));
+        let limit = REMOVAL_TIMEOUT + TIMEOUT;
+        self.request(&Method::DELETE, &path, Vec::new(), limit).map(drop)
+    }
+
+    /// Has `smsvmm share` end the connection of a client.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn disconnect_from_share(&self, client: &str) -> Result<(), ClientError> {
+        let path = format!("/v1/share/clients/{}", page::encode_whole(client));
+        let limit = REMOVAL_TIMEOUT + TIMEOUT;
+        self.request(&Method::DELETE, &path, Vec::new(), limit).map(drop)
+    }
+
+    /// Has `smsvmm share` end.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn stop_share(&self) -> Result<(), ClientError> {
+        self.request(&Method::PUT, "/v1/share/stop", Vec::new(), TIMEOUT)
             .map(drop)
     }
 

@@ -18,6 +18,7 @@
 //! | POST /v1/storage/transfer, to be upgraded | the [`TransferRequest`](api::virtual_disk::TransferRequest) of the body | 101, then data in both directions |
 //! | GET /v1/events?after=N&wait=SECONDS | events with numbers above N, waits for the first | 200 [`EventPage`](api::EventPage) |
 //! | the same with `Accept: text/event-stream` | events as they happen | 200 server-sent events |
+//! | GET /v1/share, /v1/share/disks, /v1/share/clients; POST, DELETE | of `smsvmm share`: what is served, to whom; see `share_routes` | 200 [`ShareStatus`](api::ShareStatus) |
 //! | GET /metrics, /v1/metrics | numbers ([`Metrics`](api::Metrics)) | 200 in Prometheus' text format |
 //! | GET /healthz | nothing | 200 [`Liveness`](api::Liveness) |
 //! | GET /readyz | whether the machine runs | 200 or 503 [`Readiness`](api::Readiness) |
@@ -46,6 +47,7 @@ mod rights;
 mod room;
 mod routes;
 mod server;
+mod share_routes;
 mod socket;
 mod sse;
 mod target;

@@ -11,7 +11,7 @@ use std::fmt::{Display, Write as _};
 use api::storage::{Health, JobState, MemberHealth, PoolDeviceState, PoolStatus};
 use api::{
     AttachmentMetrics, DeviceState, HostStatus, Latencies, MachineState, Metrics, NetMetrics, QueueMetrics,
-    RequestCounts, VmState, VmStatus,
+    RequestCounts, ShareStatus, VmState, VmStatus,
 };
 use hyper::StatusCode;
 use serde::Serialize;
@@ -23,6 +23,11 @@ const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// The answer to `GET /metrics`.
 pub(crate) fn answer(metrics: &Metrics) -> Answer {
     routes::respond(StatusCode::OK, MEDIA_TYPE, text(metrics).into_bytes())
+}
+
+/// The same of `smsvmm share`.
+pub(crate) fn share(status: &ShareStatus) -> Answer {
+    routes::respond(StatusCode::OK, MEDIA_TYPE, of_share(status).into_bytes())
 }
 
 /// A label and its value.
@@ -212,6 +217,61 @@ fn host(writer: &mut Writer<'_>, host: &HostStatus) {
     for machine in &host.machines {
         family.sample(&[("vm", machine.name.as_str())], machine.restarts);
     }
+}
+
+/// What is served to others, as text.
+fn of_share(status: &ShareStatus) -> String {
+    let kind = status.kind.to_string();
+    let mut writer = Writer {
+        text: String::new(),
+        common: vec![("share", &kind)],
+    };
+    let help = "Seconds since the process was started.";
+    writer
+        .gauge("smsvmm_share_uptime_seconds", help)
+        .sample(&[], status.uptime_seconds);
+    let help = "Clients that are connected to disks that are served to others.";
+    writer
+        .gauge("smsvmm_share_clients", help)
+        .sample(&[], status.clients.len());
+    let mut sizes = writer.gauge(
+        "smsvmm_share_size_bytes",
+        "Size of a disk that is served to others.",
+    );
+    for disk in &status.disks {
+        sizes.sample(&[("disk", &disk.name)], disk.size);
+    }
+    let counted = status.disks.iter().filter_map(|disk| {
+        Some(Row {
+            labels: vec![("disk", &disk.name)],
+            counts: disk.counts.as_ref()?,
+            latencies: disk.latencies.as_ref()?,
+        })
+    });
+    let rows: Vec<_> = counted.collect();
+    if rows.is_empty() {
+        return writer.text;
+    }
+    let families = Requests {
+        requests: (
+            "smsvmm_share_requests_total",
+            "Requests of clients to disks that are served to others, by operation.",
+        ),
+        bytes: (
+            "smsvmm_share_bytes_total",
+            "Bytes in read and write requests of clients to disks that are served to others.",
+        ),
+        errors: (
+            "smsvmm_share_errors_total",
+            "Requests of clients that were not answered with success.",
+        ),
+        seconds: (
+            "smsvmm_share_request_seconds",
+            "From the moment that a request of a client was taken to its answer.",
+        ),
+    };
+    families.write(&mut writer, &rows);
+    writer.text
 }
 
 /// The disks that a manager serves.

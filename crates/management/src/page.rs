@@ -103,7 +103,17 @@ pub(crate) fn encode(text: &str) -> String {
     encoded
 }
 
+/// The same for a part of a path.
+pub(crate) fn encode_whole(text: &str) -> String {
+    encode(text).replace('/', "%2F")
+}
+
 fn decode(text: &str) -> Result<String, Problem> {
+    plain(text).ok_or_else(|| not_an_entry(text))
+}
+
+/// Text as it was before it was encoded for a query or a path; none if it is not such a text.
+pub(crate) fn plain(text: &str) -> Option<String> {
     let mut bytes = Vec::new();
     let mut rest = text.as_bytes();
     while let Some((first, behind)) = rest.split_first() {
@@ -113,14 +123,14 @@ fn decode(text: &str) -> Result<String, Problem> {
             continue;
         }
         let digits = rest.split_at_checked(2);
-        let (digits, behind) = digits.ok_or_else(|| not_an_entry(text))?;
+        let (digits, behind) = digits?;
         let byte = std::str::from_utf8(digits)
             .ok()
             .and_then(|digits| u8::from_str_radix(digits, 16).ok());
-        bytes.push(byte.ok_or_else(|| not_an_entry(text))?);
+        bytes.push(byte?);
         rest = behind;
     }
-    String::from_utf8(bytes).map_err(|_| not_an_entry(text))
+    String::from_utf8(bytes).ok()
 }
 
 #[cfg(test)]

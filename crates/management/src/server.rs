@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use access::Role;
-use api::{EventLog, Host, Problem, ProblemKind, Vm};
+use api::{EventLog, Host, Problem, ProblemKind, Share, Vm};
 use http_body_util::Either;
 use hyper::body::Incoming;
 use hyper::{Request, Response};
@@ -25,6 +25,7 @@ use crate::locals::{self, Locals};
 use crate::repeated::{self, Keys};
 use crate::room::{Peer, Room};
 use crate::routes::{self, Content, Context};
+use crate::share_routes::{self, ShareContext};
 use crate::socket::{Listening, SocketError};
 use block_io::SocketFile;
 
@@ -138,6 +139,16 @@ impl Server {
         self.start_answering(context, MAX_HOST_HELPERS, || Ok(()))
     }
 
+    /// As [`Self::start`], for disks that are given to others.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start_share(self, share: Arc<dyn Share>) -> io::Result<ServerHandle> {
+        let lasting = Lasting::new(MAX_LASTING, MAX_HELPERS - 1);
+        let context = Answering::Share(ShareContext::new(share, lasting));
+        self.start_answering(context, MAX_HELPERS, || Ok(()))
+    }
+
     fn start_answering(
         self,
         context: Answering,
@@ -187,6 +198,7 @@ struct Served {
 enum Answering {
     Vm(Context),
     Host(HostContext),
+    Share(ShareContext),
 }
 
 /// Where the number of the newest event is heard.
@@ -229,7 +241,7 @@ async fn serve(
 ) -> io::Result<()> {
     let listener = UnixListener::from_std(listener)?;
     let most = match context.answering {
-        Answering::Vm(_) => MAX_CONNECTIONS,
+        Answering::Vm(_) | Answering::Share(_) => MAX_CONNECTIONS,
         Answering::Host(_) => MAX_HOST_CONNECTIONS,
     };
     let room = Room::new(most);
@@ -270,6 +282,8 @@ async fn serve(
     match &context.answering {
         Answering::Vm(context) => context.streams.end(),
         Answering::Host(context) => context.streams.end(),
+        // It has no events.
+        Answering::Share(_) => {}
     }
     let _ = timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
     Ok(())
@@ -312,6 +326,7 @@ async fn answer(context: Arc<Served>, request: Request<Content>) -> Response<Ans
     let room = || match &context.answering {
         Answering::Vm(context) => context.lasting.room(),
         Answering::Host(context) => context.lasting.room(),
+        Answering::Share(context) => context.lasting.room(),
     };
     match context.keys.answer(key, request, room, route).await {
         Ok(answer) => answer.map(Either::Left),
@@ -324,6 +339,7 @@ impl Answering {
         match self {
             Self::Vm(context) => routes::answer(context, request).await.map(Either::Left),
             Self::Host(context) => host_routes::answer(context, request).await,
+            Self::Share(context) => share_routes::answer(context, request).await.map(Either::Left),
         }
     }
 }

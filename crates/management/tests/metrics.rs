@@ -6,6 +6,8 @@ mod fake;
 #[path = "fake/host.rs"]
 #[allow(dead_code)]
 mod fake_host;
+#[path = "fake/share.rs"]
+mod fake_share;
 mod some_pool;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,9 +16,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-use api::{DiskConfig, Host, NetBackend, NetConfig, Vm};
+use api::{DiskConfig, Host, NetBackend, NetConfig, Share, Vm};
 use fake::FakeVm;
 use fake_host::FakeHost;
+use fake_share::FakeShare;
 use management::Server;
 
 /// A sample: its labels and its value.
@@ -133,6 +136,17 @@ fn scrape_host() -> String {
     ask(&path)
 }
 
+/// Those of disks that are served to others.
+fn scrape_share() -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("share.sock");
+    let share = Arc::<FakeShare>::default();
+    share.disks.lock().unwrap().push("a".to_owned());
+    let server = Server::bind(&path).unwrap();
+    let _server = server.start_share(share as Arc<dyn Share>).unwrap();
+    ask(&path)
+}
+
 fn ask(path: &Path) -> String {
     let mut stream = UnixStream::connect(path).unwrap();
     stream
@@ -197,6 +211,7 @@ fn names_in(text: &str) -> BTreeSet<String> {
 fn what_the_dashboard_draws_exists_and_the_documentation_has_it_all() {
     let mut families = parse(&scrape());
     families.extend(parse(&scrape_host()));
+    families.extend(parse(&scrape_share()));
     let samples: BTreeSet<&String> = families
         .values()
         .flat_map(|family| family.samples.keys())

@@ -1,21 +1,30 @@
 //! `smsvmm share`: disks for virtual machines of others.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use api::{Problem, ProblemKind, Share, ShareKind};
 use block_io::{Cache, HostDevice, OpenOptions, Worker, WorkerHandle, WorkerOptions};
 use clap::{Args, Subcommand};
-use storage_manager::HostedPool;
+use management::Server;
+use storage_manager::{HostedPool, VirtualDisk};
 use storage_virtualizer::controls::{DiskControls, Rate, RateLimit};
 use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
 use storage_virtualizer::virtio_blk::{MAX_QUEUES, VirtioBlkOptions, fitting_serial};
+use storage_virtualizer::{DiskHandle, PinnedDisk};
 
 use crate::exit::{Exit, UsageError};
 use crate::pool::{served, with_pool};
+use crate::share_blk_manage::{BlkShare, Open, Served};
+use crate::share_control::{
+    self, AddArguments, DisconnectArguments, RemoveArguments, StatusArguments, StopArguments,
+};
 use crate::share_iscsi::{self, IscsiArguments};
-use crate::share_nbd::{self, NbdArguments};
+use crate::share_manage::{self, Base, Management, not_opened};
+use crate::share_nbd::{self, NbdArguments, absolute};
 use crate::share_scsi::{self, VhostUserScsiArguments};
 use crate::signals::Signals;
 use crate::storage::Which;
@@ -49,6 +58,16 @@ pub(crate) enum ShareCommand {
     /// All disks are logical units of one target, the first is LUN 0, unless --access says otherwise. Prints how to reach it when it is ready. Initiators that are logged in
     /// when it ends are asked to log out, and get answers to what they have asked for.
     Iscsi(IscsiArguments),
+    /// What a process with --management serves, and to whom.
+    Status(StatusArguments),
+    /// Have a process with --management serve one more disk; clients of others notice nothing.
+    Add(AddArguments),
+    /// Have a process with --management serve a disk no more: what is in flight is answered, and then the disk is free.
+    Remove(RemoveArguments),
+    /// Have a process with --management end the connection of a client, after what it has in flight. It may come again.
+    Disconnect(DisconnectArguments),
+    /// End a process with --management, as SIGTERM does.
+    Stop(StopArguments),
 }
 
 #[derive(Debug, Args)]
@@ -69,10 +88,12 @@ pub(crate) struct VhostUserArguments {
     read_only: bool,
     #[command(flatten)]
     serving: Serving,
+    #[command(flatten)]
+    management: Management,
 }
 
 /// How queues and disks are served.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct Serving {
     /// Virtqueues for requests that a front-end may have.
     #[arg(long, default_value_t = 4, value_name = "NUMBER")]
@@ -105,6 +126,11 @@ pub(crate) fn execute(command: &ShareCommand) -> anyhow::Result<Exit> {
         ShareCommand::VhostUserScsi(arguments) => share_scsi::vhost_user_scsi(arguments),
         ShareCommand::Iscsi(arguments) => share_iscsi::iscsi(arguments),
         ShareCommand::Nbd(arguments) => share_nbd::nbd(arguments),
+        ShareCommand::Status(arguments) => share_control::status(arguments),
+        ShareCommand::Add(arguments) => share_control::add(arguments),
+        ShareCommand::Remove(arguments) => share_control::remove(arguments),
+        ShareCommand::Disconnect(arguments) => share_control::disconnect(arguments),
+        ShareCommand::Stop(arguments) => share_control::stop(arguments),
     }
 }
 
@@ -120,88 +146,182 @@ fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
     arguments.serving.check()?;
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
+    // Before anything is opened: a second process with this socket ends here.
+    let management = arguments.management.bind()?;
+    if management.is_some() {
+        arguments.check_names()?;
+    }
     if !arguments.paths.is_empty() {
-        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, pool, &signals);
+        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, management, pool, &signals);
         with_pool(&arguments.which, "io-pool", serve)?;
         return Ok(Exit::Success);
     }
-    let mut shares = Vec::new();
+    let settings = arguments.settings();
+    let mut disks = Vec::new();
     for (image, socket) in arguments.image.iter().zip(&arguments.socket) {
-        shares.push(share(arguments, image, socket)?);
+        let served = share(&settings, image, socket, arguments.read_only)?;
+        let name = absolute(image).display().to_string();
+        disks.push((name.clone(), name, served));
         logs::say(&format!(
             "smsvmm: {} is served at {}",
             image.display(),
             socket.display()
         ));
     }
+    let all_read_only = arguments.read_only;
+    let open: Open<Arc<HostDevice>> = Box::new(move |meant, socket| {
+        let served = share(
+            &settings,
+            Path::new(&meant.source),
+            socket,
+            all_read_only || meant.read_only,
+        );
+        served.map_err(|error| not_opened(&meant.source, error.as_ref()))
+    });
+    let base = Base::new(ShareKind::VhostUser, None, Vec::new(), []);
+    serve(&BlkShare::new(base, disks, open), management, &signals).map(|()| Exit::Success)
+}
+
+/// Serves until a signal comes.
+fn serve<H: DiskHandle>(
+    share: &Arc<BlkShare<H>>,
+    management: Option<Server>,
+    signals: &Signals,
+) -> anyhow::Result<()> {
+    let managed = share_manage::answer(management, Arc::clone(share) as Arc<dyn Share>)?;
     let signal = signals.next();
     logs::say(&format!("smsvmm: {signal}: the disks are closed"));
-    for (server, workers) in shares {
-        server.stop();
-        drop(workers);
-    }
-    Ok(Exit::Success)
+    drop(managed);
+    share.end();
+    Ok(())
 }
 
 /// Serves disks of a pool.
 fn serve_pool_disks(
     arguments: &VhostUserArguments,
-    pool: &HostedPool,
+    management: Option<Server>,
+    pool: &Arc<HostedPool>,
     signals: &Signals,
 ) -> anyhow::Result<()> {
-    let mut shares = Vec::new();
-    for (path, socket) in arguments.paths.iter().zip(&arguments.socket) {
-        let options = served(path, arguments.read_only);
-        let disk = pool.disk(path, options)?;
+    let (settings, all_read_only) = (arguments.settings(), arguments.read_only);
+    let here = Arc::clone(pool);
+    let open = move |path: &str, socket: &Path, read_only: bool| -> anyhow::Result<Served<_>> {
+        let options = served(path, all_read_only || read_only);
+        let disk = here.disk(path, options)?;
         let name = path.rsplit('/').next().unwrap_or_default();
         let server = VhostUserServer::start(
             socket,
             disk.handle().clone(),
-            server_options(arguments, name, options.read_only),
-            vec![pool.worker().clone()],
-        )?;
-        shares.push((server, disk.into_guard()));
+            settings.server_options(name, options.read_only),
+            vec![here.worker().clone()],
+        );
+        let (handle, resized) = (disk.handle().clone(), disk.resize_hook());
+        let guard = disk.into_guard();
+        match server {
+            Ok(server) => Ok(Served {
+                socket: absolute(socket),
+                disk: handle,
+                server,
+                workers: Vec::new(),
+                guard: Some(guard),
+                resized: Some(resized),
+            }),
+            Err(error) => {
+                drop((handle, resized));
+                guard.close();
+                Err(error.into())
+            }
+        }
+    };
+    let mut disks = Vec::new();
+    for (path, socket) in arguments.paths.iter().zip(&arguments.socket) {
+        disks.push((path.clone(), path.clone(), open(path, socket, false)?));
         logs::say(&format!("smsvmm: {path} is served at {}", socket.display()));
     }
-    let signal = signals.next();
-    logs::say(&format!("smsvmm: {signal}: the disks are closed"));
-    for (server, guard) in shares {
-        server.stop();
-        drop(guard);
-    }
-    Ok(())
+    let open: Open<PinnedDisk<VirtualDisk>> = Box::new(move |meant, socket| {
+        let opened = open(&meant.source, socket, meant.read_only);
+        opened.map_err(|error| match error.downcast::<Problem>() {
+            Ok(problem) => problem,
+            Err(error) => Problem::new(ProblemKind::Conflict, format!("{error:#}")).about(&meant.source),
+        })
+    });
+    let base = Base::new(ShareKind::VhostUser, Some(Arc::clone(pool)), Vec::new(), []);
+    serve(&BlkShare::new(base, disks, open), management, signals)
 }
 
-fn server_options(arguments: &VhostUserArguments, name: &str, read_only: bool) -> VhostUserOptions {
-    let mut options = VhostUserOptions {
-        device: VirtioBlkOptions {
-            serial: fitting_serial(name),
-            queues: arguments.serving.queues,
-            controls: Arc::new(arguments.serving.controls(name)),
-            ..VhostUserOptions::default().device
-        },
-        memory_stays: arguments.serving.pin_memory,
-        ..VhostUserOptions::default()
-    };
-    if read_only {
-        options.front_ends = 64;
+/// What is the same for all disks of a process.
+#[derive(Clone)]
+struct Settings(Serving);
+
+impl Settings {
+    fn server_options(&self, name: &str, read_only: bool) -> VhostUserOptions {
+        let mut options = VhostUserOptions {
+            device: VirtioBlkOptions {
+                serial: fitting_serial(name),
+                queues: self.0.queues,
+                controls: Arc::new(self.0.controls(name)),
+                ..VhostUserOptions::default().device
+            },
+            memory_stays: self.0.pin_memory,
+            ..VhostUserOptions::default()
+        };
+        if read_only {
+            options.front_ends = 64;
+        }
+        options
     }
-    options
 }
 
-type Share = (VhostUserServer<Arc<HostDevice>>, Vec<Worker>);
+impl VhostUserArguments {
+    fn settings(&self) -> Settings {
+        Settings(self.serving.clone())
+    }
 
-fn share(arguments: &VhostUserArguments, image: &Path, socket: &Path) -> anyhow::Result<Share> {
+    /// Who manages disks tells them by their paths.
+    fn check_names(&self) -> Result<(), UsageError> {
+        let images = self
+            .image
+            .iter()
+            .map(|image| absolute(image).display().to_string());
+        let mut seen = BTreeSet::new();
+        match self
+            .paths
+            .iter()
+            .cloned()
+            .chain(images)
+            .find(|name| !seen.insert(name.clone()))
+        {
+            Some(twice) => Err(UsageError::new(format!(
+                "{twice} is given twice: with --management, a disk has one socket"
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+fn share(
+    settings: &Settings,
+    image: &Path,
+    socket: &Path,
+    read_only: bool,
+) -> anyhow::Result<Served<Arc<HostDevice>>> {
     let name = image
         .file_name()
         .unwrap_or_default()
         .to_string_lossy()
         .into_owned();
-    let disk = arguments.serving.open(image, arguments.read_only)?;
-    let workers = arguments.serving.workers(&name)?;
-    let options = server_options(arguments, &name, arguments.read_only);
-    let server = VhostUserServer::start(socket, Arc::new(disk), options, handles(&workers))?;
-    Ok((server, workers))
+    let disk = Arc::new(settings.0.open(image, read_only)?);
+    let workers = settings.0.workers(&name)?;
+    let options = settings.server_options(&name, read_only);
+    let server = VhostUserServer::start(socket, Arc::clone(&disk), options, handles(&workers))?;
+    Ok(Served {
+        socket: absolute(socket),
+        disk,
+        server,
+        workers,
+        guard: None,
+        resized: None,
+    })
 }
 
 pub(crate) fn handles(workers: &[Worker]) -> Vec<WorkerHandle> {

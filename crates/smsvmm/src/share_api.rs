@@ -14,7 +14,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::ready;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::Context;
 use api::{
@@ -68,12 +68,12 @@ impl Principals {
         }
     }
 
-    /// Answers, until what is returned is dropped. Of initiators that `access` does not name, each sees all disks.
+    /// Answers, until what is returned is dropped. Of initiators that `access` does not name, each sees all disks of the shelf.
     pub(crate) fn start(
         &self,
         access: &[Access],
         pool: &Arc<HostedPool>,
-        disks: &[(u16, &str, &HostedDisk)],
+        shelf: &Arc<Shelf>,
     ) -> anyhow::Result<Vec<Running>> {
         let luns_of = |key: &[u8]| {
             let of = |access: &&Access| {
@@ -86,7 +86,12 @@ impl Principals {
         };
         let mut running = Vec::new();
         for (key, principal) in &self.0 {
-            let view = View::new(Arc::clone(pool), luns_of(key), disks)?;
+            let view = View {
+                pool: Arc::clone(pool),
+                luns: luns_of(key).cloned(),
+                shelf: Arc::clone(shelf),
+                events: EventLog::new(),
+            };
             let hook = || Box::new(|| Ok(())) as Hook;
             let started = principal.start(Arc::new(view), hook);
             running.push(started.context("cannot start what serves the expanded API")?);
@@ -148,44 +153,56 @@ struct Seen {
     handle: PinnedDisk<VirtualDisk>,
 }
 
+/// The disks of a pool that a target shows now, by LUN.
+#[derive(Default)]
+pub(crate) struct Shelf(RwLock<BTreeMap<u16, Seen>>);
+
+impl Shelf {
+    /// # Errors
+    /// The LUN cannot be that of a device.
+    pub(crate) fn put(&self, lun: u16, path: &str, disk: &HostedDisk) -> anyhow::Result<()> {
+        let config = DiskConfig {
+            image: None,
+            file: Some(path.to_owned()),
+            bus: DiskBus::VirtioScsi,
+            serial: serial_of(path).parse().ok(),
+            read_only: disk.handle().geometry().read_only,
+            ..DiskConfig::new("")
+        };
+        let id: DeviceId = format!("lun{lun}").parse()?;
+        let seen = Seen {
+            config: DiskConfig { id, ..config },
+            handle: disk.handle().clone(),
+        };
+        let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        all.insert(lun, seen);
+        Ok(())
+    }
+
+    /// It is shown no more.
+    pub(crate) fn take(&self, lun: u16) {
+        let taken = self
+            .0
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&lun);
+        drop(taken);
+    }
+
+    /// Nothing is shown any more.
+    pub(crate) fn clear(&self) {
+        let taken = std::mem::take(&mut *self.0.write().unwrap_or_else(PoisonError::into_inner));
+        drop(taken);
+    }
+}
+
 /// What an initiator sees: the machine of its [`ExpandedTarget`].
 struct View {
     pool: Arc<HostedPool>,
-    disks: Vec<Seen>,
+    /// These only.
+    luns: Option<BTreeSet<u16>>,
+    shelf: Arc<Shelf>,
     events: EventLog,
-}
-
-impl View {
-    fn new(
-        pool: Arc<HostedPool>,
-        luns: Option<&BTreeSet<u16>>,
-        disks: &[(u16, &str, &HostedDisk)],
-    ) -> anyhow::Result<Self> {
-        let mut seen = Vec::new();
-        for (lun, path, disk) in disks {
-            if luns.is_some_and(|luns| !luns.contains(lun)) {
-                continue;
-            }
-            let config = DiskConfig {
-                image: None,
-                file: Some((*path).to_owned()),
-                bus: DiskBus::VirtioScsi,
-                serial: serial_of(path).parse().ok(),
-                read_only: disk.handle().geometry().read_only,
-                ..DiskConfig::new("")
-            };
-            let id: DeviceId = format!("lun{lun}").parse()?;
-            seen.push(Seen {
-                config: DiskConfig { id, ..config },
-                handle: disk.handle().clone(),
-            });
-        }
-        Ok(Self {
-            pool,
-            disks: seen,
-            events: EventLog::new(),
-        })
-    }
 }
 
 fn not_here(what: &str) -> Problem {
@@ -198,7 +215,10 @@ fn not_here(what: &str) -> Problem {
 
 impl Owner for View {
     fn disks(&self) -> Vec<DiskStatus> {
-        let disks = self.disks.iter().map(|seen| DiskStatus {
+        let all = self.shelf.0.read().unwrap_or_else(PoisonError::into_inner);
+        let sees = |lun: &u16| self.luns.as_ref().is_none_or(|luns| luns.contains(lun));
+        let seen = all.iter().filter(|(lun, _)| sees(lun));
+        let disks = seen.map(|(_, seen)| DiskStatus {
             config: seen.config.clone(),
             state: DeviceState::Active,
             size: ByteSize::from_bytes(seen.handle.geometry().size),

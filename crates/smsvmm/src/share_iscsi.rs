@@ -3,7 +3,7 @@
 //! One worker has the disks, the sockets and the sessions; this thread waits for a signal, and then has the target finish what
 //! initiators have asked for.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -11,14 +11,15 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::Context;
-use api::ByteSize;
-use block_io::{BlockDevice, Device, DeviceOptions, Geometry, ListenAddress, Worker, WorkerOptions};
+use api::{ByteSize, Problem, ProblemKind, Share, ShareKind};
+use block_io::{BlockDevice, Device, Geometry, ListenAddress, Worker, WorkerOptions};
 use clap::Args;
+use management::Server;
 use serde_json::json;
-use storage_manager::HostedPool;
+use storage_manager::{HostedDisk, HostedPool, VirtualDisk};
 use storage_virtualizer::DiskHandle;
 use storage_virtualizer::iscsi::{
-    Access, IscsiOptions, IscsiServer, IscsiTarget, IscsiUnit, MAX_TRANSFER, check_name,
+    Access, IscsiOptions, IscsiServer, IscsiServerError, IscsiTarget, IscsiUnit, MAX_TRANSFER, check_name,
 };
 use storage_virtualizer::scsi::{Identity, Provisioning, Unit, UnitOptions, VendorCommands};
 use storage_virtualizer::virtio_blk::fitting_serial;
@@ -27,9 +28,11 @@ use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::output::{print, print_json};
 use crate::pool::{served, with_pool};
-use crate::share_api::{Policies, Principals, serial_of};
+use crate::share_api::{Policies, Principals, Shelf, serial_of};
 use crate::share_iscsi_access;
-use crate::share_nbd::{named, reachable};
+use crate::share_iscsi_manage::{Forget, IscsiShare, Open, PlaceOfLun, refused};
+use crate::share_manage::{self, Base, Management, Opened, is_stopping, not_opened};
+use crate::share_nbd::{device_options, named, reachable};
 use crate::signals::Signals;
 use crate::storage::Which;
 
@@ -104,6 +107,9 @@ pub(crate) struct IscsiArguments {
     /// Connections at once.
     #[arg(long, value_name = "NUMBER", default_value_t = 64)]
     connections: usize,
+
+    #[command(flatten)]
+    management: Management,
 }
 
 /// An address, with or without a port.
@@ -129,8 +135,10 @@ pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     let options = options(arguments)?;
+    // Before anything is opened: a second process with this socket ends here.
+    let management = arguments.management.bind()?;
     if !arguments.paths.is_empty() {
-        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, options, pool, &signals);
+        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, options, management, pool, &signals);
         with_pool(&arguments.which, "iscsi", serve)?;
         return Ok(Exit::Success);
     }
@@ -139,28 +147,23 @@ pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
     let (options, places, _) = with_targets(options, arguments, &names)?;
     let mut shown = Vec::new();
     let mut units = Vec::new();
+    let mut opened = Vec::new();
     for (place, ((name, device), text)) in images.into_iter().zip(&arguments.images).enumerate() {
         let (target, lun) = places.of(place)?;
-        let geometry = device.geometry();
         let (_, image) = named(text)?;
-        let identity = std::path::absolute(image).unwrap_or_else(|_| image.into());
-        let identity = Identity::from_name(&identity.to_string_lossy(), &fitting_serial(&name));
-        let unit = Unit::new(unit_options(
-            identity,
-            &geometry,
-            arguments.read_only,
-            Provisioning::Thin,
-        ));
+        let source = image.to_owned();
+        opened.push((name.clone(), Opened { source, guard: None }));
+        let unit = image_unit(&name, image, &device, arguments.read_only);
         shown.push(Shown {
             target,
             lun,
             name,
-            size: geometry.size,
+            size: device.geometry().size,
         });
-        units.push(((target, lun), Arc::new(unit), device));
+        units.push(((target, lun), unit, device));
     }
     let worker = Worker::start("iscsi", WorkerOptions::default())?;
-    let server = IscsiServer::start(worker.handle(), options.clone(), move || {
+    let (server, control) = IscsiServer::start_managed(worker.handle(), options.clone(), move || {
         units
             .into_iter()
             .map(|((target, lun), unit, device)| IscsiUnit {
@@ -171,24 +174,67 @@ pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
             })
             .collect()
     })?;
-    serve(&shown, server, &options, arguments, &signals)?;
+    let (read_only, buffered) = (arguments.read_only, arguments.buffered);
+    let open: Open<Device> = Box::new(move |control, (target, lun), meant| {
+        let read_only = read_only || meant.read_only;
+        let device = Device::open(&meant.source, &device_options(read_only, buffered));
+        let device = device.map_err(|error| not_opened(&meant.source, &error))?;
+        let unit = image_unit(&meant.name, &meant.source, &device, read_only);
+        let added = control.add(move || {
+            let disk = Rc::new(device);
+            Ok(IscsiUnit {
+                target,
+                lun,
+                unit,
+                disk,
+            })
+        });
+        added.map_err(|error| refused(&meant.name, &error))?;
+        Ok(None)
+    });
+    let base = Base::new(ShareKind::Iscsi, None, addresses(&server), opened);
+    let disks = (options.targets.as_slice(), by_place(&shown));
+    let share = Arc::new(IscsiShare::new(base, disks, control, open, Box::new(|_| {})));
+    serve(
+        &shown,
+        (server, &options),
+        (share, management),
+        arguments,
+        &signals,
+    )?;
     Ok(Exit::Success)
 }
 
-fn serve(
+fn addresses(server: &IscsiServer) -> Vec<String> {
+    let shown = |address: &ListenAddress| match address {
+        ListenAddress::Tcp(address) => Some(address.to_string()),
+        ListenAddress::Unix(_) => None,
+    };
+    server.addresses().iter().filter_map(shown).collect()
+}
+
+fn by_place(shown: &[Shown]) -> BTreeMap<PlaceOfLun, String> {
+    let place = |disk: &Shown| ((disk.target, disk.lun), disk.name.clone());
+    shown.iter().map(place).collect()
+}
+
+fn serve<D: BlockDevice + 'static>(
     shown: &[Shown],
-    server: IscsiServer,
-    options: &IscsiOptions,
+    (server, options): (IscsiServer, &IscsiOptions),
+    (share, management): (Arc<IscsiShare<D>>, Option<Server>),
     arguments: &IscsiArguments,
     signals: &Signals,
 ) -> anyhow::Result<()> {
+    let managed = share_manage::answer(management, Arc::clone(&share) as Arc<dyn Share>)?;
     announce(shown, server.addresses(), options, arguments)?;
     let signal = signals.next();
     logs::say(&format!(
         "smsvmm: {signal}: finishing what initiators have asked for; they have {} s to log out",
         options.patience.0.as_secs()
     ));
+    drop(managed);
     server.stop();
+    share.base.close_all();
     Ok(())
 }
 
@@ -196,60 +242,133 @@ fn serve(
 fn serve_pool_disks(
     arguments: &IscsiArguments,
     options: IscsiOptions,
+    management: Option<Server>,
     pool: &Arc<HostedPool>,
     signals: &Signals,
 ) -> anyhow::Result<()> {
     let names: Vec<&str> = arguments.paths.iter().map(String::as_str).collect();
     unique(&names)?;
     let (options, places, policies) = with_targets(options, arguments, &names)?;
-    let principals = (0..)
-        .zip(&options.targets)
-        .map(|(place, target)| Principals::of_initiators(place, &target.access, &policies))
-        .collect::<anyhow::Result<Vec<_>>>()?;
+    let mut targets = Vec::new();
+    for (place, target) in options.targets.iter().enumerate() {
+        let principals = Principals::of_initiators(place, &target.access, &policies)?;
+        targets.push((principals, Arc::<Shelf>::default()));
+    }
     let (mut disks, mut shown) = (Vec::new(), Vec::new());
     for (place, path) in arguments.paths.iter().enumerate() {
         let (target, lun) = places.of(place)?;
-        let how = served(path, arguments.read_only);
-        let disk = pool.disk(path, how)?;
-        let geometry = disk.handle().geometry();
-        let identity = Identity {
-            uuid: disk.uuid(),
-            ..Identity::from_name(path, &serial_of(path))
-        };
-        let unit = Unit::new(UnitOptions {
-            store: disk.reservation_store(),
-            vendor: principals
-                .get(target)
-                .map(|principals| Arc::clone(principals) as Arc<dyn VendorCommands>),
-            ..unit_options(identity, &geometry, how.read_only, Provisioning::ThinZeroes)
-        });
-        unit.restore_reservations(disk.reservations())
-            .with_context(|| format!("cannot share {path}"))?;
+        let disk = pool.disk(path, served(path, arguments.read_only))?;
+        let (principals, shelf) = targets.get(target).context("a disk without a target")?;
+        let unit = pool_unit(path, &disk, principals)?;
+        shelf.put(lun, path, &disk)?;
         shown.push(Shown {
             target,
             lun,
             name: path.clone(),
             size: disk.size(),
         });
-        disks.push(((target, lun), Arc::new(unit), disk));
+        disks.push(((target, lun), unit, disk));
     }
     let mut running = Vec::new();
-    for (place, (target, principals)) in options.targets.iter().zip(&principals).enumerate() {
-        let own: Vec<_> = disks
-            .iter()
-            .zip(&shown)
-            .filter(|(_, shown)| shown.target == place)
-            .map(|((_, _, disk), shown)| (shown.lun, shown.name.as_str(), disk))
-            .collect();
-        running.extend(principals.start(&target.access, pool, &own)?);
+    for (target, (principals, shelf)) in options.targets.iter().zip(&targets) {
+        running.extend(principals.start(&target.access, pool, shelf)?);
     }
-    let server = pool.serve_iscsi(&disks, options.clone())?;
-    serve(&shown, server, &options, arguments, signals)?;
+    let (server, control) = pool.serve_iscsi(&disks, options.clone())?;
+    let opened = disks
+        .into_iter()
+        .zip(&arguments.paths)
+        .map(|((_, _, disk), path)| {
+            let (source, guard) = (path.clone(), Some(disk.into_guard()));
+            (path.clone(), Opened { source, guard })
+        });
+    let base = Base::new(
+        ShareKind::Iscsi,
+        Some(Arc::clone(pool)),
+        addresses(&server),
+        opened,
+    );
+    let shelves: Vec<_> = targets.iter().map(|(_, shelf)| Arc::clone(shelf)).collect();
+    let own = shelves.clone();
+    let forget: Forget = Box::new(move |(target, lun)| {
+        if let Some(shelf) = own.get(target) {
+            shelf.take(lun);
+        }
+    });
+    let open = open_in(Arc::clone(pool), targets, arguments.read_only);
+    let listed = (options.targets.as_slice(), by_place(&shown));
+    let share = Arc::new(IscsiShare::new(base, listed, control, open, forget));
+    let ended = serve(
+        &shown,
+        (server, &options),
+        (share, management),
+        arguments,
+        signals,
+    );
     drop(running);
-    for (_, _, disk) in disks {
-        drop(disk.into_guard());
-    }
-    Ok(())
+    shelves.iter().for_each(|shelf| shelf.clear());
+    ended
+}
+
+/// Opens further disks of a pool; each target has its principals, and the disks that these see.
+fn open_in(
+    pool: Arc<HostedPool>,
+    targets: Vec<(Arc<Principals>, Arc<Shelf>)>,
+    read_only: bool,
+) -> Open<VirtualDisk> {
+    Box::new(move |control, place, meant| {
+        let (principals, shelf) = targets.get(place.0).ok_or_else(is_stopping)?;
+        let path = meant.source.as_str();
+        let disk = pool.disk(path, served(path, read_only || meant.read_only))?;
+        let shown = pool_unit(path, &disk, principals).and_then(|unit| {
+            shelf.put(place.1, path, &disk)?;
+            Ok(pool.show(control, place, &unit, &disk)?)
+        });
+        let guard = disk.into_guard();
+        match shown {
+            Ok(()) => Ok(Some(guard)),
+            Err(error) => {
+                shelf.take(place.1);
+                guard.close();
+                Err(match error.downcast_ref::<IscsiServerError>() {
+                    Some(error) => refused(path, error),
+                    None => Problem::new(ProblemKind::Host, format!("{error:#}")).about(path),
+                })
+            }
+        }
+    })
+}
+
+/// The logical unit of an image.
+fn image_unit(name: &str, image: &str, device: &Device, read_only: bool) -> Arc<Unit> {
+    let place = std::path::absolute(image).unwrap_or_else(|_| image.into());
+    let identity = Identity::from_name(&place.to_string_lossy(), &fitting_serial(name));
+    let thin = Provisioning::Thin;
+    Arc::new(Unit::new(unit_options(
+        identity,
+        &device.geometry(),
+        read_only,
+        thin,
+    )))
+}
+
+/// The logical unit of a disk of a pool.
+fn pool_unit(path: &str, disk: &HostedDisk, principals: &Arc<Principals>) -> anyhow::Result<Arc<Unit>> {
+    let geometry = disk.handle().geometry();
+    let identity = Identity {
+        uuid: disk.uuid(),
+        ..Identity::from_name(path, &serial_of(path))
+    };
+    let store = disk.reservation_store();
+    // Those that are read-only have none.
+    let read_only = store.is_none();
+    let unit = Unit::new(UnitOptions {
+        store,
+        vendor: Some(Arc::clone(principals) as Arc<dyn VendorCommands>),
+        ..unit_options(identity, &geometry, read_only, Provisioning::ThinZeroes)
+    });
+    unit.restore_reservations(disk.reservations())
+        .with_context(|| format!("cannot share {path}"))?;
+    Ok(Arc::new(unit))
 }
 
 /// A logical unit on a disk of this geometry; `identity` is no other disk's, anywhere.
@@ -270,12 +389,7 @@ fn unit_options(identity: Identity, geometry: &Geometry, read_only: bool, thin: 
 
 /// Names and devices of the images.
 fn images(arguments: &IscsiArguments) -> anyhow::Result<Vec<(String, Device)>> {
-    let mut options = DeviceOptions::default();
-    options.host.read_only = arguments.read_only;
-    options.host.memory_at_once = true;
-    if arguments.buffered {
-        options.host.cache = block_io::Cache::Buffered;
-    }
+    let options = device_options(arguments.read_only, arguments.buffered);
     let mut images = Vec::new();
     for text in &arguments.images {
         let (name, image) = named(text)?;

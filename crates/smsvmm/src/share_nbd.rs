@@ -1,23 +1,35 @@
 //! `smsvmm share nbd`: disks for everybody who speaks NBD.
 //!
 //! One worker has the disks, the sockets and the clients; this thread waits for a signal, and then has the server finish
-//! what clients have asked for.
+//! what clients have asked for. Meanwhile exports come and go where there is a management socket (`share_manage`).
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
+use api::{
+    Problem, ProblemKind, Share, ShareClient, ShareDisk, ShareKind, ShareStatus, ShareTls, SharedDisk,
+    StorageAnswer, StorageRequest,
+};
 use block_io::{Device, DeviceOptions, ListenAddress, NbdAddress, Worker, WorkerOptions};
 use clap::{Args, ValueEnum};
+use management::Server;
 use serde_json::json;
-use storage_manager::HostedPool;
-use storage_virtualizer::nbd::{DeviceExport, NbdOptions, NbdServer, TlsFiles, TlsMode};
+use storage_manager::{DiskGuard, HostedPool};
+use storage_virtualizer::nbd::{
+    DeviceExport, Export, ExportState, NbdControl, NbdManageError, NbdOptions, NbdServer, NbdServerError,
+    TlsFiles, TlsMode,
+};
 
 use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::output::{print, print_json};
 use crate::pool::{served, with_pool};
+use crate::share_manage::{
+    self, Base, Management, Meant, Opened, counts, has_no, is_stopping, latencies, name_taken, no_client,
+    no_disk, not_opened, number, problem, since,
+};
 use crate::signals::Signals;
 use crate::storage::Which;
 
@@ -71,6 +83,9 @@ pub(crate) struct NbdArguments {
     /// Connections at once.
     #[arg(long, value_name = "NUMBER", default_value_t = 32)]
     connections: usize,
+
+    #[command(flatten)]
+    management: Management,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -84,69 +99,275 @@ enum TlsWanted {
 pub(crate) fn nbd(arguments: &NbdArguments) -> anyhow::Result<Exit> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
+    // Before anything is opened: a second process with this socket ends here.
+    let management = arguments.management.bind()?;
     if !arguments.paths.is_empty() {
-        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, pool, &signals);
+        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, management, pool, &signals);
         with_pool(&arguments.which, "nbd", serve)?;
         return Ok(Exit::Success);
     }
-    let exports = images(arguments)?;
-    let names: Vec<String> = exports.iter().map(|(name, _)| name.clone()).collect();
+    let images = images(arguments)?;
+    let opened: Vec<_> = images
+        .iter()
+        .map(|(name, source, _)| (name.clone(), opened(source, None)))
+        .collect();
+    let names: Vec<String> = opened.iter().map(|(name, _)| name.clone()).collect();
     let options = options(arguments);
     let worker = Worker::start("nbd", WorkerOptions::default())?;
     let read_only = arguments.read_only;
-    let server = NbdServer::start(worker.handle(), options, move || {
-        exports
+    let (server, control) = NbdServer::start_managed(worker.handle(), options, move || {
+        images
             .into_iter()
-            .map(|(name, device)| DeviceExport::new(name, device, read_only))
+            .map(|(name, _, device)| DeviceExport::new(name, device, read_only))
             .collect()
     })?;
-    serve(&names, server, arguments, &signals)?;
+    let buffered = arguments.buffered;
+    let share = NbdShare {
+        base: Base::new(ShareKind::Nbd, None, shown(server.addresses()), opened),
+        control,
+        tls: demanded(arguments),
+        open: Box::new(move |control, meant| {
+            let read_only = read_only || meant.read_only;
+            let device = Device::open(&meant.source, &device_options(read_only, buffered));
+            let device = device.map_err(|error| not_opened(&meant.source, &error))?;
+            let name = meant.name.clone();
+            let added = control.add(move || async move { Ok(DeviceExport::new(name, device, read_only)) });
+            added.map_err(|error| refused(&meant.name, &error))?;
+            Ok(None)
+        }),
+    };
+    serve(&names, server, Arc::new(share), management, arguments, &signals)?;
     Ok(Exit::Success)
 }
 
-fn serve(
+fn serve<E: Export>(
     names: &[String],
     server: NbdServer,
+    share: Arc<NbdShare<E>>,
+    management: Option<Server>,
     arguments: &NbdArguments,
     signals: &Signals,
 ) -> anyhow::Result<()> {
+    let managed = share_manage::answer(management, Arc::clone(&share) as Arc<dyn Share>)?;
     announce(names, server.addresses(), arguments)?;
     let signal = signals.next();
     logs::say(&format!(
         "smsvmm: {signal}: finishing what clients have asked for"
     ));
+    drop(managed);
     server.stop();
+    share.base.close_all();
     Ok(())
 }
 
 /// Serves disks of a pool.
-fn serve_pool_disks(arguments: &NbdArguments, pool: &HostedPool, signals: &Signals) -> anyhow::Result<()> {
+fn serve_pool_disks(
+    arguments: &NbdArguments,
+    management: Option<Server>,
+    pool: &Arc<HostedPool>,
+    signals: &Signals,
+) -> anyhow::Result<()> {
     let mut disks = Vec::new();
     for path in &arguments.paths {
-        let name = path.trim_start_matches('/').to_owned();
-        disks.push((name, pool.disk(path, served(path, arguments.read_only))?));
+        disks.push((name_of(path), pool.disk(path, served(path, arguments.read_only))?));
     }
     let names: Vec<String> = disks.iter().map(|(name, _)| name.clone()).collect();
-    let server = pool.serve_nbd(&disks, options(arguments))?;
-    serve(&names, server, arguments, signals)?;
-    for (_, disk) in disks {
-        drop(disk.into_guard());
-    }
-    Ok(())
+    let (server, control) = pool.serve_nbd(&disks, options(arguments))?;
+    let opened = disks
+        .into_iter()
+        .zip(&arguments.paths)
+        .map(|((name, disk), path)| (name, opened(path, Some(disk.into_guard()))));
+    let (here, all_read_only) = (Arc::clone(pool), arguments.read_only);
+    let share = NbdShare {
+        base: Base::new(
+            ShareKind::Nbd,
+            Some(Arc::clone(pool)),
+            shown(server.addresses()),
+            opened,
+        ),
+        control,
+        tls: demanded(arguments),
+        open: Box::new(move |control, meant| {
+            let how = served(&meant.source, all_read_only || meant.read_only);
+            let disk = here.disk(&meant.source, how)?;
+            let added = here.export(control, &meant.name, &disk);
+            let guard = disk.into_guard();
+            if let Err(error) = added {
+                guard.close();
+                return Err(refused(&meant.name, &error));
+            }
+            Ok(Some(guard))
+        }),
+    };
+    serve(&names, server, Arc::new(share), management, arguments, signals)
 }
 
-/// Names and devices of the images.
-fn images(arguments: &NbdArguments) -> anyhow::Result<Vec<(String, Device)>> {
+/// What is demanded of clients.
+fn demanded(arguments: &NbdArguments) -> Option<ShareTls> {
+    arguments.tls_cert.as_ref().map(|_| ShareTls {
+        required: matches!(arguments.tls, TlsWanted::Required),
+        client_certificates: arguments.tls_client_ca.is_some(),
+    })
+}
+
+/// What a disk of a pool is called by clients.
+fn name_of(path: &str) -> String {
+    path.trim_start_matches('/').to_owned()
+}
+
+fn opened(source: &str, guard: Option<DiskGuard>) -> Opened {
+    Opened {
+        source: source.to_owned(),
+        guard,
+    }
+}
+
+fn shown(addresses: &[ListenAddress]) -> Vec<String> {
+    let shown = |address: &ListenAddress| match address {
+        ListenAddress::Unix(path) => absolute(path).display().to_string(),
+        ListenAddress::Tcp(address) => address.to_string(),
+    };
+    addresses.iter().map(shown).collect()
+}
+
+pub(crate) fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// Opens a disk and has a server export it.
+type Open<E> = Box<dyn Fn(&NbdControl<E>, &Meant) -> Result<Option<DiskGuard>, Problem> + Send + Sync>;
+
+/// Exports while they are served.
+struct NbdShare<E: Export> {
+    base: Base,
+    control: NbdControl<E>,
+    tls: Option<ShareTls>,
+    open: Open<E>,
+}
+
+impl<E: Export> NbdShare<E> {
+    fn disks(&self, exports: Vec<ExportState>) -> Vec<SharedDisk> {
+        let shown = |export: ExportState| SharedDisk {
+            source: self.base.source(&export.name),
+            target: None,
+            lun: None,
+            socket: None,
+            size: export.size,
+            read_only: export.read_only,
+            clients: number(export.clients),
+            counts: Some(counts(&export.counters)),
+            latencies: Some(latencies(&export.counters)),
+            name: export.name,
+        };
+        exports.into_iter().map(shown).collect()
+    }
+}
+
+impl<E: Export> Share for NbdShare<E> {
+    fn status(&self) -> Result<ShareStatus, Problem> {
+        let (exports, clients) = self.control.state().map_err(|_| is_stopping())?;
+        let clients = clients.into_iter().map(|client| ShareClient {
+            id: client.number.to_string(),
+            addresses: vec![client.peer],
+            initiator: None,
+            target: None,
+            disk: client.export,
+            since_ms: since(client.since),
+            counts: counts(&client.counters),
+        });
+        let status = self
+            .base
+            .status(Vec::new(), self.disks(exports), clients.collect());
+        let tls = self.tls;
+        Ok(ShareStatus { tls, ..status })
+    }
+
+    fn add(&self, disk: ShareDisk) -> Result<SharedDisk, Problem> {
+        has_no(
+            ShareKind::Nbd,
+            &[
+                ("target", disk.target.is_some()),
+                ("lun", disk.lun.is_some()),
+                ("socket", disk.socket.is_some()),
+            ],
+        )?;
+        let meant = self.base.meant(&disk, name_of)?;
+        let _claim = self.base.claim(&meant.name)?;
+        let find = || -> Result<Option<SharedDisk>, Problem> {
+            let mut disks = self.status()?.disks;
+            let place = disks.iter().position(|disk| disk.name == meant.name);
+            Ok(place.map(|place| disks.swap_remove(place)))
+        };
+        if find()?.is_some() {
+            return Err(name_taken(&meant.name));
+        }
+        let guard = (self.open)(&self.control, &meant)?;
+        self.base.keep(&meant.name, opened(&meant.source, guard));
+        logs::say(&format!("smsvmm: {} is served as {}", meant.source, meant.name));
+        find()?.ok_or_else(|| no_disk(&meant.name))
+    }
+
+    fn remove(&self, name: &str) -> Result<(), Problem> {
+        let _claim = self.base.claim(name)?;
+        match self.control.remove(name) {
+            Ok(()) => {
+                self.base.close(name);
+                logs::say(&format!("smsvmm: {name} is served no more"));
+                Ok(())
+            }
+            Err(NbdManageError::NoExport(_)) => Err(no_disk(name)),
+            Err(_) => Err(is_stopping()),
+        }
+    }
+
+    fn disconnect(&self, client: &str) -> Result<(), Problem> {
+        let number = client.parse().map_err(|_| no_client(client))?;
+        match self.control.disconnect(number) {
+            Ok(()) => Ok(()),
+            Err(NbdManageError::NoClient(_)) => Err(no_client(client)),
+            Err(_) => Err(is_stopping()),
+        }
+    }
+
+    fn stop(&self) -> Result<(), Problem> {
+        share_manage::stop()
+    }
+
+    fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        self.base.storage(request)
+    }
+}
+
+/// Why a server does not export a disk.
+fn refused(name: &str, error: &NbdServerError) -> Problem {
+    match error {
+        NbdServerError::SameName(_) => name_taken(name),
+        NbdServerError::Stopping | NbdServerError::NoWorker => is_stopping(),
+        NbdServerError::LongName(_) | NbdServerError::BlockSize { .. } => {
+            problem(ProblemKind::Invalid, name, error)
+        }
+        _ => problem(ProblemKind::Host, name, error),
+    }
+}
+
+/// How images are opened.
+pub(crate) fn device_options(read_only: bool, buffered: bool) -> DeviceOptions {
     let mut options = DeviceOptions::default();
-    options.host.read_only = arguments.read_only;
+    options.host.read_only = read_only;
     options.host.memory_at_once = true;
-    if arguments.buffered {
+    if buffered {
         options.host.cache = block_io::Cache::Buffered;
     }
+    options
+}
+
+/// Names, places and devices of the images.
+fn images(arguments: &NbdArguments) -> anyhow::Result<Vec<(String, String, Device)>> {
+    let options = device_options(arguments.read_only, arguments.buffered);
     let open = |text: &String| {
         let (name, image) = named(text)?;
         let device = Device::open(image, &options)?;
-        Ok((name, device))
+        Ok((name, image.to_owned(), device))
     };
     arguments.images.iter().map(open).collect()
 }

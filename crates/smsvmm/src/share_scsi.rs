@@ -22,24 +22,26 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
-use api::{ExpandedPolicy, VmName};
-use block_io::{Geometry, WorkerHandle};
+use api::{ExpandedPolicy, Problem, ProblemKind, Share, ShareKind, VmName};
+use block_io::{BlockDevice, Geometry, HostDevice, WorkerHandle};
 use clap::Args;
+use management::Server;
 use serde::Deserialize;
-use storage_manager::HostedPool;
-use storage_virtualizer::DiskHandle;
-use storage_virtualizer::controls::DiskControls;
+use storage_manager::{HostedPool, VirtualDisk};
 use storage_virtualizer::scsi::{Identity, Provisioning, TransportId, Unit, UnitOptions, VendorCommands};
 use storage_virtualizer::vhost_user::VhostUserScsiServer;
 use storage_virtualizer::virtio_blk::fitting_serial;
 use storage_virtualizer::virtio_scsi::{ScsiGroup, VirtioScsiHandle, VirtioScsiOptions};
+use storage_virtualizer::{DiskHandle, PinnedDisk};
 
 use crate::exit::{Exit, UsageError};
 use crate::pool::{served, with_pool};
 use crate::share::{Serving, handles};
-use crate::share_api::{Principals, name_of, serial_of};
+use crate::share_api::{Principals, Shelf, name_of, serial_of};
 use crate::share_iscsi::unique;
-use crate::share_nbd::named;
+use crate::share_manage::{self, Base, Management, not_opened};
+use crate::share_nbd::{absolute, named};
+use crate::share_scsi_manage::{Forget, NewUnit, Open, ScsiShare};
 use crate::signals::Signals;
 use crate::storage::Which;
 use crate::{logs, toml_file};
@@ -69,6 +71,8 @@ pub(crate) struct VhostUserScsiArguments {
     access: Option<PathBuf>,
     #[command(flatten)]
     serving: Serving,
+    #[command(flatten)]
+    management: Management,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -127,18 +131,6 @@ fn machines(
     sockets.iter().map(machine).collect()
 }
 
-fn absolute(path: &Path) -> PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
-}
-
-/// A disk that is to be shown to all machines.
-struct Shown<H> {
-    name: String,
-    unit: Arc<Unit>,
-    disk: H,
-    controls: Arc<DiskControls>,
-}
-
 pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Result<Exit> {
     arguments.serving.check()?;
     let mut seen = BTreeSet::new();
@@ -151,10 +143,12 @@ pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Res
     }
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
+    // Before anything is opened: a second process with this socket ends here.
+    let management = arguments.management.bind()?;
     if !arguments.paths.is_empty() {
         let names: Vec<&str> = arguments.paths.iter().map(String::as_str).collect();
         unique(&names)?;
-        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, pool, &signals);
+        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, management, pool, &signals);
         with_pool(&arguments.which, "io-pool", serve)?;
         return Ok(Exit::Success);
     }
@@ -164,61 +158,106 @@ pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Res
     unique(&names)?;
     let mut disks = Vec::new();
     for (name, image) in &images {
-        let disk = Arc::new(arguments.serving.open(Path::new(image), arguments.read_only)?);
-        let path = std::path::absolute(image).unwrap_or_else(|_| image.into());
-        let identity = Identity::from_name(&path.to_string_lossy(), &fitting_serial(name));
-        let options = unit_options(identity, &disk.geometry(), Provisioning::Thin);
-        disks.push(Shown {
-            name: name.clone(),
-            unit: Arc::new(Unit::new(options)),
-            disk,
-            controls: Arc::new(arguments.serving.controls(name)),
-        });
+        let disk = arguments.serving.open(Path::new(image), arguments.read_only)?;
+        disks.push((
+            name.clone(),
+            (*image).to_owned(),
+            image_unit(&arguments.serving, name, image, disk),
+        ));
     }
     let workers = arguments.serving.workers("scsi")?;
-    serve(arguments, &disks, &handles(&workers), &signals)?;
+    let (serving, all_read_only) = (arguments.serving.clone(), arguments.read_only);
+    let open: Open<Arc<HostDevice>> = Box::new(move |_, meant| {
+        let read_only = all_read_only || meant.read_only;
+        let disk = serving.open(Path::new(&meant.source), read_only);
+        let disk = disk.map_err(|error| not_opened(&meant.source, error.as_ref()))?;
+        Ok(image_unit(&serving, &meant.name, &meant.source, disk))
+    });
+    let servers = start(arguments, &disks, &handles(&workers))?;
+    let base = Base::new(ShareKind::VhostUserScsi, None, sockets(arguments), []);
+    let share = ScsiShare::new(base, servers, disks, open, Box::new(|_| {}));
+    serve(&share, management, &signals)?;
     Ok(Exit::Success)
+}
+
+fn image_unit(serving: &Serving, name: &str, image: &str, disk: HostDevice) -> NewUnit<Arc<HostDevice>> {
+    let identity = Identity::from_name(
+        &absolute(Path::new(image)).to_string_lossy(),
+        &fitting_serial(name),
+    );
+    let options = unit_options(identity, &disk.geometry(), Provisioning::Thin);
+    NewUnit {
+        unit: Arc::new(Unit::new(options)),
+        disk: Arc::new(disk),
+        controls: Arc::new(serving.controls(name)),
+        guard: None,
+        resized: None,
+    }
 }
 
 /// Serves disks of a pool.
 fn serve_pool_disks(
     arguments: &VhostUserScsiArguments,
+    management: Option<Server>,
     pool: &Arc<HostedPool>,
     signals: &Signals,
 ) -> anyhow::Result<()> {
     let principals = Principals::of_machines(machines(&arguments.sockets, arguments.access.as_deref())?);
-    let (mut disks, mut opened) = (Vec::new(), Vec::new());
-    for path in &arguments.paths {
-        let disk = pool.disk(path, served(path, arguments.read_only))?;
+    let shelf = Arc::<Shelf>::default();
+    let (serving, all_read_only) = (arguments.serving.clone(), arguments.read_only);
+    let (here, own, principal) = (Arc::clone(pool), Arc::clone(&shelf), Arc::clone(&principals));
+    let open = move |lun: u16, path: &str, read_only: bool| -> anyhow::Result<NewUnit<_>> {
+        let disk = here.disk(path, served(path, all_read_only || read_only))?;
         let identity = Identity {
             uuid: disk.uuid(),
             ..Identity::from_name(path, &serial_of(path))
         };
         let unit = Unit::new(UnitOptions {
             store: disk.reservation_store(),
-            vendor: Some(Arc::clone(&principals) as Arc<dyn VendorCommands>),
+            vendor: Some(Arc::clone(&principal) as Arc<dyn VendorCommands>),
             ..unit_options(identity, &disk.handle().geometry(), Provisioning::ThinZeroes)
         });
         unit.restore_reservations(disk.reservations())
             .with_context(|| format!("cannot share {path}"))?;
-        disks.push(Shown {
-            name: path.clone(),
+        own.put(lun, path, &disk)?;
+        Ok(NewUnit {
             unit: Arc::new(unit),
             disk: disk.handle().clone(),
-            controls: Arc::new(arguments.serving.controls(path)),
-        });
-        opened.push(disk);
+            controls: Arc::new(serving.controls(path)),
+            resized: Some(disk.resize_hook()),
+            guard: Some(disk.into_guard()),
+        })
+    };
+    let mut disks = Vec::new();
+    for (lun, path) in (0..).zip(&arguments.paths) {
+        disks.push((path.clone(), path.clone(), open(lun, path, false)?));
     }
-    let seen: Vec<_> = (0..)
-        .zip(&arguments.paths)
-        .zip(&opened)
-        .map(|((lun, path), disk)| (lun, path.as_str(), disk))
-        .collect();
-    let running = principals.start(&[], pool, &seen)?;
-    let served = serve(arguments, &disks, &[pool.worker().clone()], signals);
-    drop((running, disks));
-    opened.into_iter().for_each(|disk| drop(disk.into_guard()));
-    served
+    let running = principals.start(&[], pool, &shelf)?;
+    let servers = start(arguments, &disks, &[pool.worker().clone()])?;
+    let base = Base::new(
+        ShareKind::VhostUserScsi,
+        Some(Arc::clone(pool)),
+        sockets(arguments),
+        [],
+    );
+    let open: Open<PinnedDisk<VirtualDisk>> = Box::new(move |lun, meant| {
+        open(lun, &meant.source, meant.read_only).map_err(|error| match error.downcast::<Problem>() {
+            Ok(problem) => problem,
+            Err(error) => Problem::new(ProblemKind::Host, format!("{error:#}")).about(&meant.source),
+        })
+    });
+    let own = Arc::clone(&shelf);
+    let forget: Forget = Box::new(move |lun| own.take(lun));
+    let share = ScsiShare::new(base, servers, disks, open, forget);
+    let ended = serve(&share, management, signals);
+    drop(running);
+    shelf.clear();
+    ended
+}
+
+fn sockets(arguments: &VhostUserScsiArguments) -> Vec<String> {
+    let shown = |socket: &PathBuf| absolute(socket).display().to_string();
+    arguments.sockets.iter().map(shown).collect()
 }
 
 fn unit_options(identity: Identity, geometry: &Geometry, thin: Provisioning) -> UnitOptions {
@@ -232,13 +271,12 @@ fn unit_options(identity: Identity, geometry: &Geometry, thin: Provisioning) -> 
     }
 }
 
-/// Serves the disks at all sockets until a signal comes.
-fn serve<H: DiskHandle>(
+/// Shows the disks at all sockets.
+fn start<H: DiskHandle>(
     arguments: &VhostUserScsiArguments,
-    disks: &[Shown<H>],
+    disks: &[(String, String, NewUnit<H>)],
     workers: &[WorkerHandle],
-    signals: &Signals,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Vec<VhostUserScsiServer<H>>> {
     let group = ScsiGroup::default();
     let mut servers = Vec::new();
     for socket in &arguments.sockets {
@@ -249,9 +287,9 @@ fn serve<H: DiskHandle>(
             last_target: 0,
         };
         let prepare = |adapter: &VirtioScsiHandle<H>| {
-            (0_u16..).zip(disks).try_for_each(|(lun, shown)| {
-                let (unit, controls) = (Arc::clone(&shown.unit), Arc::clone(&shown.controls));
-                adapter.add((0, lun), unit, shown.disk.clone(), controls, None)
+            (0_u16..).zip(disks).try_for_each(|(lun, (_, _, new))| {
+                let (unit, controls) = (Arc::clone(&new.unit), Arc::clone(&new.controls));
+                adapter.add((0, lun), unit, new.disk.clone(), controls, None)
             })
         };
         let server = VhostUserScsiServer::start(
@@ -265,17 +303,27 @@ fn serve<H: DiskHandle>(
         servers.push(server);
     }
     for socket in &arguments.sockets {
-        for (lun, disk) in disks.iter().enumerate() {
+        for (lun, (name, ..)) in disks.iter().enumerate() {
             logs::say(&format!(
-                "smsvmm: LUN {lun}, {}, is served at {}",
-                disk.name,
+                "smsvmm: LUN {lun}, {name}, is served at {}",
                 socket.display()
             ));
         }
     }
+    Ok(servers)
+}
+
+/// Serves until a signal comes.
+fn serve<H: DiskHandle>(
+    share: &Arc<ScsiShare<H>>,
+    management: Option<Server>,
+    signals: &Signals,
+) -> anyhow::Result<()> {
+    let managed = share_manage::answer(management, Arc::clone(share) as Arc<dyn Share>)?;
     let signal = signals.next();
     logs::say(&format!("smsvmm: {signal}: the disks are closed"));
-    servers.into_iter().for_each(VhostUserScsiServer::stop);
+    drop(managed);
+    share.end();
     Ok(())
 }
 

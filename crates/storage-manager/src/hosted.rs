@@ -32,8 +32,8 @@ use api::{
 use block_io::{BlockDevice, Clock, Worker, WorkerClock, WorkerHandle, WorkerOptions, spawn_local};
 use storage_virtualizer::PinnedDisk;
 use storage_virtualizer::disk::DiskOptions;
-use storage_virtualizer::iscsi::{IscsiOptions, IscsiServer, IscsiServerError, IscsiUnit};
-use storage_virtualizer::nbd::{NbdOptions, NbdServer, NbdServerError};
+use storage_virtualizer::iscsi::{IscsiControl, IscsiOptions, IscsiServer, IscsiServerError, IscsiUnit};
+use storage_virtualizer::nbd::{NbdControl, NbdOptions, NbdServer, NbdServerError};
 use storage_virtualizer::scsi::{Identity, ReservationStore, Unit};
 
 use volume_manager::Sample;
@@ -350,7 +350,7 @@ impl HostedPool {
     }
 
     /// Serves disks by NBD, each under a name, on the pool's worker, until the server is stopped. The disks stay open as long as their
-    /// guards.
+    /// guards. Further ones: [`Self::export`].
     ///
     /// # Errors
     /// The server cannot listen.
@@ -358,31 +358,37 @@ impl HostedPool {
         &self,
         disks: &[(String, HostedDisk)],
         options: NbdOptions,
-    ) -> Result<NbdServer, NbdServerError> {
+    ) -> Result<(NbdServer, NbdControl<DiskExport>), NbdServerError> {
+        let worker = self.worker().clone();
         let numbers: Vec<_> = disks
             .iter()
             .map(|(name, disk)| (name.clone(), disk.guard.number))
             .collect();
         self.worker.run(move || async move {
             let mut exports = Vec::new();
-            if let Ok(open) = open_pool() {
-                for (name, number) in numbers {
-                    let disk = open
-                        .disks
-                        .borrow()
-                        .get(&number)
-                        .map(|hosted| Rc::clone(&hosted.disk));
-                    if let (Some(disk), Ok(disks)) = (disk, open.storage.disks()) {
-                        exports.push(DiskExport::new(name, disk, disks.clone()).await);
-                    }
-                }
+            for (name, number) in numbers {
+                exports.extend(export_of(name, number).await);
             }
-            NbdServer::start_here(&options, exports)
+            NbdServer::start_here(&worker, &options, exports)
         })
     }
 
+    /// Serves one more disk by a server of [`Self::serve_nbd`], until it is removed there.
+    ///
+    /// # Errors
+    /// The name is taken, or the server ends.
+    pub fn export(
+        &self,
+        control: &NbdControl<DiskExport>,
+        name: &str,
+        disk: &HostedDisk,
+    ) -> Result<(), NbdServerError> {
+        let (name, number) = (name.to_owned(), disk.guard.number);
+        control.add(move || async move { export_of(name, number).await.ok_or(NbdServerError::NoWorker) })
+    }
+
     /// Serves disks by iSCSI, each as a logical unit of a target (its place in the options, and the LUN), on the pool's worker, until the server is stopped. The disks stay open as long as
-    /// their guards.
+    /// their guards. Further ones: [`Self::show`].
     ///
     /// # Errors
     /// The server cannot listen, or the options are impossible.
@@ -390,31 +396,31 @@ impl HostedPool {
         &self,
         disks: &[((usize, u16), Arc<Unit>, HostedDisk)],
         options: IscsiOptions,
-    ) -> Result<IscsiServer, IscsiServerError> {
-        let mut numbers = Vec::new();
-        for (place, unit, disk) in disks {
-            let resized = Arc::clone(unit);
-            disk.on_resize(move || resized.capacity_changed());
-            numbers.push((*place, Arc::clone(unit), disk.guard.number));
-        }
+    ) -> Result<(IscsiServer, IscsiControl<VirtualDisk>), IscsiServerError> {
+        let worker = self.worker().clone();
+        let units: Vec<_> = disks
+            .iter()
+            .map(|(place, unit, disk)| unit_of(*place, unit, disk))
+            .collect();
         self.worker.run(move || async move {
-            let mut units = Vec::new();
-            if let Ok(open) = open_pool() {
-                let disks = open.disks.borrow();
-                for ((target, lun), unit, number) in numbers {
-                    if let Some(hosted) = disks.get(&number) {
-                        let disk = Rc::clone(&hosted.disk);
-                        units.push(IscsiUnit {
-                            target,
-                            lun,
-                            unit,
-                            disk,
-                        });
-                    }
-                }
-            }
-            IscsiServer::start_here(&options, units)
+            let units = units.into_iter().filter_map(|make| make()).collect();
+            IscsiServer::start_here(&worker, &options, units)
         })
+    }
+
+    /// Serves one more disk by a target of [`Self::serve_iscsi`], until it is removed there.
+    ///
+    /// # Errors
+    /// The place is taken, or the target ends.
+    pub fn show(
+        &self,
+        control: &IscsiControl<VirtualDisk>,
+        place: (usize, u16),
+        unit: &Arc<Unit>,
+        disk: &HostedDisk,
+    ) -> Result<(), IscsiServerError> {
+        let make = unit_of(place, unit, disk);
+        control.add(move || make().ok_or(IscsiServerError::NoWorker))
     }
 
     /// Does what people ask for while disks are in use. Blocks; not to be called from the pool's worker.
@@ -514,6 +520,39 @@ impl HostedPool {
             let closed = open.storage.close().await;
             let first = open.problems.into_inner().into_iter().next();
             first.map_or(closed, Err)
+        })
+    }
+}
+
+/// A disk as the NBD server has it; on the pool's worker.
+async fn export_of(name: String, number: u64) -> Option<DiskExport> {
+    let open = open_pool().ok()?;
+    let disk = open
+        .disks
+        .borrow()
+        .get(&number)
+        .map(|hosted| Rc::clone(&hosted.disk))?;
+    let disks = open.storage.disks().ok()?.clone();
+    Some(DiskExport::new(name, disk, disks).await)
+}
+
+/// What makes a logical unit of a disk, on the pool's worker; who uses it is told of new sizes.
+fn unit_of(
+    (target, lun): (usize, u16),
+    unit: &Arc<Unit>,
+    disk: &HostedDisk,
+) -> impl FnOnce() -> Option<IscsiUnit<VirtualDisk>> + Send + 'static {
+    let (unit, resized) = (Arc::clone(unit), Arc::clone(unit));
+    disk.on_resize(move || resized.capacity_changed());
+    let number = disk.guard.number;
+    move || {
+        let open = open_pool().ok()?;
+        let disk = Rc::clone(&open.disks.borrow().get(&number)?.disk);
+        Some(IscsiUnit {
+            target,
+            lun,
+            unit,
+            disk,
         })
     }
 }

@@ -49,7 +49,7 @@ pub(super) async fn serve<D: BlockDevice + 'static>(server: Rc<Server<D>>, link:
         Ok(connection) => {
             let session = Rc::clone(&connection.session);
             let end = full_feature(&connection, &mut input).await;
-            if server.is_stopping() && link.is_ending() && !link.is_broken() {
+            if (server.is_stopping() || session.is_leaving.get()) && link.is_ending() && !link.is_broken() {
                 // What the disk has is finished and answered.
                 for task in session.end_tasks(|task| task.cid == connection.cid && !task.is_executing()) {
                     task.done().await;

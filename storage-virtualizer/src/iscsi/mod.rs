@@ -30,6 +30,8 @@
 mod access;
 mod chap;
 mod connection;
+mod control;
+mod counted;
 mod keys;
 mod life;
 mod link;
@@ -45,5 +47,6 @@ mod task;
 mod text;
 
 pub use access::{Access, AccessError, Chap, NameError, Secret, SecretError, check_name};
+pub use control::{IscsiControl, IscsiManageError, SessionState, UnitState};
 pub use options::{IscsiOptions, IscsiServerError, IscsiTarget, IscsiUnit, MAX_TRANSFER};
 pub use server::IscsiServer;

@@ -112,6 +112,9 @@ pub enum IscsiServerError {
     /// A unit cannot have its number.
     #[error(transparent)]
     Unit(#[from] TargetError),
+    /// Nothing is added to a target that stops.
+    #[error("the iSCSI target is about to end")]
+    Stopping,
     /// The host lacks something.
     #[error("cannot start the iSCSI target")]
     System(#[from] io::Error),

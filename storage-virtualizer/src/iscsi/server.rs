@@ -5,6 +5,7 @@
 //!     start ──► bind ─────────────────┼─► acceptor per portal ──► connection, connection, …
 //!                                     │   janitor: deadlines; pings to those from whom nothing is heard
 //!     stop, drop ──► eventfd ─────────┼─► stopper: asks initiators to log out, then everything goes
+//!   IscsiControl (any thread) ────────┼─► units that come and go, sessions that must: see `control`
 //! ```
 
 use std::cell::{Cell, RefCell};
@@ -21,6 +22,8 @@ use block_io::{
 };
 
 use super::access::{self, check_name};
+use super::control::IscsiControl;
+use super::counted::UnitDisk;
 use super::keys::Parameters;
 use super::life;
 use super::link::{Allowance, Link};
@@ -30,6 +33,7 @@ use super::session::{PORTAL_GROUP, Session};
 use crate::scsi::{Nexus, Target, TransportId};
 use crate::sockets::buffers::Pool;
 use crate::sockets::ending::{Bell, Ending, Running, start_task};
+use crate::sockets::reach::Reach;
 
 /// For the log.
 const NAME: &str = "iSCSI target";
@@ -42,8 +46,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes of unused buffers that are kept.
 const POOL: usize = 32 << 20;
 /// Asynchronous events (RFC 7143 §11.9.1).
-const LOGOUT_WANTED: u8 = 1;
-const ALL_DROPPED: u8 = 3;
+pub(super) const LOGOUT_WANTED: u8 = 1;
+pub(super) const ALL_DROPPED: u8 = 3;
 
 /// A running target. Dropping it is [`Self::stop`].
 #[derive(Debug)]
@@ -67,27 +71,45 @@ impl IscsiServer {
         D: BlockDevice + 'static,
         M: FnOnce() -> Vec<IscsiUnit<D>> + Send + 'static,
     {
+        Self::start_managed(worker, options, make).map(|(server, _)| server)
+    }
+
+    /// The same, with what manages the target while it runs.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub fn start_managed<D, M>(
+        worker: &WorkerHandle,
+        options: IscsiOptions,
+        make: M,
+    ) -> Result<(Self, IscsiControl<D>), IscsiServerError>
+    where
+        D: BlockDevice + 'static,
+        M: FnOnce() -> Vec<IscsiUnit<D>> + Send + 'static,
+    {
         let (answer, started) = mpsc::channel();
+        let here = worker.clone();
         worker.spawn(move || async move {
             // The caller waits below.
-            drop(answer.send(Self::start_here(&options, make())));
+            drop(answer.send(Self::start_here(&here, &options, make())));
         });
         started.recv().unwrap_or(Err(IscsiServerError::NoWorker))
     }
 
-    /// Serves `units` on the worker whose task calls this. What it returns may go to another thread.
+    /// Serves `units` on `worker`, a task of which calls this. What it returns may go to another thread.
     ///
     /// # Errors
     /// As for [`Self::start`].
     pub fn start_here<D: BlockDevice + 'static>(
+        worker: &WorkerHandle,
         options: &IscsiOptions,
         units: Vec<IscsiUnit<D>>,
-    ) -> Result<Self, IscsiServerError> {
+    ) -> Result<(Self, IscsiControl<D>), IscsiServerError> {
         check_targets(&options.targets, &units)?;
         let targets: Vec<_> = options.targets.iter().map(|_| Target::default()).collect();
         for unit in units {
             let target: &Target<_> = targets.get(unit.target).ok_or(IscsiServerError::NoTarget)?;
-            target.add(unit.lun, unit.unit, unit.disk)?;
+            target.add(unit.lun, unit.unit, Rc::new(UnitDisk::new(unit.disk)))?;
         }
         let listeners: Vec<Listener> = options
             .listen
@@ -118,10 +140,12 @@ impl IscsiServer {
             start_task(async move { own.0.accept(listener).await })?;
         }
         start_task(watch_over(Rc::downgrade(&server), Rc::clone(&server.janitor)))?;
-        Ok(Self {
+        let control = IscsiControl(Reach::new(&server, worker));
+        let server = Self {
             addresses,
             _running: Running::start(NAME, bell, |watch| end_when_told(server, watch))?,
-        })
+        };
+        Ok((server, control))
     }
 
     /// Where it listens: ports are the actual ones.
@@ -157,7 +181,7 @@ fn check_targets<D>(targets: &[IscsiTarget], units: &[IscsiUnit<D>]) -> Result<(
 /// What all connections share.
 pub(super) struct Server<D: BlockDevice + 'static> {
     /// The units of each target of the settings.
-    pub(super) targets: Vec<Target<Rc<D>>>,
+    pub(super) targets: Vec<Target<Rc<UnitDisk<D>>>>,
     pub(super) settings: IscsiOptions,
     pub(super) pool: Rc<Pool>,
     addresses: Vec<ListenAddress>,
@@ -235,7 +259,7 @@ impl<D: BlockDevice + 'static> Server<D> {
         self.ending.has_begun()
     }
 
-    fn sessions(&self) -> Vec<Rc<Session<D>>> {
+    pub(super) fn sessions(&self) -> Vec<Rc<Session<D>>> {
         self.sessions.borrow().clone()
     }
 

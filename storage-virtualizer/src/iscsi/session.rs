@@ -11,14 +11,17 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
+use std::time::SystemTime;
 
 use block_io::BlockDevice;
 
 use super::connection::Connection;
+use super::counted::UnitDisk;
 use super::keys::Parameters;
 use super::pdu::Head;
 use super::server::Server;
 use super::task::Task;
+use crate::queue::QueueStatistics;
 use crate::scsi::{Nexus, Target};
 
 /// Commands of a session.
@@ -106,6 +109,12 @@ pub(super) struct Session<D: BlockDevice + 'static> {
     pub(super) target: usize,
     pub(super) parameters: Parameters,
     pub(super) order: Order,
+    /// When it was logged in.
+    pub(super) since: SystemTime,
+    /// What it has asked of disks.
+    pub(super) statistics: QueueStatistics,
+    /// It was asked to log out: what is in flight when it is cut is answered.
+    pub(super) is_leaving: Cell<bool>,
     held: RefCell<BTreeMap<u32, Held<D>>>,
     tasks: RefCell<HashMap<u32, Rc<Task>>>,
     immediate: Cell<u32>,
@@ -133,6 +142,9 @@ impl<D: BlockDevice + 'static> Session<D> {
             target: agreement.target,
             parameters: agreement.parameters,
             order: Order::new(agreement.first.command_number),
+            since: SystemTime::now(),
+            statistics: QueueStatistics::default(),
+            is_leaving: Cell::new(false),
             held: RefCell::default(),
             tasks: RefCell::default(),
             immediate: Cell::new(0),
@@ -148,7 +160,7 @@ impl<D: BlockDevice + 'static> Session<D> {
     }
 
     /// The logical units of its target.
-    pub(super) fn units(&self) -> &Target<Rc<D>> {
+    pub(super) fn units(&self) -> &Target<Rc<UnitDisk<D>>> {
         // A login names a target that is there, and all stay.
         &self.server.targets[self.target]
     }
@@ -298,6 +310,11 @@ impl<D: BlockDevice + 'static> Session<D> {
             self.units().disconnect(&self.nexus);
         }
         self.waiting.take().into_iter().for_each(Waker::wake);
+    }
+
+    /// It was closed, and has nothing in flight any more.
+    pub(super) fn is_released(&self) -> bool {
+        self.is_released.get()
     }
 
     /// Waits until a session that was closed has nothing in flight any more.

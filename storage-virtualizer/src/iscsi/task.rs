@@ -18,6 +18,7 @@ use std::task::{Poll, Waker};
 use block_io::{BlockDevice, IoBuf, list, spawn_local};
 
 use super::connection::Connection;
+use super::counted::Counted;
 use super::link::Permit;
 use super::options::MAX_TRANSFER;
 use super::pdu::{Body, FINAL, Head, NO_TAG, response};
@@ -524,7 +525,8 @@ async fn execute<D: BlockDevice + 'static>(
     if task.is_too_large() {
         return Outcome::failed(unit, Sense::illegal(Code::INVALID_FIELD_IN_CDB));
     }
-    let outcome = scsi::execute(&*lun.handle, unit, &session.nexus, &command).await;
+    let disk = Counted::new(&lun.handle, &session.statistics);
+    let outcome = scsi::execute(&disk, unit, &session.nexus, &command).await;
     let room = list::total_length(data_in);
     if task.is_read && room < u64::from(task.expected) && outcome.wanted > room {
         return Outcome::failed(unit, Sense::illegal(Code::INVALID_FIELD_IN_CDB));

@@ -10,7 +10,7 @@ use block_io::nbd::protocol::{
     DEFAULT_MAXIMUM, FIXED_NEWSTYLE, NO_ZEROES, OPTION_MAGIC, SERVER_MAGIC, command, error, option, u32_at,
     u64_at,
 };
-use block_io::{BlockDevice, spawn_local};
+use block_io::{BlockDevice, moment_nanos, spawn_local};
 
 use super::execute::execute;
 use super::export::{Export, MOST_EXTENTS};
@@ -18,7 +18,7 @@ use super::link::{Link, Permit};
 use super::negotiate::{Agreement, Context, Negotiation, Next};
 use super::reply::{Reply, Style};
 use super::request::{Head, Limits, Request};
-use super::server::Server;
+use super::server::{Served, Server};
 use crate::sockets::buffers::{Buffer, Pool};
 use crate::sockets::input::{Input, More};
 
@@ -40,6 +40,9 @@ pub(super) enum End {
     /// The client left in the middle of something.
     #[error("the client is gone")]
     Gone,
+    /// The export was removed while the client chose it.
+    #[error("its export was removed")]
+    Removed,
     /// The client breaks the protocol.
     #[error("the client breaks the NBD protocol: {0}")]
     Violation(&'static str),
@@ -51,16 +54,39 @@ pub(super) enum End {
 /// An export as a connection uses it.
 pub(super) struct Session<E: Export> {
     pub(super) link: Rc<Link>,
-    pub(super) server: Rc<Server<E>>,
     pub(super) pool: Rc<Pool>,
     pub(super) style: Style,
     pub(super) contexts: Vec<(u32, Context)>,
-    export: usize,
+    export: Rc<Served<E>>,
 }
 
 impl<E: Export> Session<E> {
     pub(super) fn export(&self) -> &E {
-        &self.server.exports[self.export]
+        &self.export.export
+    }
+
+    /// A request was taken.
+    pub(super) fn count(&self, request: &Request) {
+        for statistics in [&self.export.statistics, &self.link.statistics] {
+            match request {
+                Request::Read { length, .. } => statistics.count_read((*length).into()),
+                Request::Write { length, .. } => statistics.count_write((*length).into()),
+                Request::Flush => statistics.count_flush(),
+                _ => statistics.count_other(),
+            }
+        }
+    }
+
+    /// A request has its answer, so many nanoseconds after it was taken.
+    pub(super) fn count_time(&self, nanos: u64) {
+        self.export.statistics.count_time(nanos);
+        self.link.statistics.count_time(nanos);
+    }
+
+    /// A request failed, or was refused.
+    pub(super) fn count_error(&self) {
+        self.export.statistics.count_error();
+        self.link.statistics.count_error();
     }
 
     fn limits(&self) -> Limits {
@@ -85,8 +111,13 @@ pub(super) async fn serve<E: Export>(server: Rc<Server<E>>, link: Rc<Link>) {
     link.set_deadline(Some(server.settings.handshake));
     let agreed = handshake(&server, &link, &mut input).await;
     link.set_deadline(None);
+    let agreed = agreed.and_then(|agreement| {
+        let export = server.exports.borrow().get(&agreement.export).cloned();
+        Ok((agreement, export.ok_or(End::Removed)?))
+    });
     let end = match agreed {
-        Ok(agreement) => {
+        Ok((agreement, export)) => {
+            link.export.set(Some(export.number));
             let session = Rc::new(Session {
                 style: match (agreement.structured, agreement.extended) {
                     (_, true) => Style::Extended,
@@ -94,9 +125,8 @@ pub(super) async fn serve<E: Export>(server: Rc<Server<E>>, link: Rc<Link>) {
                     (false, false) => Style::Simple,
                 },
                 pool: Rc::clone(&server.pool),
-                server,
                 link: Rc::clone(&link),
-                export: agreement.export,
+                export,
                 contexts: agreement.contexts,
             });
             tracing::info!(
@@ -269,6 +299,7 @@ async fn one<E: Export>(session: &Rc<Session<E>>, input: &mut Input) -> Result<b
         return Ok(false);
     }
     let refuse = |number, message, permit| {
+        session.count_error();
         let reply = Reply::error(
             session.style,
             head.cookie,
@@ -337,6 +368,9 @@ fn start<E: Export>(
     let cookie = head.cookie;
     // Refused only where no worker runs, and this is a task of one.
     drop(spawn_local(async move {
+        let begin = moment_nanos();
+        session.count(&request);
         execute(&session, cookie, request, data, permit).await;
+        session.count_time(moment_nanos().saturating_sub(begin));
     }));
 }

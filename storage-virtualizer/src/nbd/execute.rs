@@ -112,6 +112,7 @@ fn failure<E: Export>(
     error: &IoError,
     permit: Permit,
 ) -> Reply {
+    session.count_error();
     tracing::warn!(export = session.export().name(), %error, "a request of an NBD client failed");
     let mut message = error.to_string();
     if let Some(cause) = std::error::Error::source(error) {

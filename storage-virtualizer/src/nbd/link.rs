@@ -16,12 +16,13 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use block_io::Stream;
 
 use super::reply::Reply;
 use super::transport::Transport;
+use crate::queue::QueueStatistics;
 use crate::sockets::input::Source;
 use crate::sockets::slot::{keep, wake};
 
@@ -42,7 +43,14 @@ pub(super) struct Allowance {
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) transport: Transport,
+    /// No other connection of the server ever has it.
+    pub(super) number: u64,
     pub(super) peer: String,
+    pub(super) since: SystemTime,
+    /// The number of the export that the client has chosen.
+    pub(super) export: Cell<Option<usize>>,
+    /// What the client has asked for.
+    pub(super) statistics: QueueStatistics,
     allowance: Allowance,
     queue: RefCell<VecDeque<Reply>>,
     /// Bytes of the queue's first reply that are sent.
@@ -99,13 +107,17 @@ impl Source for Link {
 impl Link {
     pub(super) fn new(
         stream: Stream,
-        peer: String,
+        (number, peer): (u64, String),
         allowance: Allowance,
         janitor: Rc<RefCell<Option<Waker>>>,
     ) -> Rc<Self> {
         Rc::new(Self {
             transport: Transport::new(stream),
+            number,
             peer,
+            since: SystemTime::now(),
+            export: Cell::new(None),
+            statistics: QueueStatistics::default(),
             allowance,
             queue: RefCell::default(),
             sent: Cell::new(0),
@@ -121,6 +133,11 @@ impl Link {
             alarm: RefCell::default(),
             janitor,
         })
+    }
+
+    /// Whether the client has chosen this export.
+    pub(super) fn uses(&self, export: usize) -> bool {
+        self.export.get() == Some(export)
     }
 
     pub(super) fn is_broken(&self) -> bool {

@@ -15,7 +15,8 @@
 //! structured replies, extended headers, block status, flush, FUA, trim, write zeroes, TLS. Not offered: `NBD_CMD_CACHE`
 //! (disks do not go through a cache), `NBD_CMD_RESIZE`, filters of contexts in a request, oldstyle.
 //!
-//! Disks, exports and connections live on one worker: nothing is shared between threads, nothing is locked.
+//! Disks, exports and connections live on one worker: nothing is shared between threads, nothing is locked. Exports come and go while clients
+//! use others: `manage`.
 //!
 //! # Hazards
 //! - Clients are hostile. What they send is checked before it means something; what they cost is limited (`link`); the time
@@ -29,6 +30,7 @@ mod execute;
 mod export;
 mod file;
 mod link;
+mod manage;
 mod negotiate;
 mod reply;
 mod request;
@@ -38,5 +40,6 @@ mod transport;
 pub use access::{TlsError, TlsFiles};
 pub use export::{Export, Extent, Extents};
 pub use file::DeviceExport;
+pub use manage::{ClientState, ExportState, NbdControl, NbdManageError};
 pub use negotiate::TlsMode;
 pub use server::{NbdOptions, NbdServer, NbdServerError};

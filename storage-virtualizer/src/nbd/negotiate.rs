@@ -37,13 +37,13 @@ pub(super) struct Offer {
 
 /// Where the handshake learns about exports.
 pub(super) trait Catalogue {
-    /// How many there are.
-    fn len(&self) -> usize;
-    /// Export number `index`, which is less than [`Self::len`].
-    fn offer(&self, index: usize) -> Offer;
-    /// The name of export number `index`.
-    fn name(&self, index: usize) -> String {
-        self.offer(index).name
+    /// The numbers of all exports, in their order; no number is ever another export's.
+    fn all(&self) -> Vec<usize>;
+    /// Export number `number`, if it is there.
+    fn offer(&self, number: usize) -> Option<Offer>;
+    /// Its name.
+    fn name(&self, number: usize) -> Option<String> {
+        self.offer(number).map(|offer| offer.name)
     }
 }
 
@@ -184,8 +184,11 @@ impl Negotiation {
             option::EXPORT_NAME => Ok(self.export_name(catalogue, data, out)),
             option::LIST => {
                 nothing(data)?;
-                for index in 0..catalogue.len() {
-                    let offer = catalogue.offer(index);
+                for offer in catalogue
+                    .all()
+                    .into_iter()
+                    .filter_map(|number| catalogue.offer(number))
+                {
                     let name = offer.name.as_bytes();
                     out.put(
                         reply::SERVER,
@@ -266,7 +269,7 @@ impl Negotiation {
 
     /// The one option whose answer has a form of its own, and no errors.
     fn export_name(&mut self, catalogue: &impl Catalogue, data: &[u8], out: &mut Replies) -> Next {
-        let Some(export) = std::str::from_utf8(data)
+        let Some((export, offer)) = std::str::from_utf8(data)
             .ok()
             .and_then(|name| find(catalogue, name))
         else {
@@ -276,7 +279,6 @@ impl Negotiation {
             // The protocol wants NBD_OPT_GO then.
             return Next::Close;
         }
-        let offer = catalogue.offer(export);
         out.bytes.extend(offer.size.to_be_bytes());
         out.bytes.extend(self.flags(&offer).to_be_bytes());
         if !self.no_zeroes {
@@ -294,8 +296,8 @@ impl Negotiation {
             return Err(malformed());
         }
         let wants = |kind: u16| wanted.chunks_exact(2).any(|pair| pair == kind.to_be_bytes());
-        let export = find(catalogue, name).ok_or(Refused(reply::UNKNOWN, "there is no such export"))?;
-        let offer = catalogue.offer(export);
+        let unknown = Refused(reply::UNKNOWN, "there is no such export");
+        let (export, offer) = find(catalogue, name).ok_or(unknown)?;
         let flags = self.flags(&offer).to_be_bytes();
         out.info(info::EXPORT, &[&offer.size.to_be_bytes(), &flags]);
         out.info(
@@ -342,9 +344,10 @@ impl Negotiation {
             rest = after;
         }
         nothing(rest)?;
-        let export = find(catalogue, name).ok_or(Refused(reply::UNKNOWN, "there is no such export"))?;
+        let unknown = Refused(reply::UNKNOWN, "there is no such export");
+        let (export, offer) = find(catalogue, name).ok_or(unknown)?;
         let mut chosen = Vec::new();
-        for (context, name) in all_contexts(&catalogue.offer(export).snapshots) {
+        for (context, name) in all_contexts(&offer.snapshots) {
             let asked = queries
                 .iter()
                 .any(|query| *query == name || (!sets && query.ends_with(':') && name.starts_with(*query)));
@@ -378,10 +381,16 @@ fn all_contexts(snapshots: &[String]) -> impl Iterator<Item = (Context, String)>
     std::iter::once((Context::Allocation, "base:allocation".to_owned())).chain(changed)
 }
 
-/// The export called `name`; the empty name is also that of the only export.
-fn find(catalogue: &impl Catalogue, name: &str) -> Option<usize> {
-    let found = (0..catalogue.len()).find(|index| catalogue.name(*index) == name);
-    found.or((name.is_empty() && catalogue.len() == 1).then_some(0))
+/// The export called `name`, with its number; the empty name is also that of the only export.
+fn find(catalogue: &impl Catalogue, name: &str) -> Option<(usize, Offer)> {
+    let all = catalogue.all();
+    let called = |number: &usize| catalogue.name(*number).as_deref() == Some(name);
+    let found = all.iter().copied().find(called);
+    let number = found.or(match all[..] {
+        [only] if name.is_empty() => Some(only),
+        _ => None,
+    })?;
+    Some((number, catalogue.offer(number)?))
 }
 
 fn nothing(data: &[u8]) -> Result<(), Refused> {

@@ -5,12 +5,12 @@ use super::*;
 struct Two(bool);
 
 impl Catalogue for Two {
-    fn len(&self) -> usize {
-        if self.0 { 2 } else { 1 }
+    fn all(&self) -> Vec<usize> {
+        if self.0 { vec![0, 1] } else { vec![0] }
     }
 
-    fn offer(&self, index: usize) -> Offer {
-        Offer {
+    fn offer(&self, index: usize) -> Option<Offer> {
+        Some(Offer {
             name: ["disk", "other"][index].to_owned(),
             description: ["a disk", ""][index].to_owned(),
             size: 1 << 20,
@@ -19,7 +19,7 @@ impl Catalogue for Two {
             read_only: index == 1,
             zeroes_fast: true,
             snapshots: vec!["monday".to_owned()],
-        }
+        })
     }
 }
 

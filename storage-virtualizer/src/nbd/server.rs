@@ -5,9 +5,11 @@
 //!     start ──► bind ─────────────────┼─► acceptor per address ──► connection, connection, …
 //!                                     │   janitor: deadlines of handshakes and of clients that take no replies
 //!     stop, drop ──► eventfd ─────────┼─► stopper: no new connections, the others drain, then everything goes
+//!   NbdControl (any thread) ──────────┼─► exports that come and go, clients that must: see `manage`
 //! ```
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::io;
 use std::rc::{Rc, Weak};
@@ -25,9 +27,12 @@ use rustls::ServerConfig;
 use super::connection;
 use super::export::Export;
 use super::link::{Allowance, Link};
+use super::manage::NbdControl;
 use super::negotiate::{Catalogue, Offer, TlsMode};
+use crate::queue::QueueStatistics;
 use crate::sockets::buffers::Pool;
 use crate::sockets::ending::{Bell, Ending, Running, start_task};
+use crate::sockets::reach::Reach;
 
 /// For the log.
 const NAME: &str = "NBD server";
@@ -88,6 +93,9 @@ pub enum NbdServerError {
     /// Clients could not tell exports from each other.
     #[error("two exports are called {0:?}: give them different names")]
     SameName(String),
+    /// Nothing is added to a server that stops.
+    #[error("the NBD server is about to end")]
+    Stopping,
     /// A name that no client can ask for.
     #[error("the name of an export has {0} bytes; 4096 are the most")]
     LongName(usize),
@@ -125,20 +133,45 @@ impl NbdServer {
         E: Export,
         M: FnOnce() -> Vec<E> + Send + 'static,
     {
+        Self::start_managed(worker, options, make).map(|(server, _)| server)
+    }
+
+    /// The same, with what manages the server while it runs.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub fn start_managed<E, M>(
+        worker: &WorkerHandle,
+        options: NbdOptions,
+        make: M,
+    ) -> Result<(Self, NbdControl<E>), NbdServerError>
+    where
+        E: Export,
+        M: FnOnce() -> Vec<E> + Send + 'static,
+    {
         let (answer, started) = mpsc::channel();
+        let here = worker.clone();
         worker.spawn(move || async move {
             // The caller waits below.
-            drop(answer.send(Self::start_here(&options, make())));
+            drop(answer.send(Self::start_here(&here, &options, make())));
         });
         started.recv().unwrap_or(Err(NbdServerError::NoWorker))
     }
 
-    /// Serves `exports` on the worker whose task calls this. What it returns may go to another thread.
+    /// Serves `exports` on `worker`, a task of which calls this. What it returns may go to another thread.
     ///
     /// # Errors
     /// As for [`Self::start`].
-    pub fn start_here<E: Export>(options: &NbdOptions, exports: Vec<E>) -> Result<Self, NbdServerError> {
-        check(&exports)?;
+    pub fn start_here<E: Export>(
+        worker: &WorkerHandle,
+        options: &NbdOptions,
+        exports: Vec<E>,
+    ) -> Result<(Self, NbdControl<E>), NbdServerError> {
+        let mut all = BTreeMap::new();
+        for (number, export) in exports.into_iter().enumerate() {
+            check(&export, all.values())?;
+            all.insert(number, Rc::new(Served::new(number, export)));
+        }
         let (tls_mode, tls) = match &options.tls {
             Some((mode, files)) if *mode != TlsMode::Off => (
                 *mode,
@@ -157,7 +190,9 @@ impl NbdServer {
             .collect();
         let bell = Bell::new()?;
         let server = Rc::new(Server {
-            exports,
+            next_export: Cell::new(all.len()),
+            exports: RefCell::new(all),
+            next_link: Cell::new(1),
             settings: options.clone(),
             tls,
             tls_mode,
@@ -173,10 +208,12 @@ impl NbdServer {
             start_task(async move { own.0.accept(listener).await })?;
         }
         start_task(watch_over(Rc::downgrade(&server), Rc::clone(&server.janitor)))?;
-        Ok(Self {
+        let control = NbdControl(Reach::new(&server, worker));
+        let server = Self {
             addresses,
             _running: Running::start(NAME, bell, |watch| end_when_told(server, watch))?,
-        })
+        };
+        Ok((server, control))
     }
 
     /// Where it listens: ports are the actual ones.
@@ -192,36 +229,60 @@ impl NbdServer {
     }
 }
 
-fn check<E: Export>(exports: &[E]) -> Result<(), NbdServerError> {
-    for (index, export) in exports.iter().enumerate() {
-        let name = export.name();
-        if name.len() > block_io::nbd::protocol::LONGEST_TEXT {
-            return Err(NbdServerError::LongName(name.len()));
-        }
-        if exports[..index].iter().any(|other| other.name() == name) {
-            return Err(NbdServerError::SameName(name.to_owned()));
-        }
-        let block = export.disk().geometry().logical_block;
-        if !block.is_power_of_two() || block > 64 << 10 {
-            return Err(NbdServerError::BlockSize {
-                name: name.to_owned(),
-                block,
-            });
-        }
+/// Whether an export can be served beside these.
+pub(super) fn check<'a, E: Export>(
+    export: &E,
+    mut others: impl Iterator<Item = &'a Rc<Served<E>>>,
+) -> Result<(), NbdServerError> {
+    let name = export.name();
+    if name.len() > block_io::nbd::protocol::LONGEST_TEXT {
+        return Err(NbdServerError::LongName(name.len()));
+    }
+    if others.any(|other| other.export.name() == name) {
+        return Err(NbdServerError::SameName(name.to_owned()));
+    }
+    let block = export.disk().geometry().logical_block;
+    if !block.is_power_of_two() || block > 64 << 10 {
+        return Err(NbdServerError::BlockSize {
+            name: name.to_owned(),
+            block,
+        });
     }
     Ok(())
 }
 
+/// An export while it is there; whoever uses it has a reference.
+pub(super) struct Served<E> {
+    /// No other export ever has it.
+    pub(super) number: usize,
+    pub(super) export: E,
+    /// What clients have asked of it.
+    pub(super) statistics: QueueStatistics,
+}
+
+impl<E> Served<E> {
+    pub(super) fn new(number: usize, export: E) -> Self {
+        Self {
+            number,
+            export,
+            statistics: QueueStatistics::default(),
+        }
+    }
+}
+
 /// What all connections share.
 pub(super) struct Server<E> {
-    pub(super) exports: Vec<E>,
+    /// By their numbers.
+    pub(super) exports: RefCell<BTreeMap<usize, Rc<Served<E>>>>,
+    pub(super) next_export: Cell<usize>,
+    next_link: Cell<u64>,
     pub(super) settings: NbdOptions,
     pub(super) pool: Rc<Pool>,
     tls: Option<Arc<ServerConfig>>,
     tls_mode: TlsMode,
-    links: RefCell<Vec<Rc<Link>>>,
+    pub(super) links: RefCell<Vec<Rc<Link>>>,
     acceptors: Cell<usize>,
-    ending: Ending,
+    pub(super) ending: Ending,
     janitor: Rc<RefCell<Option<Waker>>>,
 }
 
@@ -235,20 +296,22 @@ impl<E> Drop for Server<E> {
 }
 
 impl<E: Export> Catalogue for Server<E> {
-    fn len(&self) -> usize {
-        self.exports.len()
+    fn all(&self) -> Vec<usize> {
+        self.exports.borrow().keys().copied().collect()
     }
 
-    fn name(&self, index: usize) -> String {
-        self.exports[index].name().to_owned()
+    fn name(&self, number: usize) -> Option<String> {
+        let exports = self.exports.borrow();
+        Some(exports.get(&number)?.export.name().to_owned())
     }
 
-    fn offer(&self, index: usize) -> Offer {
-        let export = &self.exports[index];
+    fn offer(&self, number: usize) -> Option<Offer> {
+        let exports = self.exports.borrow();
+        let export = &exports.get(&number)?.export;
         let geometry = export.disk().geometry();
         let minimum = geometry.logical_block;
         let preferred = geometry.physical_block.max(4096).next_power_of_two();
-        Offer {
+        Some(Offer {
             name: export.name().to_owned(),
             description: export.description().to_owned(),
             size: geometry.size,
@@ -257,7 +320,7 @@ impl<E: Export> Catalogue for Server<E> {
             read_only: export.read_only(),
             zeroes_fast: export.zeroes_fast(),
             snapshots: export.snapshots(),
-        }
+        })
     }
 }
 
@@ -326,7 +389,9 @@ impl<E: Export> Server<E> {
             memory: self.settings.memory,
             stall: self.settings.stall,
         };
-        let link = Link::new(stream, peer, allowance, Rc::clone(&self.janitor));
+        let number = self.next_link.get();
+        self.next_link.set(number + 1);
+        let link = Link::new(stream, (number, peer), allowance, Rc::clone(&self.janitor));
         self.links.borrow_mut().push(Rc::clone(&link));
         let connected = Connected {
             server: Rc::clone(self),

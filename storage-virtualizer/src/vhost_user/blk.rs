@@ -7,7 +7,7 @@ use std::path::Path;
 use block_io::WorkerHandle;
 
 use super::VhostUserError;
-use super::listener::{Export, Listener};
+use super::listener::{Export, FrontEndState, Listener};
 use crate::disk_handle::DiskHandle;
 use crate::queue::Counters;
 use crate::virtio_blk::{VirtioBlk, VirtioBlkHandle, VirtioBlkOptions};
@@ -111,6 +111,17 @@ impl<H: DiskHandle> VhostUserServer<H> {
     /// Tells the front-ends that the disk's size has changed; the disk itself knows already.
     pub fn size_changed(&self) {
         self.0.config_changed();
+    }
+
+    /// Who is connected.
+    pub fn clients(&self) -> Vec<FrontEndState> {
+        self.0.clients()
+    }
+
+    /// Closes the connection of a front-end, and returns when what it had in flight has ended. It may connect again. False if there is none
+    /// of this number.
+    pub fn disconnect(&self, number: u64) -> bool {
+        self.0.disconnect(number)
     }
 
     /// How many front-ends are connected.

@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use block_io::{SocketFile, UnixSocketError, listen_unix};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -41,9 +41,23 @@ pub(super) trait Export: Send + Sync + 'static {
     fn counters(handle: &Self::Handle) -> Vec<Counters>;
 }
 
+/// A front-end that is connected, as it is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FrontEndState {
+    /// By which it can be disconnected; never another one's at this socket.
+    pub number: u64,
+    /// Its process, if the host knows it.
+    pub process: Option<i32>,
+    /// When it came.
+    pub since: SystemTime,
+    /// What it has asked for; of a SCSI adapter nothing, as it counts over all front-ends.
+    pub counters: Counters,
+}
+
 /// A front-end that is connected.
 struct FrontEnd<T> {
     number: u64,
+    since: SystemTime,
     socket: UnixStream,
     channel: Arc<Channel>,
     handle: T,
@@ -136,6 +150,40 @@ impl<E: Export> Listener<E> {
     /// How many front-ends are connected.
     pub(super) fn front_ends(&self) -> usize {
         self.shared.state().front_ends.len()
+    }
+
+    /// Who is connected.
+    pub(super) fn clients(&self) -> Vec<FrontEndState> {
+        let state = self.shared.state();
+        let shown = state.front_ends.iter().map(|front_end| FrontEndState {
+            number: front_end.number,
+            process: rustix::net::sockopt::socket_peercred(&front_end.socket)
+                .ok()
+                .map(|peer| peer.pid.as_raw_nonzero().get()),
+            since: front_end.since,
+            counters: E::counters(&front_end.handle)
+                .into_iter()
+                .fold(Counters::default(), Counters::plus),
+        });
+        shown.collect()
+    }
+
+    /// Closes the connection of a front-end, and returns when what it had in flight has ended. False if there is none of this number.
+    pub(super) fn disconnect(&self, number: u64) -> bool {
+        let mut state = self.shared.state();
+        let Some(found) = state.front_ends.iter().find(|kept| kept.number == number) else {
+            return false;
+        };
+        // It may be closed already.
+        let _ = found.socket.shutdown(Shutdown::Both);
+        while state.front_ends.iter().any(|kept| kept.number == number) {
+            state = self
+                .shared
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        true
     }
 
     /// What all front-ends have done, now and in the past.
@@ -239,6 +287,7 @@ impl<E: Export> Shared<E> {
             })?;
         state.front_ends.push(FrontEnd {
             number,
+            since: SystemTime::now(),
             socket: kept,
             channel,
             handle,

@@ -16,7 +16,7 @@ use std::path::Path;
 use block_io::WorkerHandle;
 
 use super::VhostUserError;
-use super::listener::{Export, Listener};
+use super::listener::{Export, FrontEndState, Listener};
 use crate::disk_handle::DiskHandle;
 use crate::queue::Counters;
 use crate::virtio_scsi::{AddUnitError, ScsiGroup, VirtioScsi, VirtioScsiHandle, VirtioScsiOptions};
@@ -91,6 +91,17 @@ impl<H: DiskHandle> VhostUserScsiServer<H> {
     /// used any more. A front-end that reconnects to another server finds all its requests answered.
     pub fn stop(self) {
         drop(self);
+    }
+
+    /// Who is connected.
+    pub fn clients(&self) -> Vec<FrontEndState> {
+        self.0.clients()
+    }
+
+    /// Closes the connection of a front-end, and returns when what it had in flight has ended. It may connect again. False if there is none
+    /// of this number.
+    pub fn disconnect(&self, number: u64) -> bool {
+        self.0.disconnect(number)
     }
 
     /// Whether a front-end is connected.

@@ -8,6 +8,7 @@ mod hostile;
 mod initiator;
 mod login;
 mod manage;
+mod managed;
 mod sessions;
 mod targets;
 mod tools;
@@ -18,7 +19,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use block_io::{ListenAddress, Worker, WorkerOptions};
-use storage_virtualizer::iscsi::{IscsiOptions, IscsiServer, IscsiTarget, IscsiUnit, MAX_TRANSFER};
+use storage_virtualizer::iscsi::{
+    IscsiControl, IscsiOptions, IscsiServer, IscsiTarget, IscsiUnit, MAX_TRANSFER,
+};
 use storage_virtualizer::scsi::{Identity, Unit, UnitOptions};
 
 use disk::{Disk, Script};
@@ -31,6 +34,7 @@ const BLOCKS: u64 = 8192;
 struct Served {
     script: Arc<Script>,
     server: Option<IscsiServer>,
+    control: IscsiControl<Disk>,
     _worker: Worker,
 }
 
@@ -50,7 +54,7 @@ impl Served {
         };
         change(&mut options);
         let (own, targets) = (Arc::clone(&script), options.targets.len());
-        let server = IscsiServer::start(worker.handle(), options, move || {
+        let (server, control) = IscsiServer::start_managed(worker.handle(), options, move || {
             let unit = |target: usize, lun: u16| IscsiUnit {
                 target,
                 lun,
@@ -67,6 +71,7 @@ impl Served {
         Self {
             script,
             server: Some(server),
+            control,
             _worker: worker,
         }
     }

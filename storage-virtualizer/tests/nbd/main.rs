@@ -12,6 +12,7 @@ mod disk;
 mod encrypted;
 mod faults;
 mod hostile;
+mod managed;
 mod own;
 mod raw;
 mod tools;

@@ -342,6 +342,26 @@ fn machine() -> Value {
     document(&kind, &operations)
 }
 
+fn share() -> Value {
+    let about = format!(
+        "Disks that smsvmm gives to others, by the management socket of `smsvmm share`: HTTP/1.1 on a Unix socket, one request per connection. {RULE}"
+    );
+    let kind = Kind {
+        title: "smsvmm: shared disks",
+        about,
+        server: (
+            "http://localhost",
+            "The Unix socket of `--management`; the host in the URL does not matter.",
+        ),
+        secured: false,
+    };
+    let operations: Vec<_> = table::share()
+        .into_iter()
+        .map(|operation| (operation.path.to_owned(), None, operation))
+        .collect();
+    document(&kind, &operations)
+}
+
 fn host() -> Value {
     let about = format!(
         "A host of smsvmm, by its manager's socket (`smsvmm serve`): HTTP/1.1 on a Unix socket, one request per connection. {RULE}"
@@ -400,6 +420,7 @@ fn the_documents_in_the_tree_are_what_the_code_makes() {
         ("machine", machine(), super::MACHINE),
         ("gateway", gateway(), super::GATEWAY),
         ("host", host(), super::HOST),
+        ("share", share(), super::SHARE),
     ] {
         let text = format!("{made:#}\n");
         let path = format!(
@@ -424,7 +445,7 @@ fn the_documents_in_the_tree_are_what_the_code_makes() {
 
 #[test]
 fn every_reference_leads_somewhere_and_every_name_is_used_once() {
-    for document in [machine(), gateway(), host()] {
+    for document in [machine(), gateway(), host(), share()] {
         let mut ids = BTreeSet::new();
         let paths = document["paths"].as_object().unwrap();
         for operation in paths

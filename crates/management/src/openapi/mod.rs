@@ -25,5 +25,7 @@ pub(crate) const GATEWAY: &str = include_str!("../../../../docs/src/openapi/gate
 pub(crate) fn answer(document: &'static str) -> Answer {
     routes::respond(StatusCode::OK, "application/json", document.into())
 }
+/// That of `smsvmm share`.
+pub(crate) const SHARE: &str = include_str!("../../../../docs/src/openapi/share.json");
 /// That of a host's manager.
 pub(crate) const HOST: &str = include_str!("../../../../docs/src/openapi/host.json");

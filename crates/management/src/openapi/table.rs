@@ -9,7 +9,8 @@ use api::{
     ATTACHMENT_PROTOCOL, AdapterRequest, AttachRequest, Attachment, AttachmentMetrics, CONSOLE_PROTOCOL,
     ConsoleRequest, DebugDump, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventPage, HostStatus,
     Liveness, MachineDefinition, MachineEntry, MachineStatus, NetConfig, NetStatus, PoolEntry, Problem,
-    ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, TracePage, VmStatus,
+    ProblemKind, Readiness, Removal, ShareClient, ShareDisk, ShareStatus, SharedDisk, StorageAnswer,
+    StorageRequest, TracePage, VmStatus,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
@@ -511,6 +512,91 @@ pub(super) fn gateway() -> Vec<Operation> {
         .list::<MachineEntry>("In the order of the gateway's configuration, if it is no page."),
     );
     all.push(console());
+    all
+}
+
+/// What is asked of `smsvmm share`.
+pub(super) fn share() -> Vec<Operation> {
+    let mut all = common();
+    let of = |method, path, id, summary| operation(method, path, id, "share", summary);
+    let name = |operation: Operation| {
+        let about = "What the disk is called here; a / in it is written %2F.";
+        operation
+            .parameter("name", In::Path, about, text)
+            .problem(NotFound)
+    };
+    all.extend([
+        operation(
+            "get",
+            "/v1/metrics",
+            "getMetrics",
+            "server",
+            "Numbers for Prometheus",
+        )
+        .about("Also at `/metrics`. In Prometheus' text format; the names are listed in the documentation.")
+        .answer(200, "All numbers as they are now.", vec![("text/plain", text)]),
+        of("get", "/v1/share", "getShare", "What is served, and to whom")
+            .json::<ShareStatus>(200, "Disks and clients.")
+            .problem(Stopping),
+        of("put", "/v1/share/stop", "stopShare", "End it as SIGTERM does")
+            .about("What clients have asked for is answered; then the process ends.")
+            .answer(202, "It was told.", Vec::new()),
+        of(
+            "get",
+            "/v1/share/disks",
+            "listSharedDisks",
+            "All disks that are served",
+        )
+        .list::<SharedDisk>("In the order in which they came, if it is no page.")
+        .problem(Stopping),
+        of("post", "/v1/share/disks", "addSharedDisk", "Serve one more disk")
+            .about("Those that are connected notice nothing, or are told as their protocol has it.")
+            .repeatable()
+            .body::<ShareDisk>()
+            .answer_with(
+                201,
+                "It is served.",
+                vec![("application/json", schema::<SharedDisk>)],
+                vec![("Location", "Its path.")],
+            )
+            .problem(NotFound)
+            .problem(Conflict)
+            .problem(Exhausted)
+            .problem(Stopping),
+        name(of("get", "/v1/share/disks/{name}", "getSharedDisk", "A disk"))
+            .json::<SharedDisk>(200, "It.")
+            .problem(Stopping),
+        name(of(
+            "delete",
+            "/v1/share/disks/{name}",
+            "removeSharedDisk",
+            "Serve a disk no more",
+        ))
+        .about("What is in flight is answered; those who use others notice nothing.")
+        .answer(204, "Others can use the disk.", Vec::new())
+        .problem(Exhausted)
+        .problem(Stopping),
+        of("get", "/v1/share/clients", "listShareClients", "Who is connected")
+            .list::<ShareClient>("In the order in which they came, if it is no page.")
+            .problem(Stopping),
+        of(
+            "delete",
+            "/v1/share/clients/{id}",
+            "disconnectShareClient",
+            "Disconnect a client",
+        )
+        .about("What it has in flight is answered. It may come again.")
+        .parameter("id", In::Path, "By which it is listed.", text)
+        .problem(NotFound)
+        .answer(204, "It is gone.", Vec::new())
+        .problem(Exhausted)
+        .problem(Stopping),
+    ]);
+    all.extend(
+        storage()
+            .into_iter()
+            .filter(|operation| operation.path == "/v1/storage"),
+    );
     all
 }
 
