@@ -367,6 +367,13 @@ fn every_kind_of_event() -> Vec<EventKind> {
             object: text(),
             failure: Some(text()),
         },
+        EventKind::GuestJobEnded {
+            vm: None,
+            job: 7,
+            what: text(),
+            state: JobState::Failed,
+            reason: Some(text()),
+        },
         EventKind::Stopped {
             reason: ExitReason::Crash { cause: text() },
         },
