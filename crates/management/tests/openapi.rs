@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use api::storage::JobState;
 use api::{DeviceId, EventKind, ExitReason, Vm, VmState};
 use fake::FakeVm;
 use management::{Server, ServerHandle};

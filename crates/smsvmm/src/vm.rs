@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use api::storage::JobState;
 use api::{
     DeviceState, DiskChange, DiskConfig, DiskLimits, Event, EventKind, NetConfig, OnError, VmName, VmStatus,
 };

@@ -3,7 +3,6 @@
 //! Bounded: of each owner the last [`KEPT`] that have ended, of all together [`MAX_ENTRIES`]. What is kept is JSON, in the record
 //! `/.sms-jobs` of the pool (`docs/src/formats/guest-jobs.md`).
 
-use api::file::Moved;
 use api::storage::{FIRST_VOLATILE_JOB, JobPriority, JobState, JobStatus};
 use serde::{Deserialize, Serialize};
 use storage_virtualizer::disk::MAX_RECORD;
@@ -13,7 +12,7 @@ pub(crate) const KEPT: usize = 32;
 /// Jobs that are kept.
 const MAX_ENTRIES: usize = 512;
 /// Longest text of a job, in characters.
-const MAX_TEXT: usize = 1000;
+const MAX_TEXT: usize = 300;
 
 /// A job, and whose it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +25,9 @@ pub(crate) struct Entry {
     /// The disk that a move moves, which the next process goes on with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) disk: Option<String>,
+    /// Somebody wants it to end.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) cancelled: bool,
 }
 
 /// All of them, in the order of their numbers.
@@ -92,6 +94,7 @@ impl Book {
             owner: owner.to_owned(),
             status: settled(status),
             disk,
+            cancelled: false,
         });
         self.forget(owner);
     }
@@ -120,6 +123,13 @@ impl Book {
         let owner = (!status.is_live()).then(|| entry.owner.clone())?;
         self.forget(&owner);
         Some(owner)
+    }
+
+    /// Somebody wants a job to end; whether that is new.
+    pub(crate) fn cancel(&mut self, job: u32) -> bool {
+        let mut entries = self.entries.iter_mut();
+        let found = entries.find(|entry| entry.status.id == job && entry.status.is_live());
+        found.is_some_and(|entry| !std::mem::replace(&mut entry.cancelled, true))
     }
 
     /// As it is kept.
@@ -154,11 +164,6 @@ pub(crate) fn interrupted(status: &JobStatus) -> JobStatus {
         reason: Some(reason.to_owned()),
         ..status.clone()
     }
-}
-
-/// What came of a move that was gone on with: what several processes moved is not counted together.
-pub(crate) fn with_moved(status: JobStatus, moved: Option<Moved>) -> JobStatus {
-    JobStatus { moved, ..status }
 }
 
 #[cfg(test)]
