@@ -401,8 +401,9 @@ impl Shared {
     fn work(&self, lane: Lane) {
         let mut inner = self.lock();
         while !inner.stopping {
-            if let (Lane::Look, Some(vm), Some(job)) =
-                (lane, inner.vm.clone(), inner.ended.pop_front())
+            if lane == Lane::Look
+                && let Some(vm) = inner.vm.clone()
+                && let Some(job) = inner.ended.pop_front()
             {
                 drop(inner);
                 vm.record(EventKind::GuestJobEnded {
