@@ -270,9 +270,7 @@ impl Agent {
         let numbers: Vec<u32> = jobs.iter().map(|job| job.id).collect();
         let jobs = self.watch(jobs, &numbers)?;
         match jobs.as_slice() {
-            [job] if job.state == JobState::Done => {
-                self.show(&Answer::Moved(job.moved.unwrap_or_default()))
-            }
+            [job] if job.state == JobState::Done => self.show(&Answer::Moved(job.moved.unwrap_or_default())),
             _ => {
                 self.show(&Answer::Jobs(jobs))?;
                 Ok(ExitCode::FAILURE)

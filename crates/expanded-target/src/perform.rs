@@ -114,11 +114,7 @@ impl Doer<'_> {
                 }
                 Ok(Answer::Done)
             }
-            Request::MoveDisk {
-                disk,
-                to,
-                background,
-            } => self.move_disk(disk, to, background),
+            Request::MoveDisk { disk, to, background } => self.move_disk(disk, to, background),
             Request::MoveVolume {
                 volume,
                 from,
@@ -144,7 +140,10 @@ impl Doer<'_> {
             Request::ListJobs {} => self.vm.jobs().map(Answer::Jobs),
             Request::JobStatus { job } => self.own_job(job).map(|job| Answer::Jobs(vec![job])),
             Request::CancelJob { job } => {
-                self.own_job(job)?;
+                if !self.own_job(job)?.is_live() {
+                    let text = format!("job {job} has ended");
+                    return Err(conflict(text).about(format!("job {job}")));
+                }
                 self.pool(StorageRequest::Begin(Operation::CancelJob { job }))?;
                 self.own_job(job).map(|job| Answer::Jobs(vec![job]))
             }
@@ -377,11 +376,9 @@ impl Doer<'_> {
 
     /// Has a disk moved; answers with the job, or with what it came to.
     fn move_disk(&self, path: String, to: Target, background: bool) -> Result<Answer, Problem> {
-        let begun = self.begin_job(|| {
-            match self.disk(DiskOperation::Move { path, to })? {
-                DiskAnswer::Job(job) => Ok(vec![*job]),
-                _ => Err(unexpected()),
-            }
+        let begun = self.begin_job(|| match self.disk(DiskOperation::Move { path, to })? {
+            DiskAnswer::Job(job) => Ok(vec![*job]),
+            _ => Err(unexpected()),
         })?;
         let mut job = match begun.as_slice() {
             _ if background => return Ok(Answer::Jobs(begun)),
@@ -390,7 +387,10 @@ impl Doer<'_> {
         };
         while job.is_live() {
             if self.gives_up.load(Ordering::Relaxed) {
-                let text = format!("job {}, {}, goes on when the pool is open again", job.id, job.what);
+                let text = format!(
+                    "job {}, {}, goes on when the pool is open again",
+                    job.id, job.what
+                );
                 return Err(Problem::new(ProblemKind::Stopping, text));
             }
             std::thread::sleep(LOOK);
@@ -434,7 +434,10 @@ impl Doer<'_> {
         begin: impl FnOnce() -> Result<Vec<JobStatus>, Problem>,
     ) -> Result<Vec<JobStatus>, Problem> {
         let _begins = self.begins.lock().unwrap_or_else(PoisonError::into_inner);
-        let live = self.vm.jobs()?.iter().filter(|job| job.is_live()).count();
+        let jobs = self.vm.jobs()?;
+        // Merges come of themselves, after what it may do at any time.
+        let counts = |job: &&JobStatus| job.is_live() && job.kind != "merge";
+        let live = jobs.iter().filter(counts).count();
         let most = usize::try_from(self.policy.max_jobs).unwrap_or(usize::MAX);
         if live >= most {
             let text = format!("this guest may have {most} jobs at once, and has {live}");

@@ -49,7 +49,9 @@ impl Lane {
 
     fn of(request: &Request) -> Self {
         match request {
-            Request::MoveDisk { background: false, .. } => Self::Move,
+            Request::MoveDisk {
+                background: false, ..
+            } => Self::Move,
             Request::CancelJob { .. } => Self::Look,
             request if request.only_reads() => Self::Look,
             _ => Self::Change,

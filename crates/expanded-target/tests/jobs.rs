@@ -62,7 +62,7 @@ fn make(folder: &Path) -> Vec<String> {
     };
     storage_manager::execute_file(paths.clone(), format, &mut go_on).unwrap();
     for (name, layout, size) in [
-        ("safe", LayoutKind::Mirror, 96 << 20),
+        ("safe", LayoutKind::Mirror, 128 << 20),
         ("fast", LayoutKind::Concat, 96 << 20),
         ("third", LayoutKind::Concat, 16 << 20),
     ] {
@@ -138,7 +138,10 @@ fn fill(pool: &HostedPool, disk: &HostedDisk, seed: u8, write: bool) {
                 true => disk.write(offset, &memory, Durability::Volatile).await.unwrap(),
                 false => {
                     disk.read(offset, &memory).await.unwrap();
-                    assert!(buffer.as_slice().iter().all(|found| *found == byte), "at {offset}");
+                    assert!(
+                        buffer.as_slice().iter().all(|found| *found == byte),
+                        "at {offset}"
+                    );
                 }
             }
         }
@@ -205,8 +208,15 @@ fn a_move_tells_how_far_it_is_and_ends_where_it_is_when_it_is_cancelled() {
     let disk = pool.disk(DISK, DiskOptions::default()).unwrap();
     fill(&pool, &disk, 1, true);
     let begun = jobs(guest.ask(&move_disk("fast", true))).remove(0);
-    assert_eq!((begun.kind.as_str(), begun.state), ("move-disk", JobState::Running));
-    assert!(begun.what.contains(DISK) && begun.what.contains("fast"), "{}", begun.what);
+    assert_eq!(
+        (begun.kind.as_str(), begun.state),
+        ("move-disk", JobState::Running)
+    );
+    assert!(
+        begun.what.contains(DISK) && begun.what.contains("fast"),
+        "{}",
+        begun.what
+    );
     // One at a time.
     let again = guest.ask(&move_disk("safe", true)).unwrap_err();
     assert!(again.kind == ProblemKind::Conflict && again.detail.contains(&format!("job {}", begun.id)));
@@ -230,7 +240,9 @@ fn a_move_tells_how_far_it_is_and_ends_where_it_is_when_it_is_cancelled() {
     let StorageAnswer::Disk(outcome) = pool.execute_for("vm:other", other).unwrap() else {
         panic!()
     };
-    let DiskAnswer::Job(foreign) = outcome.answer else { panic!() };
+    let DiskAnswer::Job(foreign) = outcome.answer else {
+        panic!()
+    };
     for request in [
         Request::JobStatus { job: foreign.id },
         Request::CancelJob { job: foreign.id },
@@ -246,13 +258,45 @@ fn a_move_tells_how_far_it_is_and_ends_where_it_is_when_it_is_cancelled() {
 
     // The same again is nothing to do; back again, with somebody who waits for it.
     let moved = guest.ask(&move_disk("fast", false)).unwrap();
-    assert!(matches!(moved, Answer::Moved(moved) if moved.moved == 0 && moved.stayed == 0), "{moved:?}");
+    assert!(
+        matches!(moved, Answer::Moved(moved) if moved.moved == 0 && moved.stayed == 0),
+        "{moved:?}"
+    );
     let moved = guest.ask(&move_disk("safe", false)).unwrap();
-    assert!(matches!(moved, Answer::Moved(moved) if moved.moved >= SIZE), "{moved:?}");
+    assert!(
+        matches!(moved, Answer::Moved(moved) if moved.moved >= SIZE),
+        "{moved:?}"
+    );
     assert_eq!(volumes(&guest), ["safe"]);
     fill(&pool, &disk, 7, false);
     let all = jobs(guest.ask(&Request::ListJobs {}));
     assert_eq!(all.len(), 3, "{all:?}");
+    let late = guest.ask(&Request::CancelJob { job: begun.id }).unwrap_err();
+    assert_eq!(late.kind, ProblemKind::Conflict, "{late}");
+
+    // What comes of the end of a snapshot is a job of the guest's, too.
+    let snapshot = Request::Snapshot {
+        disks: vec![DISK.into()],
+        name: "monday".into(),
+        description: String::new(),
+    };
+    guest.ask(&snapshot).unwrap();
+    fill(&pool, &disk, 5, true);
+    let snapshot = format!("{DISK}@monday");
+    guest.ask(&Request::DeleteSnapshot { snapshot }).unwrap();
+    let merges = || {
+        let all = jobs(guest.ask(&Request::ListJobs {}));
+        all.into_iter().find(|job| job.kind == "merge")
+    };
+    let begin = Instant::now();
+    let merge = loop {
+        if let Some(merge) = merges() {
+            break merge;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(60));
+    };
+    assert_eq!(wait(&guest, merge.id).state, JobState::Done);
+    fill(&pool, &disk, 5, false);
     // A place that there is not is told before anything is begun.
     let nowhere = StorageRequest::Disk(DiskOperation::Move {
         path: DISK.into(),
@@ -293,10 +337,16 @@ fn jobs_go_on_or_are_told_of_when_the_pool_is_opened_again() {
     let pool = open(&paths);
     let (vm, this) = guest(&pool);
     let ended = wait(&this, begun.id);
-    assert_eq!((ended.state, ended.what.as_str()), (JobState::Done, begun.what.as_str()));
+    assert_eq!(
+        (ended.state, ended.what.as_str()),
+        (JobState::Done, begun.what.as_str())
+    );
     assert_eq!(volumes(&this), ["fast"]);
     let known = status(&this, slow.id);
-    assert_eq!((known.state, known.kind.as_str()), (JobState::Running, "set-layout"));
+    assert_eq!(
+        (known.state, known.kind.as_str()),
+        (JobState::Running, "set-layout")
+    );
     jobs(this.ask(&Request::CancelJob { job: slow.id }));
     assert_eq!(wait(&this, slow.id).state, JobState::Cancelled);
     // No number is given twice.
@@ -313,7 +363,10 @@ fn jobs_go_on_or_are_told_of_when_the_pool_is_opened_again() {
     let (vm, this) = guest(&pool);
     let all = jobs(this.ask(&Request::ListJobs {}));
     let ends: Vec<_> = all.iter().map(|job| (job.id, job.state)).collect();
-    assert!(ends.contains(&(slow.id, JobState::Cancelled)) && ends.contains(&(next.id, JobState::Done)), "{ends:?}");
+    assert!(
+        ends.contains(&(slow.id, JobState::Cancelled)) && ends.contains(&(next.id, JobState::Done)),
+        "{ends:?}"
+    );
     // But not for ever.
     for _ in 0..40 {
         this.ask(&move_disk("safe", false)).unwrap();

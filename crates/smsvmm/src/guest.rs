@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use api::storage::JobStatus;
 use api::{
-    DeviceId, DiskConfig, DiskStatus, EventLog, Problem, ProblemKind, StorageAnswer, StorageRequest, Vm, VmName,
+    DeviceId, DiskConfig, DiskStatus, EventLog, Problem, ProblemKind, StorageAnswer, StorageRequest, Vm,
+    VmName,
 };
 use expanded_target::{JobListener, Owner};
 use storage_manager::owner_of_machine;

@@ -69,7 +69,10 @@ fn first(block: u64) -> u8 {
 /// A pool with two volumes between which the disk is moved, and a third one whose RAID level is changed.
 fn make(folder: &Path) {
     for device in DEVICES.split(',') {
-        File::create(folder.join(device)).unwrap().set_len(768 << 20).unwrap();
+        File::create(folder.join(device))
+            .unwrap()
+            .set_len(768 << 20)
+            .unwrap();
     }
     let mut image = File::create(folder.join("image")).unwrap();
     for block in 0..BLOCKS {
@@ -110,7 +113,10 @@ impl Server {
         let line = "share vhost-user-scsi --devices d0,d1,d2 /vm1/a.dsk --socket one.sock --socket two.sock --access access.toml";
         let mut child = smsvmm(folder, line).stderr(Stdio::piped()).spawn().unwrap();
         let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
-        let served = said.by_ref().map(Result::unwrap).filter(|line| line.contains("is served at"));
+        let served = said
+            .by_ref()
+            .map(Result::unwrap)
+            .filter(|line| line.contains("is served at"));
         assert_eq!(served.take(2).count(), 2);
         // What it says later must not fill the pipe.
         std::thread::spawn(move || said.map_while(Result::ok).for_each(drop));
@@ -120,7 +126,12 @@ impl Server {
             connected
         };
         let (one, two) = (connect("one.sock"), connect("two.sock"));
-        Self { child, one, two, tag: 0 }
+        Self {
+            child,
+            one,
+            two,
+            tag: 0,
+        }
     }
 
     fn ask(&mut self, request: &Request) -> Result<Answer, Problem> {
@@ -164,7 +175,10 @@ impl Load {
     }
 
     fn block(&mut self) -> u32 {
-        self.random = self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        self.random = self
+            .random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         u32::try_from((self.random >> 33) % BLOCKS).unwrap()
     }
 
@@ -251,12 +265,19 @@ fn jobs_of_a_guest_survive_the_kill_of_who_does_them() {
     drop(server);
     server = Server::start(folder);
     let after = server.job(&Request::JobStatus { job: slow.id });
-    assert_eq!((after.state, after.kind.as_str()), (JobState::Running, "set-layout"));
+    assert_eq!(
+        (after.state, after.kind.as_str()),
+        (JobState::Running, "set-layout")
+    );
     // Another machine is told of it as of one that there is not.
-    let ask_two = |server: &mut Server, tag, request: &Request| guest::ask(&mut server.two.0, 0, tag, request);
+    let ask_two =
+        |server: &mut Server, tag, request: &Request| guest::ask(&mut server.two.0, 0, tag, request);
     let unknown = ask_two(&mut server, 1, &Request::JobStatus { job: 4000 }).unwrap_err();
     for (tag, job) in [(2, slow.id), (4, begun.id)] {
-        for (tag, request) in [(tag, Request::JobStatus { job }), (tag + 1, Request::CancelJob { job })] {
+        for (tag, request) in [
+            (tag, Request::JobStatus { job }),
+            (tag + 1, Request::CancelJob { job }),
+        ] {
             let refused = ask_two(&mut server, tag, &request).unwrap_err();
             assert_eq!(refused.kind, ProblemKind::NotFound, "{refused}");
             let same = refused.detail.replace(&job.to_string(), "4000");
@@ -291,6 +312,9 @@ fn jobs_of_a_guest_survive_the_kill_of_who_does_them() {
 
     // People have the same.
     let said = do_it(folder, "disk --devices d0,d1,d2 move /vm1/a.dsk --volume fast");
-    assert!(said.contains("move /vm1/a.dsk to volume fast") && said.contains("moved"), "{said}");
+    assert!(
+        said.contains("move /vm1/a.dsk to volume fast") && said.contains("moved"),
+        "{said}"
+    );
     do_it(folder, "file --devices d0,d1,d2 check");
 }

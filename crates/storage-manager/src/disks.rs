@@ -12,13 +12,13 @@ use block_io::WorkerClock;
 use filesys::{Kind, RangeKind};
 use storage_virtualizer::disk::{self, DiskError, DiskOptions, DiskPath, NewDisk, NewSnapshot};
 
-use crate::move_disk;
 use crate::conversation::{Flow, Notice, Reporter, on_worker};
 use crate::device::DevicePaths;
 use crate::disks_view as view;
 use crate::file_view;
 use crate::files::{Part, limit_of, page, walk};
 use crate::moment;
+use crate::move_disk;
 use crate::offline;
 use crate::places;
 use crate::problem::{of_disks, of_files};

@@ -369,7 +369,11 @@ async fn children(files: &FileSystem, id: FileId) -> Result<Vec<String>, Problem
     Ok(children)
 }
 
-pub(crate) async fn set_attributes(files: &FileSystem, path: &str, changes: &AttributeChanges) -> Result<(), Problem> {
+pub(crate) async fn set_attributes(
+    files: &FileSystem,
+    path: &str,
+    changes: &AttributeChanges,
+) -> Result<(), Problem> {
     let stat = files.stat(path).await.map_err(failed)?;
     let attributes = view::changed(files, stat.attributes.clone(), changes)?;
     if attributes != stat.attributes {

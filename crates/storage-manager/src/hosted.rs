@@ -46,12 +46,12 @@ use crate::disks_transfer::{self, Piece};
 use crate::export::DiskExport;
 use crate::live::{self, Transfers};
 use crate::load::pool_load;
+use crate::owners::{self, Owners};
 use crate::pipe::Pipe;
 use crate::reservations::PoolReservations;
 use crate::storage::{Access, Storage};
 use crate::told::Bell;
 use crate::works::{Doing, Works};
-use crate::owners::{self, Owners};
 use crate::{files, move_disk, offline, operation, places, random, ranges, volumes};
 
 /// Between two looks whether a disk is still used.

@@ -191,28 +191,43 @@ mod tests {
     #[test]
     fn each_owner_has_the_last_ones_and_those_that_go_on() {
         let mut book = Book::default();
-        book.note("vm:a", &job(FIRST_VOLATILE_JOB + 3, JobState::Running), Some("/a.dsk".into()));
+        book.note(
+            "vm:a",
+            &job(FIRST_VOLATILE_JOB + 3, JobState::Running),
+            Some("/a.dsk".into()),
+        );
         for number in 0..100 {
             book.note("vm:b", &job(number, JobState::Running), None);
             assert_eq!(book.update(&job(number, JobState::Done)), Some("vm:b".into()));
             // It ends once.
             assert_eq!(book.update(&job(number, JobState::Failed)), None);
         }
-        let of = |book: &Book, owner: &str| book.entries().iter().filter(|entry| entry.owner == owner).count();
+        let of =
+            |book: &Book, owner: &str| book.entries().iter().filter(|entry| entry.owner == owner).count();
         assert_eq!((of(&book, "vm:a"), of(&book, "vm:b")), (1, KEPT));
         assert_eq!(book.next, FIRST_VOLATILE_JOB + 4);
         for number in 0..1000 {
             book.note(&format!("vm:{number}"), &job(1000 + number, JobState::Done), None);
         }
         assert!(book.entries().len() <= MAX_ENTRIES && of(&book, "vm:a") == 1);
-        assert_eq!(Book::decode(&book.encode()).unwrap().entries().len(), book.entries().len());
+        assert_eq!(
+            Book::decode(&book.encode()).unwrap().entries().len(),
+            book.entries().len()
+        );
     }
 
     #[test]
     fn it_fits_its_record_and_comes_from_there() {
         let mut book = Book::default();
         for number in 0..300 {
-            let mut long = job(number, if number < 200 { JobState::Running } else { JobState::Failed });
+            let mut long = job(
+                number,
+                if number < 200 {
+                    JobState::Running
+                } else {
+                    JobState::Failed
+                },
+            );
             (long.what, long.reason) = ("\u{1}".repeat(5000), Some("é".repeat(5000)));
             book.note(&format!("vm:{number}"), &long, None);
         }

@@ -80,11 +80,7 @@ async fn retarget(storage: &Storage, disk: &str, to: &Target) -> Result<(), Prob
     Ok(())
 }
 
-async fn move_layers<T>(
-    files: &FileSystem,
-    disk: &str,
-    reporter: &Reporter<T>,
-) -> Result<Moved, Problem> {
+async fn move_layers<T>(files: &FileSystem, disk: &str, reporter: &Reporter<T>) -> Result<Moved, Problem> {
     let layers = layers(files, disk).await?;
     if layers.is_empty() {
         let path = disk.to_owned();

@@ -95,8 +95,10 @@ impl Owners {
     pub(crate) fn has_room(&self) -> Result<(), Problem> {
         match self.book.borrow().has_room() {
             true => Ok(()),
-            false => Err(Problem::new(ProblemKind::Exhausted, "too many jobs go on in this pool")
-                .remedy("wait for one, or cancel it")),
+            false => Err(
+                Problem::new(ProblemKind::Exhausted, "too many jobs go on in this pool")
+                    .remedy("wait for one, or cancel it"),
+            ),
         }
     }
 

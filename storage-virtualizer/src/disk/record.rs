@@ -151,7 +151,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Record<V, C> {
     ///
     /// # Errors
     /// It has more than [`MAX_RECORD`] bytes, or could not be written: then it says what it said before, or this.
-    pub async fn replace(&self, content: impl FnOnce() -> Option<Vec<u8>>, now: u64) -> Result<(), DiskError> {
+    pub async fn replace(
+        &self,
+        content: impl FnOnce() -> Option<Vec<u8>>,
+        now: u64,
+    ) -> Result<(), DiskError> {
         let _turn = self.turn.take().await;
         let Some(content) = content() else { return Ok(()) };
         if content.len() > MAX_RECORD {

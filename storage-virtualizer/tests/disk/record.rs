@@ -1,6 +1,8 @@
 //! A record that is replaced again and again, crashed at every event: it says what was last acknowledged, or what was being written.
 
-use block_io::sim::{ExploreOptions, Failure, Scenario, Shared, Sim, World, explore_parallel, fingerprint, threads};
+use block_io::sim::{
+    ExploreOptions, Failure, Scenario, Shared, Sim, World, explore_parallel, fingerprint, threads,
+};
 use storage_virtualizer::disk::Record;
 
 use crate::help::*;
@@ -79,7 +81,11 @@ fn a_record_is_whole_after_every_crash() {
         nested_one_in: 4,
         ..ExploreOptions::default()
     };
-    let numbers = explore_parallel(&Script(5), &options, threads()).unwrap_or_else(|failure| panic!("{failure}"));
-    assert_eq!(numbers.missing(&["record: a slot was not written whole"]), Vec::<&str>::new());
+    let numbers =
+        explore_parallel(&Script(5), &options, threads()).unwrap_or_else(|failure| panic!("{failure}"));
+    assert_eq!(
+        numbers.missing(&["record: a slot was not written whole"]),
+        Vec::<&str>::new()
+    );
     assert!(numbers.crash_states > 40, "{numbers}");
 }

@@ -9,8 +9,8 @@ use std::thread::Thread;
 
 use api::storage::JobStatus;
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventLog, ExpandedPolicy, Problem, StorageAnswer,
-    StorageRequest,
+    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventLog, ExpandedPolicy, Problem,
+    StorageAnswer, StorageRequest,
 };
 use block_io::AlignedBuffer;
 use expanded_api::{Action, Answer, Cdb, Header, Outcome, Request, State};

@@ -313,7 +313,10 @@ impl DiskCommand {
             Self::Commit { path } => DiskOperation::Commit { path },
             Self::Discard { path } => DiskOperation::Discard { path },
             Self::Merge { path } => DiskOperation::Merge { path },
-            Self::Move { path, to, .. } => DiskOperation::Move { path, to: to.target() },
+            Self::Move { path, to, .. } => DiskOperation::Move {
+                path,
+                to: to.target(),
+            },
             Self::Changed { path, since, until } => DiskOperation::Changed { path, since, until },
             Self::Places {
                 snapshot,

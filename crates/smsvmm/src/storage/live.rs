@@ -101,7 +101,9 @@ pub(crate) fn wait_for(which: &Which, job: &JobStatus) -> anyhow::Result<JobStat
     let mut watch = Watch::new(which.json)?;
     watch.leaves_it();
     let mut job = job.clone();
-    while job.state == JobState::Running && watch.notice(&Notice::Progress(std::slice::from_ref(&job))) == Flow::GoOn {
+    while job.state == JobState::Running
+        && watch.notice(&Notice::Progress(std::slice::from_ref(&job))) == Flow::GoOn
+    {
         std::thread::sleep(LOOK);
         let StorageAnswer::Status(status) = client.storage(&StorageRequest::Status)? else {
             return Err(unexpected());
