@@ -71,8 +71,8 @@ pub(crate) struct Open {
     disks: RefCell<BTreeMap<u64, Hosted>>,
     /// Disks that are being closed.
     closing: Cell<usize>,
-    /// Disks whose chains are being made shorter, and those that are moved.
-    pub(crate) merging: Cell<usize>,
+    /// Disks whose chains are being made shorter.
+    merging: Cell<usize>,
     /// The pool is to be closed: what takes long and can go on later ends.
     pub(crate) stopping: Arc<AtomicBool>,
     /// What went wrong with disks that were closed.

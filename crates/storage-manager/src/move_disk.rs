@@ -133,7 +133,6 @@ pub(crate) fn go_on(open: &Rc<Open>, status: &JobStatus, disk: String) {
 /// Moves it in the background.
 fn run(open: &Rc<Open>, reporter: Reporter<FileOutcome>, job: u32, disk: String) {
     let open = Rc::clone(open);
-    open.merging.set(open.merging.get() + 1);
     let spawned = spawn_local(async move {
         let moved = match open.storage.files() {
             Ok(files) => move_layers(files, &disk, &reporter).await,
@@ -151,7 +150,6 @@ fn run(open: &Rc<Open>, reporter: Reporter<FileOutcome>, job: u32, disk: String)
         if let (false, Ok(status)) = (goes_on, open.works.status(job)) {
             open.owners.ended(&status).await;
         }
-        open.merging.set(open.merging.get() - 1);
     });
     // This is a worker.
     drop(spawned);

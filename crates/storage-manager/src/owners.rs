@@ -36,6 +36,9 @@ const MAGIC: [u8; 8] = *b"SMSVJOBS";
 /// Between two looks at a job of the pool.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// Most of one owner that are told.
+const MAX_LISTENERS: usize = 16;
+
 /// Whose jobs those of a machine's guest are, wherever its disks are served.
 pub fn owner_of_machine(vm: &VmName) -> String {
     format!("vm:{vm}")
@@ -150,7 +153,14 @@ impl Owners {
 
     /// `listener` is told when a job of `owner` ends.
     pub(crate) fn listen(&self, owner: String, listener: Listener) {
-        self.listeners.borrow_mut().push((owner, listener));
+        let mut listeners = self.listeners.borrow_mut();
+        // Those that want to be told no more are noticed when there is something to tell.
+        if listeners.iter().filter(|(whose, _)| *whose == owner).count() >= MAX_LISTENERS
+            && let Some(oldest) = listeners.iter().position(|(whose, _)| *whose == owner)
+        {
+            listeners.remove(oldest);
+        }
+        listeners.push((owner, listener));
     }
 
     /// A job has ended.
