@@ -158,7 +158,7 @@ impl Owners {
         if listeners.iter().filter(|(whose, _)| *whose == owner).count() >= MAX_LISTENERS
             && let Some(oldest) = listeners.iter().position(|(whose, _)| *whose == owner)
         {
-            listeners.remove(oldest);
+            drop(listeners.remove(oldest));
         }
         listeners.push((owner, listener));
     }
