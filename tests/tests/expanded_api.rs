@@ -64,6 +64,8 @@ fn a_guest_manages_its_own_disks_and_nothing_else() {
         assert!(vm.guest("sms-agent volume list")?.contains("raid5"));
         let moved = vm.guest("sms-agent disk move /dev/sdb --volume fast")?;
         assert!(moved.contains("moved"), "{moved}");
+        let jobs = vm.guest("sms-agent job list")?;
+        assert!(jobs.contains("move /vm/own/data.dsk to volume fast") && jobs.contains("100 %"), "{jobs}");
         let list = vm.guest("sms-agent disk list")?;
         let line = list.lines().find(|line| line.starts_with("/dev/sdb")).unwrap_or_default();
         assert!(line.contains(" fast ") && !line.contains("safe"), "{list}");

@@ -206,12 +206,15 @@ pub(crate) enum DiskCommand {
         #[arg(long)]
         exempt_from_migration: Option<bool>,
     },
-    /// Move a disk's data to another volume, while it is used.
+    /// Move a disk's data to another volume, while it is used. A job: it goes on when this command is ended.
     Move {
         /// The disk.
         disk: String,
         #[command(flatten)]
         place: Place,
+        /// Do not wait until it is moved.
+        #[arg(long)]
+        background: bool,
     },
     /// Where a disk's data are.
     Extents {
@@ -296,6 +299,7 @@ pub(crate) enum JobCommand {
     /// All.
     List,
     /// One.
+    #[command(visible_alias = "show")]
     Status {
         /// Its number.
         job: u32,

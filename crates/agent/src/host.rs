@@ -78,6 +78,8 @@ fn unreadable(count: usize) -> String {
 #[derive(Debug)]
 pub(crate) struct Host {
     disk: ScsiDisk,
+    /// The minor version that it speaks.
+    pub(crate) minor: u8,
 }
 
 /// What the kernel calls a SCSI disk, and its serial number.
@@ -156,7 +158,10 @@ impl Host {
         if page.major != MAJOR {
             return Err(AgentError::Version { host: page.major });
         }
-        Ok(Some(Self { disk }))
+        Ok(Some(Self {
+            disk,
+            minor: page.minor,
+        }))
     }
 
     /// The disk.

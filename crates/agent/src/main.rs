@@ -11,6 +11,7 @@ mod backup;
 mod freeze;
 mod host;
 mod mounts;
+mod progress;
 mod sg;
 mod show;
 
@@ -25,11 +26,14 @@ use clap::{CommandFactory, Parser};
 use expanded_api::{Answer, DiskAttributes, Image, Request};
 use serde::Serialize;
 
-use arguments::{Arguments, Command, DiskCommand, JobCommand, VolumeCommand};
+use arguments::{Arguments, Command, DiskCommand, JobCommand, Place, VolumeCommand};
 use host::{AgentError, Host, sms_disks};
+use progress::Progress;
 
 /// Between two looks at a job.
 const LOOK: Duration = Duration::from_millis(500);
+/// So often it is asked for a job in vain.
+const TRIES: u32 = 20;
 /// A disk that was attached should be here after this time.
 const HOT_PLUG: Duration = Duration::from_secs(10);
 
@@ -225,12 +229,11 @@ impl Agent {
                     exempt_from_migration,
                 },
             },
-            DiskCommand::Move { disk, place } => Request::MoveDisk {
-                disk: self.path(disk)?,
-                to: place
-                    .target()
-                    .ok_or_else(|| AgentError::Text("say where: --volume or --class".to_owned()))?,
-            },
+            DiskCommand::Move {
+                disk,
+                place,
+                background,
+            } => return self.move_disk(disk, place, background),
             DiskCommand::Extents { disk } => Request::Extents {
                 disk: self.path(disk)?,
             },
@@ -248,6 +251,31 @@ impl Agent {
             wait_for(&attached.serial);
         }
         self.show(&answer)
+    }
+
+    /// Has a disk moved, and shows how far it is unless nobody wants to wait.
+    fn move_disk(&self, disk: String, place: Place, background: bool) -> Result<ExitCode, AgentError> {
+        let to = place.target();
+        let request = Request::MoveDisk {
+            disk: self.path(disk)?,
+            to: to.ok_or_else(|| AgentError::Text("say where: --volume or --class".to_owned()))?,
+            // An older host answers when it is done, whatever is wanted.
+            background: self.host.minor >= 1,
+        };
+        let begun = self.host.ask(&request)?;
+        let jobs = match begun {
+            Answer::Jobs(jobs) if !background => jobs,
+            answer => return self.show(&answer),
+        };
+        let numbers: Vec<u32> = jobs.iter().map(|job| job.id).collect();
+        let jobs = self.watch(jobs, &numbers)?;
+        match jobs.as_slice() {
+            [job] if job.state == JobState::Done => self.show(&Answer::Moved(job.moved.unwrap_or_default())),
+            _ => {
+                self.show(&Answer::Jobs(jobs))?;
+                Ok(ExitCode::FAILURE)
+            }
+        }
     }
 
     fn snapshots(&self, disk: String) -> Result<ExitCode, AgentError> {
@@ -328,13 +356,10 @@ impl Agent {
         Ok(found)
     }
 
-    /// Waits until jobs have ended.
-    fn wait(&self, mut jobs: Vec<JobStatus>) -> Result<ExitCode, AgentError> {
+    /// Waits until jobs have ended, and shows how.
+    fn wait(&self, jobs: Vec<JobStatus>) -> Result<ExitCode, AgentError> {
         let numbers: Vec<u32> = jobs.iter().map(|job| job.id).collect();
-        while jobs.iter().any(|job| job.state == JobState::Running) {
-            std::thread::sleep(LOOK);
-            jobs = self.jobs(&numbers)?;
-        }
+        let jobs = self.watch(jobs, &numbers)?;
         let all_done = jobs.iter().all(|job| job.state == JobState::Done);
         self.show(&Answer::Jobs(jobs))?;
         Ok(if all_done {
@@ -342,6 +367,23 @@ impl Agent {
         } else {
             ExitCode::FAILURE
         })
+    }
+
+    /// Waits until jobs have ended, or rest, and tells how far they are meanwhile.
+    fn watch(&self, mut jobs: Vec<JobStatus>, numbers: &[u32]) -> Result<Vec<JobStatus>, AgentError> {
+        let mut progress = Progress::new(self.json);
+        let mut failed = 0;
+        while jobs.iter().any(|job| job.state == JobState::Running) {
+            progress.show(&jobs);
+            std::thread::sleep(LOOK);
+            match self.jobs(numbers) {
+                Ok(now) => (jobs, failed) = (now, 0),
+                // A manager that is started anew knows the job, and not the question.
+                Err(AgentError::Command { .. } | AgentError::Busy) if failed < TRIES => failed += 1,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(jobs)
     }
 
     fn events(&self, mut after: u32, follow: bool) -> Result<ExitCode, AgentError> {

@@ -234,6 +234,36 @@ fn volumes(all: &[GuestVolume]) -> String {
     table(&rows)
 }
 
+fn stayed(job: &JobStatus) -> u64 {
+    job.moved.map_or(0, |moved| moved.stayed)
+}
+
+/// How far jobs are that are waited for, in one line.
+pub(crate) fn progress(all: &[JobStatus]) -> String {
+    let live = all.iter().filter(|job| job.is_live());
+    let each = live.map(|job| {
+        let size = ByteSize::from_bytes;
+        let of = match job.total {
+            0 => size(job.done).to_string(),
+            total => format!("{} of {}", size(job.done.min(total)), size(total)),
+        };
+        let rate = job.rate.map(|rate| format!(", {}/s", size(rate)));
+        let left = job.seconds_left.map(|left| match left {
+            0..120 => format!(", {left} s left"),
+            _ => format!(", {} min left", left.div_ceil(60)),
+        });
+        format!(
+            "job {}: {} %, {of}{}{}: {}",
+            job.id,
+            job.percent(),
+            rate.unwrap_or_default(),
+            left.unwrap_or_default(),
+            job.what
+        )
+    });
+    each.collect::<Vec<_>>().join("; ")
+}
+
 /// Jobs, one per line.
 pub(crate) fn jobs(all: &[JobStatus]) -> String {
     if all.is_empty() {
@@ -243,6 +273,10 @@ pub(crate) fn jobs(all: &[JobStatus]) -> String {
     rows.extend(all.iter().map(|job| {
         let state = match (&job.state, &job.reason) {
             (JobState::Failed, Some(reason)) => format!("failed: {reason}"),
+            (JobState::Done, _) if stayed(job) > 0 => {
+                let stayed = ByteSize::from_bytes(stayed(job));
+                format!("done; {stayed} stayed: there is no space for them")
+            }
             (state, _) => name_of(state),
         };
         vec![

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::storage::PoolEventKind;
+use crate::storage::{JobState, PoolEventKind};
 use crate::{DeviceId, ExitReason, VmName};
 
 /// Something that happened.
@@ -126,6 +126,21 @@ pub enum EventKind {
         #[serde(default, skip_serializing_if = "is_zero")]
         unlisted: u64,
     },
+    /// A job that the guest had begun through one of its disks has ended.
+    GuestJobEnded {
+        /// Whose guest, in the log of a host's manager.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<VmName>,
+        /// Its number.
+        job: u32,
+        /// What it did to what, in words.
+        what: String,
+        /// How it ended.
+        state: JobState,
+        /// Why it failed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+    },
     /// Something happened to a pool that is open in this process.
     Pool {
         /// Name of the pool.
@@ -208,7 +223,10 @@ impl EventKind {
     /// The same in the log of a host's manager, where it must be said whose guest it was.
     #[must_use]
     pub fn of_machine(mut self, name: &VmName) -> Self {
-        if let Self::GuestCommand { vm, .. } | Self::GuestCommandRefused { vm, .. } = &mut self {
+        if let Self::GuestCommand { vm, .. }
+        | Self::GuestCommandRefused { vm, .. }
+        | Self::GuestJobEnded { vm, .. } = &mut self
+        {
             *vm = Some(name.clone());
         }
         self

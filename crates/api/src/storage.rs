@@ -5,7 +5,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::file::FileSystemStatus;
+use crate::file::{FileSystemStatus, Moved};
 
 /// Something that a person wants done with a pool.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -405,7 +405,7 @@ pub struct JobStatus {
     /// Its number.
     pub id: u32,
     /// `resync`, `set-layout`, `move`, `evacuate`, `scrub` or `auto-tune`; of those that end with the process, `import`, `export`,
-    /// `copy`, `merge`, `relocate`, `defragment`, `drain`, `check-files` or `scrub-files`.
+    /// `copy`, `merge`, `relocate`, `defragment`, `drain`, `check-files` or `scrub-files`; `move-disk`, which goes on in the next one.
     pub kind: String,
     /// What it does to what, in words.
     pub what: String,
@@ -429,9 +429,13 @@ pub struct JobStatus {
     /// How long the rest takes if it gets on as in the last seconds; none if that cannot be told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seconds_left: Option<u64>,
-    /// It is done by the process that has the pool open, and ends with it: it can be waited for and cancelled, and nothing else.
+    /// It is done by the process that has the pool open, and ends with it, unless it is a `move-disk`: it can be waited for and
+    /// cancelled, and nothing else.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub volatile: bool,
+    /// Of a `move-disk` that has ended, what was moved. Of one that was gone on with by another process, what that one moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved: Option<Moved>,
 }
 
 /// The number of the first job that ends with the process; those that stand in the pool have smaller ones.
@@ -636,6 +640,7 @@ mod tests {
             rate: None,
             seconds_left: None,
             volatile: false,
+            moved: None,
         };
         assert_eq!(job.percent(), 99);
         job.state = JobState::Done;

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::file::{FileAttributes, Target};
-use crate::storage::PoolEvent;
+use crate::storage::{JobStatus, PoolEvent};
 
 /// What becomes of what is written to a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -150,6 +150,14 @@ pub enum DiskOperation {
     Merge {
         /// The disk.
         path: String,
+    },
+    /// Move the data of a disk, those of its snapshots too, to where they shall be from now on. Answers with the job that does it, which
+    /// goes on in the next process that has the pool open if this one ends.
+    Move {
+        /// The disk.
+        path: String,
+        /// Where.
+        to: Target,
     },
     /// Which blocks differ from what they were.
     Changed {
@@ -309,6 +317,8 @@ pub enum DiskAnswer {
     Places(Box<DiskPlaces>),
     /// A pin.
     Pinned(DiskPin),
+    /// The job that does it.
+    Job(Box<JobStatus>),
 }
 
 /// Where a range of a snapshot is on devices.

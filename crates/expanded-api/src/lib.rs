@@ -31,7 +31,7 @@ pub use request::{DiskAttributes, Request};
 /// The version of the commands; another major version is another language.
 pub const MAJOR: u8 = 1;
 /// Grows with each command or field that is added.
-pub const MINOR: u8 = 0;
+pub const MINOR: u8 = 1;
 /// The number of the page of vital product data that tells of them.
 pub const PAGE: u8 = 0xe5;
 /// Most bytes of a request, and of an answer.

@@ -116,7 +116,7 @@ impl Request {
             Self::Revert { snapshot } => Needs::changing(Right::Revert, snapshot),
             Self::Commit { disk } | Self::Discard { disk } => Needs::changing(Right::Revert, disk),
             Self::SetAttributes { disk, .. } => Needs::changing(Right::Attributes, disk),
-            Self::MoveDisk { disk, to } => Needs::changing(Right::Move, disk).placed(Some(to)),
+            Self::MoveDisk { disk, to, .. } => Needs::changing(Right::Move, disk).placed(Some(to)),
             Self::MoveVolume { volume, from, to, .. } => Needs {
                 volumes: vec![volume],
                 devices: from.iter().chain(to).map(String::as_str).collect(),

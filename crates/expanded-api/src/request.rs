@@ -117,12 +117,15 @@ pub enum Request {
         /// What changes.
         attributes: DiskAttributes,
     },
-    /// Move the data of a disk to where they shall be from now on.
+    /// Move the data of a disk to where they shall be from now on. Begins a job.
     MoveDisk {
         /// The disk.
         disk: String,
         /// Where.
         to: Target,
+        /// Answer with the job, and not when it has ended. Since version 1.1.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        background: bool,
     },
     /// Move the data of the volume behind a disk to other devices. Begins a job.
     MoveVolume {

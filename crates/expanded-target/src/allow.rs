@@ -371,6 +371,7 @@ mod tests {
         let request = Request::MoveDisk {
             disk: "/root.dsk".into(),
             to: Target::Class("ssd".into()),
+            background: false,
         };
         allow(&policy, &own(), &request).unwrap();
     }

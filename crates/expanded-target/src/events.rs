@@ -1,5 +1,6 @@
 //! The machine's log of events as its guest may see it: nothing of the host's files, devices and reasons.
 
+use api::storage::JobState;
 use api::{Event, EventKind, EventLog};
 use expanded_api::{GuestEvent, GuestEvents};
 
@@ -36,6 +37,20 @@ fn shown(event: Event) -> Option<GuestEvent> {
         } => ("guest-command", Some(format!("{command} {object}")), failure),
         EventKind::GuestCommandRefused { command, reason, .. } => {
             ("guest-command-refused", Some(command), Some(reason))
+        }
+        EventKind::GuestJobEnded {
+            job,
+            what,
+            state,
+            reason,
+            ..
+        } => {
+            let name = match state {
+                JobState::Failed => "job-failed",
+                JobState::Cancelled => "job-cancelled",
+                _ => "job-done",
+            };
+            (name, Some(format!("job {job}: {what}")), reason)
         }
         // The host's affairs.
         EventKind::PowerButtonPressed

@@ -27,5 +27,5 @@ mod session;
 mod target;
 mod waits;
 
-pub use owner::Owner;
+pub use owner::{JobListener, Owner};
 pub use target::{ExpandedTarget, Hook, Running};

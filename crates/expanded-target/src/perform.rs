@@ -1,10 +1,11 @@
 //! A request that is allowed is done: by the operations that people have, too.
 
-use std::collections::BTreeSet;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
-use api::file::{AttributeChanges, FileAnswer, FileOperation, Moved, Target};
-use api::storage::{JobStatus, Operation, PoolStatus, Shape};
+use api::file::{AttributeChanges, FileAnswer, FileOperation, Target};
+use api::storage::{JobState, JobStatus, Operation, PoolStatus, Shape};
 use api::virtual_disk::{DiskAnswer, DiskOperation, VirtualDiskStatus};
 use api::{
     DiskBus, DiskConfig, DiskStatus, ExpandedPolicy, Problem, ProblemKind, StorageAnswer, StorageRequest,
@@ -15,15 +16,17 @@ use crate::Owner;
 use crate::allow::Own;
 use crate::look::serial;
 
-/// Most jobs of a guest that are remembered.
-const MAX_JOBS: usize = 256;
+/// Between two looks at a job that is waited for.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// What a request is done with.
 pub(crate) struct Doer<'a> {
     pub(crate) vm: &'a dyn Owner,
     pub(crate) policy: &'a ExpandedPolicy,
-    /// Numbers of the jobs that the guest has begun.
-    pub(crate) jobs: &'a Mutex<BTreeSet<u32>>,
+    /// Taken by who begins a job, so that the quota holds.
+    pub(crate) begins: &'a Mutex<()>,
+    /// Whether who waits is to give up.
+    pub(crate) gives_up: &'a AtomicBool,
 }
 
 pub(crate) fn unexpected() -> Problem {
@@ -111,7 +114,7 @@ impl Doer<'_> {
                 }
                 Ok(Answer::Done)
             }
-            Request::MoveDisk { disk, to } => self.move_disk(&disk, &to).map(Answer::Moved),
+            Request::MoveDisk { disk, to, background } => self.move_disk(disk, to, background),
             Request::MoveVolume {
                 volume,
                 from,
@@ -134,10 +137,13 @@ impl Doer<'_> {
                     throttle,
                 })
             }
-            Request::ListJobs {} => self.own_jobs().map(Answer::Jobs),
+            Request::ListJobs {} => self.vm.jobs().map(Answer::Jobs),
             Request::JobStatus { job } => self.own_job(job).map(|job| Answer::Jobs(vec![job])),
             Request::CancelJob { job } => {
-                self.own_job(job)?;
+                if !self.own_job(job)?.is_live() {
+                    let text = format!("job {job} has ended");
+                    return Err(conflict(text).about(format!("job {job}")));
+                }
                 self.pool(StorageRequest::Begin(Operation::CancelJob { job }))?;
                 self.own_job(job).map(|job| Answer::Jobs(vec![job]))
             }
@@ -368,26 +374,42 @@ impl Doer<'_> {
         Ok(disks)
     }
 
-    fn move_disk(&self, disk: &str, to: &Target) -> Result<Moved, Problem> {
-        let mut moved = Moved::default();
-        for layer in self.layers(disk)? {
-            let answer = self.file(FileOperation::Relocate {
-                path: layer.path,
-                to: Some(to.clone()),
-            });
-            match answer {
-                Ok(FileAnswer::Moved(part)) => {
-                    moved.files += part.files;
-                    moved.moved += part.moved;
-                    moved.stayed += part.stayed;
-                }
-                // Layers that nobody needs go by themselves.
-                Err(problem) if problem.kind == ProblemKind::NotFound && moved.files > 0 => {}
-                Ok(_) => return Err(unexpected()),
-                Err(problem) => return Err(problem),
+    /// Has a disk moved; answers with the job, or with what it came to.
+    fn move_disk(&self, path: String, to: Target, background: bool) -> Result<Answer, Problem> {
+        let begun = self.begin_job(|| match self.disk(DiskOperation::Move { path, to })? {
+            DiskAnswer::Job(job) => Ok(vec![*job]),
+            _ => Err(unexpected()),
+        })?;
+        let mut job = match begun.as_slice() {
+            _ if background => return Ok(Answer::Jobs(begun)),
+            [job] => job.clone(),
+            _ => return Err(unexpected()),
+        };
+        while job.is_live() {
+            if self.gives_up.load(Ordering::Relaxed) {
+                let text = format!(
+                    "job {}, {}, goes on when the pool is open again",
+                    job.id, job.what
+                );
+                return Err(Problem::new(ProblemKind::Stopping, text));
+            }
+            std::thread::sleep(LOOK);
+            job = self.own_job(job.id)?;
+        }
+        match (job.state, job.moved) {
+            (JobState::Done, Some(moved)) => Ok(Answer::Moved(moved)),
+            (JobState::Cancelled, _) => {
+                let text = format!(
+                    "job {} was cancelled: new data go where the disk was to be moved, and so did what was moved; the rest is where it was",
+                    job.id
+                );
+                Err(conflict(text).remedy("the same again moves the rest"))
+            }
+            (_, _) => {
+                let reason = job.reason.unwrap_or_else(|| "it could not be moved".to_owned());
+                Err(Problem::new(ProblemKind::Host, reason))
             }
         }
-        Ok(moved)
     }
 
     /// The shape of a volume that a guest changes: what the administrator has said of its storage class stays, and of its devices, unless
@@ -406,42 +428,37 @@ impl Doer<'_> {
         Ok(shape)
     }
 
-    /// Begins a job.
-    fn begin(&self, operation: Operation) -> Result<Answer, Problem> {
-        let live = self.own_jobs()?.iter().filter(|job| job.is_live()).count();
+    /// Begins jobs, if the quota allows it.
+    fn begin_job(
+        &self,
+        begin: impl FnOnce() -> Result<Vec<JobStatus>, Problem>,
+    ) -> Result<Vec<JobStatus>, Problem> {
+        let _begins = self.begins.lock().unwrap_or_else(PoisonError::into_inner);
+        let jobs = self.vm.jobs()?;
+        // Merges come of themselves, after what it may do at any time.
+        let counts = |job: &&JobStatus| job.is_live() && job.kind != "merge";
+        let live = jobs.iter().filter(counts).count();
         let most = usize::try_from(self.policy.max_jobs).unwrap_or(usize::MAX);
         if live >= most {
             let text = format!("this guest may have {most} jobs at once, and has {live}");
             return Err(Problem::new(ProblemKind::Exhausted, text).remedy("wait for one, or cancel it"));
         }
-        let StorageAnswer::Pool(outcome) = self.vm.storage(StorageRequest::Begin(operation))? else {
-            return Err(unexpected());
-        };
-        let mut jobs = self
-            .jobs
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        jobs.extend(outcome.jobs.iter().map(|job| job.id));
-        while jobs.len() > MAX_JOBS {
-            // Their numbers grow.
-            jobs.pop_first();
-        }
-        Ok(Answer::Jobs(outcome.jobs))
+        begin()
     }
 
-    fn own_jobs(&self) -> Result<Vec<JobStatus>, Problem> {
-        let all = self.pool_status()?.jobs;
-        let own = self
-            .jobs
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        Ok(all.into_iter().filter(|job| own.contains(&job.id)).collect())
+    /// Begins a job of the pool.
+    fn begin(&self, operation: Operation) -> Result<Answer, Problem> {
+        let begun = self.begin_job(|| match self.vm.storage(StorageRequest::Begin(operation))? {
+            StorageAnswer::Pool(outcome) => Ok(outcome.jobs),
+            _ => Err(unexpected()),
+        });
+        begun.map(Answer::Jobs)
     }
 
     fn own_job(&self, number: u32) -> Result<JobStatus, Problem> {
-        let mut jobs = self.own_jobs()?.into_iter();
+        let mut jobs = self.vm.jobs()?.into_iter();
         jobs.find(|job| job.id == number).ok_or_else(|| {
-            let text = format!("this guest has begun no job {number}");
+            let text = format!("this guest has begun no job {number}, or so long ago that it is forgotten");
             Problem::new(ProblemKind::NotFound, text).about(format!("job {number}"))
         })
     }

@@ -1,12 +1,14 @@
 //! The commands, and the threads that do what they ask for.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use api::storage::JobStatus;
 use api::{EventKind, ExpandedPolicy, Problem, ProblemKind, VmName};
 use block_io::list;
 use expanded_api::{
@@ -26,6 +28,8 @@ use crate::waits::Waits;
 
 /// Of each thread, in bytes.
 const STACK_SIZE: usize = 512 << 10;
+/// Most jobs that have ended and of which the log was not told yet.
+const MAX_ENDED: usize = 64;
 /// Longest time that SEND waits to learn whether the guest may.
 const PATIENCE: Duration = Duration::from_millis(MAX_WAIT_MS as u64);
 
@@ -36,7 +40,7 @@ enum Lane {
     Look,
     /// Changes something, in a short time.
     Change,
-    /// Moves data.
+    /// Waits until a disk was moved.
     Move,
 }
 
@@ -45,7 +49,9 @@ impl Lane {
 
     fn of(request: &Request) -> Self {
         match request {
-            Request::MoveDisk { .. } => Self::Move,
+            Request::MoveDisk {
+                background: false, ..
+            } => Self::Move,
             Request::CancelJob { .. } => Self::Look,
             request if request.only_reads() => Self::Look,
             _ => Self::Change,
@@ -69,6 +75,8 @@ struct Inner {
     done: Bucket,
     audit: Audit,
     vm: Option<Arc<dyn Owner>>,
+    /// Jobs that have ended, of which the log is to be told.
+    ended: VecDeque<JobStatus>,
     stopping: bool,
 }
 
@@ -79,8 +87,10 @@ struct Shared {
     /// Rung when there is something to do.
     bell: Condvar,
     waits: Waits,
-    /// Jobs that the guest has begun.
-    jobs: Mutex<BTreeSet<u32>>,
+    /// Who has it may begin a job: quotas hold.
+    begins: Mutex<()>,
+    /// It ends: nobody waits for a job any more.
+    gives_up: AtomicBool,
 }
 
 /// Does the expanded API for one machine, on all its disks.
@@ -103,6 +113,7 @@ pub struct Running(ExpandedTarget);
 impl Drop for Running {
     fn drop(&mut self) {
         let shared = &self.0.0;
+        shared.gives_up.store(true, Ordering::Relaxed);
         let mut inner = shared.lock();
         inner.stopping = true;
         inner.vm = None;
@@ -126,6 +137,7 @@ impl ExpandedTarget {
             done: Bucket::new(2, now),
             audit: Audit::new(now),
             vm: None,
+            ended: VecDeque::new(),
             stopping: false,
         };
         Self(Arc::new(Shared {
@@ -134,7 +146,8 @@ impl ExpandedTarget {
             inner: Mutex::new(inner),
             bell: Condvar::new(),
             waits: Waits::default(),
-            jobs: Mutex::default(),
+            begins: Mutex::default(),
+            gives_up: AtomicBool::new(false),
         }))
     }
 
@@ -150,6 +163,10 @@ impl ExpandedTarget {
                 shared.waits.wake();
             }
         });
+        let heard = Arc::downgrade(&self.0);
+        vm.on_job_end(Box::new(move |job| {
+            heard.upgrade().is_some_and(|shared| shared.job_ended(job))
+        }));
         self.0.lock().vm = Some(vm);
         let mut thread = |name: &str, body: Box<dyn FnOnce() + Send>| {
             let hook = hook();
@@ -370,10 +387,37 @@ impl Shared {
         Ok(put(command, cdb, State::Done, &to_json(&page)))
     }
 
+    /// A job of the guest has ended; whether there is still somebody to be told. Called by who must not be kept waiting.
+    fn job_ended(&self, job: &JobStatus) -> bool {
+        let mut inner = self.lock();
+        if inner.ended.len() < MAX_ENDED {
+            inner.ended.push_back(job.clone());
+        }
+        let goes_on = !inner.stopping;
+        drop(inner);
+        self.bell.notify_all();
+        goes_on
+    }
+
     /// The body of a lane's thread.
     fn work(&self, lane: Lane) {
         let mut inner = self.lock();
         while !inner.stopping {
+            if lane == Lane::Look
+                && let Some(vm) = inner.vm.clone()
+                && let Some(job) = inner.ended.pop_front()
+            {
+                drop(inner);
+                vm.record(EventKind::GuestJobEnded {
+                    vm: None,
+                    job: job.id,
+                    what: job.what,
+                    state: job.state,
+                    reason: job.reason,
+                });
+                inner = self.lock();
+                continue;
+            }
             let Some(tag) = inner.lanes[lane as usize].pop_front() else {
                 inner = self.bell.wait(inner).unwrap_or_else(PoisonError::into_inner);
                 continue;
@@ -428,7 +472,8 @@ impl Shared {
         Doer {
             vm,
             policy: &self.policy,
-            jobs: &self.jobs,
+            begins: &self.begins,
+            gives_up: &self.gives_up,
         }
     }
 

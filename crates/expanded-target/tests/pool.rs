@@ -153,8 +153,7 @@ fn a_guest_makes_snapshots_moves_and_reshapes_what_is_its_own() {
         checksums: None,
     };
     pool.execute(StorageRequest::Disk(other)).unwrap();
-    let hosted = Arc::clone(&pool);
-    let vm = FakeVm::new(move |request| hosted.execute(request));
+    let vm = FakeVm::on(&pool);
     let policy = ExpandedPolicy {
         allow: Right::ALL.to_vec(),
         objects: vec!["/vm1/*".into()],
@@ -250,6 +249,7 @@ fn a_guest_makes_snapshots_moves_and_reshapes_what_is_its_own() {
     let moved = Request::MoveDisk {
         disk: a.into(),
         to: Target::Volume("fast".into()),
+        background: false,
     };
     assert!(matches!(guest.ask(&moved).unwrap(), Answer::Moved(moved) if moved.stayed == 0));
     assert_eq!(disks(&guest)[0].volumes, ["fast"]);

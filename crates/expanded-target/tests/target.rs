@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex};
 
 use api::file::{FileAnswer, FileOutcome};
 use api::virtual_disk::{DiskAnswer, DiskOperation, DiskOutcome, VirtualDisk};
-use api::{EventKind, ExpandedPolicy, Problem, ProblemKind, Right, StorageAnswer, StorageRequest, Vm};
+use api::{EventKind, ExpandedPolicy, Problem, ProblemKind, Right, StorageAnswer, StorageRequest};
 use common::{FakeVm, Guest};
 use expanded_api::{Action, Answer, Cdb, GuestEvents, Header, MAX_PAYLOAD, Outcome, Page, Request, State};
+use expanded_target::Owner;
 
 fn policy(allow: &[Right]) -> ExpandedPolicy {
     ExpandedPolicy {

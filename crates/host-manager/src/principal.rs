@@ -3,11 +3,12 @@
 
 use std::sync::{Arc, Weak};
 
+use api::storage::JobStatus;
 use api::{
     DeviceId, DiskConfig, DiskStatus, EventKind, EventLog, Problem, ProblemKind, StorageAnswer,
     StorageRequest, VmName,
 };
-use expanded_target::Owner;
+use expanded_target::{JobListener, Owner};
 use storage_manager::HostedPool;
 
 use crate::disks::{MachineDoor, Shared};
@@ -42,6 +43,11 @@ impl Principal {
         self.service.upgrade().ok_or_else(crate::places::closing)
     }
 
+    /// Whose its jobs are.
+    fn owner(&self) -> String {
+        storage_manager::owner_of_machine(&self.vm)
+    }
+
     fn door(&self) -> Result<Arc<dyn MachineDoor>, Problem> {
         let door = self.service()?.machines().cloned();
         door.ok_or_else(|| {
@@ -72,7 +78,15 @@ impl Owner for Principal {
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        self.pool.execute(request)
+        self.pool.execute_for(&self.owner(), request)
+    }
+
+    fn jobs(&self) -> Result<Vec<JobStatus>, Problem> {
+        self.pool.jobs_of(&self.owner())
+    }
+
+    fn on_job_end(&self, listener: JobListener) {
+        self.pool.on_job_end(&self.owner(), listener);
     }
 
     fn record(&self, kind: EventKind) {

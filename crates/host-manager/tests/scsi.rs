@@ -11,6 +11,7 @@ use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use api::storage::{JobState, LayoutKind};
 use api::virtual_disk::{DiskMode, DiskOperation};
 use api::{
     AdapterConfig, DeviceId, DeviceState, DiskBus, DiskConfig, DiskLimits, DiskStatus, EventKind,
@@ -476,4 +477,86 @@ fn a_guest_manages_its_own_disks_and_no_others() {
         drop((other, machine));
         manager.stop();
     });
+}
+
+#[test]
+fn the_next_manager_knows_whose_jobs_are_whose() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices = make_pool(folder.path(), &[ROOT, OTHER]);
+    let policy = ExpandedPolicy {
+        allow: vec![Right::Layout, Right::Move],
+        volumes: vec!["*".into()],
+        ..ExpandedPolicy::default()
+    };
+    let mut manager = Manager::start(folder.path(), &devices);
+    let mut machine = Machine::new(
+        &manager,
+        "web1",
+        &[unit("root", ROOT, 0)],
+        &adapter(policy.clone()),
+    );
+    machine.settle(0);
+    for block in 0..256 {
+        machine.driver.put(DATA, &[9; 4096]);
+        let written = machine
+            .driver
+            .command(lun(0, 0), &write(block * 8, 8), Some(readable(DATA, 4096)));
+        assert_eq!(written, Answer::good());
+    }
+    let layout = Request::SetLayout {
+        volume: "data".into(),
+        layout: LayoutKind::Stripe,
+        columns: 0,
+        copies: 0,
+        stripe_unit: 0,
+        devices: Vec::new(),
+        throttle: 4096,
+    };
+    let job = |answer| match answer {
+        Ok(Answered::Jobs(jobs)) => jobs.into_iter().next().unwrap(),
+        other => panic!("{other:?}"),
+    };
+    let begun = job(machine.ask(0, 1, &layout));
+    drop(machine);
+    manager.stop();
+
+    manager = Manager::start(folder.path(), &devices);
+    let mut other = Machine::new(
+        &manager,
+        "web2",
+        &[unit("root", OTHER, 0)],
+        &adapter(policy.clone()),
+    );
+    let mut machine = Machine::new(&manager, "web1", &[unit("root", ROOT, 0)], &adapter(policy));
+    other.settle(0);
+    machine.settle(0);
+    let known = job(machine.ask(0, 1, &Request::JobStatus { job: begun.id }));
+    assert_eq!(
+        (known.state, known.kind.as_str()),
+        (JobState::Running, "set-layout")
+    );
+    let ask = |number| Request::CancelJob { job: number };
+    let foreign = other.ask(0, 1, &ask(begun.id)).unwrap_err();
+    let unknown = other.ask(0, 2, &ask(4000)).unwrap_err();
+    assert_eq!(foreign.kind, ProblemKind::NotFound, "{foreign}");
+    assert_eq!(
+        foreign.detail.replace(&begun.id.to_string(), "4000"),
+        unknown.detail
+    );
+    job(machine.ask(0, 2, &ask(begun.id)));
+    // The guest and the administrator are told.
+    let begin = Instant::now();
+    let what = format!("job {}: {}", begun.id, begun.what);
+    while !machine
+        .events(0)
+        .contains(&("job-cancelled".to_owned(), Some(what.clone())))
+    {
+        assert!(begin.elapsed() < host::SOON);
+    }
+    let web1: VmName = "web1".parse().unwrap();
+    let page = manager.disks().events().page(0, 100);
+    assert!(page.events.iter().any(|event| matches!(&event.kind,
+        EventKind::GuestJobEnded { vm: Some(vm), job, state: JobState::Cancelled, .. } if *vm == web1 && *job == begun.id)));
+    drop((other, machine));
+    manager.stop();
 }

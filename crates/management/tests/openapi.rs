@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use api::storage::JobState;
 use api::{DeviceId, EventKind, ExitReason, Vm, VmState};
 use fake::FakeVm;
 use management::{Server, ServerHandle};
@@ -366,6 +367,13 @@ fn every_kind_of_event() -> Vec<EventKind> {
             command: text(),
             object: text(),
             failure: Some(text()),
+        },
+        EventKind::GuestJobEnded {
+            vm: None,
+            job: 7,
+            what: text(),
+            state: JobState::Failed,
+            reason: Some(text()),
         },
         EventKind::Stopped {
             reason: ExitReason::Crash { cause: text() },

@@ -11,6 +11,7 @@ mod cli;
 mod debug;
 mod exit;
 mod gateway;
+mod guest;
 mod host;
 mod logs;
 mod machines;

@@ -76,6 +76,11 @@ impl VmPool {
         })))
     }
 
+    /// The pool, for who does something with it beside serving disks.
+    pub(crate) fn hosted(&self) -> &HostedPool {
+        &self.pool
+    }
+
     /// What happens to the pool stands in the machine's log from now on, with what has happened since it was opened.
     pub(crate) fn record_events(&self, log: Arc<EventLog>) {
         self.pool.record_events(log);

@@ -17,6 +17,7 @@ use vmm::sandbox::Kind;
 
 use crate::cli::RunArguments;
 use crate::exit::{Exit, UsageError};
+use crate::guest::Guest;
 use crate::manager_disks::ManagedDisks;
 use crate::pool::VmPool;
 use crate::signals::Signals;
@@ -101,7 +102,7 @@ fn live(arguments: &RunArguments) -> anyhow::Result<(Exit, String)> {
     let expanded = expanded
         .map(|expanded| {
             let hook = || Box::new(sandbox.thread(Kind::Management)) as Hook;
-            expanded.start(Arc::new(Arc::clone(&control)), hook)
+            expanded.start(Arc::new(Guest::new(&name, &control, pool.as_ref())), hook)
         })
         .transpose()
         .context("cannot start what serves the guest's expanded API")?;

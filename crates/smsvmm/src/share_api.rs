@@ -17,12 +17,13 @@ use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::Context;
+use api::storage::JobStatus;
 use api::{
     ByteSize, DeviceId, DeviceState, DiskBus, DiskConfig, DiskStatus, EventLog, ExpandedPolicy, Problem,
     ProblemKind, StorageAnswer, StorageRequest, VmName,
 };
-use expanded_target::{ExpandedTarget, Hook, Owner, Running};
-use storage_manager::{HostedDisk, HostedPool, VirtualDisk};
+use expanded_target::{ExpandedTarget, Hook, JobListener, Owner, Running};
+use storage_manager::{HostedDisk, HostedPool, VirtualDisk, owner_of_initiator, owner_of_machine};
 use storage_virtualizer::iscsi::Access;
 use storage_virtualizer::scsi::{Code, Command, Nexus, Outcome, Sense, TransportId, Unit, VendorCommands};
 use storage_virtualizer::virtio_blk::fitting_serial;
@@ -33,7 +34,15 @@ pub(crate) type Policies = BTreeMap<(usize, String), ExpandedPolicy>;
 
 /// The expanded API of one target: its units have it. By the name of an iSCSI initiator, or the TransportID of another one.
 #[derive(Debug, Default)]
-pub(crate) struct Principals(BTreeMap<Vec<u8>, ExpandedTarget>);
+pub(crate) struct Principals(BTreeMap<Vec<u8>, Principal>);
+
+/// One who looks after its disks.
+#[derive(Debug)]
+struct Principal {
+    target: ExpandedTarget,
+    /// Whose its jobs are.
+    owner: String,
+}
 
 impl Principals {
     /// For those that may log in to the target at place `target`.
@@ -46,7 +55,8 @@ impl Principals {
         for initiator in access.iter().filter_map(|access| access.initiator.as_ref()) {
             let policy = policies.get(&(target, initiator.clone())).cloned();
             let policy = policy.unwrap_or_default();
-            principals.add(initiator.clone().into_bytes(), name_of(initiator)?, policy);
+            let owner = owner_of_initiator(initiator);
+            principals.add(initiator.clone().into_bytes(), name_of(initiator)?, owner, policy);
         }
         Ok(Arc::new(principals))
     }
@@ -57,14 +67,16 @@ impl Principals {
     ) -> Arc<Self> {
         let mut principals = Self::default();
         for (initiator, name, policy) in machines {
-            principals.add(initiator.as_bytes().to_vec(), name, policy);
+            let owner = owner_of_machine(&name);
+            principals.add(initiator.as_bytes().to_vec(), name, owner, policy);
         }
         Arc::new(principals)
     }
 
-    fn add(&mut self, key: Vec<u8>, name: VmName, policy: ExpandedPolicy) {
+    fn add(&mut self, key: Vec<u8>, name: VmName, owner: String, policy: ExpandedPolicy) {
         if policy.enabled {
-            self.0.insert(key, ExpandedTarget::new(name, policy));
+            let target = ExpandedTarget::new(name, policy);
+            self.0.insert(key, Principal { target, owner });
         }
     }
 
@@ -90,10 +102,11 @@ impl Principals {
                 pool: Arc::clone(pool),
                 luns: luns_of(key).cloned(),
                 shelf: Arc::clone(shelf),
+                owner: principal.owner.clone(),
                 events: EventLog::new(),
             };
             let hook = || Box::new(|| Ok(())) as Hook;
-            let started = principal.start(Arc::new(view), hook);
+            let started = principal.target.start(Arc::new(view), hook);
             running.push(started.context("cannot start what serves the expanded API")?);
         }
         Ok(running)
@@ -102,7 +115,7 @@ impl Principals {
     fn of(&self, nexus: &Nexus) -> Option<&ExpandedTarget> {
         let initiator = nexus.initiator();
         let key = initiator.iscsi_name().map_or(initiator.as_bytes(), str::as_bytes);
-        self.0.get(key)
+        self.0.get(key).map(|principal| &principal.target)
     }
 }
 
@@ -202,6 +215,7 @@ struct View {
     /// These only.
     luns: Option<BTreeSet<u16>>,
     shelf: Arc<Shelf>,
+    owner: String,
     events: EventLog,
 }
 
@@ -236,7 +250,15 @@ impl Owner for View {
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
-        self.pool.execute(request)
+        self.pool.execute_for(&self.owner, request)
+    }
+
+    fn jobs(&self) -> Result<Vec<JobStatus>, Problem> {
+        self.pool.jobs_of(&self.owner)
+    }
+
+    fn on_job_end(&self, listener: JobListener) {
+        self.pool.on_job_end(&self.owner, listener);
     }
 
     fn events(&self) -> &EventLog {

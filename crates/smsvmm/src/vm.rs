@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use api::storage::JobState;
 use api::{
     DeviceState, DiskChange, DiskConfig, DiskLimits, Event, EventKind, NetConfig, OnError, VmName, VmStatus,
 };
@@ -611,6 +612,20 @@ fn line_of(event: &Event) -> String {
                 guest_of(vm.as_ref())
             ),
         },
+        EventKind::GuestJobEnded {
+            vm,
+            job,
+            what,
+            state,
+            reason,
+        } => {
+            let whose = format!("job {job} of {}", guest_of(vm.as_ref()));
+            match (state, reason) {
+                (JobState::Failed, Some(reason)) => format!("{whose} failed: {what}: {reason}"),
+                (JobState::Cancelled, _) => format!("{whose} was cancelled: {what}"),
+                _ => format!("{whose} is done: {what}"),
+            }
+        }
         EventKind::ManagerStarted { version } => format!("the manager is ready (version {version})"),
         EventKind::ManagerStopping { reason } => format!("the manager ends: {reason}"),
         EventKind::MachineDefined { vm } => format!("{vm} defined"),

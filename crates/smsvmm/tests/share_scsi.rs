@@ -5,22 +5,17 @@
 mod driver;
 #[path = "../../host-manager/tests/guest/mod.rs"]
 mod guest;
+mod scsi_machine;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 
 use api::{ProblemKind, Right};
 use driver::scsi::Initiator;
 use expanded_api::{Answer, Request};
-use storage_virtualizer::vhost_user::front_end::{
-    FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice, dial,
-};
-use storage_virtualizer::virtio_scsi::scsi_feature;
-use virtio_core::vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
-use virtio_core::{GuestMemory, feature};
+use scsi_machine::machine;
 
 fn command(folder: &Path, arguments: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_smsvmm"));
@@ -75,42 +70,6 @@ impl Drop for Running {
         drop(self.0.kill());
         drop(self.0.wait());
     }
-}
-
-struct Deaf;
-
-impl LinkEvents for Deaf {
-    fn lost(&self, _: &str) {}
-    fn back(&self) {}
-}
-
-/// The machine at a socket: its driver, and what it must have as long.
-fn machine(socket: &Path) -> (Initiator, VhostUserDevice) {
-    let place = socket.to_owned();
-    let options = FrontEndOptions {
-        kind: FrontEndKind::Scsi,
-        name: "machine".to_owned(),
-        queues: 1,
-        queue_size: 64,
-        on_start: None,
-        observer: Arc::new(Deaf),
-    };
-    let mut device = VhostUserDevice::open(Arc::new(move || dial(&place)), options).unwrap();
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(16 << 20).unwrap();
-    let mapped = Some(FileOffset::new(file, 0));
-    let memory: GuestMemory =
-        Arc::new(GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), 16 << 20, mapped)]).unwrap());
-    let driver = Initiator::new(&memory);
-    let queues = [&driver.control, &driver.event, &driver.requests];
-    let queues = (0..).zip(queues).map(|(index, queue)| queue.active(index));
-    let features = feature::VERSION_1
-        | feature::RING_EVENT_IDX
-        | feature::RING_INDIRECT_DESC
-        | scsi_feature::HOTPLUG
-        | scsi_feature::CHANGE;
-    driver::activate(&mut device, &memory, features, queues.collect());
-    (driver, device)
 }
 
 #[test]

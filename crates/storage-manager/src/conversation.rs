@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
+use api::file::Moved;
 use api::storage::JobStatus;
 use api::{Problem, ProblemKind};
 use block_io::{Worker, WorkerHandle, WorkerOptions};
@@ -75,6 +76,18 @@ impl<T> Reporter<T> {
         Self { listed, ..self }
     }
 
+    /// What was moved, of something that is listed.
+    pub(crate) fn moved(&self, moved: Moved) {
+        if let Some(doing) = &self.listed {
+            doing.moved(moved);
+        }
+    }
+
+    /// Whether somebody who saw it in the list wants it to end.
+    pub(crate) fn cancelled(&self) -> bool {
+        self.listed.as_ref().is_some_and(Doing::cancelled)
+    }
+
     /// What is listed has ended: all of it was done unless it was stopped.
     pub(crate) fn ended<R>(mut self, result: &Result<R, Problem>) {
         let stopped = self.stopped();
@@ -93,7 +106,7 @@ impl<T> Reporter<T> {
     }
 
     pub(crate) fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed) || self.listed.as_ref().is_some_and(Doing::cancelled)
+        self.stop.load(Ordering::Relaxed) || self.cancelled()
     }
 
     pub(crate) fn progress(&self, jobs: Vec<JobStatus>) {

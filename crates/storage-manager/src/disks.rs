@@ -18,6 +18,7 @@ use crate::disks_view as view;
 use crate::file_view;
 use crate::files::{Part, limit_of, page, walk};
 use crate::moment;
+use crate::move_disk;
 use crate::offline;
 use crate::places;
 use crate::problem::{of_disks, of_files};
@@ -144,6 +145,10 @@ async fn perform(
     operation: DiskOperation,
     reporter: &Reporter<DiskOutcome>,
 ) -> Result<DiskAnswer, Problem> {
+    if let DiskOperation::Move { path, to } = &operation {
+        let moved = Box::pin(move_disk::at_once(storage, path, to, reporter)).await?;
+        return Ok(DiskAnswer::Job(Box::new(moved)));
+    }
     let shortened = shortens(&operation);
     let answer = Box::pin(storage.perform_disk(operation)).await?;
     let Some(path) = shortened else {
@@ -322,6 +327,10 @@ async fn perform_one(storage: &Storage, operation: DiskOperation) -> Result<Disk
         DiskOperation::Commit { path } => done(Box::pin(disks.commit(&path, now)).await),
         DiskOperation::Discard { path } => done(Box::pin(disks.discard(&path, now)).await),
         DiskOperation::Merge { path } => done(Box::pin(disks.merge(&path, now)).await.map(drop)),
+        DiskOperation::Move { path, .. } => {
+            let text = "a disk is moved by who has the pool open for longer than this";
+            Err(Problem::new(ProblemKind::Conflict, text).about(path))
+        }
         DiskOperation::Delete { path } => done(Box::pin(disks.delete(&path, now)).await),
     }
 }

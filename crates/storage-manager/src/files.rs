@@ -369,7 +369,11 @@ async fn children(files: &FileSystem, id: FileId) -> Result<Vec<String>, Problem
     Ok(children)
 }
 
-async fn set_attributes(files: &FileSystem, path: &str, changes: &AttributeChanges) -> Result<(), Problem> {
+pub(crate) async fn set_attributes(
+    files: &FileSystem,
+    path: &str,
+    changes: &AttributeChanges,
+) -> Result<(), Problem> {
     let stat = files.stat(path).await.map_err(failed)?;
     let attributes = view::changed(files, stat.attributes.clone(), changes)?;
     if attributes != stat.attributes {
@@ -437,12 +441,12 @@ async fn relocate(
     ))
 }
 
-async fn move_files(
+pub(crate) async fn move_files<T>(
     files: &FileSystem,
     what: &str,
     ids: Vec<(FileId, String)>,
     how: Relocation,
-    reporter: &Reporter<FileOutcome>,
+    reporter: &Reporter<T>,
 ) -> Result<Moved, Problem> {
     let mut moved = Moved::default();
     let mut sizes = Vec::with_capacity(ids.len());
@@ -466,12 +470,16 @@ async fn move_files(
                 false => ControlFlow::Continue(()),
             }
         };
-        let done = Box::pin(files.relocate(*id, how, 0, progress))
-            .await
-            .map_err(failed)?;
-        moved.files += 1;
-        moved.moved += done.moved;
-        moved.stayed += done.stayed;
+        match Box::pin(files.relocate(*id, how, 0, progress)).await {
+            Ok(done) => {
+                moved.files += 1;
+                moved.moved += done.moved;
+                moved.stayed += done.stayed;
+            }
+            // One of several was deleted meanwhile, or merged into another.
+            Err(FsError::NotFound { .. }) if ids.len() > 1 => {}
+            Err(error) => return Err(failed(error)),
+        }
         before += size;
     }
     files.sync().await.map_err(failed)?;

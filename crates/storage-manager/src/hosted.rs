@@ -46,12 +46,13 @@ use crate::disks_transfer::{self, Piece};
 use crate::export::DiskExport;
 use crate::live::{self, Transfers};
 use crate::load::pool_load;
+use crate::owners::{self, Owners};
 use crate::pipe::Pipe;
 use crate::reservations::PoolReservations;
 use crate::storage::{Access, Storage};
 use crate::told::Bell;
 use crate::works::{Doing, Works};
-use crate::{files, offline, operation, places, random, ranges, volumes};
+use crate::{files, move_disk, offline, operation, places, random, ranges, volumes};
 
 /// Between two looks whether a disk is still used.
 const LOOK: Duration = Duration::from_millis(2);
@@ -73,13 +74,15 @@ pub(crate) struct Open {
     /// Disks whose chains are being made shorter.
     merging: Cell<usize>,
     /// The pool is to be closed: what takes long and can go on later ends.
-    stopping: Arc<AtomicBool>,
+    pub(crate) stopping: Arc<AtomicBool>,
     /// What went wrong with disks that were closed.
     problems: RefCell<Vec<Problem>>,
     /// Somebody sees that pins end.
     expiring: Cell<bool>,
     /// What takes long and is no job of the pool.
-    works: Works,
+    pub(crate) works: Works,
+    /// Whose jobs are whose.
+    pub(crate) owners: Owners,
     /// What everything had done when the pool was opened.
     first: Sample,
 }
@@ -91,7 +94,7 @@ fn shorten_all(open: &Rc<Open>) {
     let paths: Vec<String> = written.map(|hosted| hosted.disk.path().to_string()).collect();
     drop(disks);
     for path in paths {
-        shorten(open, path);
+        shorten(open, path, None);
     }
 }
 
@@ -136,15 +139,15 @@ struct Hosted {
 
 /// Makes the chain of a disk as short as its snapshots allow, in the background. A crash loses nothing of it: it is begun again when the
 /// disk is opened.
-fn shorten(open: &Rc<Open>, path: String) {
+fn shorten(open: &Rc<Open>, path: String, owner: Option<String>) {
     let open = Rc::clone(open);
     open.merging.set(open.merging.get() + 1);
     let spawned = spawn_local(async move {
-        let mut merged = merge(&open, &path).await;
+        let mut merged = merge(&open, &path, owner.as_deref()).await;
         if let (Ok(false), Ok(files)) = (&merged, open.storage.files()) {
             // What the file system merges by itself may have been in the way.
             files.settled().await;
-            merged = merge(&open, &path).await;
+            merged = merge(&open, &path, owner.as_deref()).await;
         }
         match merged {
             Ok(_) => {}
@@ -160,12 +163,20 @@ fn shorten(open: &Rc<Open>, path: String) {
     drop(spawned);
 }
 
-/// Merges what a disk does not need apart, and lists that as a job if it takes long. Cancelled, it goes on when the disk is opened next.
-async fn merge(open: &Open, path: &str) -> Result<bool, Problem> {
+/// Merges what a disk does not need apart, and lists that as a job if it takes long: of `owner`, if somebody is the cause. Cancelled, it goes
+/// on when the disk is opened next.
+async fn merge(open: &Open, path: &str, owner: Option<&str>) -> Result<bool, Problem> {
     let mut doing = None;
     let merged = open.storage.merge_disk_while(path, |done, total| {
         if done < total {
-            let begin = || open.works.begin("merge", format!("merge layers of {path}"));
+            let begin = || {
+                let doing = open.works.begin("merge", format!("merge layers of {path}"));
+                if let Some(owner) = owner {
+                    // It is durable when its owner sees it.
+                    open.owners.note(owner, &doing.status(), None);
+                }
+                doing
+            };
             let what = String::new();
             doing.get_or_insert_with(begin).note(&Work { what, done, total });
         }
@@ -174,7 +185,11 @@ async fn merge(open: &Open, path: &str) -> Result<bool, Problem> {
     let merged = merged.await;
     if let Some(doing) = doing {
         let whole = merged.as_ref().is_ok_and(|whole| *whole);
+        let job = doing.status().id;
         doing.end(&merged, whole);
+        if let Ok(status) = open.works.status(job) {
+            open.owners.ended(&status).await;
+        }
     }
     merged
 }
@@ -214,9 +229,13 @@ impl HostedPool {
                 let _ = storage.close().await;
                 return Err(problem);
             }
+            let owners = match storage.files() {
+                Ok(files) => Owners::load(files).await,
+                Err(_) => Owners::default(),
+            };
             let (notes, first) = (storage.notes.clone(), storage.pool.sample());
             let name = storage.pool.configuration().name.clone();
-            OPEN.set(Some(Rc::new(Open {
+            let open = Rc::new(Open {
                 storage,
                 disks: RefCell::default(),
                 closing: Cell::new(0),
@@ -225,8 +244,11 @@ impl HostedPool {
                 problems: RefCell::default(),
                 expiring: Cell::new(false),
                 works: Works::default(),
+                owners,
                 first,
-            })));
+            });
+            OPEN.set(Some(Rc::clone(&open)));
+            owners::go_on(&open).await;
             // What a process had pinned that did not end well.
             expire_pins();
             Ok((name, notes))
@@ -335,7 +357,7 @@ impl HostedPool {
             open.disks.borrow_mut().insert(number, Hosted { disk, resized });
             if !options.read_only {
                 // What was not done when the process ended.
-                shorten(&open, opened.path.clone());
+                shorten(&open, opened.path.clone(), None);
             }
             Ok::<_, Problem>(opened)
         })?;
@@ -428,6 +450,43 @@ impl HostedPool {
     /// # Errors
     /// The request is refused or fails.
     pub fn execute(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        self.execute_of(None, request)
+    }
+
+    /// As [`Self::execute`], but jobs that begin are those of `owner`, which is any text: who asks for them by it ([`Self::jobs_of`]) is told of
+    /// them, in later processes too, until so many others of it have ended that they are forgotten.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn execute_for(&self, owner: &str, request: StorageRequest) -> Result<StorageAnswer, Problem> {
+        self.execute_of(Some(owner.to_owned()), request)
+    }
+
+    /// The jobs that `owner` has begun in this pool, also in processes before this one, and how they are: all that go on, and the last 32 that
+    /// have ended. Blocks; not to be called from the pool's worker.
+    ///
+    /// # Errors
+    /// The pool is being closed.
+    pub fn jobs_of(&self, owner: &str) -> Result<Vec<JobStatus>, Problem> {
+        let owner = owner.to_owned();
+        self.worker.run(move || async move {
+            let open = open_pool()?;
+            Ok(owners::jobs_of(&open, &owner).await)
+        })
+    }
+
+    /// `listener` is told of each job of `owner` that ends, on the pool's worker, until it answers that it does not want to be told any more: it
+    /// must not block, nor use the pool.
+    pub fn on_job_end(&self, owner: &str, listener: impl Fn(&JobStatus) -> bool + Send + 'static) {
+        let owner = owner.to_owned();
+        self.worker.spawn(move || async move {
+            if let Ok(open) = open_pool() {
+                open.owners.listen(owner, Box::new(listener));
+            }
+        });
+    }
+
+    fn execute_of(&self, owner: Option<String>, request: StorageRequest) -> Result<StorageAnswer, Problem> {
         // By this thread: the worker may be confined more than who asks.
         let opened = self.open_new(&request)?;
         self.worker.run(move || async move {
@@ -439,9 +498,9 @@ impl HostedPool {
                 _ => None,
             };
             let opened = opened.into_iter().map(Rc::new).collect();
-            let answer = Box::pin(answer(&open, request, opened)).await?;
+            let answer = Box::pin(answer(&open, owner.as_deref(), request, opened)).await?;
             if let Some(path) = shorter {
-                shorten(&open, path);
+                shorten(&open, path, owner);
             }
             if pins {
                 expire_pins();
@@ -517,6 +576,8 @@ impl HostedPool {
                 }
                 clock.sleep(LOOK).await;
             };
+            // It has a file system, too.
+            drop(open.owners);
             let closed = open.storage.close().await;
             let first = open.problems.into_inner().into_iter().next();
             first.map_or(closed, Err)
@@ -790,7 +851,7 @@ pub(crate) async fn move_data(
     };
     reporter.ended(&done);
     if let Some(path) = longer {
-        shorten(&open, path);
+        shorten(&open, path, None);
     }
     let mut done = done?;
     done.events = storage.take_events();
@@ -799,6 +860,7 @@ pub(crate) async fn move_data(
 
 async fn answer(
     open: &Rc<Open>,
+    owner: Option<&str>,
     request: StorageRequest,
     opened: Vec<Rc<Device>>,
 ) -> Result<StorageAnswer, Problem> {
@@ -812,9 +874,13 @@ async fn answer(
                 // As all merges: listed while it goes on.
                 DiskOperation::Merge { path } => {
                     open.merging.set(open.merging.get() + 1);
-                    let merged = merge(open, path).await;
+                    let merged = merge(open, path, owner).await;
                     open.merging.set(open.merging.get() - 1);
                     merged.map(|_| DiskAnswer::Done)?
+                }
+                DiskOperation::Move { path, to } => {
+                    let job = Box::pin(move_disk::begin(open, owner.unwrap_or_default(), path, to));
+                    DiskAnswer::Job(Box::new(job.await?))
                 }
                 _ => storage.perform_disk(operation).await?,
             };
@@ -829,7 +895,14 @@ async fn answer(
             StorageAnswer::File(Box::new(Box::pin(file(open, operation)).await?))
         }
         StorageRequest::Begin(operation) => {
+            let begins = matches!(
+                operation,
+                Operation::SetLayout { .. } | Operation::MoveVolume { .. }
+            );
             let outcome = operate(open, operation, opened, &Reporter::impatient()).await?;
+            if let (true, Some(owner)) = (begins, owner) {
+                owners::begun(open, owner, &outcome.jobs).await;
+            }
             StorageAnswer::Pool(Box::new(outcome))
         }
         StorageRequest::Pool(operation) => {
@@ -945,6 +1018,7 @@ async fn steer(
     }
     if let Operation::CancelJob { .. } = operation {
         open.works.cancel(job)?;
+        open.owners.cancelled(job).await;
     }
     let clock = WorkerClock::new();
     loop {

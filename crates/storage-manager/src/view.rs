@@ -312,6 +312,7 @@ pub(crate) fn view_job(config: &Configuration, job: &Job, pace: Option<Pace>) ->
         rate: pace.map(|pace| pace.rate),
         seconds_left: pace.and_then(|pace| pace.left).map(|left| left.as_secs()),
         volatile: false,
+        moved: None,
     }
 }
 

@@ -1,7 +1,7 @@
 //! What takes long and is no job of the pool: imports, merges, relocations and the like, which end with the process that does them.
 //!
 //! They are listed with the pool's jobs, can be waited for and cancelled. Their numbers begin far behind those of the pool's jobs, and are
-//! given anew by each process.
+//! given anew by each process, but for those that somebody was given ([`crate::owners`]).
 //!
 //! ```text
 //!   who does it        Work ──note──► Entry ◄──list, cancel── who asks
@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use api::file::Moved;
 use api::storage::{FIRST_VOLATILE_JOB, JobPriority, JobState, JobStatus};
 use api::{Problem, ProblemKind};
 use volume_manager::Meter;
@@ -26,10 +27,18 @@ const KEPT: usize = 32;
 #[derive(Clone, Default)]
 pub(crate) struct Works(Arc<Mutex<List>>);
 
-#[derive(Default)]
 struct List {
-    begun: u32,
+    next: u32,
     entries: VecDeque<Arc<Entry>>,
+}
+
+impl Default for List {
+    fn default() -> Self {
+        Self {
+            next: FIRST_VOLATILE_JOB,
+            entries: VecDeque::new(),
+        }
+    }
 }
 
 struct Entry {
@@ -59,15 +68,45 @@ impl Entry {
     }
 }
 
+impl List {
+    fn enter(&mut self, status: JobStatus) -> Doing {
+        let entry = Arc::new(Entry {
+            status: Mutex::new((status, Meter::default())),
+            begun: Instant::now(),
+            cancelled: AtomicBool::new(false),
+        });
+        self.entries.push_back(Arc::clone(&entry));
+        let ended = |entry: &Arc<Entry>| !entry.status().is_live();
+        let surplus = self
+            .entries
+            .iter()
+            .filter(|entry| ended(entry))
+            .count()
+            .saturating_sub(KEPT);
+        for _ in 0..surplus {
+            if let Some(oldest) = self.entries.iter().position(ended) {
+                self.entries.remove(oldest);
+            }
+        }
+        Doing(entry)
+    }
+}
+
 /// Something that is being done; it has ended when this is dropped.
 pub(crate) struct Doing(Arc<Entry>);
 
 impl Works {
+    /// No number before this one is given.
+    pub(crate) fn number_from(&self, next: u32) {
+        let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        list.next = list.next.max(next);
+    }
+
     /// Something of this kind begins.
     pub(crate) fn begin(&self, kind: &str, what: String) -> Doing {
         let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let status = JobStatus {
-            id: FIRST_VOLATILE_JOB.saturating_add(list.begun),
+            id: list.next,
             kind: kind.to_owned(),
             what,
             state: JobState::Running,
@@ -79,27 +118,20 @@ impl Works {
             rate: None,
             seconds_left: None,
             volatile: true,
+            moved: None,
         };
-        list.begun += 1;
-        let entry = Arc::new(Entry {
-            status: Mutex::new((status, Meter::default())),
-            begun: Instant::now(),
-            cancelled: AtomicBool::new(false),
-        });
-        list.entries.push_back(Arc::clone(&entry));
-        let ended = |entry: &Arc<Entry>| !entry.status().is_live();
-        let surplus = list
-            .entries
-            .iter()
-            .filter(|entry| ended(entry))
-            .count()
-            .saturating_sub(KEPT);
-        for _ in 0..surplus {
-            if let Some(oldest) = list.entries.iter().position(ended) {
-                list.entries.remove(oldest);
-            }
-        }
-        Doing(entry)
+        list.next = list.next.saturating_add(1);
+        list.enter(status)
+    }
+
+    /// What another process had begun goes on, under its number.
+    pub(crate) fn go_on(&self, status: &JobStatus) -> Doing {
+        let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        list.enter(JobStatus {
+            done: 0,
+            total: 0,
+            ..status.clone()
+        })
     }
 
     /// All that are known, in order of their numbers.
@@ -159,6 +191,16 @@ impl Doing {
             status.total = work.total;
             meter.note(now, work.done, work.done);
         });
+    }
+
+    /// How it is.
+    pub(crate) fn status(&self) -> JobStatus {
+        self.0.status()
+    }
+
+    /// What was moved.
+    pub(crate) fn moved(&self, moved: Moved) {
+        self.0.change(|status, _| status.moved = Some(moved));
     }
 
     /// Whether somebody wants it to end.

@@ -37,6 +37,7 @@ pub mod image;
 mod layers;
 mod manage;
 mod name;
+mod record;
 mod reservations;
 mod snapshots;
 mod store;
@@ -50,6 +51,7 @@ pub use disks::Disks;
 pub use error::DiskError;
 pub use manage::{DiskState, NewDisk, RedoState, SnapshotState};
 pub use name::{DiskPath, MAX_DESCRIPTION, MAX_SNAPSHOT_NAME, SUFFIX};
+pub use record::{MAX_RECORD, Record};
 pub use snapshots::NewSnapshot;
 pub use virtual_disk::VirtualDisk;
 

@@ -5,4 +5,5 @@ mod crash;
 mod help;
 mod load;
 mod pairs;
+mod record;
 mod stories;

@@ -1,22 +1,21 @@
 //! A guest that sends commands, and a machine that does what a test says.
 #![allow(dead_code, reason = "each test uses a part")]
 
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
 
-use api::virtual_disk::TransferRequest;
+use api::storage::JobStatus;
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog,
-    ExpandedPolicy, NetConfig, NetStatus, Problem, ProblemKind, StorageAnswer, StorageRequest, Transfer, Vm,
-    VmState, VmStatus,
+    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventLog, ExpandedPolicy, Problem,
+    StorageAnswer, StorageRequest,
 };
 use block_io::AlignedBuffer;
 use expanded_api::{Action, Answer, Cdb, Header, Outcome, Request, State};
-use expanded_target::{ExpandedTarget, Running};
+use expanded_target::{ExpandedTarget, JobListener, Owner, Running};
+use storage_manager::HostedPool;
 use storage_virtualizer::scsi::{
     self, Command, Identity, Nexus, Status, TransportId, Unit, UnitOptions, VendorCommands,
 };
@@ -28,12 +27,12 @@ pub(crate) struct FakeVm {
     pub(crate) disks: Mutex<Vec<DiskStatus>>,
     pub(crate) asked: Mutex<Vec<StorageRequest>>,
     pool: Pool,
+    hosted: Option<Arc<HostedPool>>,
     events: EventLog,
 }
 
-fn no() -> Problem {
-    Problem::new(ProblemKind::Conflict, "not in this test")
-}
+/// Whose the jobs of the fake machine are.
+pub(crate) const OWNER: &str = "vm:fake";
 
 impl FakeVm {
     pub(crate) fn new(
@@ -43,6 +42,19 @@ impl FakeVm {
             disks: Mutex::default(),
             asked: Mutex::default(),
             pool: Box::new(pool),
+            hosted: None,
+            events: EventLog::new(),
+        })
+    }
+
+    /// On a real pool.
+    pub(crate) fn on(hosted: &Arc<HostedPool>) -> Arc<Self> {
+        let pool = Arc::clone(hosted);
+        Arc::new(Self {
+            disks: Mutex::default(),
+            asked: Mutex::default(),
+            pool: Box::new(move |request| pool.execute_for(OWNER, request)),
+            hosted: Some(Arc::clone(hosted)),
             events: EventLog::new(),
         })
     }
@@ -59,41 +71,9 @@ impl FakeVm {
     }
 }
 
-impl Vm for FakeVm {
-    fn status(&self) -> VmStatus {
-        VmStatus {
-            name: "fake".parse().unwrap(),
-            state: VmState::Running,
-            pid: 1,
-            uptime_seconds: 0,
-            resets: 0,
-            cpus: 1,
-            memory: ByteSize::from_mib(64),
-            disks: self.disks.lock().unwrap().clone(),
-            nets: Vec::new(),
-            limit_groups: BTreeMap::new(),
-            last_event: 0,
-        }
-    }
-
-    fn power_button(&self) -> Result<(), Problem> {
-        Err(no())
-    }
-
-    fn stop(&self, _: &str) -> Result<(), Problem> {
-        Err(no())
-    }
-
-    fn reset(&self) -> Result<(), Problem> {
-        Err(no())
-    }
-
-    fn pause(&self) -> Result<(), Problem> {
-        Err(no())
-    }
-
-    fn resume(&self) -> Result<(), Problem> {
-        Err(no())
+impl Owner for FakeVm {
+    fn disks(&self) -> Vec<DiskStatus> {
+        self.disks.lock().unwrap().clone()
     }
 
     fn attach_disk(&self, disk: DiskConfig) -> Result<DiskStatus, Problem> {
@@ -109,21 +89,9 @@ impl Vm for FakeVm {
         Ok(status)
     }
 
-    fn attach_net(&self, _: NetConfig) -> Result<NetStatus, Problem> {
-        Err(no())
-    }
-
     fn detach(&self, id: &DeviceId) -> Result<(), Problem> {
         self.disks.lock().unwrap().retain(|disk| disk.config.id != *id);
         Ok(())
-    }
-
-    fn change_disk(&self, _: &DeviceId, _: &DiskChange) -> Result<DiskStatus, Problem> {
-        Err(no())
-    }
-
-    fn change_limits(&self, _: &DeviceId, _: &DiskLimits) -> Result<DiskLimits, Problem> {
-        Err(no())
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
@@ -131,8 +99,16 @@ impl Vm for FakeVm {
         (self.pool)(request)
     }
 
-    fn transfer(&self, _: TransferRequest) -> Result<Transfer, Problem> {
-        Err(no())
+    fn jobs(&self) -> Result<Vec<JobStatus>, Problem> {
+        self.hosted
+            .as_ref()
+            .map_or_else(|| Ok(Vec::new()), |pool| pool.jobs_of(OWNER))
+    }
+
+    fn on_job_end(&self, listener: JobListener) {
+        if let Some(pool) = &self.hosted {
+            pool.on_job_end(OWNER, listener);
+        }
     }
 
     fn events(&self) -> &EventLog {
@@ -193,9 +169,9 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    pub(crate) fn new(vm: Arc<dyn Vm>, policy: ExpandedPolicy) -> Self {
+    pub(crate) fn new(vm: Arc<dyn Owner>, policy: ExpandedPolicy) -> Self {
         let target = ExpandedTarget::new("fake".parse().unwrap(), policy);
-        let running = target.start(Arc::new(vm), || Box::new(|| Ok(()))).unwrap();
+        let running = target.start(vm, || Box::new(|| Ok(()))).unwrap();
         Self {
             target,
             running: Some(running),

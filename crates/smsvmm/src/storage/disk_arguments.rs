@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use api::ByteSize;
+use api::file::Target;
 use api::virtual_disk::{DiskOperation, ImageFormat};
 use clap::{Args, Subcommand, ValueEnum};
 
@@ -140,6 +141,17 @@ pub(crate) enum DiskCommand {
         #[arg(value_parser = path)]
         path: String,
     },
+    /// Move the data of a disk, those of its snapshots too, to another volume while it is used. A job: who has the pool open goes on with it.
+    Move {
+        /// The disk.
+        #[arg(value_parser = path)]
+        path: String,
+        #[command(flatten)]
+        to: Destination,
+        /// Do not wait for the job.
+        #[arg(long)]
+        no_wait: bool,
+    },
     /// Show which blocks of a disk were written or discarded since a snapshot was made. Only reads.
     Changed {
         /// The disk.
@@ -206,6 +218,29 @@ pub(crate) enum DiskCommand {
         #[arg(long)]
         verify: bool,
     },
+}
+
+/// Where a disk is moved.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Destination {
+    /// To this volume and no other.
+    #[arg(long, value_name = "NAME")]
+    volume: Option<String>,
+    /// To volumes of this storage class.
+    #[arg(long, value_name = "NAME")]
+    class: Option<String>,
+    /// To any volume.
+    #[arg(long)]
+    anywhere: bool,
+}
+
+impl Destination {
+    fn target(self) -> Target {
+        let named = self.volume.map(Target::Volume).or(self.class.map(Target::Class));
+        // One of the three is given.
+        named.unwrap_or_default()
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -278,6 +313,10 @@ impl DiskCommand {
             Self::Commit { path } => DiskOperation::Commit { path },
             Self::Discard { path } => DiskOperation::Discard { path },
             Self::Merge { path } => DiskOperation::Merge { path },
+            Self::Move { path, to, .. } => DiskOperation::Move {
+                path,
+                to: to.target(),
+            },
             Self::Changed { path, since, until } => DiskOperation::Changed { path, since, until },
             Self::Places {
                 snapshot,

@@ -1,6 +1,7 @@
 //! Virtual disks as text for people.
 
 use api::file::Target;
+use api::storage::{JobState, JobStatus};
 use api::virtual_disk::{
     ChangedRange, DiskAnswer, DiskOperation, DiskPlaces, ImageFormat, SnapshotStatus, Transferred,
     VirtualDisk, VirtualDiskStatus,
@@ -18,8 +19,23 @@ pub(crate) fn answer(operation: &DiskOperation, answer: &DiskAnswer) -> String {
         DiskAnswer::Status(disk) => status(disk),
         DiskAnswer::Changed(ranges) => changed(ranges),
         DiskAnswer::Places(places) => place_list(places),
+        DiskAnswer::Job(job) => moved(job),
         // No command makes one.
         DiskAnswer::Pinned(pin) => format!("pin {}\n", pin.pin),
+    }
+}
+
+fn moved(job: &JobStatus) -> String {
+    let what = &job.what;
+    match (job.state, job.moved) {
+        (JobState::Done, Some(moved)) if moved.stayed > 0 => format!(
+            "{what}: {} moved, {} stayed: there is no space for them\n",
+            size(moved.moved),
+            size(moved.stayed)
+        ),
+        (JobState::Done, Some(moved)) => format!("{what}: {} moved\n", size(moved.moved)),
+        (JobState::Cancelled, _) => format!("{what}: cancelled; the same again moves the rest\n"),
+        _ => format!("job {}: {what}: {} %\n", job.id, job.percent()),
     }
 }
 

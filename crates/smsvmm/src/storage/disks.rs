@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use api::storage::JobState;
 use api::virtual_disk::{CopyRequest, DiskAnswer, DiskOutcome, ExportRequest, ImageFormat, ImportRequest};
 use api::{ByteSize, StorageAnswer, StorageRequest};
 
@@ -111,11 +112,17 @@ fn transfer(
 }
 
 fn operate(which: &Which, command: DiskCommand) -> anyhow::Result<Exit> {
+    let waits = !matches!(&command, DiskCommand::Move { no_wait: true, .. });
     let Some(operation) = command.operation() else {
         return Ok(Exit::Success);
     };
     let outcome = match live::ask(which, || StorageRequest::Disk(operation.clone()))? {
-        Some(StorageAnswer::Disk(outcome)) => *outcome,
+        Some(StorageAnswer::Disk(mut outcome)) => {
+            if let (DiskAnswer::Job(job), true) = (&mut outcome.answer, waits) {
+                **job = live::wait_for(which, job)?;
+            }
+            *outcome
+        }
         Some(_) => return Err(live::unexpected()),
         None => {
             let devices = select::devices(which)?;
@@ -127,6 +134,11 @@ fn operate(which: &Which, command: DiskCommand) -> anyhow::Result<Exit> {
             outcome?
         }
     };
+    let failed = matches!(&outcome.answer, DiskAnswer::Job(job) if job.state == JobState::Failed);
+    if let (DiskAnswer::Job(job), true) = (&outcome.answer, failed) {
+        let reason = job.reason.as_deref().unwrap_or("it failed");
+        anyhow::bail!("job {}, {}: {reason}", job.id, job.what);
+    }
     if !which.json {
         tell(&outcome.events);
         print(&disk_show::answer(&operation, &outcome.answer))?;
@@ -135,7 +147,9 @@ fn operate(which: &Which, command: DiskCommand) -> anyhow::Result<Exit> {
     } else {
         print_json(&outcome)?;
     }
-    Ok(Exit::Success)
+    // Whoever waits for it wants to have it moved.
+    let is_left = matches!(&outcome.answer, DiskAnswer::Job(job) if job.state == JobState::Cancelled);
+    Ok(if is_left { Exit::Failed } else { Exit::Success })
 }
 
 fn print_answer(outcome: &DiskOutcome) -> anyhow::Result<()> {
@@ -147,5 +161,6 @@ fn print_answer(outcome: &DiskOutcome) -> anyhow::Result<()> {
         DiskAnswer::Changed(ranges) => print_json(ranges),
         DiskAnswer::Places(places) => print_json(places),
         DiskAnswer::Pinned(pin) => print_json(pin),
+        DiskAnswer::Job(job) => print_json(job),
     }
 }

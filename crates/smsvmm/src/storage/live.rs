@@ -89,6 +89,32 @@ pub(crate) fn perform(which: &Which, operation: &Operation) -> anyhow::Result<Op
     watched.map(Some)
 }
 
+/// Watches a job that the process that has the pool open has begun, until it has ended or the person does not want to wait; how it is then.
+///
+/// # Errors
+/// The configuration cannot be read; the process fails.
+pub(crate) fn wait_for(which: &Which, job: &JobStatus) -> anyhow::Result<JobStatus> {
+    let Some(target) = select::target(which)? else {
+        return Ok(job.clone());
+    };
+    let client = Client::new(target)?;
+    let mut watch = Watch::new(which.json)?;
+    watch.leaves_it();
+    let mut job = job.clone();
+    while job.state == JobState::Running
+        && watch.notice(&Notice::Progress(std::slice::from_ref(&job))) == Flow::GoOn
+    {
+        std::thread::sleep(LOOK);
+        let StorageAnswer::Status(status) = client.storage(&StorageRequest::Status)? else {
+            return Err(unexpected());
+        };
+        let found = status.jobs.into_iter().find(|other| other.id == job.id);
+        job = found.ok_or_else(|| anyhow::anyhow!("the pool does not know job {} any more", job.id))?;
+    }
+    watch.clear();
+    Ok(job)
+}
+
 /// Waits until jobs have ended, or rest; `outcome` is what is known so far.
 fn wait(client: &Client, wanted: &[u32], outcome: Outcome, watch: &mut Watch) -> anyhow::Result<Outcome> {
     let mut outcome = outcome;

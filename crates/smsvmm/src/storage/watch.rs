@@ -151,6 +151,7 @@ mod tests {
             rate: Some(3 << 20),
             seconds_left: Some(75),
             volatile: false,
+            moved: None,
         };
         assert_eq!(
             line_of_jobs(&[job]).unwrap(),

@@ -3,7 +3,6 @@
 //!
 //! Whatever it sends, storage management is asked to touch nothing but that; a command ends, and writes no byte more than it says.
 
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,16 +11,16 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
 
 use api::file::{FileAnswer, FileEntry, FileKind, FileOperation, FileOutcome};
-use api::virtual_disk::{DiskAnswer, DiskOperation, DiskOutcome, TransferRequest, VirtualDisk};
+use api::storage::JobStatus;
+use api::virtual_disk::{DiskAnswer, DiskOperation, DiskOutcome, VirtualDisk};
 use api::{
-    ByteSize, DeviceId, DeviceState, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog,
-    ExpandedPolicy, NetConfig, NetStatus, Problem, ProblemKind, Right, StorageAnswer, StorageRequest,
-    Transfer, Vm, VmName, VmState, VmStatus,
+    ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventLog, ExpandedPolicy, Problem, ProblemKind,
+    Right, StorageAnswer, StorageRequest, VmName,
 };
 use arbitrary::Unstructured;
 use block_io::AlignedBuffer;
 use expanded_api::{Action, Cdb, Header};
-use expanded_target::ExpandedTarget;
+use expanded_target::{ExpandedTarget, JobListener, Owner};
 use storage_virtualizer::scsi::{
     Command, Identity, Nexus, Status, TransportId, Unit, UnitOptions, VendorCommands,
 };
@@ -56,7 +55,7 @@ const REQUESTS: [&str; 16] = [
     r#"{"command":"delete-disk","disk":"PATH"}"#,
     r#"{"command":"snapshot","disks":["PATH","PATH"],"name":"s"}"#,
     r#"{"command":"revert","snapshot":"PATH"}"#,
-    r#"{"command":"move-disk","disk":"PATH","to":{"volume":"v"}}"#,
+    r#"{"command":"move-disk","disk":"PATH","to":{"volume":"v"},"background":true}"#,
     r#"{"command":"set-attributes","disk":"PATH","attributes":{"checksums":true}}"#,
     r#"{"command":"release-image","disks":["PATH"],"name":"x/../y"}"#,
     r#"{"command":"extents","disk":"PATH"}"#,
@@ -128,6 +127,7 @@ impl FakeVm {
             | DiskOperation::Commit { path }
             | DiskOperation::Discard { path }
             | DiskOperation::Merge { path }
+            | DiskOperation::Move { path, .. }
             | DiskOperation::Changed { path, .. }
             | DiskOperation::Places { path, .. }
             | DiskOperation::Pin { path, .. } => {
@@ -171,41 +171,9 @@ impl FakeVm {
     }
 }
 
-impl Vm for FakeVm {
-    fn status(&self) -> VmStatus {
-        VmStatus {
-            name: vm_name(),
-            state: VmState::Running,
-            pid: 1,
-            uptime_seconds: 0,
-            resets: 0,
-            cpus: 1,
-            memory: ByteSize::from_mib(64),
-            disks: self.disks.lock().map(|disks| disks.clone()).unwrap_or_default(),
-            nets: Vec::new(),
-            limit_groups: BTreeMap::new(),
-            last_event: 0,
-        }
-    }
-
-    fn power_button(&self) -> Result<(), Problem> {
-        Err(no())
-    }
-
-    fn stop(&self, _: &str) -> Result<(), Problem> {
-        Err(no())
-    }
-
-    fn reset(&self) -> Result<(), Problem> {
-        Err(no())
-    }
-
-    fn pause(&self) -> Result<(), Problem> {
-        Err(no())
-    }
-
-    fn resume(&self) -> Result<(), Problem> {
-        Err(no())
+impl Owner for FakeVm {
+    fn disks(&self) -> Vec<DiskStatus> {
+        self.disks.lock().map(|disks| disks.clone()).unwrap_or_default()
     }
 
     fn attach_disk(&self, disk: DiskConfig) -> Result<DiskStatus, Problem> {
@@ -213,20 +181,8 @@ impl Vm for FakeVm {
         Err(no())
     }
 
-    fn attach_net(&self, _: NetConfig) -> Result<NetStatus, Problem> {
-        Err(no())
-    }
-
     fn detach(&self, _: &DeviceId) -> Result<(), Problem> {
         Ok(())
-    }
-
-    fn change_disk(&self, _: &DeviceId, _: &DiskChange) -> Result<DiskStatus, Problem> {
-        Err(no())
-    }
-
-    fn change_limits(&self, _: &DeviceId, _: &DiskLimits) -> Result<DiskLimits, Problem> {
-        Err(no())
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {
@@ -252,9 +208,11 @@ impl Vm for FakeVm {
         })
     }
 
-    fn transfer(&self, _: TransferRequest) -> Result<Transfer, Problem> {
-        Err(no())
+    fn jobs(&self) -> Result<Vec<JobStatus>, Problem> {
+        Ok(Vec::new())
     }
+
+    fn on_job_end(&self, _: JobListener) {}
 
     fn events(&self) -> &EventLog {
         &self.events
@@ -371,7 +329,7 @@ pub(super) fn run(input: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     };
     let Ok(running) = guest
         .target
-        .start(Arc::new(Arc::clone(&vm) as Arc<dyn Vm>), || Box::new(|| Ok(())))
+        .start(Arc::clone(&vm) as Arc<dyn Owner>, || Box::new(|| Ok(())))
     else {
         // No more threads on this host: not what this is about.
         return Ok(());
