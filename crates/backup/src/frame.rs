@@ -114,6 +114,11 @@ impl<W: Write> FrameWriter<W> {
     pub fn number(&self) -> u64 {
         self.number
     }
+
+    /// The next frame is this one.
+    pub(crate) fn set_number(&mut self, number: u64) {
+        self.number = number;
+    }
 }
 
 fn checksum(head: &[u8; HEAD], parts: &[&[u8]]) -> u32 {
