@@ -69,7 +69,7 @@ impl Ours {
         let disk = DiskStatus {
             config,
             state: DeviceState::Attached,
-            size: ByteSize::from_mib(options.size >> 20),
+            size: ByteSize::from_mib((options.size >> 20) as u32),
             stopped: None,
         };
         let machine = Arc::new(Machine {
