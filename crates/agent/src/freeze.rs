@@ -333,7 +333,8 @@ impl Stand {
 
     /// Waits until all stand still.
     fn all_stand(&self, count: usize, limit: Duration) -> Result<(), AgentError> {
-        let mut state = self.wait_while(|state| state.frozen < count && state.failed.is_none() && !state.over);
+        let mut state =
+            self.wait_while(|state| state.frozen < count && state.failed.is_none() && !state.over);
         if let Some((name, source)) = state.failed.take() {
             let what = format!("{name} cannot be frozen");
             return Err(AgentError::Here { what, source });
@@ -408,7 +409,10 @@ pub(crate) fn while_frozen<T>(
         let result = stands.and_then(|()| act());
         let acted = begin.elapsed();
         drop(over);
-        let each = holding.into_iter().filter_map(|thread| thread.join().ok()).collect();
+        let each = holding
+            .into_iter()
+            .filter_map(|thread| thread.join().ok())
+            .collect();
         let duration = begin.elapsed();
         let late = stand.state.lock().unwrap_or_else(PoisonError::into_inner).late || duration > limit;
         match result {
@@ -477,7 +481,10 @@ mod tests {
             ..still
         };
         let said = still.parts().to_string();
-        assert!(said.ends_with("0.2 ms to be thawed; /srv 48.0 ms, /home 47.9 ms"), "{said}");
+        assert!(
+            said.ends_with("0.2 ms to be thawed; /srv 48.0 ms, /home 47.9 ms"),
+            "{said}"
+        );
     }
 
     fn one(name: &str, flush: u64, whole: u64) -> One {
@@ -555,7 +562,12 @@ mod tests {
         assert_eq!(made, 7);
         let said = said(&log);
         assert_eq!(said.len(), 6 + 3 + 1 + 3, "{said:?}");
-        let parts = [("flush", 0..6), ("freeze", 6..9), ("act", 9..10), ("thaw", 10..13)];
+        let parts = [
+            ("flush", 0..6),
+            ("freeze", 6..9),
+            ("act", 9..10),
+            ("thaw", 10..13),
+        ];
         for (what, range) in parts {
             assert!(said[range].iter().all(|line| line.starts_with(what)), "{said:?}");
         }
@@ -564,7 +576,10 @@ mod tests {
         let names: Vec<&str> = still.each.iter().map(|one| one.name.as_str()).collect();
         assert_eq!(names, ["a", "b", "c"]);
         for one in &still.each {
-            assert!(one.whole <= still.whole() && one.whole >= still.act + one.flush, "{still:?}");
+            assert!(
+                one.whole <= still.whole() && one.whole >= still.act + one.flush,
+                "{still:?}"
+            );
         }
         assert!(still.each[0].flush < still.each[1].flush, "{still:?}");
     }
@@ -575,12 +590,25 @@ mod tests {
         let begin = Instant::now();
         let act = || -> Result<(), AgentError> { panic!("not all stand still") };
         let error = while_frozen(&systems, Duration::from_millis(200), act).unwrap_err();
-        assert!(error.to_string().contains("not all file systems could be frozen"), "{error}");
+        assert!(
+            error.to_string().contains("not all file systems could be frozen"),
+            "{error}"
+        );
         let log = log.lock().unwrap();
-        let when = |what: &str| log.iter().find(|(_, line)| line == what).map(|(time, _)| *time - begin);
+        let when = |what: &str| {
+            log.iter()
+                .find(|(_, line)| line == what)
+                .map(|(time, _)| *time - begin)
+        };
         // The one that stood still went on when the time was over, and the other one as soon as it could.
-        assert!(when("thaw quick").unwrap() < Duration::from_millis(1300), "{log:?}");
-        assert!(when("thaw slow").unwrap() >= Duration::from_millis(1500), "{log:?}");
+        assert!(
+            when("thaw quick").unwrap() < Duration::from_millis(1300),
+            "{log:?}"
+        );
+        assert!(
+            when("thaw slow").unwrap() >= Duration::from_millis(1500),
+            "{log:?}"
+        );
     }
 
     #[test]
@@ -604,6 +632,98 @@ mod tests {
         let error = while_frozen(&systems, Duration::from_secs(60), act).unwrap_err();
         assert!(error.to_string().contains("odd cannot be frozen"), "{error}");
         let said = said(&log);
-        assert_eq!(said.iter().filter(|line| line.starts_with("thaw")).count(), 2, "{said:?}");
+        assert_eq!(
+            said.iter().filter(|line| line.starts_with("thaw")).count(),
+            2,
+            "{said:?}"
+        );
+    }
+
+    /// A file system on a file of this machine's disk, in which files are made and deleted without a pause.
+    struct Written {
+        system: FileSystem,
+        load: std::process::Child,
+        _folder: tempfile::TempDir,
+    }
+
+    impl Written {
+        fn new(make: &[&str]) -> Self {
+            let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+            let (image, mount) = (folder.path().join("image"), folder.path().join("mount"));
+            File::create(&image).unwrap().set_len(1 << 30).unwrap();
+            fs::create_dir(&mount).unwrap();
+            let run = |command: &mut std::process::Command| assert!(command.status().unwrap().success());
+            run(std::process::Command::new(make[0]).args(&make[1..]).arg(&image));
+            run(std::process::Command::new("mount")
+                .args(["-o", "loop"])
+                .arg(&image)
+                .arg(&mount));
+            let line = "i=0; while :; do head -c 1048576 /dev/urandom > f$((i % 60)); rm -f f$(((i + 30) % 60)); i=$((i + 1)); done";
+            let load = std::process::Command::new("sh")
+                .args(["-c", line])
+                .current_dir(&mount)
+                .spawn()
+                .unwrap();
+            let root = File::open(&mount).unwrap();
+            let disks = BTreeSet::new();
+            Self {
+                system: FileSystem { mount, root, disks },
+                load,
+                _folder: folder,
+            }
+        }
+    }
+
+    impl Drop for Written {
+        fn drop(&mut self) {
+            let _ = self.load.kill();
+            let _ = self.load.wait();
+            // It is detached when nobody has a file of it open any more.
+            let _ = std::process::Command::new("umount")
+                .arg("-l")
+                .arg(&self.system.mount)
+                .status();
+        }
+    }
+
+    /// `cargo test -p agent -- --ignored --nocapture at_once`, as root.
+    #[test]
+    #[ignore = "a measurement, which needs root and loop devices"]
+    fn frozen_at_once_and_one_after_the_other() {
+        let written = [
+            Written::new(&["mkfs.ext4", "-q"]),
+            Written::new(&["mkfs.xfs", "-q", "-f"]),
+        ];
+        let limit = Duration::from_secs(10);
+        let mut ratios = Vec::new();
+        std::thread::sleep(Duration::from_secs(2));
+        for _ in 0..15 {
+            for one in &written {
+                one.system.flush();
+            }
+            let begin = Instant::now();
+            for one in &written {
+                one.system.freeze().unwrap();
+            }
+            let before = begin.elapsed();
+            for one in &written {
+                one.system.thaw().unwrap();
+            }
+            std::thread::sleep(Duration::from_millis(500));
+            let systems = [&written[0].system, &written[1].system].map(|system| FileSystem {
+                mount: system.mount.clone(),
+                root: system.root.try_clone().unwrap(),
+                disks: BTreeSet::new(),
+            });
+            let ((), still) = while_frozen(&systems, limit, || Ok(())).unwrap();
+            ratios.push(still.flush.as_secs_f64() / before.as_secs_f64());
+            println!(
+                "flush: one after the other {before:.1?}, at once {:.1?}",
+                still.flush
+            );
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        ratios.sort_by(f64::total_cmp);
+        println!("ratio: {:.2} ({:.2} to {:.2})", ratios[7], ratios[0], ratios[14]);
     }
 }

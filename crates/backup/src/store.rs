@@ -206,7 +206,9 @@ impl Store {
                 }
                 Ok(Some(record)) => match found.of(record) {
                     Place::Between => {
-                        found.whole(seen).map_err(|reason| failed(ArchiveError::Nonsense { number: 0, reason }))?;
+                        found
+                            .whole(seen)
+                            .map_err(|reason| failed(ArchiveError::Nonsense { number: 0, reason }))?;
                         found.good = Some(reader.state().mark());
                     }
                     Place::Within => found.within = Some(reader.state().mark()),
@@ -380,7 +382,9 @@ impl Found {
                 Place::Within
             }
             Record::Data { offset, bytes } => add(offset + bytes.len() as u64),
-            Record::Zeroes { offset, length } | Record::InParent { offset, length, .. } => add(offset + length),
+            Record::Zeroes { offset, length } | Record::InParent { offset, length, .. } => {
+                add(offset + length)
+            }
             Record::Commit(_) => Place::End,
         }
     }
@@ -544,7 +548,9 @@ impl Draft {
     /// # Errors
     /// See [`StoreError`].
     pub fn finish(self) -> Result<BackupInfo, StoreError> {
-        let Self { store, name, writer, .. } = self;
+        let Self {
+            store, name, writer, ..
+        } = self;
         let (partial, path) = (store.partial(&name), store.path(&name));
         let (mut file, _) = writer.commit().map_err(io("write", &partial))?;
         file.sync().map_err(io("write", &partial))?;

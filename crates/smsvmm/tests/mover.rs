@@ -350,13 +350,21 @@ fn connections_that_make_no_sense_are_ended_and_harm_nobody() {
 const LONG: u64 = 48 << 20;
 
 /// An agent that has the whole disk backed up, on a thread of its own. What can cut its line, and what it was told.
-type Agent = (TcpStream, JoinHandle<Result<(Vec<String>, BackupInfo), ClientError>>);
+type Agent = (
+    TcpStream,
+    JoinHandle<Result<(Vec<String>, BackupInfo), ClientError>>,
+);
 
 fn agent(mover: &Served, token: &str, resume: bool) -> Agent {
     let mut line = None;
-    let stream = connect_with(&mover.address, &Tls::default(), Duration::from_secs(60), |socket| {
-        line = socket.try_clone().ok();
-    });
+    let stream = connect_with(
+        &mover.address,
+        &Tls::default(),
+        Duration::from_secs(60),
+        |socket| {
+            line = socket.try_clone().ok();
+        },
+    );
     let (stream, token) = (stream.unwrap(), token.to_owned());
     let work = move || {
         let mut client = Client::hello(stream, &token, "test")?;
@@ -382,14 +390,19 @@ fn agent(mover: &Served, token: &str, resume: bool) -> Agent {
 fn wait_for(partial: &Path, bytes: u64) {
     let begin = Instant::now();
     while fs::metadata(partial).map_or(0, |data| data.len()) < bytes {
-        assert!(begin.elapsed() < Duration::from_secs(60), "there is nothing of it");
+        assert!(
+            begin.elapsed() < Duration::from_secs(60),
+            "there is nothing of it"
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
 /// The byte at which the mover goes on in the disk.
 fn goes_on_at(notes: &[String]) -> u64 {
-    let note = notes.iter().find_map(|note| note.strip_prefix("disk: gone on with at byte "));
+    let note = notes
+        .iter()
+        .find_map(|note| note.strip_prefix("disk: gone on with at byte "));
     note.unwrap_or_else(|| panic!("{notes:?}")).parse().unwrap()
 }
 
@@ -397,7 +410,9 @@ fn goes_on_at(notes: &[String]) -> u64 {
 fn where_a_mover_or_an_agent_was_killed_the_next_ones_go_on() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
-    let image: Vec<u8> = (0..LONG / 8).flat_map(|number: u64| (number * 7919 + 1).to_le_bytes()).collect();
+    let image: Vec<u8> = (0..LONG / 8)
+        .flat_map(|number: u64| (number * 7919 + 1).to_le_bytes())
+        .collect();
     fs::write(path("image"), &image).unwrap();
     let (token, hash) = token();
     let config = format!(
@@ -416,7 +431,11 @@ fn where_a_mover_or_an_agent_was_killed_the_next_ones_go_on() {
         for file in [&partial, &complete] {
             let file = file.to_str().unwrap();
             assert_eq!(run(&["verify", file]).status.code(), Some(1));
-            assert!(!run(&["restore", file, "--disk", path("raw").to_str().unwrap()]).status.success());
+            assert!(
+                !run(&["restore", file, "--disk", path("raw").to_str().unwrap()])
+                    .status
+                    .success()
+            );
         }
         assert!(!path("raw").exists());
     };
@@ -430,7 +449,12 @@ fn where_a_mover_or_an_agent_was_killed_the_next_ones_go_on() {
     is_none();
     // As a crash may leave it: the last frame is there in parts only.
     let left = fs::metadata(&partial).unwrap().len() - 1000;
-    File::options().write(true).open(&partial).unwrap().set_len(left).unwrap();
+    File::options()
+        .write(true)
+        .open(&partial)
+        .unwrap()
+        .set_len(left)
+        .unwrap();
 
     // It goes on; then it is the agent that is killed, and somebody goes on at once.
     let mover = Served::start(&path("mover.toml"));
@@ -449,7 +473,12 @@ fn where_a_mover_or_an_agent_was_killed_the_next_ones_go_on() {
     assert!(!partial.exists());
     let verified = run(&["verify", complete.to_str().unwrap()]);
     assert!(verified.status.success(), "{}", text(&verified));
-    let restored = run(&["restore", complete.to_str().unwrap(), "--disk", path("raw").to_str().unwrap()]);
+    let restored = run(&[
+        "restore",
+        complete.to_str().unwrap(),
+        "--disk",
+        path("raw").to_str().unwrap(),
+    ]);
     assert!(restored.status.success(), "{}", text(&restored));
     assert!(fs::read(path("raw")).unwrap() == image);
 }

@@ -95,9 +95,7 @@ impl<'a> Taken<'a> {
         };
         let begin = Instant::now();
         loop {
-            let here = sms_disks()
-                .into_iter()
-                .find(|found| found.serial == serial);
+            let here = sms_disks().into_iter().find(|found| found.serial == serial);
             if let Some(found) = here.filter(|found| has_size(&found.path, size)) {
                 return Ok(found.path);
             }

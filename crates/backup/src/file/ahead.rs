@@ -59,7 +59,9 @@ impl ReadAhead {
                 }
             }
         };
-        std::thread::Builder::new().name("read-ahead".into()).spawn(read)?;
+        std::thread::Builder::new()
+            .name("read-ahead".into())
+            .spawn(read)?;
         Ok(Self {
             pieces,
             piece: Buffer::from(Vec::new()),
@@ -73,7 +75,11 @@ impl ReadAhead {
 fn read_at(file: &File, buffers: &Buffers, place: u64) -> io::Result<Buffer> {
     let mut piece = buffers.get(SIZE);
     let mut done = 0;
-    while let Some(rest) = piece.as_mut_slice().get_mut(done..).filter(|rest| !rest.is_empty()) {
+    while let Some(rest) = piece
+        .as_mut_slice()
+        .get_mut(done..)
+        .filter(|rest| !rest.is_empty())
+    {
         match file.read_at(rest, place + done as u64) {
             Ok(0) => break,
             Ok(count) => done += count,
@@ -119,7 +125,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("f");
         for size in [0, 1, 4096, SIZE - 1, SIZE, SIZE + 1, 7 * SIZE + 5000] {
-            let bytes: Vec<u8> = (0..size).map(|number| (number / 3 % 251).to_le_bytes()[0]).collect();
+            let bytes: Vec<u8> = (0..size)
+                .map(|number| (number / 3 % 251).to_le_bytes()[0])
+                .collect();
             std::fs::write(&path, &bytes).unwrap();
             let mut read = Vec::new();
             ReadAhead::open(&path).unwrap().read_to_end(&mut read).unwrap();

@@ -61,7 +61,11 @@ impl WriteBehind {
         let mut buffer = buffers.get(SIZE);
         // Buffers begin with a whole block: what of that is there already.
         let filled = into_block(place);
-        if let Some(head) = buffer.as_mut_slice().get_mut(..filled).filter(|head| !head.is_empty()) {
+        if let Some(head) = buffer
+            .as_mut_slice()
+            .get_mut(..filled)
+            .filter(|head| !head.is_empty())
+        {
             file.read_exact_at(head, place - filled as u64)?;
         }
         let direct = open_direct(path, OpenOptions::new().write(true))?;
@@ -69,7 +73,12 @@ impl WriteBehind {
         let (jobs, to_do) = sync_channel::<Job>(COUNT);
         let (tell, done) = sync_channel(COUNT);
         let write = move || {
-            for Job { buffer, length, place } in to_do {
+            for Job {
+                buffer,
+                length,
+                place,
+            } in to_do
+            {
                 let bytes = buffer.get(..length).unwrap_or_default();
                 let written = write_at(direct.as_ref(), &through, bytes, place);
                 if tell.send((written, buffer)).is_err() {
@@ -197,7 +206,10 @@ impl Write for WriteBehind {
         }
         let end = SIZE - into_block(self.place);
         let count = bytes.len().min(end - self.filled);
-        let place = self.buffer.as_mut_slice().get_mut(self.filled..self.filled + count);
+        let place = self
+            .buffer
+            .as_mut_slice()
+            .get_mut(self.filled..self.filled + count);
         if let (Some(place), Some(bytes)) = (place, bytes.get(..count)) {
             place.copy_from_slice(bytes);
         }
@@ -254,12 +266,19 @@ mod tests {
     use super::*;
 
     fn noise(seed: u64, size: usize) -> Vec<u8> {
-        (0..size as u64).map(|number| ((number + seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56).to_le_bytes()[0]).collect()
+        (0..size as u64)
+            .map(|number| ((number + seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56).to_le_bytes()[0])
+            .collect()
     }
 
     fn file(folder: &Path) -> (File, std::path::PathBuf) {
         let path = folder.join("f");
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path);
         (file.unwrap(), path)
     }
 
@@ -268,7 +287,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let all = noise(1, 11_000_003);
         let mut at = 0;
-        for (number, end) in [1, 5000, 4096 * 3, 6_000_001, 10_000_000, all.len()].into_iter().enumerate() {
+        for (number, end) in [1, 5000, 4096 * 3, 6_000_001, 10_000_000, all.len()]
+            .into_iter()
+            .enumerate()
+        {
             let (opened, path) = file(folder.path());
             let mut behind = WriteBehind::new(opened, &path, at as u64).unwrap();
             for piece in all[at..end].chunks(701_003) {
@@ -293,7 +315,13 @@ mod tests {
         opened.set_len(20 << 20).unwrap();
         let mut wanted = vec![0; 20 << 20];
         let mut behind = WriteBehind::new(opened, &path, 0).unwrap();
-        for (place, length) in [(4096, 8192), (12_288, 100), (12_388, 5_000_000), (6_000_001, 9_000_000), (16 << 20, 1 << 20)] {
+        for (place, length) in [
+            (4096, 8192),
+            (12_288, 100),
+            (12_388, 5_000_000),
+            (6_000_001, 9_000_000),
+            (16 << 20, 1 << 20),
+        ] {
             let bytes = noise(place as u64, length);
             wanted[place..place + length].copy_from_slice(&bytes);
             behind.put(place as u64, &bytes).unwrap();

@@ -48,7 +48,11 @@ impl Device {
         let begin = start - skip as u64;
         let mut memory = buffers.get((skip + length).next_multiple_of(ALIGN));
         let mut done = 0;
-        while let Some(rest) = memory.as_mut_slice().get_mut(done..).filter(|rest| !rest.is_empty()) {
+        while let Some(rest) = memory
+            .as_mut_slice()
+            .get_mut(done..)
+            .filter(|rest| !rest.is_empty())
+        {
             match self.file.read_at(rest, begin + done as u64) {
                 Ok(0) => break,
                 Ok(count) => done += count,

@@ -119,7 +119,10 @@ impl Scribe {
     /// Has it written when the one before is.
     pub(super) fn write(&mut self, batch: Batch, tick: Tick<'_>) -> Result<(), Problem> {
         self.drain(tick)?;
-        let sent = self.batches.as_ref().is_some_and(|batches| batches.send(batch).is_ok());
+        let sent = self
+            .batches
+            .as_ref()
+            .is_some_and(|batches| batches.send(batch).is_ok());
         if !sent {
             return Err(gone());
         }

@@ -25,7 +25,7 @@ use crate::store::{Draft, Seen, Store, StoreError};
 
 /// So often it is said that it takes longer.
 const WORKING: Duration = Duration::from_secs(5);
-/// Whoever goes on with a backup waits so long for a connection that has it still: that of an agent that is gone ends when something is said to it.
+/// Whoever goes on with a backup waits so long for a connection that has it still: that of an agent that is gone ends with the batch.
 const HANDOVER: Duration = Duration::from_secs(30);
 
 /// How a mover reaches the storage manager of a principal.
@@ -66,6 +66,9 @@ impl From<Problem> for End {
 pub(super) trait Patient: Read + Write {
     /// The next request must have come whole in the time that is usual.
     fn begin_waiting(&mut self);
+
+    /// Whether it is known that nobody is at the other side any more.
+    fn is_gone(&self) -> bool;
 }
 
 struct Line<S> {
@@ -104,6 +107,9 @@ impl<S: Patient> Line<S> {
     fn tick(&mut self, progress: &Progress) -> Result<(), Problem> {
         if self.stopping.load(Ordering::Relaxed) {
             return Err(stopping());
+        }
+        if self.reader.get_ref().is_gone() {
+            return Err(Problem::new(ProblemKind::Host, "the agent is gone"));
         }
         if self.told.elapsed() < WORKING {
             return Ok(());
@@ -334,7 +340,9 @@ impl Session {
         };
         let mut work = Work::new(draft, image, checker, parent)?;
         if let Some((entry, done)) = work.goes_on_in() {
-            begun.notes.push(format!("{}: gone on with at byte {done}", entry.path));
+            begun
+                .notes
+                .push(format!("{}: gone on with at byte {done}", entry.path));
         }
         work.most_bytes = self.served.config.limits.bytes.map(|most| most.bytes());
         work.rate = self.served.config.limits.rate.map(|rate| rate.bytes());

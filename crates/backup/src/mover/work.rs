@@ -297,7 +297,8 @@ impl Work {
     ) -> Result<(), Problem> {
         self.count(length)?;
         let length = usize::try_from(length).map_err(|_| invalid("a piece is too long"))?;
-        self.steps.push_back(Step::Piece(offset, length as u64, self.pieces.len()));
+        self.steps
+            .push_back(Step::Piece(offset, length as u64, self.pieces.len()));
         let piece = Piece { disk, start, length };
         self.windows.extend(piece.windows());
         self.pieces.push(piece);

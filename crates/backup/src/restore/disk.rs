@@ -58,7 +58,11 @@ pub fn restore_disk(chain: &mut Chain, disk: Option<&RawText>, to: &Path) -> Res
         path: to.to_owned(),
         source,
     };
-    let file = OpenOptions::new().read(true).write(true).create_new(true).open(to);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(to);
     let behind = file.and_then(|file| WriteBehind::new(file, to, 0));
     let mut sink = RawFile {
         wanted: disk,

@@ -126,7 +126,9 @@ fn run(command: &mut Command, gib: f64) -> Took {
 }
 
 fn has(program: &str) -> bool {
-    let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).output();
+    let found = Command::new("sh")
+        .args(["-c", &format!("command -v {program}")])
+        .output();
     found.is_ok_and(|output| output.status.success())
 }
 
@@ -163,14 +165,30 @@ fn main() {
 
 /// Which is compared with which.
 const RATIOS: &[(&str, &[&str])] = &[
-    ("mover: full", &["fio: read", "fio: write", "qemu-img convert", "dd", "cp, sync", "borg create"]),
+    (
+        "mover: full",
+        &[
+            "fio: read",
+            "fio: write",
+            "qemu-img convert",
+            "dd",
+            "cp, sync",
+            "borg create",
+        ],
+    ),
     ("mover: incremental", &["mover: full"]),
     ("mover: verify", &["fio: read", "sha256sum", "borg check"]),
-    ("mover: restore", &["fio: write", "qemu-img convert", "dd", "cp, sync", "borg extract"]),
+    (
+        "mover: restore",
+        &["fio: write", "qemu-img convert", "dd", "cp, sync", "borg extract"],
+    ),
 ];
 
 fn print(order: &[&'static str], measured: &Measured) {
-    println!("{:<28}{:>10}{:>22}{:>16}", "medians", "MiB/s", "(least to most)", "CPU s per GiB");
+    println!(
+        "{:<28}{:>10}{:>22}{:>16}",
+        "medians", "MiB/s", "(least to most)", "CPU s per GiB"
+    );
     for name in order {
         let all = &measured[name];
         let speeds: Vec<f64> = all.iter().map(|took| took.speed()).collect();
@@ -187,7 +205,10 @@ fn print(order: &[&'static str], measured: &Measured) {
                 continue;
             };
             let of = |what: fn(Took) -> f64| -> Vec<f64> {
-                one.iter().zip(other_all).map(|(one, other)| what(*one) / what(*other)).collect()
+                one.iter()
+                    .zip(other_all)
+                    .map(|(one, other)| what(*one) / what(*other))
+                    .collect()
             };
             let speeds = of(Took::speed);
             let least = speeds.iter().copied().fold(f64::INFINITY, f64::min);

@@ -61,7 +61,10 @@ impl Ours {
         }
         file.sync_all().unwrap();
         let device = folder.join("d0");
-        File::create(&device).unwrap().set_len(options.size * 3 + (1 << 30)).unwrap();
+        File::create(&device)
+            .unwrap()
+            .set_len(options.size * 3 + (1 << 30))
+            .unwrap();
         let pool = make_pool(&device, &raw, options.size);
         let mut config = DiskConfig::new("/nowhere");
         config.image = None;
@@ -79,7 +82,10 @@ impl Ours {
         });
         let server = management::Server::bind(&folder.join("vm.sock")).unwrap();
         let server = server.start(machine as Arc<dyn Vm>, || Ok(())).unwrap();
-        let made = Command::new(&options.program).args(["mover", "token", "--json"]).output().unwrap();
+        let made = Command::new(&options.program)
+            .args(["mover", "token", "--json"])
+            .output()
+            .unwrap();
         let made: serde_json::Value = serde_json::from_slice(&made.stdout).unwrap();
         let text = |key: &str| made[key].as_str().unwrap().to_owned();
         let (token, hash) = (text("token"), text("token-sha256"));
@@ -129,9 +135,18 @@ impl Ours {
         }
         if options.wants("mover: restore") {
             let out = self.folder.join("restored.raw");
-            take("mover: restore", run(mover("restore").arg("--disk").arg(&out), gib));
-            let same = Command::new("cmp").arg(&out).arg(self.folder.join("image.raw")).status();
-            assert!(same.unwrap().success(), "what was restored is not what was backed up");
+            take(
+                "mover: restore",
+                run(mover("restore").arg("--disk").arg(&out), gib),
+            );
+            let same = Command::new("cmp")
+                .arg(&out)
+                .arg(self.folder.join("image.raw"))
+                .status();
+            assert!(
+                same.unwrap().success(),
+                "what was restored is not what was backed up"
+            );
             fs::remove_file(out).unwrap();
         }
         fs::remove_file(archive).unwrap();
@@ -187,7 +202,12 @@ impl Ours {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.mover.id())).unwrap();
         let (_, fields) = stat.rsplit_once(')').unwrap();
         // utime and stime, fields 14 and 15 of proc(5), in hundredths of a second.
-        let ticks: u64 = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum();
+        let ticks: u64 = fields
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .map(|field| field.parse::<u64>().unwrap())
+            .sum();
         ticks as f64 / 100.0
     }
 }
@@ -204,8 +224,14 @@ fn serve(program: &Path, config: &Path) -> (Child, String) {
     mover.args(["mover", "serve"]).arg(config).stdout(Stdio::piped());
     let mut mover = mover.spawn().unwrap();
     let mut line = String::new();
-    BufReader::new(mover.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let address = line.trim().strip_prefix("mover: ").expect("an address").to_owned();
+    BufReader::new(mover.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    let address = line
+        .trim()
+        .strip_prefix("mover: ")
+        .expect("an address")
+        .to_owned();
     (mover, address)
 }
 

@@ -41,8 +41,18 @@ impl Peers {
         let size = self.size.to_string();
         let fio = |how: &str, file: &Path| {
             let mut command = Command::new("fio");
-            command.args(["--name=limit", "--direct=1", "--ioengine=io_uring", "--bs=1M", "--iodepth=8"]);
-            command.args([format!("--rw={how}"), format!("--size={size}"), format!("--filename={}", file.display())]);
+            command.args([
+                "--name=limit",
+                "--direct=1",
+                "--ioengine=io_uring",
+                "--bs=1M",
+                "--iodepth=8",
+            ]);
+            command.args([
+                format!("--rw={how}"),
+                format!("--size={size}"),
+                format!("--filename={}", file.display()),
+            ]);
             command.arg("--end_fsync=1");
             command
         };
@@ -50,14 +60,20 @@ impl Peers {
         one("fio: write", "fio", &mut fio("write", &copy));
         let mut convert = Command::new("qemu-img");
         convert.args(["convert", "-O", "raw", "-T", "none", "-t", "none", "--image-opts"]);
-        convert.arg(format!("driver=file,filename={},cache.direct=on,aio=native", raw.display()));
+        convert.arg(format!(
+            "driver=file,filename={},cache.direct=on,aio=native",
+            raw.display()
+        ));
         one("qemu-img convert", "qemu-img", convert.arg(&copy));
         let mut dd = Command::new("dd");
         dd.args(["bs=1M", "iflag=direct", "oflag=direct", "conv=fsync"]);
         dd.args([format!("if={}", raw.display()), format!("of={}", copy.display())]);
         one("dd", "dd", &mut dd);
         let mut cp = Command::new("sh");
-        cp.args(["-c", "cp --reflink=never --sparse=never \"$0\" \"$1\" && sync \"$1\""]);
+        cp.args([
+            "-c",
+            "cp --reflink=never --sparse=never \"$0\" \"$1\" && sync \"$1\"",
+        ]);
         one("cp, sync", "cp", cp.arg(&raw).arg(&copy));
         self.borg(options, gib, take);
     }
@@ -78,9 +94,15 @@ impl Peers {
         let mut create = borg();
         create.args(["create", "--compression=none", &archive, "image.raw"]);
         take("borg create", run(create.current_dir(&self.folder), gib));
-        take("borg check", run(borg().args(["check", "--verify-data"]).arg(&repository), gib));
+        take(
+            "borg check",
+            run(borg().args(["check", "--verify-data"]).arg(&repository), gib),
+        );
         fs::create_dir_all(&out).unwrap();
-        take("borg extract", run(borg().args(["extract", &archive]).current_dir(&out), gib));
+        take(
+            "borg extract",
+            run(borg().args(["extract", &archive]).current_dir(&out), gib),
+        );
         for folder in [&repository, &out, &self.path("borg-home")] {
             let _ = fs::remove_dir_all(folder);
         }
