@@ -466,7 +466,7 @@ fn where_a_mover_or_an_agent_was_killed_the_next_ones_go_on() {
     let (_line, work) = agent(&mover, &token, true);
     let (notes, made) = work.join().unwrap().unwrap();
     let done = goes_on_at(&notes);
-    assert!(done >= 16 << 20 && done < LONG, "{notes:?}");
+    assert!((16 << 20..LONG).contains(&done), "{notes:?}");
     assert!(made.complete && made.progress.bytes == LONG, "{made:?}");
     // Nothing was read that was there.
     assert_eq!(made.progress.from_devices, LONG - done, "{made:?}");
