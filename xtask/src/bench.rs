@@ -10,6 +10,7 @@ pub(crate) mod disks;
 mod exits;
 pub(crate) mod filesys;
 pub(crate) mod guest;
+pub(crate) mod mover;
 mod probe;
 
 use std::fs;

@@ -110,6 +110,12 @@ enum Bench {
     Guest(bench::guest::Options),
     /// Disks over vhost-user-blk: IOPS, CPU time and latency, beside qemu-storage-daemon and fio
     Disks(bench::disks::Options),
+    /// The mover of backups beside qemu-img, dd, cp and borg: full, incremental, verify, restore
+    Mover {
+        /// For the bench, as `-- --rounds 3`
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
     /// How long the management interface takes while the disks of its pool are busy
     Api(bench::api::Options),
 }
@@ -172,6 +178,9 @@ fn main() -> ExitCode {
         Task::Bench {
             what: Bench::Filesys { arguments },
         } => bench::filesys::run(&arguments),
+        Task::Bench {
+            what: Bench::Mover { arguments },
+        } => bench::mover::run(&arguments),
         Task::Bench {
             what: Bench::Disks(options),
         } => bench::disks::run(&options),

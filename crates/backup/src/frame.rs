@@ -15,6 +15,8 @@ use std::io::{self, Read, Write};
 pub const HEAD: usize = 32;
 /// Longest payload in bytes.
 pub const MAX_PAYLOAD: usize = 4 << 20;
+/// Memory for a payload grows by so much at once.
+const GROWTH: usize = 64 << 10;
 const MAGIC: [u8; 4] = *b"SMBF";
 
 /// A frame that cannot be read.
@@ -114,6 +116,11 @@ impl<W: Write> FrameWriter<W> {
     pub fn number(&self) -> u64 {
         self.number
     }
+
+    /// The next frame is this one.
+    pub(crate) fn set_number(&mut self, number: u64) {
+        self.number = number;
+    }
 }
 
 fn checksum(head: &[u8; HEAD], parts: &[&[u8]]) -> u32 {
@@ -132,7 +139,10 @@ pub struct FrameReader<R> {
     from: R,
     stream: Option<u64>,
     number: Option<u64>,
+    /// Memory for payloads, as large as the longest yet: clearing it each time would cost as much as filling it.
     payload: Vec<u8>,
+    /// Bytes of the last one.
+    length: usize,
 }
 
 impl<R: Read> FrameReader<R> {
@@ -143,12 +153,18 @@ impl<R: Read> FrameReader<R> {
             stream,
             number,
             payload: Vec::new(),
+            length: 0,
         }
     }
 
     /// What is below.
     pub fn get_mut(&mut self) -> &mut R {
         &mut self.from
+    }
+
+    /// What is below.
+    pub(crate) fn get_ref(&self) -> &R {
+        &self.from
     }
 
     /// The number of the next frame; 0 if that is not known.
@@ -211,18 +227,14 @@ impl<R: Read> FrameReader<R> {
         if self.stream.is_some_and(|expected| expected != stream) {
             return Err(wrong("it belongs to another stream"));
         }
-        // Memory grows with what has come, not with what is claimed.
-        self.payload.clear();
-        let wanted = u64::try_from(length).unwrap_or(u64::MAX);
-        let count = (&mut self.from).take(wanted).read_to_end(&mut self.payload)?;
-        if count != length {
+        if self.fill_payload(length)? != length {
             return Err(FrameError::Truncated { number });
         }
         let sum = u32::from_le_bytes([c0, c1, c2, c3]);
         if let Some(place) = head.get_mut(12..16) {
             place.fill(0);
         }
-        if checksum(&head, &[&self.payload]) != sum {
+        if checksum(&head, &[self.payload()]) != sum {
             return Err(wrong("its checksum is wrong"));
         }
         self.stream = Some(stream);
@@ -232,7 +244,26 @@ impl<R: Read> FrameReader<R> {
 
     /// The payload of the frame that was read last.
     pub fn payload(&self) -> &[u8] {
-        &self.payload
+        self.payload.get(..self.length).unwrap_or_default()
+    }
+
+    /// Reads as much of a payload as there is.
+    fn fill_payload(&mut self, length: usize) -> io::Result<usize> {
+        self.length = 0;
+        while self.length < length {
+            // Memory grows with what has come, not with what is claimed.
+            let end = length.min(self.length + GROWTH);
+            if self.payload.len() < end {
+                self.payload.resize(end, 0);
+            }
+            let place = self.payload.get_mut(self.length..end).unwrap_or_default();
+            let count = fill(&mut self.from, place)?;
+            self.length += count;
+            if self.length < end {
+                break;
+            }
+        }
+        Ok(self.length)
     }
 }
 

@@ -14,6 +14,7 @@
 pub mod archive;
 pub mod check;
 pub mod client;
+mod file;
 pub mod frame;
 pub mod message;
 pub mod mover;
@@ -22,6 +23,7 @@ mod raw_text;
 pub mod restore;
 pub mod store;
 
+pub use file::WriteBehind;
 pub use raw_text::RawText;
 
 /// An error with its causes.

@@ -1,21 +1,23 @@
 //! A folder with archives: `STORE/PRINCIPAL/NAME.smsbackup`. One that is not complete is called `NAME.smsbackup.partial`.
 
+use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, Seek, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::archive::{
-    ArchiveError, ArchiveReader, ArchiveWriter, Chain, ChainError, Commit, Header, Record, Sink, State,
+    ArchiveError, ArchiveReader, ArchiveWriter, Chain, ChainError, Commit, Header, Mark, Record, Sink,
     read_commit,
 };
+use crate::file::{ReadAhead, WriteBehind};
 use crate::message::{BackupInfo, Progress};
 use crate::plan::{Entry, Extent, Time};
+use crate::raw_text::RawText;
 
 /// What the names of archives end with.
 pub const ENDING: &str = "smsbackup";
 const PARTIAL: &str = "smsbackup.partial";
-const BUFFER: usize = 1 << 20;
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -145,20 +147,38 @@ impl Store {
             opened => opened.map_err(io("make", &path))?,
         };
         lock(&file, name)?;
-        let file = BufWriter::with_capacity(BUFFER, file);
+        let file = WriteBehind::new(file, &path, 0).map_err(io("write", &path))?;
         let writer = ArchiveWriter::begin(file, stream, header).map_err(io("write", &path))?;
         Ok(Draft {
             store: self.clone(),
             name: name.clone(),
             writer,
+            open: None,
         })
     }
 
-    /// Goes on with an archive that is not complete; none if there is nothing of it. `seen` gets what is in it already.
+    /// Goes on with an archive that is not complete, behind its last whole entry; none if there is nothing of it. `seen` gets what is in it
+    /// already.
     ///
     /// # Errors
     /// It is of another plan, somebody writes it, or see [`StoreError`].
     pub fn resume(
+        &self,
+        header: &Header,
+        seen: &mut dyn FnMut(Seen<'_>) -> Result<(), String>,
+    ) -> Result<Option<Draft>, StoreError> {
+        let mut draft = self.resume_within(header, seen)?;
+        if let Some(draft) = &mut draft {
+            draft.leave_open_entry()?;
+        }
+        Ok(draft)
+    }
+
+    /// The same, within the entry that was being written: see [`Draft::open_entry`].
+    ///
+    /// # Errors
+    /// See [`Self::resume`].
+    pub(crate) fn resume_within(
         &self,
         header: &Header,
         seen: &mut dyn FnMut(Seen<'_>) -> Result<(), String>,
@@ -177,52 +197,47 @@ impl Store {
             path: path.clone(),
             source,
         };
-        let mut reader = ArchiveReader::new(BufReader::with_capacity(BUFFER, &file));
-        let mut good: Option<State> = None;
-        let mut held: Vec<Held> = Vec::new();
+        let mut reader = ArchiveReader::new(ReadAhead::of(&file, &path).map_err(io("read", &path))?);
+        let mut found = Found::default();
         loop {
             match reader.read() {
-                Ok(Some(Record::Header(found))) => {
-                    if !is_same(&found, header) {
-                        return Err(StoreError::OtherPlan(name.clone()));
-                    }
-                    good = Some(reader.state().clone());
+                Ok(Some(Record::Header(has))) if !is_same(&has, header) => {
+                    return Err(StoreError::OtherPlan(name.clone()));
                 }
-                Ok(Some(Record::Entry(_, entry))) => held.push(Held::Entry(entry)),
-                Ok(Some(Record::Extents(extents))) => held.push(Held::Extents(extents)),
-                Ok(Some(Record::EntryEnd(_))) => {
-                    good = Some(reader.state().clone());
-                    // Only what is whole counts.
-                    let all = held.len();
-                    for (number, held) in held.drain(..).enumerate() {
-                        let known = match &held {
-                            Held::Entry(entry) => seen(Seen::Entry(entry)),
-                            Held::Extents(extents) => seen(Seen::Extents(extents, number + 1 < all)),
-                        };
-                        known.map_err(|reason| failed(ArchiveError::Nonsense { number: 0, reason }))?;
+                Ok(Some(record)) => match found.of(record) {
+                    Place::Between => {
+                        found
+                            .whole(seen)
+                            .map_err(|reason| failed(ArchiveError::Nonsense { number: 0, reason }))?;
+                        found.good = Some(reader.state().mark());
                     }
-                }
-                // A crash came before it got its name: its end is written again.
-                Ok(Some(_)) => {}
+                    Place::Within => found.within = Some(reader.state().mark()),
+                    // A crash came before it got its name: its end is written again.
+                    Place::End => {}
+                },
                 Ok(None) => break,
                 Err(error) if error.is_unfinished() => break,
                 Err(error) => return Err(failed(error)),
             }
         }
-        drop(reader);
-        let Some(state) = good else {
+        let Some(good) = found.good.take() else {
             // Not even its beginning was written.
             fs::remove_file(&path).map_err(io("delete", &path))?;
             return Ok(None);
         };
-        file.set_len(state.position).map_err(io("cut", &path))?;
-        let mut file = BufWriter::with_capacity(BUFFER, file);
-        file.seek(SeekFrom::Start(state.position))
-            .map_err(io("read", &path))?;
+        let (mark, open) = match (found.within.take(), found.open.take()) {
+            (Some(mark), Some(open)) => (mark, Some((open, good))),
+            _ => (good, None),
+        };
+        file.set_len(mark.position).map_err(io("cut", &path))?;
+        let file = WriteBehind::new(file, &path, mark.position).map_err(io("read", &path))?;
+        let mut state = reader.into_state();
+        state.go_back(mark);
         Ok(Some(Draft {
             store: self.clone(),
             name: name.clone(),
             writer: ArchiveWriter::resume(file, state),
+            open,
         }))
     }
 
@@ -266,8 +281,7 @@ pub fn verify(path: &Path, tick: &mut dyn FnMut(&Progress)) -> Result<Progress, 
     chain.read(&mut counting)?;
     let paths: Vec<PathBuf> = chain.paths().skip(1).cloned().collect();
     for path in paths {
-        let file = File::open(&path).map_err(io("open", &path))?;
-        let mut reader = ArchiveReader::new(BufReader::with_capacity(BUFFER, file));
+        let mut reader = ArchiveReader::new(ReadAhead::open(&path).map_err(io("open", &path))?);
         loop {
             match reader.read() {
                 Ok(Some(_)) => (counting.tick)(&counting.progress),
@@ -315,9 +329,79 @@ pub enum Seen<'a> {
     Extents(&'a [Extent], bool),
 }
 
-enum Held {
-    Entry(Box<Entry>),
-    Extents(Vec<Extent>),
+/// An entry that has begun in an archive, and has no end there.
+#[derive(Debug, Clone)]
+pub(crate) struct OpenEntry {
+    /// What its first frame says.
+    pub(crate) entry: Entry,
+    /// Its further extents, in the frames in which they are.
+    pub(crate) extents: VecDeque<Vec<Extent>>,
+    /// Its content up to this byte is there.
+    pub(crate) done: u64,
+}
+
+/// Where a record leaves the archive.
+enum Place {
+    Between,
+    Within,
+    End,
+}
+
+/// What is found in an archive that is not complete.
+#[derive(Default)]
+struct Found {
+    /// Behind the last whole entry.
+    good: Option<Mark>,
+    /// Behind the last frame of the one that is open.
+    within: Option<Mark>,
+    open: Option<OpenEntry>,
+}
+
+impl Found {
+    fn of(&mut self, record: Record<'_>) -> Place {
+        let mut add = |end: u64| {
+            if let Some(open) = &mut self.open {
+                open.done = end;
+            }
+            Place::Within
+        };
+        match record {
+            Record::Header(_) | Record::EntryEnd(_) => Place::Between,
+            Record::Entry(_, entry) => {
+                self.open = Some(OpenEntry {
+                    entry: *entry,
+                    extents: VecDeque::new(),
+                    done: 0,
+                });
+                Place::Within
+            }
+            Record::Extents(extents) => {
+                if let Some(open) = &mut self.open {
+                    open.extents.push_back(extents);
+                }
+                Place::Within
+            }
+            Record::Data { offset, bytes } => add(offset + bytes.len() as u64),
+            Record::Zeroes { offset, length } | Record::InParent { offset, length, .. } => {
+                add(offset + length)
+            }
+            Record::Commit(_) => Place::End,
+        }
+    }
+
+    /// The open entry is whole, and counts.
+    fn whole(&mut self, seen: &mut dyn FnMut(Seen<'_>) -> Result<(), String>) -> Result<(), String> {
+        self.within = None;
+        let Some(open) = self.open.take() else {
+            return Ok(());
+        };
+        seen(Seen::Entry(&open.entry))?;
+        let all = open.extents.len();
+        for (number, extents) in open.extents.iter().enumerate() {
+            seen(Seen::Extents(extents, number + 1 < all))?;
+        }
+        Ok(())
+    }
 }
 
 /// Whether an archive was begun with the same plan, image and parent.
@@ -407,7 +491,9 @@ pub struct Draft {
     store: Store,
     name: String,
     /// What writes it.
-    pub writer: ArchiveWriter<BufWriter<File>>,
+    pub writer: ArchiveWriter<WriteBehind>,
+    /// The entry in which it stands, and where that begins.
+    open: Option<(OpenEntry, Mark)>,
 }
 
 impl Draft {
@@ -416,16 +502,45 @@ impl Draft {
         &self.name
     }
 
+    /// How many whole entries there are, and the path of the last one.
+    pub(crate) fn whole_entries(&self) -> (u64, Option<RawText>) {
+        let state = self.writer.state();
+        let last = match &self.open {
+            Some((_, mark)) => mark.last.clone(),
+            None => state.last.clone(),
+        };
+        (state.progress.entries, last)
+    }
+
+    /// The entry in the middle of which the archive was left, if there is one: its content is to be gone on with, and
+    /// then it is to be ended ([`Self::go_on_in_open_entry`]); or [`Self::leave_open_entry`] is to be called before anything else is written.
+    pub(crate) fn open_entry(&self) -> Option<&OpenEntry> {
+        self.open.as_ref().map(|(open, _)| open)
+    }
+
+    /// It is gone on with; it cannot be left any more.
+    pub(crate) fn go_on_in_open_entry(&mut self) {
+        self.open = None;
+    }
+
+    /// What there is of the entry in which the archive stands goes.
+    pub(crate) fn leave_open_entry(&mut self) -> Result<(), StoreError> {
+        let Some((_, mark)) = self.open.take() else {
+            return Ok(());
+        };
+        let path = self.store.partial(&self.name);
+        let cut = self.writer.get_mut().cut(mark.position);
+        self.writer.go_back(mark);
+        cut.map_err(io("cut", &path))
+    }
+
     /// Makes what was written durable, so that one can go on after a crash.
     ///
     /// # Errors
     /// See [`StoreError`].
     pub fn sync(&mut self) -> Result<(), StoreError> {
         let path = self.store.partial(&self.name);
-        let file = self.writer.get_mut();
-        file.flush()
-            .and_then(|()| file.get_ref().sync_data())
-            .map_err(io("write", &path))
+        self.writer.get_mut().sync().map_err(io("write", &path))
     }
 
     /// It is complete: it becomes a backup.
@@ -433,17 +548,18 @@ impl Draft {
     /// # Errors
     /// See [`StoreError`].
     pub fn finish(self) -> Result<BackupInfo, StoreError> {
-        let Self { store, name, writer } = self;
+        let Self {
+            store, name, writer, ..
+        } = self;
         let (partial, path) = (store.partial(&name), store.path(&name));
-        let (file, _) = writer.commit().map_err(io("write", &partial))?;
-        let file = file
-            .into_inner()
-            .map_err(|error| io("write", &partial)(error.into_error()))?;
-        file.sync_all().map_err(io("write", &partial))?;
+        let (mut file, _) = writer.commit().map_err(io("write", &partial))?;
+        file.sync().map_err(io("write", &partial))?;
         if path.exists() {
             return Err(StoreError::Exists(name));
         }
         fs::rename(&partial, &path).map_err(io("rename", &partial))?;
+        // Whoever goes on with it from here on finds that there is one.
+        drop(file);
         let folder = File::open(&store.folder).and_then(|folder| folder.sync_all());
         folder.map_err(io("make durable", &store.folder))?;
         info(&path)

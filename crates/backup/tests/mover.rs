@@ -542,6 +542,88 @@ fn a_backup_that_broke_off_is_none_and_can_be_gone_on_with() {
     assert_eq!(client.list().unwrap().len(), 1);
 }
 
+/// Where frames of an archive begin, and its end.
+fn frames(bytes: &[u8]) -> Vec<usize> {
+    let mut starts = vec![0];
+    while let Some(head) = bytes
+        .get(*starts.last().unwrap()..)
+        .filter(|rest| !rest.is_empty())
+    {
+        let length = u32::from_le_bytes(head[8..12].try_into().unwrap()) as usize;
+        starts.push(starts.last().unwrap() + backup::frame::HEAD + length);
+    }
+    starts
+}
+
+#[test]
+fn after_an_end_in_the_middle_of_an_entry_only_the_rest_of_it_is_read() {
+    let setup = Setup::new();
+    setup.snapshot("s");
+    let whole = |disk| Kind::Disk { disk, size: SIZE };
+    let (scattered, content) = scattered(0, 2, &setup.content["stripe"]);
+    let entries = [entry("d", whole(1)), entry("f", scattered), entry("g", whole(2))];
+    let mover = setup.mover(true);
+    let make = |plan: &Plan, entries: &[Entry]| {
+        let mut client = setup.client(&mover);
+        let begun = client.begin(plan).unwrap();
+        for entry in &entries[begun.entries as usize..] {
+            client.entry(entry).unwrap();
+        }
+        client.finish().unwrap()
+    };
+    let full = make(&plan("a", "s"), &entries);
+    let bytes = fs::read(setup.archive("a")).unwrap();
+    let partial = setup.archive("a").with_extension("smsbackup.partial");
+    let resume = Plan {
+        resume: true,
+        ..plan("a", "s")
+    };
+    let starts = frames(&bytes);
+    let mut read_less = 0;
+    for (number, length) in starts
+        .iter()
+        .flat_map(|start| [*start, start + 5])
+        .enumerate()
+        .skip(2)
+        .step_by(3)
+    {
+        let _ = fs::remove_file(setup.archive("a"));
+        fs::write(&partial, &bytes[..length.min(bytes.len())]).unwrap();
+        let made = make(&resume, &entries);
+        assert_eq!(made.progress.bytes, full.progress.bytes, "{number}");
+        read_less += u32::from(made.progress.from_devices < full.progress.from_devices);
+        assert!(fs::read(setup.archive("a")).unwrap()[..starts[1]] == bytes[..starts[1]]);
+        let disk = setup.content["mirror"].clone();
+        let other = setup.content["raid5"].clone();
+        let _ = fs::remove_dir_all(setup.folder.path().join("restored-a"));
+        is_whole(
+            &setup,
+            "a",
+            &[
+                ("d".into(), disk),
+                ("f".into(), content.clone()),
+                ("g".into(), other),
+            ],
+        );
+    }
+    assert!(read_less > 3, "{read_less}");
+
+    // The agent has found something else than before at that place: what there is of the entry goes.
+    let _ = fs::remove_file(setup.archive("a"));
+    fs::write(&partial, &bytes[..starts[4]]).unwrap();
+    let other = [entry("e", whole(2)), entry("d", whole(1))];
+    let made = make(&resume, &other);
+    assert_eq!(
+        (made.progress.entries, made.progress.from_devices),
+        (2, made.progress.bytes)
+    );
+    let _ = fs::remove_dir_all(setup.folder.path().join("restored-a"));
+    let disks = [("e", "raid5"), ("d", "mirror")];
+    let files = disks.map(|(name, kind)| (name.to_owned(), setup.content[kind].clone()));
+    is_whole(&setup, "a", &files);
+    assert!(!setup.folder.path().join("restored-a/f").exists());
+}
+
 #[test]
 fn what_a_lost_device_had_is_computed_by_the_storage_manager() {
     let mut setup = Setup::new();

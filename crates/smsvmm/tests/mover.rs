@@ -5,17 +5,19 @@ mod pool_machine;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use api::file::FileOperation;
 use api::storage::{LayoutKind, NewDevice, Operation, ReadPolicy, Shape};
 use api::virtual_disk::{DiskAnswer, DiskOperation, ImportRequest};
 use api::{ByteSize, DeviceState, DiskConfig, DiskStatus, ProblemKind, StorageAnswer, StorageRequest, Vm};
-use backup::client::{Client, ClientError, Stream, Tls, connect};
+use backup::client::{Client, ClientError, Stream, Tls, connect, connect_with};
+use backup::message::BackupInfo;
 use backup::plan::{Content, Entry, Extent, ImageDisk, Kind, Place, Plan, Time};
 use block_io::WorkerOptions;
 use pool_machine::Machine;
@@ -138,7 +140,7 @@ fn entry(path: &str, kind: Kind) -> Entry {
 }
 
 /// A file that is bytes 8192 to 18191 of the disk, and the whole disk.
-fn back_up(client: &mut Client<Box<dyn Stream>>, name: &str) -> backup::message::BackupInfo {
+fn back_up(client: &mut Client<Box<dyn Stream>>, name: &str) -> BackupInfo {
     client.begin(&plan(name)).unwrap();
     let extents = vec![Extent {
         offset: 0,
@@ -342,6 +344,143 @@ fn connections_that_make_no_sense_are_ended_and_harm_nobody() {
     mover.end();
     assert!(!path("store/vm/two.smsbackup").exists());
     comes_back(&path("store"));
+}
+
+/// The disk of the test below: three batches of the mover.
+const LONG: u64 = 48 << 20;
+
+/// An agent that has the whole disk backed up, on a thread of its own. What can cut its line, and what it was told.
+type Agent = (
+    TcpStream,
+    JoinHandle<Result<(Vec<String>, BackupInfo), ClientError>>,
+);
+
+fn agent(mover: &Served, token: &str, resume: bool) -> Agent {
+    let mut line = None;
+    let stream = connect_with(
+        &mover.address,
+        &Tls::default(),
+        Duration::from_secs(60),
+        |socket| {
+            line = socket.try_clone().ok();
+        },
+    );
+    let (stream, token) = (stream.unwrap(), token.to_owned());
+    let work = move || {
+        let mut client = Client::hello(stream, &token, "test")?;
+        let plan = Plan {
+            resume,
+            ..plan("long")
+        };
+        let begun = client.begin(&plan)?;
+        let entries = [
+            entry("srv", Kind::Directory {}),
+            entry("disk", Kind::Disk { disk: 0, size: LONG }),
+            entry("end", Kind::Directory {}),
+        ];
+        for entry in entries.iter().skip(usize::try_from(begun.entries).unwrap()) {
+            client.entry(entry)?;
+        }
+        Ok((begun.notes, client.finish()?))
+    };
+    (line.unwrap(), std::thread::spawn(work))
+}
+
+/// Until there is so much of an archive that is not complete.
+fn wait_for(partial: &Path, bytes: u64) {
+    let begin = Instant::now();
+    while fs::metadata(partial).map_or(0, |data| data.len()) < bytes {
+        assert!(
+            begin.elapsed() < Duration::from_secs(60),
+            "there is nothing of it"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The byte at which the mover goes on in the disk.
+fn goes_on_at(notes: &[String]) -> u64 {
+    let note = notes
+        .iter()
+        .find_map(|note| note.strip_prefix("disk: gone on with at byte "));
+    note.unwrap_or_else(|| panic!("{notes:?}")).parse().unwrap()
+}
+
+#[test]
+fn where_a_mover_or_an_agent_was_killed_the_next_ones_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let image: Vec<u8> = (0..LONG / 8)
+        .flat_map(|number: u64| (number * 7919 + 1).to_le_bytes())
+        .collect();
+    fs::write(path("image"), &image).unwrap();
+    let (token, hash) = token();
+    let config = format!(
+        "listen = \"127.0.0.1:0\"\nstore = {:?}\n[limits]\nrate = \"16M\"\n\
+         [[principal]]\nname = \"vm\"\ntoken-sha256 = \"{hash}\"\nimages = {{ \"/a.dsk@s\" = {:?} }}\n",
+        path("store"),
+        path("image"),
+    );
+    fs::write(path("mover.toml"), config).unwrap();
+    let partial = path("store/vm/long.smsbackup.partial");
+    let complete = path("store/vm/long.smsbackup");
+    let is_none = || {
+        assert!(partial.exists() && !complete.exists());
+        let listed = text(&run(&["list", path("store").to_str().unwrap()]));
+        assert!(listed.contains("not complete"), "{listed}");
+        for file in [&partial, &complete] {
+            let file = file.to_str().unwrap();
+            assert_eq!(run(&["verify", file]).status.code(), Some(1));
+            assert!(
+                !run(&["restore", file, "--disk", path("raw").to_str().unwrap()])
+                    .status
+                    .success()
+            );
+        }
+        assert!(!path("raw").exists());
+    };
+
+    // The mover is killed in the middle of the disk.
+    let mover = Served::start(&path("mover.toml"));
+    let (_line, work) = agent(&mover, &token, false);
+    wait_for(&partial, 8 << 20);
+    drop(mover);
+    assert!(matches!(work.join().unwrap(), Err(ClientError::Broken(_))));
+    is_none();
+    // As a crash may leave it: the last frame is there in parts only.
+    let left = fs::metadata(&partial).unwrap().len() - 1000;
+    File::options()
+        .write(true)
+        .open(&partial)
+        .unwrap()
+        .set_len(left)
+        .unwrap();
+
+    // It goes on; then it is the agent that is killed, and somebody goes on at once.
+    let mover = Served::start(&path("mover.toml"));
+    let (line, work) = agent(&mover, &token, true);
+    wait_for(&partial, 20 << 20);
+    line.shutdown(Shutdown::Both).unwrap();
+    assert!(matches!(work.join().unwrap(), Err(ClientError::Broken(_))));
+    is_none();
+    let (_line, work) = agent(&mover, &token, true);
+    let (notes, made) = work.join().unwrap().unwrap();
+    let done = goes_on_at(&notes);
+    assert!((16 << 20..LONG).contains(&done), "{notes:?}");
+    assert!(made.complete && made.progress.bytes == LONG, "{made:?}");
+    // Nothing was read that was there.
+    assert_eq!(made.progress.from_devices, LONG - done, "{made:?}");
+    assert!(!partial.exists());
+    let verified = run(&["verify", complete.to_str().unwrap()]);
+    assert!(verified.status.success(), "{}", text(&verified));
+    let restored = run(&[
+        "restore",
+        complete.to_str().unwrap(),
+        "--disk",
+        path("raw").to_str().unwrap(),
+    ]);
+    assert!(restored.status.success(), "{}", text(&restored));
+    assert!(fs::read(path("raw")).unwrap() == image);
 }
 
 fn go_on(_: Notice<'_>) -> Flow {

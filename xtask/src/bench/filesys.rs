@@ -17,21 +17,36 @@ use crate::recipe::Recipe;
 
 /// Runs the bench; `arguments` are passed on.
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode> {
-    let programs = programs()?;
     let zram = Zram::make();
-    let memory = zram.as_ref().map_or_else(
+    let memory = in_memory(&zram);
+    let disk = std::env::current_dir()?.join("target/bench");
+    fs::create_dir_all(&disk)?;
+    cargo_bench("filesys", "filesys", &[&memory, &disk], arguments)
+}
+
+/// A folder in memory: that of the device, or one of tmpfs, which has no O_DIRECT on older kernels.
+pub(super) fn in_memory(zram: &Result<Zram>) -> PathBuf {
+    zram.as_ref().map_or_else(
         |error| {
             host::step(&format!("tmpfs instead of XFS on zram: {error:#}"));
             PathBuf::from("/dev/shm")
         },
         |zram| zram.folder.path().to_path_buf(),
-    );
-    let disk = std::env::current_dir()?.join("target/bench");
-    fs::create_dir_all(&disk)?;
+    )
+}
+
+/// Runs a bench of a package in these folders, where QEMU's programs are found.
+pub(super) fn cargo_bench(
+    package: &str,
+    bench: &str,
+    folders: &[&PathBuf],
+    arguments: &[String],
+) -> Result<ExitCode> {
+    let programs = programs()?;
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command
-        .args(["bench", "--package", "filesys", "--bench", "filesys", "--"])
-        .args([&memory, &disk])
+        .args(["bench", "--package", package, "--bench", bench, "--"])
+        .args(folders)
         .args(arguments);
     if let Some(tree) = programs {
         let mut path = OsString::from(tree.join("usr/bin"));

@@ -378,6 +378,13 @@ fn send(
         resume: arguments.resume,
     };
     let begun = mover.begin(&plan).map_err(said)?;
+    for note in &begun.notes {
+        eprintln!("sms-agent: the mover: {note}");
+    }
+    if arguments.resume {
+        // The mover lets only one at a time go on with a backup: whoever was at it is gone.
+        taken.take_over();
+    }
     let mut sender = Sender {
         mover,
         done: begun.entries,

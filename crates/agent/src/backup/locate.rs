@@ -203,15 +203,24 @@ fn system(mount: &Mount) -> Result<System, AgentError> {
     }
 }
 
+/// What to say instead, where files cannot be taken: the disks below a device, by its folder in sysfs.
+fn instead(folder: &Path) -> String {
+    let mut disks = std::collections::BTreeSet::new();
+    disks_of(folder, &mut disks, 0);
+    let disks: Vec<String> = disks.into_iter().map(|disk| format!("/dev/{disk}")).collect();
+    format!("--source {}", disks.join(" "))
+}
+
 /// Where a file system on a logical volume is.
 fn volume(mount: &Mount, folder: &Path) -> Result<System, AgentError> {
     let refused = |reason: String| {
         let name = fs::read_to_string(folder.join("dm/name")).unwrap_or_default();
         no(format!(
             "{} is on the volume {}, whose files cannot be backed up by their place: {reason}; back up the whole disks below it \
-             (--source /dev/sdX)",
+             ({})",
             mount.point.display(),
-            name.trim()
+            name.trim(),
+            instead(folder)
         ))
     };
     let mut disks: Vec<String> = Vec::new();
@@ -278,9 +287,10 @@ fn place(mount: &Mount, folder: &Path) -> Result<System, AgentError> {
     if has_slaves || folder.join("dm").exists() || folder.join("md").exists() {
         return Err(no(format!(
             "{} is on {}, which is put together in this machine (device mapper, md): its files cannot be backed up by their place \
-             yet; back up the whole disks below it (--source /dev/sdX)",
+             yet; back up the whole disks below it ({})",
             mount.point.display(),
-            name(folder)
+            name(folder),
+            instead(folder)
         )));
     }
     let bytes = |sectors: u64| {
@@ -350,12 +360,19 @@ mod tests {
             (found.span.start, found.span.length, found.partition),
             (0, 4096, None)
         );
-        fs::create_dir_all(disk.join("slaves/sda")).unwrap();
+        for (disk, partition) in [("sda", "sda3"), ("sdb", "sdb1")] {
+            let below = folder.path().join(disk).join(partition);
+            fs::create_dir_all(&below).unwrap();
+            fs::write(below.join("partition"), "1\n").unwrap();
+            std::os::unix::fs::symlink(below, folder.path().join("sdc/slaves").join(partition)).unwrap();
+        }
         let refused = place(&mount("/srv"), &disk).unwrap_err().to_string();
         assert!(
             refused.contains("/srv is on sdc") && refused.contains("md"),
             "{refused}"
         );
+        // What it says can be done as it stands.
+        assert!(refused.contains("(--source /dev/sda /dev/sdb)"), "{refused}");
     }
 
     #[test]

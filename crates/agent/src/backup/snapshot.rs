@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use api::ProblemKind;
-use expanded_api::{Answer, Request};
+use expanded_api::{Answer, GuestDisk, Request};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
     fsmount, fsopen,
@@ -32,6 +32,8 @@ pub(crate) struct Taken<'a> {
     attached: Vec<String>,
     /// The image: its name and its disks.
     image: Option<(String, Vec<String>)>,
+    /// What is attached already was left by a run of this program that was killed.
+    takes_over: bool,
 }
 
 impl<'a> Taken<'a> {
@@ -40,7 +42,14 @@ impl<'a> Taken<'a> {
             host,
             attached: Vec::new(),
             image: None,
+            takes_over: false,
         }
+    }
+
+    /// Snapshots that are attached already are taken, instead of being refused: a run that was killed has left them. To be called only when
+    /// nobody else can be at work with them.
+    pub(crate) fn take_over(&mut self) {
+        self.takes_over = true;
     }
 
     /// There is an image, or may be one.
@@ -64,29 +73,36 @@ impl<'a> Taken<'a> {
         };
         // Whatever comes of it: it may be attached.
         self.attached.push(snapshot.to_owned());
-        let attached = match self.host.ask(&request) {
-            Ok(Answer::Attached(attached)) => attached,
+        let (serial, size) = match self.host.ask(&request) {
+            Ok(Answer::Attached(attached)) => (attached.serial, attached.size),
             Ok(other) => return Err(AgentError::Answer(format!("{other:?}"))),
             Err(error) => {
-                if matches!(&error, AgentError::Problem(_)) {
-                    self.attached.pop();
+                let refused = matches!(&error, AgentError::Problem(_));
+                let taken_over = match refused && self.takes_over {
+                    true => left_over(&self.host.disks()?, snapshot),
+                    false => None,
+                };
+                match taken_over {
+                    Some(left) => left,
+                    None => {
+                        if refused {
+                            self.attached.pop();
+                        }
+                        return Err(error);
+                    }
                 }
-                return Err(error);
             }
         };
         let begin = Instant::now();
         loop {
-            let here = sms_disks()
-                .into_iter()
-                .find(|found| found.serial == attached.serial);
-            if let Some(found) = here.filter(|found| has_size(&found.path, attached.size)) {
+            let here = sms_disks().into_iter().find(|found| found.serial == serial);
+            if let Some(found) = here.filter(|found| has_size(&found.path, size)) {
                 return Ok(found.path);
             }
             signals::check()?;
             if begin.elapsed() > HOT_PLUG {
                 return Err(AgentError::Text(format!(
-                    "{snapshot} was attached, and does not come as a disk (serial number {})",
-                    attached.serial
+                    "{snapshot} was attached, and does not come as a disk (serial number {serial})"
                 )));
             }
             std::thread::sleep(LOOK);
@@ -117,6 +133,13 @@ impl<'a> Taken<'a> {
         }
         left
     }
+}
+
+/// Serial number and bytes of a snapshot that is attached.
+fn left_over(disks: &[GuestDisk], snapshot: &str) -> Option<(String, u64)> {
+    let mut attached = disks.iter().filter(|disk| disk.id.is_some() && disk.read_only);
+    let found = attached.find(|disk| disk.path.as_deref() == Some(snapshot))?;
+    Some((found.serial.clone()?, found.size))
 }
 
 /// What is gone already is given back.
@@ -244,4 +267,36 @@ pub(crate) fn open(folder: impl AsFd, name: &[u8]) -> io::Result<File> {
     use rustix::fs::{Mode, OFlags, openat};
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOATIME;
     Ok(File::from(openat(folder, name, flags, Mode::empty())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(path: &str, serial: Option<&str>, read_only: bool) -> GuestDisk {
+        GuestDisk {
+            path: Some(path.to_owned()),
+            id: serial.map(|_| "disk7".parse().unwrap()),
+            serial: serial.map(str::to_owned),
+            size: 4096,
+            allocated: 0,
+            read_only,
+            volumes: Vec::new(),
+            snapshots: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_a_killed_run_has_left_attached_is_found_and_nothing_else_is_taken_for_it() {
+        let image = "/vm/a.dsk@backup-x";
+        let all = [
+            disk("/vm/a.dsk", Some("one"), false),
+            disk("/vm/a.dsk@backup-y", Some("two"), true),
+            disk(image, None, true),
+            disk(image, Some("three"), true),
+        ];
+        assert_eq!(left_over(&all, image), Some(("three".to_owned(), 4096)));
+        assert_eq!(left_over(&all[..3], image), None);
+        assert_eq!(left_over(&all, "/vm/a.dsk"), None);
+    }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::read::{ArchiveError, ArchiveReader, Record, read_commit};
 use super::record::{Commit, DATA, ENTRY, EXTENTS, Header, IN_PARENT, ZEROES, numbers};
+use crate::file::ReadAhead;
 use crate::frame::{FrameReader, HEAD};
 use crate::message::content;
 use crate::plan::{Entry, Extent};
@@ -187,11 +188,8 @@ impl Chain {
             path: path.clone(),
             source,
         };
-        first
-            .file
-            .seek(SeekFrom::Start(0))
-            .map_err(|error| failed(error.into()))?;
-        let mut reader = ArchiveReader::new(BufReader::with_capacity(256 << 10, &first.file));
+        let ahead = ReadAhead::of(&first.file, &first.path).map_err(|error| failed(error.into()))?;
+        let mut reader = ArchiveReader::new(ahead);
         let mut wanted = false;
         while let Some(record) = reader.read().map_err(failed)? {
             match record {

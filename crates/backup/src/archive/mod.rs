@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Everything is a [frame](crate::frame), and can be read strictly forward. An archive without its last frame is no backup. What is
-//! complete in it is known by its `EntryEnd`s, so that it can be gone on with.
+//! complete in it is known by its `EntryEnd`s, and of the last entry by its frames, so that it can be gone on with.
 
 mod chain;
 mod read;
@@ -16,5 +16,6 @@ mod write;
 pub use chain::{Chain, ChainError, Sink};
 pub use read::{ArchiveError, ArchiveReader, Record, read_commit};
 pub use record::{COMMIT_FRAME, Commit, EntryEnd, Header, ImageIdentity, Parent, VERSION};
+pub(crate) use state::Mark;
 pub use state::State;
 pub use write::{ArchiveWriter, From};

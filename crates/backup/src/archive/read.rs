@@ -147,6 +147,11 @@ impl<R: Read> ArchiveReader<R> {
         &self.state
     }
 
+    /// The same, when nothing more is to be read.
+    pub(crate) fn into_state(self) -> State {
+        self.state
+    }
+
     fn nonsense(&self, reason: impl Into<String>) -> ArchiveError {
         ArchiveError::Nonsense {
             number: self.state.number,
@@ -221,7 +226,9 @@ impl<R: Read> ArchiveReader<R> {
             (DATA, Place::Within { .. }) => {
                 let range =
                     content(self.frames.payload()).map(|(offset, bytes)| (offset, bytes.len() as u64));
-                let (offset, _) = self.within(range)?;
+                let (offset, length) = self.within(range)?;
+                let progress = self.state.entry_progress();
+                progress.bytes = progress.bytes.saturating_add(length);
                 self.of_entry(head);
                 let bytes = self.frames.payload().get(8..).unwrap_or_default();
                 Ok(Record::Data { offset, bytes })
@@ -239,6 +246,9 @@ impl<R: Read> ArchiveReader<R> {
                 if !self.has_parent || at.checked_add(length).is_none() {
                     return Err(self.nonsense("it names a parent that there is not"));
                 }
+                let progress = self.state.entry_progress();
+                progress.bytes = progress.bytes.saturating_add(length);
+                progress.in_parent = progress.in_parent.saturating_add(length);
                 self.of_entry(head);
                 Ok(Record::InParent {
                     offset,

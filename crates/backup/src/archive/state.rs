@@ -7,6 +7,26 @@ use crate::frame::HEAD;
 use crate::message::Progress;
 use crate::raw_text::RawText;
 
+/// A place in an archive to which one can go back. It is small, however many entries there are.
+#[derive(Clone)]
+pub(crate) struct Mark {
+    /// Bytes up to here.
+    pub(crate) position: u64,
+    number: u64,
+    entries: usize,
+    progress: Progress,
+    pub(crate) last: Option<RawText>,
+    digest: Context,
+    entry: Context,
+    entry_progress: Progress,
+}
+
+impl std::fmt::Debug for Mark {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "Mark({})", self.position)
+    }
+}
+
 /// How far an archive is.
 #[derive(Clone)]
 pub struct State {
@@ -40,6 +60,32 @@ impl State {
             entry: Context::new(&SHA256),
             entry_progress: Progress::default(),
         }
+    }
+
+    /// This place.
+    pub(crate) fn mark(&self) -> Mark {
+        Mark {
+            position: self.position,
+            number: self.number,
+            entries: self.offsets.len(),
+            progress: self.progress,
+            last: self.last.clone(),
+            digest: self.digest.clone(),
+            entry: self.entry.clone(),
+            entry_progress: self.entry_progress,
+        }
+    }
+
+    /// Goes back to a place that was passed.
+    pub(crate) fn go_back(&mut self, mark: Mark) {
+        self.position = mark.position;
+        self.number = mark.number;
+        self.offsets.truncate(mark.entries);
+        self.progress = mark.progress;
+        self.last = mark.last;
+        self.digest = mark.digest;
+        self.entry = mark.entry;
+        self.entry_progress = mark.entry_progress;
     }
 
     /// A frame is behind.

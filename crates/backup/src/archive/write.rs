@@ -8,7 +8,7 @@ use super::record::{
     COMMIT, COMMIT_FRAME, Commit, DATA, ENTRY, ENTRY_END, EXTENTS, EntryEnd, HEADER, Header, IN_PARENT,
     INDEX, ZEROES,
 };
-use super::state::State;
+use super::state::{Mark, State};
 use crate::frame::{FrameWriter, HEAD};
 use crate::message::Progress;
 use crate::plan::{Entry, Extent};
@@ -56,6 +56,12 @@ impl<W: Write> ArchiveWriter<W> {
             frames: FrameWriter::new(to, state.stream, state.number),
             state,
         }
+    }
+
+    /// Goes back to a place that was passed. What is below is to be cut there, before more is written.
+    pub(crate) fn go_back(&mut self, mark: Mark) {
+        self.state.go_back(mark);
+        self.frames.set_number(self.state.number);
     }
 
     /// How far it is.

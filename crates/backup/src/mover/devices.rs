@@ -3,15 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// `O_DIRECT` of Linux on x86-64 (asm-generic/fcntl.h).
-const O_DIRECT: i32 = 0o40000;
-/// Offsets and memory of reads are multiples of this, which is enough for every device.
-pub(super) const ALIGN: u64 = 4096;
+use crate::file::{ALIGN, Buffer, Buffers, open_direct};
+
 /// Reads in flight.
 const IN_FLIGHT: usize = 8;
 const MAGIC: &[u8] = b"SMSVMMPD";
@@ -27,11 +25,9 @@ pub(super) struct Device {
 impl Device {
     /// Opens it past the page cache: what others write is not in this one's. On file systems that know no other, through it.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let mut options = OpenOptions::new();
-        options.read(true).custom_flags(O_DIRECT);
-        let mut file = match options.open(path) {
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => File::open(path)?,
-            opened => opened?,
+        let mut file = match open_direct(path, OpenOptions::new().read(true))? {
+            Some(file) => file,
+            None => File::open(path)?,
         };
         let size = file.seek(SeekFrom::End(0))?;
         Ok(Self {
@@ -45,35 +41,37 @@ impl Device {
         self.size
     }
 
-    /// Reads a range; what lies behind the end is zero, as far as it is only a part of a block.
-    fn read(&self, start: u64, length: usize) -> io::Result<Vec<u8>> {
-        let skip = start % ALIGN;
-        let begin = start - skip;
+    /// Reads a range into one of `buffers`; what lies behind the end is zero, as far as it is only a part of a block.
+    fn read(&self, start: u64, length: usize, buffers: &Buffers) -> io::Result<Buffer> {
         let too_long = |_| io::Error::from(io::ErrorKind::InvalidInput);
-        let skip = usize::try_from(skip).map_err(too_long)?;
-        let align = usize::try_from(ALIGN).map_err(too_long)?;
-        let whole = (skip + length).next_multiple_of(align);
-        let mut memory = vec![0; whole + align];
-        let at = memory.as_ptr().align_offset(align);
-        let buffer = memory.get_mut(at..at + whole).unwrap_or_default();
+        let skip = usize::try_from(start % ALIGN as u64).map_err(too_long)?;
+        let begin = start - skip as u64;
+        let mut memory = buffers.get((skip + length).next_multiple_of(ALIGN));
         let mut done = 0;
-        while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        while let Some(rest) = memory
+            .as_mut_slice()
+            .get_mut(done..)
+            .filter(|rest| !rest.is_empty())
+        {
             match self.file.read_at(rest, begin + done as u64) {
                 Ok(0) => break,
                 Ok(count) => done += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
-            if done % align != 0 {
+            if !done.is_multiple_of(ALIGN) {
                 // The end of the device: an offset within a block cannot be read.
                 break;
             }
         }
-        if done < skip + length && begin + (done as u64) < self.size {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        if done < skip + length {
+            if begin + (done as u64) < self.size {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            // The memory was used before.
+            memory.as_mut_slice().get_mut(done..).unwrap_or_default().fill(0);
         }
-        memory.copy_within(at + skip..at + skip + length, 0);
-        memory.truncate(length);
+        memory.narrow(skip, length);
         Ok(memory)
     }
 }
@@ -87,9 +85,9 @@ pub(super) struct Run<'a> {
 }
 
 /// Reads all, several at a time. In the order of `runs`.
-pub(super) fn read_all(runs: &[Run<'_>]) -> Vec<Result<Vec<u8>, String>> {
+pub(super) fn read_all(runs: &[Run<'_>], buffers: &Buffers) -> Vec<Result<Buffer, String>> {
     let one = |run: &Run<'_>| {
-        let read = run.device.read(run.start, run.length);
+        let read = run.device.read(run.start, run.length, buffers);
         read.map_err(|error| format!("{}: {error}", run.device.path.display()))
     };
     if runs.len() < 2 {
@@ -148,7 +146,7 @@ impl Devices {
 
 /// The identities of pool and device by the device's label (`docs/src/formats/pool-device.md`).
 fn label(device: &Device) -> io::Result<Option<(String, String)>> {
-    let mut first = device.read(0, 4096)?;
+    let mut first = device.read(0, 4096, &Buffers::new(0))?.to_vec();
     let bytes = |at: usize, label: &[u8]| {
         label
             .get(at..at + 16)

@@ -9,8 +9,8 @@
 //!                         still the same identifier? ── no ─► ask again, read again
 //! ```
 //!
-//! The identifier is compared before a batch and again after it. What was read in between is right if it is the same: places differ from
-//! all others that a range ever had, so one that was left and taken again shows. A snapshot that is read is pinned, so that the file system
+//! The identifier is asked for before a window is read for the first time, and compared after each batch. What was read in between is right if it
+//! is the same: places differ from all others that a range ever had, so one that was left and taken again shows. A snapshot that is read is pinned, so that the file system
 //! does not free its blocks; volumes may be moved all the same, which the identifier tells.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,14 +19,17 @@ use std::time::{Duration, Instant};
 use api::virtual_disk::{ChangedRange, DiskAnswer, DiskOperation, DiskPlaces, PlacedOn, ReadRanges};
 use api::{Problem, ProblemKind};
 
-use super::devices::{ALIGN, Device, Devices, Run, read_all};
+use super::devices::{Device, Devices, Run, read_all};
 use crate::archive::{From, ImageIdentity};
+use crate::file::{ALIGN, Buffer, Buffers};
 use crate::plan::ImageDisk;
 
 /// Bytes of a disk that are asked for at once.
 pub(super) const WINDOW: u64 = 64 << 20;
 /// Windows that are remembered.
 const WINDOWS: usize = 64;
+/// Buffers of a piece that are kept to be used again: those of two batches.
+const BUFFERS: usize = 34;
 /// How often it is asked again for a batch where its data are.
 const TRIES: u32 = 5;
 /// How long a pin lasts, and when it is made again.
@@ -76,7 +79,7 @@ impl Piece {
 }
 
 /// What was read.
-pub(super) type Bytes = (Vec<u8>, From);
+pub(super) type Bytes = (Buffer, From);
 
 struct Disk {
     /// `/vm/a.dsk@snapshot`.
@@ -94,6 +97,7 @@ pub(super) struct Image {
     devices: Devices,
     disks: Vec<Disk>,
     windows: BTreeMap<(usize, u64), DiskPlaces>,
+    buffers: Buffers,
     /// How often places were not any more where they had been.
     pub(super) moved: u64,
     /// What a person should know.
@@ -120,6 +124,7 @@ impl Image {
             devices,
             disks: Vec::new(),
             windows: BTreeMap::new(),
+            buffers: Buffers::new(BUFFERS),
             moved: 0,
             notes: BTreeSet::new(),
         };
@@ -164,6 +169,7 @@ impl Image {
             devices: Devices::default(),
             disks: disks.collect(),
             windows: BTreeMap::new(),
+            buffers: Buffers::new(BUFFERS),
             moved: 0,
             notes: BTreeSet::new(),
         }
@@ -295,7 +301,7 @@ impl Image {
 
     /// Reads pieces; they are in the order of `pieces`. `None` reads as zeroes.
     pub(super) fn read(&mut self, pieces: &[Piece]) -> Result<Vec<Option<Bytes>>, Problem> {
-        let mut done: Vec<Option<Option<Bytes>>> = vec![None; pieces.len()];
+        let mut done: Vec<Option<Option<Bytes>>> = pieces.iter().map(|_| None).collect();
         let mut left: Vec<usize> = (0..pieces.len()).collect();
         if self.pool.is_none() {
             return self.read_images(pieces);
@@ -317,8 +323,15 @@ impl Image {
                 // More than can be remembered at once: in two parts.
                 break;
             }
+            let missing = windows.iter().filter(|window| !self.windows.contains_key(window));
+            if self.windows.len() + missing.count() > WINDOWS {
+                self.windows.retain(|window, _| windows.contains(window));
+            }
             for window in &windows {
-                self.look(*window)?;
+                // Where it was when it was asked last; whether it was still there is told after the reads.
+                if !self.windows.contains_key(window) {
+                    self.look(*window)?;
+                }
             }
             self.read_devices(pieces, &mut left, &mut by_export, &mut done);
             let mut moved = BTreeSet::new();
@@ -355,7 +368,7 @@ impl Image {
                 length: piece.length,
             });
         }
-        let read = read_all(&runs).into_iter();
+        let read = read_all(&runs, &self.buffers).into_iter();
         read.map(|bytes| match bytes {
             Ok(bytes) => Ok(Some((bytes, From::Devices))),
             Err(error) => Err(Problem::new(ProblemKind::Host, error)),
@@ -386,21 +399,25 @@ impl Image {
                 None => by_export.push(number),
             }
         }
-        let read = read_all(&runs);
+        let mut read = read_all(&runs, &self.buffers);
         let mut notes: Vec<String> = by_export
             .iter()
             .filter_map(|number| self.missing(pieces.get(*number)?))
             .collect();
         for (number, range, skips) in places {
             let Some(piece) = pieces.get(number) else { continue };
-            let read = read.get(range).unwrap_or_default();
-            let mut bytes = None;
+            let read = read.get_mut(range).unwrap_or_default();
+            let mut bytes: Option<Buffer> = None;
             let mut failed = false;
-            for (part, skip) in read.iter().zip(skips) {
+            let is_all = |part: &Buffer| part.len() == piece.length;
+            for (part, skip) in read.iter_mut().zip(skips) {
                 match part {
+                    Ok(part) if is_all(part) => {
+                        bytes = Some(std::mem::replace(part, Vec::new().into()));
+                    }
                     Ok(part) => {
-                        let whole = bytes.get_or_insert_with(|| vec![0; piece.length]);
-                        if let Some(place) = whole.get_mut(skip..skip + part.len()) {
+                        let whole = bytes.get_or_insert_with(|| vec![0; piece.length].into());
+                        if let Some(place) = whole.as_mut_slice().get_mut(skip..skip + part.len()) {
                             place.copy_from_slice(part);
                         }
                     }
@@ -514,7 +531,7 @@ impl Image {
             }
             for (_, number, bytes) in buffers {
                 if let Some(done) = done.get_mut(number) {
-                    *done = Some(Some((bytes, From::Export)));
+                    *done = Some(Some((bytes.into(), From::Export)));
                 }
             }
         }
@@ -586,4 +603,4 @@ fn copy(buffers: &mut [(Piece, usize, Vec<u8>)], offset: u64, bytes: &[u8]) {
     }
 }
 
-const _: () = assert!(WINDOW.is_multiple_of(ALIGN) && WINDOW <= api::virtual_disk::MAX_PLACES);
+const _: () = assert!(WINDOW.is_multiple_of(ALIGN as u64) && WINDOW <= api::virtual_disk::MAX_PLACES);

@@ -10,6 +10,7 @@ mod config;
 mod devices;
 mod image;
 mod parent;
+mod scribe;
 mod server;
 mod session;
 mod work;

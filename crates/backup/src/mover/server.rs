@@ -294,11 +294,27 @@ impl Patient for Timed {
     fn begin_waiting(&mut self) {
         self.until = Instant::now() + self.patience;
     }
+
+    fn is_gone(&self) -> bool {
+        // A program that was killed leaves an end, or a reset; one that waits for an answer has said nothing. The other thread that has this
+        // socket only shuts it.
+        let looked = self
+            .stream
+            .set_nonblocking(true)
+            .and_then(|()| self.stream.peek(&mut [0]));
+        let blocking = self.stream.set_nonblocking(false);
+        let waits = matches!(&looked, Err(error) if error.kind() == io::ErrorKind::WouldBlock);
+        blocking.is_err() || !(waits || matches!(looked, Ok(1..)))
+    }
 }
 
 impl Patient for StreamOwned<ServerConnection, Timed> {
     fn begin_waiting(&mut self) {
         self.sock.begin_waiting();
+    }
+
+    fn is_gone(&self) -> bool {
+        self.sock.is_gone()
     }
 }
 

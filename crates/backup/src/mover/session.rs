@@ -21,10 +21,12 @@ use crate::message::{
 };
 use crate::plan::{Entry, Plan};
 use crate::restore::is_selected;
-use crate::store::{Draft, Seen, Store};
+use crate::store::{Draft, Seen, Store, StoreError};
 
 /// So often it is said that it takes longer.
 const WORKING: Duration = Duration::from_secs(5);
+/// Whoever goes on with a backup waits so long for a connection that has it still: that of an agent that is gone ends with the batch.
+const HANDOVER: Duration = Duration::from_secs(30);
 
 /// How a mover reaches the storage manager of a principal.
 pub type Reach = Arc<dyn Fn(&Principal) -> Result<Box<dyn Pool>, Problem> + Send + Sync>;
@@ -64,6 +66,9 @@ impl From<Problem> for End {
 pub(super) trait Patient: Read + Write {
     /// The next request must have come whole in the time that is usual.
     fn begin_waiting(&mut self);
+
+    /// Whether it is known that nobody is at the other side any more.
+    fn is_gone(&self) -> bool;
 }
 
 struct Line<S> {
@@ -102,6 +107,9 @@ impl<S: Patient> Line<S> {
     fn tick(&mut self, progress: &Progress) -> Result<(), Problem> {
         if self.stopping.load(Ordering::Relaxed) {
             return Err(stopping());
+        }
+        if self.reader.get_ref().is_gone() {
+            return Err(Problem::new(ProblemKind::Host, "the agent is gone"));
         }
         if self.told.elapsed() < WORKING {
             return Ok(());
@@ -208,9 +216,9 @@ struct Session {
 impl Session {
     fn frame<S: Patient>(&mut self, kind: u16, line: &mut Line<S>) -> Result<(), End> {
         if kind == CONTENT {
-            let payload = line.reader.payload().to_vec();
-            let (offset, bytes) = content(&payload)
+            let (offset, bytes) = content(line.reader.payload())
                 .ok_or_else(|| Problem::new(ProblemKind::Invalid, "a piece of content makes no sense"))?;
+            let bytes = bytes.to_vec();
             let work = self.work()?;
             return Ok(work.bytes(offset, bytes, &mut |progress| line.tick(progress))?);
         }
@@ -252,17 +260,17 @@ impl Session {
             }
             Request::ContentEnd { problem } => {
                 let work = self.work()?;
-                work.end_content(problem)?;
+                work.end_content(problem, &mut |progress| line.tick(progress))?;
                 Ok(taken(work))
             }
-            Request::Finish { entries } => Ok(Some(self.finish(entries)?)),
+            Request::Finish { entries } => Ok(Some(self.finish(entries, line)?)),
             Request::Abandon => {
                 let mut work = self
                     .work
                     .take()
                     .ok_or_else(|| Problem::new(ProblemKind::Conflict, "no backup was begun"))?;
                 work.image.release()?;
-                let name = work.draft.name().to_owned();
+                let name = work.name().to_owned();
                 drop(work);
                 self.store.abandon(&name).map_err(|error| of_store(&error))?;
                 Ok(Some(Reply::Done))
@@ -318,10 +326,10 @@ impl Session {
         let sizes = header.image.iter().map(|image| image.size).collect();
         let mut checker = PlanChecker::new(sizes, self.served.config.limits.entries);
         let draft = self.draft(&header, resume, &mut checker, line)?;
-        let state = draft.writer.state();
-        let begun = Begun {
-            entries: state.progress.entries,
-            last: state.last.clone(),
+        let (entries, last) = draft.whole_entries();
+        let mut begun = Begun {
+            entries,
+            last,
             reads: if image.reads_devices() {
                 "devices"
             } else {
@@ -330,7 +338,12 @@ impl Session {
             .into(),
             notes,
         };
-        let mut work = Work::new(draft, image, checker, parent);
+        let mut work = Work::new(draft, image, checker, parent)?;
+        if let Some((entry, done)) = work.goes_on_in() {
+            begun
+                .notes
+                .push(format!("{}: gone on with at byte {done}", entry.path));
+        }
         work.most_bytes = self.served.config.limits.bytes.map(|most| most.bytes());
         work.rate = self.served.config.limits.rate.map(|rate| rate.bytes());
         self.work = Some(work);
@@ -345,7 +358,7 @@ impl Session {
         line: &mut Line<S>,
     ) -> Result<Draft, Problem> {
         if resume {
-            let mut seen = |seen: Seen<'_>| {
+            let mut seen = |seen: Seen<'_>, line: &mut Line<S>| {
                 line.tick(&Progress::default())
                     .map_err(|problem| problem.detail)?;
                 match seen {
@@ -354,9 +367,17 @@ impl Session {
                 }
                 .map_err(|error| error.to_string())
             };
-            let found = self.store.resume(header, &mut seen);
-            if let Some(draft) = found.map_err(|error| of_store(&error))? {
-                return Ok(draft);
+            let end = Instant::now() + HANDOVER;
+            loop {
+                match self.store.resume_within(header, &mut |found| seen(found, line)) {
+                    Ok(Some(draft)) => return Ok(draft),
+                    Ok(None) => break,
+                    Err(StoreError::Busy(_)) if Instant::now() < end => {
+                        line.tick(&Progress::default())?;
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
+                    Err(error) => return Err(of_store(&error)),
+                }
             }
         }
         let mut stream = [0; 8];
@@ -400,7 +421,7 @@ impl Session {
         Image::of_pool(pool, devices, &plan.disks)
     }
 
-    fn finish(&mut self, entries: u64) -> Result<Reply, Problem> {
+    fn finish<S: Patient>(&mut self, entries: u64, line: &mut Line<S>) -> Result<Reply, Problem> {
         let work = self.work()?;
         if work.is_open() {
             return Err(Problem::new(
@@ -413,13 +434,14 @@ impl Session {
             let detail = format!("the agent counts {entries} entries, and the archive has {have}");
             return Err(Problem::new(ProblemKind::Invalid, detail));
         }
-        let Some(mut work) = self.work.take() else {
+        let Some(work) = self.work.take() else {
             return Err(Problem::new(ProblemKind::Conflict, "no backup was begun"));
         };
+        let (mut image, draft) = work.end(&mut |progress| line.tick(progress))?;
         // The archive has all of it. If this fails the pins end by themselves.
-        let released = work.image.release();
-        self.notes.append(&mut work.image.notes);
-        let info = work.draft.finish().map_err(|error| of_store(&error))?;
+        let released = image.release();
+        self.notes.append(&mut image.notes);
+        let info = draft.finish().map_err(|error| of_store(&error))?;
         drop(released);
         Ok(Reply::Finished(Box::new(info)))
     }

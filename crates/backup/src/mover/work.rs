@@ -1,47 +1,29 @@
 //! A backup that is being made: entries come, their content is read, the archive grows.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::io;
 use std::time::Instant;
 
 use api::{Problem, ProblemKind};
 
 use super::image::{Image, Piece, WINDOW};
 use super::parent::{InParent, Part};
-use crate::archive::From;
+use super::scribe::{Batch, Scribe, Step};
 use crate::check::PlanChecker;
 use crate::message::{MAX_CONTENT, Progress};
 use crate::plan::{Content, Entry, Extent, Kind};
-use crate::store::{Draft, StoreError};
+use crate::store::{Draft, OpenEntry, StoreError};
 
 /// Bytes that are read at a time.
-const BATCH: usize = 32 << 20;
+const BATCH: usize = 16 << 20;
 /// Pieces that are read at a time.
 const BATCH_PIECES: usize = 4096;
 /// Windows of disks that a batch touches.
 const BATCH_WINDOWS: usize = 24;
-/// Between two moments at which what is written is made durable.
-const SYNC: std::time::Duration = std::time::Duration::from_secs(30);
-
-/// What is to be written, in order.
-enum Step {
-    Entry(Box<Entry>),
-    Extents(Vec<Extent>),
-    /// At this offset of the entry, a piece of the batch.
-    Piece(u64, usize),
-    Zeroes(u64, u64),
-    InParent {
-        offset: u64,
-        length: u64,
-        entry: u64,
-        at: u64,
-    },
-    End(Option<String>),
-}
 
 /// A backup that is being made.
 pub(super) struct Work {
-    pub(super) draft: Draft,
+    scribe: Scribe,
+    name: String,
     pub(super) image: Image,
     pub(super) checker: PlanChecker,
     pub(super) parent: InParent,
@@ -56,8 +38,10 @@ pub(super) struct Work {
     total: u64,
     /// Of the entry that is streamed: its size, and what came.
     streamed: Option<(u64, u64)>,
+    /// What the archive has of the entry in which it was left, until that comes again; then, what of it is left out.
+    open: Option<OpenEntry>,
+    skipped: Option<OpenEntry>,
     begun: Instant,
-    synced: Instant,
 }
 
 pub(super) fn of_store(error: &StoreError) -> Problem {
@@ -69,14 +53,6 @@ pub(super) fn of_store(error: &StoreError) -> Problem {
     Problem::new(kind, crate::chain_of(error))
 }
 
-fn written(error: io::Error) -> Problem {
-    Problem::new(
-        ProblemKind::Host,
-        format!("the archive cannot be written: {error}"),
-    )
-    .remedy("see that the store has space; then go on with the backup")
-}
-
 fn invalid(text: impl Into<String>) -> Problem {
     Problem::new(ProblemKind::Invalid, text)
 }
@@ -85,9 +61,21 @@ fn invalid(text: impl Into<String>) -> Problem {
 pub(super) type Tick<'a> = &'a mut dyn FnMut(&Progress) -> Result<(), Problem>;
 
 impl Work {
-    pub(super) fn new(draft: Draft, image: Image, checker: PlanChecker, parent: InParent) -> Self {
-        Self {
-            draft,
+    pub(super) fn new(
+        mut draft: Draft,
+        image: Image,
+        checker: PlanChecker,
+        parent: InParent,
+    ) -> Result<Self, Problem> {
+        // What the agent sends is not known to be the same as before.
+        if draft.open_entry().is_some_and(|open| open.entry.is_streamed()) {
+            draft.leave_open_entry().map_err(|error| of_store(&error))?;
+        }
+        Ok(Self {
+            open: draft.open_entry().cloned(),
+            skipped: None,
+            name: draft.name().to_owned(),
+            scribe: Scribe::new(draft)?,
             image,
             checker,
             parent,
@@ -100,12 +88,30 @@ impl Work {
             total: 0,
             streamed: None,
             begun: Instant::now(),
-            synced: Instant::now(),
+        })
+    }
+
+    /// What the backup is called.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The entry in the middle of which it goes on, and how much of that is there.
+    pub(super) fn goes_on_in(&self) -> Option<(&Entry, u64)> {
+        self.open.as_ref().map(|open| (&open.entry, open.done))
+    }
+
+    /// The image, which is not needed any more, and the archive, with all that was to be written.
+    pub(super) fn end(mut self, tick: Tick<'_>) -> Result<(Image, Draft), Problem> {
+        if self.open.take().is_some() {
+            self.steps.push_back(Step::LeaveOpen);
         }
+        self.flush(tick)?;
+        Ok((self.image, self.scribe.end(tick)?))
     }
 
     pub(super) fn progress(&self) -> Progress {
-        self.draft.writer.progress()
+        self.scribe.progress()
     }
 
     /// Whether more of the last entry must come before there is an answer.
@@ -135,11 +141,34 @@ impl Work {
                 .map_err(|error| invalid(error.to_string()))?;
             self.entry(&mut entry, open, tick)?;
         }
-        self.flush(tick)
+        self.settle(tick)
+    }
+
+    /// The entry begins; or it goes on, if the archive has a part of it.
+    fn begin_entry(&mut self, entry: &Entry) {
+        self.skipped = None;
+        match self.open.take() {
+            Some(open) if open.entry == *entry => {
+                self.steps.push_back(Step::GoOn);
+                self.skipped = Some(open);
+                return;
+            }
+            // The agent has found something else there.
+            Some(_) => self.steps.push_back(Step::LeaveOpen),
+            None => {}
+        }
+        self.steps.push_back(Step::Entry(Box::new(entry.clone())));
+    }
+
+    /// What of a range of the entry's content is not in the archive yet.
+    fn left(&self, offset: u64, length: u64) -> Option<(u64, u64)> {
+        let done = self.skipped.as_ref().map_or(0, |open| open.done);
+        let (start, end) = (offset.max(done), offset.saturating_add(length));
+        (start < end).then(|| (start, end - start))
     }
 
     fn entry(&mut self, entry: &mut Entry, open: bool, tick: Tick<'_>) -> Result<(), Problem> {
-        self.steps.push_back(Step::Entry(Box::new(entry.clone())));
+        self.begin_entry(entry);
         match &entry.kind {
             Kind::File {
                 content: Content::Extents { extents, .. },
@@ -170,21 +199,32 @@ impl Work {
         self.checker
             .extents(&extents, more)
             .map_err(|error| invalid(error.to_string()))?;
-        self.steps.push_back(Step::Extents(extents.clone()));
+        match self.skipped.as_mut().and_then(|open| open.extents.pop_front()) {
+            Some(known) if known != extents => {
+                let text = "what the archive has of this entry is of other extents: abandon the backup, and make a new one";
+                return Err(Problem::new(ProblemKind::Conflict, text));
+            }
+            Some(_) => {}
+            None => self.steps.push_back(Step::Extents(extents.clone())),
+        }
         self.content(&extents, tick)?;
         if !more {
             self.steps.push_back(Step::End(None));
         }
-        self.flush(tick)
+        self.settle(tick)
     }
 
     fn content(&mut self, extents: &[Extent], tick: Tick<'_>) -> Result<(), Problem> {
         for extent in extents {
+            let Some((offset, length)) = self.left(extent.offset, extent.length) else {
+                continue;
+            };
             match extent.at {
-                None => self.steps.push_back(Step::Zeroes(extent.offset, extent.length)),
+                None => self.steps.push_back(Step::Zeroes(offset, length)),
                 Some(at) => {
                     let disk = usize::try_from(at.disk).unwrap_or(usize::MAX);
-                    self.range(disk, at.start, extent.length, extent.offset, tick)?;
+                    let start = at.start + (offset - extent.offset);
+                    self.range(disk, start, length, offset, tick)?;
                 }
             }
         }
@@ -193,8 +233,13 @@ impl Work {
 
     fn whole_disk(&mut self, disk: usize, size: u64, tick: Tick<'_>) -> Result<(), Problem> {
         for window in 0..size.div_ceil(WINDOW) {
+            if self.left(window * WINDOW, WINDOW).is_none() {
+                continue;
+            }
             for (start, end) in self.image.data_in(disk, window)? {
-                self.range(disk, start, end - start, start, tick)?;
+                if let Some((start, length)) = self.left(start, end - start) {
+                    self.range(disk, start, length, start, tick)?;
+                }
             }
             self.image.keep()?;
         }
@@ -252,7 +297,8 @@ impl Work {
     ) -> Result<(), Problem> {
         self.count(length)?;
         let length = usize::try_from(length).map_err(|_| invalid("a piece is too long"))?;
-        self.steps.push_back(Step::Piece(offset, self.pieces.len()));
+        self.steps
+            .push_back(Step::Piece(offset, length as u64, self.pieces.len()));
         let piece = Piece { disk, start, length };
         self.windows.extend(piece.windows());
         self.pieces.push(piece);
@@ -276,47 +322,26 @@ impl Work {
         }
     }
 
-    /// Reads and writes what has been gathered.
+    /// Reads what has been gathered, and has it written.
     fn flush(&mut self, tick: Tick<'_>) -> Result<(), Problem> {
         tick(&self.progress())?;
         self.image.keep()?;
-        let mut read = self.image.read(&self.pieces)?;
-        let writer = &mut self.draft.writer;
-        for step in self.steps.drain(..) {
-            let done = match step {
-                Step::Entry(entry) => writer.entry(&entry),
-                Step::Extents(extents) => writer.extents(&extents),
-                Step::Zeroes(offset, length) => writer.zeroes(offset, length),
-                Step::InParent {
-                    offset,
-                    length,
-                    entry,
-                    at,
-                } => writer.in_parent(offset, length, entry, at),
-                Step::End(problem) => {
-                    writer.moved(std::mem::take(&mut self.image.moved));
-                    writer.end_entry(problem)
-                }
-                Step::Piece(offset, number) => {
-                    let length = self.pieces.get(number).map_or(0, |piece| piece.length as u64);
-                    match read.get_mut(number).and_then(Option::take) {
-                        Some((bytes, from)) if bytes.iter().any(|byte| *byte != 0) => {
-                            writer.data(offset, &bytes, from)
-                        }
-                        _ => writer.zeroes(offset, length),
-                    }
-                }
-            };
-            done.map_err(written)?;
-        }
+        let batch = Batch {
+            read: self.image.read(&self.pieces)?,
+            steps: std::mem::take(&mut self.steps),
+            moved: std::mem::take(&mut self.image.moved),
+        };
+        self.scribe.write(batch, tick)?;
         self.pieces.clear();
         self.bytes = 0;
         self.windows.clear();
-        if self.synced.elapsed() >= SYNC {
-            self.draft.sync().map_err(|error| of_store(&error))?;
-            self.synced = Instant::now();
-        }
         self.slow_down(tick)
+    }
+
+    /// The same, and waits until everything is in the archive.
+    fn settle(&mut self, tick: Tick<'_>) -> Result<(), Problem> {
+        self.flush(tick)?;
+        self.scribe.drain(tick)
     }
 
     /// Waits until so much may have been read.
@@ -333,7 +358,7 @@ impl Work {
     }
 
     /// Bytes of the streamed entry came.
-    pub(super) fn bytes(&mut self, offset: u64, bytes: &[u8], tick: Tick<'_>) -> Result<(), Problem> {
+    pub(super) fn bytes(&mut self, offset: u64, bytes: Vec<u8>, tick: Tick<'_>) -> Result<(), Problem> {
         self.count(bytes.len() as u64)?;
         let end = offset.checked_add(bytes.len() as u64);
         match (&mut self.streamed, end) {
@@ -345,13 +370,16 @@ impl Work {
                 return Err(invalid(text));
             }
         }
-        let writer = &mut self.draft.writer;
-        writer.data(offset, bytes, From::Agent).map_err(written)?;
-        self.slow_down(tick)
+        self.bytes += bytes.len();
+        self.steps.push_back(Step::Sent(offset, bytes));
+        match self.bytes >= BATCH {
+            true => self.flush(tick),
+            false => self.slow_down(tick),
+        }
     }
 
     /// The streamed entry is complete.
-    pub(super) fn end_content(&mut self, problem: Option<String>) -> Result<(), Problem> {
+    pub(super) fn end_content(&mut self, problem: Option<String>, tick: Tick<'_>) -> Result<(), Problem> {
         if self.streamed.take().is_none() {
             return Err(invalid("no content of an entry was to come"));
         }
@@ -359,6 +387,7 @@ impl Work {
             problem.truncate(problem.floor_char_boundary(1024));
             problem
         });
-        self.draft.writer.end_entry(problem).map_err(written)
+        self.steps.push_back(Step::End(problem));
+        self.settle(tick)
     }
 }

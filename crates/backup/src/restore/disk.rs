@@ -1,18 +1,18 @@
 //! A whole disk as a raw file.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::{RestoreError, Restored};
 use crate::archive::{Chain, ChainError, Sink};
+use crate::file::WriteBehind;
 use crate::plan::{Entry, Kind};
 use crate::raw_text::RawText;
 
 struct RawFile<'a> {
     wanted: Option<&'a RawText>,
-    file: File,
+    file: WriteBehind,
     found: Vec<String>,
     restored: Restored,
 }
@@ -36,7 +36,7 @@ impl Sink for RawFile<'_> {
 
     fn data(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.restored.bytes += bytes.len() as u64;
-        self.file.write_all_at(bytes, offset)
+        self.file.put(offset, bytes)
     }
 
     fn zeroes(&mut self, _offset: u64, _length: u64) -> io::Result<()> {
@@ -45,7 +45,7 @@ impl Sink for RawFile<'_> {
     }
 
     fn end(&mut self, _problem: Option<&str>) -> io::Result<()> {
-        self.file.sync_all()
+        self.file.sync()
     }
 }
 
@@ -58,10 +58,15 @@ pub fn restore_disk(chain: &mut Chain, disk: Option<&RawText>, to: &Path) -> Res
         path: to.to_owned(),
         source,
     };
-    let file = OpenOptions::new().write(true).create_new(true).open(to);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(to);
+    let behind = file.and_then(|file| WriteBehind::new(file, to, 0));
     let mut sink = RawFile {
         wanted: disk,
-        file: file.map_err(failed)?,
+        file: behind.map_err(failed)?,
         found: Vec::new(),
         restored: Restored::default(),
     };
