@@ -1,6 +1,7 @@
 //! Guest memory: all of it is there, also above the hole below 4 GiB, and it lies in the pages that vm.toml asks for.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use stories::{Disk, Story, Vm, story};
@@ -192,7 +193,15 @@ fn reserved_huge_pages_are_used_and_given_back_and_too_few_are_an_error_that_tel
         round(&mut vm)?;
         total_is(&mut vm, 256 * MIB)?;
         vm.finish()?;
-        assert_eq!(used(&meminfo()?), 0, "all are given back");
+        // What rings held comes back a little later; a machine that starts then waits for it.
+        let mut vm = machine("next").interactive()?;
+        total_is(&mut vm, 256 * MIB)?;
+        vm.finish()?;
+        let begin = Instant::now();
+        while used(&meminfo()?) != 0 {
+            ensure!(begin.elapsed() < Duration::from_secs(20), "all are given back");
+            std::thread::sleep(Duration::from_millis(50));
+        }
         Ok(())
     });
 }

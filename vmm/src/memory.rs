@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{SealFlags, fcntl_add_seals};
 use virtio_core::GuestMemory;
@@ -28,6 +29,8 @@ use crate::layout;
 
 /// The alignment of every mapping, in bytes: the size of an x86-64 large page.
 const ALIGNMENT: usize = 2 << 20;
+/// How long huge pages are waited for that somebody gives back.
+const HUGE_PAGE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Which pages of the host back the guest's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +79,13 @@ pub struct RamOptions {
     pub shared: bool,
     /// Touch all pages at start, so that the guest never waits for one and shortage shows at once.
     pub prefault: bool,
+}
+
+impl RamOptions {
+    /// Whether all pages are taken at the start, or reserved, and stay as long as the memory.
+    fn stays(&self) -> bool {
+        self.prefault || self.pages.is_hugetlb()
+    }
 }
 
 /// Why guest memory could not be had.
@@ -207,9 +217,9 @@ impl Ram {
         &self.memory
     }
 
-    /// Whether all pages are taken at the start, and stay until [`Self::clear`]: nothing is lost if devices hold them.
+    /// Whether all pages are taken at the start, or reserved, and stay as long as the memory: nothing is lost if devices hold them.
     pub fn stays(&self) -> bool {
-        self.options.prefault || self.options.pages.is_hugetlb()
+        self.options.stays()
     }
 
     /// Bytes of guest memory.
@@ -232,7 +242,7 @@ impl Ram {
     /// Drops all content: every byte reads zero afterwards. The guest must not run and no device may be active.
     ///
     /// # Errors
-    /// The kernel refuses to drop the pages, or has no huge pages any more.
+    /// The kernel refuses to drop the pages.
     pub fn clear(&self) -> Result<(), MemoryError> {
         for mapping in &self.mappings {
             mapping.clear(&self.options)?;
@@ -309,30 +319,44 @@ impl Mapping {
             let file = memfd(c"smsvmm-guest-memory", options.pages.memfd_flags(), self.size)?;
             self.file = Some(Arc::new(file));
         }
-        self.map(options)?;
+        self.map_patiently(options)?;
         if options.prefault {
             self.advise(libc::MADV_POPULATE_WRITE, "prefault")?;
         }
         Ok(())
     }
 
-    /// Drops all content, and takes new pages where all shall be there from the start.
+    /// Drops all content. Memory that stays keeps its pages: they need not be had a second time (before a kernel gives back what rings of
+    /// disks held, a second may go by), and nobody can take huge pages meanwhile, whose want would kill the guest (SIGBUS). Which of them were never touched
+    /// cannot be told: what a server of disks has written need not be mapped here.
     fn clear(&self, options: &RamOptions) -> Result<(), MemoryError> {
+        if options.stays() {
+            // SAFETY: the bytes are the mapping that this struct owns; neither guest nor devices use it now (`Ram::clear`).
+            unsafe { self.address.write_bytes(0, self.size) };
+            return Ok(());
+        }
         let advice = if self.file.is_some() {
             libc::MADV_REMOVE
         } else {
             libc::MADV_DONTNEED
         };
-        self.advise(advice, "clear")?;
-        if options.pages.is_hugetlb() {
-            // Huge pages that go take their reservation with them; only a new mapping reserves again. Without it, the guest
-            // would be killed (SIGBUS) when somebody else has taken them meanwhile.
-            self.map(options)?;
+        self.advise(advice, "clear")
+    }
+
+    /// [`Self::map`], which waits for huge pages if there could be enough: those of a machine that has just ended come back with a delay, if
+    /// rings of disks held them.
+    fn map_patiently(&self, options: &RamOptions) -> Result<(), MemoryError> {
+        let begin = Instant::now();
+        loop {
+            match self.map(options) {
+                Err(MemoryError::NoHugePages { count, unit_kib, .. })
+                    if begin.elapsed() < HUGE_PAGE_PATIENCE && huge_pages(unit_kib) >= Some(count) =>
+                {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                result => return result,
+            }
         }
-        if options.prefault {
-            self.advise(libc::MADV_POPULATE_WRITE, "prefault")?;
-        }
-        Ok(())
     }
 
     /// Maps the memory into the reservation, over what is there.
@@ -424,6 +448,12 @@ impl Mapping {
         GuestRegionMmap::new(region, GuestAddress(self.guest_base))
             .ok_or_else(|| MemoryError::Regions(format!("region at {:#x} overflows", self.guest_base)))
     }
+}
+
+/// How many huge pages of this size the host has, in use or not.
+fn huge_pages(unit_kib: u64) -> Option<u64> {
+    let path = format!("/sys/kernel/mm/hugepages/hugepages-{unit_kib}kB/nr_hugepages");
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 /// A sealed-off anonymous file of `size` bytes.
@@ -565,7 +595,7 @@ mod tests {
     }
 
     #[test]
-    fn cleared_huge_pages_stay_reserved() {
+    fn cleared_huge_pages_stay() {
         let reserved = || -> usize {
             let read = |name| {
                 std::fs::read_to_string(format!(
@@ -591,7 +621,11 @@ mod tests {
         ram.memory().write_obj(7_u64, GuestAddress(0x1000)).unwrap();
         assert_eq!(reserved(), before + 15);
         ram.clear().unwrap();
-        assert_eq!(reserved(), before + 16);
+        assert_eq!(
+            reserved(),
+            before + 15,
+            "the one stays, the others were not touched"
+        );
         assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0);
     }
 

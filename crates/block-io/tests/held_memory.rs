@@ -175,7 +175,8 @@ fn requests_reach_the_pages_of_the_present() {
             many(Arc::clone(&device), mapping, 40).await;
             assert_eq!(helped().unwrap() > 0, helpers > 0);
             drop(second);
-            assert_eq!(held(), 0, "by the end of the last, by helpers, too");
+            // By the end of the last, by helpers, too. A kernel may give the pages back later, as it does when the worker ends.
+            until(|| held() == 0).await;
 
             // Other pages at the same addresses: a ring that still had the old ones would write these.
             let mapping = Mapping::new(mapping.0);
@@ -186,12 +187,11 @@ fn requests_reach_the_pages_of_the_present() {
             round(&device, mapping, 70).await;
             many(Arc::clone(&device), mapping, 80).await;
             drop(third);
+            until(|| held() == 0).await;
             unsafe { libc::munmap(mapping.0.cast(), LENGTH) };
         });
         let written = std::fs::read(&image).unwrap();
         assert_eq!(written[64 * BLOCK..128 * BLOCK], [80; 64 * BLOCK]);
-        drop(worker);
-        assert_eq!(held(), 0);
     }
 }
 
@@ -208,6 +208,14 @@ fn a_worker_that_ends_lets_go() {
     });
     wait.recv_timeout(Duration::from_secs(10)).unwrap();
     drop(worker);
-    assert_eq!(held(), 0);
+    let begin = Instant::now();
+    while held() != 0 {
+        assert!(
+            begin.elapsed() < Duration::from_secs(30),
+            "{} KiB are held",
+            held()
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
     unsafe { libc::munmap(mapping.0.cast(), LENGTH) };
 }

@@ -13,7 +13,8 @@
 //! The ring holds *pages*, not addresses. If other pages come to lie at these addresses while it does (a hole is punched, the memory is mapped anew),
 //! requests move data from and to pages that nobody sees any more. So a part is held only as long as whoever asked
 //! for it can promise that this does not happen: [`HeldMemory::new`]. Held pages cannot be swapped out or moved, and all of them are taken from the
-//! host at once: this is for memory that is there from the start.
+//! host at once: this is for memory that is there from the start. When a part is let go of, no further request uses these pages; the kernel may take
+//! up to a second to give them back (6.1 does).
 //!
 //! Helpers of a worker have rings of their own, which hold the same. They are told by their inbox, and waited for when a part is let go of, as the
 //! next who holds these addresses may mean other pages.
