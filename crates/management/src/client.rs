@@ -42,7 +42,7 @@ pub(crate) const MAX_ANSWER: usize = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens on the socket.
-    #[error("nobody answers at {}; is it running, with this socket under [management]?", path.display())]
+    #[error("nobody answers at {}; is it running, with this management socket?", path.display())]
     Connect {
         /// The socket.
         path: PathBuf,

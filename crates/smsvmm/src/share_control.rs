@@ -67,7 +67,7 @@ pub(crate) struct AddArguments {
 pub(crate) struct RemoveArguments {
     #[command(flatten)]
     process: Process,
-    /// What `smsvmm share status` calls the disk.
+    /// What `smsvmm share status` calls the disk; or its path, if it is served under one name.
     disk: String,
 }
 
@@ -105,9 +105,21 @@ pub(crate) fn add(arguments: &AddArguments) -> anyhow::Result<Exit> {
 }
 
 pub(crate) fn remove(arguments: &RemoveArguments) -> anyhow::Result<Exit> {
-    arguments.process.client()?.unshare_disk(&arguments.disk)?;
-    print(&format!("{} is served no more\n", arguments.disk))?;
+    let client = arguments.process.client()?;
+    let disks = client.share()?.disks;
+    let name = name_of(&disks, &arguments.disk);
+    client.unshare_disk(name)?;
+    print(&format!("{name} is served no more\n"))?;
     Ok(Exit::Success)
+}
+
+/// The name of the disk that is meant, by its name or by what it is, if that is one disk.
+fn name_of<'a>(disks: &'a [SharedDisk], meant: &'a str) -> &'a str {
+    let mut sources = disks.iter().filter(|disk| disk.source == meant);
+    match (sources.next(), sources.next()) {
+        (Some(disk), None) if disks.iter().all(|disk| disk.name != meant) => &disk.name,
+        _ => meant,
+    }
 }
 
 pub(crate) fn disconnect(arguments: &DisconnectArguments) -> anyhow::Result<Exit> {
@@ -276,6 +288,32 @@ mod tests {
     use api::{ShareAccess, ShareKind, ShareTarget, ShareTls};
 
     use super::*;
+
+    #[test]
+    fn a_disk_is_told_by_its_name_or_by_a_path_that_is_served_once() {
+        let disk = |name: &str, source: &str| SharedDisk {
+            name: name.to_owned(),
+            source: source.to_owned(),
+            target: None,
+            lun: None,
+            socket: None,
+            size: 0,
+            read_only: false,
+            clients: 0,
+            counts: None,
+            latencies: None,
+        };
+        let disks = [
+            disk("a.dsk", "/a.dsk"),
+            disk("x", "/i"),
+            disk("y", "/i"),
+            disk("/a.dsk2", "a.dsk"),
+        ];
+        assert_eq!(name_of(&disks, "/a.dsk"), "a.dsk");
+        assert_eq!(name_of(&disks, "a.dsk"), "a.dsk", "a name comes first");
+        assert_eq!(name_of(&disks, "/i"), "/i", "there are two");
+        assert_eq!(name_of(&disks, "z"), "z");
+    }
 
     #[test]
     fn what_is_served_is_shown_with_who_uses_it() {

@@ -335,7 +335,7 @@ fn a_machine_that_does_not_run_is_told_with_a_remedy() {
         let output = smsvmm(managed.path(), arguments);
         assert_eq!(status(&output), 1);
         assert!(
-            stderr(&output).contains("is it running, with this socket under [management]?"),
+            stderr(&output).contains("is it running, with this management socket?"),
             "{}",
             stderr(&output)
         );
