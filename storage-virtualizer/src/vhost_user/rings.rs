@@ -110,6 +110,11 @@ impl Rings {
         }
     }
 
+    /// Whether the kernel is to hold the front-end's memory.
+    pub(super) fn wants_memory_held(&self) -> bool {
+        self.memory_stays
+    }
+
     /// As they were at the beginning.
     pub(super) fn fresh(&self) -> Self {
         Self::new(self.rings.len(), self.memory_stays)

@@ -137,6 +137,8 @@ pub(super) struct Session<D: ServedDevice> {
     memory: Memory,
     guest: Option<GuestMemory>,
     rings: Rings,
+    /// It was said that its memory is not held.
+    told_of_memory: bool,
 }
 
 impl<D: ServedDevice> Session<D> {
@@ -158,6 +160,7 @@ impl<D: ServedDevice> Session<D> {
             memory: Memory::default(),
             guest: None,
             rings: Rings::new(queues, memory_stays),
+            told_of_memory: false,
         }
     }
 
@@ -358,6 +361,15 @@ impl<D: ServedDevice> Session<D> {
         let changed = change(&mut self.memory);
         self.guest = self.memory.guest()?;
         changed?;
+        if self.guest.is_some()
+            && self.rings.wants_memory_held()
+            && !self.memory.is_all_there()
+            && !std::mem::replace(&mut self.told_of_memory, true)
+        {
+            tracing::warn!(
+                "a vhost-user front-end's memory is not held, as it was not taken from the host in full (QEMU: prealloc=on)"
+            );
+        }
         self.start_due()
     }
 
