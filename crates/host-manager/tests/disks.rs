@@ -10,7 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use api::virtual_disk::{DiskMode, DiskOperation};
-use api::{AtPowerOff, DiskChange, DiskConfig, DiskLimits, OnError, ProblemKind, StorageRequest};
+use api::{
+    AtPowerOff, AttachRequest, DiskChange, DiskConfig, DiskLimits, OnError, ProblemKind, StorageRequest,
+};
 use host::{Deaf, Manager, disk, make_pool};
 use management::{Client, Scope, Target};
 use storage_virtualizer::vhost_user::front_end::{FrontEndKind, FrontEndOptions, VhostUserDevice, dial};
@@ -84,6 +86,42 @@ fn a_disk_is_in_use_as_long_as_the_connection() {
                 "web2 disk0 lets /root.dsk go"
             ]
         );
+        manager.stop();
+    });
+}
+
+fn wait_until(condition: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < host::SOON, "{} KiB are held", held());
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// KiB that the kernel holds for this process, of which both sides are threads.
+fn held() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmPin:")).unwrap();
+    line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_memory_of_a_machine_is_held_if_it_stays_and_no_longer_than_the_connection() {
+    with_manager(|manager| {
+        let asked = host::request("web1", &disk("root", ROOT), false);
+        let machine = manager.machine_that_asks(AttachRequest {
+            memory_stays: true,
+            ..asked
+        });
+        let mut queue = machine.queues().unwrap().remove(0);
+        write(&mut queue, 7);
+        assert_eq!(read(&mut queue), 7);
+        wait_until(|| held() > 0);
+        write(&mut queue, 8);
+        assert_eq!(read(&mut queue), 8);
+        drop(machine);
+        manager.wait_for(0);
+        wait_until(|| held() == 0);
         manager.stop();
     });
 }

@@ -314,16 +314,21 @@ impl Manager {
 
     /// A machine as far as a disk is concerned that shares `limits` with others.
     pub(crate) fn machine_in(&self, vm: &str, disk: &DiskConfig, limits: DiskLimits) -> FrontEnd {
-        let asked = AttachRequest {
+        self.machine_that_asks(AttachRequest {
             group_limits: Some(limits),
             ..request(vm, disk, false)
-        };
+        })
+    }
+
+    /// A machine as far as a disk is concerned that asks for it in these words.
+    pub(crate) fn machine_that_asks(&self, asked: AttachRequest) -> FrontEnd {
+        let options = self.options(asked.vm.as_str(), &asked.disk);
         let greeting = Greeting(Arc::new(move |stream: &UnixStream| {
             Ok(blocking::attach(stream, &asked, SOON)?)
         }));
         FrontEnd::connect(&Options {
             greeting: Some(greeting),
-            ..self.options(vm, disk)
+            ..options
         })
         .unwrap()
     }
@@ -420,7 +425,7 @@ impl Manager {
     }
 }
 
-fn request(vm: &str, disk: &DiskConfig, goes_on: bool) -> AttachRequest {
+pub(crate) fn request(vm: &str, disk: &DiskConfig, goes_on: bool) -> AttachRequest {
     AttachRequest {
         vm: vm.parse().unwrap(),
         pool: None,
