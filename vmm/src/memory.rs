@@ -82,8 +82,8 @@ pub struct RamOptions {
 }
 
 impl RamOptions {
-    /// Whether all pages are taken at the start, or reserved, and stay as long as the memory.
-    fn stays(&self) -> bool {
+    /// Whether all pages are taken at the start, or reserved, and stay as long as the memory: nothing is lost if devices hold them.
+    pub fn stays(&self) -> bool {
         self.prefault || self.pages.is_hugetlb()
     }
 }
@@ -217,7 +217,7 @@ impl Ram {
         &self.memory
     }
 
-    /// Whether all pages are taken at the start, or reserved, and stay as long as the memory: nothing is lost if devices hold them.
+    /// See [`RamOptions::stays`].
     pub fn stays(&self) -> bool {
         self.options.stays()
     }

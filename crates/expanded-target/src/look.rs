@@ -6,6 +6,7 @@ use api::file::{FileAnswer, FileEntry, FileKind, FileOperation, FileStatus, Targ
 use api::virtual_disk::{DiskAnswer, DiskOperation};
 use api::{DiskConfig, Problem, ProblemKind};
 use expanded_api::{Extent, GuestDisk, GuestVolume, split_snapshot};
+use storage_virtualizer::disk::is_layer_of;
 use storage_virtualizer::virtio_blk::fitting_serial;
 
 use crate::allow::Own;
@@ -18,12 +19,6 @@ impl Doer<'_> {
     /// The files of a disk: its first layer and those that came with snapshots.
     pub(crate) fn layers(&self, disk: &str) -> Result<Vec<FileEntry>, Problem> {
         let (folder, _) = disk.rsplit_once('/').unwrap_or_default();
-        let stem = disk.strip_suffix(".dsk").unwrap_or(disk);
-        let is_layer = |path: &str| {
-            let number = path.strip_prefix(stem).and_then(|rest| rest.strip_prefix('-'));
-            let number = number.and_then(|rest| rest.strip_suffix(".redo"));
-            path == disk || number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
-        };
         let path = if folder.is_empty() { "/" } else { folder };
         let answer = self.file(FileOperation::List {
             path: path.to_owned(),
@@ -36,7 +31,7 @@ impl Doer<'_> {
         };
         let layers: Vec<FileEntry> = entries
             .into_iter()
-            .filter(|entry| entry.kind == FileKind::File && is_layer(&entry.path))
+            .filter(|entry| entry.kind == FileKind::File && is_layer_of(disk, &entry.path))
             .collect();
         if layers.is_empty() {
             return Err(Problem::new(ProblemKind::NotFound, format!("there is no {disk}")).about(disk));

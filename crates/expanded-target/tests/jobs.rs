@@ -3,79 +3,33 @@
 
 mod common;
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::file::{FileOperation, Target};
-use api::storage::{JobState, JobStatus, LayoutKind, NewDevice, Operation, ReadPolicy, Shape};
+use api::storage::{JobState, JobStatus, LayoutKind};
 use api::virtual_disk::{DiskAnswer, DiskOperation};
 use api::{EventKind, ExpandedPolicy, Problem, ProblemKind, Right, StorageAnswer, StorageRequest};
 use block_io::{AlignedBuffer, BlockDevice, Durability, WorkerOptions};
-use common::{FakeVm, Guest};
+use common::{FakeVm, Guest, go_on, make_pool};
 use expanded_api::{Answer, Request};
 use expanded_target::Owner;
-use storage_manager::{DiskOptions, Flow, Force, HostedDisk, HostedPool, Notice};
+use storage_manager::{DiskOptions, HostedDisk, HostedPool};
 use storage_virtualizer::DiskHandle;
 
 const DISK: &str = "/vm1/a.dsk";
 /// Three of the steps in which a disk is moved, and a bit.
 const SIZE: u64 = 56 << 20;
 
-fn go_on(_: Notice<'_>) -> Flow {
-    Flow::GoOn
-}
-
-fn shape(layout: LayoutKind) -> Shape {
-    Shape {
-        layout,
-        columns: 0,
-        copies: 0,
-        stripe_unit: 0,
-        class: String::new(),
-        devices: Vec::new(),
-    }
-}
-
 /// The devices of a pool with two volumes, and a disk on one of them.
 fn make(folder: &Path) -> Vec<String> {
-    let paths: Vec<String> = (0..3)
-        .map(|number| {
-            let path = folder.join(format!("d{number}"));
-            File::create(&path).unwrap().set_len(256 << 20).unwrap();
-            path.to_str().unwrap().to_owned()
-        })
-        .collect();
-    let devices = paths.iter().map(|path| NewDevice {
-        path: path.clone(),
-        spare: false,
-        class: String::new(),
-        enclosure: String::new(),
-        force: false,
-    });
-    storage_manager::create("tank", devices.collect(), &mut go_on).unwrap();
-    let format = FileOperation::Format {
-        meta_size: None,
-        meta_copies: None,
-        force: false,
-    };
-    storage_manager::execute_file(paths.clone(), format, &mut go_on).unwrap();
-    for (name, layout, size) in [
+    let volumes = [
         ("safe", LayoutKind::Mirror, 128 << 20),
         ("fast", LayoutKind::Concat, 96 << 20),
         ("third", LayoutKind::Concat, 16 << 20),
-    ] {
-        let volume = Operation::CreateVolume {
-            name: name.into(),
-            size,
-            block: 4096,
-            shape: shape(layout),
-            read_policy: ReadPolicy::default(),
-            raw: false,
-        };
-        storage_manager::execute(paths.clone(), Force::No, volume, &mut go_on).unwrap();
-    }
+    ];
+    let paths = make_pool(folder, 256 << 20, &volumes);
     let folder = FileOperation::MakeDirectory {
         path: "/vm1".into(),
         parents: false,

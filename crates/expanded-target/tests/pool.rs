@@ -3,69 +3,26 @@
 
 mod common;
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use api::file::{FileOperation, Target};
-use api::storage::{JobState, LayoutKind, NewDevice, Operation, ReadPolicy, Shape};
+use api::file::Target;
+use api::storage::{JobState, LayoutKind, Operation};
 use api::virtual_disk::DiskOperation;
 use api::{ExpandedPolicy, ProblemKind, Right, StorageRequest};
 use block_io::{AlignedBuffer, BlockDevice, Durability, WorkerOptions};
-use common::{FakeVm, Guest};
+use common::{FakeVm, Guest, make_pool};
 use expanded_api::{Answer, Extent, GuestDisk, Request};
-use storage_manager::{DiskOptions, Flow, Force, HostedDisk, HostedPool, Notice};
+use storage_manager::{DiskOptions, HostedDisk, HostedPool};
 use storage_virtualizer::DiskHandle;
-
-fn go_on(_: Notice<'_>) -> Flow {
-    Flow::GoOn
-}
-
-fn shape(layout: LayoutKind) -> Shape {
-    Shape {
-        layout,
-        columns: 0,
-        copies: 0,
-        stripe_unit: 0,
-        class: String::new(),
-        devices: Vec::new(),
-    }
-}
 
 /// A pool on three files, with two volumes.
 fn pool(folder: &Path) -> HostedPool {
-    let paths: Vec<String> = (0..3)
-        .map(|number| {
-            let path = folder.join(format!("d{number}"));
-            File::create(&path).unwrap().set_len(96 << 20).unwrap();
-            path.to_str().unwrap().to_owned()
-        })
-        .collect();
-    let devices = paths.iter().map(|path| NewDevice {
-        path: path.clone(),
-        spare: false,
-        class: String::new(),
-        enclosure: String::new(),
-        force: false,
-    });
-    storage_manager::create("tank", devices.collect(), &mut go_on).unwrap();
-    let format = FileOperation::Format {
-        meta_size: None,
-        meta_copies: None,
-        force: false,
-    };
-    storage_manager::execute_file(paths.clone(), format, &mut go_on).unwrap();
-    for (name, layout) in [("safe", LayoutKind::Mirror), ("fast", LayoutKind::Concat)] {
-        let volume = Operation::CreateVolume {
-            name: name.into(),
-            size: 16 << 20,
-            block: 4096,
-            shape: shape(layout),
-            read_policy: ReadPolicy::default(),
-            raw: false,
-        };
-        storage_manager::execute(paths.clone(), Force::No, volume, &mut go_on).unwrap();
-    }
+    let volumes = [
+        ("safe", LayoutKind::Mirror, 16 << 20),
+        ("fast", LayoutKind::Concat, 16 << 20),
+    ];
+    let paths = make_pool(folder, 96 << 20, &volumes);
     HostedPool::open("test", paths, WorkerOptions::default()).unwrap()
 }
 

@@ -50,7 +50,7 @@ impl ManagedDisks {
         Self {
             vm: config.name.clone(),
             adapter: adapter_of(config),
-            memory_stays: config.memory.stays(),
+            memory_stays: config.memory.ram(true).stays(),
             storage: match pools.as_slice() {
                 [pool] => storage_of(Some(pool)),
                 _ => storage_of(None),

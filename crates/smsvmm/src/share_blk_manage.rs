@@ -17,8 +17,8 @@ use storage_virtualizer::vhost_user::VhostUserServer;
 
 use crate::logs;
 use crate::share_manage::{
-    self, Base, Meant, Opened, counts, has_no, is_stopping, latencies, name_taken, no_client, no_disk,
-    number, since,
+    self, Base, Meant, Opened, counts, front_end, has_no, id_of_front_end, is_stopping, latencies,
+    name_taken, no_client, no_disk, number, process, since,
 };
 
 /// How often it is looked whether somebody still looks at a server that is to end.
@@ -163,10 +163,9 @@ impl<H: DiskHandle> Share for BlkShare<H> {
         let mut clients = Vec::new();
         for (name, shown) in there() {
             for client in shown.server.clients() {
-                let process = client.process.map(|process| format!("process {process}"));
                 clients.push(ShareClient {
-                    id: format!("{}-{}", shown.number, client.number),
-                    addresses: process.into_iter().collect(),
+                    id: id_of_front_end(shown.number, client.number),
+                    addresses: process(client.process).into_iter().collect(),
                     initiator: None,
                     target: None,
                     disk: Some(name.clone()),
@@ -225,9 +224,7 @@ impl<H: DiskHandle> Share for BlkShare<H> {
     }
 
     fn disconnect(&self, client: &str) -> Result<(), Problem> {
-        let parts = client.split_once('-');
-        let parts = parts.and_then(|(disk, number)| Some((disk.parse().ok()?, number.parse().ok()?)));
-        let (disk, number): (u64, u64) = parts.ok_or_else(|| no_client(client))?;
+        let (disk, number): (u64, u64) = front_end(client)?;
         let server = {
             let disks = self.disks();
             let mut there = disks.values().flatten();

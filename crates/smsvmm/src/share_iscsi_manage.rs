@@ -20,8 +20,8 @@ use storage_virtualizer::scsi::MAX_LUNS;
 
 use crate::logs;
 use crate::share_manage::{
-    self, Base, Meant, Opened, counts, has_no, is_stopping, latencies, name_taken, no_client, no_disk,
-    number, problem, since,
+    self, Base, Meant, Opened, counts, has_no, is_stopping, latencies, lun_beyond, lun_taken, name_taken,
+    no_client, no_disk, number, problem, since,
 };
 
 /// A target's place among the targets, and a LUN of it.
@@ -105,21 +105,15 @@ impl Places {
             Some(lun) => {
                 let place = (target, lun);
                 if lun >= MAX_LUNS {
-                    let detail = format!("LUN {lun} is not below {MAX_LUNS}");
-                    return Err(Problem::new(ProblemKind::Invalid, detail).about("lun"));
+                    return Err(lun_beyond(lun));
                 }
                 if let Some(other) = now.get(&place) {
-                    let detail = format!("LUN {lun} is taken by {other}");
-                    return Err(Problem::new(ProblemKind::Conflict, detail)
-                        .about("lun")
-                        .remedy("choose another one, or none"));
+                    return Err(lun_taken(format!("LUN {lun} is taken by {other}")));
                 }
                 if is_others(place) {
                     let other = self.meant_by(place).unwrap_or_default();
                     let detail = format!("LUN {lun} is {other} for those to whom --access shows it");
-                    return Err(Problem::new(ProblemKind::Conflict, detail)
-                        .about("lun")
-                        .remedy("choose another one, or none"));
+                    return Err(lun_taken(detail));
                 }
                 place
             }

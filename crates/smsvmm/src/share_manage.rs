@@ -18,8 +18,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
+use std::fmt::Display;
 use std::io;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -32,6 +34,7 @@ use clap::Args;
 use management::{Server, ServerHandle, SocketError};
 use storage_manager::{DiskGuard, HostedPool};
 use storage_virtualizer::Counters;
+use storage_virtualizer::scsi::MAX_LUNS;
 
 use crate::share_nbd::named;
 
@@ -300,6 +303,35 @@ pub(crate) fn no_client(id: &str) -> Problem {
     Problem::new(ProblemKind::NotFound, "no such client is connected")
         .about(id)
         .remedy("`smsvmm share status` lists the clients")
+}
+
+/// What a front-end is called that is the one of this number at a server of several.
+pub(crate) fn id_of_front_end(server: impl Display, number: u64) -> String {
+    format!("{server}-{number}")
+}
+
+/// The server and the number of a front-end that is called so.
+pub(crate) fn front_end<S: FromStr>(id: &str) -> Result<(S, u64), Problem> {
+    let parts = id.split_once('-');
+    let parts = parts.and_then(|(server, number)| Some((server.parse().ok()?, number.parse().ok()?)));
+    parts.ok_or_else(|| no_client(id))
+}
+
+/// Where a front-end is, in words.
+pub(crate) fn process(id: Option<i32>) -> Option<String> {
+    id.map(|id| format!("process {id}"))
+}
+
+pub(crate) fn lun_beyond(lun: u16) -> Problem {
+    let detail = format!("LUN {lun} is not below {MAX_LUNS}");
+    Problem::new(ProblemKind::Invalid, detail).about("lun")
+}
+
+/// A disk cannot have the LUN that is wanted, for this reason.
+pub(crate) fn lun_taken(detail: String) -> Problem {
+    Problem::new(ProblemKind::Conflict, detail)
+        .about("lun")
+        .remedy("choose another one, or none")
 }
 
 pub(crate) fn is_stopping() -> Problem {

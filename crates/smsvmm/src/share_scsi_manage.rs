@@ -20,7 +20,8 @@ use storage_virtualizer::vhost_user::VhostUserScsiServer;
 
 use crate::logs;
 use crate::share_manage::{
-    self, Base, Meant, Opened, counts, has_no, name_taken, no_client, no_disk, number, problem, since,
+    self, Base, Meant, Opened, counts, front_end, has_no, id_of_front_end, lun_beyond, lun_taken, name_taken,
+    no_client, no_disk, number, problem, process, since,
 };
 
 /// How often it is looked whether commands have ended.
@@ -56,17 +57,9 @@ fn take(luns: &mut BTreeMap<u16, Shown>, name: &str, wanted: Option<u16>) -> Res
         return Err(name_taken(name));
     }
     let lun = match wanted {
-        Some(lun) if lun >= MAX_LUNS => {
-            let detail = format!("LUN {lun} is not below {MAX_LUNS}");
-            return Err(Problem::new(ProblemKind::Invalid, detail).about("lun"));
-        }
+        Some(lun) if lun >= MAX_LUNS => return Err(lun_beyond(lun)),
         Some(lun) => match luns.get(&lun) {
-            Some(other) => {
-                let detail = format!("LUN {lun} is taken by {}", other.name);
-                return Err(Problem::new(ProblemKind::Conflict, detail)
-                    .about("lun")
-                    .remedy("choose another one, or none"));
-            }
+            Some(other) => return Err(lun_taken(format!("LUN {lun} is taken by {}", other.name))),
             None => lun,
         },
         None => (0..MAX_LUNS).find(|lun| !luns.contains_key(lun)).ok_or_else(|| {
@@ -212,10 +205,11 @@ impl<H: DiskHandle> Share for ScsiShare<H> {
         let mut clients = Vec::new();
         for ((place, server), socket) in servers.iter().enumerate().zip(&self.base.addresses) {
             for client in server.clients() {
-                let process = client.process.map(|process| format!("process {process}"));
                 clients.push(ShareClient {
-                    id: format!("{place}-{}", client.number),
-                    addresses: std::iter::once(socket.clone()).chain(process).collect(),
+                    id: id_of_front_end(place, client.number),
+                    addresses: std::iter::once(socket.clone())
+                        .chain(process(client.process))
+                        .collect(),
                     initiator: None,
                     target: None,
                     disk: None,
@@ -273,9 +267,7 @@ impl<H: DiskHandle> Share for ScsiShare<H> {
     }
 
     fn disconnect(&self, client: &str) -> Result<(), Problem> {
-        let parts = client.split_once('-');
-        let parts = parts.and_then(|(place, number)| Some((place.parse().ok()?, number.parse().ok()?)));
-        let (place, number): (usize, u64) = parts.ok_or_else(|| no_client(client))?;
+        let (place, number): (usize, u64) = front_end(client)?;
         let server = self.servers().get(place).cloned();
         match server.is_some_and(|server| server.disconnect(number)) {
             true => Ok(()),

@@ -11,7 +11,7 @@ use api::virtual_disk::DiskOutcome;
 use api::{Problem, ProblemKind};
 use block_io::spawn_local;
 use filesys::{FileId, FsError, Kind, Relocation};
-use storage_virtualizer::disk::DiskPath;
+use storage_virtualizer::disk::{DiskPath, is_layer_of};
 
 use crate::conversation::Reporter;
 use crate::disks::failed;
@@ -46,18 +46,13 @@ fn disk_of(path: &str) -> Result<String, Problem> {
 
 /// The files of a disk: its first layer and those that came with snapshots.
 async fn layers(files: &FileSystem, disk: &str) -> Result<Vec<(FileId, String)>, Problem> {
-    let (folder, name) = disk.rsplit_once('/').unwrap_or_default();
-    let stem = name.strip_suffix(".dsk").unwrap_or(name);
-    let is_layer = |other: &str| {
-        let number = other.strip_prefix(stem).and_then(|rest| rest.strip_prefix('-'));
-        let number = number.and_then(|rest| rest.strip_suffix(".redo"));
-        other == name || number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
-    };
+    let (folder, _) = disk.rsplit_once('/').unwrap_or_default();
     let entries = files.list(if folder.is_empty() { "/" } else { folder });
     let entries = entries.await.map_err(|error| of_files(&error))?.into_iter();
-    let layers = entries.filter(|entry| entry.kind == Kind::File && is_layer(&entry.name));
-    Ok(layers
+    let files = entries.filter(|entry| entry.kind == Kind::File);
+    Ok(files
         .map(|entry| (entry.id, format!("{folder}/{}", entry.name)))
+        .filter(|(_, path)| is_layer_of(disk, path))
         .collect())
 }
 

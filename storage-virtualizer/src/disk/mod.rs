@@ -50,7 +50,7 @@ pub use descriptor::{example, survives};
 pub use disks::Disks;
 pub use error::DiskError;
 pub use manage::{DiskState, NewDisk, RedoState, SnapshotState};
-pub use name::{DiskPath, MAX_DESCRIPTION, MAX_SNAPSHOT_NAME, SUFFIX};
+pub use name::{DiskPath, MAX_DESCRIPTION, MAX_SNAPSHOT_NAME, SUFFIX, is_layer_of};
 pub use record::{MAX_RECORD, Record};
 pub use snapshots::NewSnapshot;
 pub use virtual_disk::VirtualDisk;

@@ -95,6 +95,14 @@ impl std::fmt::Display for DiskPath {
     }
 }
 
+/// Whether `path` is that of a file with data of `disk`: its first layer, which has the disk's path, or one that came with a snapshot.
+pub fn is_layer_of(disk: &str, path: &str) -> bool {
+    let stem = disk.strip_suffix(SUFFIX).unwrap_or(disk);
+    let number = path.strip_prefix(stem).and_then(|rest| rest.strip_prefix('-'));
+    let number = number.and_then(|rest| rest.strip_suffix(".redo"));
+    path == disk || number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
 /// Whether a snapshot can be called so.
 pub(crate) fn check_snapshot(name: &str) -> Result<(), DiskError> {
     let problem = if name.is_empty() {
@@ -154,6 +162,15 @@ mod tests {
     fn the_files_of_a_disk_have_its_name() {
         let disk = DiskPath::new("/vm/root.dsk").unwrap();
         assert_eq!(disk.layer(3), "/vm/root-3.redo");
+        assert!(is_layer_of(disk.as_str(), disk.as_str()) && is_layer_of(disk.as_str(), &disk.layer(3)));
+        for other in [
+            "/vm/root.disk",
+            "/vm/root-3-1.redo",
+            "/vm/root2-3.redo",
+            "/root-3.redo",
+        ] {
+            assert!(!is_layer_of(disk.as_str(), other), "{other}");
+        }
         assert_eq!(disk.descriptor(), "/vm/root.disk");
     }
 }

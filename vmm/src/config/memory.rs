@@ -3,6 +3,8 @@
 use api::{ByteSize, InvalidValue};
 use serde::{Deserialize, Serialize};
 
+use crate::memory::{Pages, RamOptions};
+
 /// The guest's memory. In vm.toml a size, or a table.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Input", rename_all = "kebab-case")]
@@ -25,9 +27,19 @@ impl MemoryConfig {
 }
 
 impl MemoryConfig {
-    /// Whether all of it is taken from the host at the start, or reserved there: nothing is lost if devices hold it.
-    pub fn stays(&self) -> bool {
-        self.prefault || matches!(self.huge_pages, HugePages::Size2M | HugePages::Size1G)
+    /// The memory that is meant; `shared` if it must be, whatever the configuration says.
+    pub fn ram(&self, shared: bool) -> RamOptions {
+        RamOptions {
+            size: self.size.bytes(),
+            pages: match self.huge_pages {
+                HugePages::None => Pages::Small,
+                HugePages::Transparent => Pages::Transparent,
+                HugePages::Size2M => Pages::Huge2M,
+                HugePages::Size1G => Pages::Huge1G,
+            },
+            shared: shared || self.shared,
+            prefault: self.prefault,
+        }
     }
 }
 

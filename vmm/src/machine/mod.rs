@@ -51,12 +51,12 @@ pub use settings::{rates, set_controls, trace};
 pub use slots::SlotError;
 
 use crate::boot::{BootError, BootFiles, Kernel};
-use crate::config::{ConsoleSpec, HugePages, VmConfig};
+use crate::config::{ConsoleSpec, VmConfig};
 use crate::console::{self, ConsoleError};
 use crate::devices::event_loop::Subscriber;
 use crate::devices::net::{Launcher, Sockets};
 use crate::host::Remains;
-use crate::memory::{MemoryError, Pages, Ram, RamOptions};
+use crate::memory::{MemoryError, Ram};
 use crate::sandbox::{self, Sandbox, SandboxError};
 use crate::vcpu::VcpuFault;
 use crate::vm::{KvmError, open_kvm};
@@ -262,17 +262,7 @@ impl Vm {
             initrd: config.boot.initrd.clone(),
             command_line: config.boot.cmdline.clone(),
         })?;
-        let ram = Ram::new(RamOptions {
-            size: config.memory.size.bytes(),
-            pages: match config.memory.huge_pages {
-                HugePages::None => Pages::Small,
-                HugePages::Transparent => Pages::Transparent,
-                HugePages::Size2M => Pages::Huge2M,
-                HugePages::Size1G => Pages::Huge1G,
-            },
-            shared: shared_memory,
-            prefault: config.memory.prefault,
-        })?;
+        let ram = Ram::new(config.memory.ram(shared_memory))?;
         let mut main_loop = MainLoop::new().map_err(|error| MachineError::MainLoop(error.to_string()))?;
         let events = Arc::new(EventLog::new());
         let settings = Arc::new(settings::DiskSettings::new(&config.limit_groups, events.clone()));

@@ -1,13 +1,16 @@
 //! A guest that sends commands, and a machine that does what a test says.
 #![allow(dead_code, reason = "each test uses a part")]
 
+use std::fs::File;
 use std::future::Future;
+use std::path::Path;
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
 
-use api::storage::JobStatus;
+use api::file::FileOperation;
+use api::storage::{JobStatus, LayoutKind, NewDevice, Operation, ReadPolicy, Shape};
 use api::{
     ByteSize, DeviceId, DeviceState, DiskConfig, DiskStatus, EventLog, ExpandedPolicy, Problem,
     StorageAnswer, StorageRequest,
@@ -15,10 +18,62 @@ use api::{
 use block_io::AlignedBuffer;
 use expanded_api::{Action, Answer, Cdb, Header, Outcome, Request, State};
 use expanded_target::{ExpandedTarget, JobListener, Owner, Running};
-use storage_manager::HostedPool;
+use storage_manager::{Flow, Force, HostedPool, Notice};
 use storage_virtualizer::scsi::{
     self, Command, Identity, Nexus, Status, TransportId, Unit, UnitOptions, VendorCommands,
 };
+
+pub(crate) fn go_on(_: Notice<'_>) -> Flow {
+    Flow::GoOn
+}
+
+fn shape(layout: LayoutKind) -> Shape {
+    Shape {
+        layout,
+        columns: 0,
+        copies: 0,
+        stripe_unit: 0,
+        class: String::new(),
+        devices: Vec::new(),
+    }
+}
+
+/// The devices of a pool on three files of `size` bytes, with these volumes: names, layouts, sizes.
+pub(crate) fn make_pool(folder: &Path, size: u64, volumes: &[(&str, LayoutKind, u64)]) -> Vec<String> {
+    let paths: Vec<String> = (0..3)
+        .map(|number| {
+            let path = folder.join(format!("d{number}"));
+            File::create(&path).unwrap().set_len(size).unwrap();
+            path.to_str().unwrap().to_owned()
+        })
+        .collect();
+    let devices = paths.iter().map(|path| NewDevice {
+        path: path.clone(),
+        spare: false,
+        class: String::new(),
+        enclosure: String::new(),
+        force: false,
+    });
+    storage_manager::create("tank", devices.collect(), &mut go_on).unwrap();
+    let format = FileOperation::Format {
+        meta_size: None,
+        meta_copies: None,
+        force: false,
+    };
+    storage_manager::execute_file(paths.clone(), format, &mut go_on).unwrap();
+    for (name, layout, size) in volumes {
+        let volume = Operation::CreateVolume {
+            name: (*name).into(),
+            size: *size,
+            block: 4096,
+            shape: shape(*layout),
+            read_policy: ReadPolicy::default(),
+            raw: false,
+        };
+        storage_manager::execute(paths.clone(), Force::No, volume, &mut go_on).unwrap();
+    }
+    paths
+}
 
 type Pool = Box<dyn Fn(StorageRequest) -> Result<StorageAnswer, Problem> + Send + Sync>;
 

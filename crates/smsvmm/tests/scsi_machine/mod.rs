@@ -1,4 +1,4 @@
-//! The machine at a socket of `smsvmm share vhost-user-scsi`, without a machine.
+//! The machine at a socket of `smsvmm share vhost-user-scsi` (or `vhost-user`), without a machine.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,18 +20,23 @@ impl LinkEvents for Deaf {
     fn back(&self) {}
 }
 
-/// The machine at a socket: its driver, and what it must have as long.
-pub(crate) fn machine(socket: &Path) -> (Initiator, VhostUserDevice) {
+/// Its process, as a server at a socket sees it.
+pub(crate) fn front_end(socket: &Path, kind: FrontEndKind) -> VhostUserDevice {
     let place = socket.to_owned();
     let options = FrontEndOptions {
-        kind: FrontEndKind::Scsi,
+        kind,
         name: "machine".to_owned(),
         queues: 1,
         queue_size: 64,
         on_start: None,
         observer: Arc::new(Deaf),
     };
-    let mut device = VhostUserDevice::open(Arc::new(move || dial(&place)), options).unwrap();
+    VhostUserDevice::open(Arc::new(move || dial(&place)), options).unwrap()
+}
+
+/// The machine at a socket: its driver, and what it must have as long.
+pub(crate) fn machine(socket: &Path) -> (Initiator, VhostUserDevice) {
+    let mut device = front_end(socket, FrontEndKind::Scsi);
     let file = tempfile::tempfile().unwrap();
     file.set_len(16 << 20).unwrap();
     let mapped = Some(FileOffset::new(file, 0));

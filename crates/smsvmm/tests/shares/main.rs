@@ -7,6 +7,8 @@ mod driver;
 mod guest;
 mod iscsi;
 mod nbd;
+#[path = "../scsi_machine/mod.rs"]
+mod scsi_machine;
 mod vhost_user;
 
 use std::fs::File;

@@ -1,65 +1,17 @@
 //! Disks and LUNs over vhost-user.
 
-use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use expanded_api::{Answer as Answered, Request};
-use storage_virtualizer::vhost_user::front_end::{
-    FrontEndKind, FrontEndOptions, LinkEvents, VhostUserDevice, dial,
-};
-use storage_virtualizer::virtio_scsi::scsi_feature;
-use virtio_core::vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
-use virtio_core::{GuestMemory, VirtioDevice, feature};
+use storage_virtualizer::vhost_user::front_end::{FrontEndKind, VhostUserDevice};
+use virtio_core::VirtioDevice;
 
 use super::driver::scsi::{
     Answer, BAD_TARGET, CHECK_CONDITION, DATA, Initiator, OK, PLACE, TEST_UNIT_READY, lun, read, told, write,
 };
-use super::driver::{self, readable, writable};
+use super::driver::{readable, writable};
+use super::scsi_machine::{front_end, machine};
 use super::{Place, guest, until};
-
-struct Deaf;
-
-impl LinkEvents for Deaf {
-    fn lost(&self, _: &str) {}
-    fn back(&self) {}
-}
-
-fn memory() -> GuestMemory {
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(16 << 20).unwrap();
-    let mapped = Some(FileOffset::new(file, 0));
-    Arc::new(GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), 16 << 20, mapped)]).unwrap())
-}
-
-fn front_end(socket: &Path, kind: FrontEndKind) -> VhostUserDevice {
-    let place = socket.to_owned();
-    let options = FrontEndOptions {
-        kind,
-        name: "machine".to_owned(),
-        queues: 1,
-        queue_size: 64,
-        on_start: None,
-        observer: Arc::new(Deaf),
-    };
-    VhostUserDevice::open(Arc::new(move || dial(&place)), options).unwrap()
-}
-
-/// The machine at a SCSI socket: its driver, and what it must have as long.
-fn machine(socket: &Path) -> (Initiator, VhostUserDevice) {
-    let mut device = front_end(socket, FrontEndKind::Scsi);
-    let memory = memory();
-    let driver = Initiator::new(&memory);
-    let queues = [&driver.control, &driver.event, &driver.requests];
-    let queues = (0..).zip(queues).map(|(index, queue)| queue.active(index));
-    let features = feature::VERSION_1
-        | feature::RING_EVENT_IDX
-        | feature::RING_INDIRECT_DESC
-        | scsi_feature::HOTPLUG
-        | scsi_feature::CHANGE;
-    driver::activate(&mut device, &memory, features, queues.collect());
-    (driver, device)
-}
 
 /// Writes a block of a LUN and reads it, if the LUN is there.
 fn write_and_read(driver: &mut Initiator, number: u16, block: u32, byte: u8) -> Result<(), Answer> {
