@@ -74,6 +74,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         committed.map_err(|error| self.fail(&error))
     }
 
+    /// Returns when a group of the journal would be found if the process were killed.
+    pub(crate) async fn outlive(&self, group: u64) -> Result<(), FsError> {
+        match self.journal.survives_a_kill(group) {
+            Ok(true) => Ok(()),
+            Ok(false) => self.commit(group).await,
+            Err(error) => Err(self.fail(&error)),
+        }
+    }
+
     /// The data of a file that were written before, copies among them, are durable on all volumes but those that had failed before; those are
     /// as they are.
     pub(crate) async fn flush_written(&self, file: &FileCore) -> Result<(), FsError> {

@@ -41,7 +41,7 @@ use crate::tree::node::{Child, Missing, Node};
 use crate::trim::Trims;
 use crate::units::{FileId, Location, SUB_CLUSTER, VolumeIndex};
 use crate::volume::VolumeCore;
-use crate::wire::Writer;
+use crate::wire::{Reader, Writer};
 
 /// Pages of the metadata volume that deletions may still use when nothing else may.
 const RESERVED_PAGES: u64 = 64;
@@ -392,6 +392,44 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         self.after_change();
         Ok(group)
+    }
+
+    /// Makes what a killed process has left in the tail of its journal again, one item for each append, while nothing else runs; it is in
+    /// the open group then.
+    pub(crate) async fn remake(&self, tail: &[Vec<u8>]) -> Result<(), FsError> {
+        // As in a replay: what memory knew is lost.
+        self.state.replaying.set(true);
+        for bytes in tail {
+            block_io::cover!("filesys: what the tail of the journal has was made again");
+            let mut reader = Reader(bytes);
+            let mut effects = Effects::default();
+            let noted = self.unproven.borrow().count();
+            while !reader.is_empty() {
+                let record = Record::decode(&mut reader);
+                let record = record.map_err(|error| Damage::new("the tail of the journal", error))?;
+                while let Err(stop) = self.remake_record(&record, &mut effects) {
+                    self.resolve(stop.into()).await?;
+                }
+            }
+            let group = self.journal.append(bytes).map_err(|error| self.fail(&error))?;
+            self.unproven.borrow_mut().appended(noted, group);
+            self.take_effects(effects, group);
+        }
+        self.state.replaying.set(false);
+        Ok(())
+    }
+
+    fn remake_record(&self, record: &Record, effects: &mut Effects) -> Result<(), Stop> {
+        self.state.prepare(record)?;
+        let mut unproven = self.unproven.borrow_mut();
+        let noted = unproven.count();
+        let made = unproven
+            .note(&self.state, record)
+            .and_then(|()| self.state.apply(record, effects));
+        if made.is_err() {
+            unproven.truncate(noted);
+        }
+        made
     }
 
     pub(crate) fn take_effects(&self, effects: Effects, group: u64) {

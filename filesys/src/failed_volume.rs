@@ -97,6 +97,11 @@ impl Unproven {
         self.0.len()
     }
 
+    /// Forgets what was noted after the first `count`.
+    pub(crate) fn truncate(&mut self, count: usize) {
+        self.0.truncate(count);
+    }
+
     /// What was noted after the first `count` is in this group. Whether there are too many now, and were not before.
     pub(crate) fn appended(&mut self, count: usize, group: u64) -> bool {
         self.0.range_mut(count..).for_each(|added| added.group = group);

@@ -20,6 +20,8 @@
 //! - A group that [`Journal::commit`] has acknowledged is found by [`replay`].
 //! - After an error nothing is written any more: the error stays, and every later call returns it.
 //!
+//! - If there is a [tail](Tail), what was appended and not committed is found after the process was killed, but not after a power cut.
+//!
 //! # What the owner does when it opens
 //! 1. [`superblock::open`](crate::superblock::open), [`replay`](replay_healed) from the position and up to the incarnation that it names.
 //! 2. Flush the metadata volume and all data volumes: what was replayed may have been read from a volatile cache, and the data
@@ -27,6 +29,8 @@
 //! 3. Write a superblock with the incarnation plus one. Only then does a new group carry a new incarnation, so that the rest of a
 //!    torn group, which has the same number as the first new one, is never mistaken for a part of it.
 //! 4. [`Journal::new`] with the position that [`replay`] returned, and the new incarnation.
+//! 5. If there is a [tail](FoundTail): announce the incarnation in it before 3; after 4, make its entries again, commit them, and only then let others
+//!    change anything, with a new [`Tail`] in the journal.
 //!
 //! # What the owner does for a checkpoint
 //! [`Journal::close_group`]; write pages and bitmap of that state; flush data and metadata volumes; write a superblock with the
@@ -38,6 +42,7 @@ mod group;
 mod replay;
 mod ring;
 mod runtime;
+mod tail;
 #[cfg(test)]
 mod tests;
 
@@ -48,6 +53,7 @@ pub(crate) use replay::replay;
 pub(crate) use replay::replay_healed;
 pub(crate) use ring::{Position, Ring};
 pub(crate) use runtime::{BeforeWrite, Journal};
+pub(crate) use tail::{End, Found as FoundTail, Tail};
 
 /// Parses a block as one of a ring, with its checksum computed, and writes it again: for fuzzing.
 pub(crate) fn survives(block: &[u8]) -> bool {

@@ -4,14 +4,16 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use block_io::{BlockDevice, Clock};
+use block_io::{BlockDevice, Clock, LastingMemory};
 
+use crate::checkpoint::Before;
 use crate::core::{self, Core};
 use crate::error::{FsError, Refusal};
 use crate::event::Event;
+use crate::gate::{self, Either};
 use crate::heal::{Healer, Redundancy};
 use crate::inode::MAX_CLASS;
-use crate::journal::{Journal, Position, Ring};
+use crate::journal::{End, FoundTail, Journal, Position, Ring, Tail};
 use crate::meta_space::MetaSpace;
 use crate::record::{Record, VolumeRecord};
 use crate::replay;
@@ -70,6 +72,10 @@ pub struct OpenOptions {
     pub resume_merges: bool,
     /// What files give up is discarded on the volumes some time later.
     pub discard: bool,
+    /// Memory for what is not durable yet, so that whoever opens the file system next finds it if this process is killed, and no power cut comes
+    /// between. It has to be the same one for all who open this file system: then [`block_io::BlockDevice::settle`] waits for nothing. Without it, it
+    /// waits until data and journal are durable. Not used if it is read-only.
+    pub tail: Option<Rc<dyn LastingMemory>>,
 }
 
 impl Default for OpenOptions {
@@ -84,6 +90,7 @@ impl Default for OpenOptions {
             background: true,
             resume_merges: false,
             discard: true,
+            tail: None,
         }
     }
 }
@@ -174,6 +181,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         for volume in volumes {
             core.add_volume_now(&volume)?;
         }
+        if let Some(memory) = core.options.tail.clone() {
+            core.begin_tail(memory, None).await?;
+        }
         let fs = Self(Rc::new(Owner(Rc::clone(&core))));
         core.start();
         core.checkpoint_now().await?;
@@ -217,7 +227,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             region: superblock.layout.journal,
             uuid: superblock.uuid,
         };
-        let position = replay::replay(&*meta, &state, &ring, &superblock, &healer).await?;
+        let end = replay::replay(&*meta, &state, &ring, &superblock, &healer).await?;
+        let memory = options.tail.clone().filter(|_| !read_only);
+        let left = LeftTail::find(memory.as_deref(), &superblock, &end);
         superblock.next_object = superblock.next_object.max(state.next_id());
         let mut space = space;
         let mut unflushed = Vec::new();
@@ -242,7 +254,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                 holders.resized();
             }
             superblock.sequence = opened.next_sequence;
-            superblock.incarnation += 1;
+            // Who does not know of the tail takes the very next one, and must not be taken for us.
+            let skipped = left.as_ref().is_some_and(|left| !left.entries.is_empty());
+            superblock.incarnation += 1 + u64::from(skipped);
+            if let (Some(memory), Some(_)) = (&memory, &left) {
+                FoundTail::announce(&**memory, superblock.incarnation);
+            }
             superblock.clean = false;
             superblock::write(&*meta, &superblock, &mut holders)
                 .await
@@ -253,7 +270,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             Rc::clone(&meta),
             ring,
             &superblock.replay,
-            position,
+            end.position,
             superblock.incarnation,
         );
         let core = Core::new(state, meta, journal, space, superblock, holders, clock, options);
@@ -261,8 +278,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .take_events()
             .into_iter()
             .for_each(|event| core.event(event));
+        if let Some(left) = &left {
+            core.remake(&left.entries).await?;
+        }
+        // Takes back what was written to it, also of what was made again just now.
         for (volume, error) in unflushed {
             core.fail_volume(&volume, &error);
+        }
+        if let Some(memory) = memory {
+            core.begin_tail(memory, left.map(|left| left.whole_since)).await?;
         }
         if !read_only {
             core.housekeeping.set(core.options.background);
@@ -291,6 +315,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
                 .await;
             let done = core.make_checkpoint(true).await;
             core.trim().await;
+            if let (Ok(()), Some(tail)) = (&done, core.journal.tail()) {
+                tail.end();
+            }
             done
         };
         core.journal.stop();
@@ -365,6 +392,34 @@ pub(crate) fn check_volume<V: BlockDevice>(volume: &GivenVolume<V>) -> Result<()
     })
 }
 
+/// What a killed process has left in the tail of its journal.
+struct LeftTail {
+    /// One for each append.
+    entries: Vec<Vec<u8>>,
+    whole_since: u64,
+}
+
+impl LeftTail {
+    /// What is there, if it continues the journal.
+    fn find(memory: Option<&dyn LastingMemory>, superblock: &Superblock, end: &End) -> Option<Self> {
+        let found = FoundTail::read(memory?, superblock.uuid)?;
+        if !found.goes_on(superblock.incarnation) {
+            block_io::cover!("filesys: others have written since the tail was left");
+            return None;
+        }
+        let whole_since = found.whole_since;
+        let Some(entries) = found.after(end) else {
+            tracing::warn!("what a killed process has left does not continue the journal, and is not used");
+            return None;
+        };
+        if !entries.is_empty() {
+            let count = entries.len();
+            tracing::info!(count, "what a killed process has left and was not durable is there");
+        }
+        Some(Self { entries, whole_since })
+    }
+}
+
 /// The state of the last checkpoint.
 async fn load_state<V: BlockDevice>(
     meta: &V,
@@ -402,6 +457,31 @@ async fn load_state<V: BlockDevice>(
 }
 
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
+    /// Makes durable what was made again, and begins a new tail: before any task runs, so that no checkpoint and no record of others is
+    /// between.
+    async fn begin_tail(
+        &self,
+        memory: Rc<dyn LastingMemory>,
+        whole_since: Option<u64>,
+    ) -> Result<(), FsError> {
+        let before = Before(self);
+        let writer = self.journal.run(&before);
+        match gate::first(self.commit(self.journal.open_group()), writer).await {
+            Either::First(committed) => committed?,
+            Either::Second(ended) => ended.map_err(|error| self.fail(&error))?,
+        }
+        let (uuid, incarnation) = {
+            let superblock = self.superblock.borrow();
+            (superblock.uuid, superblock.incarnation)
+        };
+        let whole_since = whole_since.unwrap_or(incarnation);
+        match Tail::begin(memory, uuid, incarnation, whole_since) {
+            Some(tail) => self.journal.keep_tail(tail),
+            None => tracing::warn!("there is no room for the tail of the journal"),
+        }
+        Ok(())
+    }
+
     /// The record of a volume that is new.
     pub(crate) fn volume_record(&self, volume: &GivenVolume<V>) -> Result<VolumeRecord, Refusal> {
         check_volume(volume)?;

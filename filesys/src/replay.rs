@@ -9,7 +9,7 @@ use crate::core;
 use crate::error::FsError;
 use crate::gate::{self, Boxed};
 use crate::heal::Healer;
-use crate::journal::{self, Position, Ring};
+use crate::journal::{self, End, Ring};
 use crate::record::Record;
 use crate::state::{Damage, Effects, Sorted, State, Stop};
 use crate::superblock::Superblock;
@@ -26,7 +26,7 @@ pub(crate) async fn replay<V: BlockDevice>(
     ring: &Ring,
     superblock: &Superblock,
     healer: &Healer,
-) -> Result<Position, FsError> {
+) -> Result<End, FsError> {
     state.replaying.set(true);
     let mut sorted = Sorted::default();
     let each = async |bytes: &[u8]| -> Result<(), FsError> {
@@ -46,13 +46,13 @@ pub(crate) async fn replay<V: BlockDevice>(
     };
     let (from, limit) = (superblock.replay, superblock.incarnation);
     let replayed = journal::replay_healed(meta, ring, from, limit, healer, each).await;
-    let position = replayed.map_err(|error| match error {
+    let end = replayed.map_err(|error| match error {
         journal::ReplayError::Apply { source, .. } => source,
         other => FsError::Open(other.to_string()),
     })?;
     make_sorted(meta, state, &mut sorted, healer).await?;
     state.replaying.set(false);
-    Ok(position)
+    Ok(end)
 }
 
 async fn make<V: BlockDevice>(

@@ -40,6 +40,7 @@ mod device;
 mod error;
 mod host;
 mod kinds;
+mod lasting;
 mod multipath;
 pub mod nbd;
 mod net;
@@ -55,6 +56,7 @@ pub use device::{Allocation, BlockDevice, Durability, Geometry, ZeroMode};
 pub use error::{IoCause, IoError, Operation, error_chain};
 pub use host::{Cache, HostDevice, OpenError, OpenOptions};
 pub use kinds::{Device, DeviceError, DeviceOptions, SinglePath};
+pub use lasting::{LastingFile, LastingMemory};
 pub use multipath::{DevicePath, MultiPath, MultiPathError, MultiPathOptions};
 pub use nbd::{NbdAddress, NbdAddressError, NbdDevice, NbdError, NbdOptions, NbdServer};
 pub use net::{

@@ -197,7 +197,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> File<V, C> {
     /// What the map says of data that are written. Nothing to be done if it says nothing new.
     async fn settle_map(&self) -> Result<(), FsError> {
         let file = self.head();
-        self.core.commit(file.group.get()).await?;
+        self.core.outlive(file.group.get()).await?;
         self.core.check_durable(&file)
     }
 

@@ -22,6 +22,7 @@ use block_io::{AlignedBuffer, BlockDevice, cover};
 
 use super::error::ReplayError;
 use super::ring::{self, HEADER, Header, Position, Ring};
+use super::tail::End;
 use crate::heal::Healer;
 use crate::meta_io::{self, BLOCK};
 
@@ -43,7 +44,8 @@ pub(crate) async fn replay<V: BlockDevice, E>(
     limit: u64,
     each: impl AsyncFnMut(&[u8]) -> Result<(), E>,
 ) -> Result<Position, ReplayError<E>> {
-    replay_healed(device, ring, from, limit, &Healer::default(), each).await
+    let end = replay_healed(device, ring, from, limit, &Healer::default(), each).await;
+    end.map(|end| end.position)
 }
 
 /// As [`replay`]. Before the log is taken to end, the block that should go on is looked for in the other copies, too, and put right.
@@ -57,7 +59,7 @@ pub(crate) async fn replay_healed<V: BlockDevice, E>(
     limit: u64,
     healer: &Healer,
     mut each: impl AsyncFnMut(&[u8]) -> Result<(), E>,
-) -> Result<Position, ReplayError<E>> {
+) -> Result<End, ReplayError<E>> {
     if !ring.is_possible(&from) {
         return Err(ReplayError::Impossible);
     }
@@ -112,7 +114,10 @@ pub(crate) async fn replay_healed<V: BlockDevice, E>(
         }
         done += count;
     }
-    Ok(log.next)
+    Ok(End {
+        position: log.next,
+        incarnation: log.incarnation,
+    })
 }
 
 /// What a block has told.

@@ -4,7 +4,7 @@
 //! future of [`Journal::run`] may be dropped and run again, too: a group stays in the queue until it is written, and writing
 //! it once more puts the same bytes into the same place.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use super::admission::{Room, SPARE, Shared, Ticket};
 use super::error::JournalError;
 use super::group::Group;
 use super::ring::{PAYLOAD, Position, Ring, blocks_for};
+use super::tail::Tail;
 use crate::gate::Signal;
 use crate::meta_io::MOST;
 
@@ -31,6 +32,7 @@ pub(crate) struct Journal<V> {
     device: Rc<V>,
     incarnation: u64,
     shared: Rc<Shared>,
+    tail: OnceCell<Tail>,
 }
 
 #[derive(Debug)]
@@ -117,7 +119,20 @@ impl<V: BlockDevice> Journal<V> {
             device,
             incarnation,
             shared: Rc::new(shared),
+            tail: OnceCell::new(),
         }
+    }
+
+    /// What is appended from now on is kept there, too. The open group is empty, and no tail was set before.
+    pub(crate) fn keep_tail(&self, tail: Tail) {
+        debug_assert!(self.shared.state.borrow().open.is_empty(), "what is open is not kept");
+        let set = self.tail.set(tail);
+        debug_assert!(set.is_ok(), "a journal has one tail");
+    }
+
+    /// The tail, if there is one.
+    pub(crate) fn tail(&self) -> Option<&Tail> {
+        self.tail.get()
     }
 
     /// Adds whole records to the open group, all of them to one group; returns its number. They need a ticket that is held
@@ -157,7 +172,15 @@ impl<V: BlockDevice> Journal<V> {
             self.close(&mut state);
         }
         state.open.extend_from_slice(records);
-        Ok(state.next.group)
+        let group = state.next.group;
+        let durable = state.durable;
+        let full = self.tail.get().and_then(|tail| tail.append(group, records, durable));
+        if let Some(full) = full {
+            state.wanted = state.wanted.max(full);
+            drop(state);
+            self.shared.gate.notify();
+        }
+        Ok(group)
     }
 
     /// The group that takes records now.
@@ -303,6 +326,9 @@ impl<V: BlockDevice> Journal<V> {
         if let Some(open) = open {
             state.open = open;
         }
+        if let Some(tail) = self.tail.get() {
+            tail.void(state.durable + 1 + u64::from(state.writing), state.next.group);
+        }
         Ok(())
     }
 
@@ -353,6 +379,19 @@ impl<V: BlockDevice> Journal<V> {
                 state.check().err().map(Err)
             })
             .await
+    }
+
+    /// Whether `group` and all before it are durable, or would be found if the process were killed now.
+    ///
+    /// # Errors
+    /// The journal has failed.
+    pub(crate) fn survives_a_kill(&self, group: u64) -> Result<bool, JournalError> {
+        let state = self.shared.state.borrow();
+        if group <= state.durable {
+            return Ok(true);
+        }
+        state.check()?;
+        Ok(self.tail.get().is_some_and(|tail| tail.keeps(group)))
     }
 
     /// Lets [`Self::run`] end when everything that is closed or waited for is durable. After that, nothing is taken any more.

@@ -12,6 +12,8 @@ struct Shared {
     sectors: SectorModel,
     fingerprint: OnceCell<u64>,
     crashed: OnceCell<Content>,
+    killed_fingerprint: OnceCell<u64>,
+    killed: OnceCell<Content>,
 }
 
 impl Clone for Shared {
@@ -30,6 +32,27 @@ pub(crate) struct Content(Rc<Shared>);
 impl Content {
     pub(crate) fn fingerprint(&self) -> u64 {
         *self.0.fingerprint.get_or_init(|| self.0.sectors.fingerprint())
+    }
+
+    /// As [`Self::fingerprint`], for a kill.
+    pub(crate) fn killed_fingerprint(&self) -> u64 {
+        *self
+            .0
+            .killed_fingerprint
+            .get_or_init(|| self.0.sectors.killed_fingerprint())
+    }
+
+    /// What is known after the process was killed now, and had everything kept that it answered.
+    pub(crate) fn after_a_kill(&self) -> Self {
+        let killed = self.0.killed.get_or_init(|| {
+            let mut sectors = self.0.sectors.clone();
+            sectors.killed();
+            Self(Rc::new(Shared {
+                sectors,
+                ..Shared::default()
+            }))
+        });
+        killed.clone()
     }
 
     /// What is known after a crash now.
@@ -59,6 +82,8 @@ impl DerefMut for Content {
         let shared = Rc::make_mut(&mut self.0);
         shared.fingerprint.take();
         shared.crashed.take();
+        shared.killed_fingerprint.take();
+        shared.killed.take();
         &mut shared.sectors
     }
 }

@@ -96,6 +96,8 @@ pub(crate) struct Model {
     next_change: u64,
     /// Makes every write's content its own.
     pub(crate) stamp: u64,
+    /// It is looked at after a kill, with a tail of the journal; else after a power cut.
+    pub(crate) killed: bool,
     /// Of a script, so many. Not for recoveries.
     pub(crate) operations_begun: usize,
 }
@@ -339,6 +341,17 @@ impl Model {
         true
     }
 
+    /// The process has ended, by a kill or because the power was cut. What a power cut took is in doubt from then on, whatever comes after it.
+    pub(crate) fn ends(&mut self, killed: bool) {
+        self.killed = killed;
+        if !killed {
+            let freezing = self.freezing.values_mut().flat_map(|freezing| freezing.nodes.values_mut());
+            for content in self.contents.values_mut().chain(freezing) {
+                *content = content.after_a_crash();
+            }
+        }
+    }
+
     /// What a crash may have left of the name space: each model is one possibility, the likeliest first.
     pub(crate) fn outcomes(&self) -> Vec<Self> {
         let mut outcomes = vec![Self {
@@ -370,7 +383,10 @@ impl Model {
         for outcome in &mut outcomes {
             outcome.freezing.clear();
             for content in outcome.contents.values_mut() {
-                *content = content.after_a_crash();
+                *content = match self.killed {
+                    true => content.after_a_kill(),
+                    false => content.after_a_crash(),
+                };
             }
         }
         outcomes
@@ -441,10 +457,19 @@ impl Model {
 
     /// All of it that a recovery can notice.
     pub(crate) fn fingerprint(&self) -> u64 {
+        self.fingerprint_with(Content::fingerprint)
+    }
+
+    /// The same after a kill.
+    pub(crate) fn killed_fingerprint(&self) -> u64 {
+        self.fingerprint_with(Content::killed_fingerprint)
+    }
+
+    fn fingerprint_with(&self, of: impl Fn(&Content) -> u64) -> u64 {
         let contents: Vec<_> = self
             .contents
             .iter()
-            .map(|(node, content)| (*node, content.fingerprint()))
+            .map(|(node, content)| (*node, of(content)))
             .collect();
         let freezing: Vec<_> = self
             .freezing
@@ -455,7 +480,7 @@ impl Model {
                     .iter()
                     .map(move |(node, content)| (*number, *node, content))
             })
-            .map(|(number, node, content)| (number, node, content.fingerprint()))
+            .map(|(number, node, content)| (number, node, of(content)))
             .collect();
         fingerprint(&(&*self.tree, &self.pending, contents, freezing))
     }

@@ -143,8 +143,12 @@ impl Script {
     }
 }
 
-fn options() -> OpenOptions {
+/// Smallest halves of a tail.
+const TAIL: usize = 3 * 4096;
+
+fn options(sim: &Sim) -> OpenOptions {
     OpenOptions {
+        tail: Some(sim.lasting_memory(TAIL)),
         cached_pages: 64,
         cached_files: 0,
         // The model knows what was asked for, and not what goes on by itself.
@@ -154,7 +158,7 @@ fn options() -> OpenOptions {
 }
 
 async fn open(sim: &Sim) -> Result<SimFs, FsError> {
-    FileSystem::open(Rc::new(sim.disk(0)), vec![given(sim, 1)], options(), sim.clock()).await
+    FileSystem::open(Rc::new(sim.disk(0)), vec![given(sim, 1)], options(sim), sim.clock()).await
 }
 
 /// What a script works with.
@@ -427,7 +431,7 @@ async fn prepare(sim: &Sim, promise: &Promise) -> Result<(), Failure> {
         given(sim, 0),
         vec![given(sim, 1)],
         &format,
-        options(),
+        options(sim),
         sim.clock(),
     );
     let fs = fs.await.map_err(failed)?;
@@ -547,6 +551,7 @@ impl Scenario for Script {
     }
 
     async fn recover(&self, sim: Sim, model: Shared<Model>) -> Result<(), Failure> {
+        model.borrow_mut().ends(sim.is_after_kill());
         let fs = open(&sim).await.map_err(failed)?;
         let seen = verify(&fs, &model, u64::MAX).await?;
         fs.settled().await;
@@ -562,6 +567,14 @@ impl Scenario for Script {
 
     fn fingerprint(&self, model: &Model) -> Option<u64> {
         Some(model.fingerprint())
+    }
+
+    fn kills(&self) -> bool {
+        true
+    }
+
+    fn killed_fingerprint(&self, model: &Model) -> Option<u64> {
+        Some(model.killed_fingerprint())
     }
 
     fn explores(&self, model: &Model) -> bool {

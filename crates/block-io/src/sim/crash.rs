@@ -1,4 +1,5 @@
-//! All that a crash can leave behind: for every sector, the durable content or one of the uncertain changes.
+//! All that a crash can leave behind: for every sector, the durable content or one of the uncertain changes. And all that the end of a process
+//! can leave: of what was in flight, every sector or not.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +20,10 @@ struct Site {
 /// The states that a crash of some disks can lead to.
 #[derive(Debug)]
 pub struct CrashStates {
+    /// As they are if nothing of all that is open is kept.
     media: Vec<Medium>,
+    /// The power has stayed.
+    killed: bool,
     sites: Vec<Site>,
     changes: usize,
     total: Option<u64>,
@@ -53,20 +57,28 @@ impl Digests {
 impl CrashStates {
     /// Of these disks, as they are now.
     pub fn new(media: &[Medium]) -> Self {
+        Self::of(media, false)
+    }
+
+    /// Of these disks, if the process that uses them is killed now.
+    pub fn of_kill(media: &[Medium]) -> Self {
+        Self::of(media, true)
+    }
+
+    fn of(media: &[Medium], killed: bool) -> Self {
         let mut sites = Vec::new();
         let mut changes = 0;
         let mut kept = Vec::with_capacity(media.len());
         for (disk, medium) in media.iter().enumerate() {
-            sites_of(disk, medium, &mut changes, &mut sites);
-            let mut durable = medium.durable.clone();
-            durable.freeze();
-            kept.push(medium.crashed(durable));
+            sites_of(disk, medium, killed, &mut changes, &mut sites);
+            kept.push(if killed { medium.killed() } else { medium.crashed() });
         }
         let total = sites.iter().try_fold(1_u64, |total, site| {
             total.checked_mul(site.options.len() as u64 + 1)
         });
         Self {
             media: kept,
+            killed,
             sites,
             changes,
             total,
@@ -140,41 +152,39 @@ impl CrashStates {
 
     /// The disks in a state.
     pub(super) fn build(&self, choices: &Choices) -> Vec<Medium> {
-        let mut images: Vec<_> = self.media.iter().map(|medium| medium.durable.clone()).collect();
+        let mut media: Vec<_> = self.media.clone();
         for (site, choice) in self.sites.iter().zip(choices) {
             if let Some((_, change)) = choice.and_then(|choice| site.options.get(choice)) {
-                change.apply(&mut images[site.disk]);
+                media[site.disk].keep(change, self.killed);
             }
         }
-        let images = images.into_iter();
-        self.media
-            .iter()
-            .zip(images)
-            .map(|(medium, image)| medium.crashed(image))
-            .collect()
+        if !self.killed {
+            media.iter_mut().for_each(Medium::switch_on);
+        }
+        media
     }
 
     /// What tells its states apart.
     pub(super) fn digests(&self) -> Digests {
         let of_option = |site: &Site, change: &Change| {
-            let durable = &self.media[site.disk].durable;
-            durable.difference(change.offset, change.length, change.bytes())
+            let present = self.media[site.disk].image(self.killed);
+            present.difference(change.offset, change.length, change.bytes())
         };
         let sites = self.sites.iter().map(|site| {
             let options = site.options.iter().map(|(_, change)| of_option(site, change));
             (site.disk, options.collect())
         });
         Digests {
-            disks: self.media.iter().map(Medium::digest).collect(),
+            disks: self.media.iter().map(|medium| medium.digest(self.killed)).collect(),
             sites: sites.collect(),
         }
     }
 }
 
-fn sites_of(disk: usize, medium: &Medium, changes: &mut usize, sites: &mut Vec<Site>) {
+fn sites_of(disk: usize, medium: &Medium, killed: bool, changes: &mut usize, sites: &mut Vec<Site>) {
     let sector = u64::from(medium.options.sector);
     let mut by_sector: BTreeMap<u64, Vec<(usize, Change)>> = BTreeMap::new();
-    for change in medium.uncertain() {
+    for change in medium.uncertain(killed) {
         let number = *changes;
         *changes += 1;
         let end = change.offset + change.length;
@@ -198,11 +208,12 @@ fn sites_of(disk: usize, medium: &Medium, changes: &mut usize, sites: &mut Vec<S
         }
     }
     let zeroes = vec![0; medium.options.sector as usize];
+    let present = medium.image(killed);
     for (offset, mut options) in by_sector {
         // Contents that are there already, or offered by a later change, make no state of their own. Those of several
         // changes stay, so that "keep the last" keeps its meaning.
         if let [(_, only)] = options.as_slice()
-            && medium.durable.holds(offset, only.bytes().unwrap_or(&zeroes))
+            && present.holds(offset, only.bytes().unwrap_or(&zeroes))
         {
             options.clear();
         }

@@ -19,6 +19,7 @@ use std::task::{Context, Wake, Waker};
 
 use super::disk::SimDisk;
 use super::fault::{Fault, FaultPlan, FaultRule};
+use super::host::Host;
 use super::medium::{Effect, Medium};
 use super::report::count_fault;
 use super::rng::{Rng, hash_bytes, mix};
@@ -128,6 +129,9 @@ struct Core {
     due: RefCell<BTreeMap<(u64, u64), Due>>,
     waiting: RefCell<BTreeMap<u64, Waiting>>,
     media: RefCell<Vec<Medium>>,
+    host: RefCell<Host>,
+    /// Changes of its memory.
+    host_version: Cell<u64>,
     faults: FaultPlan,
     watches: RefCell<Vec<(RawFd, Waker)>>,
     sources: RefCell<Vec<Weak<dyn PollSource>>>,
@@ -144,7 +148,7 @@ impl fmt::Debug for Sim {
 }
 
 impl Sim {
-    pub(super) fn new(seed: u64, schedule: Schedule, media: Vec<Medium>, faults: FaultPlan) -> Self {
+    pub(super) fn new(seed: u64, schedule: Schedule, media: Vec<Medium>, host: Host, faults: FaultPlan) -> Self {
         let sim = Self(Rc::new(Core {
             schedule,
             rng: RefCell::new(Rng::new(seed)),
@@ -159,6 +163,8 @@ impl Sim {
             due: RefCell::default(),
             waiting: RefCell::default(),
             media: RefCell::new(media),
+            host: RefCell::new(host),
+            host_version: Cell::new(0),
             faults,
             watches: RefCell::default(),
             sources: RefCell::default(),
@@ -265,7 +271,8 @@ impl Sim {
 
     /// What a crash could notice changes whenever this does.
     pub(super) fn version(&self) -> u64 {
-        self.0.media.borrow().iter().map(|medium| medium.version).sum()
+        let media = self.0.media.borrow();
+        media.iter().map(|medium| medium.version).sum::<u64>() + self.0.host_version.get()
     }
 
     pub(super) fn look<R>(&self, use_it: impl FnOnce(&[Medium]) -> R) -> R {
@@ -412,7 +419,7 @@ impl Sim {
     }
 
     /// Ends the run. With a `crash`, requests in flight stay in flight.
-    pub(super) fn end(&self, crash: bool) -> Vec<Medium> {
+    pub(super) fn end(&self, crash: bool) -> (Vec<Medium>, Host) {
         if crash {
             self.0.power.set(false);
         }
@@ -427,7 +434,15 @@ impl Sim {
             drop(future);
         }
         self.0.power.set(false);
-        std::mem::take(&mut *self.0.media.borrow_mut())
+        (self.0.media.take(), self.0.host.take())
+    }
+
+    pub(super) fn with_host<R>(&self, use_it: impl FnOnce(&mut Host) -> R) -> R {
+        use_it(&mut self.0.host.borrow_mut())
+    }
+
+    pub(super) fn host_changed(&self) {
+        self.0.host_version.set(self.0.host_version.get() + 1);
     }
 
     pub(super) fn cut_power(&self) {

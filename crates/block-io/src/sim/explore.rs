@@ -20,8 +20,9 @@ use std::ops::ControlFlow;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::crash::CrashStates;
+use super::crash::{Choices, CrashStates, Digests};
 use super::executor::{Schedule, Sim};
+use super::host::Host;
 use super::memory;
 use super::report::{Counts, Failure, Numbers};
 use super::rng::mix;
@@ -55,6 +56,16 @@ pub trait Scenario {
     /// A hash of all that [`Self::recover`] can find in the model of a crash. Equal states with equal fingerprints are tried
     /// once. Without it, none is skipped.
     fn fingerprint(&self, _model: &Self::Model) -> Option<u64> {
+        None
+    }
+
+    /// Whether the process is killed as well, at the same moments, while the power stays ([`Sim::is_after_kill`]).
+    fn kills(&self) -> bool {
+        false
+    }
+
+    /// As [`Self::fingerprint`], of all that it can find after a kill.
+    fn killed_fingerprint(&self, _model: &Self::Model) -> Option<u64> {
         None
     }
 
@@ -336,40 +347,47 @@ impl<'a, S: Scenario> Explorer<'a, S> {
         if !self.scenario.explores(model) {
             return ControlFlow::Continue(());
         }
-        let states = sim.look(CrashStates::new);
-        let limit = self.options.states;
-        let fingerprint = self.scenario.fingerprint(model);
-        let known = fingerprint.map(|fingerprint| (fingerprint, states.digests()));
-        if self.leads {
-            self.numbers.crash_point(&states, limit);
-        }
-        for index in 0..states.count(limit) {
-            let seed = mix(self.unit);
-            let choices = states.choose(index, limit, seed);
-            if let Some((fingerprint, digests)) = &known
-                && !self.tried.insert(digests.of(&choices) ^ fingerprint)
-            {
-                self.numbers.equal_states += u64::from(self.leads);
-                continue;
-            }
-            let tried = self.unit(|explorer| {
-                explorer.nested_tried.clear();
-                explorer.nested = 0;
-                explorer.numbers.crash_states += 1;
-                let world = World {
-                    media: states.build(&choices),
-                    ..World::default()
-                };
-                explorer
-                    .recover(world, model, 0)
-                    .map_err(|failure| happened(sim, index, failure))
-            });
-            if let Err(stop) = tried {
+        for end in self.ends() {
+            if let Err(stop) = self.end_script(sim, model, end) {
                 *stopped = Some(stop);
                 return ControlFlow::Break(());
             }
         }
         ControlFlow::Continue(())
+    }
+
+    /// What ends runs.
+    fn ends(&self) -> impl Iterator<Item = End> + use<S> {
+        let kill = self.scenario.kills().then_some(End::Kill);
+        std::iter::once(End::PowerCut).chain(kill)
+    }
+
+    /// Tries all states that an end of the script at this moment can leave.
+    fn end_script(&mut self, sim: &Sim, model: &S::Model, end: End) -> Result<(), Stop> {
+        let left = Left::of(self.scenario, sim, model, end);
+        let limit = self.options.states;
+        if self.leads {
+            self.numbers.crash_point(&left.states, limit);
+        }
+        for index in 0..left.states.count(limit) {
+            let seed = mix(self.unit);
+            let choices = left.states.choose(index, limit, seed);
+            if let Some(known) = left.known(&choices)
+                && !self.tried.insert(known)
+            {
+                self.numbers.equal_states += u64::from(self.leads);
+                continue;
+            }
+            self.unit(|explorer| {
+                explorer.nested_tried.clear();
+                explorer.nested = 0;
+                explorer.numbers.crash_states += 1;
+                explorer
+                    .recover(left.world(&choices), model, 0)
+                    .map_err(|failure| happened(sim, end, index, failure))
+            })?;
+        }
+        Ok(())
     }
 
     /// Tries all crashes of a recovery at this moment, unless they are left out.
@@ -380,27 +398,27 @@ impl<'a, S: Scenario> Explorer<'a, S> {
             self.numbers.left_out_points += 1;
             return Ok(());
         }
-        let states = sim.look(CrashStates::new);
-        let limit = self.options.nested_states;
-        let fingerprint = self.scenario.fingerprint(model);
-        let known = fingerprint.map(|fingerprint| (mix(fingerprint ^ u64::from(depth)), states.digests()));
-        self.numbers.crash_point(&states, limit);
-        for index in 0..states.count(limit) {
-            let choices = states.choose(index, limit, draw);
-            if let Some((fingerprint, digests)) = &known
-                && !self.nested_tried.insert(digests.of(&choices) ^ fingerprint)
-            {
-                self.numbers.equal_states += 1;
+        let killed = sim.is_after_kill();
+        for end in self.ends() {
+            if (killed || end == End::Kill) && !mix(draw ^ 1).is_multiple_of(KILLS_ONE_IN) {
                 continue;
             }
-            self.numbers.crash_states += 1;
-            self.numbers.nested_states += 1;
-            let world = World {
-                media: states.build(&choices),
-                ..World::default()
-            };
-            self.recover(world, model, depth)
-                .map_err(|failure| happened(sim, index, failure))?;
+            let left = Left::of(self.scenario, sim, model, end);
+            let limit = self.options.nested_states;
+            self.numbers.crash_point(&left.states, limit);
+            for index in 0..left.states.count(limit) {
+                let choices = left.states.choose(index, limit, draw);
+                if let Some(known) = left.known(&choices)
+                    && !self.nested_tried.insert(mix(known ^ u64::from(depth)))
+                {
+                    self.numbers.equal_states += 1;
+                    continue;
+                }
+                self.numbers.crash_states += 1;
+                self.numbers.nested_states += 1;
+                self.recover(left.world(&choices), model, depth)
+                    .map_err(|failure| happened(sim, end, index, failure))?;
+            }
         }
         Ok(())
     }
@@ -442,9 +460,64 @@ impl<'a, S: Scenario> Explorer<'a, S> {
     }
 }
 
+/// Of the ends of recoveries that have to do with a kill, one in so many is tried.
+const KILLS_ONE_IN: u64 = 16;
+
+/// What ends a run early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    PowerCut,
+    Kill,
+}
+
+/// What an end can leave.
+struct Left {
+    states: CrashStates,
+    host: Host,
+    /// What tells states apart, if the scenario says what of its model does; with all that is equal in these.
+    known: Option<(u64, Digests)>,
+}
+
+impl Left {
+    fn of<S: Scenario>(scenario: &S, sim: &Sim, model: &S::Model, end: End) -> Self {
+        let (states, host, fingerprint) = match end {
+            End::PowerCut => (
+                sim.look(CrashStates::new),
+                Host::default(),
+                scenario.fingerprint(model),
+            ),
+            End::Kill => (
+                sim.look(CrashStates::of_kill),
+                sim.with_host(|host| host.killed()),
+                scenario.killed_fingerprint(model),
+            ),
+        };
+        let rest = host.digest() ^ u64::from(end == End::Kill);
+        let known = fingerprint.map(|fingerprint| (fingerprint ^ mix(rest), states.digests()));
+        Self { states, host, known }
+    }
+
+    fn known(&self, choices: &Choices) -> Option<u64> {
+        let (rest, digests) = self.known.as_ref()?;
+        Some(digests.of(choices) ^ rest)
+    }
+
+    fn world(&self, choices: &Choices) -> World {
+        World {
+            media: self.states.build(choices),
+            host: self.host.clone(),
+            ..World::default()
+        }
+    }
+}
+
 /// Where in the history a failure after a crash belongs.
-fn happened(sim: &Sim, state: u64, failure: Failure) -> Failure {
-    let place = format!("crash after event {} into state {state}", sim.events());
+fn happened(sim: &Sim, end: End, state: u64, failure: Failure) -> Failure {
+    let what = match end {
+        End::PowerCut => "crash",
+        End::Kill => "kill",
+    };
+    let place = format!("{what} after event {} into state {state}", sim.events());
     let mut failure = failure.context(&place);
     let mut trace = sim.trace();
     trace.push(format!("--- {place}"));

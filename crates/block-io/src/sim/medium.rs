@@ -380,12 +380,14 @@ impl Medium {
         new > 0 && self.visible.pages() + new > capacity
     }
 
-    /// The disk after a crash, with `image` on it.
-    pub(super) fn crashed(&self, image: Image) -> Self {
+    /// The disk after a crash, if nothing is kept that is not durable; for [`Self::keep`] and then [`Self::switch_on`].
+    pub(super) fn crashed(&self) -> Self {
+        let mut durable = self.durable.clone();
+        durable.freeze();
         Self {
             options: self.options.clone(),
-            visible: image.clone(),
-            durable: image,
+            visible: Image::default(),
+            durable,
             volatile: Vec::new(),
             in_flight: Vec::new(),
             rules: self.rules.clone(),
@@ -396,8 +398,39 @@ impl Medium {
         }
     }
 
-    /// Of what is durable, and of all that decides how it answers after a crash.
-    pub(super) fn digest(&self) -> u64 {
+    /// The disk after the process was killed, if nothing is kept of what was in flight; for [`Self::keep`].
+    pub(super) fn killed(&self) -> Self {
+        let mut visible = self.visible.clone();
+        visible.freeze();
+        Self {
+            visible,
+            volatile: self.volatile.clone(),
+            order: self.order,
+            ..self.crashed()
+        }
+    }
+
+    /// Something is kept.
+    pub(super) fn keep(&mut self, change: &Change, killed: bool) {
+        if killed {
+            self.change(change.clone(), false);
+        } else {
+            change.apply(&mut self.durable);
+        }
+    }
+
+    /// After a crash, what is seen is what is durable.
+    pub(super) fn switch_on(&mut self) {
+        self.visible = self.durable.clone();
+    }
+
+    /// What is certainly there after a kill or a crash.
+    pub(super) fn image(&self, killed: bool) -> &Image {
+        if killed { &self.visible } else { &self.durable }
+    }
+
+    /// Of what is durable, and of all that decides how it answers after a crash; after a kill, also of what is seen.
+    pub(super) fn digest(&self, killed: bool) -> u64 {
         let Self {
             durable,
             rules,
@@ -409,15 +442,23 @@ impl Medium {
             mix(digest ^ hash_bytes(format!("{rule:?}").as_bytes()))
         });
         let condition = mix(rules ^ mix(slow << 1 | u64::from(*dropped)));
-        durable.digest().wrapping_add(condition)
+        if !killed {
+            return durable.digest().wrapping_add(condition);
+        }
+        let volatile = self.volatile.iter().fold(mix(durable.digest()), |digest, change| {
+            let range = mix(change.offset) ^ change.length;
+            mix(digest ^ range) ^ change.bytes().map_or(0, hash_bytes)
+        });
+        self.visible.digest().wrapping_add(condition ^ volatile)
     }
 
-    /// What a crash may keep: volatile changes, then those in flight.
-    pub(super) fn uncertain(&self) -> impl Iterator<Item = &Change> {
+    /// What a crash may keep: volatile changes, then those in flight. Of a kill, the latter.
+    pub(super) fn uncertain(&self, killed: bool) -> impl Iterator<Item = &Change> {
         let in_flight = self
             .in_flight
             .iter()
             .filter_map(|request| request.change.as_ref());
-        self.volatile.iter().chain(in_flight)
+        let volatile = if killed { &[] } else { self.volatile.as_slice() };
+        volatile.iter().chain(in_flight)
     }
 }

@@ -31,6 +31,8 @@
 //!   overlap it, it sees any subset of the sectors; what was seen once stays seen.
 //! - Zeroing is a write of zeroes. A discard is a write of, chosen by the seed for each sector, the old content, zeroes or
 //!   garbage; later reads agree on it. Ranges above 16 MiB are decided as a whole.
+//! - A process may be *killed* between any two events, while the power stays: every completed change is still there, in D or V as before,
+//!   and of F, each sector is there or not. What outlives processes is left ([`Sim::lasting_memory`]), which a crash takes.
 //! - A crash may come between any two events. Each sector then holds *independently* its content in D, or what any one
 //!   change of V or F has for it. (For each sector, that is what keeping any subset of V and F, applied in any order,
 //!   leads to.) Nothing else survives; memory is lost.
@@ -44,6 +46,7 @@ mod disk;
 mod executor;
 mod explore;
 mod fault;
+mod host;
 mod image;
 mod medium;
 mod memory;
@@ -60,6 +63,7 @@ pub use executor::{Schedule, Sim, SimClock};
 pub(crate) use executor::{spawn_on_current, watch};
 pub use explore::{ExploreOptions, Scenario, Shared, explore, explore_parallel, threads};
 pub use fault::{AtMostDevices, Fault, FaultPlan, FaultPolicy, FaultRates, FaultRule, Hit};
+pub use host::Host;
 pub use medium::{DiskOptions, Medium};
 pub use oracle::{SectorModel, Ticket};
 pub use path::SimPath;

@@ -242,6 +242,14 @@ impl SectorModel {
         Ok(())
     }
 
+    /// The process was killed and the power has stayed: all that had ended is there, and of the rest anything may be.
+    pub fn killed(&mut self) {
+        for version in self.sectors.values_mut().flatten() {
+            version.durable |= version.successful;
+        }
+        self.crashed();
+    }
+
     /// The power was cut: of what was not durable, anything may be there.
     pub fn crashed(&mut self) {
         let end = self.tick();
@@ -263,7 +271,18 @@ impl SectorModel {
     pub fn fingerprint(&self) -> u64 {
         let mut after = self.clone();
         after.crashed();
-        let sectors = after.sectors.iter().map(|(sector, versions)| {
+        after.known()
+    }
+
+    /// As [`Self::fingerprint`], for [`Self::killed`].
+    pub fn killed_fingerprint(&self) -> u64 {
+        let mut after = self.clone();
+        after.killed();
+        after.known()
+    }
+
+    fn known(&self) -> u64 {
+        let sectors = self.sectors.iter().map(|(sector, versions)| {
             let mut contents: Vec<_> = versions.iter().map(|version| version.content).collect();
             contents.sort_unstable();
             contents.dedup();

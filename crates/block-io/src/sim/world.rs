@@ -10,6 +10,7 @@ use std::task::Poll;
 use super::crash::CrashStates;
 use super::executor::{Schedule, Sim};
 use super::fault::FaultPlan;
+use super::host::Host;
 use super::medium::{DiskOptions, Medium};
 use super::report::{Failure, count_crash, count_events};
 use super::rng::Rng;
@@ -21,6 +22,8 @@ pub struct World {
     pub media: Vec<Medium>,
     /// What may happen to them at random while it is on.
     pub faults: FaultPlan,
+    /// What a killed process has left, if the power has stayed since.
+    pub host: Host,
 }
 
 /// How to run.
@@ -99,6 +102,7 @@ impl World {
         Self {
             media: disks.into_iter().map(Medium::new).collect(),
             faults: FaultPlan::default(),
+            host: Host::default(),
         }
     }
 
@@ -136,7 +140,8 @@ impl World {
             }
         }
         let media = std::mem::take(&mut self.media);
-        let sim = Sim::new(options.seed, options.schedule, media, self.faults.clone());
+        let host = std::mem::take(&mut self.host);
+        let sim = Sim::new(options.seed, options.schedule, media, host, self.faults.clone());
         let _entered = sim.enter();
         let ended = catch_unwind(AssertUnwindSafe(|| {
             drive(&sim, options, make(sim.clone()), observe)
@@ -144,7 +149,7 @@ impl World {
         let ended = ended.unwrap_or_else(|panic| Err(panic_message(&*panic).into()));
         let trace = if ended.is_err() { sim.trace() } else { Vec::new() };
         count_events(sim.events());
-        self.media = sim.end(!matches!(ended, Ok(Ended::Done(_))));
+        (self.media, self.host) = sim.end(!matches!(ended, Ok(Ended::Done(_))));
         let ended = ended.map_err(|failure| Failure { trace, ..failure })?;
         Ok(RunSummary {
             ended,
@@ -162,11 +167,20 @@ impl World {
     pub fn crash(&mut self, rng: &mut Rng) {
         count_crash();
         self.media = self.crash_states().random_state(rng);
+        self.host = Host::default();
+    }
+
+    /// Goes on with one of the states that are possible if the process was killed, and the power stayed.
+    pub fn kill(&mut self, rng: &mut Rng) {
+        count_crash();
+        self.media = CrashStates::of_kill(&self.media).random_state(rng);
+        self.host = self.host.killed();
     }
 
     /// Goes on with everything durable, as after an orderly power-off.
     pub fn settle(&mut self) {
         self.media.iter_mut().for_each(Medium::settle);
+        self.host = Host::default();
     }
 }
 
