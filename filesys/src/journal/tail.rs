@@ -68,7 +68,7 @@ const HEADER: usize = 4096;
 /// Bytes of an entry before its records.
 const ENTRY: usize = 32;
 /// Smallest half that makes sense.
-const LEAST: usize = 4096;
+const LEAST: usize = 512;
 
 fn get(memory: &dyn LastingMemory, offset: usize) -> u64 {
     let mut bytes = [0; 8];
@@ -381,9 +381,10 @@ mod tests {
     }
 
     const FS: [u8; 16] = [7; 16];
+    const ROOM: usize = 4096;
 
     fn memory() -> Rc<Memory> {
-        Rc::new(Memory(RefCell::new(vec![0; HEADER + 2 * LEAST])))
+        Rc::new(Memory(RefCell::new(vec![0; HEADER + 2 * ROOM])))
     }
 
     fn begin(memory: &Rc<Memory>, incarnation: u64) -> Tail {
@@ -476,7 +477,7 @@ mod tests {
         assert_eq!(left(&memory, &end(14, 3)).unwrap().len(), 2);
         assert_eq!(left(&memory, &end(15, 3)).unwrap().len(), 1);
         // One that never fits.
-        assert_eq!(tail.append(16, &[1; LEAST], 15), Some(16));
+        assert_eq!(tail.append(16, &[1; ROOM], 15), Some(16));
         assert!(!tail.keeps(16));
     }
 

@@ -9,6 +9,9 @@
 //! | operations | all, also while the file system is opened | all up to 4096 | all |
 //! | pairs | all of the second | all up to 256 | one in 4 |
 //! | triples | all of the third | all up to 48 | one in 64 |
+//!
+//! At the same moments the process is killed while the power stays: then everything that was answered must be there, flushed or not, as the
+//! file systems here have a tail of the journal. And the power is cut while what a killed process has left is made again.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -142,6 +145,8 @@ fn every_operation() {
         "filesys: a group was replayed",
         "filesys: an absorption that a crash has interrupted goes on",
         "filesys: the last child absorbs a parent without a name",
+        "filesys: what the tail of the journal has was made again",
+        "journal: the tail had been made again",
         "superblock: a single newer copy is ignored",
     ];
     explore_all(

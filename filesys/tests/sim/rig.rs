@@ -24,6 +24,8 @@ pub(crate) const DISKS: usize = 4;
 pub(crate) const DISK: u64 = 24 << 20;
 pub(crate) const META: u64 = 2 << 20;
 pub(crate) const DATA: u64 = 6 << 20;
+/// Room for the tail of a few dozen writes.
+const TAIL: usize = 4096 + 2 * 4096;
 
 /// The metadata volume, the data volumes, and where copies are.
 pub(crate) type Given = (GivenVolume<SimVolume>, Vec<GivenVolume<SimVolume>>, Redundancy);
@@ -195,7 +197,11 @@ impl Rig {
     /// Opens the file system.
     pub(crate) async fn open_files(&self, sim: &Sim) -> Result<FileSystem<SimVolume, SimClock>, FsError> {
         let (meta, data, redundancy) = self.given()?;
-        FileSystem::open(meta.device, data, options(redundancy), sim.clock()).await
+        let options = OpenOptions {
+            tail: Some(sim.lasting_memory(TAIL)),
+            ..options(redundancy)
+        };
+        FileSystem::open(meta.device, data, options, sim.clock()).await
     }
 
     /// A device begins to misbehave, in one of several ways, if that is covered.

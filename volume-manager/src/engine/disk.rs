@@ -51,7 +51,8 @@ impl<D: BlockDevice> Disk<D> {
             alive: Cell::new(io.is_some()),
             io,
             in_flight: Cell::new(0),
-            written: Cell::new(0),
+            // What a process before this one has written may be in the device's cache still: it was killed, and the power has stayed.
+            written: Cell::new(1),
             flushed: Cell::new(0),
             counters: Counters::default(),
             busy: Cell::new(Duration::ZERO),

@@ -365,7 +365,7 @@ impl<'a, S: Scenario> Explorer<'a, S> {
     /// Tries all states that an end of the script at this moment can leave.
     fn end_script(&mut self, sim: &Sim, model: &S::Model, end: End) -> Result<(), Stop> {
         let left = Left::of(self.scenario, sim, model, end);
-        let limit = self.options.states;
+        let limit = end.limit(self.options.states);
         if self.leads {
             self.numbers.crash_point(&left.states, limit);
         }
@@ -404,7 +404,7 @@ impl<'a, S: Scenario> Explorer<'a, S> {
                 continue;
             }
             let left = Left::of(self.scenario, sim, model, end);
-            let limit = self.options.nested_states;
+            let limit = end.limit(self.options.nested_states);
             self.numbers.crash_point(&left.states, limit);
             for index in 0..left.states.count(limit) {
                 let choices = left.states.choose(index, limit, draw);
@@ -468,6 +468,17 @@ const KILLS_ONE_IN: u64 = 16;
 enum End {
     PowerCut,
     Kill,
+}
+
+impl End {
+    /// How many states are tried of those for which there are `states` after a power cut: what a kill leaves open is only what was in flight, and
+    /// that is in the states of a power cut as well.
+    fn limit(self, states: u64) -> u64 {
+        match self {
+            Self::PowerCut => states,
+            Self::Kill => (states / 64).max(3),
+        }
+    }
 }
 
 /// What an end can leave.

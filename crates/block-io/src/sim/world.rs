@@ -150,6 +150,7 @@ impl World {
         let trace = if ended.is_err() { sim.trace() } else { Vec::new() };
         count_events(sim.events());
         (self.media, self.host) = sim.end(!matches!(ended, Ok(Ended::Done(_))));
+        self.host.killed = false;
         let ended = ended.map_err(|failure| Failure { trace, ..failure })?;
         Ok(RunSummary {
             ended,

@@ -27,11 +27,17 @@ struct Machines {
     faults: bool,
     /// Changes of the same names meet each other: then only errors and space are looked at.
     racy: bool,
+    /// Processes are killed as well, and leave a tail of the journal.
+    kills: bool,
 }
 
+/// Room for the tail of a few writes.
+const TAIL: usize = 4096 + 2 * 600;
+
 impl Machines {
-    fn options(&self) -> OpenOptions {
+    fn options(&self, sim: &Sim) -> OpenOptions {
         OpenOptions {
+            tail: self.kills.then(|| sim.lasting_memory(TAIL)),
             cached_pages: self.cached_pages,
             cached_files: 1,
             dirty_pages: self.dirty_pages,
@@ -69,7 +75,7 @@ impl Machines {
             given(sim, 0),
             self.devices(sim),
             &format,
-            self.options(),
+            self.options(sim),
             sim.clock(),
         )
         .await?;
@@ -84,7 +90,7 @@ impl Bed for Machines {
         FileSystem::open(
             Rc::new(sim.disk(0)),
             self.devices(sim),
-            self.options(),
+            self.options(sim),
             sim.clock(),
         )
         .await
@@ -122,7 +128,7 @@ impl Machines {
             if let Ended::Done(result) = ran.ended {
                 result?;
             }
-            world.crash(&mut rng);
+            self.end(&mut world, &mut rng);
             if rng.chance(1, 3) {
                 // Once more while it recovers.
                 let options = RunOptions::random(rng.next_u64()).crash_after(rng.below(150));
@@ -130,7 +136,7 @@ impl Machines {
                 if let Ended::Done(result) = ran.ended {
                     result.map_err(|failure| failure.context("after the crash"))?;
                 }
-                world.crash(&mut rng);
+                self.end(&mut world, &mut rng);
             }
             let ran = world.run(&RunOptions::random(rng.next_u64()), async |sim| {
                 self.recover(&sim, &promise).await?;
@@ -139,12 +145,24 @@ impl Machines {
             })?;
             let recovered = ran.ended.done().unwrap_or(Ok(()));
             recovered.map_err(|failure| failure.context("after the crash"))?;
-            world.settle();
+            if !self.kills || rng.chance(1, 2) {
+                world.settle();
+            }
         }
         Ok(())
     }
 
+    /// The power is cut, or the process killed.
+    fn end(&self, world: &mut World, rng: &mut Rng) {
+        if self.kills && rng.chance(2, 3) {
+            world.kill(rng);
+        } else {
+            world.crash(rng);
+        }
+    }
+
     async fn recover(&self, sim: &Sim, promise: &Promise) -> Result<(), Failure> {
+        promise.borrow_mut().ends(sim.is_after_kill());
         let fs = self.open(sim).await.map_err(failed)?;
         if self.racy {
             fs.settled().await;
@@ -187,6 +205,7 @@ const ROOMY: Machines = Machines {
     dirty_pages: 64,
     faults: false,
     racy: false,
+    kills: false,
 };
 
 #[test]
@@ -211,6 +230,17 @@ pub(super) fn demand(numbers: &Numbers, marks: &[&str]) {
         let missing = numbers.missing(marks);
         assert!(missing.is_empty(), "{missing:?} were not reached");
     }
+}
+
+#[test]
+fn processes_are_killed() {
+    let machines = Machines { kills: true, ..ROOMY };
+    let marks = [
+        "filesys: what the tail of the journal has was made again",
+        "journal: the tail goes on in its other half",
+        "journal: there is no room in the tail",
+    ];
+    demand(&run(machines, 7, 250), &marks);
 }
 
 #[test]

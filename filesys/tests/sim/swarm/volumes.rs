@@ -191,6 +191,7 @@ impl Session<SimVolume> {
 
 impl Pools {
     async fn recover(&self, sim: &Sim, damage: &Damage, promise: &Promise) -> Result<(), Failure> {
+        promise.borrow_mut().ends(sim.is_after_kill());
         let rig = Rig::open_pool(sim, damage).await?;
         let fs = rig.open_files(sim).await.map_err(failed)?;
         verify(&fs, promise, u64::MAX).await?;
@@ -254,7 +255,7 @@ impl Pools {
         last.map_err(|failure| failure.context("at last"))
     }
 
-    /// Cuts the power; perhaps a device does not come back; perhaps the power is cut again.
+    /// Cuts the power, or kills the process; perhaps a device does not come back; perhaps that happens again.
     fn after_a_crash(
         &self,
         world: &mut World,
@@ -262,7 +263,7 @@ impl Pools {
         damage: &Damage,
         promise: &Promise,
     ) -> Result<(), Failure> {
-        world.crash(rng);
+        end(world, rng);
         let missing = damage.candidate(rng.next_u64());
         let missing = (rng.chance(1, 3) && damage.allows(missing, Fault::Drop)).then_some(missing);
         let rounds = if rng.chance(1, 3) { 2 } else { 1 };
@@ -283,10 +284,18 @@ impl Pools {
                     result?;
                     world.settle();
                 }
-                Ended::Crashed => world.crash(rng),
+                Ended::Crashed => end(world, rng),
             }
         }
         Ok(())
+    }
+}
+
+fn end(world: &mut World, rng: &mut Rng) {
+    if rng.chance(1, 3) {
+        world.kill(rng);
+    } else {
+        world.crash(rng);
     }
 }
 
