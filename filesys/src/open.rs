@@ -182,7 +182,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             core.add_volume_now(&volume)?;
         }
         if let Some(memory) = core.options.tail.clone() {
-            core.begin_tail(memory, None).await?;
+            core.begin_tail(memory).await?;
         }
         let fs = Self(Rc::new(Owner(Rc::clone(&core))));
         core.start();
@@ -286,7 +286,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             core.fail_volume(&volume, &error);
         }
         if let Some(memory) = memory {
-            core.begin_tail(memory, left.map(|left| left.whole_since)).await?;
+            core.begin_tail(memory).await?;
         }
         if !read_only {
             core.housekeeping.set(core.options.background);
@@ -396,7 +396,6 @@ pub(crate) fn check_volume<V: BlockDevice>(volume: &GivenVolume<V>) -> Result<()
 struct LeftTail {
     /// One for each append.
     entries: Vec<Vec<u8>>,
-    whole_since: u64,
 }
 
 impl LeftTail {
@@ -407,16 +406,18 @@ impl LeftTail {
             block_io::cover!("filesys: others have written since the tail was left");
             return None;
         }
-        let whole_since = found.whole_since;
         let Some(entries) = found.after(end) else {
             tracing::warn!("what a killed process has left does not continue the journal, and is not used");
             return None;
         };
         if !entries.is_empty() {
             let count = entries.len();
-            tracing::info!(count, "what a killed process has left and was not durable is there");
+            tracing::info!(
+                count,
+                "what a killed process has left and was not durable is there"
+            );
         }
-        Some(Self { entries, whole_since })
+        Some(Self { entries })
     }
 }
 
@@ -459,11 +460,7 @@ async fn load_state<V: BlockDevice>(
 impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     /// Makes durable what was made again, and begins a new tail: before any task runs, so that no checkpoint and no record of others is
     /// between.
-    async fn begin_tail(
-        &self,
-        memory: Rc<dyn LastingMemory>,
-        whole_since: Option<u64>,
-    ) -> Result<(), FsError> {
+    async fn begin_tail(&self, memory: Rc<dyn LastingMemory>) -> Result<(), FsError> {
         let before = Before(self);
         let writer = self.journal.run(&before);
         match gate::first(self.commit(self.journal.open_group()), writer).await {
@@ -474,8 +471,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             let superblock = self.superblock.borrow();
             (superblock.uuid, superblock.incarnation)
         };
-        let whole_since = whole_since.unwrap_or(incarnation);
-        match Tail::begin(memory, uuid, incarnation, whole_since) {
+        match Tail::begin(memory, uuid, incarnation) {
             Some(tail) => self.journal.keep_tail(tail),
             None => tracing::warn!("there is no room for the tail of the journal"),
         }

@@ -49,7 +49,7 @@ use crate::load::pool_load;
 use crate::owners::{self, Owners};
 use crate::pipe::Pipe;
 use crate::reservations::PoolReservations;
-use crate::storage::{Access, Storage};
+use crate::storage::Storage;
 use crate::told::Bell;
 use crate::works::{Doing, Works};
 use crate::{files, move_disk, offline, operation, places, random, ranges, volumes};
@@ -223,7 +223,7 @@ impl HostedPool {
         let stopping = Arc::<AtomicBool>::default();
         let seen = Arc::clone(&stopping);
         let (name, notes) = worker.run(move || async move {
-            let storage = Box::pin(Storage::open(&devices, Access::Write)).await?;
+            let storage = Box::pin(Storage::serve(&devices)).await?;
             if let Err(problem) = storage.files().map(drop) {
                 // What matters is why there are no disks.
                 let _ = storage.close().await;

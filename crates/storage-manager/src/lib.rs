@@ -44,6 +44,7 @@ mod reservations;
 mod scrub;
 mod storage;
 mod stream;
+mod tail;
 mod told;
 mod view;
 mod volumes;

@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use api::file::META_VOLUME;
 use api::storage::PoolEvent;
 use api::{Problem, ProblemKind};
-use block_io::WorkerClock;
+use block_io::{LastingMemory, WorkerClock};
 use filesys::{Copies, GivenVolume, Redundancy};
 
 use crate::device::{self, Device, DevicePaths};
@@ -19,7 +19,7 @@ use crate::offline::{self, Force};
 use crate::operation::Pool;
 use crate::problem::{of_files, of_pool};
 use crate::told::Told;
-use crate::{file_view, places, view, volumes};
+use crate::{file_view, places, tail, view, volumes};
 
 /// What files lie on.
 pub type Volume = volume_manager::Volume<Member, WorkerClock>;
@@ -41,6 +41,8 @@ pub enum Access {
 pub struct Storage {
     pub(crate) pool: Pool,
     access: Access,
+    /// Its users outlive this process.
+    serves: bool,
     files: Option<FileSystem>,
     pub(crate) disks: Option<Disks>,
     /// Where the file system finds other copies of what is damaged.
@@ -56,10 +58,24 @@ impl Storage {
     /// # Errors
     /// The devices do not make a pool, one is in use, or the file system cannot be opened.
     pub async fn open(paths: &DevicePaths, access: Access) -> Result<Self, Problem> {
-        let mut storage = Self::open_pool(paths, access).await?;
+        Self::open_pool(paths, access).await?.with_files().await
+    }
+
+    /// As [`Self::open`] for changes, by a server whose clients outlive it: what it has answered is found by the next one if it is killed.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn serve(paths: &DevicePaths) -> Result<Self, Problem> {
+        let storage = Self::open_pool(paths, Access::Write).await?;
+        let serves = true;
+        Self { serves, ..storage }.with_files().await
+    }
+
+    async fn with_files(self) -> Result<Self, Problem> {
+        let mut storage = self;
         match storage.open_files().await {
             Ok(()) => {
-                if access == Access::Write {
+                if storage.access == Access::Write {
                     storage.pool.let_jobs_begin();
                 }
                 Ok(storage)
@@ -94,6 +110,7 @@ impl Storage {
         Self {
             pool,
             access: Access::Write,
+            serves: false,
             files: None,
             disks: None,
             redundancy: Redundancy::default(),
@@ -107,6 +124,7 @@ impl Storage {
         Self {
             pool,
             access: Access::Read,
+            serves: false,
             files: None,
             disks: None,
             redundancy: Redundancy::default(),
@@ -125,6 +143,7 @@ impl Storage {
         let options = filesys::OpenOptions {
             read_only: self.access == Access::Read,
             redundancy: redundancy.clone(),
+            tail: self.tail(),
             ..filesys::OpenOptions::default()
         };
         let opened = FileSystem::open(meta, volumes, options, WorkerClock::new());
@@ -138,6 +157,13 @@ impl Storage {
                 places::expire(self).await?;
                 self.tell_usage(true)
             }
+        }
+    }
+
+    fn tail(&self) -> Option<Rc<dyn LastingMemory>> {
+        match self.access {
+            Access::Read => None,
+            Access::Write => tail::of_pool(self.pool.configuration().pool, self.serves),
         }
     }
 

@@ -125,7 +125,10 @@ impl<V: BlockDevice> Journal<V> {
 
     /// What is appended from now on is kept there, too. The open group is empty, and no tail was set before.
     pub(crate) fn keep_tail(&self, tail: Tail) {
-        debug_assert!(self.shared.state.borrow().open.is_empty(), "what is open is not kept");
+        debug_assert!(
+            self.shared.state.borrow().open.is_empty(),
+            "what is open is not kept"
+        );
         let set = self.tail.set(tail);
         debug_assert!(set.is_ok(), "a journal has one tail");
     }
@@ -174,7 +177,10 @@ impl<V: BlockDevice> Journal<V> {
         state.open.extend_from_slice(records);
         let group = state.next.group;
         let durable = state.durable;
-        let full = self.tail.get().and_then(|tail| tail.append(group, records, durable));
+        let full = self
+            .tail
+            .get()
+            .and_then(|tail| tail.append(group, records, durable));
         if let Some(full) = full {
             state.wanted = state.wanted.max(full);
             drop(state);

@@ -37,7 +37,6 @@
 //! | 16 | 16 | UUID of the file system |
 //! | 32 | 8 | incarnation that writes |
 //! | 40 | 8 | incarnation that is about to make the entries again, or 0 |
-//! | 48 | 8 | incarnation since which nothing was lost that was answered |
 //!
 //! | offset | size | entry, at a multiple of 8 |
 //! |---:|---:|---|
@@ -62,7 +61,6 @@ const HALF: usize = 8;
 const UUID: usize = 16;
 const INCARNATION: usize = 32;
 const NEXT: usize = 40;
-const WHOLE_SINCE: usize = 48;
 /// Bytes before the halves: a page, so that the rest can be given back.
 const HEADER: usize = 4096;
 /// Bytes of an entry before its records.
@@ -107,8 +105,6 @@ struct Entry {
 pub(crate) struct Found {
     incarnation: u64,
     next: u64,
-    /// Incarnation since which nothing was lost that was answered.
-    pub(crate) whole_since: u64,
     /// In order of their numbers, without a gap.
     entries: Vec<Entry>,
 }
@@ -117,7 +113,7 @@ impl Found {
     /// What is in `memory`, if it is the tail of this file system.
     pub(crate) fn read(memory: &dyn LastingMemory, uuid: [u8; 16]) -> Option<Self> {
         let half = half_of(memory)?;
-        let mut header = [0; WHOLE_SINCE + 8];
+        let mut header = [0; NEXT + 8];
         memory.read(0, &mut header);
         let at = |offset| take_u64(&header, offset);
         let ours = at(0) == MAGIC && at(HALF) == half as u64 && take::<16>(&header, UUID) == uuid;
@@ -137,7 +133,6 @@ impl Found {
         Some(Self {
             incarnation,
             next: at(NEXT),
-            whole_since: at(WHOLE_SINCE),
             entries,
         })
     }
@@ -239,19 +234,13 @@ struct Writing {
 pub(crate) struct Tail {
     memory: Rc<dyn LastingMemory>,
     incarnation: u64,
-    whole_since: u64,
     half: usize,
     state: RefCell<Writing>,
 }
 
 impl Tail {
     /// Begins a tail of an incarnation; what was in the memory is not needed any more. None if the memory is too small.
-    pub(crate) fn begin(
-        memory: Rc<dyn LastingMemory>,
-        uuid: [u8; 16],
-        incarnation: u64,
-        whole_since: u64,
-    ) -> Option<Self> {
+    pub(crate) fn begin(memory: Rc<dyn LastingMemory>, uuid: [u8; 16], incarnation: u64) -> Option<Self> {
         let half = half_of(&*memory)?;
         let mut header = [0; 24];
         memory.read(8, &mut header);
@@ -263,7 +252,6 @@ impl Tail {
             set(&*memory, HALF, half as u64);
             memory.write(UUID, &uuid);
         }
-        set(&*memory, WHOLE_SINCE, whole_since);
         // Entries of other incarnations do not count any more.
         set(&*memory, INCARNATION, incarnation);
         set(&*memory, NEXT, 0);
@@ -271,15 +259,9 @@ impl Tail {
         Some(Self {
             memory,
             incarnation,
-            whole_since,
             half,
             state: RefCell::default(),
         })
-    }
-
-    /// The incarnation since which nothing was lost that was answered.
-    pub(crate) fn whole_since(&self) -> u64 {
-        self.whole_since
     }
 
     /// Keeps what was appended to a group, if there is room; `durable` is the newest durable group. Returns the group that should be written soon.
@@ -388,7 +370,7 @@ mod tests {
     }
 
     fn begin(memory: &Rc<Memory>, incarnation: u64) -> Tail {
-        Tail::begin(Rc::clone(memory) as Rc<dyn LastingMemory>, FS, incarnation, 1).unwrap()
+        Tail::begin(Rc::clone(memory) as Rc<dyn LastingMemory>, FS, incarnation).unwrap()
     }
 
     fn end(group: u64, incarnation: u64) -> End {
@@ -415,7 +397,9 @@ mod tests {
             assert_eq!(tail.append(group, records, 4), None);
             assert!(tail.keeps(group));
         }
-        let all: Vec<Vec<u8>> = [b"one".as_slice(), b"two", b"three", b"four"].map(Vec::from).to_vec();
+        let all: Vec<Vec<u8>> = [b"one".as_slice(), b"two", b"three", b"four"]
+            .map(Vec::from)
+            .to_vec();
         assert_eq!(left(&memory, &end(5, 3)).unwrap(), all);
         assert_eq!(left(&memory, &end(6, 3)).unwrap(), all[2..]);
         assert_eq!(left(&memory, &end(9, 3)).unwrap(), [b""; 0]);
@@ -434,7 +418,7 @@ mod tests {
         Found::announce(&*memory, 4);
         let found = Found::read(&*memory, FS).unwrap();
         assert!(found.goes_on(3) && found.goes_on(4) && !found.goes_on(5));
-        assert_eq!(begin(&memory, 4).whole_since(), 1);
+        drop(begin(&memory, 4));
         assert!(!Found::read(&*memory, FS).unwrap().goes_on(3));
     }
 
@@ -497,7 +481,9 @@ mod tests {
         // All that can be there is read without a panic.
         let mut rng = 1_u64;
         for _ in 0..2000 {
-            rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            rng = rng
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             let at = usize::try_from(rng >> 33).unwrap() % memory.size();
             memory.0.borrow_mut()[at] = rng.to_le_bytes()[2];
             if let Some(found) = Found::read(&*memory, FS) {

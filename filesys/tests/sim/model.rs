@@ -345,7 +345,10 @@ impl Model {
     pub(crate) fn ends(&mut self, killed: bool) {
         self.killed = killed;
         if !killed {
-            let freezing = self.freezing.values_mut().flat_map(|freezing| freezing.nodes.values_mut());
+            let freezing = self
+                .freezing
+                .values_mut()
+                .flat_map(|freezing| freezing.nodes.values_mut());
             for content in self.contents.values_mut().chain(freezing) {
                 *content = content.after_a_crash();
             }

@@ -158,7 +158,13 @@ fn options(sim: &Sim) -> OpenOptions {
 }
 
 async fn open(sim: &Sim) -> Result<SimFs, FsError> {
-    FileSystem::open(Rc::new(sim.disk(0)), vec![given(sim, 1)], options(sim), sim.clock()).await
+    FileSystem::open(
+        Rc::new(sim.disk(0)),
+        vec![given(sim, 1)],
+        options(sim),
+        sim.clock(),
+    )
+    .await
 }
 
 /// What a script works with.

@@ -402,7 +402,7 @@ fn a_device_fails_and_comes_back() {
     run(
         &layouts,
         &[Act::Fail, Act::Return],
-        157_000,
+        150_000,
         &["pool: a parity log is replayed"],
     );
 }

@@ -175,7 +175,11 @@ impl CrashStates {
             (site.disk, options.collect())
         });
         Digests {
-            disks: self.media.iter().map(|medium| medium.digest(self.killed)).collect(),
+            disks: self
+                .media
+                .iter()
+                .map(|medium| medium.digest(self.killed))
+                .collect(),
             sites: sites.collect(),
         }
     }

@@ -148,7 +148,13 @@ impl fmt::Debug for Sim {
 }
 
 impl Sim {
-    pub(super) fn new(seed: u64, schedule: Schedule, media: Vec<Medium>, host: Host, faults: FaultPlan) -> Self {
+    pub(super) fn new(
+        seed: u64,
+        schedule: Schedule,
+        media: Vec<Medium>,
+        host: Host,
+        faults: FaultPlan,
+    ) -> Self {
         let sim = Self(Rc::new(Core {
             schedule,
             rng: RefCell::new(Rng::new(seed)),

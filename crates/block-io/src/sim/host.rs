@@ -96,7 +96,10 @@ mod tests {
                 // SAFETY: the buffer is kept until the requests have ended.
                 let memory = [unsafe { buffer.io(0, 512) }];
                 sim.disk(0).write(0, &memory, Durability::Volatile).await.unwrap();
-                sim.disk(0).write(512, &memory, Durability::Volatile).await.unwrap();
+                sim.disk(0)
+                    .write(512, &memory, Durability::Volatile)
+                    .await
+                    .unwrap();
             });
             let ran = ran.unwrap();
             let medium = &begun.media[0];
@@ -143,7 +146,10 @@ mod tests {
             cut[index(sectors(&world))] += 1;
             assert_eq!(memory(&mut world), (vec![0; 8], false));
         }
-        assert!(killed[..2] == [0, 0] && killed[2] > 20 && killed[3] > 20, "{killed:?}");
+        assert!(
+            killed[..2] == [0, 0] && killed[2] > 20 && killed[3] > 20,
+            "{killed:?}"
+        );
         assert!(cut.iter().all(|count| *count > 5), "{cut:?}");
         assert!(later[0] > 20 && later[2] > 5 && later[3] > 5, "{later:?}");
     }

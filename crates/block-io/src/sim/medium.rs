@@ -445,10 +445,13 @@ impl Medium {
         if !killed {
             return durable.digest().wrapping_add(condition);
         }
-        let volatile = self.volatile.iter().fold(mix(durable.digest()), |digest, change| {
-            let range = mix(change.offset) ^ change.length;
-            mix(digest ^ range) ^ change.bytes().map_or(0, hash_bytes)
-        });
+        let volatile = self
+            .volatile
+            .iter()
+            .fold(mix(durable.digest()), |digest, change| {
+                let range = mix(change.offset) ^ change.length;
+                mix(digest ^ range) ^ change.bytes().map_or(0, hash_bytes)
+            });
         self.visible.digest().wrapping_add(condition ^ volatile)
     }
 
