@@ -533,7 +533,7 @@ mod tests {
     fn lists_are_written_and_read(engine: &UringEngine, with_slot: bool) {
         let file = tempfile::tempfile().unwrap();
         let file = Fd(std::os::fd::AsRawFd::as_raw_fd(&file));
-        let mut memory: Vec<u8> = (0..64_u32 << 10).map(|index| (index / 7) as u8).collect();
+        let mut memory: Vec<u8> = (0..16_u32 << 10).flat_map(u32::to_le_bytes).collect();
         let mut elsewhere = vec![9_u8; 4096];
         let (start, other) = (memory.as_mut_ptr(), elsewhere.as_mut_ptr());
         let part = Part::new(start, memory.len());
