@@ -104,6 +104,7 @@ fn load(folder: &Path, pattern: Pattern) -> anyhow::Result<load::Report> {
             queues: 1,
             queue_size: 64,
             block_size: 4096,
+            segment: None,
             inflight: false,
             patience,
             greeting: None,

@@ -132,6 +132,7 @@ fn machine(at: &Path, duration: Duration) -> Load {
             queues: 1,
             queue_size: 128,
             block_size: 4096,
+            segment: None,
             inflight: true,
             patience: Duration::from_secs(60),
             greeting: Some(Greeting(Arc::new(attach))),

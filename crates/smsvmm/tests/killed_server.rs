@@ -72,6 +72,7 @@ fn what_a_front_end_was_told_is_written_survives_the_kill_of_the_server() {
             queues: 2,
             queue_size: 128,
             block_size: 4096,
+            segment: None,
             inflight: true,
             patience: Duration::from_secs(60),
             greeting: None,

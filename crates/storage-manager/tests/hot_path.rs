@@ -68,6 +68,7 @@ fn load(socket: &Path, pattern: Pattern) -> Load {
             queues: 1,
             queue_size: 128,
             block_size: 4096,
+            segment: None,
             inflight: true,
             patience: Duration::from_secs(20),
             greeting: None,

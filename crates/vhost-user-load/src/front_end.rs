@@ -39,6 +39,8 @@ pub struct Options {
     pub queue_size: u16,
     /// Bytes of the largest request.
     pub block_size: u32,
+    /// Bytes of each segment of a request's data, none of which follows the one before; all of it is one by default.
+    pub segment: Option<u32>,
     /// Have the server keep a record of what is in flight, if it can.
     pub inflight: bool,
     /// How long to wait for a server that is not there.
@@ -89,7 +91,9 @@ impl FrontEnd {
         let mut layouts = Vec::new();
         let mut end = 0;
         for _ in 0..options.queues {
-            let layout = Layout::new(end, options.queue_size, options.block_size);
+            let block_size = options.block_size;
+            let segment = options.segment.unwrap_or(block_size);
+            let layout = Layout::new(end, options.queue_size, block_size, segment)?;
             end = layout.end();
             layouts.push(layout);
         }

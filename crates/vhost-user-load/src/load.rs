@@ -143,7 +143,7 @@ pub fn run(load: &Load) -> Result<Report> {
     for (number, queue) in (0_u64..).zip(queues) {
         ensure!(
             load.depth <= queue.slots(),
-            "a queue of {} entries takes no {} requests",
+            "a queue of {} entries takes no {} requests of this size",
             load.front_end.queue_size,
             load.depth
         );

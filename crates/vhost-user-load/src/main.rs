@@ -32,6 +32,9 @@ struct Arguments {
     /// Bytes per request.
     #[arg(long, default_value_t = 4096, value_name = "BYTES")]
     block_size: u32,
+    /// Data of a request is in segments of so many bytes, as that of guests with pages here and there.
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1..))]
+    segment: Option<u32>,
     /// Requests in flight per queue.
     #[arg(long, default_value_t = 32)]
     depth: u16,
@@ -138,6 +141,7 @@ fn main() -> ExitCode {
             queues: arguments.queues,
             queue_size: arguments.queue_size,
             block_size: arguments.block_size,
+            segment: arguments.segment,
             inflight: true,
             patience,
             greeting: arguments.attach.map(Attach::greeting),

@@ -1,7 +1,7 @@
 //! A virtqueue as a driver uses it: split ring, one slot per request in flight.
 //!
 //! Each slot has fixed memory: header, status byte, an indirect table, a data buffer. So a request is three stores of
-//! descriptors that never change but for its length, and one entry of the available ring.
+//! descriptors (more if its data shall be in several segments) that never change but for its length, and one entry of the available ring.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -15,12 +15,16 @@ use vmm_sys_util::eventfd::EventFd;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
-/// Header, status and indirect table of a slot.
+/// Header, status and indirect table of a slot: a multiple of this.
 const SLOT: usize = 128;
 const STATUS: usize = 16;
 const TABLE: usize = 32;
-/// Descriptors of a request: header, data, status.
-const PARTS: u16 = 3;
+/// Bytes of data buffers: a server may hold all memory, and is not measured at that.
+const MOST_DATA: usize = 16 << 20;
+/// Bytes of a descriptor.
+const DESCRIPTOR: u16 = 16;
+/// Descriptors of a request beside those of its data: header, status.
+const FRAME: u16 = 2;
 
 /// Where the parts of a queue lie in memory.
 #[derive(Debug, Clone, Copy)]
@@ -29,16 +33,37 @@ pub struct Layout {
     /// Entries of the ring.
     pub entries: u16,
     block_size: usize,
+    /// Bytes of a segment of a request's data.
+    segment: u32,
+    /// Descriptors of the longest request.
+    parts: u16,
+    /// Requests that there is memory for.
+    requests: u16,
 }
 
 impl Layout {
-    /// A queue from `start` on.
-    pub fn new(start: usize, entries: u16, block_size: u32) -> Self {
-        Self {
+    /// A queue from `start` on, for data in segments of so many bytes.
+    ///
+    /// # Errors
+    /// A request has more segments than the queue has entries.
+    pub fn new(start: usize, entries: u16, block_size: u32, segment: u32) -> Result<Self> {
+        let segments = block_size.div_ceil(segment.max(1)).max(1);
+        let parts = segments.saturating_add(FRAME.into());
+        ensure!(
+            parts <= entries.into(),
+            "requests of {segments} segments need a queue of {} entries: --queue-size",
+            parts.next_power_of_two()
+        );
+        let block_size = (block_size as usize).next_multiple_of(4096).max(4096);
+        let requests = u16::try_from((MOST_DATA / block_size).max(1)).unwrap_or(u16::MAX);
+        Ok(Self {
             start: start.next_multiple_of(4096),
             entries,
-            block_size: (block_size as usize).next_multiple_of(4096),
-        }
+            block_size,
+            segment,
+            parts: u16::try_from(parts)?,
+            requests: requests.min(entries),
+        })
     }
 
     /// Offset of the descriptor table.
@@ -61,17 +86,30 @@ impl Layout {
     }
 
     fn slot(&self, slot: u16) -> usize {
-        self.slots() + usize::from(slot) * SLOT
+        self.slots() + usize::from(slot) * self.slot_size()
+    }
+
+    fn slot_size(&self) -> usize {
+        (TABLE + usize::from(self.parts * DESCRIPTOR)).next_multiple_of(SLOT)
     }
 
     fn data(&self, slot: u16) -> usize {
-        (self.slots() + usize::from(self.entries) * SLOT).next_multiple_of(4096)
+        (self.slots() + usize::from(self.requests) * self.slot_size()).next_multiple_of(4096)
             + usize::from(slot) * self.block_size
+    }
+
+    /// Addresses and lengths of a request's data. The last segment comes first, so that none follows the one before and both are one.
+    fn segments(self, slot: u16, length: u32) -> impl DoubleEndedIterator<Item = (usize, u32)> {
+        let data = self.data(slot);
+        (0..length.div_ceil(self.segment)).rev().map(move |number| {
+            let offset = number * self.segment;
+            (data + offset as usize, self.segment.min(length - offset))
+        })
     }
 
     /// Offset of the first byte behind it.
     pub fn end(&self) -> usize {
-        self.data(self.entries)
+        self.data(self.requests)
     }
 
     /// The used ring's index.
@@ -123,9 +161,9 @@ impl Queue {
     /// Requests that fit.
     pub fn slots(&self) -> u16 {
         if self.indirect {
-            self.layout.entries
+            self.layout.requests
         } else {
-            self.layout.entries / PARTS
+            self.layout.requests.min(self.layout.entries / self.layout.parts)
         }
     }
 
@@ -150,30 +188,21 @@ impl Queue {
         self.store(place + 4, 0_u32);
         self.store(place + 8, sector);
         self.store(place + STATUS, 0xff_u8);
-        let head = if self.indirect { slot } else { slot * PARTS };
-        let (table, first) = if self.indirect {
-            self.descriptor(
-                layout.descriptors(),
-                head,
-                place + TABLE,
-                u32::from(PARTS) * 16,
-                INDIRECT,
-                0,
-            );
-            (place + TABLE, 0)
-        } else {
-            (layout.descriptors(), head)
+        let (head, table, first) = match self.indirect {
+            true => (slot, place + TABLE, 0),
+            false => (slot * layout.parts, layout.descriptors(), slot * layout.parts),
         };
         self.descriptor(table, first, place, 16, NEXT, first + 1);
         let mut last = first + 1;
-        if length > 0 {
-            let flags = NEXT | if device_writes { WRITE } else { 0 };
-            self.descriptor(table, last, layout.data(slot), length, flags, last + 1);
+        let flags = NEXT | if device_writes { WRITE } else { 0 };
+        for (address, length) in layout.segments(slot, length) {
+            self.descriptor(table, last, address, length, flags, last + 1);
             last += 1;
         }
         self.descriptor(table, last, place + STATUS, 1, WRITE, 0);
-        if self.indirect && length == 0 {
-            self.store(layout.descriptors() + usize::from(head) * 16 + 8, 32_u32);
+        if self.indirect {
+            let length = u32::from((last + 1) * DESCRIPTOR);
+            self.descriptor(layout.descriptors(), head, table, length, INDIRECT, 0);
         }
         let entry = layout.available() + 4 + usize::from(self.available % layout.entries) * 2;
         self.store(entry, head);
@@ -222,7 +251,7 @@ impl Queue {
         let slot = if self.indirect {
             head
         } else {
-            head / u32::from(PARTS)
+            head / u32::from(layout.parts)
         };
         ensure!(
             slot < u32::from(self.slots()),
@@ -258,7 +287,7 @@ impl Queue {
     }
 
     fn descriptor(&self, table: usize, index: u16, address: usize, length: u32, flags: u16, next: u16) {
-        let place = table + usize::from(index) * 16;
+        let place = table + usize::from(index * DESCRIPTOR);
         self.store(place, address as u64);
         self.store(place + 8, length);
         self.store(place + 12, flags);
@@ -278,5 +307,24 @@ impl Queue {
             .as_volatile_slice()
             .store(value, offset, Ordering::Relaxed);
         debug_assert!(stored.is_ok(), "a queue lies within its memory");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_cover_the_data_and_none_follows_the_one_before() {
+        let layout = Layout::new(0, 8, 16 << 10, 3072).unwrap();
+        assert_eq!(layout.parts, 8);
+        let data = layout.data(1);
+        assert!(layout.slot(1) + TABLE + 8 * 16 <= layout.slot(2) && layout.slot(8) <= layout.data(0));
+        let found: Vec<_> = layout.segments(1, 7000).collect();
+        assert_eq!(found, [(data + 6144, 856), (data + 3072, 3072), (data, 3072)]);
+        assert_eq!(layout.segments(1, 0).count(), 0);
+        let whole = Layout::new(0, 4, 4096, 4096).unwrap();
+        assert!(whole.segments(3, 4096).eq([(whole.data(3), 4096)]));
+        assert!(Layout::new(0, 8, 16 << 10, 2048).is_err());
     }
 }

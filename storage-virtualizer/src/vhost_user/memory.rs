@@ -4,6 +4,7 @@
 //! truncated later would still kill the process at the next access (SIGBUS): memfds are sealed against shrinking where they
 //! allow it, and for all others `sigbus` catches the signal.
 
+use std::cell::OnceCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -56,11 +57,21 @@ struct Mapped {
     mapping: Arc<GuestRegionMmap>,
 }
 
+impl Mapped {
+    fn is_there(&self) -> bool {
+        let file = self.mapping.file_offset().map(|place| place.file().metadata());
+        // Huge pages are counted like others.
+        matches!(file, Some(Ok(file)) if file.blocks().saturating_mul(512) >= file.len())
+    }
+}
+
 /// All memory of a front-end.
 #[derive(Default)]
 pub(super) struct Memory {
     /// In the order of the guest's addresses.
     regions: Vec<Mapped>,
+    /// Once somebody has asked: see [`Self::is_all_there`].
+    all_there: OnceCell<bool>,
 }
 
 impl Memory {
@@ -78,6 +89,7 @@ impl Memory {
         if self.regions.len() >= MAX_REGIONS {
             return Err(MemoryError::TooMany);
         }
+        self.all_there = OnceCell::new();
         let mapping = map(fd, region.offset, region.size, || MemoryError::Numbers(region))?;
         let fits =
             region.guest.checked_add(region.size).is_some() && region.user.checked_add(region.size).is_some();
@@ -100,6 +112,7 @@ impl Memory {
             .iter()
             .position(|mapped| key(mapped.region) == key(region));
         self.regions.remove(place.ok_or(MemoryError::Unknown(region))?);
+        self.all_there = OnceCell::new();
         Ok(())
     }
 
@@ -117,13 +130,12 @@ impl Memory {
         Ok(Some(Arc::new(memory)))
     }
 
-    /// Whether all of it was taken from the host already, by who shares it: then holding it takes nothing more.
+    /// Whether all of it was taken from the host already, by who shares it: then holding it takes nothing more. Its files are looked at
+    /// once, until there are other regions.
     pub(super) fn is_all_there(&self) -> bool {
-        self.regions.iter().all(|mapped| {
-            let file = mapped.mapping.file_offset().map(|place| place.file().metadata());
-            // Huge pages are counted like others.
-            matches!(file, Some(Ok(file)) if file.blocks().saturating_mul(512) >= file.len())
-        })
+        *self
+            .all_there
+            .get_or_init(|| self.regions.iter().all(Mapped::is_there))
     }
 
     /// The guest's address of what the front-end sees at `user`.
@@ -187,12 +199,40 @@ mod tests {
             user: 0,
             offset: 0,
         };
-        let memory = Memory::from_table(&[region], vec![file.try_clone().unwrap().into()]).unwrap();
-        assert!(!memory.is_all_there());
+        let table = |region| Memory::from_table(&[region], vec![file.try_clone().unwrap().into()]).unwrap();
         for place in 0..16 {
-            assert!(!memory.is_all_there());
+            assert!(!table(region).is_all_there());
             file.write_all_at(&[1], place << 12).unwrap();
         }
+        assert!(table(region).is_all_there());
+    }
+
+    #[test]
+    fn files_are_looked_at_once_for_the_same_regions() {
+        let length = 4 << 10;
+        let files = [(); 2].map(|()| {
+            let file = File::from(memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap());
+            file.set_len(length).unwrap();
+            file
+        });
+        let regions = [0, length].map(|start| Region {
+            guest: start,
+            size: length,
+            user: start,
+            offset: 0,
+        });
+        let fds = files.iter().map(|file| file.try_clone().unwrap().into());
+        let mut memory = Memory::from_table(&regions, fds.collect()).unwrap();
+        files[0].write_all_at(&[1], 0).unwrap();
+        assert!(!memory.is_all_there());
+        files[1].write_all_at(&[1], 0).unwrap();
+        assert!(!memory.is_all_there(), "it was asked before");
+        memory.remove(regions[1]).unwrap();
         assert!(memory.is_all_there());
+        files[1].set_len(2 * length).unwrap();
+        memory
+            .add(regions[1], files[1].try_clone().unwrap().into())
+            .unwrap();
+        assert!(!memory.is_all_there(), "one more");
     }
 }

@@ -44,7 +44,7 @@ pub(crate) struct Options {
     /// Only subjects whose names contain one of these
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// Only these loads: rr1, rw1, rr32, rw32, fw32, r128, w128
+    /// Only these loads: rr1, rw1, rr32, rw32, fw32, r128, w128, sr128, sw128
     #[arg(long, value_delimiter = ',')]
     loads: Vec<String>,
     /// Files in this folder instead of memory

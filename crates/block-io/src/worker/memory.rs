@@ -1,13 +1,20 @@
 //! Memory that a ring knows by a number, so that the kernel need not find and hold its pages at each request.
 //!
-//! A request with one piece of memory that lies in such a part goes to the kernel as `READ_FIXED` or `WRITE_FIXED`; all others go as they
-//! are. So nobody has to know whether memory is held, and where the kernel refuses to hold it, everything works, only slower.
+//! A request whose memory lies in such a part goes to the kernel as `READ_FIXED` or `WRITE_FIXED`, or, if it has several segments, as
+//! `READV_FIXED` or `WRITEV_FIXED`; all others go as they are. So nobody has to know whether memory is held, and where the kernel refuses
+//! to hold it, everything works, only slower.
 //!
 //! ```text
 //!    part of a guest's memory   │ piece 0 │ piece 1 │ piece 2 │ …     of 128 MiB each
 //!    slots of the ring               7         8         –          registered one by one, in order, as the worker has other work too
-//!    requests                     fixed     fixed    as usual
+//!    requests                     fixed     fixed    as usual       with segments in two pieces: as usual
 //! ```
+//!
+//! # Requests of several segments
+//! They name one slot for all their segments. The kernel refuses the whole request if one of them is not within that slot's memory, or is
+//! empty; so what is not certain to be taken is not asked for: [`Memory::find`]. It has the operations from 6.15 on, and they are used from 6.16
+//! on: the first releases of 6.15 find wrong pages where memory in large folios is mapped at an address that is no multiple of their size ("io_uring: don't
+//! assume uaddr alignment in io_vec_fill_bvec").
 //!
 //! # Hazards
 //! The ring holds *pages*, not addresses. If other pages come to lie at these addresses while it does (a hole is punched, the memory is mapped anew),
@@ -25,7 +32,7 @@ use std::marker::PhantomData;
 use std::sync::Once;
 use std::sync::mpsc::Sender;
 
-use io_uring::IoUring;
+use io_uring::{IoUring, Probe, opcode};
 
 use super::local::{spawn_local, with_local, yield_now};
 
@@ -33,6 +40,10 @@ use super::local::{spawn_local, with_local, yield_now};
 const SLOTS: u16 = 4096;
 /// Bytes behind a slot: what is held with one system call, which takes a few milliseconds at most.
 const PIECE: usize = 128 << 20;
+/// Entries of the list of pages that the kernel makes for a request of several segments: one allocation, of a size (32 KiB) that does not fail.
+const MOST_PAGES: usize = 2048;
+/// Of the smallest kind.
+const PAGE: usize = 4096;
 
 /// Addresses of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +83,21 @@ impl Region {
     fn is_complete(&self) -> bool {
         self.refused || self.held == self.part.length
     }
+
+    /// The slot of the piece that all of a request's segments lie in.
+    #[inline]
+    fn find(&self, segments: &[libc::iovec]) -> Option<u16> {
+        let first = segments.first()?.iov_base.addr();
+        let number = first.checked_sub(self.part.start)? / PIECE;
+        let slot = *self.slots.get(number)?;
+        let start = self.part.start + number * PIECE;
+        let end = self.part.start + self.held.min((number + 1) * PIECE);
+        let holds = |segment: &libc::iovec| {
+            let from = segment.iov_base.addr();
+            segment.iov_len != 0 && (start..end).contains(&from) && segment.iov_len <= end - from
+        };
+        segments.iter().all(holds).then_some(slot)
+    }
 }
 
 /// The memory that one ring holds.
@@ -83,36 +109,38 @@ pub(super) struct Memory {
     any: Cell<bool>,
     /// Some region is not complete.
     filling: Cell<bool>,
+    /// Requests of several segments can name a slot.
+    pub(super) takes_lists: bool,
 }
 
 impl Memory {
     /// Makes the table in a ring. None if the kernel has none (before 5.19).
-    pub(super) fn new(ring: &IoUring) -> Option<Self> {
+    pub(super) fn new(ring: &IoUring, probe: &Probe) -> Option<Self> {
         if let Err(error) = ring.submitter().register_buffers_sparse(SLOTS.into()) {
             tracing::debug!(%error, "no table of memory: its pages are looked up at each request");
             return None;
         }
+        // The last came with 6.16.
+        let needed = [
+            opcode::ReadvFixed::CODE,
+            opcode::WritevFixed::CODE,
+            opcode::Pipe::CODE,
+        ];
         Some(Self {
             free: RefCell::new((0..SLOTS).rev().collect()),
+            takes_lists: needed.iter().all(|code| probe.is_supported(*code)),
             ..Self::default()
         })
     }
 
-    /// The slot of the piece that `length` bytes at `address` lie in.
+    /// The slot that a request with these segments can name: that of the piece that all of them lie in.
     #[inline]
-    pub(super) fn find(&self, address: usize, length: usize) -> Option<u16> {
-        if !self.any.get() {
+    pub(super) fn find(&self, segments: &[libc::iovec]) -> Option<u16> {
+        if !self.any.get() || (segments.len() > 1 && !(self.takes_lists && is_short(segments))) {
             return None;
         }
         let regions = self.regions.borrow();
-        regions.iter().find_map(|region| {
-            let from = address.checked_sub(region.part.start)?;
-            let last = from.checked_add(length)?.checked_sub(1)?;
-            if last >= region.held || from / PIECE != last / PIECE {
-                return None;
-            }
-            region.slots.get(from / PIECE).copied()
-        })
+        regions.iter().find_map(|region| region.find(segments))
     }
 
     /// Holds a part from now on, piece by piece: [`Self::hold_next`].
@@ -190,6 +218,14 @@ impl Memory {
     }
 }
 
+/// Whether the kernel makes a short list of pages of them; it reckons with two more for each segment.
+fn is_short(segments: &[libc::iovec]) -> bool {
+    let pages = segments.iter().fold(0_usize, |pages, segment| {
+        pages.saturating_add(segment.iov_len / PAGE + 2)
+    });
+    pages <= MOST_PAGES
+}
+
 /// Has the ring know `length` bytes at `start` by `slot`; none of them empties it.
 fn update(ring: &RefCell<IoUring>, slot: u16, start: usize, length: usize) -> io::Result<()> {
     let piece = libc::iovec {
@@ -253,5 +289,98 @@ impl HeldMemory {
 impl Drop for HeldMemory {
     fn drop(&mut self) {
         with_local(|local| self.parts.iter().for_each(|part| local.engine.release(*part)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment(start: usize, length: usize) -> libc::iovec {
+        libc::iovec {
+            iov_base: std::ptr::without_provenance_mut(start),
+            iov_len: length,
+        }
+    }
+
+    #[test]
+    fn the_slot_of_the_piece_that_has_all_segments_is_found() {
+        const START: usize = 7 << 30;
+        let memory = Memory {
+            takes_lists: true,
+            ..Memory::default()
+        };
+        let (first, second, end) = (START, START + PIECE, START + PIECE + 8 * PAGE);
+        let find = |segments: &[(usize, usize)]| {
+            let segments: Vec<_> = segments
+                .iter()
+                .map(|(start, length)| segment(*start, *length))
+                .collect();
+            memory.find(&segments)
+        };
+        assert_eq!(find(&[(first, 1)]), None);
+        let region = |start, length, held, slots| Region {
+            part: Part { start, length },
+            users: 1,
+            held,
+            slots,
+            refused: false,
+        };
+        memory.regions.borrow_mut().push(region(end, PIECE, 0, vec![]));
+        let length = PIECE + 16 * PAGE;
+        let partly = region(START, length, PIECE + 8 * PAGE, vec![5, 3]);
+        memory.regions.borrow_mut().push(partly);
+        memory.any.set(true);
+        for (segments, slot) in [
+            (vec![(first, PIECE)], Some(5)),
+            (vec![(first, 1), (second - 1, 1)], Some(5)),
+            (vec![(second - 1, 1), (first, 1)], Some(5)),
+            (vec![(second, 1), (end - 1, 1)], Some(3)),
+            (vec![(first, PAGE); 600], Some(5)),
+            (vec![], None),
+            (vec![(first, PIECE + 1)], None),
+            (vec![(first - 1, 1)], None),
+            (vec![(first, 1), (first - 1, 1)], None),
+            (vec![(first, 1), (second - 1, 2)], None),
+            (vec![(first, 1), (second, 1)], None),
+            (vec![(second, 1), (second - 1, 1)], None),
+            // Behind what is held.
+            (vec![(second, 1), (end - 1, 2)], None),
+            (vec![(second, 1), (end, 1)], None),
+            (vec![(end, 1), (end, 1)], None),
+            // The kernel takes no empty ones, nor such as end behind the last address.
+            (vec![(first, 1), (first, 0)], None),
+            (vec![(first, 1), (first, usize::MAX)], None),
+            (vec![(0, usize::MAX)], None),
+        ] {
+            assert_eq!(find(&segments), slot, "{segments:x?}");
+        }
+    }
+
+    #[test]
+    fn a_long_list_names_no_slot() {
+        let memory = Memory {
+            takes_lists: true,
+            ..Memory::default()
+        };
+        let part = Part {
+            start: PAGE,
+            length: PIECE,
+        };
+        memory.regions.borrow_mut().push(Region {
+            part,
+            users: 1,
+            held: PIECE,
+            slots: vec![9],
+            refused: false,
+        });
+        memory.any.set(true);
+        let pages = |count| segment(PAGE, count * PAGE);
+        assert_eq!(memory.find(&[pages(MOST_PAGES - 5), pages(1)]), Some(9));
+        assert_eq!(memory.find(&[pages(MOST_PAGES - 4), pages(1)]), None);
+        assert_eq!(memory.find(&[segment(PAGE, 512); 1024]), Some(9));
+        assert_eq!(memory.find(&[segment(PAGE, 512); 1025]), None);
+        // Alone it may have any length.
+        assert_eq!(memory.find(&[pages(MOST_PAGES * 2)]), Some(9));
     }
 }

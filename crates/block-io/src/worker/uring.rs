@@ -85,13 +85,17 @@ impl UringEngine {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let files = Files::new(&ring, &probe);
-        let memory = Memory::new(&ring);
+        let memory = Memory::new(&ring, &probe);
         if disabled {
             let mut restrictions: Vec<_> = needed.into_iter().map(Restriction::sqe_op).collect();
             restrictions.push(Restriction::sqe_op(opcode::FilesUpdate::CODE));
-            if memory.is_some() {
+            if let Some(memory) = &memory {
                 restrictions.push(Restriction::sqe_op(opcode::ReadFixed::CODE));
                 restrictions.push(Restriction::sqe_op(opcode::WriteFixed::CODE));
+                if memory.takes_lists {
+                    restrictions.push(Restriction::sqe_op(opcode::ReadvFixed::CODE));
+                    restrictions.push(Restriction::sqe_op(opcode::WritevFixed::CODE));
+                }
                 restrictions.push(Restriction::register_op(REGISTER_BUFFERS_UPDATE));
             }
             let flags = Flags::SKIP_SUCCESS | Flags::FIXED_FILE;
@@ -111,52 +115,24 @@ impl UringEngine {
 
     pub(super) fn submit(&self, index: u32, request: &Request, shared: &Shared) {
         let (file, flags) = self.file(request, shared);
-        let entry = match request.call {
-            Call::Read {
-                offset,
-                buffers,
-                count: 1,
-            } => {
-                let (address, length) = single(buffers);
-                match self.held(address, length) {
-                    Some(slot) => opcode::ReadFixed::new(file, address, length, slot)
-                        .offset(offset)
-                        .build(),
-                    None => opcode::Read::new(file, address, length).offset(offset).build(),
-                }
-            }
+        let entry = self.entry(request.call, file);
+        self.push(entry.flags(flags).user_data(OPERATION | u64::from(index)));
+    }
+
+    /// How a call is put to the kernel.
+    fn entry(&self, call: Call, file: Fd) -> Entry {
+        match call {
             Call::Read {
                 offset,
                 buffers,
                 count,
-            } => opcode::Readv::new(file, buffers, count).offset(offset).build(),
-            Call::Write {
-                offset,
-                buffers,
-                count: 1,
-                flags,
-            } => {
-                let (address, length) = single(buffers);
-                match self.held(address, length) {
-                    Some(slot) => opcode::WriteFixed::new(file, address, length, slot)
-                        .offset(offset)
-                        .rw_flags(flags)
-                        .build(),
-                    None => opcode::Write::new(file, address, length)
-                        .offset(offset)
-                        .rw_flags(flags)
-                        .build(),
-                }
-            }
+            } => self.read(file, offset, buffers, count),
             Call::Write {
                 offset,
                 buffers,
                 count,
                 flags,
-            } => opcode::Writev::new(file, buffers, count)
-                .offset(offset)
-                .rw_flags(flags)
-                .build(),
+            } => self.write(file, offset, buffers, count, flags),
             Call::Sync => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
             Call::Allocate { mode, offset, length } => opcode::Fallocate::new(file, length)
                 .offset(offset)
@@ -164,14 +140,63 @@ impl UringEngine {
                 .build(),
             Call::Poll { events } => opcode::PollAdd::new(file, events).build(),
             Call::DiscardBlocks { .. } => opcode::Nop::new().build(),
-        };
-        self.push(entry.flags(flags).user_data(OPERATION | u64::from(index)));
+        }
     }
 
-    /// The ring's slot of the memory that these bytes lie in.
     #[inline]
-    fn held(&self, address: *mut u8, length: u32) -> Option<u16> {
-        self.memory.as_ref()?.find(address.addr(), length as usize)
+    fn read(&self, file: Fd, offset: u64, list: *const libc::iovec, count: u32) -> Entry {
+        let segments = segments(list, count);
+        match (segments, self.held(segments)) {
+            ([one], Some(slot)) => {
+                let (address, length) = single(one);
+                opcode::ReadFixed::new(file, address, length, slot)
+                    .offset(offset)
+                    .build()
+            }
+            ([one], None) => {
+                let (address, length) = single(one);
+                opcode::Read::new(file, address, length).offset(offset).build()
+            }
+            (_, Some(slot)) => opcode::ReadvFixed::new(file, list, count, slot)
+                .offset(offset)
+                .build(),
+            (_, None) => opcode::Readv::new(file, list, count).offset(offset).build(),
+        }
+    }
+
+    #[inline]
+    fn write(&self, file: Fd, offset: u64, list: *const libc::iovec, count: u32, flags: i32) -> Entry {
+        let segments = segments(list, count);
+        match (segments, self.held(segments)) {
+            ([one], Some(slot)) => {
+                let (address, length) = single(one);
+                opcode::WriteFixed::new(file, address, length, slot)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            ([one], None) => {
+                let (address, length) = single(one);
+                opcode::Write::new(file, address, length)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            (_, Some(slot)) => opcode::WritevFixed::new(file, list, count, slot)
+                .offset(offset)
+                .rw_flags(flags)
+                .build(),
+            (_, None) => opcode::Writev::new(file, list, count)
+                .offset(offset)
+                .rw_flags(flags)
+                .build(),
+        }
+    }
+
+    /// The ring's slot of the memory that a request's segments lie in.
+    #[inline]
+    fn held(&self, segments: &[libc::iovec]) -> Option<u16> {
+        self.memory.as_ref()?.find(segments)
     }
 
     /// Holds memory from now on: [`Self::hold_next`].
@@ -347,12 +372,16 @@ impl UringEngine {
     }
 }
 
-/// Address and length of a list of one.
-fn single(buffers: *const libc::iovec) -> (*mut u8, u32) {
-    // SAFETY: the request's list has one element and is valid while the request is prepared.
-    let buffer = unsafe { *buffers };
-    let length = u32::try_from(buffer.iov_len.min(MAX_TRANSFER)).unwrap_or(u32::MAX);
-    (buffer.iov_base.cast(), length)
+/// The memory of a request that is being prepared.
+fn segments<'a>(list: *const libc::iovec, count: u32) -> &'a [libc::iovec] {
+    // SAFETY: a request's list is a slice of so many elements, and valid while the request is prepared; nobody keeps what is returned.
+    unsafe { std::slice::from_raw_parts(list, count as usize) }
+}
+
+/// Address and length of a segment.
+fn single(segment: &libc::iovec) -> (*mut u8, u32) {
+    let length = u32::try_from(segment.iov_len.min(MAX_TRANSFER)).unwrap_or(u32::MAX);
+    (segment.iov_base.cast(), length)
 }
 
 /// A ring, and whether it is still disabled.
@@ -448,7 +477,14 @@ mod tests {
         let mut memory = vec![0_u8; 64 << 10];
         let (start, length) = (memory.as_mut_ptr(), memory.len());
         let part = Part::new(start, length);
-        let at = |place: usize, length: u32| engine.held(start.wrapping_add(place), length).is_some();
+        let slot = |address: *mut u8, length| {
+            let segment = libc::iovec {
+                iov_base: address.cast(),
+                iov_len: length,
+            };
+            engine.held(&[segment])
+        };
+        let at = |place: usize, length| slot(start.wrapping_add(place), length).is_some();
         assert!(!at(0, 4096));
         engine.hold(part);
         engine.hold(part);
@@ -456,12 +492,103 @@ mod tests {
         assert!(!engine.hold_next());
         assert!(at(0, 4096) && at(length - 1, 1) && at(0, 64 << 10));
         assert!(!at(length - 1, 2) && !at(length, 1) && !at(0, 0));
-        assert!(engine.held(start.wrapping_sub(1), 2).is_none());
+        assert!(slot(start.wrapping_sub(1), 2).is_none());
         engine.release(part);
         assert!(at(0, 4096), "by somebody else");
         engine.release(part);
         assert!(!at(0, 4096));
         // Nobody knows of it: nothing happens.
+        engine.release(part);
+    }
+
+    /// `READV_FIXED` is used from 6.16 on.
+    fn kernel_takes_lists() -> bool {
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        let mut numbers = release
+            .split('.')
+            .map(|number| number.parse::<u32>().unwrap_or(0));
+        (numbers.next().unwrap(), numbers.next().unwrap()) >= (6, 16)
+    }
+
+    #[test]
+    fn a_list_in_held_memory_is_asked_for_with_its_slot_where_the_kernel_can() {
+        let mut engine = match UringEngine::new() {
+            Ok(engine) => engine,
+            Err(error) => return eprintln!("skipped: this machine has no io_uring: {error}"),
+        };
+        let Some(memory) = &mut engine.memory else {
+            return eprintln!("skipped: no table of memory here");
+        };
+        assert!(memory.takes_lists || !kernel_takes_lists());
+        if kernel_takes_lists() {
+            lists_are_written_and_read(&engine, true);
+        }
+        // As on older kernels.
+        if let Some(memory) = &mut engine.memory {
+            memory.takes_lists = false;
+        }
+        lists_are_written_and_read(&engine, false);
+    }
+
+    fn lists_are_written_and_read(engine: &UringEngine, with_slot: bool) {
+        let file = tempfile::tempfile().unwrap();
+        let file = Fd(std::os::fd::AsRawFd::as_raw_fd(&file));
+        let mut memory: Vec<u8> = (0..16_u32 << 10).flat_map(u32::to_le_bytes).collect();
+        let mut elsewhere = vec![9_u8; 4096];
+        let (start, other) = (memory.as_mut_ptr(), elsewhere.as_mut_ptr());
+        let part = Part::new(start, memory.len());
+        engine.hold(part);
+        assert!(!engine.hold_next());
+        let segment = |base: *mut u8, place: usize, length| libc::iovec {
+            iov_base: base.wrapping_add(place).cast(),
+            iov_len: length,
+        };
+        let bytes = |list: &[libc::iovec]| -> Vec<u8> {
+            let bytes = |segment: &libc::iovec| {
+                // SAFETY: it is in one of the two vectors, which nobody else uses.
+                unsafe { std::slice::from_raw_parts(segment.iov_base.cast::<u8>(), segment.iov_len) }
+            };
+            list.iter().flat_map(bytes).copied().collect()
+        };
+        let held = [
+            segment(start, 40_001, 3000),
+            segment(start, 5, 5000),
+            segment(start, 63 << 10, 1024),
+        ];
+        let partly = [segment(start, 20_000, 3000), segment(other, 7, 3)];
+        for (list, in_slot) in [(&held[..], with_slot), (&partly, false)] {
+            let count = u32::try_from(list.len()).unwrap();
+            let buffers = list.as_ptr();
+            let written = bytes(list);
+            let length = i32::try_from(written.len()).unwrap();
+            let (offset, flags) = (77, libc::RWF_DSYNC);
+            let write = Call::Write {
+                offset,
+                buffers,
+                count,
+                flags,
+            };
+            let write = engine.entry(write, file);
+            let read = Call::Read {
+                offset,
+                buffers,
+                count,
+            };
+            let read = engine.entry(read, file);
+            let expected = match in_slot {
+                true => (opcode::WritevFixed::CODE, opcode::ReadvFixed::CODE),
+                false => (opcode::Writev::CODE, opcode::Readv::CODE),
+            };
+            let operations = (write.get_opcode(), read.get_opcode());
+            assert_eq!(operations, (expected.0.into(), expected.1.into()));
+            assert_eq!(answer(engine, &write), length);
+            for segment in list {
+                // SAFETY: as above.
+                unsafe { segment.iov_base.cast::<u8>().write_bytes(0, segment.iov_len) };
+            }
+            assert_eq!(answer(engine, &read), length);
+            assert!(bytes(list) == written);
+        }
         engine.release(part);
     }
 

@@ -393,6 +393,7 @@ impl Manager {
             queues,
             queue_size: 128,
             block_size: 4096,
+            segment: None,
             inflight: true,
             patience: Duration::from_secs(5),
             greeting: Some(Greeting(Arc::new(move |stream| {

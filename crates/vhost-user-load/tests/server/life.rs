@@ -64,8 +64,11 @@ fn memory_that_stays_is_held_while_its_queues_are_served_and_no_longer() {
     let report = running.join().unwrap().unwrap();
     assert!(report.verified_blocks > 50, "{report:?}");
     wait_until("the memory is let go", || held() == 0);
-    // The next one's memory lies where the first one's was, as a rule.
-    let report = run(&place.load()).unwrap();
+    // The next one's memory lies where the first one's was, as a rule. Its requests have several segments each.
+    let mut load = place.load();
+    load.front_end.block_size = 16 << 10;
+    load.front_end.segment = Some(3072);
+    let report = run(&load).unwrap();
     assert!(report.verified_blocks > 50, "{report:?}");
     served.server.stop();
     wait_until("the memory is let go", || held() == 0);

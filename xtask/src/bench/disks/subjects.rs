@@ -16,7 +16,8 @@ impl Load {
 }
 
 /// rr and rw: random reads and writes of 4 KiB at depth 1 and 32; fw: one such write to each 64 KiB, in scattered order; r and
-/// w: 128 KiB one after the other, 16 at once. First writes come before other writes.
+/// w: 128 KiB one after the other, 16 at once; sr and sw: the same, with data in segments of 4 KiB, as guests have it whose pages lie here and
+/// there. First writes come before other writes.
 pub(super) const LOADS: &[Load] = &[
     Load {
         name: "fw32",
@@ -61,11 +62,43 @@ pub(super) const LOADS: &[Load] = &[
         arguments: &["--pattern", "write", "--depth", "16", "--block-size", "131072"],
         fio: &["--rw=write", "--bs=128k", "--iodepth=16"],
     },
+    Load {
+        name: "sr128",
+        arguments: &[
+            "--pattern",
+            "read",
+            "--depth",
+            "16",
+            "--block-size",
+            "131072",
+            "--segment",
+            "4096",
+        ],
+        fio: &[],
+    },
+    Load {
+        name: "sw128",
+        arguments: &[
+            "--pattern",
+            "write",
+            "--depth",
+            "16",
+            "--block-size",
+            "131072",
+            "--segment",
+            "4096",
+        ],
+        fio: &[],
+    },
 ];
 
 const ALL: &[&str] = &["rr1", "rw1", "rr32", "rw32", "r128", "w128"];
-/// For comparison with first writes.
-const ALL_AND_SCATTERED: &[&str] = &["rr1", "rw1", "rr32", "rw32", "fw32", "r128", "w128"];
+/// For comparison with first writes, and with memory that is held.
+const ALL_AND_SCATTERED: &[&str] = &[
+    "rr1", "rw1", "rr32", "rw32", "fw32", "r128", "w128", "sr128", "sw128",
+];
+/// Where the kernel need not look up pages.
+const HELD: &[&str] = &["rr32", "rw32", "r128", "w128", "sr128", "sw128"];
 /// Where several submissions share a system call.
 const DEEP: &[&str] = &["rr32", "rw32", "r128", "w128"];
 const SHALLOW: &[&str] = &["rr1", "rw1"];
@@ -137,7 +170,7 @@ pub(super) const SUBJECTS: &[Subject] = &[
     Subject {
         name: "floor, memory held",
         kind: Kind::Image(PINNED),
-        loads: DEEP,
+        loads: HELD,
     },
     Subject {
         name: PLAIN,
@@ -152,7 +185,7 @@ pub(super) const SUBJECTS: &[Subject] = &[
     Subject {
         name: PLAIN_PINNED,
         kind: Kind::Pool(Disk::Plain, PINNED),
-        loads: DEEP,
+        loads: HELD,
     },
     Subject {
         name: MIRROR,
