@@ -5,7 +5,9 @@
 
 use block_io::IoBuf;
 use virtio_core::virtio_queue::desc::split::Descriptor;
-use virtio_core::vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use virtio_core::vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory, VolatileSlice,
+};
 
 /// The longest chain that is accepted, in descriptors; also what QEMU and Linux' vhost take at most.
 pub const MAX_DESCRIPTORS: u32 = 1024;
@@ -97,8 +99,8 @@ impl Buffers {
         self.pieces.clear();
         self.readable = 0;
         self.writable_length = 0;
-        let mut address = table.address;
         let mut size = u32::from(table.size);
+        let mut place = Place::new(memory, table.address, size);
         let mut index = head;
         let mut steps = size.min(MAX_DESCRIPTORS);
         let mut in_indirect = false;
@@ -109,7 +111,7 @@ impl Buffers {
                 return Err(ChainError::OutOfTable { index, size });
             }
             steps = steps.checked_sub(1).ok_or(ChainError::TooLong)?;
-            let descriptor = read_descriptor(memory, address, index)?;
+            let descriptor = place.read(index)?;
             if descriptor.refers_to_indirect_table() {
                 let entries = descriptor.len() / DESCRIPTOR_SIZE;
                 if in_indirect
@@ -121,7 +123,8 @@ impl Buffers {
                     return Err(ChainError::Indirect);
                 }
                 in_indirect = true;
-                (address, size, index) = (descriptor.addr(), entries, 0);
+                (size, index) = (entries, 0);
+                place = Place::new(memory, descriptor.addr(), size);
                 steps = entries.min(MAX_DESCRIPTORS);
                 continue;
             }
@@ -150,42 +153,69 @@ impl Buffers {
             address: descriptor.addr().0,
             length: descriptor.len().into(),
         };
-        for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
-            let slice = slice.map_err(|_| outside)?;
-            if slice.is_empty() {
-                continue;
-            }
-            // SAFETY: the memory is mapped for reading and writing as long as `memory`'s owner, who keeps it until the
-            // requests have ended. Nobody has a reference to guest memory.
-            let piece = unsafe { IoBuf::new(slice.ptr_guard_mut().as_ptr(), slice.len()) };
-            // Readable and writable pieces are never joined.
-            let joins = !writing || self.pieces.len() > self.readable;
-            match self.pieces.last_mut() {
-                Some(last) if joins && last.is_followed_by(&piece) => *last = last.joined(&piece),
-                _ => self.pieces.push(piece),
-            }
-            if !writing {
-                self.readable = self.pieces.len();
-            }
+        let (address, length) = (descriptor.addr(), descriptor.len() as usize);
+        // As a rule it lies in one region.
+        if let Ok(slice) = memory.get_slice(address, length) {
+            self.add_slice(&slice, writing);
+            return Ok(());
+        }
+        for slice in memory.get_slices(address, length) {
+            self.add_slice(&slice.map_err(|_| outside)?, writing);
         }
         Ok(())
+    }
+
+    fn add_slice(&mut self, slice: &VolatileSlice<'_>, writing: bool) {
+        if slice.is_empty() {
+            return;
+        }
+        // SAFETY: the memory is mapped for reading and writing as long as `memory`'s owner, who keeps it until the
+        // requests have ended. Nobody has a reference to guest memory.
+        let piece = unsafe { IoBuf::new(slice.ptr_guard_mut().as_ptr(), slice.len()) };
+        // Readable and writable pieces are never joined.
+        let joins = !writing || self.pieces.len() > self.readable;
+        match self.pieces.last_mut() {
+            Some(last) if joins && last.is_followed_by(&piece) => *last = last.joined(&piece),
+            _ => self.pieces.push(piece),
+        }
+        if !writing {
+            self.readable = self.pieces.len();
+        }
     }
 }
 
 const DESCRIPTOR_SIZE: u32 = 16;
 
-fn read_descriptor(
-    memory: &GuestMemoryMmap,
-    table: GuestAddress,
-    index: u16,
-) -> Result<Descriptor, ChainError> {
-    let outside = ChainError::OutOfMemory {
-        address: table.0,
-        length: u64::from(DESCRIPTOR_SIZE),
-    };
-    let address = table
-        .0
-        .checked_add(u64::from(index) * u64::from(DESCRIPTOR_SIZE))
-        .ok_or(outside)?;
-    memory.read_obj(GuestAddress(address)).map_err(|_| outside)
+/// Where the descriptors of a table are.
+struct Place<'a> {
+    memory: &'a GuestMemoryMmap,
+    address: GuestAddress,
+    /// All of it, if it lies in one region, as it does as a rule: that is looked for once.
+    whole: Option<VolatileSlice<'a>>,
+}
+
+impl<'a> Place<'a> {
+    fn new(memory: &'a GuestMemoryMmap, address: GuestAddress, size: u32) -> Self {
+        let length = size as usize * DESCRIPTOR_SIZE as usize;
+        Self {
+            memory,
+            address,
+            whole: memory.get_slice(address, length).ok(),
+        }
+    }
+
+    fn read(&self, index: u16) -> Result<Descriptor, ChainError> {
+        let offset = usize::from(index) * DESCRIPTOR_SIZE as usize;
+        if let Some(whole) = &self.whole
+            && let Ok(descriptor) = whole.get_ref(offset)
+        {
+            return Ok(descriptor.load());
+        }
+        let outside = ChainError::OutOfMemory {
+            address: self.address.0,
+            length: u64::from(DESCRIPTOR_SIZE),
+        };
+        let address = self.address.0.checked_add(offset as u64).ok_or(outside)?;
+        self.memory.read_obj(GuestAddress(address)).map_err(|_| outside)
+    }
 }

@@ -662,6 +662,38 @@ fn a_deep_queue_loses_no_request_and_no_interrupt() {
 }
 
 #[test]
+fn chains_that_came_at_once_need_one_doorbell_and_those_that_were_there_before_none() {
+    on_both_engines(|mut machine| {
+        for rings in [true, false] {
+            for slot in 0..40_u16 {
+                header(machine.memory(), HEADER + u64::from(slot) * 16, kind::IN, 0);
+                let chain = [
+                    readable(HEADER + u64::from(slot) * 16, 16),
+                    writable(DATA + u64::from(slot) * 4096, 4096),
+                    writable(STATUS + u64::from(slot), 1),
+                ];
+                machine.driver.store_chain(slot * 3, &chain);
+                machine.driver.add(slot * 3);
+            }
+            machine.driver.publish();
+            if rings {
+                machine.driver.kick();
+            } else {
+                let memory = Arc::clone(machine.memory());
+                let features = feature::RING_EVENT_IDX | blk_feature::FLUSH;
+                let queues = vec![machine.driver.active(0)];
+                machine.events = activate(&mut machine.device, &memory, features, queues);
+            }
+            for _ in 0..40 {
+                machine.driver.wait_used();
+            }
+            reset_and_wait(&mut machine.device);
+            machine.driver = Driver::new(&Arc::clone(machine.memory()), 0x1000, 128, true);
+        }
+    });
+}
+
+#[test]
 fn a_reset_under_load_ends_what_is_in_flight_and_the_device_starts_again() {
     on_both_engines(|mut machine| {
         for _ in 0..50 {

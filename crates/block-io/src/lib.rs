@@ -66,5 +66,5 @@ pub use spec::relative_to;
 pub use worker::{
     EngineKind, EventSignal, EventWatch, HeldMemory, Hook, PollSource, Worker, WorkerError, WorkerHandle,
     WorkerOptions, add_poll_source, default_helpers, helped, moment, moment_nanos, prepare_pool, spawn_local,
-    turns, yield_now,
+    turns, wake_after_turn, yield_now,
 };

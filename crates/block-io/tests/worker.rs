@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use block_io::{
     AlignedBuffer, BlockDevice, Clock, EngineKind, EventSignal, EventWatch, HostDevice, OpenOptions, Worker,
-    WorkerClock, WorkerOptions, helped, spawn_local,
+    WorkerClock, WorkerOptions, helped, spawn_local, turns, wake_after_turn,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -84,6 +84,30 @@ fn a_task_can_be_woken_from_another_thread() {
             }
         }
         wait.recv_timeout(Duration::from_secs(10)).unwrap();
+    }
+}
+
+#[test]
+fn a_task_goes_on_when_the_kernel_was_called_though_nothing_else_wakes_the_worker() {
+    for worker in workers() {
+        let (done, wait) = mpsc::channel();
+        worker.spawn(move || async move {
+            for _ in 0..100 {
+                let before = turns();
+                poll_fn(|context| {
+                    if turns() != before {
+                        return Poll::Ready(());
+                    }
+                    wake_after_turn(context.waker());
+                    Poll::Pending
+                })
+                .await;
+                done.send(turns().unwrap() - before.unwrap()).unwrap();
+            }
+        });
+        for _ in 0..100 {
+            assert_eq!(wait.recv_timeout(Duration::from_secs(10)).unwrap(), 1);
+        }
     }
 }
 

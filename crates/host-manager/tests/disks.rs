@@ -18,6 +18,7 @@ use management::{Client, Scope, Target};
 use storage_virtualizer::vhost_user::front_end::{FrontEndKind, FrontEndOptions, VhostUserDevice, dial};
 use vhost_user_load::front_end::FrontEnd;
 use vhost_user_load::load::{Load, Pattern, run};
+use vhost_user_load::pattern::Data;
 use vhost_user_load::queue::Queue;
 
 const ROOT: &str = "/root.dsk";
@@ -266,6 +267,7 @@ fn requests_in_flight_survive_managers_that_come_and_go() {
         range: None,
         once: false,
         stride: None,
+        data: Data::default(),
         verify: true,
         flush_every: 500,
         reconnect: true,
@@ -467,6 +469,7 @@ fn latency_of_questions_while_eight_machines_work() {
         range: Some(4 << 20),
         once: false,
         stride: None,
+        data: Data::default(),
         verify: false,
         flush_every: 100,
         reconnect: false,

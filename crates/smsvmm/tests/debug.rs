@@ -18,6 +18,7 @@ use management::Server;
 use serde_json::Value;
 use vhost_user_load::front_end::Options;
 use vhost_user_load::load::{self, Load, Pattern};
+use vhost_user_load::pattern::Data;
 
 fn command(folder: &Path, line: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_smsvmm"));
@@ -115,6 +116,7 @@ fn load(folder: &Path, pattern: Pattern) -> anyhow::Result<load::Report> {
         range: Some(32 << 10),
         once: true,
         stride: None,
+        data: Data::default(),
         verify: false,
         flush_every: 0,
         reconnect: false,

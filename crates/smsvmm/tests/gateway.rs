@@ -15,6 +15,7 @@ use api::{AttachRequest, DiskConfig, StorageRequest};
 use management::blocking;
 use vhost_user_load::front_end::{self, Greeting};
 use vhost_user_load::load::{Load, Pattern};
+use vhost_user_load::pattern::Data;
 
 fn smsvmm(folder: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_smsvmm"));
@@ -143,6 +144,7 @@ fn machine(at: &Path, duration: Duration) -> Load {
         range: None,
         once: false,
         stride: None,
+        data: Data::default(),
         verify: true,
         flush_every: 500,
         reconnect: true,

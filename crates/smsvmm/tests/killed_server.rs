@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use vhost_user_load::front_end;
 use vhost_user_load::load::{Load, Pattern, run};
+use vhost_user_load::pattern::Data;
 
 fn smsvmm(folder: &Path, arguments: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_smsvmm"));
@@ -83,6 +84,7 @@ fn what_a_front_end_was_told_is_written_survives_the_kill_of_the_server() {
         range: None,
         once: false,
         stride: None,
+        data: Data::default(),
         verify: true,
         // Seldom, so that most kills meet writes that no flush has followed.
         flush_every: 5000,

@@ -23,6 +23,7 @@ use storage_manager::{DiskOptions, HostedPool};
 use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
 use vhost_user_load::front_end;
 use vhost_user_load::load::{Load, Pattern, run};
+use vhost_user_load::pattern::Data;
 
 const DISK: u64 = 4 << 20;
 
@@ -79,6 +80,7 @@ fn load(socket: &Path, pattern: Pattern) -> Load {
         range: None,
         once: true,
         stride: None,
+        data: Data::default(),
         verify: false,
         flush_every: 0,
         reconnect: false,

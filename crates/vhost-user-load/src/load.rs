@@ -18,7 +18,7 @@ use storage_virtualizer::virtio_blk::{Status, kind};
 
 use crate::front_end::{self, FrontEnd};
 use crate::histogram::{Histogram, Latency};
-use crate::pattern::{self, Expected, Run};
+use crate::pattern::{self, Data, Expected, Run};
 use crate::queue::Queue;
 
 /// What is asked for.
@@ -67,6 +67,8 @@ pub struct Load {
     pub once: bool,
     /// Requests begin at multiples of this many bytes; by default of the block size.
     pub stride: Option<u32>,
+    /// What is written. In verify mode it changes with each write, else each slot of a queue keeps its data.
+    pub data: Data,
     /// Check what is read.
     pub verify: bool,
     /// A flush after so many requests; 0 for none.
@@ -349,15 +351,22 @@ impl<'a> Lane<'a> {
             measured: None,
             verified: 0,
         };
-        // Data that does not compress: a disk in compressed memory must not seem better than it is.
         for slot in 0..load.depth {
-            for at in (0..lane.buffer.len()).step_by(8) {
-                let word = lane.draw().to_le_bytes();
-                lane.buffer[at..at + 8].copy_from_slice(&word);
+            match load.data {
+                Data::Noise => lane.make_noise(),
+                Data::Words => pattern::fill(&mut lane.buffer, load.data, lane.run, slot.into(), 0),
             }
             lane.queue.data(slot, lane.buffer.len())?.copy_from(&lane.buffer);
         }
         Ok(lane)
+    }
+
+    /// Data that does not compress: a disk in compressed memory must not seem better than it is.
+    fn make_noise(&mut self) {
+        for at in (0..self.buffer.len()).step_by(8) {
+            let word = self.draw().to_le_bytes();
+            self.buffer[at..at + 8].copy_from_slice(&word);
+        }
     }
 
     fn draw(&mut self) -> u64 {
@@ -483,7 +492,8 @@ impl<'a> Lane<'a> {
             if kind == kind::OUT {
                 let expected = &mut self.expected[index];
                 expected.begun += 1;
-                pattern::fill(&mut self.buffer, self.run, self.first + block, expected.begun);
+                let (number, generation) = (self.first + block, expected.begun);
+                pattern::fill(&mut self.buffer, self.load.data, self.run, number, generation);
                 self.queue.data(slot, self.buffer.len())?.copy_from(&self.buffer);
             }
         }
@@ -530,6 +540,7 @@ impl<'a> Lane<'a> {
                 .copy_to(&mut self.buffer);
             pattern::check(
                 &self.buffer,
+                self.load.data,
                 self.run,
                 self.first + pending.block,
                 self.expected[index],

@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::Parser;
 use vhost_user_load::front_end::{self, Greeting};
 use vhost_user_load::load::{Load, Pattern, Report, run};
+use vhost_user_load::pattern::Data;
 
 /// Longest head of a manager's answer in bytes.
 const MAX_HEAD: usize = 16 << 10;
@@ -59,6 +60,9 @@ struct Arguments {
     /// A flush after so many requests.
     #[arg(long, default_value_t = 0, value_name = "NUMBER")]
     flush_every: u32,
+    /// What is written: "words" costs memory that compresses (zram) next to nothing.
+    #[arg(long, value_enum, default_value_t)]
+    data: Data,
     /// Check every block that is read, and at the end all that were written. What is on the disk is lost.
     #[arg(long)]
     verify: bool,
@@ -152,6 +156,7 @@ fn main() -> ExitCode {
         range: arguments.range,
         once: arguments.once,
         stride: arguments.stride,
+        data: arguments.data,
         verify: arguments.verify,
         flush_every: arguments.flush_every,
         reconnect: arguments.reconnect,

@@ -1,12 +1,12 @@
 //! Serves one virtqueue, on a block-io worker.
 //!
-//! One task waits for the doorbell and takes all that is in the ring in one go. Every chain is handed to a *slot*: a task
+//! One task waits for the doorbell and takes what is in the ring, [a batch](BATCH) in each turn of the worker. Every chain is handed to a *slot*: a task
 //! with its own scratch memory that takes the chain's buffers, has the [`Service`] do what they ask for, and puts the answer
 //! into the used ring. Slots are made when so many requests are in flight for the first time, and then reused: in steady
 //! state a request allocates nothing.
 //!
 //! ```text
-//!   kick ─► server task: take all heads ──► slot tasks: chain → service … ─► used ring
+//!   kick ─► server task: take heads     ──► slot tasks: chain → service … ─► used ring
 //!                ▲                                                               │
 //!                └───── woken by the first of a batch, interrupts once at its end ◄┘
 //! ```
@@ -37,6 +37,10 @@ use super::{QueueStart, Service};
 use crate::chain::{Buffers, Table};
 use crate::disk_handle::DiskHandleError;
 use crate::inflight::InflightQueue;
+
+/// Chains that are taken in one turn of the worker, half of what drivers often have in flight at most: the driver hears of the first answers and
+/// has new requests ready while the kernel is busy with the others. Measured: `docs/src/performance.md`.
+const BATCH: usize = 16;
 
 /// What the requests of a queue may know of their server.
 #[derive(Default)]
@@ -101,6 +105,10 @@ struct Server<S> {
     doorbell_off: Cell<bool>,
     /// There are chains, says the ring's index.
     announced: Cell<bool>,
+    /// The worker's turn in which chains were taken last, and how many more may be taken in it.
+    room: Cell<(Option<u64>, usize)>,
+    /// When this turn of the worker is over, chains are taken.
+    goes_on: Cell<Option<u64>>,
     abandoned: RefCell<Vec<u16>>,
     /// When chains were taken last, by [`Self::clock`].
     taken_at: Cell<u64>,
@@ -197,6 +205,9 @@ pub(super) async fn serve<S: Service>(
         broken: Cell::new(false),
         doorbell_off: Cell::new(false),
         announced: Cell::new(false),
+        room: Cell::new((None, BATCH)),
+        // What the driver added before the doorbell was watched.
+        goes_on: Cell::new(Some(u64::MAX)),
         abandoned: RefCell::default(),
         taken_at: Cell::new(0),
         answered_at: Cell::new(0),
@@ -204,8 +215,6 @@ pub(super) async fn serve<S: Service>(
     });
     add_poll_source(&(Rc::clone(&server) as Rc<dyn PollSource>));
     server.repeat(&parts.unanswered);
-    // What the driver added before the doorbell was watched.
-    server.drain();
     loop {
         let kicked = poll_fn(|context| {
             if server.link.waker.borrow().is_none() {
@@ -235,7 +244,7 @@ pub(super) async fn serve<S: Service>(
         match kicked {
             Some(Ok(())) => server.drain(),
             Some(Err(error)) => server.fail(&format!("cannot watch the doorbell: {error}")),
-            None if server.announced.get() => server.drain(),
+            None if server.announced.get() || server.can_go_on() => server.drain(),
             None => {}
         }
     }
@@ -253,20 +262,63 @@ fn hold(memory: &GuestMemory) -> HeldMemory {
 }
 
 impl<S: Service> Server<S> {
-    /// Takes all chains that are available and gives them to slots: at most as many as the queue has entries, as a head
-    /// that is in flight already is refused. The doorbell stays off until the worker sleeps.
+    /// Takes chains that are available and gives them to slots, in each turn of the worker [`BATCH`] of them. The doorbell
+    /// stays off until the worker sleeps.
     fn drain(self: &Rc<Self>) {
-        if !self.broken.get() {
-            match self.take_available() {
-                Ok(0) if self.announced.take() => self.fail("the available ring cannot be read"),
-                Ok(_) => self.announced.set(false),
-                Err(reason) => self.fail(&reason),
+        self.goes_on.set(None);
+        let announced = self.announced.take();
+        if self.broken.get() {
+            return;
+        }
+        let room = self.room();
+        match self.take_available(room) {
+            Ok(0) if announced && room > 0 => self.fail("the available ring cannot be read"),
+            Ok(taken) => {
+                self.room.set((block_io::turns(), room - taken));
+                if taken == room {
+                    self.go_on_later();
+                }
             }
-            self.doorbell_off.set(true);
+            Err(reason) => self.fail(&reason),
+        }
+        self.doorbell_off.set(true);
+    }
+
+    /// How many chains may be taken in this turn of the worker. The simulation has no turns.
+    fn room(&self) -> usize {
+        match (block_io::turns(), self.room.get()) {
+            (None, _) => usize::MAX,
+            (turn, (last, left)) if turn == last => left,
+            _ => BATCH,
         }
     }
 
-    fn take_available(self: &Rc<Self>) -> Result<u32, String> {
+    /// If there are more chains, takes them in the next turn of the worker.
+    fn go_on_later(&self) {
+        if self.has_more() {
+            self.goes_on.set(block_io::turns());
+            self.link
+                .waker
+                .borrow()
+                .iter()
+                .for_each(block_io::wake_after_turn);
+        }
+    }
+
+    /// Whether the turn is over in which [`Self::go_on_later`] was called.
+    fn can_go_on(&self) -> bool {
+        self.goes_on.get().is_some() && self.goes_on.get() != block_io::turns()
+    }
+
+    /// Whether the driver has made chains available that were not taken. If the ring is gone, the next drain finds out.
+    fn has_more(&self) -> bool {
+        let queue = self.queue.borrow();
+        queue
+            .avail_idx(&*self.memory, Ordering::Acquire)
+            .is_ok_and(|index| index.0 != queue.next_avail())
+    }
+
+    fn take_available(self: &Rc<Self>, most: usize) -> Result<usize, String> {
         self.taken_at.set(self.clock());
         let memory = &*self.memory;
         let mut queue = self.queue.borrow_mut();
@@ -274,7 +326,7 @@ impl<S: Service> Server<S> {
             .disable_notification(memory)
             .map_err(|error| error.to_string())?;
         let mut taken = 0;
-        for chain in queue.iter(memory).map_err(|error| error.to_string())? {
+        for chain in queue.iter(memory).map_err(|error| error.to_string())?.take(most) {
             let head = chain.head_index();
             self.mark_in_flight(head)?;
             if let Some(inflight) = &self.inflight {
@@ -300,6 +352,7 @@ impl<S: Service> Server<S> {
     fn has_news(&self) -> bool {
         self.completed.get()
             || self.announced.get()
+            || self.can_go_on()
             || self.link.stopping().is_some()
             || self.link.control.has_new_call()
             || self.service.can_release(&self.link)
@@ -528,15 +581,7 @@ impl<S: Service> PollSource for Server<S> {
     }
 
     fn poll(&self) -> bool {
-        if self.has_stopped() {
-            return false;
-        }
-        let queue = self.queue.borrow();
-        match queue.avail_idx(&*self.memory, Ordering::Acquire) {
-            Ok(index) if index.0 != queue.next_avail() => self.announce(),
-            // If the ring is gone, the next drain finds out.
-            _ => false,
-        }
+        !self.has_stopped() && self.has_more() && self.announce()
     }
 
     fn prepare_sleep(&self) -> bool {

@@ -29,6 +29,9 @@ use crate::{build, host};
 use pool::Pool;
 use subjects::{Kind, LOADS, Load, SUBJECTS, Subject};
 
+/// Bytes of a page, of which zram keeps a word if it has no other.
+const PAGE: usize = 4096;
+
 /// Bytes of each disk.
 const SIZE: u64 = 512 << 20;
 
@@ -47,12 +50,42 @@ pub(crate) struct Options {
     /// Only these loads: rr1, rw1, rr32, rw32, fw32, r128, w128, sr128, sw128
     #[arg(long, value_delimiter = ',')]
     loads: Vec<String>,
+    /// What the files are filled with, and what is written
+    #[arg(long, value_enum, default_value_t = Data::Noise)]
+    data: Data,
     /// Files in this folder instead of memory
     #[arg(long)]
     folder: Option<PathBuf>,
     /// Measure these programs, which are built, instead of building them
     #[arg(long, value_name = "FOLDER")]
     programs: Option<PathBuf>,
+}
+
+/// What data are like.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Data {
+    /// They do not compress: zram's own work is the largest part of a write
+    Noise,
+    /// In each page one word over and over: zram keeps the word, so the device costs next to nothing
+    Words,
+}
+
+impl Data {
+    /// As the load generator calls it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Noise => "noise",
+            Self::Words => "words",
+        }
+    }
+
+    /// What fio needs to write such data: its own buffers are noise.
+    fn fio(self) -> &'static [&'static str] {
+        match self {
+            Self::Noise => &[],
+            Self::Words => &["--buffer_pattern=0x6d7673732d6f6966"],
+        }
+    }
 }
 
 /// One measurement.
@@ -70,6 +103,7 @@ type Measured = BTreeMap<(&'static str, &'static str), Vec<Option<Figures>>>;
 
 struct Place {
     folder: PathBuf,
+    data: Data,
     smsvmm: PathBuf,
     load: PathBuf,
     tree: Option<PathBuf>,
@@ -101,6 +135,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     };
     let place = Place {
         folder: folder.path().to_path_buf(),
+        data: options.data,
         smsvmm: program("smsvmm")?,
         load: program("vhost-user-load")?,
         tree: programs()?,
@@ -142,6 +177,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             }
         }
     }
+    println!(
+        "\ndata: {}{}",
+        options.data.name(),
+        Place::same_pages(zram.as_ref())
+    );
     print(&chosen, &loads, &measured);
     goals::print(&measured);
     Ok(ExitCode::SUCCESS)
@@ -213,18 +253,22 @@ impl Place {
         }
     }
 
-    /// A raw file full of data that does not compress, a qcow2 file with the same, another such to be below overlays.
+    /// A raw file full of the data, a qcow2 file with the same, another such to be below overlays.
     fn make_images(&self) -> Result<()> {
         let raw = self.path("disk.raw");
-        let mut random = fs::File::open("/dev/urandom")?;
         let mut piece = vec![0; 4 << 20];
         let mut file = fs::File::create(&raw)?;
-        std::io::Read::read_exact(&mut random, &mut piece)?;
-        for number in 0..SIZE / piece.len() as u64 {
-            // Each block of each piece differs, without asking for a gigabyte of randomness.
-            piece
-                .chunks_mut(4096)
-                .for_each(|block| block[..8].copy_from_slice(&number.to_le_bytes()));
+        std::io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut piece)?;
+        let pieces = (0..SIZE).step_by(piece.len());
+        for start in pieces {
+            // Each page of each piece differs, without asking for a gigabyte of randomness.
+            for (page, bytes) in (start..).step_by(PAGE).zip(piece.chunks_mut(PAGE)) {
+                let word = (!page).to_le_bytes();
+                match self.data {
+                    Data::Noise => bytes[..8].copy_from_slice(&word),
+                    Data::Words => bytes.chunks_mut(8).for_each(|place| place.copy_from_slice(&word)),
+                }
+            }
             file.write_all(&piece)?;
         }
         file.sync_all()?;
@@ -241,6 +285,17 @@ impl Place {
         create.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-o", options, "-b"]);
         finish(create.arg(self.path("base.qcow2")).arg(self.path(file)))?;
         Ok(())
+    }
+
+    /// How many pages the device in memory keeps as a word, for the reader to see that it does.
+    fn same_pages(zram: Option<&Result<Zram>>) -> String {
+        let Some(Ok(zram)) = zram else {
+            return String::new();
+        };
+        match zram.same_pages() {
+            Ok((same, all)) => format!("; zram keeps {same} of {all} pages as a word"),
+            Err(error) => format!("; what zram does with it is not known: {error:#}"),
+        }
     }
 
     fn pool(&self) -> Pool<'_> {
@@ -329,7 +384,8 @@ impl Place {
     /// Runs the load generator.
     fn generate(&self, socket: &Path, arguments: &[&str]) -> Result<Vec<u8>> {
         let mut command = Command::new(&self.load);
-        finish(command.arg("--socket").arg(socket).args(arguments))
+        command.args(["--data", self.data.name(), "--socket"]);
+        finish(command.arg(socket).args(arguments))
     }
 
     fn fio(&self, load: &Load, arguments: &[&str], seconds: f64) -> Result<Figures> {
@@ -344,7 +400,9 @@ impl Place {
         ]);
         command.arg(format!("--filename={}", self.path("disk.raw").display()));
         command.arg(format!("--runtime={}ms", (seconds * 1e3).round()));
-        let report: Value = serde_json::from_slice(&finish(command.args(load.fio).args(arguments))?)?;
+        let report: Value = serde_json::from_slice(&finish(
+            command.args(load.fio).args(arguments).args(self.data.fio()),
+        )?)?;
         let job = &report["jobs"][0];
         let side = &job[if load.writes() { "write" } else { "read" }];
         let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);

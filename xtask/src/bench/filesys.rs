@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use lab::{Cache, finish};
 
 use crate::apt::{self, Apt};
@@ -114,6 +114,19 @@ impl Zram {
         finish(Command::new("mkfs.xfs").args(["-q", "-f", "-K", &device]))?;
         finish(Command::new("mount").arg(&device).arg(zram.folder.path()))?;
         Ok(zram)
+    }
+
+    /// Pages that are kept as one word, and all that are there.
+    pub(super) fn same_pages(&self) -> Result<(u64, u64)> {
+        let text = fs::read_to_string(self.control("mm_stat")).context("no statistics")?;
+        let numbers: Vec<u64> = text
+            .split_whitespace()
+            .map_while(|word| word.parse().ok())
+            .collect();
+        match numbers[..] {
+            [original, _, _, _, _, same, ..] => Ok((same, original / 4096)),
+            _ => bail!("unknown statistics: {text}"),
+        }
     }
 
     fn control(&self, file: &str) -> PathBuf {

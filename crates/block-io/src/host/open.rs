@@ -286,11 +286,18 @@ fn open_file(path: &Path, options: &OpenOptions, kind: Kind, direct: bool) -> io
     if kind == Kind::BlockDevice && options.lock && !options.read_only {
         flags |= libc::O_EXCL;
     }
-    File::options()
-        .read(true)
-        .write(!options.read_only)
-        .custom_flags(flags)
-        .open(path)
+    let open = |flags| {
+        File::options()
+            .read(true)
+            .write(!options.read_only)
+            .custom_flags(flags)
+            .open(path)
+    };
+    // Reads need not look whether the time of the last one is to be noted. Only the file's owner may ask for that.
+    match open(flags | libc::O_NOATIME) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(flags),
+        opened => opened,
+    }
 }
 
 /// What O_DIRECT on `file` demands; `None` if it does not work after all.

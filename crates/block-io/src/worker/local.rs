@@ -178,6 +178,8 @@ pub(super) struct Local {
     pub(super) shared: Arc<Shared>,
     tasks: RefCell<Tasks>,
     ready: RefCell<VecDeque<u32>>,
+    /// Who goes on when the kernel was called.
+    later: RefCell<Vec<Waker>>,
     /// Tasks of other threads, not made yet.
     spawns: RefCell<Vec<Spawn>>,
     pub(super) ops: RefCell<Ops>,
@@ -251,6 +253,12 @@ pub fn turns() -> Option<u64> {
     with_local(|local| local.turns.get())
 }
 
+/// Wakes `waker` when the worker of this thread has called the kernel next ([`turns`]), which it does before it sleeps, and after those who wait for what
+/// has ended then. Does nothing outside of workers.
+pub fn wake_after_turn(waker: &Waker) {
+    with_local(|local| local.later.borrow_mut().push(waker.clone()));
+}
+
 /// How many requests of the worker of this thread were done by its helpers ([`super::WorkerOptions::helpers`]). None outside of workers.
 pub fn helped() -> Option<u64> {
     with_local(|local| local.engine.helped())
@@ -280,6 +288,7 @@ impl Local {
             shared,
             tasks: RefCell::default(),
             ready: RefCell::default(),
+            later: RefCell::default(),
             spawns: RefCell::default(),
             ops: RefCell::default(),
             events: RefCell::default(),
@@ -435,6 +444,9 @@ impl Local {
         while let Some(completion) = self.engine.next_completion() {
             self.dispatch(completion);
         }
+        for waker in self.later.borrow_mut().drain(..) {
+            waker.wake();
+        }
         self.take_inbox();
     }
 
@@ -478,7 +490,7 @@ impl Local {
             for spawn in spawns {
                 spawn();
             }
-            if self.run_ready() || self.is_notified() {
+            if self.run_ready() || self.is_notified() || !self.later.borrow().is_empty() {
                 self.turn(false);
             } else {
                 self.rest.rest(self);

@@ -8,6 +8,7 @@ use block_io::{HostDevice, OpenOptions, Worker, WorkerOptions};
 use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
 use vhost_user_load::front_end;
 use vhost_user_load::load::{Load, Pattern};
+use vhost_user_load::pattern::Data;
 
 pub(crate) const SIZE: u64 = 64 << 20;
 
@@ -55,6 +56,7 @@ impl Place {
             range: None,
             once: false,
             stride: None,
+            data: Data::default(),
             verify: true,
             flush_every: 50,
             reconnect: false,
