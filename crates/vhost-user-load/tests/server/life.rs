@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use storage_virtualizer::vhost_user::{VhostUserError, VhostUserOptions, VhostUserServer};
 use vhost_user_load::front_end::FrontEnd;
 use vhost_user_load::load::run;
+use vhost_user_load::pattern::Data;
 
 use crate::place::{Place, SIZE, serve};
 
@@ -30,7 +31,9 @@ fn what_is_written_is_read_through_several_queues() {
     let mut load = place.load();
     load.duration = Duration::from_millis(100);
     load.front_end.inflight = false;
-    run(&load).unwrap();
+    load.data = Data::Words;
+    let words = run(&load).unwrap();
+    assert!(words.verified_blocks > 0, "{words:?}");
     wait_until("nobody is left", || served.server.front_ends() == 0);
     let counters = served.server.counters().counts;
     assert!(
