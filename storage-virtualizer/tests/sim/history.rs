@@ -270,5 +270,5 @@ fn disks_on_mirrors_are_managed_under_load_while_devices_fail_at_random() {
     };
     // A single durable write: few crashes hit it.
     let reserved = ["disks: a crash while reservations are kept"];
-    run(rates, 22, 25, &[&MARKS[..], &reserved].concat());
+    run(rates, 22, 60, &[&MARKS[..], &reserved].concat());
 }
