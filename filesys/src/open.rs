@@ -229,7 +229,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         };
         let end = replay::replay(&*meta, &state, &ring, &superblock, &healer).await?;
         let memory = options.tail.clone().filter(|_| !read_only);
-        let left = LeftTail::find(memory.as_deref(), &superblock, &end);
+        let left = memory
+            .as_deref()
+            .map(|memory| left_in_tail(memory, &superblock, &end));
+        let left = left.unwrap_or_default();
         superblock.next_object = superblock.next_object.max(state.next_id());
         let mut space = space;
         let mut unflushed = Vec::new();
@@ -255,9 +258,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             }
             superblock.sequence = opened.next_sequence;
             // Who does not know of the tail takes the very next one, and must not be taken for us.
-            let skipped = left.as_ref().is_some_and(|left| !left.entries.is_empty());
-            superblock.incarnation += 1 + u64::from(skipped);
-            if let (Some(memory), Some(_)) = (&memory, &left) {
+            superblock.incarnation += 1 + u64::from(!left.is_empty());
+            if let (Some(memory), false) = (&memory, left.is_empty()) {
                 FoundTail::announce(&**memory, superblock.incarnation);
             }
             superblock.clean = false;
@@ -278,9 +280,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .take_events()
             .into_iter()
             .for_each(|event| core.event(event));
-        if let Some(left) = &left {
-            core.remake(&left.entries).await?;
-        }
+        core.remake(&left).await?;
         // Takes back what was written to it, also of what was made again just now.
         for (volume, error) in unflushed {
             core.fail_volume(&volume, &error);
@@ -392,33 +392,27 @@ pub(crate) fn check_volume<V: BlockDevice>(volume: &GivenVolume<V>) -> Result<()
     })
 }
 
-/// What a killed process has left in the tail of its journal.
-struct LeftTail {
-    /// One for each append.
-    entries: Vec<Vec<u8>>,
-}
-
-impl LeftTail {
-    /// What is there, if it continues the journal.
-    fn find(memory: Option<&dyn LastingMemory>, superblock: &Superblock, end: &End) -> Option<Self> {
-        let found = FoundTail::read(memory?, superblock.uuid)?;
-        if !found.goes_on(superblock.incarnation) {
-            block_io::cover!("filesys: others have written since the tail was left");
-            return None;
-        }
-        let Some(entries) = found.after(end) else {
-            tracing::warn!("what a killed process has left does not continue the journal, and is not used");
-            return None;
-        };
-        if !entries.is_empty() {
-            let count = entries.len();
-            tracing::info!(
-                count,
-                "what a killed process has left and was not durable is there"
-            );
-        }
-        Some(Self { entries })
+/// What a killed process has left in the tail of its journal and is to be made again, one item for each append.
+fn left_in_tail(memory: &dyn LastingMemory, superblock: &Superblock, end: &End) -> Vec<Vec<u8>> {
+    let Some(found) = FoundTail::read(memory, superblock.uuid) else {
+        return Vec::new();
+    };
+    if !found.goes_on(superblock.incarnation) {
+        block_io::cover!("filesys: others have written since the tail was left");
+        return Vec::new();
     }
+    let Some(left) = found.after(end) else {
+        tracing::warn!("what a killed process has left does not continue the journal, and is not used");
+        return Vec::new();
+    };
+    if !left.is_empty() {
+        let count = left.len();
+        tracing::info!(
+            count,
+            "what a killed process has left and was not durable is there"
+        );
+    }
+    left
 }
 
 /// The state of the last checkpoint.

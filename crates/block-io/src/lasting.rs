@@ -4,15 +4,18 @@
 //! any more then to whom it was answered. A file in a file system in memory (tmpfs) is just that. Writing to it costs a copy: no system call, no
 //! flush. The kernel keeps what was stored however the process ends.
 
-use std::ffi::CString;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
+
+use rustix::fs::{FallocateFlags, fallocate, fstatfs};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::process::geteuid;
+
+use crate::host::shm;
 
 /// Memory that outlives the process, as [`LastingFile`]; the simulator has its own.
 pub trait LastingMemory: fmt::Debug {
@@ -52,46 +55,34 @@ impl fmt::Debug for LastingFile {
 const TMPFS: i64 = 0x0102_1994;
 
 impl LastingFile {
-    /// The file at `path` with room for `size` bytes; if there is none, it is made if `make` says so, else there is none. It belongs to this user, and
-    /// nobody else may read or write it.
+    /// The file of this name and user, with room for `size` bytes; if there is none, it is made if `make` says so, else there is none. Nobody else may
+    /// read or write it.
     ///
     /// # Errors
-    /// The folder is not in a file system in memory, the file is somebody else's or no file, or there is no room for it.
-    pub fn open(path: &Path, size: usize, make: bool) -> io::Result<Option<Self>> {
-        let flags = libc::O_RDWR | libc::O_CLOEXEC | libc::O_NOFOLLOW | if make { libc::O_CREAT } else { 0 };
-        let name = CString::new(path.as_os_str().as_bytes())?;
-        // SAFETY: `name` ends with a zero and lives during the call.
-        let opened = unsafe { libc::open(name.as_ptr(), flags, 0o600) };
-        if opened < 0 {
-            let error = io::Error::last_os_error();
-            return match error.kind() {
-                io::ErrorKind::NotFound if !make => Ok(None),
-                _ => Err(error),
-            };
-        }
-        // SAFETY: the descriptor is new and nobody else's.
-        let file = unsafe { File::from_raw_fd(opened) };
+    /// `/dev/shm` is not in memory, the file or its folder is somebody else's, or there is no room for it.
+    pub fn open(name: &str, size: usize, make: bool) -> io::Result<Option<Self>> {
+        Self::open_at(&shm::folder(Path::new(shm::PLACE))?.join(name), size, make)
+    }
+
+    fn open_at(path: &Path, size: usize, make: bool) -> io::Result<Option<Self>> {
+        let file = match shm::open(path, make) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !make => return Ok(None),
+            opened => opened?,
+        };
         check(&file)?;
-        let length = libc::off_t::try_from(size).map_err(io::Error::other)?;
         // Pages that are there already are never missing later, when storing to them could not fail but by a signal.
-        // SAFETY: no memory is passed.
-        if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, length) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        fallocate(&file, FallocateFlags::empty(), 0, size as u64)?;
         // SAFETY: a new mapping, of pages that the file has.
         let start = unsafe {
-            libc::mmap(
+            mmap(
                 std::ptr::null_mut(),
                 size,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                &file,
                 0,
             )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
+        }?;
         let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at address zero"))?;
         Ok(Some(Self {
             file,
@@ -112,26 +103,16 @@ impl LastingFile {
 /// Whether the file is ours alone, and in memory.
 fn check(file: &File) -> io::Result<()> {
     let metadata = file.metadata()?;
-    // SAFETY: always succeeds.
-    let user = unsafe { libc::geteuid() };
     let problem = if !metadata.is_file() {
         "it is no file"
-    } else if metadata.uid() != user {
+    } else if metadata.uid() != geteuid().as_raw() {
         "it belongs to another user"
     } else if metadata.mode() & 0o077 != 0 {
         "others may read or write it"
-    } else {
-        // SAFETY: all zeroes are a valid `statfs`.
-        let mut system: libc::statfs = unsafe { std::mem::zeroed() };
-        // SAFETY: `system` is a valid place for the answer.
-        if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut system) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        #[allow(clippy::useless_conversion, reason = "its type differs between systems")]
-        if i64::from(system.f_type) == TMPFS {
-            return Ok(());
-        }
+    } else if fstatfs(file)?.f_type != TMPFS {
         "it is not in a file system in memory (tmpfs)"
+    } else {
+        return Ok(());
     };
     Err(io::Error::new(io::ErrorKind::PermissionDenied, problem))
 }
@@ -161,25 +142,17 @@ impl LastingMemory for LastingFile {
     }
 
     fn forget(&self, offset: usize) {
-        let (Ok(from), Ok(length)) = (
-            libc::off_t::try_from(offset),
-            libc::off_t::try_from(self.size.saturating_sub(offset)),
-        ) else {
-            return;
-        };
-        if length == 0 {
-            return;
-        }
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: no memory is passed. If it fails, some memory stays in use, which harms nobody.
-        unsafe { libc::fallocate(self.file.as_raw_fd(), mode, from, length) };
+        let length = self.size.saturating_sub(offset);
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        // If it fails, some memory stays in use, which harms nobody.
+        let _ = fallocate(&self.file, hole, offset as u64, length as u64);
     }
 }
 
 impl Drop for LastingFile {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and ends with us.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.size) };
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.size) };
     }
 }
 
@@ -204,15 +177,15 @@ mod tests {
     #[test]
     fn what_is_stored_is_there_when_it_is_opened_again() {
         let path = path("again");
-        assert!(LastingFile::open(&path, 8192, false).unwrap().is_none());
-        let memory = LastingFile::open(&path, 8192, true).unwrap().unwrap();
+        assert!(LastingFile::open_at(&path, 8192, false).unwrap().is_none());
+        let memory = LastingFile::open_at(&path, 8192, true).unwrap().unwrap();
         assert_eq!(read(&memory, 100), [0; 8]);
         memory.write(99, b"odd");
         memory.write(4096, b"eight by");
         memory.write(8190, b"beyond");
         memory.write(9000, b"far");
         drop(memory);
-        let memory = LastingFile::open(&path, 8192, false).unwrap().unwrap();
+        let memory = LastingFile::open_at(&path, 8192, false).unwrap().unwrap();
         assert_eq!((memory.size(), &read(&memory, 99)), (8192, b"odd"));
         assert_eq!(&read(&memory, 4096), b"eight by");
         assert_eq!(&read(&memory, 8190), b"be\0\0");
@@ -227,14 +200,14 @@ mod tests {
         let path = path("others");
         std::fs::write(&path, "").unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
-        let error = LastingFile::open(&path, 4096, true).unwrap_err();
+        let error = LastingFile::open_at(&path, 4096, true).unwrap_err();
         assert!(error.to_string().contains("others may"), "{error}");
         std::fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/dev/null", &path).unwrap();
-        assert!(LastingFile::open(&path, 4096, true).is_err());
+        assert!(LastingFile::open_at(&path, 4096, true).is_err());
         std::fs::remove_file(&path).unwrap();
         let disk = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let error = LastingFile::open(disk.path(), 4096, true).unwrap_err();
+        let error = LastingFile::open_at(disk.path(), 4096, true).unwrap_err();
         assert!(error.to_string().contains("in memory"), "{error}");
     }
 }

@@ -399,10 +399,11 @@ fn a_layout_changes() {
 #[test]
 fn a_device_fails_and_comes_back() {
     let layouts: Vec<Layout> = ALL.into_iter().filter(|layout| layout.tolerates() > 0).collect();
-    run(
+    run_at(
+        &depth(20, 2, 3),
         &layouts,
         &[Act::Fail, Act::Return],
-        150_000,
+        157_000,
         &["pool: a parity log is replayed"],
     );
 }

@@ -4,6 +4,7 @@ mod identity;
 pub(crate) mod lock;
 mod open;
 mod range_lock;
+pub(crate) mod shm;
 mod transfer;
 mod zero;
 

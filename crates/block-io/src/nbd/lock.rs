@@ -1,15 +1,13 @@
 //! One user of an export at a time, as far as one host can see: the protocol has no locks.
 //!
-//! Each address has a file in a folder of this user in `/dev/shm`, which every Linux has and no service hides from others, and
-//! the file is locked as image files are. So two processes of one user do not use one address by mistake; other users, other
+//! Each address has a file in a folder of this user in `/dev/shm`, and the file is locked as image files are. So two processes of one user do not use one address by mistake; other users, other
 //! hosts and other names of the same server are not noticed. The files are empty and stay.
 
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::host::lock;
+use crate::host::{lock, shm};
 
 use super::{NbdAddress, NbdError, NbdServer};
 
@@ -27,7 +25,7 @@ impl Drop for Lock {
 /// # Errors
 /// Another process has it.
 pub(super) fn take(address: &NbdAddress, shared: bool) -> Result<Option<Lock>, NbdError> {
-    match try_take(Path::new("/dev/shm"), address, shared) {
+    match try_take(Path::new(shm::PLACE), address, shared) {
         Ok(Ok(lock)) => Ok(Some(lock)),
         Ok(Err(holder)) => Err(NbdError::InUse { holder }),
         Err(error) => {
@@ -39,34 +37,12 @@ pub(super) fn take(address: &NbdAddress, shared: bool) -> Result<Option<Lock>, N
 
 /// The lock, or who has it.
 fn try_take(place: &Path, address: &NbdAddress, shared: bool) -> io::Result<Result<Lock, Option<String>>> {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
-        .open(folder(place)?.join(format!("nbd-{:016x}", hash(&key(address)))))?;
+    let name = format!("nbd-{:016x}", hash(&key(address)));
+    let file = shm::open(&shm::folder(place)?.join(name), true)?;
     if lock::try_lock(&file, shared)? {
         return Ok(Ok(Lock(file)));
     }
     Ok(Err(lock::holder(&file.metadata()?)))
-}
-
-/// A folder that belongs to this user alone.
-fn folder(place: &Path) -> io::Result<PathBuf> {
-    let user = rustix::process::geteuid().as_raw();
-    let folder = place.join(format!("smsvmm-{user}"));
-    match DirBuilder::new().mode(0o700).create(&folder) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-        _ => {}
-    }
-    let metadata = std::fs::symlink_metadata(&folder)?;
-    if !metadata.is_dir() || metadata.uid() != user {
-        let problem = format!("{} belongs to somebody else", folder.display());
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, problem));
-    }
-    Ok(folder)
 }
 
 /// The same for all ways to write an address.
