@@ -184,17 +184,12 @@ fn requests_reach_the_pages_of_the_present() {
         (EngineKind::Uring, 1),
         (EngineKind::Threads, 0),
     ] {
-        let options = WorkerOptions {
+        let Some(worker) = start(WorkerOptions {
             engine: Some(engine),
             helpers,
             ..WorkerOptions::default()
-        };
-        let worker = match Worker::start("test", options) {
-            Ok(worker) => worker,
-            Err(error) => {
-                eprintln!("skipped: {error}");
-                continue;
-            }
+        }) else {
+            continue;
         };
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let image = folder.path().join("image");
@@ -445,13 +440,11 @@ fn lists_of_segments_are_read_and_written_wherever_they_lie() {
     let block_device = LoopDevice::new(&image("block-device"));
     let mut paths = vec![image("image")];
     paths.extend(block_device.as_ref().map(|device| device.0.clone()));
-    let options = WorkerOptions {
+    let Some(worker) = start(WorkerOptions {
         engine: Some(EngineKind::Uring),
         ..WorkerOptions::default()
-    };
-    let worker = match Worker::start("test", options) {
-        Ok(worker) => worker,
-        Err(error) => return eprintln!("skipped: {error}"),
+    }) else {
+        return;
     };
     for (number, path) in paths.iter().enumerate() {
         let device = HostDevice::open(path, &OpenOptions::default()).unwrap();
@@ -473,6 +466,13 @@ fn lists_of_segments_are_read_and_written_wherever_they_lie() {
     }
 }
 
+/// A worker; none where the machine has no such engine.
+fn start(options: WorkerOptions) -> Option<Worker> {
+    Worker::start("test", options)
+        .inspect_err(|error| eprintln!("skipped: {error}"))
+        .ok()
+}
+
 /// `READV_FIXED` is used from 6.16 on.
 fn kernel_takes_lists() -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
@@ -488,13 +488,11 @@ fn only_requests_whose_segments_lie_in_one_piece_use_its_pages() {
     const HELD: u8 = 1;
     const OTHER: u8 = 2;
     let _alone = ALONE.lock();
-    let options = WorkerOptions {
+    let Some(worker) = start(WorkerOptions {
         engine: Some(EngineKind::Uring),
         ..WorkerOptions::default()
-    };
-    let worker = match Worker::start("test", options) {
-        Ok(worker) => worker,
-        Err(error) => return eprintln!("skipped: {error}"),
+    }) else {
+        return;
     };
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let image = folder.path().join("image");
