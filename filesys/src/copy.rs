@@ -6,13 +6,13 @@
 
 use std::rc::Rc;
 
-use block_io::{AlignedBuffer, BlockDevice, Clock, Durability};
+use block_io::{BlockDevice, Clock, Durability, IoBuf, ScratchBuffer};
 
 use crate::core::Core;
 use crate::entry::Entry;
 use crate::error::FsError;
 use crate::event::Event;
-use crate::file::{note_written, whole};
+use crate::file::note_written;
 use crate::file_core::FileCore;
 use crate::units::{CLUSTER, Location, SUB_CLUSTER, SUBS, SubMask};
 use crate::volume::VolumeCore;
@@ -73,8 +73,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         };
         // One read, with what lies between, costs less than several.
         let all = span((first, u64::from(last - first) + count));
-        let mut read = AlignedBuffer::new(all.bytes());
-        let together = all.source.device.read(all.from, &whole(&read)).await.is_ok();
+        let mut read = ScratchBuffer::new(all.bytes());
+        let together = all
+            .source
+            .device
+            .read(all.from, &part(&read, 0, all.bytes()))
+            .await
+            .is_ok();
         for run in runs.iter().copied().map(span) {
             if together {
                 let skip = usize::try_from(run.from - all.from).unwrap_or(0);
@@ -113,8 +118,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     async fn copy_span(&self, file: &FileCore, span: &Span<V>) -> Result<(), FsError> {
-        let mut buffer = AlignedBuffer::new(span.bytes());
-        span.source.device.read(span.from, &whole(&buffer)).await?;
+        let mut buffer = ScratchBuffer::new(span.bytes());
+        let memory = part(&buffer, 0, span.bytes());
+        span.source.device.read(span.from, &memory).await?;
         self.write_span(file, span, &mut buffer, 0).await
     }
 
@@ -123,7 +129,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         &self,
         file: &FileCore,
         span: &Span<V>,
-        buffer: &mut AlignedBuffer,
+        buffer: &mut ScratchBuffer,
         skip: usize,
     ) -> Result<(), FsError> {
         span.target.check_works()?;
@@ -141,8 +147,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 self.event(Event::Corrupt { file, offset });
             }
         }
-        // SAFETY: the buffer outlives the request, which is awaited here.
-        let memory = [unsafe { buffer.io(skip, span.bytes()) }];
+        let memory = part(buffer, skip, span.bytes());
         let write = span.target.device.write(span.to, &memory, Durability::Volatile);
         write.await?;
         note_written(file, &span.target, Durability::Volatile);
@@ -152,6 +157,12 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         }
         Ok(())
     }
+}
+
+/// A part of a buffer for a request, which is awaited while the buffer lives.
+fn part(buffer: &ScratchBuffer, start: usize, length: usize) -> [IoBuf; 1] {
+    // SAFETY: the functions above keep the buffer, and do not use it otherwise, until the request has ended.
+    [unsafe { buffer.io(start, length) }]
 }
 
 /// Sub-clusters of a mask that follow each other: the first, and their count.

@@ -191,7 +191,7 @@ fn main() -> ExitCode {
             what: Bench::Api(options),
         } => bench::api::run(&options),
         Task::BenchInside { part, rounds } => bench::inside(&part, rounds),
-        Task::Demo { tour } => demo::run(tour),
+        Task::Demo { tour } => demo::run(tour, None),
         Task::DemoInside { tour } => demo::inside(tour),
         Task::Static => build::guest_programs()
             .and_then(|()| build::static_smsvmm())

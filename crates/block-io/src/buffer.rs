@@ -187,6 +187,11 @@ impl AlignedBuffer {
         }
     }
 
+    /// The first byte.
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.memory
+    }
+
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
         // SAFETY: allocated with at least `length` initialised bytes, borrowed with `self`.

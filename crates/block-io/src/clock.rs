@@ -31,13 +31,17 @@ pub trait Clock {
 #[derive(Debug, Clone, Copy)]
 pub struct WorkerClock {
     start: Instant,
+    /// The same as [`crate::moment_nanos`] counts.
+    start_nanos: u64,
 }
 
 impl WorkerClock {
     /// A clock that shows zero now.
     pub fn new() -> Self {
+        let start = Instant::now();
         Self {
-            start: Instant::now(),
+            start,
+            start_nanos: crate::worker::nanos_of(start),
         }
     }
 }
@@ -54,7 +58,7 @@ impl Clock for WorkerClock {
     }
 
     fn moment(&self) -> Duration {
-        crate::worker::moment().saturating_duration_since(self.start)
+        Duration::from_nanos(crate::worker::moment_nanos().saturating_sub(self.start_nanos))
     }
 
     async fn sleep(&self, duration: Duration) {

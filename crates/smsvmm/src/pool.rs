@@ -27,17 +27,26 @@ fn open(name: &str, devices: DevicePaths, options: WorkerOptions) -> anyhow::Res
     Ok(pool)
 }
 
+/// The threads of a pool whose disks are served.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(crate) struct PoolThreads {
+    /// Threads that call the kernel for the pool's own when it has much to do; by default what the file of --config says, else one where the host has
+    /// four processors or more, else none.
+    #[arg(long, requires = "paths", value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(..=8))]
+    io_helpers: Option<u8>,
+}
+
 /// Has `serve` serve disks of a pool, and closes the pool when it is done.
 pub(crate) fn with_pool(
     which: &Which,
+    threads: PoolThreads,
     name: &str,
     serve: impl FnOnce(&Arc<HostedPool>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let options = WorkerOptions {
-        helpers: block_io::default_helpers(),
-        ..WorkerOptions::default()
-    };
-    let pool = Arc::new(open(name, storage::devices(which)?, options)?);
+    let mut config = storage::pool_config(which)?;
+    config.io_helpers = threads.io_helpers.map(usize::from).or(config.io_helpers);
+    let options = config.worker_options();
+    let pool = Arc::new(open(name, config.devices, options)?);
     let served = serve(&pool);
     let closed = pool.close();
     served?;

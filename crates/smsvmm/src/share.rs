@@ -17,7 +17,7 @@ use storage_virtualizer::virtio_blk::{MAX_QUEUES, VirtioBlkOptions, fitting_seri
 use storage_virtualizer::{DiskHandle, PinnedDisk};
 
 use crate::exit::{Exit, UsageError};
-use crate::pool::{served, with_pool};
+use crate::pool::{PoolThreads, served, with_pool};
 use crate::share_blk_manage::{BlkShare, Open, Served};
 use crate::share_control::{
     self, AddArguments, DisconnectArguments, RemoveArguments, StatusArguments, StopArguments,
@@ -74,6 +74,8 @@ pub(crate) enum ShareCommand {
 pub(crate) struct VhostUserArguments {
     #[command(flatten)]
     which: Which,
+    #[command(flatten)]
+    threads: PoolThreads,
     /// Disks of the pool, or snapshots: /vm/root.dsk, /vm/root.dsk@monday.
     #[arg(conflicts_with = "image", required_unless_present = "image")]
     paths: Vec<String>,
@@ -153,7 +155,7 @@ fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
     }
     if !arguments.paths.is_empty() {
         let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, management, pool, &signals);
-        with_pool(&arguments.which, "io-pool", serve)?;
+        with_pool(&arguments.which, arguments.threads, "io-pool", serve)?;
         return Ok(Exit::Success);
     }
     let settings = arguments.settings();

@@ -27,7 +27,7 @@ use storage_virtualizer::virtio_blk::fitting_serial;
 use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::output::{print, print_json};
-use crate::pool::{served, with_pool};
+use crate::pool::{PoolThreads, served, with_pool};
 use crate::share_api::{Policies, Principals, Shelf, serial_of};
 use crate::share_iscsi_access;
 use crate::share_iscsi_manage::{Forget, IscsiShare, Open, PlaceOfLun, refused};
@@ -43,6 +43,8 @@ const PORT: u16 = 3260;
 pub(crate) struct IscsiArguments {
     #[command(flatten)]
     which: Which,
+    #[command(flatten)]
+    threads: PoolThreads,
 
     /// Disks of the pool that --config or --devices names, or snapshots: /vm/root.dsk, /vm/root.dsk@monday.
     #[arg(conflicts_with = "images", required_unless_present = "images")]
@@ -139,7 +141,7 @@ pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
     let management = arguments.management.bind()?;
     if !arguments.paths.is_empty() {
         let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, options, management, pool, &signals);
-        with_pool(&arguments.which, "iscsi", serve)?;
+        with_pool(&arguments.which, arguments.threads, "iscsi", serve)?;
         return Ok(Exit::Success);
     }
     let images = images(arguments)?;

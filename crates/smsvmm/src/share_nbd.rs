@@ -25,7 +25,7 @@ use storage_virtualizer::nbd::{
 use crate::exit::{Exit, UsageError};
 use crate::logs;
 use crate::output::{print, print_json};
-use crate::pool::{served, with_pool};
+use crate::pool::{PoolThreads, served, with_pool};
 use crate::share_manage::{
     self, Base, Management, Meant, Opened, counts, has_no, is_stopping, latencies, name_taken, no_client,
     no_disk, not_opened, number, problem, since,
@@ -37,6 +37,8 @@ use crate::storage::Which;
 pub(crate) struct NbdArguments {
     #[command(flatten)]
     which: Which,
+    #[command(flatten)]
+    threads: PoolThreads,
 
     /// Disks of the pool that --config or --devices names, or snapshots: /vm/root.dsk, /vm/root.dsk@monday. Each is exported under its
     /// path without the first /.
@@ -103,7 +105,7 @@ pub(crate) fn nbd(arguments: &NbdArguments) -> anyhow::Result<Exit> {
     let management = arguments.management.bind()?;
     if !arguments.paths.is_empty() {
         let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, management, pool, &signals);
-        with_pool(&arguments.which, "nbd", serve)?;
+        with_pool(&arguments.which, arguments.threads, "nbd", serve)?;
         return Ok(Exit::Success);
     }
     let images = images(arguments)?;

@@ -35,7 +35,7 @@ use storage_virtualizer::virtio_scsi::{ScsiGroup, VirtioScsiHandle, VirtioScsiOp
 use storage_virtualizer::{DiskHandle, PinnedDisk};
 
 use crate::exit::{Exit, UsageError};
-use crate::pool::{served, with_pool};
+use crate::pool::{PoolThreads, served, with_pool};
 use crate::share::{Serving, handles};
 use crate::share_api::{Principals, Shelf, name_of, serial_of};
 use crate::share_iscsi::unique;
@@ -53,6 +53,8 @@ const QUEUE_SIZE: u16 = 128;
 pub(crate) struct VhostUserScsiArguments {
     #[command(flatten)]
     which: Which,
+    #[command(flatten)]
+    threads: PoolThreads,
     /// Disks of the pool, or snapshots: /vm/shared.dsk, /vm/shared.dsk@monday.
     #[arg(conflicts_with = "images", required_unless_present = "images")]
     paths: Vec<String>,
@@ -149,7 +151,7 @@ pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Res
         let names: Vec<&str> = arguments.paths.iter().map(String::as_str).collect();
         unique(&names)?;
         let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, management, pool, &signals);
-        with_pool(&arguments.which, "io-pool", serve)?;
+        with_pool(&arguments.which, arguments.threads, "io-pool", serve)?;
         return Ok(Exit::Success);
     }
     let images = arguments.images.iter().map(|text| named(text));

@@ -4,7 +4,7 @@
 //! cargo bench -p filesys --bench filesys -- [DIRECTORY]... [--seconds N] [--rounds N] [--only PART] [--no-qemu]
 //!                                           [--share-of-tib N] [--requests N] [--helpers N]
 //! ```
-//! Parts: `path`, `throughput`, `first`, `chain`, `snapshot`, `merge`, `memory`, `open`, `workers`. `path`, `memory` and `open` use devices that forget what
+//! Parts: `path`, `throughput`, `new`, `first`, `chain`, `snapshot`, `merge`, `memory`, `open`, `workers`. `path`, `memory` and `open` use devices that forget what
 //! is written to them, so that petabytes can be had; the others use files in the directories (about 7 GiB).
 //!
 //! # How qcow2 is compared
@@ -115,6 +115,17 @@ fn main() {
     }
 }
 
+/// Links to block devices, of which pools are made then, are found in the folder of a part as well.
+fn link_devices(place: &Path, folder: &Path) {
+    for entry in std::fs::read_dir(place).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_symlink() {
+            let device = std::fs::read_link(entry.path()).unwrap();
+            std::os::unix::fs::symlink(device, folder.join(entry.file_name())).unwrap();
+        }
+    }
+}
+
 fn load_average() -> String {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().unwrap_or_default().to_owned()
@@ -124,9 +135,10 @@ fn load_average() -> String {
 type Part = fn(&Path, &Options);
 
 fn on_files(place: &Path, options: &Options) {
-    let parts: [(&str, Part); 7] = [
+    let parts: [(&str, Part); 8] = [
         ("path", path::path),
         ("throughput", throughput::throughput),
+        ("new", throughput::new_file),
         ("first", throughput::first),
         ("chain", layers::chain),
         ("snapshot", layers::snapshot),
@@ -136,6 +148,7 @@ fn on_files(place: &Path, options: &Options) {
     for (name, part) in parts {
         if options.wants(name) {
             let directory = tempfile::tempdir_in(place).unwrap();
+            link_devices(place, directory.path());
             println!(
                 "\n{name}: {} (medians of {} rounds of {} s; load average {})",
                 place.display(),

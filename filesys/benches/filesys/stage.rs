@@ -1,4 +1,4 @@
-//! A pool on one file with three volumes: metadata, data, and one that stays bare.
+//! A pool on one file, or the block device to which a link of that name leads, with three volumes: metadata, data, and one that stays bare.
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -51,7 +51,8 @@ fn new_volume(name: &str, number: u128, size: u64) -> NewVolume {
             class: String::new(),
             devices: Vec::new(),
         },
-        block: 512,
+        // Of zram.
+        block: 4096,
         region: 0,
         read_policy: volume_manager::model::ReadPolicy::default(),
     }
@@ -62,7 +63,9 @@ impl Stage {
     pub(crate) async fn set(directory: &Path, name: &str, bare: u64, data: u64) -> Self {
         let path: PathBuf = directory.join(name);
         let file = std::fs::File::create(&path).unwrap();
-        file.set_len(META + bare + data + (64 << 20)).unwrap();
+        if file.metadata().unwrap().is_file() {
+            file.set_len(META + bare + data + (64 << 20)).unwrap();
+        }
         let device = NewDevice {
             name: name.into(),
             device: Rc::new(HostDevice::open(&path, &HostOptions::default()).unwrap()),

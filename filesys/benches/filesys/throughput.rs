@@ -19,12 +19,7 @@ pub(crate) fn throughput(directory: &Path, options: &Options) {
         let stage = Stage::set(&directory, "d0", GIB, 2 * GIB).await;
         stage.create("/full", GIB, true).await;
         let (bare, file) = (stage.bare(), stage.open("/full", Access::Write).await);
-        let sequential = |write| Load {
-            order: Order::Ascending,
-            block: 1 << 20,
-            depth: 4,
-            ..Load::random(write, 4, GIB, seconds)
-        };
+        let sequential = |write| in_order(write, seconds);
         let loads = [
             ("4k overwrite qd32", Load::random(true, 32, GIB, seconds)),
             ("4k overwrite qd1", Load::random(true, 1, GIB, seconds)),
@@ -50,12 +45,33 @@ pub(crate) fn throughput(directory: &Path, options: &Options) {
                 file.cpu_us / bare.cpu_us
             );
         }
-        // To a new file: the map grows by runs.
+        drop(file);
+        stage.fs.close().await.unwrap();
+    });
+}
+
+/// 1 MiB after the other.
+fn in_order(write: bool, seconds: f64) -> Load {
+    Load {
+        order: Order::Ascending,
+        block: 1 << 20,
+        depth: 4,
+        ..Load::random(write, 4, GIB, seconds)
+    }
+}
+
+/// The volume, and a new file on it, in turn: its map grows by runs.
+pub(crate) fn new_file(directory: &Path, options: &Options) {
+    let (directory, rounds) = (directory.to_owned(), options.rounds);
+    let worker = options.worker();
+    worker.run(move || async move {
+        let stage = Stage::set(&directory, "d0", GIB, 2 * GIB).await;
+        let bare = stage.bare();
         let once = Load {
             count: GIB >> 20,
             seconds: 1e9,
             flush: true,
-            ..sequential(true)
+            ..in_order(true, 0.0)
         };
         let mut all = [Vec::new(), Vec::new()];
         for _ in 0..rounds {
@@ -66,6 +82,10 @@ pub(crate) fn throughput(directory: &Path, options: &Options) {
             drop(new);
             stage.delete("/new").await;
         }
+        println!(
+            "load                | volume:{0} | file:{0} | IOPS ratio  CPU ratio",
+            Figures::header()
+        );
         let [bare, new] = all.map(|figures| Figures::median(&figures));
         println!(
             "{:19} |        {bare} |      {new} | {:10.3} {:10.3}",
@@ -73,7 +93,6 @@ pub(crate) fn throughput(directory: &Path, options: &Options) {
             new.iops / bare.iops,
             new.cpu_us / bare.cpu_us
         );
-        drop(file);
         stage.fs.close().await.unwrap();
     });
 }

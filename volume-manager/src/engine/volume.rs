@@ -455,7 +455,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> BlockDevice for Volum
     }
 
     async fn read(&self, offset: u64, buffers: &[IoBuf]) -> Result<(), IoError> {
-        let (length, since) = (list::length(buffers), self.clock().now());
+        let (length, since) = (list::length(buffers), self.clock().moment());
         self.check(Operation::Read, offset, length)?;
         if self.volume.is_unclean(offset, length) {
             self.settle_regions(offset, length).await;
@@ -468,7 +468,7 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> BlockDevice for Volum
             let (_held, map) = self.claim(offset, length).await;
             result = self.read_map(&map, offset, buffers, true).await;
         }
-        let took = self.clock().now().saturating_sub(since);
+        let took = self.clock().moment().saturating_sub(since);
         self.volume
             .counters
             .count(Operation::Read, length, took, result.is_ok());
@@ -476,10 +476,10 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> BlockDevice for Volum
     }
 
     async fn write(&self, offset: u64, buffers: &[IoBuf], durability: Durability) -> Result<(), IoError> {
-        let (length, since) = (list::length(buffers), self.clock().now());
+        let (length, since) = (list::length(buffers), self.clock().moment());
         let payload = Payload::Data(buffers, durability);
         let result = self.write_range(Operation::Write, offset, length, payload).await;
-        let took = self.clock().now().saturating_sub(since);
+        let took = self.clock().moment().saturating_sub(since);
         self.volume
             .counters
             .count(Operation::Write, length, took, result.is_ok());
@@ -487,9 +487,9 @@ impl<D: BlockDevice + 'static, C: Clock + Clone + 'static> BlockDevice for Volum
     }
 
     async fn flush(&self) -> Result<(), IoError> {
-        let since = self.clock().now();
+        let since = self.clock().moment();
         let result = self.flush_all().await;
-        let took = self.clock().now().saturating_sub(since);
+        let took = self.clock().moment().saturating_sub(since);
         self.volume
             .counters
             .count(Operation::Flush, 0, took, result.is_ok());

@@ -24,7 +24,7 @@ use lab::finish;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use super::filesys::{Zram, programs};
+use super::filesys::{InMemory, Zram, programs};
 use crate::{build, host};
 use pool::Pool;
 use subjects::{Kind, LOADS, Load, SUBJECTS, Subject};
@@ -56,6 +56,12 @@ pub(crate) struct Options {
     /// Files in this folder instead of memory
     #[arg(long)]
     folder: Option<PathBuf>,
+    /// Pools and the raw image on block devices in memory, without a file system of the host between; qcow2 images are files
+    #[arg(long, conflicts_with = "folder")]
+    block_devices: bool,
+    /// Servers on the first processor and the load generator on the second, instead of where the kernel puts them
+    #[arg(long)]
+    apart: bool,
     /// Measure these programs, which are built, instead of building them
     #[arg(long, value_name = "FOLDER")]
     programs: Option<PathBuf>,
@@ -104,6 +110,7 @@ type Measured = BTreeMap<(&'static str, &'static str), Vec<Option<Figures>>>;
 struct Place {
     folder: PathBuf,
     data: Data,
+    apart: bool,
     smsvmm: PathBuf,
     load: PathBuf,
     tree: Option<PathBuf>,
@@ -111,14 +118,10 @@ struct Place {
 
 /// Runs all and prints.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    let zram = if options.folder.is_none() {
-        Some(Zram::make())
-    } else {
-        None
-    };
-    let folder = match (&options.folder, &zram) {
+    let memory = options.folder.is_none().then(InMemory::make);
+    let folder = match (&options.folder, &memory) {
         (Some(folder), _) => folder.clone(),
-        (None, Some(Ok(zram))) => zram.folder.path().to_path_buf(),
+        (None, Some(Ok(memory))) => memory.folder.path().to_path_buf(),
         _ => {
             host::step("tmpfs instead of XFS on zram");
             PathBuf::from("/dev/shm")
@@ -136,6 +139,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let place = Place {
         folder: folder.path().to_path_buf(),
         data: options.data,
+        apart: options.apart,
         smsvmm: program("smsvmm")?,
         load: program("vhost-user-load")?,
         tree: programs()?,
@@ -153,6 +157,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         })
         .collect();
     host::step("making the images and the pool");
+    let devices = if options.block_devices {
+        place.link_block_devices()?
+    } else {
+        Vec::new()
+    };
     place.make_images()?;
     let disks = chosen
         .iter()
@@ -177,14 +186,24 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             }
         }
     }
+    let in_memory = memory.iter().flatten().map(|made| &made.zram).next();
     println!(
         "\ndata: {}{}",
         options.data.name(),
-        Place::same_pages(zram.as_ref())
+        same_pages(devices.first().or(in_memory))
     );
     print(&chosen, &loads, &measured);
     goals::print(&measured);
     Ok(ExitCode::SUCCESS)
+}
+
+/// How many pages a device in memory keeps as a word, for the reader to see that it does.
+fn same_pages(zram: Option<&Zram>) -> String {
+    match zram.map(Zram::same_pages) {
+        None => String::new(),
+        Some(Ok((same, all))) => format!("; zram keeps {same} of {all} pages as a word"),
+        Some(Err(error)) => format!("; what zram does with it is not known: {error:#}"),
+    }
 }
 
 /// The middle of some numbers.
@@ -245,12 +264,34 @@ impl Place {
     fn qemu(&self, program: &str) -> Command {
         match &self.tree {
             Some(tree) => {
-                let mut command = Command::new(tree.join("usr/bin").join(program));
+                let mut command = self.on_processor(0, &tree.join("usr/bin").join(program));
                 command.env("LD_LIBRARY_PATH", tree.join("usr/lib/x86_64-linux-gnu"));
                 command
             }
-            None => Command::new(program),
+            None => self.on_processor(0, Path::new(program)),
         }
+    }
+
+    /// A program that runs on this processor, if that is wanted.
+    fn on_processor(&self, number: usize, program: &Path) -> Command {
+        if !self.apart {
+            return Command::new(program);
+        }
+        let mut command = Command::new("taskset");
+        command.args(["--cpu-list", &number.to_string()]).arg(program);
+        command
+    }
+
+    /// Makes block devices in memory of what would be files: the raw image, and the pool's devices.
+    fn link_block_devices(&self) -> Result<Vec<Zram>> {
+        let mut devices = Vec::new();
+        let sizes = [("disk.raw", SIZE)].into_iter();
+        for (name, size) in sizes.chain(pool::DEVICES.map(|name| (name, pool::DEVICE))) {
+            let device = Zram::make(size)?;
+            std::os::unix::fs::symlink(device.path(), self.path(name))?;
+            devices.push(device);
+        }
+        Ok(devices)
     }
 
     /// A raw file full of the data, a qcow2 file with the same, another such to be below overlays.
@@ -285,17 +326,6 @@ impl Place {
         create.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-o", options, "-b"]);
         finish(create.arg(self.path("base.qcow2")).arg(self.path(file)))?;
         Ok(())
-    }
-
-    /// How many pages the device in memory keeps as a word, for the reader to see that it does.
-    fn same_pages(zram: Option<&Result<Zram>>) -> String {
-        let Some(Ok(zram)) = zram else {
-            return String::new();
-        };
-        match zram.same_pages() {
-            Ok((same, all)) => format!("; zram keeps {same} of {all} pages as a word"),
-            Err(error) => format!("; what zram does with it is not known: {error:#}"),
-        }
     }
 
     fn pool(&self) -> Pool<'_> {
@@ -342,7 +372,7 @@ impl Place {
     }
 
     fn share(&self, socket: &Path, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.smsvmm);
+        let mut command = self.on_processor(0, &self.smsvmm);
         command.args(["share", "vhost-user", "--socket"]).arg(socket);
         command.args(arguments);
         command
@@ -351,9 +381,10 @@ impl Place {
     fn storage_daemon(&self, format: &str, file: &str, socket: &Path) -> Command {
         let mut command = self.qemu("qemu-storage-daemon");
         let file = self.path(file);
+        let kind = if file.is_file() { "file" } else { "host_device" };
         command.args(["--object", "iothread,id=io", "--blockdev"]);
         command.arg(format!(
-            "driver=file,node-name=file,filename={},cache.direct=on,aio=io_uring,discard=unmap",
+            "driver={kind},node-name=file,filename={},cache.direct=on,aio=io_uring,discard=unmap",
             file.display()
         ));
         command.args([
@@ -383,13 +414,13 @@ impl Place {
 
     /// Runs the load generator.
     fn generate(&self, socket: &Path, arguments: &[&str]) -> Result<Vec<u8>> {
-        let mut command = Command::new(&self.load);
+        let mut command = self.on_processor(1, &self.load);
         command.args(["--data", self.data.name(), "--socket"]);
         finish(command.arg(socket).args(arguments))
     }
 
     fn fio(&self, load: &Load, arguments: &[&str], seconds: f64) -> Result<Figures> {
-        let mut command = Command::new("fio");
+        let mut command = self.on_processor(0, Path::new("fio"));
         command.args([
             "--name=limit",
             "--direct=1",

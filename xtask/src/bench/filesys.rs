@@ -1,6 +1,7 @@
 //! `cargo xtask bench filesys`: the file system beside its bare volume and beside qcow2, on memory and on this disk.
 //!
-//! Memory is XFS on a zram device if this may be made (by root, where the kernel has both), else tmpfs. What qcow2 needs comes from
+//! Memory is XFS on a zram device if this may be made (by root, where the kernel has both), else tmpfs; and once more with the pools on zram devices
+//! themselves, as on disks of their own (qcow2 images stay on XFS). What qcow2 needs comes from
 //! Debian's packages, unpacked in the cache, if this machine does not have it.
 
 use std::ffi::OsString;
@@ -17,21 +18,41 @@ use crate::recipe::Recipe;
 
 /// Runs the bench; `arguments` are passed on.
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode> {
-    let zram = Zram::make();
-    let memory = in_memory(&zram);
+    let made = InMemory::make();
+    let memory = in_memory(&made);
     let disk = std::env::current_dir()?.join("target/bench");
     fs::create_dir_all(&disk)?;
-    cargo_bench("filesys", "filesys", &[&memory, &disk], arguments)
+    let mut folders = vec![&memory];
+    let blocks = block_devices(&memory);
+    match &blocks {
+        Ok((folder, _)) => folders.push(folder),
+        Err(error) => host::step(&format!("without block devices in memory: {error:#}")),
+    }
+    folders.push(&disk);
+    cargo_bench("filesys", "filesys", &folders, arguments)
+}
+
+/// A folder in which the bench finds block devices in memory where it would make files for its pools.
+fn block_devices(memory: &Path) -> Result<(PathBuf, Vec<Zram>)> {
+    let folder = memory.join("block-devices");
+    fs::create_dir_all(&folder)?;
+    let mut devices = Vec::new();
+    for name in ["d0", "p0", "p1", "p2"] {
+        let device = Zram::make(8 << 30)?;
+        std::os::unix::fs::symlink(device.path(), folder.join(name))?;
+        devices.push(device);
+    }
+    Ok((folder, devices))
 }
 
 /// A folder in memory: that of the device, or one of tmpfs, which has no O_DIRECT on older kernels.
-pub(super) fn in_memory(zram: &Result<Zram>) -> PathBuf {
-    zram.as_ref().map_or_else(
+pub(super) fn in_memory(made: &Result<InMemory>) -> PathBuf {
+    made.as_ref().map_or_else(
         |error| {
             host::step(&format!("tmpfs instead of XFS on zram: {error:#}"));
             PathBuf::from("/dev/shm")
         },
-        |zram| zram.folder.path().to_path_buf(),
+        |made| made.folder.path().to_path_buf(),
     )
 }
 
@@ -96,24 +117,24 @@ pub(super) fn programs() -> Result<Option<PathBuf>> {
     Ok(Some(tree))
 }
 
-/// XFS on a compressed block device in memory.
+/// A compressed block device in memory.
 pub(super) struct Zram {
     number: String,
-    pub(super) folder: tempfile::TempDir,
 }
 
 impl Zram {
-    pub(super) fn make() -> Result<Self> {
+    /// One of `size` bytes at most; it takes what is written.
+    pub(super) fn make(size: u64) -> Result<Self> {
         let number = fs::read_to_string("/sys/class/zram-control/hot_add").context("no zram")?;
         let zram = Self {
             number: number.trim().to_owned(),
-            folder: tempfile::tempdir()?,
         };
-        fs::write(zram.control("disksize"), "24G")?;
-        let device = format!("/dev/zram{}", zram.number);
-        finish(Command::new("mkfs.xfs").args(["-q", "-f", "-K", &device]))?;
-        finish(Command::new("mount").arg(&device).arg(zram.folder.path()))?;
+        fs::write(zram.control("disksize"), size.to_string())?;
         Ok(zram)
+    }
+
+    pub(super) fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/dev/zram{}", self.number))
     }
 
     /// Pages that are kept as one word, and all that are there.
@@ -137,8 +158,33 @@ impl Zram {
 impl Drop for Zram {
     fn drop(&mut self) {
         // What was not done needs no undoing: all of these may fail.
-        let _ = finish(Command::new("umount").arg(self.folder.path()));
         let _ = fs::write(self.control("reset"), "1");
         let _ = fs::write("/sys/class/zram-control/hot_remove", &self.number);
+    }
+}
+
+/// XFS on such a device.
+pub(super) struct InMemory {
+    pub(super) folder: tempfile::TempDir,
+    pub(super) zram: Zram,
+}
+
+impl InMemory {
+    pub(super) fn make() -> Result<Self> {
+        let made = Self {
+            zram: Zram::make(24 << 30)?,
+            folder: tempfile::tempdir()?,
+        };
+        let device = made.zram.path();
+        finish(Command::new("mkfs.xfs").args(["-q", "-f", "-K"]).arg(&device))?;
+        finish(Command::new("mount").arg(&device).arg(made.folder.path()))?;
+        Ok(made)
+    }
+}
+
+impl Drop for InMemory {
+    fn drop(&mut self) {
+        // It may not be mounted.
+        let _ = finish(Command::new("umount").arg(self.folder.path()));
     }
 }

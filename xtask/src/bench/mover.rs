@@ -6,10 +6,10 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use super::filesys::{Zram, cargo_bench, in_memory};
+use super::filesys::{InMemory, cargo_bench, in_memory};
 
 /// Runs the bench; `arguments` are passed on.
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode> {
-    let zram = Zram::make();
+    let zram = InMemory::make();
     cargo_bench("smsvmm", "mover", &[&in_memory(&zram)], arguments)
 }

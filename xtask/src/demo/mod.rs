@@ -34,14 +34,14 @@ const FILES: [(&str, &str); 3] = [
     ("root.ext4", "debian.raw"),
 ];
 
-/// Sets up, builds, and shows the guest in the right place.
-pub(crate) fn run(tour: bool) -> Result<ExitCode> {
+/// Sets up, builds what runs the guest if it is not given, and shows the guest in the right place.
+pub(crate) fn run(tour: bool, smsvmm: Option<&Path>) -> Result<ExitCode> {
     let tour = tour || !std::io::stdin().is_terminal() || !std::io::stdout().is_terminal();
     setup::run(&setup::Options {
         refresh: false,
         debian: true,
     })?;
-    let smsvmm = build::release("smsvmm")?;
+    let smsvmm = smsvmm.map_or_else(|| build::release("smsvmm"), |built| Ok(built.to_path_buf()))?;
     let cache = Cache::locate();
     let debian = cache.image("debian")?;
     let temporary = cache.path("tmp");

@@ -23,6 +23,7 @@ use super::files::{SLOTS, place_of};
 use super::memory;
 use super::ops::Ops;
 use super::rest::Rest;
+use super::scratch::Scratch;
 
 /// Tasks polled before the ring is served again, so that tasks that wake each other do not starve I/O.
 const POLLS_PER_TURN: usize = 512;
@@ -186,6 +187,7 @@ pub(super) struct Local {
     pub(super) events: RefCell<Events>,
     pub(super) engine: Engine,
     pub(super) rest: Rest,
+    pub(super) scratch: Scratch,
     /// When this turn began, if somebody has asked.
     moment: Cell<Option<Instant>>,
     /// The same in nanoseconds, or 0.
@@ -240,7 +242,8 @@ pub fn moment_nanos() -> u64 {
     with_local(Local::moment_nanos).unwrap_or_else(|| nanos_of(Instant::now()))
 }
 
-fn nanos_of(moment: Instant) -> u64 {
+/// An instant as [`moment_nanos`] counts.
+pub(crate) fn nanos_of(moment: Instant) -> u64 {
     static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
     let since = moment.saturating_duration_since(*FIRST);
     // 584 years fit.
@@ -294,6 +297,7 @@ impl Local {
             events: RefCell::default(),
             engine,
             rest: Rest::new(busy_poll),
+            scratch: Scratch::default(),
             moment: Cell::new(None),
             moment_nanos: Cell::new(0),
             turns: Cell::new(0),

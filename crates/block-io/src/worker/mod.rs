@@ -28,6 +28,7 @@ mod memory;
 mod ops;
 mod pool;
 mod rest;
+mod scratch;
 mod uring;
 
 use std::future::Future;
@@ -43,12 +44,14 @@ pub(crate) use engine::{Call, Request};
 pub use events::{EventSignal, EventWatch};
 pub(crate) use files::FileNumber;
 pub use helper::default_helpers;
+pub(crate) use local::nanos_of;
 pub use local::{helped, moment, moment_nanos, spawn_local, turns, wake_after_turn, yield_now};
 pub use memory::HeldMemory;
 pub(crate) use ops::Operation;
 pub(crate) use pool::execute_at_once;
 pub use pool::prepare_pool;
 pub use rest::{PollSource, add_poll_source};
+pub use scratch::ScratchBuffer;
 
 use engine::Engine;
 use helper::Helpers;

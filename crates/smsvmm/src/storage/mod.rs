@@ -30,7 +30,7 @@ pub(crate) use files::file;
 
 pub(crate) use arguments::{DeviceArguments, JobArguments, PoolArguments, VolumeArguments};
 use arguments::{DeviceCommand, JobCommand, PoolCommand, VolumeCommand};
-pub(crate) use select::{default_config, devices, process};
+pub(crate) use select::{default_config, pool_config, process};
 pub(crate) use show::{Table, device_state, health, jobs, size};
 use watch::Watch;
 

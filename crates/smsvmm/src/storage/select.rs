@@ -6,6 +6,7 @@ use host_manager::Pools;
 use management::{Scope, Target};
 use serde::Deserialize;
 use storage_manager::DevicePaths;
+use vmm::config::PoolConfig;
 
 use super::arguments::Which;
 use crate::cli::ProcessArguments;
@@ -51,11 +52,19 @@ impl Which {
 
 /// The devices of the pool.
 pub(crate) fn devices(which: &Which) -> anyhow::Result<DevicePaths> {
-    let devices = match (&which.file(), which.devices.as_slice()) {
+    Ok(pool_config(which)?.devices)
+}
+
+/// The pool, as a file has it, or with these devices.
+pub(crate) fn pool_config(which: &Which) -> anyhow::Result<PoolConfig> {
+    let pool = match (&which.file(), which.devices.as_slice()) {
         (Some(path), []) => from_file(path)?,
         (None, values) if !values.is_empty() => {
             let lists: Result<Vec<_>, _> = values.iter().map(|value| split(value)).collect();
-            lists?.concat()
+            PoolConfig {
+                devices: lists?.concat(),
+                io_helpers: None,
+            }
         }
         _ => {
             return Err(
@@ -63,13 +72,13 @@ pub(crate) fn devices(which: &Which) -> anyhow::Result<DevicePaths> {
             );
         }
     };
-    let empty = devices.iter().any(String::is_empty);
-    if devices.is_empty() || empty {
+    let empty = pool.devices.iter().any(String::is_empty);
+    if pool.devices.is_empty() || empty {
         return Err(
             UsageError::new("a pool has at least one device, and each has a path or an address").into(),
         );
     }
-    Ok(devices)
+    Ok(pool)
 }
 
 /// The devices in a value of --devices. The paths of one that has several are separated by commas, too.
@@ -141,7 +150,7 @@ pub(crate) fn process(arguments: &ProcessArguments) -> anyhow::Result<Target> {
     })
 }
 
-fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
+fn from_file(path: &Path) -> anyhow::Result<PoolConfig> {
     let shown = path.display();
     let file: File = toml_file::read(path)?;
     let pools = file.pool.unwrap_or_default();
@@ -168,7 +177,7 @@ fn from_file(path: &Path) -> anyhow::Result<DevicePaths> {
     };
     let folder = path.parent().unwrap_or(Path::new(""));
     pool.complete(folder);
-    Ok(pool.devices)
+    Ok(pool)
 }
 
 /// The lines for vm.toml that name these devices.

@@ -1,7 +1,8 @@
 //! The ratios that were to be reached.
 
 use super::subjects::{
-    CHAIN, EXTENDED, FLOOR, LIMIT, MIRROR, OVERLAY, PLAIN, PLAIN_PINNED, PLAIN_POLLING, RAW, SNAPSHOT,
+    CHAIN, EXTENDED, FLOOR, LIMIT, MIRROR, OVERLAY, PLAIN, PLAIN_HELPED, PLAIN_PINNED, PLAIN_POLLING, RAW,
+    SNAPSHOT,
 };
 use super::{Figures, Measured, median};
 
@@ -78,6 +79,10 @@ const GOALS: &[Goal] = &[
     goal(Iops, "rw32", PLAIN, RAW, AtLeast(2.0)),
     goal(Iops, "rr32", PLAIN_PINNED, RAW, AtLeast(2.0)),
     goal(Iops, "rw32", PLAIN_PINNED, RAW, AtLeast(2.0)),
+    goal(Cpu, "rr32", PLAIN_HELPED, RAW, AtMost(0.6)),
+    goal(Cpu, "rw32", PLAIN_HELPED, RAW, AtMost(0.6)),
+    goal(Iops, "rr32", PLAIN_HELPED, RAW, AtLeast(2.0)),
+    goal(Iops, "rw32", PLAIN_HELPED, RAW, AtLeast(2.0)),
     goal(Cpu, "rw32", MIRROR, PLAIN, AtMost(1.9)),
     goal(Latency, "rr1", PLAIN_POLLING, RAW, AtMost(0.5)),
     goal(Latency, "rw1", PLAIN_POLLING, RAW, AtMost(0.5)),

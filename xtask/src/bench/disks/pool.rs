@@ -1,4 +1,4 @@
-//! The pool of the full stack: four files as devices, and disks on volumes of several layouts.
+//! The pool of the full stack: four files or block devices, and disks on volumes of several layouts.
 
 use std::fs;
 use std::path::Path;
@@ -9,9 +9,9 @@ use lab::finish;
 
 use super::{Place, SIZE, start};
 
-const DEVICES: [&str; 4] = ["d0.img", "d1.img", "d2.img", "d3.img"];
+pub(super) const DEVICES: [&str; 4] = ["d0.img", "d1.img", "d2.img", "d3.img"];
 /// Bytes of each device, of which only what is written takes space.
-const DEVICE: u64 = 6 << 30;
+pub(super) const DEVICE: u64 = 6 << 30;
 /// Layers of the long chain.
 const DEPTH: usize = 8;
 /// What every layer of it has of its own: one 4 KiB block in so many bytes.
@@ -57,7 +57,10 @@ impl Pool<'_> {
     pub(super) fn make(&self, wanted: &[Disk]) -> Result<()> {
         let devices = DEVICES.map(|name| self.0.path(name));
         for device in &devices {
-            fs::File::create(device)?.set_len(DEVICE)?;
+            let file = fs::File::create(device)?;
+            if file.metadata()?.is_file() {
+                file.set_len(DEVICE)?;
+            }
         }
         let mut create = Command::new(&self.0.smsvmm);
         finish(create.args(["pool", "create", "bench"]).args(&devices))?;

@@ -141,6 +141,8 @@ pub(super) enum Kind {
 
 const POLLING: &[&str] = &["--poll-us", "50"];
 const PINNED: &[&str] = &["--pin-memory"];
+/// As a pool has by default where there are four processors or more.
+const HELPED: &[&str] = &["--io-helpers", "1"];
 
 pub(super) const SUBJECTS: &[Subject] = &[
     Subject {
@@ -186,6 +188,11 @@ pub(super) const SUBJECTS: &[Subject] = &[
         name: PLAIN_PINNED,
         kind: Kind::Pool(Disk::Plain, PINNED),
         loads: HELD,
+    },
+    Subject {
+        name: PLAIN_HELPED,
+        kind: Kind::Pool(Disk::Plain, HELPED),
+        loads: DEEP,
     },
     Subject {
         name: MIRROR,
@@ -236,6 +243,7 @@ pub(super) const PLAIN: &str = "pool: plain volume";
 pub(super) const PLAIN_POLLING: &str = "pool: plain volume, polling";
 /// The kernel holds the front-end's memory, as it may where a virtual machine's memory is there from the start.
 pub(super) const PLAIN_PINNED: &str = "pool: plain volume, memory held";
+pub(super) const PLAIN_HELPED: &str = "pool: plain volume, helper";
 pub(super) const MIRROR: &str = "pool: mirror of 2";
 pub(super) const CHAIN: &str = "pool: chain of 8, plain";
 pub(super) const SNAPSHOT: &str = "pool: fresh snapshot, plain";
