@@ -6,7 +6,15 @@ mod driver;
 #[path = "../../../host-manager/tests/guest/mod.rs"]
 mod guest;
 mod iscsi;
+mod killed;
 mod nbd;
+#[path = "../../../../storage-virtualizer/tests/nbd/raw.rs"]
+#[allow(
+    dead_code,
+    clippy::cast_possible_truncation,
+    reason = "a client of other tests, who use all of it"
+)]
+mod raw;
 #[path = "../scsi_machine/mod.rs"]
 mod scsi_machine;
 mod vhost_user;
@@ -74,6 +82,15 @@ impl Place {
         for disk in disks {
             self.run(&format!("disk --devices d0,d1 create {disk} --size 16M"));
         }
+    }
+
+    /// Where what is not durable yet of the pool is kept.
+    fn tail(&self) -> PathBuf {
+        let status = self.run("pool status --devices d0,d1 --json");
+        let status: Value = serde_json::from_str(&status).unwrap();
+        let name = status["id"].as_str().unwrap().replace('-', "");
+        let user = rustix::process::geteuid().as_raw();
+        format!("/dev/shm/smsvmm-{user}/{name}.tail").into()
     }
 
     /// Serves, until what is returned is dropped; `ready` is a part of what it says on either output when it does.
