@@ -61,7 +61,7 @@ const HALF: usize = 8;
 const UUID: usize = 16;
 const INCARNATION: usize = 32;
 const NEXT: usize = 40;
-/// Bytes before the halves: a page, so that the rest can be given back.
+/// Bytes before the halves: a page.
 const HEADER: usize = 4096;
 /// Bytes of an entry before its records.
 const ENTRY: usize = 32;
@@ -331,9 +331,9 @@ impl Tail {
         state.missing.is_none_or(|(first, _)| group < first)
     }
 
-    /// Everything is durable, and nothing more comes: the memory but for the header is given back.
+    /// Everything is durable, and nothing more comes: the memory is given back.
     pub(crate) fn end(&self) {
-        self.memory.forget(HEADER);
+        self.memory.remove();
     }
 }
 
@@ -357,8 +357,8 @@ mod tests {
         fn write(&self, offset: usize, source: &[u8]) {
             self.0.borrow_mut()[offset..offset + source.len()].copy_from_slice(source);
         }
-        fn forget(&self, offset: usize) {
-            self.0.borrow_mut()[offset..].fill(0);
+        fn remove(&self) {
+            self.0.borrow_mut().fill(0);
         }
     }
 
