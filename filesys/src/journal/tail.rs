@@ -27,25 +27,7 @@
 //! Records of groups that are not durable may be changed ([`Journal::rewrite`](super::Journal::rewrite)). An entry without records says that all entries of
 //! these groups are void.
 //!
-//! # Layout
-//! Little-endian. It is read only by the same program or its successor on the same host, before the host starts again.
-//!
-//! | offset | size | header |
-//! |---:|---:|---|
-//! | 0 | 8 | magic, `SMSFSTL1`: the last that is written |
-//! | 8 | 8 | bytes of a half |
-//! | 16 | 16 | UUID of the file system |
-//! | 32 | 8 | incarnation that writes |
-//! | 40 | 8 | incarnation that is about to make the entries again, or 0 |
-//!
-//! | offset | size | entry, at a multiple of 8 |
-//! |---:|---:|---|
-//! | 0 | 4 | CRC-32C of bytes 4 to the end |
-//! | 4 | 4 | bytes of records; 0: entries of this and later groups are void |
-//! | 8 | 8 | incarnation |
-//! | 16 | 8 | number: that of the entry before plus one |
-//! | 24 | 8 | group |
-//! | 32 | | records |
+//! `docs/src/formats/filesys-tail.md` is the specification of the bytes.
 
 use std::cell::RefCell;
 use std::rc::Rc;
