@@ -136,7 +136,10 @@ impl Place {
             match told.recv_timeout(Duration::from_secs(60)) {
                 Ok(line) if line.contains(ready) => return share,
                 Ok(_) => {}
-                Err(error) => panic!("{error}: {}", share.said.lock().unwrap()),
+                Err(error) => {
+                    let said = share.said.lock().unwrap().clone();
+                    panic!("{error}: {said}");
+                }
             }
         }
     }
