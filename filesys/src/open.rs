@@ -155,7 +155,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             previous: 0,
         };
         let space = MetaSpace::format(Rc::clone(&meta.device), layout, options.uuid);
-        let superblock = Superblock {
+        let mut superblock = Superblock {
             uuid: options.uuid,
             incarnation: 1,
             layout,
@@ -163,6 +163,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             name_hash_seed: options.seed,
             ..Superblock::default()
         };
+        superblock.opened(true, open.tail.is_some());
         let ring = Ring {
             region: layout.journal,
             uuid: options.uuid,
@@ -231,8 +232,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         let memory = options.tail.clone().filter(|_| !read_only);
         let left = memory
             .as_deref()
-            .map(|memory| left_in_tail(memory, &superblock, &end));
-        let left = left.unwrap_or_default();
+            .and_then(|memory| left_in_tail(memory, &superblock, &end));
         superblock.next_object = superblock.next_object.max(state.next_id());
         let mut space = space;
         let mut unflushed = Vec::new();
@@ -258,11 +258,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             }
             superblock.sequence = opened.next_sequence;
             // Who does not know of the tail takes the very next one, and must not be taken for us.
-            superblock.incarnation += 1 + u64::from(!left.is_empty());
-            if let (Some(memory), false) = (&memory, left.is_empty()) {
+            superblock.incarnation += 1 + u64::from(left.is_some());
+            if let (Some(memory), Some(_)) = (&memory, &left) {
                 FoundTail::announce(&**memory, superblock.incarnation);
             }
-            superblock.clean = false;
+            superblock.opened(left.is_some(), memory.is_some());
             superblock::write(&*meta, &superblock, &mut holders)
                 .await
                 .map_err(|error| FsError::Open(error.to_string()))?;
@@ -280,7 +280,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .take_events()
             .into_iter()
             .for_each(|event| core.event(event));
-        core.remake(&left).await?;
+        core.remake(&left.unwrap_or_default()).await?;
         // Takes back what was written to it, also of what was made again just now.
         for (volume, error) in unflushed {
             core.fail_volume(&volume, &error);
@@ -325,6 +325,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .until(|| (core.running.get() == 0).then_some(()))
             .await;
         done
+    }
+
+    /// A number that stays the same as long as nothing is missing that was answered by whoever had the file system open, durable or not. It is another
+    /// one after a power cut, or if a process was killed and who opened next did not find its [tail](OpenOptions::tail). Never 0.
+    pub fn continuity(&self) -> u64 {
+        let superblock = self.core().superblock.borrow();
+        let (low, _) = superblock.uuid.split_at(8);
+        let identity = low.try_into().map_or(0, u64::from_le_bytes);
+        identity.wrapping_add(superblock.unbroken).max(1)
     }
 
     /// Makes a checkpoint: for tests.
@@ -392,18 +401,16 @@ pub(crate) fn check_volume<V: BlockDevice>(volume: &GivenVolume<V>) -> Result<()
     })
 }
 
-/// What a killed process has left in the tail of its journal and is to be made again, one item for each append.
-fn left_in_tail(memory: &dyn LastingMemory, superblock: &Superblock, end: &End) -> Vec<Vec<u8>> {
-    let Some(found) = FoundTail::read(memory, superblock.uuid) else {
-        return Vec::new();
-    };
+/// What whoever had it open last has left in the tail of its journal and is to be made again, one item for each append. None if its tail is not there.
+fn left_in_tail(memory: &dyn LastingMemory, superblock: &Superblock, end: &End) -> Option<Vec<Vec<u8>>> {
+    let found = FoundTail::read(memory, superblock.uuid)?;
     if !found.goes_on(superblock.incarnation) {
         block_io::cover!("filesys: others have written since the tail was left");
-        return Vec::new();
+        return None;
     }
     let Some(left) = found.after(end) else {
         tracing::warn!("what a killed process has left does not continue the journal, and is not used");
-        return Vec::new();
+        return None;
     };
     if !left.is_empty() {
         let count = left.len();
@@ -412,7 +419,7 @@ fn left_in_tail(memory: &dyn LastingMemory, superblock: &Superblock, end: &End) 
             "what a killed process has left and was not durable is there"
         );
     }
-    left
+    Some(left)
 }
 
 /// The state of the last checkpoint.

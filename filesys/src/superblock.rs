@@ -47,6 +47,9 @@ pub(crate) const KNOWN_INCOMPATIBLE: u64 = 0;
 /// Features that a program must know to write to it.
 pub(crate) const KNOWN_READ_ONLY_COMPATIBLE: u64 = 0;
 
+/// A compatible feature: [`Superblock::unbroken`] and [`Superblock::has_tail`] are kept.
+pub(crate) const UNBROKEN: u64 = 1;
+
 /// What is turned on, as bits. Who does not know an incompatible one must not open the file system, who does not know a
 /// read-only compatible one must not write to it, compatible ones may be ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -83,6 +86,25 @@ pub(crate) struct Superblock {
     pub(crate) name_hash_seed: u64,
     /// It was closed in order: the journal is empty from `replay` on.
     pub(crate) clean: bool,
+    /// Whoever has it open keeps a tail of the journal, and answers before the journal is durable.
+    pub(crate) has_tail: bool,
+    /// The incarnation since which nothing is missing that was answered; 0: not known.
+    pub(crate) unbroken: u64,
+}
+
+impl Superblock {
+    /// It is opened for changes, by the incarnation that it has now; `is_whole`: what a tail has of the one before is made good. `has_tail` as above.
+    pub(crate) fn opened(&mut self, is_whole: bool, has_tail: bool) {
+        if self.has_tail && !self.clean && !is_whole {
+            cover!("superblock: what was answered may be missing");
+            self.unbroken = self.incarnation;
+        }
+        if self.unbroken == 0 {
+            self.unbroken = self.incarnation;
+        }
+        (self.clean, self.has_tail) = (false, has_tail);
+        self.features.compatible |= UNBROKEN;
+    }
 }
 
 /// Which copies hold the present state: none when a file system is made, then what [`open`] found and [`write`] left.
@@ -310,6 +332,7 @@ fn counters_are_possible(superblock: &Superblock) -> bool {
         superblock.replay.block,
         superblock.space.number,
         superblock.next_object,
+        superblock.unbroken,
     ]
     .iter()
     .all(|counter| *counter < MOST)

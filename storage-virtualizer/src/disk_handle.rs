@@ -39,6 +39,12 @@ pub trait DiskHandle: Clone + Send + Sync + 'static {
     /// Size, block sizes, abilities, on any thread. Changes when the disk is resized.
     fn geometry(&self) -> Geometry;
 
+    /// A number that is another one when something may be missing that the disk's servers have answered ([`filesys::FileSystem::continuity`]). 0:
+    /// nothing can be missing but after a power cut.
+    fn continuity(&self) -> u64 {
+        0
+    }
+
     /// The disk itself; called once for each server of a queue, on the worker that serves it.
     ///
     /// # Errors
@@ -72,6 +78,7 @@ struct Pinned<D> {
     number: u64,
     worker: WorkerHandle,
     geometry: Mutex<Geometry>,
+    continuity: u64,
     /// Says the type; the disk itself never leaves its thread.
     disk: std::marker::PhantomData<fn() -> D>,
 }
@@ -82,6 +89,18 @@ impl<D: BlockDevice + 'static> PinnedDisk<D> {
     /// # Errors
     /// This thread is not that of `worker`.
     pub fn new(disk: Rc<D>, worker: &WorkerHandle) -> Result<Self, DiskHandleError> {
+        Self::with_continuity(disk, worker, 0)
+    }
+
+    /// The same, for a disk whose servers are killed without harm as long as this [number](DiskHandle::continuity) stays.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_continuity(
+        disk: Rc<D>,
+        worker: &WorkerHandle,
+        continuity: u64,
+    ) -> Result<Self, DiskHandleError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         if !worker.is_current() {
             return Err(DiskHandleError::OtherWorker);
@@ -93,6 +112,7 @@ impl<D: BlockDevice + 'static> PinnedDisk<D> {
             number,
             worker: worker.clone(),
             geometry,
+            continuity,
             disk: std::marker::PhantomData,
         })))
     }
@@ -120,6 +140,10 @@ impl<D: BlockDevice + 'static> DiskHandle for PinnedDisk<D> {
 
     fn geometry(&self) -> Geometry {
         *self.0.geometry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn continuity(&self) -> u64 {
+        self.0.continuity
     }
 
     fn local(&self) -> Result<Rc<D>, DiskHandleError> {

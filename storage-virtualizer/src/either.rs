@@ -88,6 +88,10 @@ impl<A: DiskHandle, B: DiskHandle> DiskHandle for Either<A, B> {
         either!(self, disk => disk.geometry())
     }
 
+    fn continuity(&self) -> u64 {
+        either!(self, disk => disk.continuity())
+    }
+
     fn local(&self) -> Result<Self::Local, DiskHandleError> {
         Ok(LocalEither(match self {
             Self::First(disk) => Either::First(disk.local()?),

@@ -12,6 +12,11 @@
 //! An answer takes three steps: its head goes to `last_batch_head`, the used ring's index moves, then the entry is cleared and
 //! `used_idx` follows. Whoever finds the used ring ahead of `used_idx` knows that the last batch's entry was answered already.
 //!
+//! # What the record cannot bring back
+//! What was answered is not in it. Another server has it if it is served from the same disk, and has found what the last one had not made durable.
+//! Behind the regions of all queues follows a number of ours, 64 bytes for it, by which the next server knows
+//! ([`continues`]); others leave it alone or make the memory without room for it.
+//!
 //! The memory belongs to the front-end as much as to us: what is read from it is checked, and it is accessed only by atomics.
 
 use std::cell::Cell;
@@ -33,6 +38,24 @@ const ALIGNMENT: usize = 64;
 /// Bytes that one queue needs.
 pub(crate) fn queue_length(entries: u16) -> usize {
     (HEADER + usize::from(entries) * ENTRY).next_multiple_of(ALIGNMENT)
+}
+
+/// Bytes of the records of so many queues, with our number behind them.
+pub(crate) fn length(queues: u16, entries: u16) -> usize {
+    usize::from(queues) * queue_length(entries) + ALIGNMENT
+}
+
+/// Whether nothing that was answered by the server that had the records in `memory` before can be missing, as its disks' number was the same
+/// ([`crate::DiskHandle::continuity`]), or is not known. From now on the number is `now`, if that is one.
+pub(crate) fn continues(memory: &MmapRegion, queues: u16, entries: u16, now: u64) -> bool {
+    let (memory, place) = (memory.as_volatile_slice(), length(queues, entries) - ALIGNMENT);
+    if now == 0 || memory.len() < place + ALIGNMENT {
+        return true;
+    }
+    let before = memory.load(place, Ordering::Acquire).unwrap_or(0_u64);
+    let stored = memory.store(now, place, Ordering::Release);
+    debug_assert!(stored.is_ok(), "within the memory, and aligned");
+    before == 0 || before == now
 }
 
 /// Makes all records in `memory` empty ones.
@@ -226,6 +249,20 @@ mod tests {
         let recovered = record(&memory).recover(0);
         assert_eq!(recovered.unanswered, [1]);
         assert_eq!(recovered.next_avail, 1);
+    }
+
+    #[test]
+    fn a_server_that_may_miss_what_was_answered_knows() {
+        let memory = MmapRegion::new(length(2, 128)).unwrap();
+        for (now, is_known) in [(7, true), (7, true), (0, true), (8, false), (8, true)] {
+            assert_eq!(continues(&memory, 2, 128, now), is_known, "{now}");
+        }
+        // After a reset, nobody relies on what was answered.
+        forget(&memory);
+        assert!(continues(&memory, 2, 128, 9));
+        // Made by somebody who has no room for it.
+        let short = MmapRegion::new(2 * queue_length(128)).unwrap();
+        assert!(continues(&short, 2, 128, 7) && continues(&short, 2, 128, 8));
     }
 
     #[test]

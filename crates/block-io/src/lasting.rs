@@ -29,13 +29,12 @@ pub trait LastingMemory: fmt::Debug {
     /// at a multiple of eight are stored as a whole. What lies beyond the end is not stored.
     fn write(&self, offset: usize, source: &[u8]);
 
-    /// What is stored from `offset` on is not needed any more: it reads as it was, or as zero.
-    fn forget(&self, offset: usize);
+    /// Nothing of it is needed any more: whoever opens it next finds zeroes. Nobody else has it open, and nobody uses it through `self` afterwards.
+    fn remove(&self);
 }
 
 /// A file in a file system in memory, mapped.
 pub struct LastingFile {
-    file: File,
     path: PathBuf,
     start: NonNull<u8>,
     size: usize,
@@ -85,7 +84,6 @@ impl LastingFile {
         }?;
         let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at address zero"))?;
         Ok(Some(Self {
-            file,
             path: path.to_owned(),
             start,
             size,
@@ -141,11 +139,9 @@ impl LastingMemory for LastingFile {
         unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), to.as_ptr(), length) };
     }
 
-    fn forget(&self, offset: usize) {
-        let length = self.size.saturating_sub(offset);
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fn remove(&self) {
         // If it fails, some memory stays in use, which harms nobody.
-        let _ = fallocate(&self.file, hole, offset as u64, length as u64);
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -190,9 +186,11 @@ mod tests {
         assert_eq!(&read(&memory, 4096), b"eight by");
         assert_eq!(&read(&memory, 8190), b"be\0\0");
         assert_eq!(&read(&memory, 9000), b"\0");
-        memory.forget(4096);
-        assert_eq!((&read(&memory, 99), read(&memory, 4096)), (b"odd", [0; 8]));
-        std::fs::remove_file(&path).unwrap();
+        memory.remove();
+        assert!(!path.exists());
+        let memory = LastingFile::open_at(&path, 8192, true).unwrap().unwrap();
+        assert_eq!(read(&memory, 99), [0; 3]);
+        memory.remove();
     }
 
     #[test]

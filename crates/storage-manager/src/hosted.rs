@@ -346,8 +346,9 @@ impl HostedPool {
                     tell();
                 }
             });
+            let continuity = open.storage.files()?.continuity();
             let opened = OpenedDisk {
-                handle: PinnedDisk::new(Rc::clone(&disk), &handle)
+                handle: PinnedDisk::with_continuity(Rc::clone(&disk), &handle, continuity)
                     .map_err(|error| Problem::new(ProblemKind::Host, error.to_string()))?,
                 size: disk.geometry().size,
                 path: disk.path().to_string(),

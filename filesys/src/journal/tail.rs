@@ -27,25 +27,7 @@
 //! Records of groups that are not durable may be changed ([`Journal::rewrite`](super::Journal::rewrite)). An entry without records says that all entries of
 //! these groups are void.
 //!
-//! # Layout
-//! Little-endian. It is read only by the same program or its successor on the same host, before the host starts again.
-//!
-//! | offset | size | header |
-//! |---:|---:|---|
-//! | 0 | 8 | magic, `SMSFSTL1`: the last that is written |
-//! | 8 | 8 | bytes of a half |
-//! | 16 | 16 | UUID of the file system |
-//! | 32 | 8 | incarnation that writes |
-//! | 40 | 8 | incarnation that is about to make the entries again, or 0 |
-//!
-//! | offset | size | entry, at a multiple of 8 |
-//! |---:|---:|---|
-//! | 0 | 4 | CRC-32C of bytes 4 to the end |
-//! | 4 | 4 | bytes of records; 0: entries of this and later groups are void |
-//! | 8 | 8 | incarnation |
-//! | 16 | 8 | number: that of the entry before plus one |
-//! | 24 | 8 | group |
-//! | 32 | | records |
+//! `docs/src/formats/filesys-tail.md` is the specification of the bytes.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -61,7 +43,7 @@ const HALF: usize = 8;
 const UUID: usize = 16;
 const INCARNATION: usize = 32;
 const NEXT: usize = 40;
-/// Bytes before the halves: a page, so that the rest can be given back.
+/// Bytes before the halves: a page.
 const HEADER: usize = 4096;
 /// Bytes of an entry before its records.
 const ENTRY: usize = 32;
@@ -331,9 +313,9 @@ impl Tail {
         state.missing.is_none_or(|(first, _)| group < first)
     }
 
-    /// Everything is durable, and nothing more comes: the memory but for the header is given back.
+    /// Everything is durable, and nothing more comes: the memory is given back.
     pub(crate) fn end(&self) {
-        self.memory.forget(HEADER);
+        self.memory.remove();
     }
 }
 
@@ -357,8 +339,8 @@ mod tests {
         fn write(&self, offset: usize, source: &[u8]) {
             self.0.borrow_mut()[offset..offset + source.len()].copy_from_slice(source);
         }
-        fn forget(&self, offset: usize) {
-            self.0.borrow_mut()[offset..].fill(0);
+        fn remove(&self) {
+            self.0.borrow_mut().fill(0);
         }
     }
 

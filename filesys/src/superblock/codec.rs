@@ -21,6 +21,7 @@ const COPY: usize = 12;
 /// Where the checksum's cover begins.
 const COVERED: usize = 16;
 const CLEAN: u32 = 1;
+const HAS_TAIL: u32 = 2;
 
 /// Writes copy number `copy` into a zeroed block.
 pub(super) fn encode(superblock: &Superblock, copy: usize, block: &mut [u8]) {
@@ -30,7 +31,8 @@ pub(super) fn encode(superblock: &Superblock, copy: usize, block: &mut [u8]) {
         replay,
         ..
     } = superblock;
-    let flags = if superblock.clean { CLEAN } else { 0 };
+    let flag = |is_so, bit| if is_so { bit } else { 0 };
+    let flags = flag(superblock.clean, CLEAN) | flag(superblock.has_tail, HAS_TAIL);
     put(block, 0, &MAGIC);
     put(
         block,
@@ -63,6 +65,7 @@ pub(super) fn encode(superblock: &Superblock, copy: usize, block: &mut [u8]) {
     put(block, 184, &[superblock.root.level]);
     put(block, 192, &superblock.next_object.to_le_bytes());
     put(block, 200, &superblock.name_hash_seed.to_le_bytes());
+    put(block, 208, &superblock.unbroken.to_le_bytes());
     let checksum = block.get(COVERED..BODY).map_or(0, crc32c);
     put(block, CHECKSUM, &checksum.to_le_bytes());
 }
@@ -103,6 +106,7 @@ fn fields(body: &[u8]) -> Superblock {
         blocks: take_u64(body, at + 8),
     };
     let [level] = take(body, 184);
+    let flags = u32::from_le_bytes(take(body, 20));
     Superblock {
         features: Features {
             incompatible: take_u64(body, 24),
@@ -132,6 +136,8 @@ fn fields(body: &[u8]) -> Superblock {
         },
         next_object: take_u64(body, 192),
         name_hash_seed: take_u64(body, 200),
-        clean: u32::from_le_bytes(take(body, 20)) & CLEAN != 0,
+        clean: flags & CLEAN != 0,
+        has_tail: flags & HAS_TAIL != 0,
+        unbroken: take_u64(body, 208),
     }
 }

@@ -40,6 +40,8 @@ fn sample(sequence: u64) -> Superblock {
         next_object: sequence + 9,
         name_hash_seed: u64::MAX - sequence,
         clean: sequence % 2 == 1,
+        has_tail: sequence % 3 == 1,
+        unbroken: sequence,
     }
 }
 
@@ -52,6 +54,27 @@ fn block(superblock: &Superblock, copy: usize) -> Vec<u8> {
 fn valid(superblock: &Superblock, copy: usize) -> Found {
     let place = copy_place(copy, superblock.layout.size_blocks);
     decode(&block(superblock, copy), copy, place)
+}
+
+#[test]
+fn it_says_since_when_nothing_is_missing_that_was_answered() {
+    let mut superblock = Superblock::default();
+    let mut opened = |is_clean, is_whole, has_tail| {
+        superblock.clean = is_clean;
+        superblock.incarnation += 1;
+        superblock.opened(is_whole, has_tail);
+        assert!(!superblock.clean && superblock.has_tail == has_tail);
+        superblock.unbroken
+    };
+    assert_eq!(opened(true, false, true), 1);
+    // A kill, with its tail; an orderly end, with none.
+    assert_eq!(opened(false, true, true), 1);
+    assert_eq!(opened(true, false, true), 1);
+    // A tail that is not there.
+    assert_eq!(opened(false, false, false), 4);
+    // Whoever kept none had answered nothing without the journal.
+    assert_eq!(opened(false, false, true), 4);
+    assert_eq!(opened(false, false, true), 6);
 }
 
 fn world() -> World {

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use block_io::Durability;
-use block_io::sim::{Ticket, fingerprint};
+use block_io::sim::{Failure, Ticket, fingerprint};
 
 use crate::content::Content;
 
@@ -98,6 +98,8 @@ pub(crate) struct Model {
     pub(crate) stamp: u64,
     /// It is looked at after a kill, with a tail of the journal; else after a power cut.
     pub(crate) killed: bool,
+    /// As the file system said it last; none after a power cut.
+    continuity: Option<u64>,
     /// Of a script, so many. Not for recoveries.
     pub(crate) operations_begun: usize,
 }
@@ -341,10 +343,20 @@ impl Model {
         true
     }
 
+    /// The file system is open, and says this of itself: after kills, always the same.
+    pub(crate) fn goes_on(&mut self, continuity: u64) -> Result<(), Failure> {
+        let before = self.continuity.replace(continuity).unwrap_or(continuity);
+        if before == continuity {
+            return Ok(());
+        }
+        Err("something is said to be missing after a kill".into())
+    }
+
     /// The process has ended, by a kill or because the power was cut. What a power cut took is in doubt from then on, whatever comes after it.
     pub(crate) fn ends(&mut self, killed: bool) {
         self.killed = killed;
         if !killed {
+            self.continuity = None;
             let freezing = self
                 .freezing
                 .values_mut()

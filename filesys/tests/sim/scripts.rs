@@ -205,6 +205,7 @@ pub(crate) async fn create(
 impl Machine {
     pub(crate) async fn open(sim: &Sim, promise: &Promise) -> Result<Self, Failure> {
         let fs = open(sim).await.map_err(failed)?;
+        promise.borrow_mut().goes_on(fs.continuity())?;
         Ok(Self {
             a: handle(&fs, promise, "/a").await?,
             top: Some(handle(&fs, promise, "/top").await?),
@@ -559,6 +560,7 @@ impl Scenario for Script {
     async fn recover(&self, sim: Sim, model: Shared<Model>) -> Result<(), Failure> {
         model.borrow_mut().ends(sim.is_after_kill());
         let fs = open(&sim).await.map_err(failed)?;
+        model.borrow_mut().goes_on(fs.continuity())?;
         let seen = verify(&fs, &model, u64::MAX).await?;
         fs.settled().await;
         adds_up(&fs, &model, Some(&seen)).await?;

@@ -14,6 +14,9 @@ pub(super) trait ServedDevice: VirtioDevice + 'static {
     /// A front-end is there, which is told by `events`; again after each [reset](VirtioDevice::reset).
     fn connect(&self, events: Arc<dyn DeviceEvents>);
 
+    /// That of its disks, which are of one pool ([`DiskHandle::continuity`]).
+    fn continuity(&self) -> u64;
+
     /// The front-end has chosen these features. No queue is served then.
     fn negotiated(&self, features: u64);
 
@@ -27,6 +30,10 @@ pub(super) trait ServedDevice: VirtioDevice + 'static {
 impl<H: DiskHandle> ServedDevice for VirtioBlk<H> {
     fn connect(&self, events: Arc<dyn DeviceEvents>) {
         self.set_events(Some(events));
+    }
+
+    fn continuity(&self) -> u64 {
+        self.handle().disk().continuity()
     }
 
     fn negotiated(&self, _: u64) {}
@@ -43,6 +50,10 @@ impl<H: DiskHandle> ServedDevice for VirtioBlk<H> {
 impl<H: DiskHandle> ServedDevice for VirtioScsi<H> {
     /// It tells of everything by its event queue.
     fn connect(&self, _: Arc<dyn DeviceEvents>) {}
+
+    fn continuity(&self) -> u64 {
+        self.continuity()
+    }
 
     fn negotiated(&self, features: u64) {
         self.negotiated(features);

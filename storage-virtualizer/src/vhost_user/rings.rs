@@ -19,7 +19,7 @@ use super::device::ServedDevice;
 use super::memory::Memory;
 use super::message::RingAddresses;
 use super::sigbus::Guard;
-use crate::inflight::{InflightError, InflightQueue, forget};
+use crate::inflight::{InflightError, InflightQueue, continues, forget};
 use crate::queue::{Control, Outcome, QueueStart, Waiting};
 use crate::virtio_blk::MAX_QUEUE_SIZE;
 
@@ -50,9 +50,15 @@ pub(super) struct InflightRecord {
 }
 
 impl InflightRecord {
+    /// Whether nothing that was answered before can be missing on disks of this number; it is noted for the next server.
+    pub(super) fn continues(&self, continuity: u64) -> bool {
+        continues(&self.memory, self.queues, self.entries, continuity)
+    }
+
     /// Nothing is in flight any more: the device was reset.
-    pub(super) fn forget(&self) {
+    pub(super) fn forget(&self, continuity: u64) {
         forget(&self.memory);
+        self.continues(continuity);
     }
 }
 

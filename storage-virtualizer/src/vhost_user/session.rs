@@ -28,7 +28,7 @@ use super::message::{
 use super::rings::{InflightRecord, RingError, Rings};
 use super::sigbus::Guard;
 use super::socket::{Received, SocketError, receive, send};
-use crate::inflight::queue_length;
+use crate::inflight::{length as record_length, queue_length};
 use crate::queue::Waiting;
 use crate::virtio_blk::MAX_QUEUE_SIZE;
 
@@ -437,7 +437,7 @@ impl<D: ServedDevice> Session<D> {
         if !(1..=most).contains(&queues) || !(1..=MAX_QUEUE_SIZE).contains(&entries) {
             return Err(Refusal::Inflight(asked));
         }
-        let size = usize::from(queues) * queue_length(entries);
+        let size = record_length(queues, entries);
         let make = || -> io::Result<OwnedFd> {
             let file = memfd_create("smsvmm-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
             ftruncate(&file, size as u64)?;
@@ -475,13 +475,32 @@ impl<D: ServedDevice> Session<D> {
             })
         };
         let memory = map(fd, area.offset, area.size, impossible)?;
-        self.rings.inflight = Some(InflightRecord {
+        let record = InflightRecord {
             _guard: Guard::new(memory.as_ptr() as usize, memory.size()),
             memory: Arc::new(memory),
             queues: area.queues,
             entries: area.entries,
-        });
+        };
+        if !record.continues(self.device.continuity()) {
+            self.tell_of_a_gap();
+        }
+        self.rings.inflight = Some(record);
         self.start_due()
+    }
+
+    /// The front-end goes on with disks of which another server had answered what we may not have.
+    fn tell_of_a_gap(&self) {
+        let address = self.socket.local_addr().ok();
+        // That of a manager's connections has no name, but the process is a machine's.
+        let socket = address.as_ref().and_then(|address| address.as_pathname());
+        let peer = rustix::net::sockopt::socket_peercred(&self.socket).ok();
+        tracing::error!(
+            socket = socket.map(|path| path.display().to_string()),
+            process = peer.map(|peer| peer.pid.as_raw_nonzero().get()),
+            "a server before this one was killed, and what it had answered to this front-end and not made durable was not found: disks at this \
+             socket may lack some of it, and the guest does not know. Reset the machine and have its file systems checked; run servers of a pool as \
+             one user, with the host's /dev/shm"
+        );
     }
 
     fn reset(&mut self) {
@@ -489,7 +508,7 @@ impl<D: ServedDevice> Session<D> {
         let inflight = self.rings.inflight.take();
         // What a device had taken before a reset is nobody's any more.
         if let Some(record) = &inflight {
-            record.forget();
+            record.forget(self.device.continuity());
         }
         self.rings = self.rings.fresh();
         self.rings.inflight = inflight;

@@ -189,6 +189,16 @@ pub(super) fn address(target: u8, lun: u16) -> [u8; 8] {
     [1, target, high, low, 0, 0, 0, 0]
 }
 
+impl<H: DiskHandle> Adapter<H> {
+    /// The greatest number that a disk has ([`DiskHandle::continuity`]).
+    pub(super) fn continuity(&self) -> u64 {
+        let ports = self.all_ports();
+        let luns = ports.iter().flat_map(|port| port.target.luns());
+        let numbers = luns.map(|lun| lun.handle.disk().continuity());
+        numbers.max().unwrap_or(0)
+    }
+}
+
 impl<H> Adapter<H> {
     pub(super) fn new(initiator: TransportId, queues: u16, group: Option<ScsiGroup<H>>) -> Self {
         Self {

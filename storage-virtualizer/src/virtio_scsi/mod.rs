@@ -258,6 +258,11 @@ impl<H: DiskHandle> VirtioScsi<H> {
         }
     }
 
+    /// That of its disks, which are of one pool.
+    pub(crate) fn continuity(&self) -> u64 {
+        self.adapter.continuity()
+    }
+
     /// A driver has chosen these features.
     pub(crate) fn negotiated(&self, features: u64) {
         self.adapter.negotiated(features);

@@ -54,9 +54,8 @@ impl LastingMemory for SimMemory {
         self.0.host_changed();
     }
 
-    fn forget(&self, offset: usize) {
-        self.0
-            .with_host(|host| host.memory.get_mut(offset..).unwrap_or_default().fill(0));
+    fn remove(&self) {
+        self.0.with_host(|host| host.memory.fill(0));
         self.0.host_changed();
     }
 }

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use super::{Place, has, until};
 
-const TARGET: &str = "iqn.2026-11.org.example:t";
+pub(crate) const TARGET: &str = "iqn.2026-11.org.example:t";
 const BLOCK: usize = 512;
 const BLOCKS: u32 = 64;
 const TEST_UNIT_READY: [u8; 6] = [0; 6];
@@ -21,7 +21,7 @@ const CAPACITY_CHANGED: Answer = Answer::Check(6, 0x2a, 0x09);
 const NO_UNIT: Answer = Answer::Check(5, 0x25, 0);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Answer {
+pub(crate) enum Answer {
     Good(Vec<u8>),
     Check(u8, u8, u8),
 }
@@ -29,13 +29,13 @@ enum Answer {
 const DONE: Answer = Answer::Good(Vec::new());
 
 /// An initiator with one connection.
-struct Session {
+pub(crate) struct Session {
     stream: TcpStream,
     number: u32,
 }
 
 impl Session {
-    fn log_in(portal: &str, initiator: &str) -> Self {
+    pub(crate) fn log_in(portal: &str, initiator: &str) -> Self {
         let mut stream = TcpStream::connect(portal).unwrap();
         let text = format!("InitiatorName=iqn.2026-11.org.example:{initiator}\0TargetName={TARGET}\0");
         let mut request = vec![0; 48];
@@ -107,7 +107,13 @@ impl Session {
     }
 
     /// A command, again after what it is told by the way.
-    fn insists(&mut self, lun: u8, cdb: &[u8], out: &[u8], expected: usize) -> std::io::Result<Answer> {
+    pub(crate) fn insists(
+        &mut self,
+        lun: u8,
+        cdb: &[u8],
+        out: &[u8],
+        expected: usize,
+    ) -> std::io::Result<Answer> {
         loop {
             match self.try_command(lun, cdb, out, expected)? {
                 Answer::Check(6, ..) => {}
@@ -185,7 +191,7 @@ impl Load {
     }
 }
 
-fn portal(place: &Place) -> String {
+pub(crate) fn portal(place: &Place) -> String {
     place.status()["addresses"][0].as_str().unwrap().to_owned()
 }
 

@@ -6,29 +6,55 @@ mod driver;
 #[path = "../../../host-manager/tests/guest/mod.rs"]
 mod guest;
 mod iscsi;
+mod killed;
 mod nbd;
+#[path = "../../../../storage-virtualizer/tests/nbd/raw.rs"]
+#[allow(
+    dead_code,
+    clippy::cast_possible_truncation,
+    reason = "a client of other tests, who use all of it"
+)]
+mod raw;
 #[path = "../scsi_machine/mod.rs"]
 mod scsi_machine;
 mod vhost_user;
 
+use std::cell::OnceCell;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 /// A folder with images, and what happens in it.
-struct Place(tempfile::TempDir);
+struct Place {
+    folder: tempfile::TempDir,
+    /// Where what is not durable yet of its pool is kept.
+    tail: OnceCell<PathBuf>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // Whoever was killed last has left it.
+        if let Some(tail) = self.tail.get() {
+            let _ = std::fs::remove_file(tail);
+        }
+    }
+}
 
 impl Place {
     fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            tail: OnceCell::new(),
+        }
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.folder.path().join(name)
     }
 
     fn image(&self, name: &str, size: u64) {
@@ -39,7 +65,7 @@ impl Place {
         let mut command = Command::new(env!("CARGO_BIN_EXE_smsvmm"));
         command
             .args(line.split_whitespace())
-            .current_dir(&self.0)
+            .current_dir(&self.folder)
             .env_remove("SMSVMM_LOG")
             .stdin(Stdio::null());
         command
@@ -74,6 +100,11 @@ impl Place {
         for disk in disks {
             self.run(&format!("disk --devices d0,d1 create {disk} --size 16M"));
         }
+        let status: Value = serde_json::from_str(&self.run("pool status --devices d0,d1 --json")).unwrap();
+        let name = status["id"].as_str().unwrap().replace('-', "");
+        let user = rustix::process::geteuid().as_raw();
+        let tail = format!("/dev/shm/smsvmm-{user}/{name}.tail");
+        self.tail.set(tail.into()).unwrap();
     }
 
     /// Serves, until what is returned is dropped; `ready` is a part of what it says on either output when it does.
@@ -85,28 +116,30 @@ impl Place {
             .spawn()
             .unwrap();
         let (tell, told) = std::sync::mpsc::channel();
+        let said = Arc::<Mutex<String>>::default();
         let pipes: [Box<dyn std::io::Read + Send>; 2] = [
             Box::new(child.stdout.take().unwrap()),
             Box::new(child.stderr.take().unwrap()),
         ];
         for pipe in pipes {
-            let tell = tell.clone();
+            let (tell, said) = (tell.clone(), Arc::clone(&said));
             std::thread::spawn(move || {
                 for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                    said.lock().unwrap().push_str(&line);
                     let _ = tell.send(line);
                 }
             });
         }
         drop(tell);
-        let share = Share(child);
-        let mut said = Vec::new();
+        let share = Share { child, said };
         loop {
             match told.recv_timeout(Duration::from_secs(60)) {
-                Ok(line) => said.push(line),
-                Err(error) => panic!("{error}: {said:?}"),
-            }
-            if said.last().is_some_and(|line| line.contains(ready)) {
-                return share;
+                Ok(line) if line.contains(ready) => return share,
+                Ok(_) => {}
+                Err(error) => {
+                    let said = share.said.lock().unwrap().clone();
+                    panic!("{error}: {said}");
+                }
             }
         }
     }
@@ -152,19 +185,27 @@ impl Place {
 }
 
 /// A process that serves.
-struct Share(Child);
+struct Share {
+    child: Child,
+    /// On both outputs.
+    said: Arc<Mutex<String>>,
+}
 
 impl Share {
     /// Waits for its end, which must be a good one.
     fn ended(mut self) {
-        assert!(self.0.wait().unwrap().success());
+        assert!(self.child.wait().unwrap().success());
+    }
+
+    fn has_said(&self, text: &str) -> bool {
+        self.said.lock().unwrap().contains(text)
     }
 }
 
 impl Drop for Share {
     fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
+        drop(self.child.kill());
+        drop(self.child.wait());
     }
 }
 

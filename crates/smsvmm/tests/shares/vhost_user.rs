@@ -213,3 +213,45 @@ fn images_come_and_go_as_well() {
     place.remove(&name);
     assert!(place.is_free("b.img"));
 }
+
+#[test]
+fn a_server_that_may_miss_what_another_has_answered_says_so() {
+    const SAID: &str = "may lack some of it";
+    let place = Place::new();
+    place.pool(&["/a.dsk"]);
+    let serve = || {
+        place.serve(
+            "vhost-user-scsi --devices d0,d1 --socket v /a.dsk",
+            "is served at v",
+        )
+    };
+    let mut share = serve();
+    let (mut driver, _device) = machine(&place.path("v"));
+    driver.greet(lun(0, 0));
+    let tail = place.tail.get().unwrap();
+    for block in [8, 16, 24] {
+        write_and_read(&mut driver, 0, block, 7).unwrap();
+        drop(share);
+        if block == 24 {
+            // As for another user, or in a container.
+            std::fs::remove_file(tail).unwrap();
+        }
+        share = serve();
+        driver.greet(lun(0, 0));
+        write_and_read(&mut driver, 0, 32, 8).unwrap();
+        if block == 24 {
+            until("it says so", || share.has_said(SAID));
+        } else {
+            assert!(!share.has_said(SAID));
+        }
+    }
+    // It is said once. Whoever ends in order leaves nothing to be found.
+    let stop = "share stop --management m.sock";
+    until("it is managed", || place.output(stop).status.success());
+    share.ended();
+    assert!(!tail.exists());
+    share = serve();
+    driver.greet(lun(0, 0));
+    write_and_read(&mut driver, 0, 40, 9).unwrap();
+    assert!(!share.has_said(SAID));
+}
