@@ -8,7 +8,7 @@
 //! |---|---|---|---|
 //! | operations | all, also while the file system is opened | all up to 4096 | all |
 //! | pairs | all of the second | all up to 256 | one in 4 |
-//! | triples | all of the third | all up to 48 | one in 64 |
+//! | triples | all of the third | all up to 40 | one in 64 |
 //!
 //! At the same moments the process is killed while the power stays: then everything that was answered must be there, flushed or not, as the
 //! file systems here have a tail of the journal. And the power is cut while what a killed process has left is made again.
@@ -185,7 +185,7 @@ fn every_pair_of_operations() {
 #[test]
 fn every_triple_of_operations() {
     let options = ExploreOptions {
-        states: 48 * factor().max(1),
+        states: 40 * factor().max(1),
         nesting: 1,
         nested_states: 2,
         nested_one_in: (64 / factor().max(1)).max(1),
