@@ -238,8 +238,9 @@ mod tests {
                 (5000, Some((2, 2))),
                 (LARGEST, Some((64, 64))),
                 (LARGEST + 1, None),
-                (9000, Some((4, 4))),
-                (4096, Some((8, 1))),
+                // Where the last was found.
+                (9000, Some((128, 4))),
+                (4096, Some((132, 1))),
             ] {
                 let mut buffer = ScratchBuffer::new(length);
                 assert_eq!((buffer.as_slice().len(), place(&buffer)), (length, expected));
