@@ -29,12 +29,13 @@ pub trait LastingMemory: fmt::Debug {
     /// at a multiple of eight are stored as a whole. What lies beyond the end is not stored.
     fn write(&self, offset: usize, source: &[u8]);
 
-    /// Nothing of it is needed any more: whoever opens it next finds zeroes. Nobody else has it open, and nobody uses it through `self` afterwards.
-    fn remove(&self);
+    /// Nothing of it is needed any more: it reads as zero from now on, and takes no memory.
+    fn clear(&self);
 }
 
 /// A file in a file system in memory, mapped.
 pub struct LastingFile {
+    file: File,
     path: PathBuf,
     start: NonNull<u8>,
     size: usize,
@@ -84,6 +85,7 @@ impl LastingFile {
         }?;
         let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at address zero"))?;
         Ok(Some(Self {
+            file,
             path: path.to_owned(),
             start,
             size,
@@ -139,9 +141,14 @@ impl LastingMemory for LastingFile {
         unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), to.as_ptr(), length) };
     }
 
-    fn remove(&self) {
-        // If it fails, some memory stays in use, which harms nobody.
-        let _ = std::fs::remove_file(&self.path);
+    fn clear(&self) {
+        // The empty file stays: a process that is confined, as a machine's is, may not remove it.
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if fallocate(&self.file, hole, 0, self.size as u64).is_err() {
+            let (start, length) = self.part(0, self.size);
+            // SAFETY: `length` bytes are within the mapping, which nothing else overlaps.
+            unsafe { std::ptr::write_bytes(start.as_ptr(), 0, length) };
+        }
     }
 }
 
@@ -186,11 +193,13 @@ mod tests {
         assert_eq!(&read(&memory, 4096), b"eight by");
         assert_eq!(&read(&memory, 8190), b"be\0\0");
         assert_eq!(&read(&memory, 9000), b"\0");
-        memory.remove();
-        assert!(!path.exists());
+        memory.clear();
+        assert_eq!((&read(&memory, 99), read(&memory, 4096)), (b"\0\0\0", [0; 8]));
+        assert_eq!(std::fs::metadata(&path).unwrap().blocks(), 0);
+        drop(memory);
         let memory = LastingFile::open_at(&path, 8192, true).unwrap().unwrap();
         assert_eq!(read(&memory, 99), [0; 3]);
-        memory.remove();
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]

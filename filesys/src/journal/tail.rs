@@ -315,7 +315,7 @@ impl Tail {
 
     /// Everything is durable, and nothing more comes: the memory is given back.
     pub(crate) fn end(&self) {
-        self.memory.remove();
+        self.memory.clear();
     }
 }
 
@@ -339,7 +339,7 @@ mod tests {
         fn write(&self, offset: usize, source: &[u8]) {
             self.0.borrow_mut()[offset..offset + source.len()].copy_from_slice(source);
         }
-        fn remove(&self) {
+        fn clear(&self) {
             self.0.borrow_mut().fill(0);
         }
     }

@@ -54,7 +54,7 @@ impl LastingMemory for SimMemory {
         self.0.host_changed();
     }
 
-    fn remove(&self) {
+    fn clear(&self) {
         self.0.with_host(|host| host.memory.fill(0));
         self.0.host_changed();
     }
