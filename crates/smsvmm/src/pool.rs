@@ -15,6 +15,7 @@ use vmm::config::VmConfig;
 use vmm::machine::{self, AddPoolUnit, GuestDisk, PoolDisk, PoolDisks, PoolUnit, ScsiAdapter, ScsiUnitDisk};
 use vmm::sandbox::{Kind, Sandbox};
 
+use crate::exit::UsageError;
 use crate::logs;
 use crate::storage::{self, Which};
 
@@ -32,8 +33,21 @@ fn open(name: &str, devices: DevicePaths, options: WorkerOptions) -> anyhow::Res
 pub(crate) struct PoolThreads {
     /// Threads that call the kernel for the pool's own when it has much to do; by default what the file of --config says, else one where the host has
     /// four processors or more, else none.
-    #[arg(long, requires = "paths", value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(..=8))]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(..=8))]
     io_helpers: Option<u8>,
+}
+
+impl PoolThreads {
+    /// # Errors
+    /// They are wanted, but no disk of a pool is served.
+    pub(crate) fn check(self, paths: &[String]) -> Result<(), UsageError> {
+        if self.io_helpers.is_some() && paths.is_empty() {
+            return Err(UsageError::new(
+                "--io-helpers is for disks of a pool, and none is named; leave it out",
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// Has `serve` serve disks of a pool, and closes the pool when it is done.

@@ -137,6 +137,7 @@ pub(crate) fn execute(command: &ShareCommand) -> anyhow::Result<Exit> {
 }
 
 fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
+    arguments.threads.check(&arguments.paths)?;
     let disks = arguments.image.len() + arguments.paths.len();
     if arguments.socket.len() != disks {
         return Err(UsageError::new(format!(

@@ -134,6 +134,7 @@ struct Shown {
 }
 
 pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
+    arguments.threads.check(&arguments.paths)?;
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     let options = options(arguments)?;

@@ -99,6 +99,7 @@ enum TlsWanted {
 }
 
 pub(crate) fn nbd(arguments: &NbdArguments) -> anyhow::Result<Exit> {
+    arguments.threads.check(&arguments.paths)?;
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::block().context("cannot block signals")?;
     // Before anything is opened: a second process with this socket ends here.

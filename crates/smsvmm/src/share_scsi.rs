@@ -134,6 +134,7 @@ fn machines(
 }
 
 pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Result<Exit> {
+    arguments.threads.check(&arguments.paths)?;
     arguments.serving.check()?;
     let mut seen = BTreeSet::new();
     if let Some(twice) = arguments.sockets.iter().find(|socket| !seen.insert(*socket)) {

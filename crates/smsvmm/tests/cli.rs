@@ -124,6 +124,23 @@ fn wrong_usage_and_wrong_configuration_end_with_2_and_say_what_is_right() {
             "`x` is not an Ethernet address",
         ),
         (&["vm", "--socket", "s", "console"], "`vm console` needs --config"),
+        (
+            &["share", "nbd", "--socket", "s", "--io-helpers", "9", "/a.dsk"],
+            "9 is not in 0..=8",
+        ),
+        (
+            &[
+                "share",
+                "nbd",
+                "--socket",
+                "s",
+                "--io-helpers",
+                "1",
+                "--image",
+                "a.raw",
+            ],
+            "--io-helpers is for disks of a pool, and none is named",
+        ),
         (&["completions", "cobol"], "possible values: bash"),
     ];
     for (arguments, message) in cases {
