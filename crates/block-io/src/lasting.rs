@@ -194,8 +194,8 @@ mod tests {
         assert_eq!(&read(&memory, 8190), b"be\0\0");
         assert_eq!(&read(&memory, 9000), b"\0");
         memory.clear();
-        assert_eq!((&read(&memory, 99), read(&memory, 4096)), (b"\0\0\0", [0; 8]));
         assert_eq!(std::fs::metadata(&path).unwrap().blocks(), 0);
+        assert_eq!((&read(&memory, 99), read(&memory, 4096)), (b"\0\0\0", [0; 8]));
         drop(memory);
         let memory = LastingFile::open_at(&path, 8192, true).unwrap().unwrap();
         assert_eq!(read(&memory, 99), [0; 3]);
