@@ -53,6 +53,9 @@ enum Task {
         /// The tour, also at a terminal
         #[arg(long)]
         tour: bool,
+        /// With this smsvmm instead of building one
+        #[arg(long, value_name = "FILE")]
+        program: Option<std::path::PathBuf>,
     },
     /// The part of `demo` that runs beside the guest
     #[command(hide = true)]
@@ -191,7 +194,7 @@ fn main() -> ExitCode {
             what: Bench::Api(options),
         } => bench::api::run(&options),
         Task::BenchInside { part, rounds } => bench::inside(&part, rounds),
-        Task::Demo { tour } => demo::run(tour, None),
+        Task::Demo { tour, program } => demo::run(tour, program.as_deref()),
         Task::DemoInside { tour } => demo::inside(tour),
         Task::Static => build::guest_programs()
             .and_then(|()| build::static_smsvmm())
