@@ -11,7 +11,7 @@ use storage_manager::{DevicePaths, DiskOptions, HostedPool, VirtualDisk};
 use storage_virtualizer::controls::DiskControls;
 use storage_virtualizer::virtio_scsi::{AddUnitError, VirtioScsiError, VirtioScsiHandle, VirtioScsiOptions};
 use storage_virtualizer::{DiskHandle, Either, PinnedDisk};
-use vmm::config::VmConfig;
+use vmm::config::{PoolConfig, VmConfig};
 use vmm::machine::{self, AddPoolUnit, GuestDisk, PoolDisk, PoolDisks, PoolUnit, ScsiAdapter, ScsiUnitDisk};
 use vmm::sandbox::{Kind, Sandbox};
 
@@ -33,7 +33,7 @@ fn open(name: &str, devices: DevicePaths, options: WorkerOptions) -> anyhow::Res
 pub(crate) struct PoolThreads {
     /// Threads that call the kernel for the pool's own when it has much to do; by default what the file of --config says, else one where the host has
     /// four processors or more, else none.
-    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(..=8))]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(..=i64::from(PoolConfig::MOST_HELPERS)))]
     io_helpers: Option<u8>,
 }
 
@@ -59,6 +59,10 @@ pub(crate) fn with_pool(
 ) -> anyhow::Result<()> {
     let mut config = storage::pool_config(which)?;
     config.io_helpers = threads.io_helpers.map(usize::from).or(config.io_helpers);
+    // A file is not looked at whole.
+    config
+        .check()
+        .map_err(|(key, problem)| UsageError::new(format!("[pool] {key} {problem}")))?;
     let options = config.worker_options();
     let pool = Arc::new(open(name, config.devices, options)?);
     let served = serve(&pool);

@@ -156,6 +156,21 @@ fn wrong_usage_and_wrong_configuration_end_with_2_and_say_what_is_right() {
 }
 
 #[test]
+fn a_pool_that_is_shared_has_no_more_helpers_than_a_machines() {
+    let place = folder("[pool]\ndevices = [\"d0\"]\nio-helpers = 9\n");
+    let output = smsvmm(
+        place.path(),
+        &["share", "nbd", "--socket", "s", "--config", "vm.toml", "/a.dsk"],
+    );
+    assert_eq!(status(&output), 2, "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("[pool] io-helpers is more than 8"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
 fn help_and_version_are_no_errors() {
     let folder = folder("");
     for arguments in [

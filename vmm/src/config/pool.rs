@@ -18,10 +18,10 @@ pub struct PoolConfig {
     pub io_helpers: Option<usize>,
 }
 
-/// Helpers of a pool at most: its one thread gives no more than a few enough to do.
-const MOST_HELPERS: usize = 8;
-
 impl PoolConfig {
+    /// Helpers at most: a pool's one thread gives no more than a few enough to do.
+    pub const MOST_HELPERS: u8 = 8;
+
     /// Makes relative paths absolute.
     pub fn complete(&mut self, folder: &Path) {
         for device in self.devices.iter_mut().filter(|device| !device.is_empty()) {
@@ -42,8 +42,9 @@ impl PoolConfig {
     /// # Errors
     /// The key and what is wrong with it.
     pub fn check(&self) -> Result<(), (&'static str, InvalidValue)> {
-        if self.io_helpers.is_some_and(|helpers| helpers > MOST_HELPERS) {
-            let problem = format!("is more than {MOST_HELPERS}");
+        let most = Self::MOST_HELPERS;
+        if self.io_helpers.is_some_and(|helpers| helpers > most.into()) {
+            let problem = format!("is more than {most}");
             return Err(("io-helpers", InvalidValue::new(problem)));
         }
         let problem = match self.devices.as_slice() {
