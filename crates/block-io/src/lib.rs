@@ -65,6 +65,6 @@ pub use net::{
 pub use spec::relative_to;
 pub use worker::{
     EngineKind, EventSignal, EventWatch, HeldMemory, Hook, PollSource, ScratchBuffer, Worker, WorkerError,
-    WorkerHandle, WorkerOptions, add_poll_source, default_helpers, helped, moment, moment_nanos,
-    prepare_pool, spawn_local, turns, wake_after_turn, yield_now,
+    WorkerHandle, WorkerOptions, add_poll_source, default_helpers, helped, moment_nanos, prepare_pool,
+    spawn_local, turns, wake_after_turn, yield_now,
 };

@@ -188,9 +188,7 @@ pub(super) struct Local {
     pub(super) engine: Engine,
     pub(super) rest: Rest,
     pub(super) scratch: Scratch,
-    /// When this turn began, if somebody has asked.
-    moment: Cell<Option<Instant>>,
-    /// The same in nanoseconds, or 0.
+    /// When this turn began, as [`moment_nanos`] counts; 0 if nobody has asked.
     moment_nanos: Cell<u64>,
     /// See [`turns`].
     turns: Cell<u64>,
@@ -231,13 +229,8 @@ pub async fn yield_now() {
     .await;
 }
 
-/// The time at which the worker of this thread was first asked for it since it last looked for completions; the present
-/// outside of workers. For durations of requests: costs a clock's reading per turn of the worker, not per request.
-pub fn moment() -> Instant {
-    with_local(Local::moment).unwrap_or_else(Instant::now)
-}
-
-/// [`moment`] in nanoseconds since some time before anybody asked, never 0. Cheaper, as the arithmetic of `Instant` too is done once per turn.
+/// The time at which the worker of this thread was first asked for it since it last looked for completions, the present outside of workers: in
+/// nanoseconds since some time before anybody asked, never 0. For durations of requests: costs a clock's reading per turn of the worker, not per request.
 pub fn moment_nanos() -> u64 {
     with_local(Local::moment_nanos).unwrap_or_else(|| nanos_of(Instant::now()))
 }
@@ -298,7 +291,6 @@ impl Local {
             engine,
             rest: Rest::new(busy_poll),
             scratch: Scratch::default(),
-            moment: Cell::new(None),
             moment_nanos: Cell::new(0),
             turns: Cell::new(0),
             stop: Cell::new(false),
@@ -422,16 +414,10 @@ impl Local {
         }
     }
 
-    fn moment(&self) -> Instant {
-        let moment = self.moment.get().unwrap_or_else(Instant::now);
-        self.moment.set(Some(moment));
-        moment
-    }
-
     fn moment_nanos(&self) -> u64 {
         match self.moment_nanos.get() {
             0 => {
-                let nanos = nanos_of(self.moment());
+                let nanos = nanos_of(Instant::now());
                 self.moment_nanos.set(nanos);
                 nanos
             }
@@ -443,7 +429,6 @@ impl Local {
     pub(super) fn turn(&self, wait: bool) {
         self.engine.enter(wait);
         self.turns.set(self.turns.get() + 1);
-        self.moment.set(None);
         self.moment_nanos.set(0);
         while let Some(completion) = self.engine.next_completion() {
             self.dispatch(completion);

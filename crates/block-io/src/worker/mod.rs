@@ -45,7 +45,7 @@ pub use events::{EventSignal, EventWatch};
 pub(crate) use files::FileNumber;
 pub use helper::default_helpers;
 pub(crate) use local::nanos_of;
-pub use local::{helped, moment, moment_nanos, spawn_local, turns, wake_after_turn, yield_now};
+pub use local::{helped, moment_nanos, spawn_local, turns, wake_after_turn, yield_now};
 pub use memory::HeldMemory;
 pub(crate) use ops::Operation;
 pub(crate) use pool::execute_at_once;

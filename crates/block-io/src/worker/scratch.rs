@@ -9,8 +9,7 @@
 //!   a piece: 1, 2, 4, … 64 units, at a multiple of their number      one word of the map of free units tells all about 64 of them
 //! ```
 
-use std::cell::{Cell, RefCell};
-use std::fmt;
+use std::cell::{Cell, OnceCell, RefCell};
 use std::io;
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
@@ -33,40 +32,61 @@ const LARGEST: usize = WORD * UNIT;
 /// Of a huge page.
 const HUGE: usize = 2 << 20;
 
-/// The memory of a worker.
+/// Room for [`SIZE`] bytes at the start of a huge page.
+#[derive(Debug)]
+struct Mapping(NonNull<u8>);
+
+impl Mapping {
+    fn new() -> io::Result<Self> {
+        let flags = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping.
+        let mapping = unsafe { mmap_anonymous(ptr::null_mut(), SIZE + HUGE, flags, MapFlags::PRIVATE) }?;
+        let mapping = Self(NonNull::new(mapping.cast()).ok_or(io::ErrorKind::OutOfMemory)?);
+        // SAFETY: within the mapping, which is ours. Kernels without huge pages take no advice about them.
+        let _ = unsafe { madvise(mapping.start().as_ptr().cast(), SIZE, Advice::LinuxHugepage) };
+        Ok(mapping)
+    }
+
+    fn start(&self) -> NonNull<u8> {
+        // SAFETY: there is room for a huge page more.
+        unsafe { self.0.add(self.0.as_ptr().align_offset(HUGE)) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and ends with us.
+        let _ = unsafe { munmap(self.0.as_ptr().cast(), SIZE + HUGE) };
+    }
+}
+
+/// The memory of a worker. Whoever has a piece of it keeps it.
+#[derive(Debug)]
 struct Arena {
-    mapping: NonNull<u8>,
-    /// The first unit, at the start of a huge page.
+    /// Before the mapping, as it goes first.
+    _held: HeldMemory,
+    /// Keeps the memory.
+    _mapping: Mapping,
+    /// The first unit.
     start: NonNull<u8>,
     /// A bit is set where the unit is free.
     free: RefCell<[u64; WORDS]>,
     /// Where something was free.
     next: Cell<usize>,
-    /// Dropped before it is unmapped.
-    held: RefCell<Option<HeldMemory>>,
 }
 
 impl Arena {
     fn new() -> io::Result<Self> {
-        let flags = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping.
-        let mapping = unsafe { mmap_anonymous(ptr::null_mut(), SIZE + HUGE, flags, MapFlags::PRIVATE) }?;
-        let mapping = NonNull::new(mapping.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
-        // SAFETY: there is room for a huge page more.
-        let start = unsafe { mapping.add(mapping.as_ptr().align_offset(HUGE)) };
-        // SAFETY: within the mapping, which is ours. Kernels without huge pages take no advice about them.
-        let _ = unsafe { madvise(start.as_ptr().cast(), SIZE, Advice::LinuxHugepage) };
-        let arena = Self {
-            mapping,
+        let mapping = Mapping::new()?;
+        let start = mapping.start();
+        Ok(Self {
+            // SAFETY: it is let go of before the memory is unmapped, when nobody has a piece of it, so that no request for it is in flight.
+            _held: unsafe { HeldMemory::new([(start.as_ptr(), SIZE)]) },
+            _mapping: mapping,
             start,
             free: RefCell::new([u64::MAX; WORDS]),
             next: Cell::new(0),
-            held: RefCell::new(None),
-        };
-        // SAFETY: it is let go of before it is unmapped; whoever has a piece keeps the arena.
-        let held = unsafe { HeldMemory::new([(start.as_ptr(), SIZE)]) };
-        *arena.held.borrow_mut() = Some(held);
-        Ok(arena)
+        })
     }
 
     /// The first of `units` free ones, which is a power of two up to [`WORD`].
@@ -90,14 +110,6 @@ impl Arena {
     }
 }
 
-impl Drop for Arena {
-    fn drop(&mut self) {
-        drop(self.held.take());
-        // SAFETY: the mapping is ours; nobody has a piece of it, so no request for it is in flight.
-        let _ = unsafe { munmap(self.mapping.as_ptr().cast(), SIZE + HUGE) };
-    }
-}
-
 /// So many ones.
 fn ones(units: usize) -> u64 {
     u64::MAX >> (WORD - units)
@@ -112,29 +124,28 @@ fn first_of(word: u64, units: usize) -> Option<usize> {
 
 /// What a worker has of it, made when it is asked for first.
 #[derive(Default)]
-pub(super) struct Scratch {
-    arena: RefCell<Option<Rc<Arena>>>,
-    asked: Cell<bool>,
-}
+pub(super) struct Scratch(OnceCell<Option<Rc<Arena>>>);
 
 impl Scratch {
     fn arena(&self) -> Option<Rc<Arena>> {
-        if !self.asked.replace(true) {
+        let make = || {
             let made = Arena::new().inspect_err(|error| {
                 tracing::debug!(%error, "a worker has no memory of its own for data on their way");
             });
-            *self.arena.borrow_mut() = made.ok().map(Rc::new);
-        }
-        self.arena.borrow().clone()
+            made.ok().map(Rc::new)
+        };
+        self.0.get_or_init(make).clone()
     }
 }
 
 /// Memory for data on their way. It has *any* content: fill it before anybody sees it.
+#[derive(Debug)]
 pub struct ScratchBuffer {
     memory: Memory,
     length: usize,
 }
 
+#[derive(Debug)]
 enum Memory {
     Lent {
         arena: Rc<Arena>,
@@ -142,15 +153,6 @@ enum Memory {
         units: usize,
     },
     Own(AlignedBuffer),
-}
-
-impl fmt::Debug for ScratchBuffer {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_struct("ScratchBuffer")
-            .field("length", &self.length)
-            .finish_non_exhaustive()
-    }
 }
 
 impl ScratchBuffer {
