@@ -10,6 +10,6 @@ use super::filesys::{InMemory, cargo_bench, in_memory};
 
 /// Runs the bench; `arguments` are passed on.
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode> {
-    let zram = InMemory::make();
-    cargo_bench("smsvmm", "mover", &[&in_memory(&zram)], arguments)
+    let made = InMemory::make();
+    cargo_bench("smsvmm", "mover", &[&in_memory(&made)], arguments)
 }
