@@ -34,6 +34,9 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// Whoever had it open before answered before the journal was durable, has not closed it, and the tail of its journal is not there: what was answered and
+    /// not flushed may be missing, as after a power cut.
+    TailMissing,
     /// The file system takes no changes any more.
     Failed {
         /// Why.

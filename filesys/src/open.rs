@@ -236,6 +236,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
         superblock.next_object = superblock.next_object.max(state.next_id());
         let mut space = space;
         let mut unflushed = Vec::new();
+        let mut may_miss = false;
         if !read_only {
             // What was read may be in a cache only; from now on others build on it.
             meta.flush().await?;
@@ -262,7 +263,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             if let (Some(memory), Some(_)) = (&memory, &left) {
                 FoundTail::announce(&**memory, superblock.incarnation);
             }
-            superblock.opened(left.is_some(), memory.is_some());
+            may_miss = superblock.opened(left.is_some(), memory.is_some());
             superblock::write(&*meta, &superblock, &mut holders)
                 .await
                 .map_err(|error| FsError::Open(error.to_string()))?;
@@ -280,6 +281,9 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .take_events()
             .into_iter()
             .for_each(|event| core.event(event));
+        if may_miss {
+            core.event(Event::TailMissing);
+        }
         core.remake(&left.unwrap_or_default()).await?;
         // Takes back what was written to it, also of what was made again just now.
         for (volume, error) in unflushed {

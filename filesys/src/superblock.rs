@@ -93,9 +93,11 @@ pub(crate) struct Superblock {
 }
 
 impl Superblock {
-    /// It is opened for changes, by the incarnation that it has now; `is_whole`: what a tail has of the one before is made good. `has_tail` as above.
-    pub(crate) fn opened(&mut self, is_whole: bool, has_tail: bool) {
-        if self.has_tail && !self.clean && !is_whole {
+    /// It is opened for changes, by the incarnation that it has now; `is_whole`: what a tail has of the one before is made good. `has_tail` as above. Whether
+    /// something that was answered may be missing.
+    pub(crate) fn opened(&mut self, is_whole: bool, has_tail: bool) -> bool {
+        let may_miss = self.has_tail && !self.clean && !is_whole;
+        if may_miss {
             cover!("superblock: what was answered may be missing");
             self.unbroken = self.incarnation;
         }
@@ -104,6 +106,7 @@ impl Superblock {
         }
         (self.clean, self.has_tail) = (false, has_tail);
         self.features.compatible |= UNBROKEN;
+        may_miss
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Latencies, Problem, RequestCounts, StorageAnswer, StorageRequest};
+use crate::{EventLog, Latencies, Problem, RequestCounts, StorageAnswer, StorageRequest};
 
 /// How disks are given to others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -207,6 +207,9 @@ pub trait Share: Send + Sync {
     /// # Errors
     /// It cannot be told.
     fn stop(&self) -> Result<(), Problem>;
+
+    /// What has happened to the pool whose disks are served.
+    fn events(&self) -> &EventLog;
 
     /// Does something with the pool whose disks are served.
     ///

@@ -574,6 +574,8 @@ pub enum PoolEventKind {
     SpaceAgain,
     /// A volume of the file system could not be flushed, and takes no more writes.
     VolumeFailed,
+    /// Writes that were answered and not flushed when the pool was open last may be missing.
+    UnflushedMissing,
     /// The file system takes no changes any more.
     FilesFailed,
     /// Data of a file are not what was written.
@@ -591,6 +593,7 @@ impl PoolEventKind {
                 | Self::Repaired
                 | Self::LowSpace
                 | Self::VolumeFailed
+                | Self::UnflushedMissing
                 | Self::FilesFailed
                 | Self::Corrupt
         )

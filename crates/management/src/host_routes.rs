@@ -39,13 +39,14 @@ use hyper::header::{
 };
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::console::{Consoles, Guard};
+use crate::events::Events;
 use crate::gateway::forward::{AnswerBody, Outgoing, forward};
 use crate::lasting::{self, Lasting};
 use crate::routes::{self, Answer, Content, MACHINE_TIMEOUT, STORAGE_TIMEOUT};
-use crate::sse::{self, Streams};
+
 use crate::{metrics, openapi, page, transfer};
 
 /// Disks in use at a time.
@@ -58,13 +59,10 @@ const ATTACH_TIMEOUT: Duration = Duration::from_secs(60);
 /// What requests work on.
 pub(crate) struct HostContext {
     host: Arc<dyn Host>,
-    /// The number of the newest event.
-    news: watch::Receiver<u64>,
     transfers: Arc<Semaphore>,
     attachments: Arc<Semaphore>,
     consoles: Consoles,
-    /// Those who follow the events.
-    pub(crate) streams: Streams,
+    pub(crate) events: Events<dyn Host>,
     /// Those that may last.
     pub(crate) lasting: Lasting,
     /// Those for disks.
@@ -72,19 +70,13 @@ pub(crate) struct HostContext {
 }
 
 impl HostContext {
-    pub(crate) fn new(
-        host: Arc<dyn Host>,
-        news: watch::Receiver<u64>,
-        lasting: Lasting,
-        attaching: Lasting,
-    ) -> Self {
+    pub(crate) fn new(host: Arc<dyn Host>, lasting: Lasting, attaching: Lasting) -> Self {
         Self {
+            events: Events::new(&host, |host| host.events()),
             host,
-            news,
             transfers: Arc::new(Semaphore::new(transfer::MAX_TRANSFERS)),
             attachments: Arc::new(Semaphore::new(MAX_ATTACHMENTS)),
             consoles: Consoles::default(),
-            streams: Streams::new(),
             lasting,
             attaching,
         }
@@ -184,18 +176,8 @@ async fn route(context: &HostContext, request: Request<Content>) -> Result<Respo
         }
         (["v1", "scsi-adapters"], method) => routes::not_allowed(method, "POST"),
         (["v1", "events"], &Method::GET) => {
-            let mut query = routes::Query::parse(request.uri().query().unwrap_or_default())?;
-            query.after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
-            if sse::is_wanted(request.headers()) {
-                let (host, news) = (Arc::clone(&context.host), context.news.clone());
-                let stream = context
-                    .streams
-                    .open(host, |host| host.events(), news, query.after);
-                return stream.map(own);
-            }
-            let _room = query.lasts().then(|| context.lasting.room()).transpose()?;
-            let page = routes::page(context.host.events(), context.news.clone(), &query).await;
-            routes::json(StatusCode::OK, &page)
+            let (events, lasting) = (&context.events, &context.lasting);
+            events.answer(request.uri(), request.headers(), lasting).await?
         }
         (
             ["readyz" | "metrics"]

@@ -33,6 +33,7 @@
 pub mod blocking;
 mod client;
 mod console;
+mod events;
 mod gateway;
 mod host_routes;
 mod journal;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{
-    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, EventLog, EventPage, Liveness, NetConfig,
-    NetStatus, Problem, ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, Vm, VmState,
+    DeviceId, DiskChange, DiskConfig, DiskLimits, DiskStatus, Liveness, NetConfig, NetStatus, Problem,
+    ProblemKind, Readiness, Removal, StorageAnswer, StorageRequest, Vm, VmState,
 };
 use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -13,17 +13,14 @@ use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue, LOCATION};
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
+use crate::events::Events;
 use crate::lasting::{self, Lasting};
-use crate::sse::{self, Streams};
+use crate::sse::Feed;
 use crate::{metrics, openapi, page, room, transfer};
 
-/// Longest time that a client may wait for events.
-pub(crate) const MAX_WAIT: Duration = Duration::from_secs(60);
-/// Most events of one answer.
-const PAGE: usize = 256;
 /// Largest body of a request in bytes.
 const MAX_BODY: usize = 64 << 10;
 /// Longest time in which a client must have sent the body.
@@ -34,7 +31,7 @@ pub(crate) const STORAGE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 pub(crate) const MACHINE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The body of an answer: made already, or a stream of events.
-pub(crate) type Body = Either<Full<Bytes>, sse::Feed>;
+pub(crate) type Body = Either<Full<Bytes>, Feed>;
 pub(crate) type Answer = Response<Body>;
 /// The body of a request: from its connection, or read already.
 pub(crate) type Content = Either<Incoming, Full<Bytes>>;
@@ -42,23 +39,19 @@ pub(crate) type Content = Either<Incoming, Full<Bytes>>;
 /// What requests work on.
 pub(crate) struct Context {
     vm: Arc<dyn Vm>,
-    /// The number of the newest event.
-    news: watch::Receiver<u64>,
     /// Room for transfers.
     pub(crate) transfers: Arc<Semaphore>,
-    /// Those who follow the events.
-    pub(crate) streams: Streams,
+    pub(crate) events: Events<dyn Vm>,
     /// Those that may last.
     pub(crate) lasting: Lasting,
 }
 
 impl Context {
-    pub(crate) fn new(vm: Arc<dyn Vm>, news: watch::Receiver<u64>, lasting: Lasting) -> Self {
+    pub(crate) fn new(vm: Arc<dyn Vm>, lasting: Lasting) -> Self {
         Self {
+            events: Events::new(&vm, |vm| vm.events()),
             vm,
-            news,
             transfers: Arc::new(Semaphore::new(transfer::MAX_TRANSFERS)),
-            streams: Streams::new(),
             lasting,
         }
     }
@@ -172,14 +165,8 @@ async fn route(context: &Context, request: Request<Content>) -> Result<Answer, P
         },
         ["v1", "events"] => match method {
             Method::GET => {
-                let mut query = Query::parse(request.uri().query().unwrap_or_default())?;
-                query.after = sse::last_event_id(request.headers())?.unwrap_or(query.after);
-                if !sse::is_wanted(request.headers()) {
-                    let _room = query.lasts().then(|| context.lasting.room()).transpose()?;
-                    return Ok(json(StatusCode::OK, &events(context, &query).await));
-                }
-                let (vm, news) = (Arc::clone(&context.vm), context.news.clone());
-                context.streams.open(vm, |vm| vm.events(), news, query.after)
+                let (events, lasting) = (&context.events, &context.lasting);
+                events.answer(request.uri(), request.headers(), lasting).await
             }
             _ => Ok(not_allowed(&method, "GET")),
         },
@@ -378,41 +365,6 @@ pub(crate) fn no_such_path(path: &str) -> Problem {
     Problem::new(ProblemKind::NotFound, "there is nothing at this path").about(path)
 }
 
-/// The parameters of a request for events.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Query {
-    pub(crate) after: u64,
-    wait: Duration,
-}
-
-impl Query {
-    /// Whether the answer may be long in coming.
-    pub(crate) fn lasts(&self) -> bool {
-        !self.wait.is_zero()
-    }
-
-    pub(crate) fn parse(text: &str) -> Result<Self, Problem> {
-        let mut query = Self::default();
-        for pair in text.split('&').filter(|pair| !pair.is_empty()) {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let number = || {
-                value.parse::<u64>().map_err(|_| {
-                    Problem::new(ProblemKind::Invalid, format!("`{value}` is not a whole number")).about(key)
-                })
-            };
-            match key {
-                "after" => query.after = number()?,
-                "wait" => query.wait = Duration::from_secs(number()?).min(MAX_WAIT),
-                _ => {
-                    let problem = Problem::new(ProblemKind::Invalid, "there is no such parameter");
-                    return Err(problem.about(key).remedy("use after and wait"));
-                }
-            }
-        }
-        Ok(query)
-    }
-}
-
 /// The `after` of a request for a trace.
 pub(crate) fn trace_query(text: &str) -> Result<String, Problem> {
     let mut after = String::new();
@@ -427,18 +379,6 @@ pub(crate) fn trace_query(text: &str) -> Result<String, Problem> {
         }
     }
     Ok(after)
-}
-
-/// Events after a number; waits for the first if there is none.
-async fn events(context: &Context, query: &Query) -> EventPage {
-    page(context.vm.events(), context.news.clone(), query).await
-}
-
-/// As [`events`], of any log, the newest event of which is told by `news`.
-pub(crate) async fn page(log: &EventLog, mut news: watch::Receiver<u64>, query: &Query) -> EventPage {
-    // Fails when the machine's log is gone or the time is over; the page is right in any case.
-    let _ = timeout(query.wait, news.wait_for(|last| *last > query.after)).await;
-    log.page(query.after, PAGE)
 }
 
 /// The body of a request as a `T`.
@@ -533,32 +473,4 @@ pub(crate) fn not_allowed(method: &Method, allowed: &str) -> Answer {
         answer.headers_mut().insert(ALLOW, value);
     }
     answer
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn queries_are_read_and_waits_limited() {
-        assert_eq!(Query::parse("").unwrap(), Query::default());
-        let query = Query::parse("after=7&wait=5").unwrap();
-        assert_eq!((query.after, query.wait), (7, Duration::from_secs(5)));
-        assert_eq!(Query::parse("wait=99999").unwrap().wait, MAX_WAIT);
-        for text in [
-            "after",
-            "after=",
-            "after=-1",
-            "after=x",
-            "wait=1.5",
-            "limit=1",
-            "wait=99999999999999999999",
-        ] {
-            assert_eq!(
-                Query::parse(text).unwrap_err().kind,
-                ProblemKind::Invalid,
-                "{text}"
-            );
-        }
-    }
 }

@@ -7,12 +7,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use access::Role;
-use api::{EventLog, Host, Problem, ProblemKind, Share, Vm};
+use api::{Host, Problem, ProblemKind, Share, Vm};
 use http_body_util::Either;
 use hyper::body::Incoming;
 use hyper::{Request, Response};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::task::{JoinSet, yield_now};
 use tokio::time::timeout;
 use tracing::{debug, warn};
@@ -112,16 +112,8 @@ impl Server {
         vm: Arc<dyn Vm>,
         on_start: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<ServerHandle> {
-        let heard = hear(vm.events());
-        self.start_answering(
-            Answering::Vm(Context::new(
-                vm,
-                heard,
-                Lasting::new(MAX_LASTING, MAX_HELPERS - 1),
-            )),
-            MAX_HELPERS,
-            on_start,
-        )
+        let lasting = Lasting::new(MAX_LASTING, MAX_HELPERS - 1);
+        self.start_answering(Answering::Vm(Context::new(vm, lasting)), MAX_HELPERS, on_start)
     }
 
     /// As [`Self::start`], for a host.
@@ -129,10 +121,8 @@ impl Server {
     /// # Errors
     /// The thread cannot be started.
     pub fn start_host(self, host: Arc<dyn Host>) -> io::Result<ServerHandle> {
-        let heard = hear(host.events());
         let context = Answering::Host(HostContext::new(
             host,
-            heard,
             Lasting::new(MAX_HOST_LASTING, MAX_HOST_HELPERS - MAX_ATTACHING - 8),
             Lasting::new(MAX_HOST_LASTING, MAX_ATTACHING),
         ));
@@ -199,15 +189,6 @@ enum Answering {
     Vm(Context),
     Host(HostContext),
     Share(ShareContext),
-}
-
-/// Where the number of the newest event is heard.
-fn hear(events: &EventLog) -> watch::Receiver<u64> {
-    let (news, heard) = watch::channel(events.last());
-    events.listen(move |sequence| {
-        news.send_replace(sequence);
-    });
-    heard
 }
 
 /// A running server. Dropping it ends the server: no new connections, a second for those that are being answered.
@@ -280,10 +261,9 @@ async fn serve(
     }
     drop(listener);
     match &context.answering {
-        Answering::Vm(context) => context.streams.end(),
-        Answering::Host(context) => context.streams.end(),
-        // It has no events.
-        Answering::Share(_) => {}
+        Answering::Vm(context) => context.events.end(),
+        Answering::Host(context) => context.events.end(),
+        Answering::Share(context) => context.events.end(),
     }
     let _ = timeout(GRACE, async { while connections.join_next().await.is_some() {} }).await;
     Ok(())

@@ -9,6 +9,7 @@ use api::{Problem, ProblemKind, Share, ShareDisk, StorageRequest};
 use hyper::header::{HeaderValue, LOCATION};
 use hyper::{Method, Request, StatusCode};
 
+use crate::events::Events;
 use crate::lasting::{self, Lasting};
 use crate::routes::{
     self, Answer, Content, MACHINE_TIMEOUT, STORAGE_TIMEOUT, body, json, no_content, not_allowed,
@@ -21,13 +22,18 @@ pub(crate) const REMOVAL_TIMEOUT: Duration = Duration::from_secs(600);
 /// What requests work on.
 pub(crate) struct ShareContext {
     share: Arc<dyn Share>,
+    pub(crate) events: Events<dyn Share>,
     /// Those that may last.
     pub(crate) lasting: Lasting,
 }
 
 impl ShareContext {
     pub(crate) fn new(share: Arc<dyn Share>, lasting: Lasting) -> Self {
-        Self { share, lasting }
+        Self {
+            events: Events::new(&share, |share| share.events()),
+            share,
+            lasting,
+        }
     }
 
     async fn ask<T: Send + 'static>(
@@ -90,6 +96,11 @@ async fn route(context: &ShareContext, request: Request<Content>) -> Result<Answ
             Ok(json(StatusCode::OK, &answer))
         }
         (["v1", "storage"], _) => Ok(not_allowed(&method, "POST")),
+        (["v1", "events"], &Method::GET) => {
+            let (events, lasting) = (&context.events, &context.lasting);
+            events.answer(request.uri(), request.headers(), lasting).await
+        }
+        (["v1", "events"], _) => Ok(not_allowed(&method, "GET")),
         (["metrics"] | ["v1", "metrics"], &Method::GET) => {
             Ok(metrics::share(&context.ask(|share| share.status()).await?))
         }

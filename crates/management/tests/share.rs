@@ -8,8 +8,10 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use api::{ProblemKind, Share, ShareDisk, StorageRequest};
+use api::storage::PoolEventKind;
+use api::{EventKind, ProblemKind, Share, ShareDisk, StorageRequest};
 use fake_share::FakeShare;
 use management::{Client, ClientError, Server, ServerHandle};
 
@@ -122,4 +124,32 @@ fn what_is_not_there_is_told_as_everywhere() {
         let (status, body) = ask(&setup, method, path);
         assert_eq!(status, expected, "{method} {path}: {body}");
     }
+}
+
+#[test]
+fn events_of_the_pool_are_told_in_pages_and_as_a_stream() {
+    let setup = setup();
+    let event = || EventKind::Pool {
+        pool: "tank".to_owned(),
+        kind: PoolEventKind::UnflushedMissing,
+        text: "look".to_owned(),
+    };
+    assert!(setup.client.events(0, Duration::ZERO).unwrap().events.is_empty());
+    setup.share.events.record(event());
+    let page = setup.client.events(0, Duration::from_secs(60)).unwrap();
+    assert_eq!(page.events[0].kind, event());
+    let mut stream = UnixStream::connect(&setup.path).unwrap();
+    let request = "GET /v1/events HTTP/1.1\r\nhost: x\r\naccept: text/event-stream\r\n\r\n";
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut told: Vec<u8> = Vec::new();
+    while told.windows(6).filter(|window| window == b"data: ").count() < 2 {
+        let mut bytes = [0; 4096];
+        let length = stream.read(&mut bytes).unwrap();
+        assert!(length > 0);
+        if told.is_empty() {
+            setup.share.events.record(event());
+        }
+        told.extend(&bytes[..length]);
+    }
+    assert_eq!(ask(&setup, "DELETE", "/v1/events").0, 405);
 }

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use api::{
-    Problem, ProblemKind, Share, ShareClient, ShareDisk, ShareKind, ShareStatus, SharedDisk, StorageAnswer,
-    StorageRequest,
+    EventLog, Problem, ProblemKind, Share, ShareClient, ShareDisk, ShareKind, ShareStatus, SharedDisk,
+    StorageAnswer, StorageRequest,
 };
 use block_io::Worker;
 use storage_manager::{DiskGuard, ResizeHook};
@@ -239,6 +239,10 @@ impl<H: DiskHandle> Share for BlkShare<H> {
 
     fn stop(&self) -> Result<(), Problem> {
         share_manage::stop()
+    }
+
+    fn events(&self) -> &EventLog {
+        &self.base.events
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use api::{
-    Problem, ProblemKind, Share, ShareAccess, ShareClient, ShareDisk, ShareKind, ShareStatus, ShareTarget,
-    SharedDisk, StorageAnswer, StorageRequest,
+    EventLog, Problem, ProblemKind, Share, ShareAccess, ShareClient, ShareDisk, ShareKind, ShareStatus,
+    ShareTarget, SharedDisk, StorageAnswer, StorageRequest,
 };
 use block_io::BlockDevice;
 use storage_manager::DiskGuard;
@@ -264,6 +264,10 @@ impl<D: BlockDevice + 'static> Share for IscsiShare<D> {
 
     fn stop(&self) -> Result<(), Problem> {
         share_manage::stop()
+    }
+
+    fn events(&self) -> &EventLog {
+        &self.base.events
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {

@@ -27,8 +27,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
 use api::{
-    Latencies, Problem, ProblemKind, RequestCounts, Share, ShareClient, ShareDisk, ShareKind, ShareStatus,
-    ShareTarget, SharedDisk, StorageAnswer, StorageRequest,
+    EventLog, Latencies, Problem, ProblemKind, RequestCounts, Share, ShareClient, ShareDisk, ShareKind,
+    ShareStatus, ShareTarget, SharedDisk, StorageAnswer, StorageRequest,
 };
 use clap::Args;
 use management::{Server, ServerHandle, SocketError};
@@ -90,6 +90,8 @@ pub(crate) struct Base {
     pub(crate) pool: Option<Arc<HostedPool>>,
     /// Where it listens.
     pub(crate) addresses: Vec<String>,
+    /// What happened to the pool.
+    pub(crate) events: Arc<EventLog>,
     opened: Mutex<BTreeMap<String, Opened>>,
     /// Names of disks that are being added or removed.
     changing: Mutex<BTreeSet<String>>,
@@ -124,11 +126,16 @@ impl Base {
         addresses: Vec<String>,
         opened: impl IntoIterator<Item = (String, Opened)>,
     ) -> Self {
+        let events = Arc::new(EventLog::new());
+        if let Some(pool) = &pool {
+            pool.record_events(Arc::clone(&events));
+        }
         Self {
             kind,
             started: Instant::now(),
             pool,
             addresses,
+            events,
             opened: Mutex::new(opened.into_iter().collect()),
             changing: Mutex::default(),
         }

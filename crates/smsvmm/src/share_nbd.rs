@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use api::{
-    Problem, ProblemKind, Share, ShareClient, ShareDisk, ShareKind, ShareStatus, ShareTls, SharedDisk,
-    StorageAnswer, StorageRequest,
+    EventLog, Problem, ProblemKind, Share, ShareClient, ShareDisk, ShareKind, ShareStatus, ShareTls,
+    SharedDisk, StorageAnswer, StorageRequest,
 };
 use block_io::{Device, DeviceOptions, ListenAddress, NbdAddress, Worker, WorkerOptions};
 use clap::{Args, ValueEnum};
@@ -334,6 +334,10 @@ impl<E: Export> Share for NbdShare<E> {
 
     fn stop(&self) -> Result<(), Problem> {
         share_manage::stop()
+    }
+
+    fn events(&self) -> &EventLog {
+        &self.base.events
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {

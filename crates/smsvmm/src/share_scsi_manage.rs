@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use api::{
-    Problem, ProblemKind, Share, ShareClient, ShareDisk, ShareKind, ShareStatus, SharedDisk, StorageAnswer,
-    StorageRequest,
+    EventLog, Problem, ProblemKind, Share, ShareClient, ShareDisk, ShareKind, ShareStatus, SharedDisk,
+    StorageAnswer, StorageRequest,
 };
 use storage_manager::{DiskGuard, ResizeHook};
 use storage_virtualizer::DiskHandle;
@@ -277,6 +277,10 @@ impl<H: DiskHandle> Share for ScsiShare<H> {
 
     fn stop(&self) -> Result<(), Problem> {
         share_manage::stop()
+    }
+
+    fn events(&self) -> &EventLog {
+        &self.base.events
     }
 
     fn storage(&self, request: StorageRequest) -> Result<StorageAnswer, Problem> {

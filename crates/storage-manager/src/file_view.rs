@@ -146,6 +146,12 @@ pub(crate) fn event(event: &Event) -> Option<PoolEvent> {
                  lost: check its devices ({reason})"
             ),
         ),
+        Event::TailMissing => (
+            PoolEventKind::UnflushedMissing,
+            "the pool had not been closed, and what was answered and not flushed then is not in this user's /dev/shm of this host, as after a power cut: \
+             guests and clients that were not started anew since may miss writes; have their file systems checked"
+                .to_owned(),
+        ),
         Event::Failed { reason } => (
             PoolEventKind::FilesFailed,
             format!("the file system takes no changes any more: {reason}"),

@@ -1,4 +1,5 @@
-//! What is asked of disks, counted: for the unit, and for the session that asks.
+//! What is asked of disks, counted: for the unit, and for the session that asks. An initiator that goes on when this process has died logs in to its
+//! successor, so what it is told is written has to survive that ([`BlockDevice::settle`]).
 
 use std::rc::Rc;
 
@@ -72,8 +73,15 @@ impl<D: BlockDevice> BlockDevice for Counted<'_, D> {
     async fn write(&self, offset: u64, buffers: &[IoBuf], durability: Durability) -> Result<(), IoError> {
         let length = list::total_length(buffers);
         let count = |statistics: &QueueStatistics| statistics.count_write(length);
-        self.run(count, self.unit.disk.write(offset, buffers, durability))
-            .await
+        let disk = &self.unit.disk;
+        self.run(count, async {
+            disk.write(offset, buffers, durability).await?;
+            match durability {
+                Durability::Volatile => disk.settle().await,
+                Durability::Durable => Ok(()),
+            }
+        })
+        .await
     }
 
     async fn flush(&self) -> Result<(), IoError> {
@@ -94,8 +102,12 @@ impl<D: BlockDevice> BlockDevice for Counted<'_, D> {
     }
 
     async fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode) -> Result<(), IoError> {
-        let zeroes = self.unit.disk.write_zeroes(offset, length, mode);
-        self.run(QueueStatistics::count_other, zeroes).await
+        let disk = &self.unit.disk;
+        self.run(QueueStatistics::count_other, async {
+            disk.write_zeroes(offset, length, mode).await?;
+            disk.settle().await
+        })
+        .await
     }
 
     async fn allocation(&self, offset: u64, length: u64) -> Result<(Allocation, u64), IoError> {

@@ -45,7 +45,11 @@ pub(super) async fn execute<E: Export>(
                 Some(buffer) => {
                     // SAFETY: the buffer lives until the write has ended, and nobody changes it.
                     let pieces = [unsafe { buffer.io() }];
-                    disk.write(offset, &pieces, durability).await
+                    let outcome = disk.write(offset, &pieces, durability).await;
+                    match durability {
+                        Durability::Volatile => kept(disk, outcome).await,
+                        Durability::Durable => outcome,
+                    }
                 }
                 None => Ok(()),
             };
@@ -57,8 +61,11 @@ pub(super) async fn execute<E: Export>(
             length,
             durability,
         } => {
-            let outcome = disk.discard(offset, length).await;
-            (offset, durable(disk, outcome, durability).await)
+            let outcome = match (disk.discard(offset, length).await, durability) {
+                (Ok(()), Durability::Durable) => disk.flush().await,
+                (outcome, _) => outcome,
+            };
+            (offset, outcome)
         }
         Request::WriteZeroes {
             offset,
@@ -67,7 +74,11 @@ pub(super) async fn execute<E: Export>(
             mode,
         } => {
             let outcome = disk.write_zeroes(offset, length, mode).await;
-            (offset, durable(disk, outcome, durability).await)
+            let outcome = match (outcome, durability) {
+                (Ok(()), Durability::Durable) => disk.flush().await,
+                (outcome, _) => kept(disk, outcome).await,
+            };
+            (offset, outcome)
         }
         Request::BlockStatus { offset, length, one } => {
             match Box::pin(describe(session, cookie, offset, length, one)).await {
@@ -92,16 +103,10 @@ pub(super) async fn execute<E: Export>(
     });
 }
 
-async fn durable(
-    disk: &impl BlockDevice,
-    outcome: Result<(), IoError>,
-    durability: Durability,
-) -> Result<(), IoError> {
-    outcome?;
-    match durability {
-        Durability::Durable => disk.flush().await,
-        Durability::Volatile => Ok(()),
-    }
+/// What has been written must be there when a client connects to our successor, as it has no other way to know that we have died.
+async fn kept(disk: &impl BlockDevice, written: Result<(), IoError>) -> Result<(), IoError> {
+    written?;
+    disk.settle().await
 }
 
 #[cold]

@@ -20,6 +20,7 @@ pub(crate) struct Script {
     pub(crate) wakers: Vec<Waker>,
     pub(crate) flushes: u32,
     pub(crate) durable: u32,
+    pub(crate) settled: u32,
     pub(crate) reads: u32,
 }
 
@@ -113,6 +114,11 @@ impl BlockDevice for Disk {
     async fn flush(&self) -> Result<(), IoError> {
         self.may(Operation::Flush, 0, 0)?;
         self.script.lock().unwrap().flushes += 1;
+        Ok(())
+    }
+
+    async fn settle(&self) -> Result<(), IoError> {
+        self.script.lock().unwrap().settled += 1;
         Ok(())
     }
 

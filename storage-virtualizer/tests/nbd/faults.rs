@@ -89,6 +89,24 @@ fn force_unit_access_reaches_the_disk() {
 }
 
 #[test]
+fn what_is_written_is_made_to_survive_the_server() {
+    let script = Shared::default();
+    let served = serve(&script);
+    let mut client = Client::ready(&served.socket(), false, &[]);
+    for (command, flags, settled) in [
+        (command::WRITE, 0, 1),
+        (command::WRITE, flag::FUA, 1),
+        (command::WRITE_ZEROES, 0, 2),
+        (command::WRITE_ZEROES, flag::FUA, 2),
+        (command::READ, 0, 2),
+    ] {
+        let data = vec![1; if command == command::WRITE { 512 } else { 0 }];
+        assert_eq!(client.ask(command, flags, 0, 512, &data), 0);
+        assert_eq!(script.lock().unwrap().settled, settled, "{command} {flags}");
+    }
+}
+
+#[test]
 fn a_slow_request_holds_up_no_other() {
     let script = Shared::default();
     let served = serve(&script);

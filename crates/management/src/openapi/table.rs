@@ -592,6 +592,7 @@ pub(super) fn share() -> Vec<Operation> {
         .problem(Exhausted)
         .problem(Stopping),
     ]);
+    all.push(events());
     all.extend(
         storage()
             .into_iter()

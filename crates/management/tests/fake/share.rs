@@ -3,8 +3,8 @@
 use std::sync::Mutex;
 
 use api::{
-    Latencies, Problem, ProblemKind, RequestCounts, Share, ShareClient, ShareDisk, ShareKind, ShareStatus,
-    SharedDisk, StorageAnswer, StorageRequest,
+    EventLog, Latencies, Problem, ProblemKind, RequestCounts, Share, ShareClient, ShareDisk, ShareKind,
+    ShareStatus, SharedDisk, StorageAnswer, StorageRequest,
 };
 
 /// Has disks by name, and one client.
@@ -12,6 +12,7 @@ use api::{
 pub(crate) struct FakeShare {
     pub(crate) disks: Mutex<Vec<String>>,
     pub(crate) stopped: Mutex<bool>,
+    pub(crate) events: EventLog,
 }
 
 pub(crate) fn disk(name: &str) -> SharedDisk {
@@ -83,6 +84,10 @@ impl Share for FakeShare {
     fn stop(&self) -> Result<(), Problem> {
         *self.stopped.lock().unwrap() = true;
         Ok(())
+    }
+
+    fn events(&self) -> &EventLog {
+        &self.events
     }
 
     fn storage(&self, _: StorageRequest) -> Result<StorageAnswer, Problem> {

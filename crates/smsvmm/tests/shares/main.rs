@@ -40,7 +40,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         // Whoever was killed last has left it.
         if let Some(tail) = self.tail.get() {
-            let _ = std::fs::remove_file(tail);
+            let _ = std::fs::remove_file(tail).or_else(|_| std::fs::remove_dir(tail));
         }
     }
 }

@@ -240,6 +240,8 @@ fn a_server_that_may_miss_what_another_has_answered_says_so() {
         share = serve();
         driver.greet(lun(0, 0));
         write_and_read(&mut driver, 0, 32, 8).unwrap();
+        let events = place.run("events --socket m.sock --json");
+        assert_eq!(events.contains("unflushed-missing"), block == 24, "{events}");
         if block == 24 {
             until("it says so", || share.has_said(SAID));
         } else {
