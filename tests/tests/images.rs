@@ -99,7 +99,8 @@ fn an_import_into_a_running_machine_that_is_broken_off_leaves_nothing() {
             // A machine that is fast enough has ended before.
             if said.status == 0 {
                 vm.administer("disk delete /vm/large.dsk")?;
-            } else if signal == "INT" {
+            } else if signal == "INT" && !said.text().is_empty() {
+                // On a slow host the second is over before the command has begun to listen for signals, and it says nothing.
                 assert!(said.text().contains("nothing is left of it"), "{}", said.text());
             }
             // Who was killed could not wait for the end.
