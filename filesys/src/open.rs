@@ -282,6 +282,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> FileSystem<V, C> {
             .into_iter()
             .for_each(|event| core.event(event));
         if may_miss {
+            tracing::warn!(
+                "the file system had not been closed, and what was answered and not flushed then was not found, as after a power cut: guests and \
+                 clients that were not started anew since may miss writes; have their file systems checked"
+            );
             core.event(Event::TailMissing);
         }
         core.remake(&left.unwrap_or_default()).await?;

@@ -312,8 +312,9 @@ fn what_was_answered_is_there<C: Client>() {
             // The journal says them durably some seconds after the first one, if nobody asks.
             std::fs::remove_file(place.tail.get().unwrap()).unwrap();
         }
-        let (_share, at) = C::serve(&place);
+        let (share, at) = C::serve(&place);
         let mut client = C::connect(&place, &at, 0);
+        assert_eq!(share.has_said("may miss writes"), is_last);
         let wrong = content.wrong(&mut client, 0..SECTORS);
         match is_last {
             false => assert_eq!(wrong, 0),
