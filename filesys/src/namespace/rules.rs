@@ -33,37 +33,33 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         Ok(())
     }
 
-    /// A layer that takes over its parent has parts of it already, so it cannot go now; and one that will get its parent's name has to have
-    /// one until then, even if its own children keep what it has.
+    /// A layer that takes over its parent has parts of it already, so it cannot go now, be it that it is deleted or that it waits for this; and one that
+    /// will get its parent's name has to have one until then, even if its own children keep what it has.
     pub(super) fn check_absorbs_nothing(&self, path: &str, file: &FileCore) -> Result<(), Refusal> {
-        let (parent, children) = {
+        let (mut parent, mut goes) = {
             let inode = file.inode.borrow();
-            (inode.parent, inode.children)
+            (inode.parent, inode.children == 0)
         };
-        let Some(parent) = parent else {
-            return Ok(());
-        };
-        let parent = self.state.file(parent)?;
-        let (absorbed, linked, gives_name) = {
-            let inode = parent.inode.borrow();
-            (
-                inode.flags.has(Flags::ABSORBED),
-                inode.is_linked(),
-                inode.flags.has(Flags::GIVES_NAME),
-            )
-        };
-        // Without a name, nobody wants the parent any more: both go, unless data are being copied just now.
-        let cannot_go = match children {
-            0 => linked || parent.absorbing.get(),
-            _ => linked && gives_name,
-        };
-        if absorbed && cannot_go {
-            block_io::cover!("filesys: a layer that absorbs its parent was not deleted");
-            return Err(FsError::Busy {
-                object: path.to_owned(),
-                problem: "it is being merged with its parent".into(),
+        while let Some(id) = parent {
+            let above = self.state.file(id)?;
+            let inode = above.inode.borrow();
+            let gives_name = inode.flags.has(Flags::GIVES_NAME);
+            // Without a name, nobody wants the parent any more: both go, unless data are being copied just now.
+            let cannot_go = match goes {
+                true => inode.is_linked() || above.absorbing.get(),
+                false => inode.is_linked() && gives_name,
+            };
+            if inode.flags.has(Flags::ABSORBED) && cannot_go {
+                block_io::cover!("filesys: a layer that absorbs its parent was not deleted");
+                return Err(FsError::Busy {
+                    object: path.to_owned(),
+                    problem: "it, or a file that goes with it, is being merged with its parent".into(),
+                }
+                .into());
             }
-            .into());
+            // As `State::die` does it.
+            goes &= inode.children == 1 && inode.flags.has(Flags::UNLINKED);
+            parent = inode.parent.filter(|_| goes);
         }
         Ok(())
     }

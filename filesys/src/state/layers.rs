@@ -127,8 +127,13 @@ impl<V: BlockDevice> State<V> {
     fn die(&self, file: Rc<FileCore>) -> Result<(), Stop> {
         let mut file = file;
         loop {
+            if file.inode.borrow().flags.has(Flags::ABSORBED) {
+                block_io::cover!("filesys: a file goes with the layer that had begun to absorb it");
+            }
             file.change(|inode| {
-                inode.flags.set(Flags::UNLINKED, false);
+                for flag in [Flags::UNLINKED, Flags::ABSORBED, Flags::GIVES_NAME] {
+                    inode.flags.set(flag, false);
+                }
                 inode.flags.set(Flags::DYING, true);
             });
             let Some(parent) = self.disown(&file)? else {

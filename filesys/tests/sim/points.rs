@@ -10,6 +10,7 @@ use filesys::{
 };
 
 use crate::harness::*;
+use crate::machine::is_sound;
 
 const CLUSTER: u64 = filesys::CLUSTER;
 /// Bytes of a file below one page of its map.
@@ -123,9 +124,7 @@ fn a_merge_that_a_crash_has_cut_goes_on_by_itself() {
                 resume_merges: true,
                 ..options()
             };
-            let given = vec![given(&sim, 1)];
-            let opened = FileSystem::open(Rc::new(sim.disk(0)), given, options, sim.clock()).await;
-            let fs = opened.map_err(failed)?;
+            let fs = open_with(&sim, options).await.map_err(failed)?;
             fs.settled().await;
             let names: Vec<_> = fs.list("/").await.map_err(failed)?.into_iter().collect();
             let wanted = if named { "base" } else { "layer" };
@@ -150,6 +149,10 @@ fn a_merge_that_a_crash_has_cut_goes_on_by_itself() {
             fs.close().await.map_err(failed)
         });
     }
+}
+
+async fn open_with(sim: &Sim, options: OpenOptions) -> Result<SimFs, FsError> {
+    FileSystem::open(Rc::new(sim.disk(0)), vec![given(sim, 1)], options, sim.clock()).await
 }
 
 #[test]
@@ -270,4 +273,104 @@ fn a_layer_with_children_that_is_being_committed_keeps_its_name() {
         assert_eq!(names, ["base", "top"]);
         fs.close().await.map_err(failed)
     });
+}
+
+/// Pages of a map, of which a merge does four at once.
+const MANY: u64 = 12;
+
+fn by_hand() -> OpenOptions {
+    OpenOptions {
+        background: false,
+        ..options()
+    }
+}
+
+/// `/base`, `/layer` on it, `/top` on that. Nothing goes on in the background until something is deleted.
+async fn three_layers(sim: &Sim) -> Result<SimFs, Failure> {
+    format(sim, 1)
+        .await
+        .map_err(failed)?
+        .close()
+        .await
+        .map_err(failed)?;
+    let fs = open_with(sim, by_hand()).await.map_err(failed)?;
+    fs.create("/base", &thin(MANY * PAGE)).await.map_err(failed)?;
+    let file = fs.open_file("/base", Access::Write).await.map_err(failed)?;
+    for (sub, path, layer) in [(0, "/base", "/layer"), (1, "/layer", "/top"), (2, "/top", "")] {
+        for page in 0..MANY {
+            // Parts of the same clusters, which a merge has to copy.
+            let offset = page * PAGE + sub * 4096;
+            write(&file, offset, &pattern(offset, 4096, 1))
+                .await
+                .map_err(failed)?;
+        }
+        if !layer.is_empty() {
+            snapshot(&fs, &file, path, layer).await?;
+        }
+    }
+    Ok(fs)
+}
+
+/// Nothing is left, and all space is free.
+async fn is_empty(fs: &SimFs) -> Result<(), Failure> {
+    is_sound(fs).await?;
+    fs.settle().await.map_err(failed)?;
+    fs.sync().await.map_err(failed)?;
+    is_sound(fs).await?;
+    let names = fs.list("/").await.map_err(failed)?;
+    match names.is_empty() && fs.volumes()[0].free == 8 << 20 {
+        true => Ok(()),
+        false => Err(format!("{names:?}, {:?}", fs.volumes()).as_str().into()),
+    }
+}
+
+/// A layer that has lost its name goes with the last file that needs it. If it has begun to absorb its parent, that must not be left behind.
+#[test]
+fn what_absorbs_its_parent_does_not_go_with_its_last_child() {
+    run(world(1, 8 << 20), async |sim: Sim| {
+        let fs = three_layers(&sim).await?;
+        let done = fs.absorb_while("/layer", false, || false).await.map_err(failed)?;
+        assert!(!done);
+        fs.delete("/layer").await.map_err(failed)?;
+        // A crash, before it has gone on.
+        drop(fs);
+        let fs = open_with(&sim, by_hand()).await.map_err(failed)?;
+        match fs.delete("/top").await {
+            Err(FsError::Busy { .. }) => {}
+            other => return Err(format!("{other:?}").as_str().into()),
+        }
+        is_sound(&fs).await?;
+        // Nobody can ask for the merge again, as the layer has no name. It goes on by itself.
+        fs.settle().await.map_err(failed)?;
+        fs.settled().await;
+        fs.delete("/top").await.map_err(failed)?;
+        is_empty(&fs).await?;
+        fs.close().await.map_err(failed)
+    });
+}
+
+#[test]
+fn a_parent_without_a_name_goes_with_the_layer_that_had_begun_to_absorb_it() {
+    for last in ["/layer", "/top"] {
+        run(world(1, 8 << 20), async |sim: Sim| {
+            let fs = three_layers(&sim).await?;
+            if last == "/layer" {
+                fs.delete("/top").await.map_err(failed)?;
+                fs.settled().await;
+            } else {
+                fs.delete("/layer").await.map_err(failed)?;
+            }
+            fs.delete("/base").await.map_err(failed)?;
+            // The background is in the middle of it.
+            fs.close().await.map_err(failed)?;
+            let fs = open_with(&sim, by_hand()).await.map_err(failed)?;
+            fs.delete(last).await.map_err(failed)?;
+            is_empty(&fs).await?;
+            fs.close().await.map_err(failed)
+        });
+    }
+    let mut numbers = Numbers::default();
+    numbers.collect();
+    let missing = numbers.missing(&["filesys: a file goes with the layer that had begun to absorb it"]);
+    assert!(missing.is_empty(), "{missing:?}");
 }
