@@ -35,11 +35,11 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
     }
 
     /// Whether something was done. Resumed: merges that a crash has cut go on, too. (Others have somebody who asked for them, and whom an
-    /// error has told to ask again; nobody can whose layer has no name any more.)
+    /// error has told to ask again.)
     async fn settle(&self, file: &Rc<FileCore>, resumed: bool) -> Result<bool, FsError> {
-        let (flags, children, child) = {
+        let (flags, children) = {
             let inode = file.inode.borrow();
-            (inode.flags, inode.children, inode.first_child)
+            (inode.flags, inode.children)
         };
         if file.opens.get() > 0 {
             return Ok(false);
@@ -48,16 +48,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             self.reap(file).await?;
             return Ok(true);
         }
-        let (Some(child), 1) = (child, children) else {
-            return Ok(false);
-        };
-        let mut wanted = flags.has(Flags::UNLINKED);
-        if flags.has(Flags::ABSORBED) {
-            let child = self.look(|state| Ok(state.file(child)?)).await?;
-            let child = child.inode.borrow();
-            wanted |= resumed || child.flags.has(Flags::UNLINKED);
-        }
-        if !wanted {
+        let wanted = flags.has(Flags::UNLINKED) || (resumed && flags.has(Flags::ABSORBED));
+        if !wanted || children != 1 {
             return Ok(false);
         }
         let pinned = self.look(|_| Ok(self.pin_of(file)?)).await?;

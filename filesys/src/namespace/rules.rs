@@ -33,8 +33,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         Ok(())
     }
 
-    /// A layer that takes over its parent has parts of it already, so it cannot go now, be it that it is deleted or that it waits for this; and one that
-    /// will get its parent's name has to have one until then, even if its own children keep what it has.
+    /// A layer that takes over its parent has parts of it already, so it cannot go now, be it that it is deleted or that it has waited for that, without a
+    /// name. Nor may it lose its name while its parent has one: it may be about to get that, and by its own name it is asked to go on.
     pub(super) fn check_absorbs_nothing(&self, path: &str, file: &FileCore) -> Result<(), Refusal> {
         let (mut parent, mut goes) = {
             let inode = file.inode.borrow();
@@ -43,12 +43,8 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         while let Some(id) = parent {
             let above = self.state.file(id)?;
             let inode = above.inode.borrow();
-            let gives_name = inode.flags.has(Flags::GIVES_NAME);
             // Without a name, nobody wants the parent any more: both go, unless data are being copied just now.
-            let cannot_go = match goes {
-                true => inode.is_linked() || above.absorbing.get(),
-                false => inode.is_linked() && gives_name,
-            };
+            let cannot_go = inode.is_linked() || goes && above.absorbing.get();
             if inode.flags.has(Flags::ABSORBED) && cannot_go {
                 block_io::cover!("filesys: a layer that absorbs its parent was not deleted");
                 return Err(FsError::Busy {
