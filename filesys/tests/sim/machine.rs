@@ -153,17 +153,13 @@ impl<V: BlockDevice + 'static> Handle<V> {
             .file
             .write(offset, &harness::memory(&buffer), durability)
             .await;
-        promise
-            .borrow_mut()
-            .ended(self.node.get(), ticket, written.is_ok());
-        written
+        self.ended(promise, ticket, written).await
     }
 
     pub(crate) async fn discard(&self, promise: &Promise, offset: u64, length: u64) -> Result<(), IoError> {
         let ticket = promise.borrow_mut().clear_begins(self.node.get(), offset, length);
         let done = self.file.discard(offset, length).await;
-        promise.borrow_mut().ended(self.node.get(), ticket, done.is_ok());
-        done
+        self.ended(promise, ticket, done).await
     }
 
     pub(crate) async fn zero(
@@ -175,6 +171,19 @@ impl<V: BlockDevice + 'static> Handle<V> {
     ) -> Result<(), IoError> {
         let ticket = promise.borrow_mut().clear_begins(self.node.get(), offset, length);
         let done = self.file.write_zeroes(offset, length, mode).await;
+        self.ended(promise, ticket, done).await
+    }
+
+    /// A change of content has ended. Whoever goes on after a kill is answered when it survives that.
+    async fn ended(
+        &self,
+        promise: &Promise,
+        ticket: Option<block_io::sim::Ticket>,
+        mut done: Result<(), IoError>,
+    ) -> Result<(), IoError> {
+        if done.is_ok() && promise.borrow().outlives {
+            done = self.file.settle().await;
+        }
         promise.borrow_mut().ended(self.node.get(), ticket, done.is_ok());
         done
     }

@@ -96,6 +96,8 @@ pub(crate) struct Model {
     next_change: u64,
     /// Makes every write's content its own.
     pub(crate) stamp: u64,
+    /// Somebody goes on when the process is killed, and waits for [`block_io::BlockDevice::settle`].
+    pub(crate) outlives: bool,
     /// It is looked at after a kill, with a tail of the journal; else after a power cut.
     pub(crate) killed: bool,
     /// As the file system said it last; none after a power cut.

@@ -109,6 +109,7 @@ impl Machines {
         let mut rng = Rng::new(seed);
         let mut world = self.world();
         let promise = Promise::default();
+        promise.borrow_mut().outlives = self.kills;
         let made = world.run(&RunOptions::in_order(), async |sim| {
             self.format(&sim).await.map_err(failed)
         })?;
