@@ -330,6 +330,7 @@ mod tests {
     #[test]
     fn threads_that_serve_disks_hear_clients_and_open_nothing() {
         let answer = |call, first| answer_of_server(tables::SERVER, Forbidden::Ends, call, first);
+        assert_eq!(tables::SERVER_HOT.call, libc::SYS_io_uring_enter);
         for call in [
             libc::SYS_io_uring_enter,
             libc::SYS_accept4,

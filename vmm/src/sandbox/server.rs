@@ -41,7 +41,7 @@ pub enum ServerPart {
     Serves,
     /// Connects to devices on other machines.
     Connects,
-    /// Opens what is served later.
+    /// Opens what is served later; serves, where nothing is.
     Opens,
 }
 
@@ -129,12 +129,7 @@ impl ServerSandbox {
         {
             tracing::warn!(%error, "the memory is not hidden");
         }
-        let part = self
-            .0
-            .opens
-            .as_ref()
-            .map_or(ServerPart::Serves, |_| ServerPart::Opens);
-        for (lacking, error) in self.confine(part) {
+        for (lacking, error) in self.confine(ServerPart::Opens) {
             match error {
                 Some(error) => tracing::warn!(%error, "{lacking}"),
                 None => tracing::warn!("{lacking}"),
@@ -160,7 +155,6 @@ impl ServerSandbox {
         let confinement = match part {
             ServerPart::Serves => &inner.serves,
             ServerPart::Connects => &inner.connects,
-            // Where nothing is opened later, nobody needs more than those who serve.
             ServerPart::Opens => inner.opens.as_ref().unwrap_or(&inner.serves),
         };
         if let Err(error) = privileges::drop_but(confinement.kept) {
