@@ -74,7 +74,7 @@ impl<H: DiskHandle> Place<H> {
         let disk = self.disk.clone();
         let workers = vec![self.worker.handle().clone()];
         let path = self.folder.path().join(name);
-        VhostUserScsiServer::start(&path, &options, workers, &self.group, false, |adapter| {
+        VhostUserScsiServer::start(&path, &options, workers, &self.group, false, None, |adapter| {
             adapter.add((0, 0), unit, disk, controls, None)
         })
         .unwrap()

@@ -5,8 +5,9 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc;
@@ -14,7 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use vmm::config::{SandboxConfig, Seccomp};
-use vmm::sandbox::{self, Kind, Sandbox};
+use vmm::sandbox::{self, Kind, Opens, Sandbox, ServerPart, ServerPlaces, ServerSandbox};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -160,6 +161,12 @@ fn child() {
         }
         "files" => files(&folder),
         "remove" => removes_its_socket(&folder),
+        "server" => parts_of_a_server(&folder),
+        "server-socket" => {
+            on_server_thread(&server(&folder, None), ServerPart::Serves, || {
+                drop(TcpListener::bind("127.0.0.1:0"));
+            });
+        }
         "privileges" => privileges(),
         "chain" => a_chain_of_threads(),
         "cleanup" => {
@@ -307,6 +314,76 @@ fn removes_its_socket(folder: &Path) {
     fs::remove_file(folder.join("inside/web1.sock")).unwrap();
     let error = fs::remove_file(folder.join("outside.img")).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EACCES));
+}
+
+/// The sandbox of a program that serves disks at a socket in `folder/inside`.
+fn server(folder: &Path, opens: Option<Opens>) -> ServerSandbox {
+    let sockets = vec![folder.join("inside/web1.sock")];
+    ServerSandbox::prepare(&ServerPlaces { sockets, opens }).unwrap()
+}
+
+fn on_server_thread(sandbox: &ServerSandbox, part: ServerPart, work: impl FnOnce() + Send + 'static) {
+    let enter = sandbox.thread(part);
+    let thread = thread::Builder::new()
+        .name("under-test".to_owned())
+        .spawn(move || {
+            enter().unwrap();
+            work();
+        });
+    thread.unwrap().join().unwrap();
+}
+
+/// What each part of a program that serves disks can reach.
+fn parts_of_a_server(folder: &Path) {
+    let forbidden = |result: io::Result<()>| {
+        let error = result.unwrap_err().raw_os_error().unwrap();
+        assert!([libc::EACCES, libc::EPERM].contains(&error), "{error}");
+    };
+    let writing = |path: PathBuf| OpenOptions::new().read(true).write(true).open(path).map(drop);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let (inside, outside) = (folder.join("inside"), folder.join("outside.img"));
+    let sandbox = server(folder, None);
+
+    let (own, other) = (inside.clone(), outside.clone());
+    on_server_thread(&sandbox, ServerPart::Serves, move || {
+        forbidden(File::open("/etc/passwd").map(drop));
+        forbidden(writing(own.join("disk.img")));
+        forbidden(fs::remove_file(&other));
+        fs::remove_file(own.join("web1.sock")).unwrap();
+    });
+    let other = outside.clone();
+    on_server_thread(&sandbox, ServerPart::Connects, move || {
+        drop(File::open("/etc/passwd").unwrap());
+        drop(TcpStream::connect(address).unwrap());
+        forbidden(writing(other.clone()));
+        forbidden(fs::remove_file(&other));
+        forbidden(TcpListener::bind("127.0.0.1:0").map(drop));
+        forbidden(Command::new("/bin/true").status().map(drop));
+    });
+    for what in [Opens::Devices, Opens::DevicesAndSockets] {
+        let (own, other) = (inside.clone(), outside.clone());
+        on_server_thread(&server(folder, Some(what)), ServerPart::Opens, move || {
+            writing(other.clone()).unwrap();
+            drop(TcpStream::connect(address).unwrap());
+            forbidden(File::create(own.join("new.img")).map(drop));
+            forbidden(fs::rename(own.join("disk.img"), own.join("moved.img")));
+            forbidden(TcpListener::bind("127.0.0.1:0").map(drop));
+            forbidden(Command::new("/bin/true").status().map(drop));
+            let socket = other.with_extension("sock");
+            let made = UnixListener::bind(&socket).map(drop);
+            match what {
+                Opens::Devices => {
+                    forbidden(made);
+                    forbidden(fs::remove_file(&other));
+                }
+                Opens::DevicesAndSockets => {
+                    made.unwrap();
+                    fs::remove_file(&socket).unwrap();
+                }
+            }
+        });
+    }
 }
 
 /// No capabilities in any set, no way to get any.
@@ -494,6 +571,14 @@ fn sockets_can_be_removed_at_the_end() {
     if has_landlock() {
         in_child("remove", images().path()).assert_success();
     }
+}
+
+#[test]
+fn threads_of_a_program_that_serves_disks_reach_what_their_part_needs() {
+    if has_landlock() {
+        in_child("server", images().path()).assert_success();
+    }
+    in_child("server-socket", images().path()).assert_ended_for("socket", "under-test");
 }
 
 #[test]

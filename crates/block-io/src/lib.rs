@@ -32,6 +32,7 @@
 //!
 //! With the feature `sim`, `sim` is the simulator: disks, time, scheduling, crashes and faults from a seed.
 
+mod background;
 mod buffer;
 mod clock;
 #[doc(hidden)]
@@ -50,6 +51,7 @@ mod spec;
 mod unflushed;
 mod worker;
 
+pub use background::{BackgroundHooks, hook_background};
 pub use buffer::{AlignedBuffer, IoBuf, list};
 pub use clock::{Clock, WorkerClock};
 pub use device::{Allocation, BlockDevice, Durability, Geometry, ZeroMode};

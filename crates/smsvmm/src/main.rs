@@ -33,6 +33,7 @@ mod share_iscsi_access;
 mod share_iscsi_manage;
 mod share_manage;
 mod share_nbd;
+mod share_sandbox;
 mod share_scsi;
 mod share_scsi_manage;
 mod signals;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use api::{Problem, ProblemKind, Share, ShareKind};
-use block_io::{Cache, HostDevice, OpenOptions, Worker, WorkerHandle, WorkerOptions};
+use block_io::{Cache, HostDevice, OpenOptions, Worker, WorkerHandle};
 use clap::{Args, Subcommand};
 use management::Server;
 use storage_manager::{HostedPool, VirtualDisk};
@@ -15,6 +15,7 @@ use storage_virtualizer::controls::{DiskControls, Rate, RateLimit};
 use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
 use storage_virtualizer::virtio_blk::{MAX_QUEUES, VirtioBlkOptions, fitting_serial};
 use storage_virtualizer::{DiskHandle, PinnedDisk};
+use vmm::sandbox::Opens;
 
 use crate::exit::{Exit, UsageError};
 use crate::pool::{PoolThreads, served, with_pool};
@@ -25,6 +26,7 @@ use crate::share_control::{
 use crate::share_iscsi::{self, IscsiArguments};
 use crate::share_manage::{self, Base, Management, not_opened};
 use crate::share_nbd::{self, NbdArguments, absolute};
+use crate::share_sandbox::Confined;
 use crate::share_scsi::{self, VhostUserScsiArguments};
 use crate::signals::Signals;
 use crate::storage::Which;
@@ -154,12 +156,16 @@ fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
     if management.is_some() {
         arguments.check_names()?;
     }
+    let confined = Confined::prepare(&arguments.socket, &arguments.management, Opens::DevicesAndSockets)?;
     if !arguments.paths.is_empty() {
-        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, management, pool, &signals);
+        let serve = |pool: &Arc<HostedPool>| {
+            pool.confine_worker(confined.serving())?;
+            serve_pool_disks(arguments, management, pool, (&confined, &signals))
+        };
         with_pool(&arguments.which, arguments.threads, "io-pool", serve)?;
         return Ok(Exit::Success);
     }
-    let settings = arguments.settings();
+    let settings = arguments.settings(&confined);
     let mut disks = Vec::new();
     for (image, socket) in arguments.image.iter().zip(&arguments.socket) {
         let served = share(&settings, image, socket, arguments.read_only)?;
@@ -182,16 +188,17 @@ fn vhost_user(arguments: &VhostUserArguments) -> anyhow::Result<Exit> {
         served.map_err(|error| not_opened(&meant.source, error.as_ref()))
     });
     let base = Base::new(ShareKind::VhostUser, None, Vec::new(), []);
-    serve(&BlkShare::new(base, disks, open), management, &signals).map(|()| Exit::Success)
+    let share = BlkShare::new(base, disks, open);
+    serve(&share, management, (&confined, &signals)).map(|()| Exit::Success)
 }
 
 /// Serves until a signal comes.
 fn serve<H: DiskHandle>(
     share: &Arc<BlkShare<H>>,
     management: Option<Server>,
-    signals: &Signals,
+    (confined, signals): (&Confined, &Signals),
 ) -> anyhow::Result<()> {
-    let managed = share_manage::answer(management, Arc::clone(share) as Arc<dyn Share>)?;
+    let managed = share_manage::answer(management, Arc::clone(share) as Arc<dyn Share>, confined)?;
     let signal = signals.next();
     logs::say(&format!("smsvmm: {signal}: the disks are closed"));
     drop(managed);
@@ -204,9 +211,9 @@ fn serve_pool_disks(
     arguments: &VhostUserArguments,
     management: Option<Server>,
     pool: &Arc<HostedPool>,
-    signals: &Signals,
+    (confined, signals): (&Confined, &Signals),
 ) -> anyhow::Result<()> {
-    let (settings, all_read_only) = (arguments.settings(), arguments.read_only);
+    let (settings, all_read_only) = (arguments.settings(confined), arguments.read_only);
     let here = Arc::clone(pool);
     let open = move |path: &str, socket: &Path, read_only: bool| -> anyhow::Result<Served<_>> {
         let options = served(path, all_read_only || read_only);
@@ -249,12 +256,12 @@ fn serve_pool_disks(
         })
     });
     let base = Base::new(ShareKind::VhostUser, Some(Arc::clone(pool)), Vec::new(), []);
-    serve(&BlkShare::new(base, disks, open), management, signals)
+    serve(&BlkShare::new(base, disks, open), management, (confined, signals))
 }
 
 /// What is the same for all disks of a process.
 #[derive(Clone)]
-struct Settings(Serving);
+struct Settings(Serving, Confined);
 
 impl Settings {
     fn server_options(&self, name: &str, read_only: bool) -> VhostUserOptions {
@@ -266,6 +273,7 @@ impl Settings {
                 ..VhostUserOptions::default().device
             },
             memory_stays: self.0.pin_memory,
+            confine: Some(self.1.front_ends()),
             ..VhostUserOptions::default()
         };
         if read_only {
@@ -276,8 +284,8 @@ impl Settings {
 }
 
 impl VhostUserArguments {
-    fn settings(&self) -> Settings {
-        Settings(self.serving.clone())
+    fn settings(&self, confined: &Confined) -> Settings {
+        Settings(self.serving.clone(), confined.clone())
     }
 
     /// Who manages disks tells them by their paths.
@@ -314,7 +322,7 @@ fn share(
         .to_string_lossy()
         .into_owned();
     let disk = Arc::new(settings.0.open(image, read_only)?);
-    let workers = settings.0.workers(&name)?;
+    let workers = settings.0.workers(&name, &settings.1)?;
     let options = settings.server_options(&name, read_only);
     let server = VhostUserServer::start(socket, Arc::clone(&disk), options, handles(&workers))?;
     Ok(Served {
@@ -358,8 +366,8 @@ impl Serving {
     }
 
     /// Threads for an image of this name.
-    pub(crate) fn workers(&self, name: &str) -> anyhow::Result<Vec<Worker>> {
-        let start = |number| Worker::start(&format!("io-{number}-{name}"), WorkerOptions::default());
+    pub(crate) fn workers(&self, name: &str, confined: &Confined) -> anyhow::Result<Vec<Worker>> {
+        let start = |number| Worker::start(&format!("io-{number}-{name}"), confined.worker());
         Ok((0..self.threads).map(start).collect::<Result<_, _>>()?)
     }
 

@@ -29,6 +29,8 @@ use storage_virtualizer::scsi::{Code, Command, Nexus, Outcome, Sense, TransportI
 use storage_virtualizer::virtio_blk::fitting_serial;
 use storage_virtualizer::{DiskHandle, PinnedDisk};
 
+use crate::share_sandbox::Confined;
+
 /// What an initiator may, by its target's place and its name.
 pub(crate) type Policies = BTreeMap<(usize, String), ExpandedPolicy>;
 
@@ -80,12 +82,13 @@ impl Principals {
         }
     }
 
-    /// Answers, until what is returned is dropped. Of initiators that `access` does not name, each sees all disks of the shelf.
+    /// Answers, on threads that are confined, until what is returned is dropped. Of initiators that `access` does not name, each sees all disks of the shelf.
     pub(crate) fn start(
         &self,
         access: &[Access],
         pool: &Arc<HostedPool>,
         shelf: &Arc<Shelf>,
+        confined: &Confined,
     ) -> anyhow::Result<Vec<Running>> {
         let luns_of = |key: &[u8]| {
             let of = |access: &&Access| {
@@ -105,7 +108,7 @@ impl Principals {
                 owner: principal.owner.clone(),
                 events: EventLog::new(),
             };
-            let hook = || Box::new(|| Ok(())) as Hook;
+            let hook = || Box::new(confined.serving()) as Hook;
             let started = principal.target.start(Arc::new(view), hook);
             running.push(started.context("cannot start what serves the expanded API")?);
         }

@@ -23,6 +23,7 @@ use storage_virtualizer::iscsi::{
 };
 use storage_virtualizer::scsi::{Identity, Provisioning, Unit, UnitOptions, VendorCommands};
 use storage_virtualizer::virtio_blk::fitting_serial;
+use vmm::sandbox::Opens;
 
 use crate::exit::{Exit, UsageError};
 use crate::logs;
@@ -33,6 +34,7 @@ use crate::share_iscsi_access;
 use crate::share_iscsi_manage::{Forget, IscsiShare, Open, PlaceOfLun, refused};
 use crate::share_manage::{self, Base, Management, Opened, is_stopping, not_opened};
 use crate::share_nbd::{device_options, named, reachable};
+use crate::share_sandbox::Confined;
 use crate::signals::Signals;
 use crate::storage::Which;
 
@@ -140,8 +142,11 @@ pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
     let options = options(arguments)?;
     // Before anything is opened: a second process with this socket ends here.
     let management = arguments.management.bind()?;
+    let confined = Confined::prepare(&[], &arguments.management, Opens::Devices)?;
     if !arguments.paths.is_empty() {
-        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, options, management, pool, &signals);
+        let serve = |pool: &Arc<HostedPool>| {
+            serve_pool_disks(arguments, options, management, pool, (&confined, &signals))
+        };
         with_pool(&arguments.which, arguments.threads, "iscsi", serve)?;
         return Ok(Exit::Success);
     }
@@ -166,17 +171,20 @@ pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
         units.push(((target, lun), unit, device));
     }
     let worker = Worker::start("iscsi", WorkerOptions::default())?;
-    let (server, control) = IscsiServer::start_managed(worker.handle(), options.clone(), move || {
-        units
-            .into_iter()
-            .map(|((target, lun), unit, device)| IscsiUnit {
-                target,
-                lun,
-                unit,
-                disk: Rc::new(device),
-            })
-            .collect()
-    })?;
+    let (here, offered, confine) = (worker.handle().clone(), options.clone(), confined.serving());
+    let (started, done) = worker.run(move || async move {
+        let unit = |((target, lun), unit, device)| IscsiUnit {
+            target,
+            lun,
+            unit,
+            disk: Rc::new(device),
+        };
+        let started = IscsiServer::start_here(&here, &offered, units.into_iter().map(unit).collect());
+        // Its tasks begin when this one has ended.
+        (started, confine())
+    });
+    let (server, control) = started?;
+    done?;
     let (read_only, buffered) = (arguments.read_only, arguments.buffered);
     let open: Open<Device> = Box::new(move |control, (target, lun), meant| {
         let read_only = read_only || meant.read_only;
@@ -203,7 +211,7 @@ pub(crate) fn iscsi(arguments: &IscsiArguments) -> anyhow::Result<Exit> {
         (server, &options),
         (share, management),
         arguments,
-        &signals,
+        (&confined, &signals),
     )?;
     Ok(Exit::Success)
 }
@@ -226,9 +234,9 @@ fn serve<D: BlockDevice + 'static>(
     (server, options): (IscsiServer, &IscsiOptions),
     (share, management): (Arc<IscsiShare<D>>, Option<Server>),
     arguments: &IscsiArguments,
-    signals: &Signals,
+    (confined, signals): (&Confined, &Signals),
 ) -> anyhow::Result<()> {
-    let managed = share_manage::answer(management, Arc::clone(&share) as Arc<dyn Share>)?;
+    let managed = share_manage::answer(management, Arc::clone(&share) as Arc<dyn Share>, confined)?;
     announce(shown, server.addresses(), options, arguments)?;
     let signal = signals.next();
     logs::say(&format!(
@@ -247,7 +255,7 @@ fn serve_pool_disks(
     options: IscsiOptions,
     management: Option<Server>,
     pool: &Arc<HostedPool>,
-    signals: &Signals,
+    (confined, signals): (&Confined, &Signals),
 ) -> anyhow::Result<()> {
     let names: Vec<&str> = arguments.paths.iter().map(String::as_str).collect();
     unique(&names)?;
@@ -274,9 +282,9 @@ fn serve_pool_disks(
     }
     let mut running = Vec::new();
     for (target, (principals, shelf)) in options.targets.iter().zip(&targets) {
-        running.extend(principals.start(&target.access, pool, shelf)?);
+        running.extend(principals.start(&target.access, pool, shelf, confined)?);
     }
-    let (server, control) = pool.serve_iscsi(&disks, options.clone())?;
+    let (server, control) = pool.serve_iscsi(&disks, options.clone(), confined.serving())?;
     let opened = disks
         .into_iter()
         .zip(&arguments.paths)
@@ -305,7 +313,7 @@ fn serve_pool_disks(
         (server, &options),
         (share, management),
         arguments,
-        signals,
+        (confined, signals),
     );
     drop(running);
     shelves.iter().for_each(|shelf| shelf.clear());

@@ -37,6 +37,7 @@ use storage_virtualizer::Counters;
 use storage_virtualizer::scsi::MAX_LUNS;
 
 use crate::share_nbd::named;
+use crate::share_sandbox::Confined;
 
 #[derive(Debug, Args)]
 pub(crate) struct Management {
@@ -46,6 +47,11 @@ pub(crate) struct Management {
 }
 
 impl Management {
+    /// Where it listens, if it does.
+    pub(crate) fn socket(&self) -> Option<&PathBuf> {
+        self.management.as_ref()
+    }
+
     /// Listens, if that is wanted; before anything is opened, so that a second process with this socket ends here.
     pub(crate) fn bind(&self) -> anyhow::Result<Option<Server>> {
         let Some(path) = &self.management else {
@@ -66,8 +72,13 @@ impl Management {
     }
 }
 
-/// Answers at a socket, until what is returned is dropped.
-pub(crate) fn answer(server: Option<Server>, share: Arc<dyn Share>) -> anyhow::Result<Option<ServerHandle>> {
+/// Confines this thread, as everything is open, and answers at a socket, until what is returned is dropped.
+pub(crate) fn answer(
+    server: Option<Server>,
+    share: Arc<dyn Share>,
+    confined: &Confined,
+) -> anyhow::Result<Option<ServerHandle>> {
+    confined.enter();
     server
         .map(|server| server.start_share(share))
         .transpose()

@@ -21,6 +21,7 @@ use storage_virtualizer::nbd::{
     DeviceExport, Export, ExportState, NbdControl, NbdManageError, NbdOptions, NbdServer, NbdServerError,
     TlsFiles, TlsMode,
 };
+use vmm::sandbox::Opens;
 
 use crate::exit::{Exit, UsageError};
 use crate::logs;
@@ -30,6 +31,7 @@ use crate::share_manage::{
     self, Base, Management, Meant, Opened, counts, has_no, is_stopping, latencies, name_taken, no_client,
     no_disk, not_opened, number, problem, since,
 };
+use crate::share_sandbox::Confined;
 use crate::signals::Signals;
 use crate::storage::Which;
 
@@ -104,8 +106,11 @@ pub(crate) fn nbd(arguments: &NbdArguments) -> anyhow::Result<Exit> {
     let signals = Signals::block().context("cannot block signals")?;
     // Before anything is opened: a second process with this socket ends here.
     let management = arguments.management.bind()?;
+    let sockets: Vec<PathBuf> = arguments.socket.iter().cloned().collect();
+    let confined = Confined::prepare(&sockets, &arguments.management, Opens::Devices)?;
     if !arguments.paths.is_empty() {
-        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, management, pool, &signals);
+        let serve =
+            |pool: &Arc<HostedPool>| serve_pool_disks(arguments, management, pool, (&confined, &signals));
         with_pool(&arguments.which, arguments.threads, "nbd", serve)?;
         return Ok(Exit::Success);
     }
@@ -118,12 +123,15 @@ pub(crate) fn nbd(arguments: &NbdArguments) -> anyhow::Result<Exit> {
     let options = options(arguments);
     let worker = Worker::start("nbd", WorkerOptions::default())?;
     let read_only = arguments.read_only;
-    let (server, control) = NbdServer::start_managed(worker.handle(), options, move || {
-        images
-            .into_iter()
-            .map(|(name, _, device)| DeviceExport::new(name, device, read_only))
-            .collect()
-    })?;
+    let (here, confine) = (worker.handle().clone(), confined.serving());
+    let (started, done) = worker.run(move || async move {
+        let export = |(name, _, device)| DeviceExport::new(name, device, read_only);
+        let started = NbdServer::start_here(&here, &options, images.into_iter().map(export).collect());
+        // Its tasks begin when this one has ended.
+        (started, confine())
+    });
+    let (server, control) = started?;
+    done?;
     let buffered = arguments.buffered;
     let share = NbdShare {
         base: Base::new(ShareKind::Nbd, None, shown(server.addresses()), opened),
@@ -139,19 +147,19 @@ pub(crate) fn nbd(arguments: &NbdArguments) -> anyhow::Result<Exit> {
             Ok(None)
         }),
     };
-    serve(&names, server, Arc::new(share), management, arguments, &signals)?;
+    let managed = (Arc::new(share), management);
+    serve(&names, server, managed, arguments, (&confined, &signals))?;
     Ok(Exit::Success)
 }
 
 fn serve<E: Export>(
     names: &[String],
     server: NbdServer,
-    share: Arc<NbdShare<E>>,
-    management: Option<Server>,
+    (share, management): (Arc<NbdShare<E>>, Option<Server>),
     arguments: &NbdArguments,
-    signals: &Signals,
+    (confined, signals): (&Confined, &Signals),
 ) -> anyhow::Result<()> {
-    let managed = share_manage::answer(management, Arc::clone(&share) as Arc<dyn Share>)?;
+    let managed = share_manage::answer(management, Arc::clone(&share) as Arc<dyn Share>, confined)?;
     announce(names, server.addresses(), arguments)?;
     let signal = signals.next();
     logs::say(&format!(
@@ -168,14 +176,14 @@ fn serve_pool_disks(
     arguments: &NbdArguments,
     management: Option<Server>,
     pool: &Arc<HostedPool>,
-    signals: &Signals,
+    (confined, signals): (&Confined, &Signals),
 ) -> anyhow::Result<()> {
     let mut disks = Vec::new();
     for path in &arguments.paths {
         disks.push((name_of(path), pool.disk(path, served(path, arguments.read_only))?));
     }
     let names: Vec<String> = disks.iter().map(|(name, _)| name.clone()).collect();
-    let (server, control) = pool.serve_nbd(&disks, options(arguments))?;
+    let (server, control) = pool.serve_nbd(&disks, options(arguments), confined.serving())?;
     let opened = disks
         .into_iter()
         .zip(&arguments.paths)
@@ -202,7 +210,8 @@ fn serve_pool_disks(
             Ok(Some(guard))
         }),
     };
-    serve(&names, server, Arc::new(share), management, arguments, signals)
+    let managed = (Arc::new(share), management);
+    serve(&names, server, managed, arguments, (confined, signals))
 }
 
 /// What is demanded of clients.

@@ -33,6 +33,7 @@ use storage_virtualizer::vhost_user::VhostUserScsiServer;
 use storage_virtualizer::virtio_blk::fitting_serial;
 use storage_virtualizer::virtio_scsi::{ScsiGroup, VirtioScsiHandle, VirtioScsiOptions};
 use storage_virtualizer::{DiskHandle, PinnedDisk};
+use vmm::sandbox::Opens;
 
 use crate::exit::{Exit, UsageError};
 use crate::pool::{PoolThreads, served, with_pool};
@@ -41,6 +42,7 @@ use crate::share_api::{Principals, Shelf, name_of, serial_of};
 use crate::share_iscsi::unique;
 use crate::share_manage::{self, Base, Management, not_opened};
 use crate::share_nbd::{absolute, named};
+use crate::share_sandbox::Confined;
 use crate::share_scsi_manage::{Forget, NewUnit, Open, ScsiShare};
 use crate::signals::Signals;
 use crate::storage::Which;
@@ -148,10 +150,14 @@ pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Res
     let signals = Signals::block().context("cannot block signals")?;
     // Before anything is opened: a second process with this socket ends here.
     let management = arguments.management.bind()?;
+    let confined = Confined::prepare(&arguments.sockets, &arguments.management, Opens::Devices)?;
     if !arguments.paths.is_empty() {
         let names: Vec<&str> = arguments.paths.iter().map(String::as_str).collect();
         unique(&names)?;
-        let serve = |pool: &Arc<HostedPool>| serve_pool_disks(arguments, management, pool, &signals);
+        let serve = |pool: &Arc<HostedPool>| {
+            pool.confine_worker(confined.serving())?;
+            serve_pool_disks(arguments, management, pool, (&confined, &signals))
+        };
         with_pool(&arguments.which, arguments.threads, "io-pool", serve)?;
         return Ok(Exit::Success);
     }
@@ -168,7 +174,7 @@ pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Res
             image_unit(&arguments.serving, name, image, disk),
         ));
     }
-    let workers = arguments.serving.workers("scsi")?;
+    let workers = arguments.serving.workers("scsi", &confined)?;
     let (serving, all_read_only) = (arguments.serving.clone(), arguments.read_only);
     let open: Open<Arc<HostDevice>> = Box::new(move |_, meant| {
         let read_only = all_read_only || meant.read_only;
@@ -176,10 +182,10 @@ pub(crate) fn vhost_user_scsi(arguments: &VhostUserScsiArguments) -> anyhow::Res
         let disk = disk.map_err(|error| not_opened(&meant.source, error.as_ref()))?;
         Ok(image_unit(&serving, &meant.name, &meant.source, disk))
     });
-    let servers = start(arguments, &disks, &handles(&workers))?;
+    let servers = start(arguments, &disks, &handles(&workers), &confined)?;
     let base = Base::new(ShareKind::VhostUserScsi, None, sockets(arguments), []);
     let share = ScsiShare::new(base, servers, disks, open, Box::new(|_| {}));
-    serve(&share, management, &signals)?;
+    serve(&share, management, (&confined, &signals))?;
     Ok(Exit::Success)
 }
 
@@ -203,7 +209,7 @@ fn serve_pool_disks(
     arguments: &VhostUserScsiArguments,
     management: Option<Server>,
     pool: &Arc<HostedPool>,
-    signals: &Signals,
+    (confined, signals): (&Confined, &Signals),
 ) -> anyhow::Result<()> {
     let principals = Principals::of_machines(machines(&arguments.sockets, arguments.access.as_deref())?);
     let shelf = Arc::<Shelf>::default();
@@ -235,8 +241,8 @@ fn serve_pool_disks(
     for (lun, path) in (0..).zip(&arguments.paths) {
         disks.push((path.clone(), path.clone(), open(lun, path, false)?));
     }
-    let running = principals.start(&[], pool, &shelf)?;
-    let servers = start(arguments, &disks, &[pool.worker().clone()])?;
+    let running = principals.start(&[], pool, &shelf, confined)?;
+    let servers = start(arguments, &disks, &[pool.worker().clone()], confined)?;
     let base = Base::new(
         ShareKind::VhostUserScsi,
         Some(Arc::clone(pool)),
@@ -252,7 +258,7 @@ fn serve_pool_disks(
     let own = Arc::clone(&shelf);
     let forget: Forget = Box::new(move |lun| own.take(lun));
     let share = ScsiShare::new(base, servers, disks, open, forget);
-    let ended = serve(&share, management, signals);
+    let ended = serve(&share, management, (confined, signals));
     drop(running);
     shelf.clear();
     ended
@@ -279,6 +285,7 @@ fn start<H: DiskHandle>(
     arguments: &VhostUserScsiArguments,
     disks: &[(String, String, NewUnit<H>)],
     workers: &[WorkerHandle],
+    confined: &Confined,
 ) -> anyhow::Result<Vec<VhostUserScsiServer<H>>> {
     let group = ScsiGroup::default();
     let mut servers = Vec::new();
@@ -301,6 +308,7 @@ fn start<H: DiskHandle>(
             workers.to_vec(),
             &group,
             arguments.serving.pin_memory,
+            Some(confined.front_ends()),
             prepare,
         )?;
         servers.push(server);
@@ -320,9 +328,9 @@ fn start<H: DiskHandle>(
 fn serve<H: DiskHandle>(
     share: &Arc<ScsiShare<H>>,
     management: Option<Server>,
-    signals: &Signals,
+    (confined, signals): (&Confined, &Signals),
 ) -> anyhow::Result<()> {
-    let managed = share_manage::answer(management, Arc::clone(share) as Arc<dyn Share>)?;
+    let managed = share_manage::answer(management, Arc::clone(share) as Arc<dyn Share>, confined)?;
     let signal = signals.next();
     logs::say(&format!("smsvmm: {signal}: the disks are closed"));
     drop(managed);

@@ -287,6 +287,17 @@ impl HostedPool {
         self.worker.confine(hook)
     }
 
+    /// As [`Self::confine`], where who asks for a device to be added ([`Self::execute`]) is not confined to places that somebody has configured.
+    ///
+    /// # Errors
+    /// The hook's.
+    pub fn confine_worker(
+        &self,
+        hook: impl Fn() -> io::Result<()> + Clone + Send + 'static,
+    ) -> io::Result<()> {
+        self.worker.confine(hook)
+    }
+
     /// `listener` is told of everything that happens to the pool, on the pool's worker: it must not block, nor use the pool. What has
     /// happened since the opening is told at once; who asks for something ([`Self::execute`], [`Self::take_events`]) is told nevertheless.
     pub fn on_event(&self, listener: impl Fn(PoolEvent) + Send + 'static) {
@@ -373,27 +384,35 @@ impl HostedPool {
     }
 
     /// Serves disks by NBD, each under a name, on the pool's worker, until the server is stopped. The disks stay open as long as their
-    /// guards. Further ones: [`Self::export`].
+    /// guards. Further ones: [`Self::export`]. `confine` runs on the threads of the worker, as for [`Self::confine_worker`], when everything that the
+    /// server needs is open and before it has clients.
     ///
     /// # Errors
-    /// The server cannot listen.
+    /// The server cannot listen, or those of `confine`.
     pub fn serve_nbd(
         &self,
         disks: &[(String, HostedDisk)],
         options: NbdOptions,
+        confine: impl Fn() -> io::Result<()> + Clone + Send + 'static,
     ) -> Result<(NbdServer, NbdControl<DiskExport>), NbdServerError> {
+        self.worker.confine_helpers(confine.clone())?;
         let worker = self.worker().clone();
         let numbers: Vec<_> = disks
             .iter()
             .map(|(name, disk)| (name.clone(), disk.guard.number))
             .collect();
-        self.worker.run(move || async move {
+        let (started, confined) = self.worker.run(move || async move {
             let mut exports = Vec::new();
             for (name, number) in numbers {
                 exports.extend(export_of(name, number).await);
             }
-            NbdServer::start_here(&worker, &options, exports)
-        })
+            let started = NbdServer::start_here(&worker, &options, exports);
+            // Its tasks begin when this one has ended.
+            (started, confine())
+        });
+        let started = started?;
+        confined?;
+        Ok(started)
     }
 
     /// Serves one more disk by a server of [`Self::serve_nbd`], until it is removed there.
@@ -411,24 +430,31 @@ impl HostedPool {
     }
 
     /// Serves disks by iSCSI, each as a logical unit of a target (its place in the options, and the LUN), on the pool's worker, until the server is stopped. The disks stay open as long as
-    /// their guards. Further ones: [`Self::show`].
+    /// their guards. Further ones: [`Self::show`]. `confine` is as for [`Self::serve_nbd`].
     ///
     /// # Errors
-    /// The server cannot listen, or the options are impossible.
+    /// The server cannot listen, the options are impossible, or those of `confine`.
     pub fn serve_iscsi(
         &self,
         disks: &[((usize, u16), Arc<Unit>, HostedDisk)],
         options: IscsiOptions,
+        confine: impl Fn() -> io::Result<()> + Clone + Send + 'static,
     ) -> Result<(IscsiServer, IscsiControl<VirtualDisk>), IscsiServerError> {
+        self.worker.confine_helpers(confine.clone())?;
         let worker = self.worker().clone();
         let units: Vec<_> = disks
             .iter()
             .map(|(place, unit, disk)| unit_of(*place, unit, disk))
             .collect();
-        self.worker.run(move || async move {
+        let (started, confined) = self.worker.run(move || async move {
             let units = units.into_iter().filter_map(|make| make()).collect();
-            IscsiServer::start_here(&worker, &options, units)
-        })
+            let started = IscsiServer::start_here(&worker, &options, units);
+            // Its tasks begin when this one has ended.
+            (started, confine())
+        });
+        let started = started?;
+        confined?;
+        Ok(started)
     }
 
     /// Serves one more disk by a target of [`Self::serve_iscsi`], until it is removed there.

@@ -7,7 +7,7 @@ use std::path::Path;
 use block_io::WorkerHandle;
 
 use super::VhostUserError;
-use super::listener::{Export, FrontEndState, Listener};
+use super::listener::{Export, FrontEndState, Listener, ThreadHook};
 use crate::disk_handle::DiskHandle;
 use crate::queue::Counters;
 use crate::virtio_blk::{VirtioBlk, VirtioBlkHandle, VirtioBlkOptions};
@@ -23,6 +23,8 @@ pub struct VhostUserOptions {
     /// Front-ends never give back pages of the memory that they share, nor put others there (no balloon, no free page reporting): the workers'
     /// rings [hold](block_io::HeldMemory) it, if all of it was taken from the host already.
     pub memory_stays: bool,
+    /// Confines the threads that speak with front-ends.
+    pub confine: Option<ThreadHook>,
 }
 
 impl Default for VhostUserOptions {
@@ -35,6 +37,7 @@ impl Default for VhostUserOptions {
             },
             front_ends: 1,
             memory_stays: false,
+            confine: None,
         }
     }
 }
@@ -99,7 +102,8 @@ impl<H: DiskHandle> VhostUserServer<H> {
             workers,
             memory_stays: options.memory_stays,
         };
-        Ok(Self(Listener::start(path, export, options.front_ends)?))
+        let listener = Listener::start(path, export, options.front_ends, options.confine)?;
+        Ok(Self(listener))
     }
 
     /// Takes no further front-ends, ends what is in flight, closes all connections, and returns when no memory of a front-end

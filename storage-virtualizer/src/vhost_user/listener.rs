@@ -1,5 +1,6 @@
 //! A socket at which a device is served: who connects gets a thread and a session, when there is room.
 
+use std::fmt;
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -8,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
-use block_io::{SocketFile, UnixSocketError, listen_unix};
+use block_io::{Hook, SocketFile, UnixSocketError, listen_unix};
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio_core::DeviceEvents;
 use vmm_sys_util::eventfd::EventFd;
@@ -20,6 +21,23 @@ use crate::queue::Counters;
 
 /// How long a front-end waits for its predecessor to go before it is refused.
 const SUCCESSION: Duration = Duration::from_secs(10);
+
+/// What the threads of a server run before they hear a front-end: the place for a filter of system calls. If it fails, nobody is served.
+#[derive(Clone)]
+pub struct ThreadHook(Arc<Hook>);
+
+impl ThreadHook {
+    /// Has threads run `hook`.
+    pub fn new(hook: impl Fn() -> io::Result<()> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(hook))
+    }
+}
+
+impl fmt::Debug for ThreadHook {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("ThreadHook").finish_non_exhaustive()
+    }
+}
 
 /// What front-ends are shown.
 pub(super) trait Export: Send + Sync + 'static {
@@ -93,11 +111,17 @@ pub(super) struct Listener<E: Export> {
 }
 
 impl<E: Export> Listener<E> {
-    /// Listens at `path` and shows `export` to up to `front_ends` at a time. The socket is for its owner only.
+    /// Listens at `path` and shows `export` to up to `front_ends` at a time, on threads that run `confine` first. The socket is for its owner
+    /// only.
     ///
     /// # Errors
     /// Someone else is there, or the host has nothing left.
-    pub(super) fn start(path: &Path, export: E, front_ends: usize) -> Result<Self, VhostUserError> {
+    pub(super) fn start(
+        path: &Path,
+        export: E,
+        front_ends: usize,
+        confine: Option<ThreadHook>,
+    ) -> Result<Self, VhostUserError> {
         let (listener, file) = listen_unix(path).map_err(|error| {
             let path = path.to_owned();
             match error {
@@ -123,7 +147,13 @@ impl<E: Export> Listener<E> {
         let thread_shared = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("vhost-user".to_owned())
-            .spawn(move || thread_shared.accept_all(&listener))
+            // Those of front-ends are started by this one, and inherit what it may.
+            .spawn(move || match confine.map_or(Ok(()), |confine| (confine.0)()) {
+                Ok(()) => thread_shared.accept_all(&listener),
+                Err(error) => {
+                    tracing::error!(%error, "a thread that serves front-ends cannot be confined, and ends");
+                }
+            })
             .map_err(VhostUserError::Start)?;
         Ok(Self {
             shared,

@@ -42,7 +42,7 @@ use std::path::PathBuf;
 
 pub use blk::{VhostUserOptions, VhostUserServer};
 pub use connection::{Parting, serve_blk, serve_scsi};
-pub use listener::FrontEndState;
+pub use listener::{FrontEndState, ThreadHook};
 pub use scsi::VhostUserScsiServer;
 
 use crate::virtio_blk::VirtioBlkError;

@@ -16,7 +16,7 @@ use std::path::Path;
 use block_io::WorkerHandle;
 
 use super::VhostUserError;
-use super::listener::{Export, FrontEndState, Listener};
+use super::listener::{Export, FrontEndState, Listener, ThreadHook};
 use crate::disk_handle::DiskHandle;
 use crate::queue::Counters;
 use crate::virtio_scsi::{AddUnitError, ScsiGroup, VirtioScsi, VirtioScsiHandle, VirtioScsiOptions};
@@ -61,7 +61,7 @@ impl<H: DiskHandle> VhostUserScsiServer<H> {
     /// Listens at `path` and serves an adapter, whose request queue n is served by worker n modulo their number. `prepare` adds the logical units
     /// that are there from the beginning: a front-end that has lost another server repeats its commands at once. What is a unit of several
     /// adapters of `group` is a unit of as many initiators.
-    /// `memory_stays`: see [`super::VhostUserOptions`]. The socket is for its owner only.
+    /// `memory_stays`, `confine`: see [`super::VhostUserOptions`]. The socket is for its owner only.
     ///
     /// # Errors
     /// Someone else is there, the options are impossible, `prepare` fails, or the host has nothing left.
@@ -71,6 +71,7 @@ impl<H: DiskHandle> VhostUserScsiServer<H> {
         workers: Vec<WorkerHandle>,
         group: &ScsiGroup<H>,
         memory_stays: bool,
+        confine: Option<ThreadHook>,
         prepare: impl FnOnce(&VirtioScsiHandle<H>) -> Result<(), AddUnitError>,
     ) -> Result<Self, VhostUserError> {
         let adapter = VirtioScsi::new_in(options, workers, Some(group))?;
@@ -79,7 +80,7 @@ impl<H: DiskHandle> VhostUserScsiServer<H> {
             adapter,
             memory_stays,
         };
-        Ok(Self(Listener::start(path, export, 1)?))
+        Ok(Self(Listener::start(path, export, 1, confine)?))
     }
 
     /// Adds and removes logical units, and tells of their sizes; whoever is connected is told.

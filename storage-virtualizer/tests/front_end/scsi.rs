@@ -37,6 +37,7 @@ fn serve(place: &Place, worker: &Worker) -> VhostUserScsiServer<Arc<HostDevice>>
         workers,
         &ScsiGroup::default(),
         false,
+        None,
         |adapter| adapter.add((0, 0), unit, disk, Arc::default(), None),
     )
     .unwrap()

@@ -110,10 +110,22 @@ pub(super) fn ruleset(ends_children: bool) -> Result<RulesetCreated, SandboxErro
     if !ends_children {
         scopes |= Scope::Signal;
     }
+    nothing_but(scopes, AccessNet::from_all(NEWEST))
+}
+
+/// The same, but for connections to other hosts.
+pub(super) fn connecting_ruleset() -> Result<RulesetCreated, SandboxError> {
+    nothing_but(
+        Scope::AbstractUnixSocket | Scope::Signal,
+        AccessNet::BindTcp.into(),
+    )
+}
+
+fn nothing_but(scopes: BitFlags<Scope>, net: BitFlags<AccessNet>) -> Result<RulesetCreated, SandboxError> {
     let create = || -> Result<RulesetCreated, RulesetError> {
         Ruleset::default()
             .handle_access(AccessFs::from_all(NEWEST))?
-            .handle_access(AccessNet::from_all(NEWEST))?
+            .handle_access(net)?
             .scope(scopes)?
             .create()
     };
@@ -146,7 +158,7 @@ pub(super) fn allow_all(
 }
 
 /// Adds `access` beneath those of `paths` that exist.
-fn allow(
+pub(super) fn allow(
     mut ruleset: RulesetCreated,
     paths: &[PathBuf],
     access: BitFlags<AccessFs>,
@@ -166,7 +178,7 @@ fn allow(
 }
 
 /// The folders in which `paths` lie.
-fn parents(paths: &[PathBuf]) -> Vec<PathBuf> {
+pub(super) fn parents(paths: &[PathBuf]) -> Vec<PathBuf> {
     let folder = |path: &PathBuf| match path.parent() {
         Some(parent) if parent != Path::new("") => parent.to_owned(),
         _ => PathBuf::from("."),

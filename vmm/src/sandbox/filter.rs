@@ -6,7 +6,7 @@
 //! several are put behind each other:
 //!
 //! ```text
-//!   the one request that is hot ──► allow        7 instructions; the rest costs it nothing
+//!   the one request that is hot ──► allow        5 or 7 instructions; the rest costs it nothing
 //!   calls that only fail        ──► error        one piece per error number
 //!   what the tables name        ──► allow
 //!   everything else             ──► SIGSYS, or a line in the kernel's log
@@ -31,6 +31,15 @@ pub(super) struct Filter {
     program: BpfProgram,
 }
 
+/// What becomes of calls that no table names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Forbidden {
+    /// They end the process.
+    Ends,
+    /// They fail, for threads in which libraries do what nobody knows before.
+    Fails,
+}
+
 /// As the kernel names this architecture (linux/audit.h).
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 
@@ -40,7 +49,7 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 impl Filter {
     /// Compiles the filter of `kind`. None if there is none to be.
     pub(super) fn compile(kind: Kind, mode: Seccomp) -> Result<Option<Self>, seccompiler::BackendError> {
-        Self::of(tables::of(kind), tables::hot(kind), mode)
+        Self::of(tables::of(kind), tables::hot(kind), Forbidden::Ends, mode)
     }
 
     /// The same for all threads of a program that is no machine.
@@ -48,18 +57,29 @@ impl Filter {
         tables: &[&[Rule]],
         mode: Seccomp,
     ) -> Result<Option<Self>, seccompiler::BackendError> {
-        Self::of(tables, None, mode)
+        Self::of(tables, None, Forbidden::Ends, mode)
+    }
+
+    /// The same for some threads of a program that serves disks.
+    pub(super) fn of_server(
+        tables: &[&[Rule]],
+        forbidden: Forbidden,
+        mode: Seccomp,
+    ) -> Result<Option<Self>, seccompiler::BackendError> {
+        Self::of(tables, Some(tables::SERVER_HOT), forbidden, mode)
     }
 
     fn of(
         tables: &[&[Rule]],
         hot: Option<&Rule>,
+        forbidden: Forbidden,
         mode: Seccomp,
     ) -> Result<Option<Self>, seccompiler::BackendError> {
-        let otherwise = match mode {
-            Seccomp::On => SeccompAction::Trap,
-            Seccomp::Log => SeccompAction::Log,
-            Seccomp::Off => return Ok(None),
+        let otherwise = match (mode, forbidden) {
+            (Seccomp::On, Forbidden::Ends) => SeccompAction::Trap,
+            (Seccomp::On, Forbidden::Fails) => SeccompAction::Errno(libc::EPERM.unsigned_abs()),
+            (Seccomp::Log, _) => SeccompAction::Log,
+            (Seccomp::Off, _) => return Ok(None),
         };
         let rules = || tables.iter().copied().flatten();
         let mut pieces = vec![hot.map_or_else(Vec::new, shortcut)];
@@ -95,13 +115,10 @@ fn program(
     SeccompFilter::new(rules, otherwise, matching, TargetArch::x86_64)?.try_into()
 }
 
-/// Allows a request that is known by its number and the lower half of one argument, and leaves everything else to what
+/// Allows a request that is known by its number, and perhaps the lower half of one argument, and leaves everything else to what
 /// follows.
 fn shortcut(rule: &Rule) -> BpfProgram {
-    let (Verdict::If { index, value, .. }, Ok(call)) = (rule.verdict, u32::try_from(rule.call)) else {
-        return Vec::new();
-    };
-    let Ok(value) = u32::try_from(value) else {
+    let Ok(call) = u32::try_from(rule.call) else {
         return Vec::new();
     };
     let load = |offset: u32| sock_filter {
@@ -116,22 +133,38 @@ fn shortcut(rule: &Rule) -> BpfProgram {
         jf: skip,
         k: value,
     };
+    let allow = sock_filter {
+        code: 0x06,
+        jt: 0,
+        jf: 0,
+        k: libc::SECCOMP_RET_ALLOW,
+    };
     // Offsets in `struct seccomp_data` (linux/seccomp.h).
-    let (number, architecture, argument) = (0, 4, 16 + 8 * u32::from(index));
-    vec![
-        load(architecture),
-        unless(AUDIT_ARCH_X86_64, 5),
-        load(number),
-        unless(call, 3),
-        load(argument),
-        unless(value, 1),
-        sock_filter {
-            code: 0x06,
-            jt: 0,
-            jf: 0,
-            k: libc::SECCOMP_RET_ALLOW,
-        },
-    ]
+    let (number, architecture) = (load(0), load(4));
+    match rule.verdict {
+        Verdict::Allow => vec![
+            architecture,
+            unless(AUDIT_ARCH_X86_64, 3),
+            number,
+            unless(call, 1),
+            allow,
+        ],
+        Verdict::If { index, value, .. } => {
+            let Ok(value) = u32::try_from(value) else {
+                return Vec::new();
+            };
+            vec![
+                architecture,
+                unless(AUDIT_ARCH_X86_64, 5),
+                number,
+                unless(call, 3),
+                load(16 + 8 * u32::from(index)),
+                unless(value, 1),
+                allow,
+            ]
+        }
+        Verdict::IfOwnProcess { .. } | Verdict::Refuse(_) => Vec::new(),
+    }
 }
 
 /// Calls that shall fail, by error number, unless another table allows them.
@@ -282,6 +315,93 @@ mod tests {
             (libc::SYS_setuid, 0),
         ] {
             assert_eq!(answer(call, first), libc::SECCOMP_RET_TRAP, "{call}");
+        }
+    }
+
+    /// What the kernel would answer to the first argument of a thread of a program that serves disks.
+    fn answer_of_server(tables: &[&[Rule]], forbidden: Forbidden, call: libc::c_long, first: u64) -> u32 {
+        let filter = Filter::of_server(tables, forbidden, Seccomp::On)
+            .unwrap()
+            .unwrap();
+        let call = u32::try_from(call).unwrap();
+        run(&filter.program, call, [first, 0, 0, 0, 0, 0])
+    }
+
+    #[test]
+    fn threads_that_serve_disks_hear_clients_and_open_nothing() {
+        let answer = |call, first| answer_of_server(tables::SERVER, Forbidden::Ends, call, first);
+        assert_eq!(tables::SERVER_HOT.call, libc::SYS_io_uring_enter);
+        for call in [
+            libc::SYS_io_uring_enter,
+            libc::SYS_accept4,
+            libc::SYS_sendmsg,
+            libc::SYS_recvfrom,
+            libc::SYS_memfd_create,
+            libc::SYS_unlink,
+            libc::SYS_statx,
+            libc::SYS_rt_sigtimedwait,
+        ] {
+            assert_eq!(answer(call, 0), libc::SECCOMP_RET_ALLOW, "{call}");
+        }
+        for call in [libc::SYS_open, libc::SYS_openat, libc::SYS_access] {
+            let refused = libc::SECCOMP_RET_ERRNO | libc::EACCES.unsigned_abs();
+            assert_eq!(answer(call, 0), refused, "{call}");
+        }
+        for call in [
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_bind,
+            libc::SYS_listen,
+            libc::SYS_io_uring_setup,
+            libc::SYS_mkdir,
+            libc::SYS_kill,
+            libc::SYS_execve,
+        ] {
+            assert_eq!(answer(call, 0), libc::SECCOMP_RET_TRAP, "{call}");
+        }
+    }
+
+    #[test]
+    fn threads_of_a_server_that_connect_and_open_start_no_programs() {
+        let inet = u64::from(libc::AF_INET.unsigned_abs());
+        let failed = libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs();
+        for tables in [tables::SERVER_CONNECTS, tables::SERVER_OPENS] {
+            let answer = |call, first| answer_of_server(tables, Forbidden::Fails, call, first);
+            for (call, first) in [
+                (libc::SYS_socket, inet),
+                (libc::SYS_connect, 0),
+                (libc::SYS_openat, 0),
+            ] {
+                assert_eq!(answer(call, first), libc::SECCOMP_RET_ALLOW, "{call}");
+            }
+            let packet = u64::from(libc::AF_PACKET.unsigned_abs());
+            for (call, first) in [
+                (libc::SYS_socket, packet),
+                (libc::SYS_execve, 0),
+                (libc::SYS_ptrace, 0),
+                (libc::SYS_rename, 0),
+                (libc::SYS_kill, 1),
+            ] {
+                assert_eq!(answer(call, first), failed, "{call}");
+            }
+        }
+        let answer = |call| answer_of_server(tables::SERVER_CONNECTS, Forbidden::Fails, call, 0);
+        for call in [libc::SYS_listen, libc::SYS_pwrite64, libc::SYS_unlink] {
+            assert_eq!(answer(call), failed, "{call}");
+        }
+    }
+
+    #[test]
+    fn threads_of_a_server_may_do_no_more_than_the_one_that_opens_what_they_serve() {
+        let opens = || tables::SERVER_OPENS.iter().copied().flatten();
+        for tables in [tables::SERVER, tables::SERVER_CONNECTS] {
+            let allowed = tables.iter().copied().flatten();
+            for rule in allowed.filter(|rule| !matches!(rule.verdict, Verdict::Refuse(_))) {
+                let covers = |own: &Rule| {
+                    own.call == rule.call && (own.verdict == Verdict::Allow || own.verdict == rule.verdict)
+                };
+                assert!(opens().any(covers), "{rule:?}");
+            }
         }
     }
 

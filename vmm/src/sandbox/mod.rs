@@ -24,6 +24,7 @@ mod names;
 mod privileges;
 mod program;
 mod rules;
+mod server;
 mod tables;
 mod violation;
 
@@ -36,6 +37,7 @@ pub use descriptors::close_on_exec;
 pub use files::Places;
 pub use kind::Kind;
 pub use program::{ProgramPlaces, confine_program};
+pub use server::{Opens, ServerPart, ServerPlaces, ServerSandbox};
 pub use violation::{EXIT_STATUS, before_message};
 
 use crate::config::{SandboxConfig, Seccomp};

@@ -60,7 +60,8 @@ pub fn confine_program(places: &ProgramPlaces) -> Result<(), SandboxError> {
     Ok(())
 }
 
-fn mode() -> Result<Seccomp, SandboxError> {
+/// What `SMSVMM_SECCOMP` wants.
+pub(super) fn mode() -> Result<Seccomp, SandboxError> {
     match env::var("SMSVMM_SECCOMP").as_deref() {
         Err(_) | Ok("" | "on") => Ok(Seccomp::On),
         Ok("log") => Ok(Seccomp::Log),

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::background;
 use crate::device::{Geometry, ZeroMode};
 use crate::unflushed::{Content, Write};
 
@@ -27,7 +28,10 @@ pub(super) fn start(link: Arc<Link>) -> Result<(), NbdError> {
     std::thread::Builder::new()
         .name("nbd-connector".into())
         .stack_size(STACK_SIZE)
-        .spawn(move || serve(&link))?;
+        .spawn(move || {
+            background::begin(|hooks| &*hooks.connects);
+            serve(&link);
+        })?;
     Ok(())
 }
 

@@ -250,6 +250,21 @@ impl Worker {
     /// # Panics
     /// If the worker has ended.
     pub fn confine(&self, job: impl Fn() -> io::Result<()> + Clone + Send + 'static) -> io::Result<()> {
+        self.confine_helpers(job.clone())?;
+        self.run(move || async move { job() })
+    }
+
+    /// As [`Self::confine`], but on the threads of its helpers only: for who has a task of the worker confine its own.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn confine_helpers(
+        &self,
+        job: impl Fn() -> io::Result<()> + Clone + Send + 'static,
+    ) -> io::Result<()> {
         let threads = self.run(|| async { local::with_local(|local| local.engine.helper_threads()) });
         for thread in threads.into_iter().flatten() {
             let (answer, result) = mpsc::channel();
@@ -259,7 +274,7 @@ impl Worker {
                 .recv()
                 .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))?;
         }
-        self.run(move || async move { job() })
+        Ok(())
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 
 use super::engine::{Call, Completion, Request};
 use super::local::{Shared, with_local};
+use crate::background;
 
 /// Most threads of the process's pool: as many requests can be in flight.
 const MAX_THREADS: usize = 16;
@@ -84,7 +85,10 @@ pub(super) fn submit(index: u32, request: Request, worker: Arc<Shared>) {
         worker,
     });
     if state.idle < state.jobs.len() && state.threads < MAX_THREADS {
-        let spawned = start_thread(|| POOL.serve());
+        let spawned = start_thread(|| {
+            background::begin(|hooks| &*hooks.blocks);
+            POOL.serve();
+        });
         match spawned {
             Ok(()) => state.threads += 1,
             // One of those that run will do it; with none, this thread must.

@@ -1,6 +1,7 @@
 //! `smsvmm share ... --management`: disks come and go, and clients are sent away, while others use what is theirs.
 #![allow(clippy::unwrap_used)]
 
+mod confined;
 #[path = "../../../../storage-virtualizer/tests/driver/mod.rs"]
 mod driver;
 #[path = "../../../host-manager/tests/guest/mod.rs"]

@@ -21,14 +21,14 @@ fn address(place: &Place, export: &str) -> NbdAddress {
 }
 
 /// A client that writes and reads, each block with its number and round, until it is told to end or something fails.
-struct Client {
+pub(super) struct Client {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
     thread: JoinHandle<Result<(), String>>,
 }
 
 impl Client {
-    fn start(place: &Place, export: &str) -> Self {
+    pub(super) fn start(place: &Place, export: &str) -> Self {
         let (stop, done) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
         let (seen, count) = (Arc::clone(&stop), Arc::clone(&done));
         let options = NbdOptions {
@@ -72,13 +72,13 @@ impl Client {
     }
 
     /// It has done something more.
-    fn goes_on(&self) {
+    pub(super) fn goes_on(&self) {
         let before = self.done();
         until("the client goes on", || self.done() > before + 2);
     }
 
     /// How many rounds it did; it must have had no error.
-    fn end(self) -> u64 {
+    pub(super) fn end(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().unwrap().unwrap();
         self.done.load(Ordering::Relaxed)

@@ -53,10 +53,15 @@ fn served() -> &'static Served {
             last_target: 0,
         };
         let group = ScsiGroup::default();
-        let adapter =
-            VhostUserScsiServer::start(&sockets[1], &options, workers.clone(), &group, false, |adapter| {
-                adapter.add((0, 0), unit, own, Arc::default(), None)
-            });
+        let adapter = VhostUserScsiServer::start(
+            &sockets[1],
+            &options,
+            workers.clone(),
+            &group,
+            false,
+            None,
+            |adapter| adapter.add((0, 0), unit, own, Arc::default(), None),
+        );
         let disk = VhostUserServer::start(&sockets[0], disk, VhostUserOptions::default(), workers);
         Served {
             disk: disk.expect("a server of a disk"),

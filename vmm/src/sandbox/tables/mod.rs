@@ -6,6 +6,7 @@
 mod kvm;
 mod program;
 mod runtime;
+mod server;
 mod work;
 
 use super::kind::Kind;
@@ -35,6 +36,35 @@ pub(super) const PROGRAM: &[&[Rule]] = &[
     program::FILES,
 ];
 
+/// Those of threads of a program that serves disks, but for those that follow: clients can make them do what they want, as far as there are errors
+/// in them, so they open nothing and connect to nobody.
+pub(super) const SERVER: &[&[Rule]] = &[
+    runtime::EVERY_THREAD,
+    work::EVENT_LOOP,
+    work::SIGNALS,
+    work::DISK,
+    server::CLIENTS,
+    runtime::NO_FILES,
+];
+
+/// Those of its threads that connect to devices on other machines.
+pub(super) const SERVER_CONNECTS: &[&[Rule]] = &[runtime::EVERY_THREAD, server::CONNECT];
+
+/// Those of its threads that open what is served later, and start others of all kinds.
+pub(super) const SERVER_OPENS: &[&[Rule]] = &[
+    runtime::EVERY_THREAD,
+    work::EVENT_LOOP,
+    work::SIGNALS,
+    work::DISK,
+    server::CLIENTS,
+    server::CONNECT,
+    server::OPEN,
+    work::OPEN_DISKS,
+];
+
+/// The call that serves all disks: the kernels that run a filter at each call (before 5.11) find it first.
+pub(super) const SERVER_HOT: &Rule = &work::DISK[0];
+
 /// The tables of a kind of thread.
 pub(super) fn of(kind: Kind) -> &'static [&'static [Rule]] {
     match kind {
@@ -53,7 +83,8 @@ pub(super) fn of(kind: Kind) -> &'static [&'static [Rule]] {
             work::EVENT_LOOP,
             work::DISK,
             work::NET_QUEUE,
-            work::OPEN_DEVICES,
+            work::OPEN_DISKS,
+            work::OPEN_TAPS,
             work::SERVE_CLIENTS,
         ],
         Kind::Signals => &[runtime::EVERY_THREAD, work::SIGNALS, runtime::NO_FILES],

@@ -113,9 +113,9 @@ pub(in crate::sandbox) const MAIN_LOOP: &[Rule] = &[
     READ_LIMITS,
 ];
 
-/// Disks and network cards that are attached while the VM runs.
+/// Disks that are attached, or added, while others are used.
 #[rustfmt::skip]
-pub(in crate::sandbox) const OPEN_DEVICES: &[Rule] = &[
+pub(in crate::sandbox) const OPEN_DISKS: &[Rule] = &[
     allow(SYS_open, "images and devices; where, Landlock says"),
     allow(SYS_openat, "images and devices; where, Landlock says"),
     refuse(SYS_openat2, ENOSYS, "its arguments lie in memory; libraries then use openat"),
@@ -143,6 +143,11 @@ pub(in crate::sandbox) const OPEN_DEVICES: &[Rule] = &[
     ioctl(0x125e, "BLKROGET: read-only?"),
     allow(SYS_io_uring_setup, "the ring of a new disk worker"),
     allow(SYS_io_uring_register, "the ring of a new disk worker"),
+];
+
+/// Network cards that are attached while the VM runs.
+#[rustfmt::skip]
+pub(in crate::sandbox) const OPEN_TAPS: &[Rule] = &[
     UNIX_SOCKET,
     ioctl(0x8921, "SIOCGIFMTU: MTU of a tap interface"),
     ioctl(0x8927, "SIOCGIFHWADDR: address of a tap interface"),
