@@ -93,6 +93,13 @@ impl DeviceError {
 }
 
 impl Device {
+    /// As [`HostDevice::prefer_extents`], where it is a file of this host.
+    pub fn prefer_extents(&self, bytes: u32) {
+        if let Self::Host(device) = self {
+            device.prefer_extents(bytes);
+        }
+    }
+
     /// Opens what `spec` says:
     ///
     /// - `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`: an export of an NBD server,

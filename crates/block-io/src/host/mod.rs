@@ -1,5 +1,6 @@
 //! Regular files and block devices of the host.
 
+mod extents;
 mod identity;
 pub(crate) mod lock;
 mod open;
@@ -94,6 +95,14 @@ impl HostDevice {
     /// inode of a file.
     pub fn identity(&self) -> Option<String> {
         identity::identity(&self.file.metadata().ok()?)
+    }
+
+    /// It will be written to here and there: has the host's file system give space to a regular file that has none yet in pieces of this many bytes,
+    /// a multiple of its block, if it can. More of it is taken then than is written.
+    pub fn prefer_extents(&self, bytes: u32) {
+        if self.kind == Kind::RegularFile {
+            extents::prefer(&self.file, bytes);
+        }
     }
 
     /// Whether requests go past the host's page cache.

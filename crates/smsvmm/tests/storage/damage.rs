@@ -304,3 +304,63 @@ fn a_leg_on_a_full_file_system_is_taken_out_and_catches_up_when_there_is_room() 
         check(&pool.volume("data").unwrap(), 0, 32, 3).await;
     });
 }
+
+#[test]
+fn space_of_a_new_device_on_xfs_comes_in_pieces_of_two_clusters() {
+    let place = Place::new(&[]);
+    fs::File::create(place.path("xfs.img"))
+        .unwrap()
+        .set_len(400 << 20)
+        .unwrap();
+    let made = Command::new("mkfs.xfs")
+        .arg("-q")
+        .arg(place.path("xfs.img"))
+        .status();
+    if !made.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: there is no mkfs.xfs");
+        return;
+    }
+    let image = place.path("xfs.img").display().to_string();
+    let Some(_mounted) = Mounted::new(&place.path("xfs"), &["-o", "loop", &image]) else {
+        return;
+    };
+    let hint = |name: &str| {
+        let shown = Command::new("xfs_io")
+            .args(["-r", "-c", "extsize"])
+            .arg(place.path(name))
+            .output();
+        String::from_utf8(shown.unwrap().stdout).unwrap()
+    };
+    for name in ["xfs/d0.img", "xfs/d1.img", "xfs/d2.img"] {
+        place.file(name);
+        assert!(hint(name).starts_with("[0]"), "{}", hint(name));
+    }
+    let large = ["-c", "extsize 1m"];
+    assert!(
+        Command::new("xfs_io")
+            .args(large)
+            .arg(place.path("xfs/d1.img"))
+            .status()
+            .unwrap()
+            .success()
+    );
+    let made = place.good(&["pool", "create", "demo", "xfs/d0.img", "xfs/d1.img"]);
+    fs::write(place.path("vm.toml"), made.split_once("\n\n").unwrap().1).unwrap();
+    place.pool(&["device", "add", "xfs/d2.img"]);
+    assert!(
+        hint("xfs/d0.img").starts_with("[131072]"),
+        "{}",
+        hint("xfs/d0.img")
+    );
+    // Whoever has made the file knows better.
+    assert!(
+        hint("xfs/d1.img").starts_with("[1048576]"),
+        "{}",
+        hint("xfs/d1.img")
+    );
+    assert!(
+        hint("xfs/d2.img").starts_with("[131072]"),
+        "{}",
+        hint("xfs/d2.img")
+    );
+}

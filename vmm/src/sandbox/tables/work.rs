@@ -141,6 +141,8 @@ pub(in crate::sandbox) const OPEN_DISKS: &[Rule] = &[
     ioctl(0x1278, "BLKIOMIN: best size of requests"),
     ioctl(0x8008_1272, "BLKGETSIZE64: size"),
     ioctl(0x125e, "BLKROGET: read-only?"),
+    ioctl(0x801c_581f, "FS_IOC_FSGETXATTR: how space is given to a file"),
+    ioctl(0x401c_5820, "FS_IOC_FSSETXATTR: how space is given to a file"),
     allow(SYS_io_uring_setup, "the ring of a new disk worker"),
     allow(SYS_io_uring_register, "the ring of a new disk worker"),
 ];
