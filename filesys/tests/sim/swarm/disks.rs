@@ -10,7 +10,7 @@ use block_io::sim::{
 use filesys::{FileSystem, FormatOptions, FsError, OpenOptions};
 
 use super::session::Session;
-use super::{Bed, CLUSTER, Step, draw};
+use super::{Bed, CLUSTER, Step, draw, end};
 use crate::harness::{SimFs, failed, given};
 use crate::machine::{Promise, adds_up, is_sound, verify};
 
@@ -129,7 +129,7 @@ impl Machines {
             if let Ended::Done(result) = ran.ended {
                 result?;
             }
-            self.end(&mut world, &mut rng);
+            self.end(&mut world, &mut rng, &promise);
             if rng.chance(1, 3) {
                 // Once more while it recovers.
                 let options = RunOptions::random(rng.next_u64()).crash_after(rng.below(150));
@@ -137,7 +137,7 @@ impl Machines {
                 if let Ended::Done(result) = ran.ended {
                     result.map_err(|failure| failure.context("after the crash"))?;
                 }
-                self.end(&mut world, &mut rng);
+                self.end(&mut world, &mut rng, &promise);
             }
             let ran = world.run(&RunOptions::random(rng.next_u64()), async |sim| {
                 self.recover(&sim, &promise).await?;
@@ -154,16 +154,12 @@ impl Machines {
     }
 
     /// The power is cut, or the process killed.
-    fn end(&self, world: &mut World, rng: &mut Rng) {
-        if self.kills && rng.chance(2, 3) {
-            world.kill(rng);
-        } else {
-            world.crash(rng);
-        }
+    fn end(&self, world: &mut World, rng: &mut Rng, promise: &Promise) {
+        let killed = self.kills && rng.chance(2, 3);
+        end(world, rng, promise, killed);
     }
 
     async fn recover(&self, sim: &Sim, promise: &Promise) -> Result<(), Failure> {
-        promise.borrow_mut().ends(sim.is_after_kill());
         let fs = self.open(sim).await.map_err(failed)?;
         if self.racy {
             fs.settled().await;

@@ -14,16 +14,26 @@ mod session;
 mod volumes;
 
 use block_io::BlockDevice;
-use block_io::sim::{Failure, Rng, Sim};
+use block_io::sim::{Failure, Rng, Sim, World};
 use filesys::FsError;
 
 use crate::harness::SimFs;
+use crate::machine::Promise;
 use session::Session;
 
 const SUB: u64 = 4096;
 const CLUSTER: u64 = 64 << 10;
 /// Files that histories speak of.
 const NAMES: u64 = 6;
+
+/// The process is killed, or the power cut, which the model is told at once: it may happen again before anything is looked at.
+fn end(world: &mut World, rng: &mut Rng, promise: &Promise, killed: bool) {
+    match killed {
+        true => world.kill(rng),
+        false => world.crash(rng),
+    }
+    promise.borrow_mut().ends(killed);
+}
 
 /// One step. Numbers choose among what is there when it is done.
 #[derive(Debug, Clone, PartialEq, Eq)]

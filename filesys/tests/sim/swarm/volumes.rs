@@ -21,7 +21,7 @@ use filesys::{Access, FsError, Pace, ScrubOptions, ScrubReport};
 use volume_manager::model::Layout;
 
 use super::session::Session;
-use super::{Bed, Step, disks, draw};
+use super::{Bed, Step, disks, draw, end};
 use crate::harness::{SimFs, failed};
 use crate::machine::{Handle, Promise, adds_up, is_sound, verify};
 use crate::rig::{DISK, DISKS, Damage, Rig, SimVolume, settle};
@@ -191,7 +191,6 @@ impl Session<SimVolume> {
 
 impl Pools {
     async fn recover(&self, sim: &Sim, damage: &Damage, promise: &Promise) -> Result<(), Failure> {
-        promise.borrow_mut().ends(sim.is_after_kill());
         let rig = Rig::open_pool(sim, damage).await?;
         let fs = rig.open_files(sim).await.map_err(failed)?;
         verify(&fs, promise, u64::MAX).await?;
@@ -209,6 +208,7 @@ impl Pools {
         let disks = (0..DISKS).map(|index| DiskOptions::new(&format!("d{index}"), DISK));
         let mut world = World::new(disks);
         let (damage, promise, rotten) = (Damage::new(), Promise::default(), Rotten::default());
+        promise.borrow_mut().outlives = true;
         let made = world.run(&RunOptions::in_order(), async |sim| {
             let rig = Rig::create(&sim, &damage, self.layout).await?;
             rig.format(&sim).await.map_err(failed)?;
@@ -263,7 +263,8 @@ impl Pools {
         damage: &Damage,
         promise: &Promise,
     ) -> Result<(), Failure> {
-        end(world, rng);
+        let killed = rng.chance(1, 3);
+        end(world, rng, promise, killed);
         let missing = damage.candidate(rng.next_u64());
         let missing = (rng.chance(1, 3) && damage.allows(missing, Fault::Drop)).then_some(missing);
         let rounds = if rng.chance(1, 3) { 2 } else { 1 };
@@ -284,18 +285,13 @@ impl Pools {
                     result?;
                     world.settle();
                 }
-                Ended::Crashed => end(world, rng),
+                Ended::Crashed => {
+                    let killed = rng.chance(1, 3);
+                    end(world, rng, promise, killed);
+                }
             }
         }
         Ok(())
-    }
-}
-
-fn end(world: &mut World, rng: &mut Rng) {
-    if rng.chance(1, 3) {
-        world.kill(rng);
-    } else {
-        world.crash(rng);
     }
 }
 
