@@ -349,6 +349,27 @@ fn a_layer_that_absorbs_its_parent_keeps_its_name_until_that_has_ended() {
     }
 }
 
+/// Two snapshots next to each other are deleted, and at once all that is left.
+#[test]
+fn a_merge_at_work_is_not_left_without_the_layer_that_it_goes_to() {
+    for layers in [["/base", "/layer"], ["/layer", "/base"]] {
+        run(world(1, 8 << 20), async |sim: Sim| {
+            let fs = three_layers(&sim).await?;
+            for layer in layers {
+                fs.delete(layer).await.map_err(failed)?;
+            }
+            match fs.delete("/top").await {
+                Err(FsError::Busy { .. }) => {}
+                other => return Err(format!("{other:?}").as_str().into()),
+            }
+            fs.settled().await;
+            fs.delete("/top").await.map_err(failed)?;
+            is_empty(&fs).await?;
+            fs.close().await.map_err(failed)
+        });
+    }
+}
+
 #[test]
 fn a_parent_without_a_name_goes_with_the_layer_that_had_begun_to_absorb_it() {
     for last in ["/layer", "/top"] {
