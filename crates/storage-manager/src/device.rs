@@ -44,9 +44,9 @@ const SERVER_PATIENCE: Duration = Duration::from_secs(10);
 const USE_PATIENCE: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_millis(25);
 
-/// What the host's file system is to give at once to a sparse file that becomes a part of a pool: with two clusters, most first writes need not wait for
-/// it, and it takes twice what was written at most.
-const EXTENT: u32 = 128 << 10;
+/// What the host's file system is to give at once to a sparse file that becomes a part of a pool: with four clusters, most first writes need not wait for
+/// it, and it takes four times what was written at most.
+const EXTENT: u32 = 256 << 10;
 
 type Opening = std::io::Result<Blocking<Result<Device, Problem>>>;
 

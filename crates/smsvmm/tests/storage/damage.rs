@@ -306,7 +306,7 @@ fn a_leg_on_a_full_file_system_is_taken_out_and_catches_up_when_there_is_room() 
 }
 
 #[test]
-fn space_of_a_new_device_on_xfs_comes_in_pieces_of_two_clusters() {
+fn space_of_a_new_device_on_xfs_comes_in_pieces_of_four_clusters() {
     let place = Place::new(&[]);
     fs::File::create(place.path("xfs.img"))
         .unwrap()
@@ -348,7 +348,7 @@ fn space_of_a_new_device_on_xfs_comes_in_pieces_of_two_clusters() {
     fs::write(place.path("vm.toml"), made.split_once("\n\n").unwrap().1).unwrap();
     place.pool(&["device", "add", "xfs/d2.img"]);
     assert!(
-        hint("xfs/d0.img").starts_with("[131072]"),
+        hint("xfs/d0.img").starts_with("[262144]"),
         "{}",
         hint("xfs/d0.img")
     );
@@ -359,7 +359,7 @@ fn space_of_a_new_device_on_xfs_comes_in_pieces_of_two_clusters() {
         hint("xfs/d1.img")
     );
     assert!(
-        hint("xfs/d2.img").starts_with("[131072]"),
+        hint("xfs/d2.img").starts_with("[262144]"),
         "{}",
         hint("xfs/d2.img")
     );
