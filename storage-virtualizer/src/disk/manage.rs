@@ -179,7 +179,15 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
     /// Deletes what a descriptor lists, and the descriptor.
     pub(super) async fn delete_all(&self, path: &DiskPath, descriptor: &Descriptor) -> Result<(), DiskError> {
         for layer in &descriptor.doomed {
-            Box::pin(self.delete_layer(*layer)).await?;
+            match Box::pin(self.delete_layer(*layer)).await {
+                Err(DiskError::Files(FsError::Busy { .. })) => {
+                    // The file system is merging what snapshots have left that were deleted before.
+                    block_io::cover!("disk: a deletion waits for a merge");
+                    self.files().settled().await;
+                    Box::pin(self.delete_layer(*layer)).await?;
+                }
+                deleted => deleted?,
+            }
         }
         match Box::pin(self.files().delete(&path.descriptor())).await {
             Ok(()) | Err(FsError::NotFound { .. }) => Ok(()),

@@ -3,8 +3,8 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use block_io::BlockDevice;
-use block_io::sim::{Failure, Sim};
+use block_io::sim::{Failure, Numbers, Sim};
+use block_io::{BlockDevice, Durability};
 use storage_virtualizer::disk::{DiskMode, DiskOptions, Disks, NewDisk, NewSnapshot, PowerOff};
 
 use crate::help::*;
@@ -251,6 +251,46 @@ fn snapshots_are_kept_and_deleted_in_any_order() {
             is_sound(&fs).await
         });
     }
+}
+
+/// The file system is still merging what two snapshots have left when the disk is deleted as well.
+#[test]
+fn a_disk_is_deleted_right_after_its_snapshots() {
+    run(|sim| async move {
+        let (fs, disks) = disks(&sim).await?;
+        create(&disks, "/large.dsk", 4096 * CLUSTER).await?;
+        let disk = attach(&disks, "/large.dsk", DiskMode::Persistent).await?;
+        for (part, snapshot) in (0..).zip(["a", "b", "c", "d", ""]) {
+            for page in 0..16 {
+                // Parts of the same clusters, which a merge has to copy.
+                let offset = page * 256 * CLUSTER + part * 4096;
+                put(&*disk, offset, part + 1, Durability::Volatile).await?;
+            }
+            if !snapshot.is_empty() {
+                disks
+                    .snapshot(&["/large.dsk"], &named(snapshot))
+                    .await
+                    .map_err(failed)?;
+            }
+        }
+        drop(disk);
+        for snapshot in ["b", "c", "d"] {
+            disks
+                .delete_snapshot("/large.dsk", snapshot, 1)
+                .await
+                .map_err(failed)?;
+        }
+        disks.delete("/large.dsk", 1).await.map_err(failed)?;
+        same(&names(&fs).await?, &vec!["root.dsk".to_owned()])?;
+        is_sound(&fs).await
+    });
+    let mut numbers = Numbers::default();
+    numbers.collect();
+    assert!(
+        numbers
+            .missing(&["disk: a deletion waits for a merge"])
+            .is_empty()
+    );
 }
 
 #[test]
