@@ -183,11 +183,23 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
             return Ok(());
         }
         match self.files().path_of(file).await? {
-            Some(path) => match Box::pin(self.files().delete(&path)).await {
+            Some(path) => match Box::pin(self.delete_file(&path)).await {
                 Ok(()) | Err(FsError::NotFound { .. }) => Ok(()),
                 Err(error) => Err(error.into()),
             },
             None => Ok(()),
+        }
+    }
+
+    /// Deletes a file. It may be in the way of the file system, which merges what is left of snapshots that were deleted: then that ends first.
+    pub(super) async fn delete_file(&self, path: &str) -> Result<(), FsError> {
+        match Box::pin(self.files().delete(path)).await {
+            Err(FsError::Busy { .. }) => {
+                block_io::cover!("disk: a deletion waits for a merge");
+                self.files().settled().await;
+                Box::pin(self.files().delete(path)).await
+            }
+            deleted => deleted,
         }
     }
 

@@ -155,7 +155,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
         }
         let base = self.files().stat(path.as_str()).await?.id;
         if descriptor == Descriptor::plain(base) {
-            Box::pin(self.files().delete(path.as_str())).await?;
+            Box::pin(self.delete_file(path.as_str())).await?;
             return Ok(());
         }
         // From here on it is settled that it goes, whatever happens.
@@ -179,15 +179,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Disks<V, C> {
     /// Deletes what a descriptor lists, and the descriptor.
     pub(super) async fn delete_all(&self, path: &DiskPath, descriptor: &Descriptor) -> Result<(), DiskError> {
         for layer in &descriptor.doomed {
-            match Box::pin(self.delete_layer(*layer)).await {
-                Err(DiskError::Files(FsError::Busy { .. })) => {
-                    // The file system is merging what snapshots have left that were deleted before.
-                    block_io::cover!("disk: a deletion waits for a merge");
-                    self.files().settled().await;
-                    Box::pin(self.delete_layer(*layer)).await?;
-                }
-                deleted => deleted?,
-            }
+            Box::pin(self.delete_layer(*layer)).await?;
         }
         match Box::pin(self.files().delete(&path.descriptor())).await {
             Ok(()) | Err(FsError::NotFound { .. }) => Ok(()),
