@@ -227,7 +227,7 @@ fn what_was_written_is_there_after_a_logout(vm: &mut Vm) -> Result<()> {
     admin(vm, &format!("-m node -T {TARGET} -p {} --login", PORTALS[0]))?;
     let way = device(vm, PORTALS[0])?;
     vm.guest(&format!(
-        "/tools/usr/bin/e2fsck -fn /dev/{way} > /dev/null 2>&1 && mount -t ext4 -o ro /dev/{way} /disk && cd /disk && sha256sum -c sum* > /dev/null && cd / && umount /disk"
+        "/tools/usr/bin/e2fsck -fn /dev/{way} 2>&1 && mount -t ext4 -o ro /dev/{way} /disk && cd /disk && sha256sum -c sum* > /dev/null && cd / && umount /disk"
     ))?;
     admin(vm, &format!("-m node -T {TARGET} --logout")).map(drop)
 }
