@@ -17,7 +17,7 @@ use crate::sse::{self, Streams};
 const PAGE: usize = 256;
 
 /// Longest time that a client may wait for events.
-pub(crate) const MAX_WAIT: Duration = Duration::from_secs(60);
+const MAX_WAIT: Duration = Duration::from_secs(60);
 
 /// The parameters of a request for events.
 #[derive(Debug, Default, PartialEq, Eq)]

@@ -198,18 +198,26 @@ fn in_use(name: &str, holder: Option<&str>) -> String {
     }
 }
 
+/// Opens and locks a device that is to be part of a pool.
+fn open_as_new(name: &str) -> Result<Device, Problem> {
+    let device = open_now(name, Access::Write)?;
+    device.prefer_extents(EXTENT);
+    Ok(device)
+}
+
 /// Opens devices that are to be part of a pool, and sees that nothing known is destroyed unasked.
 pub(crate) async fn open_new(new: &[NewDevice]) -> Result<Vec<Rc<Device>>, Problem> {
     see_that_none_is_given_twice(new.iter().map(|one| &one.path))?;
     let openings: Vec<_> = new
         .iter()
-        .map(|one| (one, begin(&one.path, Access::Write)))
+        .map(|one| {
+            let name = one.path.clone();
+            (one, blocking(move || open_as_new(&name)))
+        })
         .collect();
     let mut devices = Vec::new();
     for (one, opening) in openings {
-        let device = end(&one.path, opening).await?;
-        device.prefer_extents(EXTENT);
-        devices.push(device);
+        devices.push(end(&one.path, opening).await?);
     }
     see_that_they_may_be_used(new, &devices).await?;
     Ok(devices)
@@ -218,14 +226,7 @@ pub(crate) async fn open_new(new: &[NewDevice]) -> Result<Vec<Rc<Device>>, Probl
 /// As [`open_new`], by the thread that asks, which may be the only one that is allowed to. What they carry is not looked at yet.
 pub(crate) fn open_new_here(new: &[NewDevice]) -> Result<Vec<Device>, Problem> {
     see_that_none_is_given_twice(new.iter().map(|one| &one.path))?;
-    let opened = new.iter().map(|one| open_now(&one.path, Access::Write));
-    opened
-        .inspect(|opened| {
-            if let Ok(device) = opened {
-                device.prefer_extents(EXTENT);
-            }
-        })
-        .collect()
+    new.iter().map(|one| open_as_new(&one.path)).collect()
 }
 
 /// Sees that nothing known is destroyed unasked.

@@ -284,7 +284,7 @@ impl HostedPool {
     /// The hook's.
     pub fn confine(&self, hook: impl Fn() -> io::Result<()> + Clone + Send + 'static) -> io::Result<()> {
         self.confined.store(true, Ordering::Relaxed);
-        self.worker.confine(hook)
+        self.confine_worker(hook)
     }
 
     /// As [`Self::confine`], where who asks for a device to be added ([`Self::execute`]) is not confined to places that somebody has configured.

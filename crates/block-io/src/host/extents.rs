@@ -59,8 +59,8 @@ mod tests {
             let file = tempfile::NamedTempFile::new_in(place).unwrap();
             file.as_file().set_len(1 << 20).unwrap();
             prefer(file.as_file(), 128 << 10);
-            let mut length = vec![0; 1 << 20];
-            std::io::Read::read_exact(&mut file.reopen().unwrap(), &mut length).unwrap();
+            let mut bytes = vec![0; 1 << 20];
+            std::io::Read::read_exact(&mut file.reopen().unwrap(), &mut bytes).unwrap();
         }
     }
 }
