@@ -1,8 +1,9 @@
 //! Which devices the members of a section go to.
 //!
 //! Taking, again and again, a device of the enclosure that has been taken from least, gives the most enclosures and the smallest
-//! share of any one. Where some places need more room than others (those with logs), the devices with that room are taken first;
-//! that keeps the smallest share, for what is then left in an enclosure is all that a larger choice could have used.
+//! share of any one. Where some places need more room than others (those with logs), the devices with that room are taken first.
+//! With parity that keeps the smallest share, for what is then left in an enclosure is all that a larger choice could have used.
+//! The columns of a mirror are looked at one by one: see [`first_column`].
 
 use std::collections::HashMap;
 
@@ -48,20 +49,22 @@ pub(super) fn choose(candidates: &[Candidate<'_>], wanted: Wanted) -> Option<Vec
     // Usually there is room for logs everywhere, and every order will do.
     let uniform = pick(&large, wanted, &[], wanted.members()).map(|picked| arrange(picked, wanted));
     // Otherwise those with room for logs come first, and the others fill the rest.
-    let mixed = || {
-        let first = pick(&large, wanted, &[], wanted.large)?;
-        let picked = pick(&all, wanted, &first, wanted.members())?;
-        let (first, rest) = picked.split_at(wanted.large);
-        let rest_wanted = Wanted {
-            columns: wanted.columns - wanted.large.div_ceil(wanted.legs),
-            ..wanted
-        };
-        let mut arranged = first.to_vec();
-        match wanted.legs {
-            1 => arranged.extend(rest),
-            _ => arranged.extend(arrange(rest.to_vec(), rest_wanted)),
+    let mixed = || match wanted.legs {
+        1 => {
+            let first = pick(&large, wanted, &[], wanted.large)?;
+            pick(&all, wanted, &first, wanted.members())
         }
-        Some(arranged)
+        legs => {
+            let first = first_column(&all, wanted)?;
+            let mut others = all.clone();
+            others.retain(|candidate| !first.iter().any(|other| other.device == candidate.device));
+            let rest = Wanted {
+                columns: wanted.columns - 1,
+                ..wanted
+            };
+            let picked = pick(&others, wanted, &[], rest.columns * legs)?;
+            Some([first, arrange(picked, rest)].concat())
+        }
     };
     let chosen = match uniform {
         Some(uniform) if !is_weak(&uniform, wanted) => uniform,
@@ -69,6 +72,44 @@ pub(super) fn choose(candidates: &[Candidate<'_>], wanted: Wanted) -> Option<Vec
         None => mixed()?,
     };
     Some(chosen.into_iter().map(|candidate| candidate.device).collect())
+}
+
+/// The legs of a mirror's first column, which have room for logs, so that the other columns can be as good as possible.
+///
+/// A column is good if its legs do not all lie in one enclosure. In the `columns - 1` others together that can be for as many as
+/// `(columns - 1) * (legs - 1)` devices of any one. What an enclosure has beyond that is of no use to them, so it is used here.
+fn first_column<'a>(all: &[&'a Candidate<'a>], wanted: Wanted) -> Option<Vec<&'a Candidate<'a>>> {
+    let in_enclosure = |devices: &[&Candidate<'_>], enclosure: &str| match enclosure {
+        "" => 0,
+        name => devices.iter().filter(|device| device.enclosure == name).count(),
+    };
+    let useful = (wanted.columns - 1) * (wanted.legs - 1);
+    let mut left: Vec<_> = all.iter().copied().filter(|candidate| candidate.large).collect();
+    left.sort_by_cached_key(|candidate| preference(candidate));
+    let mut picked = Vec::new();
+    while picked.len() < wanted.legs {
+        let cost = |candidate: &Candidate<'_>| {
+            let share = in_enclosure(&picked, candidate.enclosure);
+            let useless = in_enclosure(all, candidate.enclosure).saturating_sub(useful);
+            (share >= wanted.legs - 1, share >= useless, share)
+        };
+        let cheapest = left
+            .iter()
+            .enumerate()
+            .min_by_key(|(_, candidate)| cost(candidate));
+        let (index, _) = cheapest?;
+        picked.push(left.remove(index));
+    }
+    Some(picked)
+}
+
+/// What decides between devices whose enclosures have been taken from equally often: one piece, then most space.
+fn preference(candidate: &Candidate<'_>) -> (bool, std::cmp::Reverse<u64>, DeviceId) {
+    (
+        !candidate.whole,
+        std::cmp::Reverse(candidate.free),
+        candidate.device,
+    )
 }
 
 /// Adds devices until there are `count`.
@@ -81,14 +122,7 @@ fn pick<'a>(
     let mut picked = taken.to_vec();
     let mut left: Vec<_> = from.to_vec();
     left.retain(|candidate| !taken.iter().any(|other| other.device == candidate.device));
-    // What decides between devices whose enclosures have been taken from equally often.
-    left.sort_by_cached_key(|candidate| {
-        (
-            !candidate.whole,
-            std::cmp::Reverse(candidate.free),
-            candidate.device,
-        )
-    });
+    left.sort_by_cached_key(|candidate| preference(candidate));
     if !wanted.redundant() {
         // There is nothing to spread.
         picked.extend(left.into_iter().take(count.saturating_sub(picked.len())));
@@ -187,6 +221,22 @@ mod tests {
         for legs in chosen.chunks(2) {
             assert!((legs[0] < 3) != (legs[1] < 3), "{chosen:?}");
         }
+    }
+
+    /// Of the only two columns the first needs room for logs. If it took the two devices that have most space, the second would
+    /// lie in "a" alone.
+    #[test]
+    fn the_column_with_logs_leaves_the_others_a_choice() {
+        let wanted = Wanted {
+            columns: 2,
+            legs: 2,
+            parity: 0,
+            large: 2,
+        };
+        let mut pool = candidates(&["b", "", "a", "a"]);
+        pool[3].large = false;
+        let chosen = numbers(choose(&pool, wanted));
+        assert_eq!(chosen, [2, 0, 1, 3]);
     }
 
     #[test]
