@@ -577,6 +577,23 @@ impl Vm {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Waits, a minute at most, until the VMM has said it: it may have done a thing before it says so.
+    ///
+    /// # Errors
+    /// When it does not come.
+    pub fn until_logged(&self, text: &str) -> Result<()> {
+        let begin = Instant::now();
+        while !self.log().contains(text) {
+            ensure!(
+                begin.elapsed() < Duration::from_secs(60),
+                "the log does not say {text:?}:\n{}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
     /// Whether it has ended already.
     ///
     /// # Errors

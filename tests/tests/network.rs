@@ -397,15 +397,7 @@ fn processor_time(vm: &Vm) -> Result<u64> {
 
 /// What must hold after a card's other end went away.
 fn lives_without_its_link(vm: &mut Vm) -> Result<()> {
-    let begin = Instant::now();
-    while !vm.log().contains("a network card lost its link device=\"net0\"") {
-        ensure!(
-            begin.elapsed() < Duration::from_secs(20),
-            "the log does not say it:\n{}",
-            vm.log()
-        );
-        thread::sleep(Duration::from_millis(50));
-    }
+    vm.until_logged("a network card lost its link device=\"net0\"")?;
     vm.guest_until("[ $(cat /sys/class/net/eth0/carrier) = 0 ]")?;
     // Packets go nowhere, and nothing waits for them or turns in circles.
     vm.guest(&format!("ping -c 2 -w 2 {HOST} > /dev/null; [ $? = 1 ]"))?;
