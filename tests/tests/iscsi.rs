@@ -7,10 +7,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use stories::{Host, Server, Story, Vm};
 
-use crate::network::{LEASE, lease};
-
 const LIMIT: Duration = Duration::from_secs(300);
-/// Addresses of the host, each a portal.
+/// The two ends of the tap interface. Not the user network: an initiator that gives up a connection resets it, so that nothing of
+/// it comes later; passt would pass on that it ended, and what its host has not sent yet would still be sent when the portal is
+/// there again, and be written over what the initiator wrote by the other portal since.
+const HOST: &str = "10.7.0.1";
+const GUEST: &str = "10.7.0.2";
+/// More addresses of the host, each a portal.
 const PORTALS: [&str; 2] = ["10.9.1.1", "10.9.2.1"];
 const TARGET: &str = "iqn.2026-11.org.example:disks";
 const MIB: u64 = 64;
@@ -96,6 +99,9 @@ fn the_initiator_of_linux_uses_a_disk_over_two_portals_of_which_one_goes() {
         .tell(|host| {
             host.image("disk.img", MIB)?;
             host.sh("echo 0123456789abcdef > guest.secret; echo fedcba9876543210 > storage.secret; chmod 600 *.secret")?;
+            host.sh(&format!(
+                "/bin/ip tuntap add dev tap0 mode tap; /bin/ip address add {HOST}/24 dev tap0; /bin/ip link set tap0 up"
+            ))?;
             for portal in PORTALS {
                 host.sh(&format!("/bin/ip address add {portal}/32 dev lo"))?;
             }
@@ -103,7 +109,6 @@ fn the_initiator_of_linux_uses_a_disk_over_two_portals_of_which_one_goes() {
             let mut vm = host
                 .vm("initiator")
                 .limit(LIMIT)
-                .file("lease", 0o755, LEASE)
                 .file("load", 0o755, LOAD)
                 .file("etc/passwd", 0o644, "root:x:0:0:root:/:/bin/sh\n")
                 .file("etc/iscsi/iscsid.conf", 0o600, ISCSID)
@@ -112,11 +117,15 @@ fn the_initiator_of_linux_uses_a_disk_over_two_portals_of_which_one_goes() {
                     0o600,
                     "InitiatorName=iqn.2026-11.org.example:guest\n",
                 )
-                .toml("[[net]]\nbackend = \"user\"")
+                .toml("[[net]]\nbackend = \"tap\"\ntap = \"tap0\"")
                 .with_guest_tools()?
                 .interactive()?;
             vm.guest("sh /tools-on")?;
-            lease(&mut vm)?;
+            vm.guest(&format!(
+                "ip address add {GUEST}/24 dev eth0 && ip link set eth0 up && ip route add default via {HOST} && \
+                 ping -c 1 -w 10 {} > /dev/null",
+                PORTALS[1]
+            ))?;
             vm.guest("modprobe sd_mod; mkdir -p /run/lock/iscsi /disk; /tools/usr/bin/iscsid")?;
             let found = admin(&mut vm, &format!("-m discovery -t sendtargets -p {}", PORTALS[0]))?;
             for portal in PORTALS {
