@@ -361,12 +361,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         if !records.is_empty() {
             self.changes.set(self.changes.get() + 1);
         }
-        let mut effects = Effects::default();
+        let mut effects = Effects::of_new();
         let mut writer = Writer(self.bytes.take());
-        let noted = self.unproven.borrow().count();
         for record in records {
-            let applied = self.unproven.borrow_mut().note(&self.state, record);
-            match applied.and_then(|()| self.state.apply(record, &mut effects)) {
+            match self.state.apply(record, &mut effects) {
                 Ok(()) => record.encode(&mut writer),
                 // Some may be applied and others not, so what is in memory is not to be used any more.
                 Err(Stop::Damaged(damage)) => return Err(self.fail(&damage).into()),
@@ -385,7 +383,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         };
         writer.0.clear();
         self.bytes.replace(writer.0);
-        let many = self.unproven.borrow_mut().appended(noted, group);
+        let many = self.unproven.borrow_mut().append(&effects.added, group);
         self.take_effects(effects, group);
         if !self.lingering.replace(true) || many {
             self.changed.notify();
@@ -402,8 +400,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
         for bytes in tail {
             block_io::cover!("filesys: what the tail of the journal has was made again");
             let mut reader = Reader(bytes);
-            let mut effects = Effects::default();
-            let noted = self.unproven.borrow().count();
+            let mut effects = Effects::of_new();
             while !reader.is_empty() {
                 let record = Record::decode(&mut reader);
                 let record = record.map_err(|error| Damage::new("the tail of the journal", error))?;
@@ -412,7 +409,7 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
                 }
             }
             let group = self.journal.append(bytes).map_err(|error| self.fail(&error))?;
-            self.unproven.borrow_mut().appended(noted, group);
+            self.unproven.borrow_mut().append(&effects.added, group);
             self.take_effects(effects, group);
         }
         self.state.replaying.set(false);
@@ -421,13 +418,10 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
 
     fn remake_record(&self, record: &Record, effects: &mut Effects) -> Result<(), Stop> {
         self.state.prepare(record)?;
-        let mut unproven = self.unproven.borrow_mut();
-        let noted = unproven.count();
-        let made = unproven
-            .note(&self.state, record)
-            .and_then(|()| self.state.apply(record, effects));
+        let noted = effects.added.len();
+        let made = self.state.apply(record, effects);
         if made.is_err() {
-            unproven.truncate(noted);
+            effects.added.truncate(noted);
         }
         made
     }

@@ -33,14 +33,14 @@ use crate::event::Event;
 use crate::file_core::FileCore;
 use crate::journal::JournalError;
 use crate::record::Record;
-use crate::state::{Damage, Effects, State, Stop};
+use crate::state::{Damage, Effects, Stop};
 use crate::units::{FileId, Location, VolumeIndex};
 use crate::volume::VolumeCore;
 use crate::wire::{Malformed, Reader, Writer};
 
 /// Sub-clusters that a record made valid, the same ones of clusters that follow each other in the file and on the volume.
 #[derive(Debug, Clone, Copy)]
-struct Added {
+pub(crate) struct Added {
     group: u64,
     file: FileId,
     /// The first cluster, and how many.
@@ -54,6 +54,33 @@ struct Added {
 }
 
 impl Added {
+    /// An entry of a file's map changes from `old` to `new`, which has a place. The group is known later.
+    pub(crate) fn of(file: FileId, cluster: u32, old: Entry, new: Entry) -> Option<Self> {
+        let at = new.location()?;
+        let before = if old.location() == Some(at) {
+            old.valid()
+        } else {
+            0
+        };
+        let subs = new.valid() & !before;
+        Some(Self {
+            group: u64::MAX,
+            file,
+            cluster,
+            count: 1,
+            at,
+            subs,
+            zero: old.zero() & subs,
+        })
+    }
+
+    /// Takes what follows of the same record as well, if it goes on where this ends.
+    pub(crate) fn take(&mut self, next: &Self) -> bool {
+        let continues = self.continues(next);
+        self.count += u32::from(continues);
+        continues
+    }
+
     /// Whether `next`, of the same record, goes on where this ends.
     fn continues(&self, next: &Self) -> bool {
         (next.file, next.cluster) == (self.file, self.cluster + self.count)
@@ -92,62 +119,16 @@ impl Unproven {
         }
     }
 
-    /// How many are noted.
-    pub(crate) fn count(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Forgets what was noted after the first `count`.
-    pub(crate) fn truncate(&mut self, count: usize) {
-        self.0.truncate(count);
-    }
-
-    /// What was noted after the first `count` is in this group. Whether there are too many now, and were not before.
-    pub(crate) fn appended(&mut self, count: usize, group: u64) -> bool {
-        self.0.range_mut(count..).for_each(|added| added.group = group);
-        count <= MOST && self.are_many()
+    /// What the records of this group made valid. Whether there are too many now, and were not before.
+    pub(crate) fn append(&mut self, added: &[Added], group: u64) -> bool {
+        let were_many = self.are_many();
+        self.0.extend(added.iter().map(|added| Added { group, ..*added }));
+        !were_many && self.are_many()
     }
 
     /// Whether there are too many.
     pub(crate) fn are_many(&self) -> bool {
         self.0.len() > MOST
-    }
-
-    /// A record is about to be applied, in the order of the journal; [`Self::appended`] says later in which group it is.
-    pub(crate) fn note<V: BlockDevice>(&mut self, state: &State<V>, record: &Record) -> Result<(), Stop> {
-        let Some((file, first, count, entry)) = adding(record) else {
-            return Ok(());
-        };
-        let core = state.file(file)?;
-        let begin = self.0.len();
-        for number in 0..count {
-            let cluster = first + number;
-            let old = core
-                .map()
-                .map_or(Ok(Entry::HOLE), |map| map.entry(cluster.into()))?;
-            let new = entry.nth(number.into());
-            let Some(at) = new.location() else { continue };
-            let before = if old.location() == new.location() {
-                old.valid()
-            } else {
-                0
-            };
-            let subs = new.valid() & !before;
-            let added = Added {
-                group: u64::MAX,
-                file,
-                cluster,
-                count: 1,
-                at,
-                subs,
-                zero: old.zero() & subs,
-            };
-            match self.0.range_mut(begin..).next_back() {
-                Some(last) if last.continues(&added) => last.count += 1,
-                _ => self.0.push_back(added),
-            }
-        }
-        Ok(())
     }
 }
 

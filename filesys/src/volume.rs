@@ -22,7 +22,7 @@ use volume_manager::Usage;
 use crate::record::VolumeRecord;
 use crate::tree::codec::Kind;
 use crate::tree::node::{BITS, Body, Child, Missing, Pages};
-use crate::tree::radix::{Look, Tree};
+use crate::tree::radix::{Look, Tree, View};
 use crate::units::{CLUSTER, Location, VolumeIndex};
 
 /// Clusters of a group.
@@ -176,17 +176,14 @@ impl<V> VolumeCore<V> {
 
     /// The page with this cluster's bit is in memory.
     pub(crate) fn ensure(&self, cluster: u64) -> Result<(), Missing> {
-        self.bitmap.look(cluster).map(|_| ())
+        self.bitmap.ensure(cluster)
     }
 
     pub(crate) fn is_set(&self, cluster: u64) -> Result<bool, Missing> {
-        Ok(match self.bitmap.look(cluster)? {
-            Look::Empty => false,
-            Look::Run(_) => true,
-            Look::Leaf(node) => match &*node.body.borrow() {
-                Body::Bits(words) => words[word(cluster)] >> (cluster % 64) & 1 == 1,
-                _ => false,
-            },
+        self.bitmap.view(cluster, |view| match view {
+            View::Run(_) => true,
+            View::Leaf(Body::Bits(words)) => words[word(cluster)] >> (cluster % 64) & 1 == 1,
+            View::Empty | View::Leaf(_) => false,
         })
     }
 

@@ -13,7 +13,7 @@ use crate::event::Event;
 use crate::file_core::{FileCore, Pending};
 use crate::inode::Target;
 use crate::tree::node::{Body, FANOUT};
-use crate::tree::radix::Look;
+use crate::tree::radix::View;
 use crate::units::{CLUSTER, Location, VolumeIndex};
 use crate::volume::VolumeCore;
 
@@ -165,16 +165,13 @@ impl<V: BlockDevice + 'static, C: Clock + Clone + 'static> Core<V, C> {
             Some((at.volume, base))
         };
         if let Some(map) = file.map() {
-            let found = match map.look(first)? {
-                Look::Empty => None,
-                Look::Run(entry) => entry.location().and_then(|at| base(0, at)),
-                Look::Leaf(node) => match &*node.body.borrow() {
-                    Body::Map(entries) => entries
-                        .first_placed()
-                        .and_then(|(index, entry)| base(index, entry.location()?)),
-                    _ => None,
-                },
-            };
+            let found = map.view(first, |view| match view {
+                View::Run(entry) => entry.location().and_then(|at| base(0, at)),
+                View::Leaf(Body::Map(entries)) => entries
+                    .first_placed()
+                    .and_then(|(index, entry)| base(index, entry.location()?)),
+                View::Empty | View::Leaf(_) => None,
+            })?;
             if found.is_some() {
                 return Ok(found);
             }

@@ -124,7 +124,8 @@ impl<V: BlockDevice> State<V> {
                 moved,
             } => {
                 let file = self.file(*file)?;
-                self.map(&file, u64::from(*first), u64::from(*count), *entry, effects)?;
+                let (first, count) = (u64::from(*first), u64::from(*count));
+                self.map(&file, first, count, *entry, *moved, effects)?;
                 if *moved {
                     file.change(|inode| inode.placement += 1);
                 }

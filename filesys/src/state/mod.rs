@@ -30,8 +30,11 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use block_io::BlockDevice;
+use smallvec::SmallVec;
 
+use crate::entry::Entry;
 use crate::error::FsError;
+use crate::failed_volume::Added;
 use crate::file_core::FileCore;
 use crate::hash::siphash;
 use crate::inode::{Inode, Kind};
@@ -116,9 +119,32 @@ pub(crate) struct Effects {
     pub(crate) orphans: bool,
     /// Something that ancestors of other files have is elsewhere now.
     pub(crate) moved: bool,
+    /// What the records made valid, in their order; only if it is asked for.
+    pub(crate) added: SmallVec<[Added; 1]>,
+    notes_added: bool,
 }
 
 impl Effects {
+    /// Of records that are not in the journal yet: what they make valid is noted, as it may have to be taken back.
+    pub(crate) fn of_new() -> Self {
+        Self {
+            notes_added: true,
+            ..Self::default()
+        }
+    }
+
+    /// An entry of a file's map changes by the record whose notes begin at `begin`.
+    fn note(&mut self, begin: usize, file: FileId, cluster: u64, old: Entry, new: Entry) {
+        let cluster = u32::try_from(cluster).unwrap_or(u32::MAX);
+        let Some(added) = Added::of(file, cluster, old, new) else {
+            return;
+        };
+        let last = self.added.get_mut(begin..).and_then(<[Added]>::last_mut);
+        if !last.is_some_and(|last| last.take(&added)) {
+            self.added.push(added);
+        }
+    }
+
     /// The map of a file changes.
     fn map_changes(&mut self, file: &FileCore) {
         if file.inode.borrow().children > 0 {

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use block_io::BlockDevice;
+use smallvec::SmallVec;
 
 use super::apply::{MAP_PAGE, check_range, clusters_of, entries_of, leaf_child};
 use super::{Damage, Effects, State, Stop};
@@ -86,48 +87,56 @@ impl<V: BlockDevice> State<V> {
         Ok(())
     }
 
+    /// Gives clusters entries. Those of moved data say nothing that was not durable before.
     pub(super) fn map(
         &self,
         file: &FileCore,
         first: u64,
         count: u64,
         entry: Entry,
+        moved: bool,
         effects: &mut Effects,
     ) -> Result<(), Stop> {
         check_range(file.id, first, first.saturating_add(count))?;
         let map = Self::map_of(file)?;
         file.dirty.set(true);
         effects.map_changes(file);
-        for number in 0..count {
-            let (old, new) = (
-                map.entry(first + number)?.location(),
-                entry.nth(number).location(),
-            );
-            if old == new {
-                continue;
-            }
-            if let Some(at) = new {
-                self.gain(file, at)?;
-            }
-            if let Some(at) = old {
-                self.lose(file, at, effects)?;
-            }
-        }
+        let notes = effects.notes_added && !moved && entry.valid() != 0;
+        let begin = effects.added.len();
         let mut at = first;
         while at < first + count {
             let page = at - at % MAP_PAGE;
             let end = (page + MAP_PAGE).min(first + count);
+            let mut before: SmallVec<[Entry; 4]> = SmallVec::new();
             if at == page && end == page + MAP_PAGE {
+                before.extend(entries_of(map, page)?);
                 let old = map.replace(&self.pages, page, 0, Child::Run(entry.nth(at - first)))?;
                 self.pages.dropped(&old);
             } else {
                 map.change(&self.pages, at, |body| {
                     if let Body::Map(entries) = body {
                         for cluster in at..end {
+                            before.push(entries.get(slot(cluster)));
                             entries.set(slot(cluster), entry.nth(cluster - first));
                         }
                     }
                 })?;
+            }
+            for (cluster, old) in (at..).zip(before) {
+                let new = entry.nth(cluster - first);
+                if notes {
+                    effects.note(begin, file.id, cluster, old, new);
+                }
+                let (old, new) = (old.location(), new.location());
+                if old == new {
+                    continue;
+                }
+                if let Some(at) = new {
+                    self.gain(file, at)?;
+                }
+                if let Some(at) = old {
+                    self.lose(file, at, effects)?;
+                }
             }
             at = end;
         }

@@ -53,6 +53,13 @@ pub(crate) enum Look {
     Leaf(Rc<Node>),
 }
 
+/// As [`Look`], of a page that is only looked at: costs no counters of references.
+pub(crate) enum View<'a> {
+    Empty,
+    Run(Entry),
+    Leaf(&'a Body),
+}
+
 /// A part of a tree that is not empty.
 #[derive(Debug, Clone)]
 pub(crate) struct Span {
@@ -168,43 +175,60 @@ impl Tree {
         }
     }
 
-    /// An entry of a map.
-    pub(crate) fn entry(&self, index: u64) -> Result<Entry, Missing> {
+    /// Looks at an element. Every request comes here several times.
+    pub(crate) fn view<R>(&self, index: u64, look: impl Fn(View<'_>) -> R) -> Result<R, Missing> {
         if !self.reaches(index) {
-            return Ok(Entry::HOLE);
+            return Ok(look(View::Empty));
         }
-        // Every request comes here, so the usual case touches no counters of references.
-        if let Some(entry) = self.entry_below(&self.root.borrow(), index, self.level.get()) {
-            return Ok(entry);
+        if let Some(seen) = self.view_below(&self.root.borrow(), index, self.level.get(), &look) {
+            return Ok(seen);
         }
         Ok(match self.look(index)? {
-            Look::Empty => Entry::HOLE,
-            Look::Run(entry) => entry,
-            Look::Leaf(node) => match &*node.body.borrow() {
-                Body::Map(leaf) => leaf.get(usize::try_from(index % FANOUT as u64).unwrap_or(0)),
-                _ => Entry::HOLE,
-            },
+            Look::Empty => look(View::Empty),
+            Look::Run(entry) => look(View::Run(entry)),
+            Look::Leaf(node) => look(View::Leaf(&node.body.borrow())),
         })
     }
 
-    /// An entry below a child, if all on the way is in memory.
-    fn entry_below(&self, child: &Child, index: u64, level: u8) -> Option<Entry> {
+    /// An element below a child, if all on the way is in memory.
+    fn view_below<R>(
+        &self,
+        child: &Child,
+        index: u64,
+        level: u8,
+        look: &impl Fn(View<'_>) -> R,
+    ) -> Option<R> {
         let node = match child {
             Child::Loaded(node) => node,
-            Child::Empty => return Some(Entry::HOLE),
-            Child::Run(first) => return Some(first.nth(index % self.elements(level))),
+            Child::Empty => return Some(look(View::Empty)),
+            Child::Run(first) => return Some(look(View::Run(first.nth(index % self.elements(level))))),
             Child::Media(_) => return None,
         };
-        match &*node.body.borrow() {
-            Body::Inner(children) if level > 0 => {
-                self.entry_below(&children[self.slot(index, level)], index, level - 1)
-            }
-            Body::Map(leaf) => {
-                node.use_it();
-                Some(leaf.get(usize::try_from(index % FANOUT as u64).unwrap_or(0)))
-            }
-            _ => Some(Entry::HOLE),
+        let body = node.body.borrow();
+        if level == 0 {
+            node.use_it();
+            return Some(look(View::Leaf(&body)));
         }
+        match &*body {
+            Body::Inner(children) => {
+                self.view_below(&children[self.slot(index, level)], index, level - 1, look)
+            }
+            _ => Some(look(View::Empty)),
+        }
+    }
+
+    /// All on the way to an element is in memory.
+    pub(crate) fn ensure(&self, index: u64) -> Result<(), Missing> {
+        self.view(index, |_| ())
+    }
+
+    /// An entry of a map.
+    pub(crate) fn entry(&self, index: u64) -> Result<Entry, Missing> {
+        self.view(index, |view| match view {
+            View::Run(entry) => entry,
+            View::Leaf(Body::Map(leaf)) => leaf.get(usize::try_from(index % FANOUT as u64).unwrap_or(0)),
+            View::Empty | View::Leaf(_) => Entry::HOLE,
+        })
     }
 
     /// Changes the leaf with an element. What becomes uniform loses its page.
@@ -214,7 +238,7 @@ impl Tree {
         index: u64,
         change: impl FnOnce(&mut Body) -> R,
     ) -> Result<R, Missing> {
-        self.look(index)?;
+        self.ensure(index)?;
         self.grow(pages, index);
         let mut change = Some(change);
         let mut result = None;
