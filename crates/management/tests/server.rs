@@ -593,14 +593,14 @@ fn streams_are_bounded_end_with_the_server_and_leave_room_for_others() {
     while !line_of(&mut follow(&setup.path, "", ""), "HTTP").contains("200") {
         assert!(Instant::now() < end, "no room again");
     }
-    let begin = Instant::now();
     drop(setup);
-    assert!(
-        begin.elapsed() < Duration::from_millis(900),
-        "streams end before the grace is over"
-    );
-    let mut rest = Vec::new();
-    streams[0].read_to_end(&mut rest).unwrap();
+    for stream in &mut streams {
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).unwrap();
+        // The end of a body in chunks: who is cut off when the grace is over does not hear it.
+        let rest = String::from_utf8_lossy(&rest);
+        assert!(rest.ends_with("0\r\n\r\n"), "a stream was cut off: {rest}");
+    }
 }
 
 #[test]

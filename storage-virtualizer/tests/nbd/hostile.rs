@@ -149,6 +149,11 @@ fn who_takes_no_replies_is_not_served_further_and_costs_little() {
         asked += 1;
     }
     assert!(asked > 20, "{asked}");
+    let end = Instant::now() + Duration::from_secs(20);
+    while script.lock().unwrap().reads < 4 {
+        assert!(Instant::now() < end, "it is not served");
+        thread::sleep(Duration::from_millis(1));
+    }
     thread::sleep(Duration::from_millis(300));
     // Four of a megabyte fit, and what has left for the socket.
     let reads = script.lock().unwrap().reads;

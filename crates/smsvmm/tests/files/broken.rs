@@ -1,7 +1,7 @@
 //! Devices that fail, processes that are killed.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -97,8 +97,9 @@ fn several_look_at_once_and_nobody_writes_meanwhile() {
     let place = with_files();
     write(&place, &["/a"], &noise(5, 8 << 20));
     let mut reader = command(&place, &["file", "read", "/a"]).spawn().unwrap();
-    // It waits for its output to be taken.
-    std::thread::sleep(Duration::from_millis(500));
+    // It has the pool open when something comes, and waits for the rest of its output to be taken.
+    let output = reader.stdout.as_mut().unwrap();
+    output.read_exact(&mut [0]).unwrap();
     assert_eq!(place.pool(&["file", "list"]), "a\n");
     let output = try_write(&place, &["/b"], b"b");
     let holder = format!("smsvmm (pid {})", reader.id());

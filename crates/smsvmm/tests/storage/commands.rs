@@ -113,7 +113,7 @@ fn a_job_that_is_broken_off_goes_on_and_can_be_paused_and_cancelled() {
         "{error}"
     );
     // The job is in the pool's configuration shortly after the devices are locked.
-    std::thread::sleep(Duration::from_millis(500));
+    std::thread::sleep(Duration::from_millis(1500));
     let pid = rustix::process::Pid::from_child(&scrub);
     rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
     assert_eq!(scrub.wait().unwrap().code(), Some(1));

@@ -406,8 +406,6 @@ fn block(signal: i32) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
 
     #[test]
@@ -416,7 +414,7 @@ mod tests {
             eprintln!("no /dev/kvm here");
             return;
         };
-        let started = Instant::now();
+        // Without the limit this does not end.
         let result = std::thread::spawn(move || {
             let mut guest = Guest::new(&kvm).unwrap();
             let step = guest.blob.step(0).unwrap();
@@ -426,10 +424,5 @@ mod tests {
             guest.step(0).unwrap()
         });
         assert_eq!(result.join().unwrap(), Err(Failure::Hang));
-        assert!(
-            started.elapsed() < Duration::from_secs(2),
-            "{:?}",
-            started.elapsed()
-        );
     }
 }
