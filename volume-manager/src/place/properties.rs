@@ -379,7 +379,7 @@ fn most_rows(config: &Configuration, wish: &Attributes, unit: u64) -> u64 {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1024))]
+    #![proptest_config(ProptestConfig::with_cases(16_384))]
 
     #[test]
     fn the_rules_hold_after_every_change(mut config in pools(9), changes in vec(changes(), 1..40)) {
