@@ -4,7 +4,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::Result;
-use stories::{Disk, Host, Pool, Vm, story};
+use stories::{Disk, Host, Pool, Story, Vm, story};
 
 const DEVICES: [&str; 4] = ["d0.img", "d1.img", "d2.img", "d3.img"];
 
@@ -27,7 +27,7 @@ fn busy<'a>(host: &'a Host, pool: &Pool<'a>) -> Result<Vm> {
 
 #[test]
 fn images_come_in_and_go_out_while_a_guest_writes() {
-    story(|host| {
+    Story::default().limit(Duration::from_secs(400)).tell(|host| {
         for device in DEVICES {
             host.image(device, 768)?;
         }
