@@ -132,7 +132,12 @@ impl Unproven {
     }
 }
 
-/// What a record that may make sub-clusters valid says: file, first cluster, count, entry. Moved data were made durable before.
+/// Whether a record that gives such an entry may make sub-clusters valid. Moved data were made durable before.
+pub(crate) fn adds(entry: Entry, moved: bool) -> bool {
+    !moved && entry.valid() != 0
+}
+
+/// What a record that may make sub-clusters valid says: file, first cluster, count, entry.
 fn adding(record: &Record) -> Option<(FileId, u32, u32, Entry)> {
     match record {
         Record::Map {
@@ -140,8 +145,8 @@ fn adding(record: &Record) -> Option<(FileId, u32, u32, Entry)> {
             first,
             count,
             entry,
-            moved: false,
-        } if entry.valid() != 0 => Some((*file, *first, *count, *entry)),
+            moved,
+        } if adds(*entry, *moved) => Some((*file, *first, *count, *entry)),
         _ => None,
     }
 }

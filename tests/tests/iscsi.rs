@@ -7,13 +7,14 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use stories::{Host, Server, Story, Vm};
 
+use crate::network::{HOST, make_tap, set_address};
+
 const LIMIT: Duration = Duration::from_secs(300);
-/// The two ends of the tap interface. Not the user network: an initiator that gives up a connection resets it, so that nothing of
-/// it comes later; passt would pass on that it ended, and what its host has not sent yet would still be sent when the portal is
-/// there again, and be written over what the initiator wrote by the other portal since.
-const HOST: &str = "10.7.0.1";
-const GUEST: &str = "10.7.0.2";
-/// More addresses of the host, each a portal.
+/// Addresses of the host besides that of the tap interface, each a portal.
+///
+/// Not over the user network: an initiator that gives up a connection resets it, so that nothing of it comes later; passt would pass
+/// on that it ended, and what its host has not sent yet would still be sent when the portal is there again, and be written over
+/// what the initiator wrote by the other portal since.
 const PORTALS: [&str; 2] = ["10.9.1.1", "10.9.2.1"];
 const TARGET: &str = "iqn.2026-11.org.example:disks";
 const MIB: u64 = 64;
@@ -99,9 +100,7 @@ fn the_initiator_of_linux_uses_a_disk_over_two_portals_of_which_one_goes() {
         .tell(|host| {
             host.image("disk.img", MIB)?;
             host.sh("echo 0123456789abcdef > guest.secret; echo fedcba9876543210 > storage.secret; chmod 600 *.secret")?;
-            host.sh(&format!(
-                "/bin/ip tuntap add dev tap0 mode tap; /bin/ip address add {HOST}/24 dev tap0; /bin/ip link set tap0 up"
-            ))?;
+            make_tap(host, "tap0", "")?;
             for portal in PORTALS {
                 host.sh(&format!("/bin/ip address add {portal}/32 dev lo"))?;
             }
@@ -121,11 +120,8 @@ fn the_initiator_of_linux_uses_a_disk_over_two_portals_of_which_one_goes() {
                 .with_guest_tools()?
                 .interactive()?;
             vm.guest("sh /tools-on")?;
-            vm.guest(&format!(
-                "ip address add {GUEST}/24 dev eth0 && ip link set eth0 up && ip route add default via {HOST} && \
-                 ping -c 1 -w 10 {} > /dev/null",
-                PORTALS[1]
-            ))?;
+            set_address(&mut vm)?;
+            vm.guest(&format!("ip route add default via {HOST}"))?;
             vm.guest("modprobe sd_mod; mkdir -p /run/lock/iscsi /disk; /tools/usr/bin/iscsid")?;
             let found = admin(&mut vm, &format!("-m discovery -t sendtargets -p {}", PORTALS[0]))?;
             for portal in PORTALS {

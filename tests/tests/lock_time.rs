@@ -49,10 +49,10 @@ fn boot(folder: &Path) -> Result<Vm> {
     let arguments = ["-chardev", &socket, "-device", adapter];
     let mut vm = emulated_with_agent(&folder.join("a"), &arguments, PATIENCE)?;
     vm.wait_until_ready()?;
+    vm.guest("sh /tools-on")?;
+    // Each comes when the kernel has looked at it, in whatever order, and is called so.
+    vm.guest_until("[ -b /dev/sda ] && [ -b /dev/sdb ]")?;
     for line in [
-        "sh /tools-on",
-        // Each comes when the kernel has looked at it, in whatever order, and is called so.
-        "n=0; until [ -b /dev/sda ] && [ -b /dev/sdb ]; do n=$((n+1)); [ $n -lt 500 ] || exit; usleep 20000; done",
         "ext4=/dev/$(ls /sys/class/scsi_disk/*:0/device/block) xfs=/dev/$(ls /sys/class/scsi_disk/*:1/device/block)",
         "/tools/usr/bin/mke2fs -q -t ext4 $ext4 && /tools/usr/bin/mkfs.xfs -q $xfs 2>&1",
         "mkdir /ext4 /xfs && mount -t ext4 $ext4 /ext4 && mount -t xfs $xfs /xfs",

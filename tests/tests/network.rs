@@ -13,7 +13,7 @@ use stories::transfer::{download, make_data, same, upload};
 use stories::{Host, Story, Vm};
 
 /// The host's and the guest's address on a tap interface.
-const HOST: &str = "10.7.0.1";
+pub(crate) const HOST: &str = "10.7.0.1";
 const GUEST: &str = "10.7.0.2";
 
 /// The real one: BusyBox, which is `sh` in the lab, prefers its own, which knows no tap interfaces.
@@ -39,7 +39,7 @@ fn on_a_host_of_its_own(story: impl FnOnce(&Host) -> Result<()>) {
 }
 
 /// A tap interface as vm-toml.md tells to make it, with an address.
-fn make_tap(host: &Host, name: &str, more: &str) -> Result<()> {
+pub(crate) fn make_tap(host: &Host, name: &str, more: &str) -> Result<()> {
     host.sh(&format!(
         "{IP} tuntap add dev {name} mode tap {more}; {IP} address add {HOST}/24 dev {name}; {IP} link set {name} up"
     ))
@@ -47,7 +47,7 @@ fn make_tap(host: &Host, name: &str, more: &str) -> Result<()> {
 }
 
 /// Gives the guest's card its address.
-fn set_address(vm: &mut Vm) -> Result<()> {
+pub(crate) fn set_address(vm: &mut Vm) -> Result<()> {
     vm.guest(&format!(
         "ip address add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 1 -w 10 {HOST} > /dev/null"
     ))

@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 use super::apply::{MAP_PAGE, check_range, clusters_of, entries_of, leaf_child};
 use super::{Damage, Effects, State, Stop};
 use crate::entry::Entry;
+use crate::failed_volume::adds;
 use crate::file_core::FileCore;
 use crate::tree::node::{Body, Child};
 use crate::units::{FileId, Location, SUBS};
@@ -101,7 +102,7 @@ impl<V: BlockDevice> State<V> {
         let map = Self::map_of(file)?;
         file.dirty.set(true);
         effects.map_changes(file);
-        let notes = effects.notes_added && !moved && entry.valid() != 0;
+        let notes = effects.notes_added && adds(entry, moved);
         let begin = effects.added.len();
         let mut at = first;
         while at < first + count {

@@ -79,10 +79,6 @@ pub(super) fn choose(candidates: &[Candidate<'_>], wanted: Wanted) -> Option<Vec
 /// A column is good if its legs do not all lie in one enclosure. In the `columns - 1` others together that can be for as many as
 /// `(columns - 1) * (legs - 1)` devices of any one. What an enclosure has beyond that is of no use to them, so it is used here.
 fn first_column<'a>(all: &[&'a Candidate<'a>], wanted: Wanted) -> Option<Vec<&'a Candidate<'a>>> {
-    let in_enclosure = |devices: &[&Candidate<'_>], enclosure: &str| match enclosure {
-        "" => 0,
-        name => devices.iter().filter(|device| device.enclosure == name).count(),
-    };
     let useful = (wanted.columns - 1) * (wanted.legs - 1);
     let mut left: Vec<_> = all.iter().copied().filter(|candidate| candidate.large).collect();
     left.sort_by_cached_key(|candidate| preference(candidate));
@@ -101,6 +97,17 @@ fn first_column<'a>(all: &[&'a Candidate<'a>], wanted: Wanted) -> Option<Vec<&'a
         picked.push(left.remove(index));
     }
     Some(picked)
+}
+
+/// How many of `devices` are in an enclosure. One of unknown enclosure shares it with nobody.
+fn in_enclosure(devices: &[&Candidate<'_>], enclosure: &str) -> usize {
+    if enclosure.is_empty() {
+        return 0;
+    }
+    devices
+        .iter()
+        .filter(|device| device.enclosure == enclosure)
+        .count()
 }
 
 /// What decides between devices whose enclosures have been taken from equally often: one piece, then most space.
@@ -161,16 +168,12 @@ fn arrange<'a>(mut picked: Vec<&'a Candidate<'a>>, wanted: Wanted) -> Vec<&'a Ca
 
 /// Whether the failure of one enclosure would take more than is tolerated.
 fn is_weak(chosen: &[&Candidate<'_>], wanted: Wanted) -> bool {
-    let inside = |devices: &[&Candidate<'_>], enclosure: &str| {
-        let inside = devices.iter().filter(|device| device.enclosure == enclosure);
-        inside.count()
-    };
     let named = chosen.iter().filter(|device| !device.enclosure.is_empty());
     let mut enclosures = named.map(|device| device.enclosure);
     wanted.redundant()
         && enclosures.any(|enclosure| {
             let columns = chosen.chunks(wanted.legs);
-            let lost = columns.filter(|column| inside(column, enclosure) == column.len());
+            let lost = columns.filter(|column| in_enclosure(column, enclosure) == column.len());
             lost.count() > wanted.parity
         })
 }

@@ -8,7 +8,7 @@ use vhost_user_load::front_end::FrontEnd;
 use vhost_user_load::load::{Report, run};
 use vhost_user_load::pattern::Data;
 
-use crate::place::{Place, SIZE, serve};
+use crate::place::{Place, SIZE, serve, until_reconnected};
 
 fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
@@ -79,16 +79,10 @@ fn memory_that_stays_is_held_while_its_queues_are_served_and_no_longer() {
 
 #[test]
 fn a_server_that_is_stopped_and_started_under_load_loses_nothing() {
-    let mut reports = [2, 10, 40]
-        .map(Duration::from_secs)
-        .into_iter()
-        .map(started_under_load);
-    let report = reports.find(|report| report.reconnects >= 3);
-    assert!(report.is_some_and(|report| report.verified_blocks > 50));
+    until_reconnected(3, [2, 10, 40], started_under_load);
 }
 
-/// The server is stopped and started three times under a load, which verifies everything at its end; on a busy machine it may have ended
-/// before.
+/// The server is stopped and started three times.
 fn started_under_load(duration: Duration) -> Report {
     let place = Place::new();
     let mut load = place.load();
@@ -185,13 +179,16 @@ fn a_limit_holds_and_can_be_changed_under_load() {
     let mut load = place.load();
     load.verify = false;
     load.flush_every = 0;
-    let report = run(&load).unwrap();
-    // Those of the beginning, and what was in flight at the end. On a busy machine it may be less.
-    let most = 500.0 * report.seconds + 60.0;
-    assert!(
-        report.operations > 50 && f64::from(u32::try_from(report.operations).unwrap()) < most,
-        "{report:?}"
-    );
+    let most = |seconds: f64| 500.0 * seconds + 60.0;
+    // A busy machine may not make use of all that it may, or end late: once it must come out.
+    let reports: Vec<_> = (0..3).map(|_| run(&load).unwrap()).collect();
+    let holds = reports
+        .iter()
+        .any(|report| (400..=560).contains(&report.operations));
+    assert!(holds, "{reports:?}");
+    for report in reports {
+        assert!(report.iops * report.seconds <= most(report.seconds), "{report:?}");
+    }
     let running = thread::spawn(move || run(&load));
     thread::sleep(Duration::from_millis(300));
     controls.set_limit(RateLimit::default());

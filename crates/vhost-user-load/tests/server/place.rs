@@ -7,7 +7,7 @@ use std::time::Duration;
 use block_io::{HostDevice, OpenOptions, Worker, WorkerOptions};
 use storage_virtualizer::vhost_user::{VhostUserOptions, VhostUserServer};
 use vhost_user_load::front_end;
-use vhost_user_load::load::{Load, Pattern};
+use vhost_user_load::load::{Load, Pattern, Report};
 use vhost_user_load::pattern::Data;
 
 pub(crate) const SIZE: u64 = 64 << 20;
@@ -65,6 +65,23 @@ impl Place {
             seed: 7,
         }
     }
+}
+
+/// Runs something under a load, for longer and longer if the load has not connected again so often: on a busy machine a server takes its
+/// time to start. The load verifies everything at its end.
+pub(crate) fn until_reconnected(times: u32, seconds: [u64; 3], run: impl Fn(Duration) -> Report) {
+    let mut reports: Vec<Report> = Vec::new();
+    for seconds in seconds {
+        reports.push(run(Duration::from_secs(seconds)));
+        if reports.iter().any(|report| report.reconnects >= times) {
+            break;
+        }
+    }
+    let last = reports.last().unwrap();
+    assert!(
+        last.reconnects >= times && last.verified_blocks > 50,
+        "{reports:?}"
+    );
 }
 
 pub(crate) struct Served {

@@ -406,6 +406,8 @@ fn block(signal: i32) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
 
     #[test]
@@ -414,7 +416,7 @@ mod tests {
             eprintln!("no /dev/kvm here");
             return;
         };
-        // Without the limit this does not end.
+        let started = Instant::now();
         let result = std::thread::spawn(move || {
             let mut guest = Guest::new(&kvm).unwrap();
             let step = guest.blob.step(0).unwrap();
@@ -424,5 +426,10 @@ mod tests {
             guest.step(0).unwrap()
         });
         assert_eq!(result.join().unwrap(), Err(Failure::Hang));
+        assert!(
+            started.elapsed() < Duration::from_secs(2),
+            "{:?}",
+            started.elapsed()
+        );
     }
 }
